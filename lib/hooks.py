@@ -1,0 +1,167 @@
+"""The three helpers of activation patching: capture, ablate, patch.
+
+Each is a context manager over any set of sites. A site is read or written where the design's words place it:
+
+1. `resid`: the output of a block.
+2. `attn`: the output of the attention module (before a post-attention norm, where the architecture has one).
+3. `mlp`: the output of the MLP module (likewise).
+4. `head`: a head's slice of the input of o_proj, before heads are mixed.
+
+The helpers run one full forward pass per intervention. `lib.sweep` does the same edits for every site in one pass and
+is tested against these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+if TYPE_CHECKING:
+    from lib.models import Model
+
+COMPONENTS = ("resid", "attn", "mlp", "head")
+
+
+class Site(NamedTuple):
+    """A place in the model: layer (0-based), component, and head (-1 where the component has none)."""
+
+    layer: int
+    component: str
+    head: int = -1
+
+
+def all_sites(model: Model, components: Iterable[str] = COMPONENTS, layers: Iterable[int] | None = None) -> list[Site]:
+    """Every site of the components at the layers (default: all), by layer. Unknown names and layers are errors."""
+    components, layers = list(components), list(range(model.n_layers) if layers is None else layers)
+    for component in components:
+        check_site(model, Site(0, component, 0 if component == "head" else -1))
+    for layer in layers:
+        check_site(model, Site(layer, "resid"))
+    return [
+        Site(layer, component, head)
+        for layer in layers
+        for component in components
+        for head in (range(model.n_heads) if component == "head" else (-1,))
+    ]
+
+
+def check_site(model: Model, site: Site) -> None:
+    """Raise ValueError when the model has no such site, saying what is allowed."""
+    if site.component not in COMPONENTS:
+        raise ValueError(f"component {site.component!r} is unknown; allowed are {', '.join(COMPONENTS)}")
+    if not 0 <= site.layer < model.n_layers:
+        raise ValueError(f"layer {site.layer} is not in {model.name}: it has layers 0 to {model.n_layers - 1}")
+    if site.component == "head" and not 0 <= site.head < model.n_heads:
+        raise ValueError(f"head {site.head} is not in {model.name}: a layer has heads 0 to {model.n_heads - 1}")
+
+
+def first_tensor(output: Tensor | tuple) -> Tensor:
+    """The activation in what a module returns: a block returns a tensor in transformers 5, a tuple before."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def module_of(model: Model, layer: int, component: str) -> torch.nn.Module:
+    """The module at whose output (for `head`: input) a component is read and written."""
+    return {"resid": model.blocks, "attn": model.attns, "mlp": model.mlps, "head": model.o_projs}[component][layer]
+
+
+def on_activation(
+    model: Model, layer: int, component: str, visit: Callable[[Tensor], Tensor | None]
+) -> RemovableHandle:
+    """Call `visit` with the activation, (batch, tokens, width), each time it is computed; what it returns, if
+    anything, replaces the activation for everything downstream."""
+    module = module_of(model, layer, component)
+    if component == "head":
+
+        def before(_: torch.nn.Module, args: tuple) -> tuple | None:
+            new = visit(args[0])
+            return None if new is None else (new, *args[1:])
+
+        return module.register_forward_pre_hook(before)
+
+    def after(_: torch.nn.Module, args: tuple, output: Tensor | tuple) -> Tensor | tuple | None:
+        new = visit(first_tensor(output))
+        if new is None:
+            return None
+        return (new, *output[1:]) if isinstance(output, tuple) else new
+
+    return module.register_forward_hook(after)
+
+
+@contextmanager
+def removing(handles: list[RemovableHandle]) -> Iterator[None]:
+    """Remove the handles on every way out of the block, also those added to the list inside it."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def head_slice(model: Model, site: Site) -> slice:
+    """The site's columns of the activation at its module: a head's slice of the o_proj input, else all of it."""
+    if site.component != "head":
+        return slice(None)
+    return slice(site.head * model.head_size, (site.head + 1) * model.head_size)
+
+
+@contextmanager
+def capture(
+    model: Model, sites: Iterable[Site], positions: Sequence[int] | None = None
+) -> Iterator[dict[Site, Float[Tensor, "batch tokens width"]]]:
+    """Copy the activations of the sites (at the token positions, default all) during the forward passes inside.
+
+    Yields a dict that each forward pass fills anew: site -> (batch, positions, width).
+    """
+    seen: dict[Site, Tensor] = {}
+    handles: list[RemovableHandle] = []
+    with removing(handles):
+        for site in sites:
+            check_site(model, site)
+
+            def visit(activation: Tensor, site: Site = site) -> None:
+                chosen = activation if positions is None else activation[:, list(positions)]
+                seen[site] = chosen[..., head_slice(model, site)].detach().clone()
+
+            handles.append(on_activation(model, site.layer, site.component, visit))
+        yield seen
+
+
+@contextmanager
+def patch(
+    model: Model,
+    values: Mapping[Site, Float[Tensor, "#batch #positions width"]],
+    positions: Sequence[int] | None = None,
+) -> Iterator[dict[Site, int]]:
+    """Replace the activations of the sites (at the token positions, default all) by the values given for them.
+
+    Yields a dict that counts how often each site's edit fired.
+    """
+    fired = dict.fromkeys(values, 0)
+    handles: list[RemovableHandle] = []
+    with removing(handles):
+        for site, value in values.items():
+            check_site(model, site)
+
+            def visit(activation: Tensor, site: Site = site, value: Tensor = value) -> Tensor:
+                fired[site] += 1
+                edited = activation.clone()
+                rows = slice(None) if positions is None else list(positions)
+                edited[:, rows, head_slice(model, site)] = value.to(edited)
+                return edited
+
+            handles.append(on_activation(model, site.layer, site.component, visit))
+        yield fired
+
+
+@contextmanager
+def ablate(model: Model, sites: Iterable[Site], positions: Sequence[int] | None = None) -> Iterator[dict[Site, int]]:
+    """Zero the activations of the sites (at the token positions, default all); any other value is a `patch`."""
+    with patch(model, {site: torch.zeros(1, 1, 1) for site in sites}, positions) as fired:
+        yield fired

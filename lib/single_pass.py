@@ -1,0 +1,291 @@
+"""The growing-batch forward pass: every patched run of a sweep in one pass, exactly.
+
+1. Run the base prompts once, plainly, and keep their KV cache and the activations at the role's positions. Nothing
+   before the first patched position differs in any patched run, so it is never computed again.
+2. Run the remaining tokens of the base prompts as the first rows of a batch.
+3. Before layer l, append one copy of its base row for each row whose first site is in layer l: the copies are what a
+   full run would have at that point.
+4. Inside layer l, replace the activation at the rows' sites, and let every row flow on.
+5. After the last layer each row holds the final hidden state of "this set of sites replaced from this source".
+
+A row proves itself: a second hook, behind the one that edits, counts how often the row's sites were seen (`fired`) and
+how far they lie from the plain run (`site_delta`), which must be the distance from plain run to source.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers.cache_utils import DynamicCache
+
+from lib import hooks
+from lib.hooks import Site
+from lib.models import Model
+
+Activations = Mapping[tuple[str, int], Float[Tensor, "sources positions width"]]  # by (component, layer)
+
+
+class SweepError(RuntimeError):
+    """A row, a base row or a patch that did not do what it must; the message has the site, the pair and the numbers."""
+
+
+class Row(NamedTuple):
+    """One patched run: the sites replaced together, the base prompt, and which source replaces them."""
+
+    sites: tuple[Site, ...]
+    owner: int  # index of the base prompt
+    source: int  # index into the sources
+
+
+@dataclass(frozen=True)
+class BaseRun:
+    """Plain runs of same-length prompts."""
+
+    ids: Int[Tensor, "prompts tokens"]
+    positions: tuple[int, ...]  # where activations were kept
+    hidden: Float[Tensor, "prompts hidden"]  # final hidden state at the last token
+    activations: Activations
+    cache: DynamicCache
+
+
+@dataclass(frozen=True)
+class Grown:
+    """What a growing pass returns, in the order of the rows given."""
+
+    base: Float[Tensor, "prompts hidden"]  # final hidden states of the base rows of the same pass
+    hidden: Float[Tensor, "rows hidden"]
+    fired: Int[Tensor, " rows"]  # times a site of the row was seen replaced, minus the row's other sites: 1 is right
+    site_delta: Float[Tensor, " rows"]  # L2 distance of the row's sites from the plain run
+    expected: Float[Tensor, " rows"]  # L2 distance from the plain run to the source
+
+
+class SharedPrefix(DynamicCache):
+    """A KV cache whose first `n` positions are, for every row, those of the row's base prompt."""
+
+    def __init__(self, base: DynamicCache, n: int, owner: Int[Tensor, " rows"]) -> None:
+        super().__init__()
+        self.base, self.n, self.owner = base, n, owner
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        prefix, own = self.base.layers[layer_idx], self.owner[: len(keys)].to(keys.device)
+        return self.joined(prefix.keys, keys, own), self.joined(prefix.values, values, own)
+
+    def joined(self, prefix: Tensor, new: Tensor, owner: Tensor) -> Tensor:
+        if self.n == 0:
+            return new
+        prefix = prefix[:, :, : self.n].to(new.device)
+        old = prefix.expand(len(new), -1, -1, -1) if len(prefix) == 1 else prefix[owner]
+        return torch.cat([old, new], dim=2)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.n
+
+    def get_mask_sizes(self, query: int | Tensor, layer_idx: int) -> tuple[int, int]:
+        return self.n + (query if isinstance(query, int) else len(query)), 0
+
+
+@torch.no_grad()
+def base_run(
+    model: Model,
+    ids: Int[Tensor, "prompts tokens"],
+    positions: Sequence[int],
+    components: Sequence[str] = hooks.COMPONENTS,
+) -> BaseRun:
+    """Run the prompts plainly; keep the KV cache and the components' activations at the positions, every layer."""
+    kept: dict[tuple[str, int], Tensor] = {}
+    handles: list = []
+    with hooks.removing(handles):
+        for layer in range(model.n_layers):
+            for component in components:
+
+                def keep(activation: Tensor, key: tuple[str, int] = (component, layer)) -> None:
+                    kept[key] = activation[:, list(positions)].clone()
+
+                handles.append(hooks.on_activation(model, layer, component, keep))
+        cache = DynamicCache()
+        hidden = model.body(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
+    return BaseRun(ids, tuple(positions), hidden, kept, cache)
+
+
+@torch.no_grad()
+def grow(model: Model, base: BaseRun, rows: Sequence[Row], sources: Activations) -> Grown:
+    """Run every row in one growing pass. `sources[component, layer]` is (sources, positions, width)."""
+    prompts, start = len(base.ids), min(base.positions)
+    first = [min(site.layer for site in row.sites) for row in rows]
+    order = sorted(range(len(rows)), key=lambda index: first[index])
+    place = {index: prompts + rank for rank, index in enumerate(order)}  # a row's place in the batch
+    owner = torch.tensor([*range(prompts), *(rows[index].owner for index in order)], device=base.ids.device)
+    grown = [prompts + sum(1 for layer in first if layer <= l) for l in range(model.n_layers)]  # noqa: E741
+    edits = edits_by_module(rows, place)
+    offsets = torch.tensor(base.positions, device=base.ids.device) - start
+    seen = torch.zeros(2, prompts + len(rows), dtype=torch.float64)  # squared distances: row to plain, source to plain
+    fired = torch.zeros(prompts + len(rows), dtype=torch.int64)
+    handles: list = []
+    with hooks.removing(handles):
+        for layer in range(model.n_layers):
+            before = grown[layer - 1] if layer else prompts
+            handles.append(
+                model.blocks[layer].register_forward_pre_hook(joiner(owner[before : grown[layer]], prompts), with_kwargs=True)
+            )
+            for component in hooks.COMPONENTS:
+                if (component, layer) not in edits:
+                    continue
+                edit = Edit(model, component, edits[component, layer], offsets, sources[component, layer])
+                plain = base.activations[component, layer]
+                handles.append(hooks.on_activation(model, layer, component, edit.write))
+
+                def observe(activation: Tensor, edit: Edit = edit, plain: Tensor = plain) -> None:
+                    target = edit.of_source(plain, owner[edit.rows.to(owner.device)])
+                    moved = (edit.read(activation) - target).double().flatten(1).square().sum(1)
+                    wanted = (edit.values - target).double().flatten(1).square().sum(1)
+                    seen[0].index_add_(0, edit.rows, moved.cpu())
+                    seen[1].index_add_(0, edit.rows, wanted.cpu())
+                    fired.index_add_(0, edit.rows, torch.ones(len(edit.rows), dtype=torch.int64))
+
+                handles.append(hooks.on_activation(model, layer, component, observe))
+        hidden = model.body(
+            input_ids=base.ids[:, start:],
+            past_key_values=SharedPrefix(base.cache, start, owner),
+            position_ids=torch.arange(start, base.ids.shape[1], device=base.ids.device)[None],
+            use_cache=True,
+        ).last_hidden_state[:, -1]
+    at = torch.tensor([place[index] for index in range(len(rows))], dtype=torch.long)
+    spare = torch.tensor([len(row.sites) - 1 for row in rows], dtype=torch.int64)
+    seen = seen.sqrt()
+    return Grown(hidden[:prompts], hidden[at.to(hidden.device)], fired[at] - spare, seen[0, at], seen[1, at])
+
+
+def edits_by_module(rows: Sequence[Row], place: Mapping[int, int]) -> dict[tuple[str, int], list[tuple[int, int, int]]]:
+    """For each (component, layer): the (place in the batch, head, source) of every edit there."""
+    edits: dict[tuple[str, int], list[tuple[int, int, int]]] = {}
+    for index, row in enumerate(rows):
+        for site in row.sites:
+            edits.setdefault((site.component, site.layer), []).append((place[index], site.head, row.source))
+    return edits
+
+
+def joiner(owners: Int[Tensor, " new"], prompts: int) -> Any:
+    """A block's pre-hook that appends one copy of its base row for each new row."""
+
+    def join(_: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        # Same-length prompts without padding have one mask between them: keep a single row of it to broadcast.
+        def narrow(value: Any) -> Any:
+            shared = isinstance(value, Tensor) and value.ndim == 4 and len(value) == prompts
+            return value[:1] if shared else value
+
+        if args:
+            hidden, args = args[0], tuple(narrow(arg) for arg in args[1:])
+        else:
+            hidden, kwargs = kwargs["hidden_states"], {k: v for k, v in kwargs.items() if k != "hidden_states"}
+        hidden = torch.cat([hidden, hidden[owners.to(hidden.device)]]) if len(owners) else hidden
+        return (hidden, *args), {key: narrow(value) for key, value in kwargs.items()}
+
+    return join
+
+
+class Edit:
+    """The replacement of one module's activation in some rows of the batch, at the role's positions."""
+
+    def __init__(
+        self,
+        model: Model,
+        component: str,
+        edits: list[tuple[int, int, int]],
+        offsets: Int[Tensor, " positions"],
+        source: Float[Tensor, "sources positions width"],
+    ) -> None:
+        self.heads = (model.n_heads, model.head_size) if component == "head" else None
+        self.rows, self.head, index = torch.tensor(edits).T
+        self.offsets = offsets
+        self.values = self.of_source(source, index)
+
+    def of_source(self, source: Tensor, index: Int[Tensor, " rows"]) -> Float[Tensor, "rows positions part"]:
+        """Each edit's values out of (sources, positions, width)."""
+        index = index.to(source.device)
+        if self.heads is None:
+            return source[index]
+        return source.unflatten(-1, self.heads)[index, :, self.head.to(source.device)]
+
+    def where(self, activation: Tensor) -> tuple[Tensor, tuple]:
+        """The activation as a view to index, and the index of this edit's values in it."""
+        device = activation.device
+        rows, offsets = self.rows.to(device)[:, None], self.offsets.to(device)[None]
+        if self.heads is None:
+            return activation, (rows, offsets)
+        return activation.unflatten(-1, self.heads), (rows, offsets, self.head.to(device)[:, None])
+
+    def write(self, activation: Tensor) -> None:
+        """Replace in place: the tensor was made by this pass and nothing before the module reads it again."""
+        view, index = self.where(activation)
+        view[index] = self.values.to(view)
+
+    def read(self, activation: Tensor) -> Tensor:
+        view, index = self.where(activation)
+        return view[index].to(self.values.device)
+
+
+def prove_rows(model: Model, grown: Grown, describe: Any) -> None:
+    """SweepError for the first row whose hook did not fire once or whose site did not arrive at its source.
+
+    `describe(row index)` names the site and the pair.
+    """
+    # the plain run and the pass meet at the site through kernels of other shapes, hence a relative allowance
+    loose = 1e-2 if model.quantisation or model.dtype in (torch.float16, torch.bfloat16) else 1e-3
+    missed = (grown.site_delta - grown.expected).abs() > loose * grown.expected
+    for index in torch.nonzero((grown.fired != 1) | missed).flatten().tolist():
+        raise SweepError(
+            f"{describe(index)}: the hook fired {grown.fired[index]} times (1 is right) and moved the activation by "
+            f"{grown.site_delta[index]:.6g} (its source lies {grown.expected[index]:.6g} away). The edit did not take effect"
+        )
+
+
+def prove_base_rows(model: Model, base: BaseRun, grown: Grown, describe: Any = str) -> float:
+    """The largest difference (logits) of the pass's base rows from the plain run; SweepError beyond the noise."""
+    off = (model.logits(grown.base) - model.logits(base.hidden)).abs().amax(-1)
+    if not (off <= model.noise).all():
+        index = int(torch.nonzero(~(off <= model.noise))[0])
+        raise SweepError(
+            f"{describe(index)}: the base row of the growing pass differs from the plain forward pass by "
+            f"{off[index]:.3g} logits, more than {model.noise:g}, the noise of {model.dtype}"
+        )
+    return off.max().item()
+
+
+def prove_identity(model: Model, base: BaseRun) -> float:
+    """The identity patch: every component of every layer replaced by its own value must change nothing.
+
+    Returns the largest logit difference; SweepError when it exceeds the noise of the dtype.
+    """
+    sites = hooks.all_sites(model, ("resid", "attn", "mlp"))
+    sites += [Site(layer, "head", head) for layer in range(model.n_layers) for head in {0, model.n_heads - 1}]
+    rows = [Row((site,), owner, owner) for owner in range(len(base.ids)) for site in sites]
+    grown = grow(model, base, rows, base.activations)
+    prove_base_rows(model, base, grown)
+    owners = torch.tensor([row.owner for row in rows])
+    off = (model.logits(grown.hidden) - model.logits(base.hidden)[owners]).abs().amax(-1)
+    worst = int(off.argmax())
+    if not (off <= model.noise).all():
+        raise SweepError(f"{model.name}: the identity patch at {rows[worst].sites[0]} moved a logit by {off[worst]:.3g}")
+    return off.max().item()
+
+
+def prove_whole_residual(model: Model, ids: Int[Tensor, " tokens"], other: Int[Tensor, " tokens"]) -> float:
+    """The whole residual stream of `other` at all positions into `ids`, at the first, middle and last layer, must give
+    `other`'s logits. Returns the largest difference; SweepError when it exceeds the noise of the dtype."""
+    everywhere = range(len(ids))
+    base = base_run(model, ids[None], everywhere, ("resid",))
+    source = base_run(model, other[None], everywhere, ("resid",))
+    rows = [Row((Site(layer, "resid"),), 0, 0) for layer in sorted({0, model.n_layers // 2, model.n_layers - 1})]
+    grown = grow(model, base, rows, source.activations)
+    off = (model.logits(grown.hidden) - model.logits(source.hidden)).abs().amax(-1)
+    if not (off <= model.noise).all():
+        raise SweepError(
+            f"{model.name}: the whole residual of one run in another does not give its logits; they differ by {off.max():.3g}"
+        )
+    return off.max().item()
+

