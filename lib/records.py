@@ -1,0 +1,261 @@
+"""Step tables on disk: one schema, and files that appear whole or not at all.
+
+1. `SCHEMA` is the one pandera model of a sweep's table; `conform` brings a frame into its columns and types.
+2. `write` puts a frame into Parquet atomically (written beside, synced, renamed), its metadata as JSON in the file.
+3. `read` and `read_metadata` give both back.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import pandas as pd
+import pandera.pandas as pa_schema
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+METADATA_KEY = b"superset_circuit"
+COMPONENTS = ("resid", "attn", "mlp", "head", "neuron", "direction", "path")
+ROLES = ("name_a", "name_b", "name_c", "names", "swapped", "last", "all")
+ABLATIONS = ("zero", "mean", "resample", "counterfactual", "clean")
+# A row is one pair x site x intervention x seed: these columns name it.
+IDENTITY = ["task", "template", "pair_id", "layer", "component", "head", "position", "direction", "ablation", "seed"]
+
+
+class RecordError(ValueError):
+    """A table that breaks the schema, or files that belong to another run."""
+
+
+def _text(allowed: Sequence[str] = ()) -> pa_schema.Column:
+    return pa_schema.Column(str, pa_schema.Check.isin(allowed) if allowed else None)
+
+
+def _whole(least: int, kind: str = "int32") -> pa_schema.Column:
+    return pa_schema.Column(kind, pa_schema.Check.ge(least))
+
+
+def _number(nullable: bool = False) -> pa_schema.Column:
+    return pa_schema.Column("float64", pa_schema.Check(np.isfinite, name="finite"), nullable=nullable)
+
+
+def _numbers(nullable: bool = False) -> pa_schema.Column:
+    return pa_schema.Column(object, pa_schema.Check(_all_finite, name="finite numbers"), nullable=nullable)
+
+
+def _all_finite(column: pd.Series) -> bool:
+    kept = [np.asarray(values, dtype=np.float32) for values in column if values is not None]
+    return not kept or bool(np.isfinite(np.concatenate(kept)).all())
+
+
+SCHEMA = pa_schema.DataFrameSchema(
+    {
+        "layer": _whole(0),
+        "component": _text(COMPONENTS),
+        "head": _whole(-1),  # -1 where the component has no heads
+        "metric_before": _number(),  # margin of the base row of the same pass, logits
+        "metric_after": _number(),
+        "profile": _text(),
+        "task": _text(),
+        "template": _text(),
+        "pair_id": _text(),
+        "quad_id": _text(),
+        "half": _text(("discovery", "confirmation")),
+        "direction": _text(("noise", "denoise")),
+        "ablation": _text(ABLATIONS),
+        "position": _text(ROLES),
+        "seed": _whole(0, "int64"),
+        "metric_clean": _number(),
+        "metric_corrupt": _number(),
+        "logit_diff_before": _number(),
+        "logit_diff_after": _number(),
+        "logit_diff_clean": _number(),
+        "logit_diff_corrupt": _number(),
+        "answer": _text(),  # candidate names; the clean prompt's answer in both directions
+        "foil_before": _text(),
+        "foil_after": _text(),
+        "logits_before": _numbers(),  # all candidates, in the order of the metadata's "candidates"
+        "logits_after": _numbers(),
+        "top_token_after": _text(),
+        "top_logit_after": _number(),
+        "logsumexp_after": _number(),
+        "rank_after": _whole(0),
+        "kl_after": _number(),
+        "site_delta": _number(),
+        "fired": _whole(0),
+        "label_logits_before": _numbers(nullable=True),  # in the order of the metadata's "labels"
+        "label_logits_after": _numbers(nullable=True),
+        "candidate_probability_before": _number(nullable=True),
+        "candidate_probability_after": _number(nullable=True),
+        "metric_both_before": _number(nullable=True),  # odd_one_out: margin over both tokens of a name
+        "metric_both_after": _number(nullable=True),
+    },
+    checks=[
+        pa_schema.Check(
+            lambda frame: (frame["component"] == "head") == (frame["head"] >= 0), name="head >= 0 exactly for heads"
+        ),
+        pa_schema.Check(
+            lambda frame: (frame["direction"] == "denoise") == (frame["ablation"] == "clean"),
+            name="ablation is 'clean' exactly when denoising",
+        ),
+    ],
+    strict=True,
+    ordered=True,
+    unique=IDENTITY,
+    name="sweep table",
+)
+
+
+def conform(frame: pd.DataFrame, schema: pa_schema.DataFrameSchema = SCHEMA) -> pd.DataFrame:
+    """The frame in the schema's column order and types; nullable columns it lacks are added empty.
+
+    Raises RecordError naming the column, the rule, a value and its row. Integers are only narrowed when exact.
+    """
+    unknown = [column for column in frame.columns if column not in schema.columns]
+    missing = [name for name, column in schema.columns.items() if name not in frame.columns and not column.nullable]
+    if unknown or missing:
+        parts = [f"has unknown columns {unknown}"] * bool(unknown) + [f"lacks columns {missing}"] * bool(missing)
+        raise RecordError(f"{schema.name} {' and '.join(parts)}; the columns are {', '.join(schema.columns)}")
+    out = {}
+    for name, column in schema.columns.items():
+        kind = str(column.dtype)
+        if name not in frame.columns:
+            out[name] = pd.Series([None] * len(frame), index=frame.index, dtype=object if kind == "object" else kind)
+        elif kind == "object":
+            out[name] = frame[name].astype(object)
+        elif kind.startswith("str") and not frame[name].map(lambda value: isinstance(value, str)).all():
+            raise RecordError(f"{schema.name}: column {name!r} holds values that are not text")
+        else:
+            try:
+                cast = frame[name].astype(kind)
+            except (ValueError, TypeError) as error:
+                raise RecordError(f"{schema.name}: column {name!r} is not {kind}: {error}") from None
+            if kind.startswith("int") and not (cast == frame[name]).all():
+                raise RecordError(f"{schema.name}: column {name!r} holds values that are not whole numbers")
+            out[name] = cast
+    return check(pd.DataFrame(out).reset_index(drop=True), schema)
+
+
+def check(frame: pd.DataFrame, schema: pa_schema.DataFrameSchema = SCHEMA) -> pd.DataFrame:
+    """The frame, validated; the first broken rule as one RecordError."""
+    try:
+        return schema.validate(frame, lazy=True)
+    except pa_schema.errors.SchemaErrors as errors:
+        first = errors.failure_cases.iloc[0]
+        where = f" at row {first['index']}" if pd.notna(first["index"]) else ""
+        if first["schema_context"] == "Column":
+            message = f"column {first['column']!r} breaks {first['check']!r}: {first['failure_case']}{where}"
+        elif first["check"] == "multiple_fields_uniqueness":
+            message = f"two rows are the same pair, site, intervention and seed ({', '.join(schema.unique)}){where}"
+        else:
+            message = f"a row breaks {first['check']!r}{where}"
+        raise RecordError(f"{schema.name}: {message}") from None
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[IO[bytes]]:
+    """A file that appears at `path` whole or not at all: written beside, synced, renamed, the folder synced.
+
+    On any error nothing is left behind. A full disk is an OSError with one message that says what to do.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with beside.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except BaseException as error:
+        beside.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise OSError(
+                error.errno,
+                f"no room left to write {path.name} ({os.strerror(error.errno)}): nothing partial was left behind and "
+                "finished work units are kept; free some space and run again",
+            ) from None
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Atomically, with sorted keys: equal values give equal bytes."""
+    text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    with atomic(path) as file:
+        file.write(text.encode() + b"\n")
+
+
+def _lists(column: pd.Series) -> pa.Array:
+    """An object column of number sequences (or None) as list<float32>."""
+    values = [None if row is None else np.asarray(row, dtype=np.float32) for row in column]
+    return pa.array(values, type=pa.list_(pa.float32()))
+
+
+def to_arrow(frame: pd.DataFrame, metadata: Mapping[str, Any]) -> pa.Table:
+    """Sequences of numbers become list<float32>; everything else keeps its type. Metadata as sorted JSON."""
+    arrays, names = [], []
+    for name in frame.columns:
+        column = frame[name]
+        first = next((row for row in column if row is not None), None) if column.dtype == object else None
+        numbers = isinstance(first, (list, tuple, np.ndarray)) and not any(isinstance(x, str) for x in first)
+        empty_list = column.dtype == object and first is None and name in SCHEMA.columns
+        arrays.append(_lists(column) if numbers or empty_list else pa.array(column, from_pandas=True))
+        names.append(str(name))
+    text = json.dumps(metadata, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    return pa.table(arrays, names=names).replace_schema_metadata({METADATA_KEY: text.encode()})
+
+
+def write_table(path: Path, table: pa.Table) -> None:
+    with atomic(path) as file:
+        pq.write_table(table, file, compression="zstd")
+
+
+def write(
+    path: Path,
+    frame: pd.DataFrame,
+    metadata: Mapping[str, Any],
+    schema: pa_schema.DataFrameSchema | None = SCHEMA,
+) -> None:
+    """Write a table to Parquet (zstd), whole or not at all. `schema=None` takes any columns."""
+    frame = frame if schema is None else conform(frame, schema)
+    write_table(Path(path), to_arrow(frame, metadata))
+
+
+def read(path: Path, columns: Sequence[str] | None = None) -> pd.DataFrame:
+    """The table, or some of its columns; list columns come back as float32 arrays. Unknown columns are an error."""
+    file = _open(path)
+    names = file.schema_arrow.names
+    unknown = [name for name in columns or () if name not in names]
+    if unknown:
+        raise RecordError(
+            f"{Path(path).name} has no column {unknown[0]!r}; it has {', '.join(file.schema_arrow.names)}"
+        )
+    return file.read(columns=None if columns is None else list(columns)).to_pandas()
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """What `write` was given as metadata."""
+    text = (_open(path).schema_arrow.metadata or {}).get(METADATA_KEY)
+    if text is None:
+        raise RecordError(f"{Path(path).name} was not written by this project: it carries no metadata")
+    return json.loads(text)
+
+
+def _open(path: Path) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(path)
+    except FileNotFoundError:
+        raise RecordError(f"there is no {path}") from None
+    except pa.ArrowInvalid as error:
+        raise RecordError(f"{path} is not a Parquet file: {error}") from None

@@ -1,0 +1,184 @@
+"""Work units: a step's work in pieces that are done whole, kept on disk and never repeated.
+
+1. A `Unit` says what is asked of which pairs; its id is a pure function of that.
+2. `run_units` computes the units whose Parquet file is missing, one after another, with a progress bar.
+3. `assemble` joins the files in unit order into the step's table: the same data as an undisturbed run, bit for bit.
+4. `remove_units` clears the folder.
+
+Rows that share a pass change each other's last bits, so a killed step repeats or keeps whole units, never parts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import pandas as pd
+import pandera.pandas as pa_schema
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from lib.records import IDENTITY, METADATA_KEY, SCHEMA, RecordError, write, write_json, write_table
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A piece of work that is done whole: what is asked of which pairs.
+
+    `label` names the kind of work, `pairs` are pair ids in order, `settings` any JSON-able values.
+    """
+
+    label: str
+    pairs: tuple[str, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def id(self) -> str:
+        """A pure function of the unit's content, 16 hexadecimal digits."""
+        text = json.dumps([self.label, list(self.pairs), dict(self.settings)], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def cut(label: str, pairs: Sequence[str], size: int, **settings: Any) -> list[Unit]:
+    """The pairs in order, in units of `size` pairs (the last may be smaller)."""
+    if size < 1:
+        raise RecordError(f"unit size {size}: must be at least 1 pair")
+    return [Unit(label, tuple(pairs[start : start + size]), settings) for start in range(0, len(pairs), size)]
+
+
+def plan_id(units: Sequence[Unit]) -> str:
+    """One id for a sequence of units, in order."""
+    return hashlib.sha256("\n".join(unit.id for unit in units).encode()).hexdigest()[:16]
+
+
+def run_units(
+    folder: Path,
+    units: Sequence[Unit],
+    compute: Callable[[Unit], pd.DataFrame],
+    *,
+    plan: Mapping[str, Any],
+    label: str,
+    schema: pa_schema.DataFrameSchema | None = SCHEMA,
+) -> list[Path]:
+    """Compute the units that are not on disk; return their files in unit order.
+
+    `plan` (the data key first, then what decided it, the resolved memory budget) is stored in plan.json; a folder whose
+    plan has another "data_key" is refused. A computed frame may carry `frame.attrs["log"]`, a list of lines such as
+    "halved for memory", which are kept in the unit's metadata. Raises RecordError on an empty or repeated plan.
+    """
+    ids = [unit.id for unit in units]
+    if not units:
+        raise RecordError(f"{label}: there is nothing to compute (no work units); check the pairs and the layers")
+    if len(set(ids)) < len(ids):
+        raise RecordError(f"{label}: two work units are the same; each unit must ask for other work")
+    stored = read_plan(folder)
+    if stored is None:
+        write_json(folder / "plan.json", dict(plan))
+    elif stored["data_key"] != plan["data_key"]:
+        raise RecordError(
+            f"{folder.name} holds work units of another run (key {stored['data_key'][:8]}, not "
+            f"{plan['data_key'][:8]}); use -p overwrite true, or another results_dir"
+        )
+    for left in folder.glob(".*.tmp"):  # of a run that was killed while writing
+        left.unlink()
+    paths = [folder / f"{name}.parquet" for name in ids]
+    todo = [(unit, path) for unit, path in zip(units, paths, strict=True) if not path.exists()]
+    with progress(label, total=len(units), done=len(units) - len(todo)) as bar:
+        for unit, path in todo:
+            begun = time.perf_counter()
+            frame = compute(unit)
+            facts = {"unit": unit.id, "seconds": time.perf_counter() - begun, "log": list(frame.attrs.get("log", []))}
+            write(path, frame, facts, schema)
+            for line in facts["log"]:
+                bar.write(line, file=sys.stderr)
+            bar.update()
+    return paths
+
+
+def read_plan(folder: Path) -> dict[str, Any] | None:
+    """The plan of a folder of work units, None where there is none."""
+    path = folder / "plan.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def assemble(
+    path: Path,
+    parts: Sequence[Path],
+    metadata: Mapping[str, Any],
+    schema: pa_schema.DataFrameSchema | None = SCHEMA,
+) -> dict[str, Any]:
+    """Join the units' tables in the order given into one file, values untouched; return the metadata written.
+
+    To `metadata` are added: units, rows, seconds (computing, over all sittings) and log (the units' lines, in order).
+    """
+    tables = [pq.read_table(part) for part in parts]
+    facts = [json.loads(table.schema.metadata[METADATA_KEY]) for table in tables]
+    table = pa.concat_tables([table.replace_schema_metadata(None) for table in tables], promote_options="permissive")
+    if schema is not None:
+        identity = table.select(IDENTITY).to_pandas()
+        if identity.duplicated().any():
+            row = identity[identity.duplicated()].iloc[0].to_dict()
+            raise RecordError(f"{path.name}: two work units give the same row: {row}")
+    full = {
+        **metadata,
+        "units": len(parts),
+        "rows": table.num_rows,
+        "seconds": round(math.fsum(fact["seconds"] for fact in facts), 3),
+        "log": [line for fact in facts for line in fact["log"]],
+    }
+    text = json.dumps(full, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    write_table(path, table.replace_schema_metadata({METADATA_KEY: text.encode()}))
+    return full
+
+
+def remove_units(folder: Path) -> None:
+    """Delete a folder of work units, the plan last, so that a half-deleted folder is still known by its key."""
+    for part in folder.glob("*.parquet"):
+        part.unlink()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+class _Lines:
+    """Gives tqdm a log file: each refresh a line of its own instead of a carriage return."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> None:
+        text = text.strip("\r\n ")
+        if text:
+            self.stream.write(text + "\n")
+
+    def flush(self) -> None:
+        self.stream.flush()
+
+
+def progress(label: str, total: int, done: int = 0) -> tqdm:
+    """A plain progress bar on stderr with rate and time left.
+
+    A terminal gets the usual bar; a log file a line every 10 s; a notebook one line that is rewritten every 10 s (plain
+    text: widgets in a saved notebook load scripts from the network).
+    """
+    stream = sys.stderr
+    if stream.isatty():
+        return tqdm(total=total, initial=done, desc=label, unit="unit", file=stream, dynamic_ncols=True)
+    in_notebook = type(stream).__module__.startswith("ipykernel")
+    return tqdm(
+        total=total,
+        initial=done,
+        desc=label,
+        unit="unit",
+        file=stream if in_notebook else _Lines(stream),
+        mininterval=10,
+        maxinterval=30,
+        bar_format="{desc}: {percentage:3.0f}% {n_fmt} of {total_fmt} units, {rate_fmt}, {remaining} left",
+    )
