@@ -1,0 +1,334 @@
+"""Assemble and build the book of one profile: `python -m lib.book --profile smollm2-135m`.
+
+1. Read the table of contents: each page `executed/NN_step` in it is a step whose notebook, findings and run record must be there.
+2. Copy the sources of `book/` and the executed notebooks, each checked for having run to its end.
+3. Fill the generated pages: the landing page from the findings, the reproducibility page from the run records, the
+   library page from the sources of `lib`. Their prose stands in `book/*.md`, with `$names` where generated text goes.
+4. Build the HTML with Jupyter Book, warnings as errors, write `.stamp` and print the path of its first page.
+
+Nothing here knows a model or a number: what a page says was written by a step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+ANSWERS = ("coarse_sweep", "necessity", "sufficiency")
+"""The steps whose sentences and first figures make up the answer on the landing page, in this order."""
+
+
+class BookError(ValueError):
+    """The book cannot be built; the message names the step or page and what to do."""
+
+
+def pages(source: Path) -> dict[str, str]:
+    """Steps in the table of contents: step name -> page (`necessity` -> `executed/03_necessity`), in reading order."""
+    found = re.findall(r"executed/\d\d_\w+", (source / "_toc.yml").read_text(encoding="utf-8"))
+    return {page.split("_", 1)[1]: page for page in found}
+
+
+def read_json(results: Path, step: str, kind: str) -> dict[str, Any]:
+    """Findings or run record (`kind`: "findings", "run") of a step; BookError when the step has not written it."""
+    path = results / f"{step}.{kind}.json"
+    if not path.is_file():
+        raise BookError(f"step {step} has no {kind} file ({path}): run the step, then build the book again")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise BookError(f"{path} of step {step} is not JSON ({error}): delete it and run the step again") from None
+    if not isinstance(found, dict):
+        raise BookError(f"{path} of step {step} holds a {type(found).__name__}, not an object: run the step again")
+    return found
+
+
+def clean_notebook(path: Path, step: str) -> str:
+    """The executed notebook as JSON text for the book, without papermill's metadata (it holds paths and times).
+
+    Jupyter Book renders a failed or half-run notebook without a warning, so both are BookErrors here.
+    """
+    if not path.is_file():
+        raise BookError(f"step {step} has no executed notebook ({path}): run the step, then build the book again")
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    for number, cell in enumerate(notebook["cells"], start=1):
+        cell.get("metadata", {}).pop("papermill", None)
+        cell.get("metadata", {}).pop("execution", None)
+        if cell["cell_type"] != "code" or not "".join(cell["source"]).strip():
+            continue
+        for output in cell.get("outputs", ()):
+            if output["output_type"] == "error":
+                raise BookError(f"step {step} failed in cell {number} of {path}: {output['ename']}: {output['evalue']}")
+        if cell.get("execution_count") is None:
+            raise BookError(f"step {step} stopped before cell {number} of {path}: run the step again")
+    for key in ("papermill", "widgets"):
+        notebook.get("metadata", {}).pop(key, None)
+    return json.dumps(notebook, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+def landing(results: Path, steps: Mapping[str, str], to: Path) -> dict[str, str]:
+    """Fields of `index.md` from the findings. Copies the figures it shows to `to/figures/`.
+
+    A findings file has `model` {name, n_layers, ...}, `task`, `able`, `sentences` (MyST) and `figures`
+    [{file, caption}], `file` relative to the results folder. `headline`, if there, stands in for `sentences` here.
+    """
+    findings = {step: read_json(results, step, "findings") for step in steps}
+    models = {step: found["model"]["name"] for step, found in findings.items()}
+    if len(set(models.values())) > 1:
+        raise BookError(f"{results} mixes models {models}: run the steps of one profile into one results folder")
+    figures, answer = [], []
+    for step in (step for step in ANSWERS if step in findings):
+        found = findings[step]
+        answer.append(f"- [{title(step)}]({steps[step]}.ipynb): {sentences(step, found)}")
+        for figure in found.get("figures", ())[:1]:
+            figures.append(figure_block(results, to, step, figure))
+    model = findings[next(iter(findings))]["model"]
+    facts = {"model": f"**{model['name']}**"} | {key: value for key, value in model.items() if key != "name"}
+    able = [sentences(step, found) for step, found in findings.items() if step not in ANSWERS]
+    rows = [f"| [{title(step)}]({page}.ipynb) | `{findings[step].get('task', '')}` | "
+            f"{'measured' if findings[step].get('able', True) else 'not measured: the model cannot do this task'} |"
+            for step, page in steps.items()]
+    return {
+        "model": model["name"],
+        "answer": "\n".join(answer),
+        "figures": "\n\n".join(figures),
+        "able": "\n\n".join(able),
+        "measured": table(facts, verbatim=("model",)),
+        "pages": "\n".join(["| page | task | this model |", "| --- | --- | --- |", *rows]),
+    }
+
+
+def title(step: str) -> str:
+    return step.replace("_", " ").capitalize()
+
+
+def sentences(step: str, found: Mapping[str, Any]) -> str:
+    """What a step found, for the landing page; a step without a sentence is a BookError."""
+    said = " ".join(found.get("headline") or found.get("sentences") or ())
+    if found.get("able", True) is False:
+        said = f"this model cannot do the task `{found.get('task')}`, so nothing was measured. {said}".rstrip()
+    if not said:
+        raise BookError(f"the findings of step {step} hold no sentences: run the step again")
+    return said
+
+
+def figure_block(results: Path, to: Path, step: str, figure: Mapping[str, str]) -> str:
+    """A MyST figure directive for one figure of a findings file, its image copied beside the page."""
+    image = results / figure["file"]
+    if not image.is_file():
+        raise BookError(f"figure {figure['file']} of step {step} is not in {results}: run the step again")
+    (to / "figures").mkdir(exist_ok=True)
+    shutil.copyfile(image, to / "figures" / image.name)
+    caption = " ".join(figure["caption"].split())
+    alternative = re.sub(r"[`*\[\]{}]", "", caption)
+    return (f"```{{figure}} figures/{image.name}\n:name: fig-landing-{step.replace('_', '-')}\n"
+            f":alt: {alternative}\n\n{caption}\n```")
+
+
+def reproducibility(results: Path, steps: Mapping[str, str]) -> str:
+    """The run records of all steps as MyST: first what all of them share, then each step's own facts."""
+    records = {step: read_json(results, step, "run") for step in steps}
+    shared, own = split(list(records.values()))
+    parts = ["## The same in every step", describe(shared)] if shared else []
+    for step, record in zip(records, own, strict=True):
+        parts += [f"## {title(step)}", describe(record) or "Nothing differs."]
+    return "\n\n".join(parts)
+
+
+def split(records: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """(what all records share, the rest of each), comparing nested mappings key by key. Lists stay with their record."""
+    shared: dict[str, Any] = {}
+    own: list[dict[str, Any]] = [dict(record) for record in records]
+    for key in records[0]:
+        values = [record.get(key) for record in records]
+        if all(isinstance(value, Mapping) for value in values):
+            common, rests = split(values)
+            shared.update({key: common} if common else {})
+            for record, rest in zip(own, rests, strict=True):
+                record.pop(key)
+                record.update({key: rest} if rest else {})
+        elif all(value == values[0] for value in values) and not isinstance(values[0], list):
+            shared[key] = values[0]
+            for record in own:
+                record.pop(key)
+    return shared, own
+
+
+def describe(record: Mapping[str, Any]) -> str:
+    """A record as MyST: a table of its plain values, then a folded block for each mapping or list of lines in it."""
+    plain = {key: value for key, value in record.items() if not nested(value)}
+    parts = [table(plain)] if plain else []
+    for key, value in record.items():
+        if nested(value) and value:
+            lines = isinstance(value, list)
+            body = block("text", "\n".join(map(as_text, value))) if lines else table(flat(value))
+            parts.append(f"::::{{dropdown}} {title(key)}\n{body}\n::::")
+    return "\n\n".join(parts)
+
+
+def nested(value: Any) -> bool:
+    return isinstance(value, Mapping) or (isinstance(value, list) and any(isinstance(v, str | Mapping) for v in value))
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one level of dotted keys."""
+    out: dict[str, Any] = {}
+    for key, value in values.items():
+        out |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {f"{prefix}{key}": value}
+    return out
+
+
+def table(values: Mapping[str, Any], verbatim: Sequence[str] = ()) -> str:
+    """A two-column MyST table; values as code unless their key is in `verbatim`."""
+    rows = [f"| {key.replace('_', ' ') if verbatim else f'`{key}`'} | "
+            f"{value if key in verbatim else code(value)} |" for key, value in values.items()]
+    return "\n".join(["| | |", "| --- | --- |", *rows])
+
+
+def code(value: Any) -> str:
+    text = " ".join(as_text(value).split()).replace("`", "'").replace("|", "\\|")
+    return f"`{text}`" if text else ""
+
+
+def as_text(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def block(language: str, text: str, css: str = "") -> str:
+    """A MyST code block whose fence is longer than any in the text."""
+    fence = "`" * (max([2, *map(len, re.findall(r"`+", text))]) + 1)
+    return f"{fence}{{code-block}} {language}\n" + (f":class: {css}\n" if css else "") + f"\n{text}\n{fence}"
+
+
+def library(folder: Path) -> str:
+    """Every public function and class of the modules in `folder` as MyST, read from the sources without importing them."""
+    parts = []
+    for path in sorted(folder.glob("[a-z]*.py")):
+        module = ast.parse(path.read_text(encoding="utf-8"))
+        public = [node for node in module.body
+                  if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")]
+        parts += [f"## lib.{path.stem}", docstring(module)]
+        for node in public:
+            parts += [f"### {node.name}", block("python", signature(node)), docstring(node)]
+            methods = [sub for sub in node.body if isinstance(node, ast.ClassDef)
+                       and isinstance(sub, ast.FunctionDef) and not sub.name.startswith("_")]
+            for method in methods:
+                parts += [block("python", signature(method)), docstring(method)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def docstring(node: ast.Module | ast.ClassDef | ast.FunctionDef) -> str:
+    text = ast.get_docstring(node)
+    return block("text", text, css="docstring") if text else ""
+
+
+def signature(node: ast.ClassDef | ast.FunctionDef) -> str:
+    """A function's `def` line, or a class line with its annotated fields; one argument a line where it is long."""
+    if isinstance(node, ast.ClassDef):
+        bases = ", ".join(ast.unparse(base) for base in node.bases)
+        fields = [f"    {ast.unparse(sub)}" for sub in node.body if isinstance(sub, ast.AnnAssign)]
+        return "\n".join([f"class {node.name}({bases}):" if bases else f"class {node.name}:", *fields])
+    returns = f" -> {ast.unparse(node.returns)}" if node.returns else ""
+    line = f"def {node.name}({ast.unparse(node.args)}){returns}"
+    if len(line) <= 96:
+        return line
+    # ast.unparse writes arguments on one line; split only at the commas between them, by unparsing each apart.
+    spec, arguments = node.args, []
+    positional = [*spec.posonlyargs, *spec.args]
+    defaults = [None] * (len(positional) - len(spec.defaults)) + list(spec.defaults)
+    for argument, default in zip(positional, defaults, strict=True):
+        arguments.append(parameter(argument, default))
+    if spec.vararg or spec.kwonlyargs:
+        arguments.append(f"*{ast.unparse(spec.vararg)}" if spec.vararg else "*")
+    for argument, default in zip(spec.kwonlyargs, spec.kw_defaults, strict=True):
+        arguments.append(parameter(argument, default))
+    if spec.kwarg:
+        arguments.append(f"**{ast.unparse(spec.kwarg)}")
+    return "\n".join([f"def {node.name}(", *(f"    {argument}," for argument in arguments), f"){returns}"])
+
+
+def parameter(argument: ast.arg, default: ast.expr | None) -> str:
+    text = ast.unparse(argument)
+    if default is None:
+        return text
+    return f"{text} = {ast.unparse(default)}" if argument.annotation else f"{text}={ast.unparse(default)}"
+
+
+def assemble(profile: str, source: Path, executed: Path, results: Path, to: Path, folder: Path = ROOT / "lib") -> None:
+    """Write the complete sources of a profile's book to `to`, which is replaced."""
+    steps = pages(source)
+    notebooks = {page: clean_notebook(executed / f"{Path(page).name}.ipynb", step) for step, page in steps.items()}
+    shutil.rmtree(to, ignore_errors=True)
+    shutil.copytree(source, to, ignore=shutil.ignore_patterns("_build", ".*", "executed"))
+    (to / "executed").mkdir()
+    for page, text in notebooks.items():
+        (to / f"{page}.ipynb").write_text(text, encoding="utf-8")
+    generated = {
+        "index": landing(results, steps, to),
+        "reproducibility": {"profile": profile, "runs": reproducibility(results, steps)},
+        "api": {"modules": library(folder)},
+    }
+    for name, fields in generated.items():
+        page = to / f"{name}.md"
+        page.write_text(Template(page.read_text(encoding="utf-8")).substitute(fields), encoding="utf-8")
+    unknown = [page for page in toc_files(to) if not list(to.glob(f"{page}.*"))]
+    if unknown:
+        raise BookError(f"{source / '_toc.yml'} names pages that do not exist: {', '.join(unknown)}")
+
+
+def toc_files(source: Path) -> list[str]:
+    toc = yaml.safe_load((source / "_toc.yml").read_text(encoding="utf-8"))
+    return [toc["root"], *(entry["file"] for part in toc["parts"] for entry in part["chapters"])]
+
+
+def build(folder: Path) -> Path:
+    """Build the assembled book in `folder` with warnings as errors; returns its index.html and leaves `.stamp` last."""
+    command = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()",
+               "build", str(folder), "-W", "--keep-going"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    (folder / "build.log").write_text(done.stdout, encoding="utf-8")
+    index = folder / "_build" / "html" / "index.html"
+    if done.returncode or not index.is_file():
+        said = [line for line in done.stdout.splitlines() if re.search(r"WARNING|ERROR|Error|error:", line)]
+        raise BookError(f"jupyter-book stopped (all it said is in {folder / 'build.log'}):\n" + "\n".join(said[:40]))
+    (folder / ".stamp").write_text(f"{index.relative_to(folder)}\n", encoding="utf-8")
+    return index
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; prints the path of the book's first page as its last line, returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m lib.book", description="Build the book of one profile.")
+    parser.add_argument("--profile", required=True, help="name of the profile, or the path of its YAML")
+    parser.add_argument("--source", type=Path, default=Path("book"), help="sources of the book")
+    parser.add_argument("--executed", type=Path, help="executed notebooks (build/PROFILE/executed)")
+    parser.add_argument("--results", type=Path, help="findings, run records, figures (results/PROFILE)")
+    parser.add_argument("--to", type=Path, help="where to build (build/PROFILE/book); replaced")
+    given = parser.parse_args(arguments)
+    profile = Path(given.profile).stem if given.profile.endswith((".yaml", ".yml")) else given.profile
+    executed = given.executed or Path("build") / profile / "executed"
+    results = given.results or Path("results") / profile
+    to = given.to or Path("build") / profile / "book"
+    try:
+        assemble(profile, given.source, executed, results, to)
+        print(build(to))
+    except (BookError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
