@@ -1,4 +1,4 @@
-"""Step tables on disk: one schema, and files that appear whole or not at all.
+"""Step tables on disk: their schema, and files that appear whole or not at all.
 
 1. `SCHEMA` is the one pandera model of a sweep's table; `conform` brings a frame into its columns and types.
 2. `write` puts a frame into Parquet atomically (written beside, synced, renamed), its metadata as JSON in the file.
@@ -110,6 +110,12 @@ SCHEMA = pa_schema.DataFrameSchema(
     unique=IDENTITY,
     name="sweep table",
 )
+
+# Rows in which a set of sites is changed together: layer, component and head name its first site, `site_set` its place
+# in the list of sets.
+SET_SCHEMA = SCHEMA.add_columns({"site_set": _whole(0)})
+SET_SCHEMA.unique = [*IDENTITY, "site_set"]
+SET_SCHEMA.name = "table of site sets"
 
 
 def conform(frame: pd.DataFrame, schema: pa_schema.DataFrameSchema = SCHEMA) -> pd.DataFrame:

@@ -27,37 +27,37 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from lib.records import IDENTITY, METADATA_KEY, SCHEMA, RecordError, write, write_json, write_table
+from lib.records import METADATA_KEY, SCHEMA, RecordError, write, write_json, write_table
 
 
 @dataclass(frozen=True)
 class Unit:
-    """A piece of work that is done whole: what is asked of which pairs.
+    """A piece of work that is done whole, whoever runs it: what is asked of which pairs.
 
-    `label` names the kind of work, `pairs` are pair ids in order, `settings` any JSON-able values.
+    `id` is readable and unique within a table ("last-0003"), `pairs` are pairs or their ids, in order, `options` any
+    JSON-able values.
     """
 
-    label: str
-    pairs: tuple[str, ...] = ()
-    settings: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def id(self) -> str:
-        """A pure function of the unit's content, 16 hexadecimal digits."""
-        text = json.dumps([self.label, list(self.pairs), dict(self.settings)], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+    id: str
+    pairs: tuple[Any, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
-def cut(label: str, pairs: Sequence[str], size: int, **settings: Any) -> list[Unit]:
-    """The pairs in order, in units of `size` pairs (the last may be smaller)."""
-    if size < 1:
-        raise RecordError(f"unit size {size}: must be at least 1 pair")
-    return [Unit(label, tuple(pairs[start : start + size]), settings) for start in range(0, len(pairs), size)]
+def content_id(unit: Unit) -> str:
+    """The unit's id and a hash of what it asks: a pure function of the parameters and the pair list."""
+
+    def plain(value: Any) -> Any:
+        if hasattr(value, "pair_id"):
+            return value.pair_id
+        raise TypeError(f"work unit {unit.id}: {value!r} in its options is not plain data, so it has no stable id")
+
+    text = json.dumps([unit.id, list(unit.pairs), dict(unit.options)], sort_keys=True, default=plain)
+    return f"{unit.id}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
 def plan_id(units: Sequence[Unit]) -> str:
     """One id for a sequence of units, in order."""
-    return hashlib.sha256("\n".join(unit.id for unit in units).encode()).hexdigest()[:16]
+    return hashlib.sha256("\n".join(map(content_id, units)).encode()).hexdigest()[:16]
 
 
 def run_units(
@@ -73,9 +73,10 @@ def run_units(
 
     `plan` (the data key first, then what decided it, the resolved memory budget) is stored in plan.json; a folder whose
     plan has another "data_key" is refused. A computed frame may carry `frame.attrs["log"]`, a list of lines such as
-    "halved for memory", which are kept in the unit's metadata. Raises RecordError on an empty or repeated plan.
+    "halved for memory", and `frame.attrs["facts"]`, a dict for the table's metadata (the candidates' names, say); both
+    are kept in the unit's metadata. Raises RecordError on an empty or repeated plan.
     """
-    ids = [unit.id for unit in units]
+    ids = [content_id(unit) for unit in units]
     if not units:
         raise RecordError(f"{label}: there is nothing to compute (no work units); check the pairs and the layers")
     if len(set(ids)) < len(ids):
@@ -96,9 +97,10 @@ def run_units(
         for unit, path in todo:
             begun = time.perf_counter()
             frame = compute(unit)
-            facts = {"unit": unit.id, "seconds": time.perf_counter() - begun, "log": list(frame.attrs.get("log", []))}
-            write(path, frame, facts, schema)
-            for line in facts["log"]:
+            about = {"unit": unit.id, "seconds": time.perf_counter() - begun}
+            about |= {"log": list(frame.attrs.get("log", [])), "facts": dict(frame.attrs.get("facts", {}))}
+            write(path, frame, about, schema)
+            for line in about["log"]:
                 bar.write(line, file=sys.stderr)
             bar.update()
     return paths
@@ -118,22 +120,29 @@ def assemble(
 ) -> dict[str, Any]:
     """Join the units' tables in the order given into one file, values untouched; return the metadata written.
 
-    To `metadata` are added: units, rows, seconds (computing, over all sittings) and log (the units' lines, in order).
+    To `metadata` are added: units, rows, seconds (computing, over all sittings), log (the units' lines, in order) and
+    the units' facts. Raises RecordError when two units give the same row or different facts of one name.
     """
     tables = [pq.read_table(part) for part in parts]
-    facts = [json.loads(table.schema.metadata[METADATA_KEY]) for table in tables]
+    about = [json.loads(table.schema.metadata[METADATA_KEY]) for table in tables]
     table = pa.concat_tables([table.replace_schema_metadata(None) for table in tables], promote_options="permissive")
-    if schema is not None:
-        identity = table.select(IDENTITY).to_pandas()
+    if schema is not None and schema.unique:
+        identity = table.select(schema.unique).to_pandas()
         if identity.duplicated().any():
             row = identity[identity.duplicated()].iloc[0].to_dict()
             raise RecordError(f"{path.name}: two work units give the same row: {row}")
+    facts: dict[str, Any] = {}
+    for unit in about:
+        for name, value in unit["facts"].items():
+            if facts.setdefault(name, value) != value:
+                raise RecordError(f"{path.name}: unit {unit['unit']} has {name} {value}, an earlier one {facts[name]}")
     full = {
         **metadata,
+        **facts,
         "units": len(parts),
         "rows": table.num_rows,
-        "seconds": round(math.fsum(fact["seconds"] for fact in facts), 3),
-        "log": [line for fact in facts for line in fact["log"]],
+        "seconds": round(math.fsum(unit["seconds"] for unit in about), 3),
+        "log": [line for unit in about for line in unit["log"]],
     }
     text = json.dumps(full, sort_keys=True, ensure_ascii=False, allow_nan=False)
     write_table(path, table.replace_schema_metadata({METADATA_KEY: text.encode()}))
