@@ -1,6 +1,7 @@
 """Assemble and build the book of one profile: `python -m lib.book --profile smollm2-135m`.
 
-1. Read the table of contents: each page `executed/NN_step` in it is a step whose notebook, findings and run record must be there.
+1. Read the table of contents: each page `executed/NN_step` in it is a step whose executed notebook, findings and run
+   record must be there.
 2. Copy the sources of `book/` and the executed notebooks, each checked for having run to its end.
 3. Fill the generated pages: the landing page from the findings, the reproducibility page from the run records, the
    library page from the sources of `lib`. Their prose stands in `book/*.md`, with `$names` where generated text goes.
@@ -24,6 +25,7 @@ from string import Template
 from typing import Any
 
 import yaml
+from markdown_it import MarkdownIt
 
 ROOT = Path(__file__).resolve().parent.parent
 ANSWERS = ("coarse_sweep", "necessity", "sufficiency")
@@ -63,8 +65,11 @@ def clean_notebook(path: Path, step: str) -> str:
         raise BookError(f"step {step} has no executed notebook ({path}): run the step, then build the book again")
     notebook = json.loads(path.read_text(encoding="utf-8"))
     for number, cell in enumerate(notebook["cells"], start=1):
-        cell.get("metadata", {}).pop("papermill", None)
-        cell.get("metadata", {}).pop("execution", None)
+        for key in ("papermill", "execution"):
+            cell["metadata"].pop(key, None)
+        tags = cell["metadata"].get("tags", [])
+        if {"parameters", "injected-parameters"} & set(tags) and "hide-input" not in tags:
+            cell["metadata"]["tags"] = [*tags, "hide-input"]
         if cell["cell_type"] != "code" or not "".join(cell["source"]).strip():
             continue
         for output in cell.get("outputs", ()):
@@ -94,7 +99,7 @@ def landing(results: Path, steps: Mapping[str, str], to: Path) -> dict[str, str]
         for figure in found.get("figures", ())[:1]:
             figures.append(figure_block(results, to, step, figure))
     model = findings[next(iter(findings))]["model"]
-    facts = {"model": f"**{model['name']}**"} | {key: value for key, value in model.items() if key != "name"}
+    facts = {key: value for key, value in model.items() if key != "name"}
     able = [sentences(step, found) for step, found in findings.items() if step not in ANSWERS]
     rows = [f"| [{title(step)}]({page}.ipynb) | `{findings[step].get('task', '')}` | "
             f"{'measured' if findings[step].get('able', True) else 'not measured: the model cannot do this task'} |"
@@ -104,7 +109,7 @@ def landing(results: Path, steps: Mapping[str, str], to: Path) -> dict[str, str]
         "answer": "\n".join(answer),
         "figures": "\n\n".join(figures),
         "able": "\n\n".join(able),
-        "measured": table(facts, verbatim=("model",)),
+        "measured": table(facts, head=("model", model["name"])),
         "pages": "\n".join(["| page | task | this model |", "| --- | --- | --- |", *rows]),
     }
 
@@ -139,6 +144,8 @@ def figure_block(results: Path, to: Path, step: str, figure: Mapping[str, str]) 
 def reproducibility(results: Path, steps: Mapping[str, str]) -> str:
     """The run records of all steps as MyST: first what all of them share, then each step's own facts."""
     records = {step: read_json(results, step, "run") for step in steps}
+    for record in records.values():
+        record.pop("step", None)  # the heading says it
     shared, own = split(list(records.values()))
     parts = ["## The same in every step", describe(shared)] if shared else []
     for step, record in zip(records, own, strict=True):
@@ -147,7 +154,7 @@ def reproducibility(results: Path, steps: Mapping[str, str]) -> str:
 
 
 def split(records: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """(what all records share, the rest of each), comparing nested mappings key by key. Lists stay with their record."""
+    """(what all records share, the rest of each), comparing nested mappings key by key; lists stay with their record."""
     shared: dict[str, Any] = {}
     own: list[dict[str, Any]] = [dict(record) for record in records]
     for key in records[0]:
@@ -171,8 +178,7 @@ def describe(record: Mapping[str, Any]) -> str:
     parts = [table(plain)] if plain else []
     for key, value in record.items():
         if nested(value) and value:
-            lines = isinstance(value, list)
-            body = block("text", "\n".join(map(as_text, value))) if lines else table(flat(value))
+            body = table(flat(value)) if isinstance(value, Mapping) else block("text", "\n".join(map(as_text, value)))
             parts.append(f"::::{{dropdown}} {title(key)}\n{body}\n::::")
     return "\n\n".join(parts)
 
@@ -189,11 +195,10 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return out
 
 
-def table(values: Mapping[str, Any], verbatim: Sequence[str] = ()) -> str:
-    """A two-column MyST table; values as code unless their key is in `verbatim`."""
-    rows = [f"| {key.replace('_', ' ') if verbatim else f'`{key}`'} | "
-            f"{value if key in verbatim else code(value)} |" for key, value in values.items()]
-    return "\n".join(["| | |", "| --- | --- |", *rows])
+def table(values: Mapping[str, Any], head: tuple[str, str] = ("name", "value")) -> str:
+    """A two-column MyST table of names and values, both as code."""
+    rows = [f"| {code(key)} | {code(value)} |" for key, value in values.items()]
+    return "\n".join([f"| {head[0]} | {head[1]} |", "| --- | --- |", *rows])
 
 
 def code(value: Any) -> str:
@@ -207,32 +212,36 @@ def as_text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def block(language: str, text: str, css: str = "") -> str:
-    """A MyST code block whose fence is longer than any in the text."""
+def block(kind: str, text: str) -> str:
+    """A MyST block ("text", "python": code; "{raw} html": HTML as it is) with a fence longer than any in the text."""
     fence = "`" * (max([2, *map(len, re.findall(r"`+", text))]) + 1)
-    return f"{fence}{{code-block}} {language}\n" + (f":class: {css}\n" if css else "") + f"\n{text}\n{fence}"
+    return f"{fence}{kind}\n{text}\n{fence}"
 
 
 def library(folder: Path) -> str:
-    """Every public function and class of the modules in `folder` as MyST, read from the sources without importing them."""
+    """Every public, documented function and class in `folder`, as MyST, from the sources and without importing them."""
     parts = []
     for path in sorted(folder.glob("[a-z]*.py")):
         module = ast.parse(path.read_text(encoding="utf-8"))
-        public = [node for node in module.body
-                  if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")]
-        parts += [f"## lib.{path.stem}", docstring(module)]
-        for node in public:
-            parts += [f"### {node.name}", block("python", signature(node)), docstring(node)]
-            methods = [sub for sub in node.body if isinstance(node, ast.ClassDef)
-                       and isinstance(sub, ast.FunctionDef) and not sub.name.startswith("_")]
-            for method in methods:
-                parts += [block("python", signature(method)), docstring(method)]
+        parts += [f"## lib.{path.stem}", described(module)]
+        for node in public(module):
+            parts += [f"### {node.name}", block("python", signature(node)), described(node)]
+            for method in public(node) if isinstance(node, ast.ClassDef) else ():
+                parts += [block("python", signature(method)), described(method)]
     return "\n\n".join(part for part in parts if part)
 
 
-def docstring(node: ast.Module | ast.ClassDef | ast.FunctionDef) -> str:
-    text = ast.get_docstring(node)
-    return block("text", text, css="docstring") if text else ""
+def public(parent: ast.Module | ast.ClassDef) -> list[ast.FunctionDef | ast.ClassDef]:
+    return [node for node in parent.body if isinstance(node, ast.FunctionDef | ast.ClassDef)
+            and not node.name.startswith("_") and ast.get_docstring(node)]
+
+
+def described(node: ast.Module | ast.ClassDef | ast.FunctionDef) -> str:
+    """A docstring as HTML. Plain Markdown and not MyST: a brace or bracket in a docstring must not break the book."""
+    # Lines set in under a paragraph ("Args:", a table of names) keep their lines: made a block of their own.
+    text = re.sub(r"(?m)^(?! |[-*] |\d+\. )(.+)\n(?=    )", r"\1\n\n", ast.get_docstring(node) or "")
+    html = MarkdownIt("commonmark", {"html": False}).render(text)
+    return block("{raw} html", f'<div class="docstring">\n{html}</div>') if text else ""
 
 
 def signature(node: ast.ClassDef | ast.FunctionDef) -> str:
@@ -299,10 +308,11 @@ def build(folder: Path) -> Path:
     command = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()",
                "build", str(folder), "-W", "--keep-going"]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
-    (folder / "build.log").write_text(done.stdout, encoding="utf-8")
+    log = re.sub(r"\x1b\[[0-9;]*m", "", done.stdout)
+    (folder / "build.log").write_text(log, encoding="utf-8")
     index = folder / "_build" / "html" / "index.html"
     if done.returncode or not index.is_file():
-        said = [line for line in done.stdout.splitlines() if re.search(r"WARNING|ERROR|Error|error:", line)]
+        said = [line for line in log.splitlines() if re.search(r"WARNING|ERROR|Error\b", line)]
         raise BookError(f"jupyter-book stopped (all it said is in {folder / 'build.log'}):\n" + "\n".join(said[:40]))
     (folder / ".stamp").write_text(f"{index.relative_to(folder)}\n", encoding="utf-8")
     return index
