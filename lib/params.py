@@ -1,0 +1,328 @@
+"""Parameters: one pydantic model per step, with units, defaults and bounds in the field descriptions.
+
+1. `Shared` holds the keys that every step takes; `Baselines`, `CoarseSweep`, ... add their own section's keys.
+2. `load_profile` reads `params/<name>.yaml`: flat shared keys and one section per step.
+3. `validate` merges the two (a flat key beats the section) and turns every mistake into one sentence.
+4. `from_notebook` picks what was given out of a notebook's variables.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+Component = Literal["resid", "attn", "mlp", "head"]
+Ablation = Literal["zero", "mean", "resample", "counterfactual"]
+Role = Literal["name_a", "name_b", "name_c", "names", "swapped", "last", "all"]
+
+
+class ParameterError(ValueError):
+    """A parameter that is unknown, out of bounds, or does not fit the model."""
+
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows: the sentence, without the stack."""
+        return [f"{type(self).__name__}: {self}"]
+
+
+def _words(value: Any) -> Any:
+    """`-p components head,mlp` comes as text; YAML gives lists. One word alone is a list of one."""
+    if isinstance(value, str):
+        return tuple(word.strip() for word in value.split(",") if word.strip())
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _layers(value: Any) -> Any:
+    """`all`, `auto`, a number, a list, or papermill's text "21,22"."""
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, int):
+        return (value,)
+    if isinstance(value, str) and re.fullmatch(r"\s*-?\d+(\s*,\s*-?\d+)*\s*,?\s*", value):
+        return tuple(int(part) for part in value.split(",") if part.strip())
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _distinct(value: tuple) -> tuple:
+    if len(set(value)) < len(value):
+        raise ValueError("names something twice")
+    return value
+
+
+Layer = Annotated[int, Field(ge=0)]
+ONCE = AfterValidator(_distinct)
+Layers = Annotated[
+    Literal["all", "auto"] | Annotated[tuple[Layer, ...], Field(min_length=1), ONCE], BeforeValidator(_layers)
+]
+Components = Annotated[tuple[Component, ...], Field(min_length=1), BeforeValidator(_words), ONCE]
+Ablations = Annotated[tuple[Ablation, ...], Field(min_length=1), BeforeValidator(_words), ONCE]
+Roles = Annotated[tuple[Role, ...], BeforeValidator(_words), ONCE]
+Words = Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(_words), ONCE]
+Share = Annotated[float, Field(gt=0, le=1)]
+
+
+class Shared(BaseModel):
+    """The keys that every step takes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
+
+    profile: str = Field(
+        "smollm2-135m",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        description="name of params/<profile>.yaml and results/<profile>",
+    )
+    model: str = Field(
+        min_length=1, description="package:name/file.gguf, a folder, a hub id owner/name, or config:file.json"
+    )
+    model_sha256: str | None = Field(
+        None, pattern="^[0-9a-f]{64}$", description="SHA-256 of the weights file, checked at load"
+    )
+    dtype: Literal["float32", "float64", "float16", "bfloat16"] = Field(
+        "float32", description="type of the weights and activations"
+    )
+    device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, cuda, cuda:N or mps")
+    device_map: str | dict[str, int | str] | None = Field(
+        None, description="accelerate's device map, for models on several devices"
+    )
+    quantisation: Literal["nf4", "int8"] | None = Field(None, description="load in 4 or 8 bits through bitsandbytes")
+    max_memory: dict[int | str, float] | None = Field(None, description="GB per device, for device_map")
+    offload_folder: str | None = Field(None, description="folder for weights that fit on no device")
+    chat_template: bool = Field(False, description="wrap prompts in the tokenizer's chat template")
+    task: Literal["superset", "bi_association", "odd_one_out", "one_name"] = Field(
+        "superset", description="what is asked"
+    )
+    template: str | None = Field(
+        None, description="a template of the task, or its text with {a} and {b}; default: the task's first"
+    )
+    attributes: Words = Field(("profession", "school"), description="attributes listed in the bi-association prompt")
+    seed: int = Field(0, ge=0, lt=2**32, description="seed of every random choice")
+    layers: Layers = Field(
+        "all", description="all, auto (the critical layers of step 02), or a list of layers, counted from 0"
+    )
+    aggregator_layer: Literal["auto"] | Layer = Field(
+        "auto", description="a layer to test as the aggregator; auto: step 02 chooses"
+    )
+    pairs_file: str | None = Field(None, description="CSV of your own pairs, instead of those of step 01")
+    people_file: str = Field("data/people.csv", description="table of people that pairs are made of")
+    results_dir: str | None = Field(None, description="folder for results; default results/<profile>")
+    memory: Literal["auto"] | Annotated[float, Field(gt=0)] = Field(
+        "auto", description="GB that one pass may take; auto: from the machine's size"
+    )
+    overwrite: bool = Field(False, description="replace results that other parameters wrote")
+    level: float = Field(0.95, gt=0.5, lt=1, description="confidence level of intervals")
+    resamples: int = Field(2000, ge=100, description="bootstrap resamples over quads")
+    flips: int = Field(2000, ge=100, description="sign flips of whole quads in max-T tests")
+    min_pairs: int = Field(
+        40,
+        ge=1,
+        description="fewest pairs with a margin above 0 (clean) and below 0 (corrupt) for a task to count as done",
+    )
+    critical_share: Share = Field(
+        0.8, description="share of the denoise curve's rises that the critical layers add up to"
+    )
+    slice_share: Share = Field(0.8, description="joint recovery and damage that the critical slice must reach")
+    slice_limit: int = Field(24, ge=1, description="most heads and MLPs in the critical slice")
+    restores_share: Share = Field(0.5, description="share of pairs whose top candidate must become the clean answer")
+    restores_recovery: float = Field(
+        0.5, ge=0, le=1, description="what the lower end of recovery's interval must exceed"
+    )
+
+
+class Baselines(Shared):
+    """01: people, quads and pairs; does the model do the task at all?"""
+
+    templates: Words = Field(("profession_both",), description="templates whose accuracy is measured")
+    quads_per_half: int = Field(100, ge=1, description="most quads in each half")
+    min_quads_per_half: int = Field(50, ge=1, description="fewest quads in each half")
+    pairs_per_quad: int = Field(2, ge=1, le=4, description="pairs taken from a quad")
+    fame_tolerance: float = Field(
+        0.25,
+        gt=0,
+        description="largest difference in fame between matched people, in probability of the right superset",
+    )
+    min_bucket: int = Field(
+        4, ge=2, description="fewest quads of one half, template and token counts (means and resamples come from them)"
+    )
+    odd_one_out_items: int = Field(60, ge=0, description="generated odd-one-out items, beside the plan's six")
+    accuracy_pairs: int = Field(200, ge=1, description="pairs per template on which accuracy is measured")
+
+
+class CoarseSweep(Shared):
+    """02: the residual stream at the names and at the last token, every layer."""
+
+    roles: Roles = Field(("name_a", "name_b", "names", "last"), min_length=1, description="token roles that are swept")
+    pairs: int | None = Field(None, ge=1, description="pairs at `last`; default all")
+    name_pairs: int = Field(80, ge=1, description="pairs at the name roles")
+
+
+class Necessity(Shared):
+    """03: every site ablated in the clean run."""
+
+    components: Components = Field(("resid", "attn", "mlp", "head"), description="components swept at `last`")
+    ablations: Ablations = Field(
+        ("zero", "mean", "resample", "counterfactual"), description="kinds of ablation at `last`"
+    )
+    pairs: int | None = Field(None, ge=1, description="pairs at `last`; default all")
+    name_roles: Roles = Field(("name_a", "name_b", "names"), description="name roles swept, counterfactual only")
+    name_components: Components = Field(("resid", "attn", "mlp"), description="components swept at the name roles")
+    name_pairs: int = Field(40, ge=1, description="pairs at the name roles")
+
+
+class Sufficiency(Shared):
+    """04: every site patched from the clean into the corrupt run."""
+
+    components: Components = Field(("resid", "attn", "mlp", "head"), description="components swept at `last`")
+    pairs: int | None = Field(None, ge=1, description="pairs at `last`; default all")
+
+
+STEPS: dict[str, type[Shared]] = {
+    "baselines": Baselines,
+    "coarse_sweep": CoarseSweep,
+    "necessity": Necessity,
+    "sufficiency": Sufficiency,
+}
+SHARED = frozenset(Shared.model_fields)
+# Variables of an IPython session that no one gave as a parameter.
+_IPYTHON = {"In", "Out", "exit", "quit", "get_ipython", "open"}
+
+
+def section_keys(step: str) -> list[str]:
+    """The keys of a step's own section, in order."""
+    return [key for key in step_model(step).model_fields if key not in SHARED]
+
+
+def step_model(step: str) -> type[Shared]:
+    """The pydantic model of a step."""
+    if step not in STEPS:
+        raise ParameterError(f"step {step!r} is unknown{_nearest(step, STEPS)}; the steps are {', '.join(STEPS)}")
+    return STEPS[step]
+
+
+def _nearest(word: str, allowed: Sequence[str] | Mapping) -> str:
+    close = difflib.get_close_matches(word, list(allowed), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def profiles() -> list[str]:
+    """Names of the profiles in params/."""
+    return sorted(path.stem for path in (ROOT / "params").glob("*.yaml"))
+
+
+def load_profile(name: str) -> dict[str, Any]:
+    """The content of params/<name>.yaml, or of the YAML file at the path `name`; `profile` is filled in."""
+    path = Path(name) if name.endswith((".yaml", ".yml")) else ROOT / "params" / f"{name}.yaml"
+    if not path.is_file():
+        raise ParameterError(
+            f"profile {name!r} is unknown{_nearest(name, profiles())}; there are {', '.join(profiles())}"
+        )
+    try:
+        given = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ParameterError(f"profile {path.name} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(given, dict):
+        raise ParameterError(f"profile {path.name} must hold keys and values, not {type(given).__name__}")
+    if given.setdefault("profile", path.stem) != path.stem:
+        raise ParameterError(f"profile {path.name} calls itself {given['profile']!r}; name it {path.stem!r}")
+    return given
+
+
+def validate(step: str, given: Mapping[str, Any]) -> Shared:
+    """The step's parameters, checked. None means "not given"; other steps' sections are left alone.
+
+    Raises ParameterError naming the key, the value and what is allowed.
+    """
+    model = step_model(step)
+    flat = {key: value for key, value in given.items() if key not in STEPS and value is not None}
+    section = given.get(step)
+    if section is None:
+        section = {}
+    elif not isinstance(section, Mapping):
+        raise ParameterError(
+            f"section {step} = {section!r}: must hold keys and values ({', '.join(section_keys(step))})"
+        )
+    for key in section:
+        if key not in section_keys(step):
+            shared = f"; {key!r} is a shared key: give it outside the section" if key in SHARED else ""
+            raise ParameterError(_unknown(key, section[key], section_keys(step), f"in section {step}") + shared)
+    for key in flat:
+        if key not in model.model_fields:
+            homes = [name for name in STEPS if key in section_keys(name)]
+            elsewhere = f"; {key!r} belongs to {' and '.join(homes)}" if homes else ""
+            raise ParameterError(_unknown(key, flat[key], list(model.model_fields), f"of step {step}") + elsewhere)
+    if "model" not in flat:
+        raise ParameterError("model is not given: run with -f params/<profile>.yaml, or give -p model")
+    merged = {key: value for key, value in section.items() if value is not None} | flat
+    try:
+        return model(**merged)
+    except ValidationError as error:
+        raise ParameterError(_sentence(step, model, error)) from None
+
+
+def _unknown(key: str, value: Any, allowed: Sequence[str], where: str) -> str:
+    return f"unknown parameter {key} = {value!r} {where}{_nearest(key, allowed)}; allowed are {', '.join(allowed)}"
+
+
+def _sentence(step: str, model: type[Shared], error: ValidationError) -> str:
+    """The first broken rule: key, value, what is allowed, what the key means."""
+    details = error.errors(include_url=False)
+    key = str(details[0]["loc"][0])
+    # a union fails once per member: say what every member wants
+    wanted = dict.fromkeys(detail["msg"].removeprefix("Value error, ") for detail in details if detail["loc"][0] == key)
+    inner = [detail["input"] for detail in details if detail["loc"][0] == key]
+    value = next((item for item in inner if not isinstance(item, (tuple, dict))), inner[0])
+    meaning = model.model_fields[key].description
+    return f"parameter {key} = {value!r} of step {step}: {'; or '.join(wanted)} ({key}: {meaning})"
+
+
+def from_notebook(step: str, namespace: Mapping[str, Any]) -> Shared:
+    """The step's parameters out of a notebook's `globals()`.
+
+    Taken are plain values (text, numbers, lists, dicts) under names without a leading underscore that are not
+    IPython's. Where no `model` is given (a notebook opened by hand), the profile's YAML is read beneath them.
+    """
+    plain = (str, int, float, list, tuple, dict)
+    given = {
+        key: value
+        for key, value in namespace.items()
+        if isinstance(value, plain) and not key.startswith("_") and key not in _IPYTHON
+    }
+    if "model" not in given:
+        step_model(step)
+        base = load_profile(given.get("profile", Shared.model_fields["profile"].default))
+        own = {key: value for key, value in base.items() if key != "profile"}
+        given = {"profile": base["profile"]} | own | {key: value for key, value in given.items() if key != "profile"}
+    elif "profile" not in given:
+        raise ParameterError("profile is not given: it names the folder of the results; run with -p profile <name>")
+    return validate(step, given)
+
+
+def check_layers(params: Shared, n_layers: int) -> None:
+    """ParameterError when a layer in the parameters is not in the model."""
+    named = {"layers": params.layers, "aggregator_layer": (params.aggregator_layer,)}
+    for key, layers in named.items():
+        for layer in layers if isinstance(layers, tuple) else ():
+            if layer != "auto" and layer >= n_layers:
+                raise ParameterError(
+                    f"parameter {key}: layer {layer} is not in {params.model}, which has layers 0 to {n_layers - 1}"
+                )
+
+
+def choose_template(params: Shared, templates: Mapping[str, Any]) -> str:
+    """The template asked for, or the task's first. `templates` maps names to `lib.tasks.Template`."""
+    own = [name for name, template in templates.items() if template.task == params.task]
+    if params.template is None:
+        return own[0]
+    if params.template in own or (params.template not in templates and "{a}" in params.template):
+        return params.template
+    owner = f" (it is of task {templates[params.template].task})" if params.template in templates else ""
+    raise ParameterError(
+        f"parameter template = {params.template!r}{owner}: templates of task {params.task} are {', '.join(own)}, "
+        f"or give a text with {{a}} and {{b}}{_nearest(params.template, own)}"
+    )
