@@ -154,7 +154,7 @@ def reproducibility(results: Path, steps: Mapping[str, str]) -> str:
 
 
 def split(records: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """(what all records share, the rest of each), comparing nested mappings key by key; lists stay with their record."""
+    """(what all records share, the rest of each), nested mappings key by key; lists stay with their record."""
     shared: dict[str, Any] = {}
     own: list[dict[str, Any]] = [dict(record) for record in records]
     for key in records[0]:
