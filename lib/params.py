@@ -260,9 +260,10 @@ def validate(step: str, given: Mapping[str, Any]) -> Shared:
         raise ParameterError("model is not given: run with -f params/<profile>.yaml, or give -p model")
     merged = {key: value for key, value in section.items() if value is not None} | flat
     try:
-        return model(**merged)
+        params = model(**merged)
     except ValidationError as error:
         raise ParameterError(_sentence(step, model, error)) from None
+    return params.model_copy(update={"template": _template(params)})
 
 
 def _unknown(key: str, value: Any, allowed: Sequence[str], where: str) -> str:
@@ -314,14 +315,16 @@ def check_layers(params: Shared, n_layers: int) -> None:
                 )
 
 
-def choose_template(params: Shared, templates: Mapping[str, Any]) -> str:
-    """The template asked for, or the task's first. `templates` maps names to `lib.tasks.Template`."""
-    own = [name for name, template in templates.items() if template.task == params.task]
+def _template(params: Shared) -> str:
+    """The template asked for, or the task's first."""
+    from lib.tasks import TEMPLATES  # the words of the tasks; parameters need them only here
+
+    own = [name for name, template in TEMPLATES.items() if template.task == params.task]
     if params.template is None:
         return own[0]
-    if params.template in own or (params.template not in templates and "{a}" in params.template):
+    if params.template in own or (params.template not in TEMPLATES and "{a}" in params.template):
         return params.template
-    owner = f" (it is of task {templates[params.template].task})" if params.template in templates else ""
+    owner = f" (it is of task {TEMPLATES[params.template].task})" if params.template in TEMPLATES else ""
     raise ParameterError(
         f"parameter template = {params.template!r}{owner}: templates of task {params.task} are {', '.join(own)}, "
         f"or give a text with {{a}} and {{b}}{_nearest(params.template, own)}"
