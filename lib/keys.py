@@ -236,11 +236,12 @@ def differences(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         then, here = stored.get(group, {}), now.get(group, {})
         for key in sorted({*then, *here}):
             if then.get(key) != here.get(key):
-                out.append(
-                    f"{key} was {then.get(key)!r}, now {here.get(key)!r}"
-                    if group == "parameters" or key == "critical_layers"
-                    else f"{key} has changed" + (" (lib)" if group == "modules" else "")
-                )
+                if group == "parameters" or key == "critical_layers":
+                    out.append(f"{key} was {then.get(key)!r}, now {here.get(key)!r}")
+                else:
+                    out.append(
+                        f"lib/{key}.py has changed" if group == "modules" else f"{key}: the contents have changed"
+                    )
     return out
 
 
@@ -261,7 +262,9 @@ def stored_ingredients(folder: Path, step: str) -> dict[str, Any] | None:
     for path in (folder / f"{step}.run.json", *sorted(folder.glob(f"{step}.*units/plan.json"))):
         if path.is_file():
             return json.loads(path.read_text(encoding="utf-8")).get("ingredients", {})
-    return {} if step_files(folder, step) else None
+    # work units without a plan count for nothing: a run was killed as it began
+    known = [path for path in step_files(folder, step) if path.suffix != ".units"]
+    return {} if known else None
 
 
 def stored_key(folder: Path, step: str) -> str | None:

@@ -83,6 +83,7 @@ def run_units(
         raise RecordError(f"{label}: two work units are the same; each unit must ask for other work")
     stored = read_plan(folder)
     if stored is None:
+        remove_units(folder)  # parts without a plan are of no known key
         write_json(folder / "plan.json", dict(plan))
     elif stored["data_key"] != plan["data_key"]:
         raise RecordError(
@@ -179,15 +180,15 @@ def progress(label: str, total: int, done: int = 0) -> tqdm:
     """
     stream = sys.stderr
     if stream.isatty():
-        return tqdm(total=total, initial=done, desc=label, unit="unit", file=stream, dynamic_ncols=True)
+        return tqdm(total=total, initial=done, desc=label, unit=" units", file=stream, dynamic_ncols=True)
     in_notebook = type(stream).__module__.startswith("ipykernel")
     return tqdm(
         total=total,
         initial=done,
         desc=label,
-        unit="unit",
+        unit=" units",
         file=stream if in_notebook else _Lines(stream),
         mininterval=10,
         maxinterval=30,
-        bar_format="{desc}: {percentage:3.0f}% {n_fmt} of {total_fmt} units, {rate_fmt}, {remaining} left",
+        bar_format="{desc}: {percentage:3.0f}% {n_fmt} of {total_fmt}, {rate_fmt}, {remaining} left",
     )

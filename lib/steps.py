@@ -1,0 +1,329 @@
+"""What a notebook's first cell calls: parameters checked, results found, work resumed, findings handed on.
+
+1. `begin` reads the notebook's variables and refuses a results folder that other parameters wrote.
+2. `Step.able` says whether the model can do the task; `Step.find` reads an earlier step's findings, `Step.pairs` pairs.
+3. `Step.table` gives a finished table, or computes the work units that are missing. The model is loaded only then:
+   a page that is merely redrawn does not need it.
+4. `Step.write_findings` hands on what was found, and the run record says how.
+
+    from lib import steps
+    step = steps.begin("necessity", globals())
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, is_dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from zlib import crc32
+
+import numpy as np
+import pandas as pd
+from pandera.pandas import DataFrameSchema
+
+from lib import keys, machine, params, records, units
+from lib.params import ParameterError, Shared
+from lib.units import Unit
+
+if TYPE_CHECKING:
+    from lib.models import Model
+
+
+class StepError(ParameterError):
+    """A step that cannot go on; shown in a notebook as one sentence."""
+
+
+@dataclass(frozen=True)
+class Ability:
+    """Whether the model does the task (true as a truth value), why, and whether step 01 has asked at all."""
+
+    able: bool
+    why: str
+    known: bool = True
+
+    def __bool__(self) -> bool:
+        return self.able
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of the plan with its parameters: where it reads, where it writes, how it computes."""
+
+    name: str
+    params: Shared
+
+    @property
+    def results(self) -> Path:
+        """The folder that this step writes to."""
+        return keys.results_folder(self.params)
+
+    @cached_property
+    def ingredients(self) -> dict[str, Any]:
+        """Everything the step's data depends on (see `lib.keys`)."""
+        return keys.ingredients(self.name, self.params)
+
+    @property
+    def data_key(self) -> str:
+        return keys.data_key(self.ingredients)
+
+    def rng(self, purpose: str = "") -> np.random.Generator:
+        """A generator from the profile's seed, of its own for each purpose."""
+        return np.random.default_rng([self.params.seed, crc32(f"{self.name}:{purpose}".encode())])
+
+    # --- the model ---
+
+    @cached_property
+    def model(self) -> Model:
+        """The model, loaded and proved when it is first asked for; layers in the parameters are checked against it."""
+        from lib import models  # torch and transformers: only for steps that compute
+
+        p = self.params
+        try:
+            model = models.load(
+                p.model,
+                sha256=p.model_sha256,
+                dtype=p.dtype,
+                device=p.device,
+                device_map=p.device_map,
+                quantisation=p.quantisation,
+                max_memory=p.max_memory,
+                offload_folder=p.offload_folder,
+                seed=p.seed,
+            )
+        except ValueError as error:
+            raise StepError(str(error)) from None
+        params.check_layers(p, model.n_layers)
+        return model
+
+    @cached_property
+    def n_layers(self) -> int:
+        """Layers of the model; from the run record where there is one, so that a redrawn page loads no model."""
+        return self._shape("n_layers")
+
+    @cached_property
+    def n_heads(self) -> int:
+        """Heads per layer of the model, as `n_layers`."""
+        return self._shape("n_heads")
+
+    def _shape(self, key: str) -> int:
+        stored = self.record.get("model", {}) if self.fresh else {}
+        return stored.get(key) or getattr(self.model, key)
+
+    @property
+    def layers(self) -> list[int]:
+        """The layers that are swept: all, those listed, or the critical layers of step 02 (all if there are none)."""
+        chosen = self.params.layers
+        if chosen == "auto":
+            chosen = (self.find("coarse_sweep") or {}).get("critical_layers") or "all"
+        return list(range(self.n_layers)) if chosen == "all" else list(chosen)
+
+    @property
+    def layers_from(self) -> str:
+        """How `layers` was chosen, for the page."""
+        if self.params.layers != "auto":
+            return "all layers, by the profile" if self.params.layers == "all" else "the layers named in the parameters"
+        found = (self.find("coarse_sweep") or {}).get("critical_layers")
+        return "the critical layers of step 02" if found else "all layers: step 02 has left no critical layers here"
+
+    # --- what earlier steps left ---
+
+    def find(self, step: str) -> dict[str, Any] | None:
+        """Findings of an earlier step about this model and task, from results_dir, then results/<profile>; or None."""
+        params.step_model(step)
+        return keys.find_findings(step, self.params)
+
+    def able(self) -> Ability:
+        """Whether the model does the task, by the findings of step 01. Where that was not asked, work goes on."""
+        found = keys.ability(self.params)
+        if found is None:
+            return Ability(True, f"step 01 has not measured whether this model does {self.params.task}", known=False)
+        return Ability(found["able"], found["why"])
+
+    def pairs(self) -> pd.DataFrame:
+        """The pairs table: `pairs_file`, or the pairs of step 01. StepError when there are none."""
+        path = keys.find_pairs(self.name, self.params)
+        if self.params.pairs_file is None:
+            return records.read(path)
+        from lib import data
+
+        try:
+            return data.load_pairs_file(path)
+        except ValueError as error:
+            raise StepError(str(error)) from None
+
+    # --- tables ---
+
+    def path(self, name: str | None = None) -> Path:
+        """The file of a table: <step>.parquet for the step's own, <step>.<name>.parquet for another."""
+        return self.results / (f"{self.name}.parquet" if name in (None, self.name) else f"{self.name}.{name}.parquet")
+
+    def table(
+        self,
+        name: str,
+        plan: Sequence[Unit],
+        compute: Callable[[Unit], pd.DataFrame],
+        *,
+        schema: DataFrameSchema | None = records.SCHEMA,
+        columns: Sequence[str] | None = None,
+    ) -> pd.DataFrame:
+        """A table of the step: read if it is done, else its missing work units are computed and joined.
+
+        `plan` is the units in order, a pure function of the parameters and the pairs. `compute` may use `self.model`
+        and `self.memory`; for `frame.attrs` see `lib.units.run_units`. `schema=None` takes any columns.
+        """
+        self._clear_stale()
+        path, planned = self.path(name), units.plan_id(plan)
+        if not (path.exists() and records.read_metadata(path)["plan"] == planned):
+            self._compute(path, plan, planned, compute, schema)
+        self.write_record()
+        units.remove_units(path.with_suffix(".units"))  # once the table and its record are safe
+        return records.read(path, columns)
+
+    def _compute(
+        self, path: Path, plan: Sequence[Unit], planned: str, compute: Callable, schema: DataFrameSchema | None
+    ) -> None:
+        folder = path.with_suffix(".units")
+        intent = {
+            "data_key": self.data_key,
+            "ingredients": self.ingredients,
+            "memory_gb": self.memory,
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        parts = units.run_units(folder, plan, compute, plan=intent, label=path.stem, schema=schema)
+        begun = units.read_plan(folder)
+        metadata = self._facts() | {"plan": planned, "memory_gb": begun["memory_gb"], "started": begun["started"]}
+        units.assemble(path, parts, metadata, schema)
+
+    @cached_property
+    def memory(self) -> float:
+        """GB that one pass may take. `auto` is resolved once: work of this key, finished or not, keeps its value."""
+        if self.params.memory != "auto":
+            return float(self.params.memory)
+        plans = [units.read_plan(folder) for folder in sorted(self.results.glob(f"{self.name}.*units"))]
+        for stored in (*plans, self.record):
+            if stored and stored.get("data_key") == self.data_key and stored.get("memory_gb"):
+                return stored["memory_gb"]
+        return machine.pass_memory(None if self.params.device == "cpu" else self.model)
+
+    @property
+    def fresh(self) -> bool:
+        """Whether the results in the folder are of this data key."""
+        return keys.stored_key(self.results, self.name) == self.data_key
+
+    def refuse_stale(self) -> None:
+        """StepError when the folder holds results that other parameters, inputs or code made, unless `overwrite`."""
+        stored = keys.stored_ingredients(self.results, self.name)
+        if stored is None or self.params.overwrite or keys.data_key(stored) == self.data_key:
+            return
+        changed = "; ".join(keys.differences(stored, self.ingredients)) if stored else "they do not say which"
+        raise StepError(
+            f"{keys.shown(self.results)} holds results of {self.name} made otherwise: {changed}. "
+            "Run with -p overwrite true to replace them, or with another results_dir"
+        )
+
+    def _clear_stale(self) -> None:
+        self.refuse_stale()
+        if not self.fresh:
+            keys.remove(self.results, self.name)
+
+    # --- what this step leaves ---
+
+    def _facts(self) -> dict[str, Any]:
+        """What every table and the run record say of how they were made."""
+        p = self.params
+        model: dict[str, Any] = {"name": p.model, "sha256": p.model_sha256, "dtype": p.dtype, "device": p.device}
+        if "model" in self.__dict__:  # loaded: say what it is, not what was asked
+            own = self.model
+            model |= {"sha256": own.sha256, "dtype": str(own.dtype).removeprefix("torch."), "device": str(own.device)}
+            model |= {"n_layers": own.n_layers, "n_heads": own.n_heads, "noise": own.noise}
+        return {
+            "step": self.name,
+            "profile": p.profile,
+            "data_key": self.data_key,
+            "parameters": p.model_dump(mode="json", exclude=set(keys.PLACES)),
+            "seed": p.seed,
+            "quantisation": p.quantisation,
+            "model": model,
+            **machine.commit(),
+            "versions": machine.versions(),
+            "machine": machine.facts(),
+        }
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """The run record, {} where there is none."""
+        path = self.results / f"{self.name}.run.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+    def write_record(self) -> None:
+        """Bring <step>.run.json up to the tables that are there: facts of the first one, and each one's own below."""
+        order = [self.path(), *sorted(self.results.glob(f"{self.name}.*.parquet"))]
+        tables = {path.stem: records.read_metadata(path) for path in order if path.exists()}
+        first = next(iter(tables.values()), None) or self._facts()
+        record = first | {
+            "ingredients": self.ingredients,
+            "seconds": round(math.fsum(table["seconds"] for table in tables.values()), 3),
+            "log": [line for table in tables.values() for line in table["log"]],
+            "tables": {
+                name: {key: table[key] for key in ("rows", "units", "seconds", "started", "memory_gb", "commit", "log")}
+                for name, table in tables.items()
+            },
+        }
+        if record != self.record and (tables or not self.fresh):
+            records.write_json(self.results / f"{self.name}.run.json", record)
+
+    def write_findings(self, findings: Mapping[str, Any]) -> dict[str, Any]:
+        """Write <step>.findings.json, headed by what it is about; returns it as later steps will read it.
+
+        Numbers are kept to 12 significant digits, NaN becomes null. Equal findings give equal bytes.
+        """
+        self._clear_stale()
+        self.write_record()
+        out = {**plain(findings), "about": keys.about(self.params)}
+        records.write_json(self.results / f"{self.name}.findings.json", out)
+        return out
+
+    def write_extra(self, name: str, frame: pd.DataFrame) -> Path:
+        """Write pairs.parquet or quads.parquet (step 01). Equal tables give equal bytes, which later keys hash."""
+        allowed = keys.EXTRA_FILES.get(self.name, ())
+        if name not in allowed:
+            raise StepError(
+                f"step {self.name} does not write {name!r}; it may write {', '.join(allowed) or 'nothing more'}"
+            )
+        self._clear_stale()
+        self.write_record()
+        records.write(self.results / name, frame, {}, schema=None)
+        return self.results / name
+
+
+def plain(value: Any) -> Any:
+    """Findings as JSON takes them: numpy and dataclasses unpacked, floats to 12 significant digits, NaN as None."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return plain(asdict(value))
+    if hasattr(value, "_asdict"):
+        return plain(value._asdict())
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, np.ndarray, pd.Series)):
+        return [plain(item) for item in value]
+    if isinstance(value, np.generic):
+        return plain(value.item())
+    if isinstance(value, float):
+        if math.isinf(value):
+            raise ValueError("a finding is infinite; check the numbers it was made from")
+        return None if math.isnan(value) else float(f"{value:.12g}")
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    raise TypeError(f"a finding of type {type(value).__name__} cannot be written: {value!r}")
+
+
+def begin(step: str, namespace: Mapping[str, Any]) -> Step:
+    """The step of a notebook, from its `globals()`. ParameterError or StepError in one sentence if it cannot run."""
+    own = Step(step, params.from_notebook(step, namespace))
+    own.refuse_stale()
+    return own
