@@ -9,6 +9,7 @@ pyplot; `save` writes it to the results folder, byte for byte the same for the s
 
 from __future__ import annotations
 
+from base64 import b64encode
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import BytesIO
@@ -42,8 +43,8 @@ MARKERS = ("o", "s", "D", "^", "v", "P", "X")
 class Figure(matplotlib.figure.Figure):
     """A matplotlib figure in the report's style that a notebook shows as the PNG that `save` writes."""
 
-    def _repr_png_(self) -> bytes:
-        return _bytes(self, "png")
+    def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, str]:
+        return {"image/png": b64encode(_bytes(self, "png")).decode(), "text/plain": repr(self)}
 
 
 def _bytes(figure: matplotlib.figure.Figure, kind: str) -> bytes:
@@ -86,12 +87,13 @@ def layer_curve(
                     continue
                 low, high = _ends(line)
                 axes.fill_between(line["layer"], low, high, color=colour, alpha=0.18, lw=0)
-                axes.plot(line["layer"], line["estimate"], color=colour, marker=marker, label=group, markersize=3.5,
-                          markerfacecolor=colour if np.isfinite(low).any() else "white")  # fmt: skip
+                face = colour if np.isfinite(low).any() else "white"
+                axes.plot(line["layer"], line["estimate"], color=colour, marker=marker, markerfacecolor=face,
+                          markersize=3.5, label=group)  # fmt: skip
             _zero(axes)
-            axes.set_ylabel(ylabel)
+        _ylabel(figure, ylabel)
         _layers(axes, frame["layer"])
-        _legend(figure, axes if panel is None else panels[0][0])
+        _legend(figure, panels[0][0])
     return figure
 
 
@@ -146,7 +148,7 @@ def layer_bars(frame: pd.DataFrame, ylabel: str, by: str = "component", panel: s
     with _panels(frame, panel, 2.5) as (figure, panels):
         for axes, part in panels:
             _bars(axes, part, by, _groups(frame, by), part["layer"].to_numpy())
-            axes.set_ylabel(ylabel)
+        _ylabel(figure, ylabel)
         _layers(axes, frame["layer"])
         _legend(figure, panels[0][0])
     return figure
@@ -188,9 +190,7 @@ def agreement(
     """
     _need("agreement", frame, x, y, by, "site" if named else None, interval=False)
     groups = _groups(frame, by) if by else {"": (BLUE, "o")}
-    with _canvas((5.6, 5.0 if identity else 4.2)) as (figure, (axes,)):
-        _zero(axes)
-        _zero(axes, across=True)
+    with _canvas((WIDTH, 4.8 if identity else 4.0)) as (figure, (axes,)):
         for group, (colour, marker) in groups.items():
             part = frame[frame[by] == group] if by else frame
             for along, name in (("xerr", x), ("yerr", y)):
@@ -200,9 +200,13 @@ def agreement(
                                   fmt="none", ecolor=colour, elinewidth=0.8, alpha=0.35, capsize=0)  # fmt: skip
             axes.scatter(part[x], part[y], s=18, color=colour, marker=marker, alpha=0.8, linewidths=0, label=group)
         if identity:
-            ends = [frame[[x, y]].to_numpy(dtype=float).min(), frame[[x, y]].to_numpy(dtype=float).max()]
-            axes.plot(ends, ends, color=GREY, lw=1, ls="--", zorder=1)
-            axes.set_aspect("equal", adjustable="datalim")
+            axes.axline((0, 0), slope=1, color=GREY, lw=1, ls="--", zorder=1)
+            ends = [min(axes.get_xlim()[0], axes.get_ylim()[0]), max(axes.get_xlim()[1], axes.get_ylim()[1])]
+            axes.set(xlim=ends, ylim=ends, aspect="equal", anchor="W")
+        for across in (False, True):
+            low, high = axes.get_xlim() if across else axes.get_ylim()
+            if low < 0 < high:
+                _zero(axes, across)
         middle = float(frame[x].median())
         for _, row in frame[frame["site"].isin(list(named))].iterrows() if named else ():
             right = row[x] < middle or row[x] < axes.get_xlim()[1] * 0.85
@@ -210,7 +214,8 @@ def agreement(
                           ha="left" if right else "right", fontsize=8)  # fmt: skip
         axes.set_xlabel(xlabel)
         axes.set_ylabel(ylabel)
-        _legend(figure, axes)
+        if by:
+            axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1), borderaxespad=0)
     return figure
 
 
@@ -230,13 +235,8 @@ def accuracy_bars(
 
     Columns: `category`, `by` if given, `estimate`, `low`, `high`, all shares in [0, 1]; in the frame's order.
     """
-    figure = _categories("accuracy_bars", frame, category, "", ylabel, by)
-    axes = figure.axes[0]
-    axes.axhline(chance, color=BLACK, lw=1.2, ls="--")
-    axes.annotate(f"chance {chance:.2g}", (1, chance), xycoords=("axes fraction", "data"), xytext=(0, 3),
-                  textcoords="offset points", ha="right", fontsize=9,
-                  bbox={"facecolor": "white", "alpha": 0.8, "pad": 1, "lw": 0})  # fmt: skip
-    axes.set_ylim(0, 1.02)
+    figure = _categories("accuracy_bars", frame, category, "", ylabel, by, chance)
+    figure.axes[0].set_ylim(0, 1.02)
     return figure
 
 
@@ -275,10 +275,8 @@ def slice_curve(
                 axes.plot(x, line["estimate"], color=colour, lw=1, alpha=0.6)
                 _whiskers(axes, x, line, colour, marker, label=group)
             _zero(axes)
-            axes.axhline(threshold, color=BLACK, lw=1, ls="--")
-            axes.annotate(f"{threshold:g}", (1, threshold), xycoords=("axes fraction", "data"), xytext=(0, 2),
-                          textcoords="offset points", ha="right", fontsize=9)  # fmt: skip
-            axes.set_ylabel(ylabel)
+            axes.axhline(threshold, color=BLACK, lw=1, ls="--", label=f"threshold ({threshold:g})")
+        _ylabel(figure, ylabel)
         counts = np.unique(frame["n_sites"])
         every = max(1, int(np.ceil(len(counts) / 20)))
         names = [f"{n}\n+ {sites[n - 1]}" if 0 < n <= len(sites) else f"{n}" for n in counts[::every]]
@@ -360,7 +358,7 @@ def _whiskers(
 
 def _bars(axes: Axes, frame: pd.DataFrame, by: str, groups: Mapping[str, tuple[str, str]], at: np.ndarray) -> None:
     """Grouped bars with whiskers at integer positions `at`, one row each."""
-    width = 0.8 / len(groups)
+    width = 0.8 / max(2, len(groups))
     for index, (group, (colour, _)) in enumerate(groups.items()):
         rows = (frame[by] == group).to_numpy()
         x = at[rows] + (index - (len(groups) - 1) / 2) * width
@@ -372,9 +370,10 @@ def _bars(axes: Axes, frame: pd.DataFrame, by: str, groups: Mapping[str, tuple[s
 
 
 def _categories(
-    function: str, frame: pd.DataFrame, category: str, xlabel: str, ylabel: str, by: str | None
-) -> Figure:
-    """Grouped bars over the values of a text column."""
+    function: str, frame: pd.DataFrame, category: str, xlabel: str, ylabel: str, by: str | None,
+    chance: float | None = None,
+) -> Figure:  # fmt: skip
+    """Grouped bars over the values of a text column, and the chance line if there is one."""
     _need(function, frame, category, by)
     if by is None:
         frame, by = frame.assign(_all=""), "_all"
@@ -384,6 +383,8 @@ def _categories(
         crowded = sum(len(str(name)) for name in names) > 80
         axes.set_xticks(range(len(names)), names, rotation=30 if crowded else 0, ha="right" if crowded else "center")
         axes.grid(False, axis="x")
+        if chance is not None:
+            axes.axhline(chance, color=BLACK, lw=1.2, ls="--", label=f"chance ({chance:.2g})")
         axes.set_xlabel(xlabel)
         axes.set_ylabel(ylabel)
         _legend(figure, axes)
@@ -392,6 +393,11 @@ def _categories(
 
 def _zero(axes: Axes, across: bool = False) -> None:
     (axes.axvline if across else axes.axhline)(0, color="#999999", lw=0.8, zorder=1)
+
+
+def _ylabel(figure: Figure, text: str) -> None:
+    """One label for all panels: repeated beside each, a long one runs into the next."""
+    figure.axes[0].set_ylabel(text) if len(figure.axes) == 1 else figure.supylabel(text, fontsize=10)
 
 
 def _layers(axes: Axes, layers: pd.Series) -> None:
