@@ -48,7 +48,7 @@ class ModelError(ValueError):
     """A model that cannot be loaded, or whose modules are not what they were taken for."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Model:
     """A causal model and its handles. Lists are indexed by layer."""
 

