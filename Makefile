@@ -17,8 +17,10 @@ PYTHON_OK := -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>
 PYTHON ?= $(firstword $(foreach p,python3.11 python3 python3.12 python3.13,$(shell $p $(PYTHON_OK) && echo $p)))
 
 BUILD := build/$(PROFILE)
-RESULTS := results/$(PROFILE)
 PARAMS := params/$(PROFILE).yaml
+# Where the profile keeps its results; `results_dir` is optional there.
+given := $(shell sed -nE 's/^results_dir: *([^ \#]+).*/\1/p' $(PARAMS) 2>/dev/null)
+RESULTS := $(or $(filter-out null,$(subst ",,$(subst ',,$(given)))),results/$(PROFILE))
 NOTEBOOKS := $(sort $(wildcard notebooks/[0-9][0-9]_*.ipynb))
 PAGES := $(NOTEBOOKS:notebooks/%=$(BUILD)/executed/%)
 # 03_necessity -> necessity
@@ -108,13 +110,14 @@ params/%.yaml:
 	@echo "error: there is no profile $* ($@); profiles: $(patsubst params/%.yaml,%,$(sort $(wildcard params/*.yaml)))" >&2; exit 2
 
 # $1 step, $2 NN_step, $3 the page of the step before it. The key is read after that page, because it covers the
-# findings that the step reads. A page appears only when its notebook has run to the end.
+# findings that the step reads. A page appears only when its notebook has run to the end, and is out of date when the
+# results under it are gone.
 define STEP
 $(BUILD)/keys/$1.key: FORCE $3 | $(PARAMS) $(READY)
 	@mkdir -p $$(@D)
 	@$(PY) -m lib.keys $1 --profile $(PROFILE) --output $$@
 
-$(BUILD)/executed/$2.ipynb: $(BUILD)/keys/$1.key
+$(BUILD)/executed/$2.ipynb: $(BUILD)/keys/$1.key $(if $(wildcard $(RESULTS)/$1.run.json),,FORCE)
 	@mkdir -p $(BUILD)/executed $(BUILD)/running $(BUILD)/failed
 	@rm -f $(BUILD)/failed/$2.ipynb
 	@echo "==> $2 ($(PROFILE))"
@@ -128,13 +131,14 @@ $(BUILD)/executed/$2.ipynb: $(BUILD)/keys/$1.key
 .PHONY: step-$1 clean-$1
 step-$1: $(BUILD)/executed/$2.ipynb
 
-clean-$1:
-	rm -rf $(BUILD)/keys/$1.key $(foreach d,executed running failed,$(BUILD)/$d/$2.ipynb) $(RESULTS)/$1.* $4
+clean-$1: | $(PARAMS) $(READY)
+	@rm -f $(BUILD)/keys/$1.key $(foreach d,executed running failed,$(BUILD)/$d/$2.ipynb)
+	@$(PY) -m lib.keys $1 --profile $(PROFILE) --clean
 endef
 
 previous :=
 $(foreach n,$(NOTEBOOKS),\
-	$(eval $(call STEP,$(call step,$n),$(basename $(notdir $n)),$(previous),$(if $(filter baselines,$(call step,$n)),$(RESULTS)/pairs.parquet)))\
+	$(eval $(call STEP,$(call step,$n),$(basename $(notdir $n)),$(previous)))\
 	$(eval previous := $(BUILD)/executed/$(notdir $n)))
 
 # ---- book -----------------------------------------------------------------------------------------------------------
@@ -145,4 +149,4 @@ BOOK_SOURCES := $(shell find book/. -name _build -prune -o -print 2>/dev/null) $
 
 $(BUILD)/book/.stamp: $(PAGES) $(BOOK_SOURCES) | $(READY)
 	@echo "==> book ($(PROFILE))"
-	@$(PY) -m lib.book --profile $(PROFILE) >/dev/null
+	@$(PY) -m lib.book --profile $(PROFILE) --results $(RESULTS) >/dev/null

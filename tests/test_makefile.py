@@ -12,13 +12,16 @@ ROOT = Path(__file__).resolve().parent.parent
 STEPS = ("baselines", "coarse_sweep", "necessity", "sufficiency")
 PAGES = tuple(f"{i:02}_{step}" for i, step in enumerate(STEPS, 1))
 # `python -m lib.keys STEP --profile P --output FILE`: the key is the content of the file wanted/STEP.
-# `python -m papermill IN OUT ...`: fails after having written OUT if the file fail/NN_STEP is there.
+# `python -m papermill IN OUT -f params/P.yaml ...`: fails after having written OUT if the file fail/NN_STEP is there.
 STAND_IN = """#!/usr/bin/env bash
 set -eu
 case "$2" in
-lib.keys) echo "key $3" >> log; cmp -s "wanted/$3" "$7" || cp "wanted/$3" "$7" ;;
+lib.keys) if [ "$6" = --clean ]; then rm results/$5/$3.*; exit; fi
+    echo "key $3" >> log; cmp -s "wanted/$3" "$7" || cp "wanted/$3" "$7" ;;
 papermill) name=$(basename "$3" .ipynb); echo "page $name" >> log; cp "$3" "$4"
-    if [ -e "fail/$name" ]; then echo "ValueError: no" >&2; exit 1; fi ;;
+    if [ -e "fail/$name" ]; then echo "ValueError: no" >&2; exit 1; fi
+    to=$(sed -n 's/results_dir: \\([^ ]*\\).*/\\1/p' "$6"); to=${to:-results/$(basename "$6" .yaml)}
+    mkdir -p "$to"; touch "$to/${name#*_}.run.json" ;;
 lib.book) echo book >> log; echo noise; mkdir -p "build/$4/book"
     echo _build/html/index.html > "build/$4/book/.stamp" ;;
 -) ;;
@@ -144,23 +147,29 @@ def test_one_step_takes_the_steps_before_it(project):
 
 def test_clean_step(built):
     results = built.folder / "results" / "smollm2-135m"
-    results.mkdir(parents=True)
-    kept = ["baselines.parquet", "pairs.parquet", "sufficiency.parquet"]
-    for name in [*kept, "necessity.parquet", "necessity.findings.json", "necessity.run.json"]:
-        (results / name).touch()
-    (results / "necessity.units").mkdir()
     built.make("clean-necessity")
-    assert sorted(path.name for path in results.iterdir()) == kept
+    assert sorted(path.name for path in results.iterdir()) == [
+        f"{s}.run.json" for s in sorted(STEPS) if s != "necessity"
+    ]
+    assert not built.path("executed/03_necessity.ipynb").exists()
     assert executed(built.make("book")[0]) == ["page 03_necessity", "book"]
-    built.make("clean-baselines")
-    assert [path.name for path in results.iterdir()] == ["sufficiency.parquet"]
+
+
+def test_results_taken_away_are_made_again(built):
+    shutil.rmtree(built.folder / "results")
+    assert executed(built.make("book")[0]) == [*(f"page {page}" for page in PAGES), "book"]
+
+
+def test_a_profile_may_keep_its_results_elsewhere(project):
+    (project.folder / "params" / "smoke.yaml").write_text("results_dir: elsewhere  # here\n")
+    project.make("book", "PROFILE=smoke")
+    assert (project.folder / "elsewhere" / "necessity.run.json").exists()
+    assert executed(project.make("book", "PROFILE=smoke")[0]) == []
 
 
 def test_clean_leaves_the_results(built):
-    results = built.folder / "results" / "smollm2-135m"
-    results.mkdir(parents=True)
     built.make("clean")
-    assert results.exists() and not built.path("").exists()
+    assert (built.folder / "results" / "smollm2-135m").exists() and not built.path("").exists()
 
 
 def test_profiles_do_not_share_pages(built):
