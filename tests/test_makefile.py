@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,7 @@ class Project:
         done = subprocess.run(
             ["make", *arguments, *python], cwd=self.folder, capture_output=True, text=True, env=clean | variables
         )
+        time.sleep(0.05)  # dates of files have ticks of some ms; what a test changes next must be later than this run
         assert done.returncode == status, done.stdout + done.stderr
         return (self.folder / "log").read_text().splitlines(), done
 
