@@ -37,7 +37,7 @@ COMPUTE = {
     "necessity": SWEEPS,
     "sufficiency": SWEEPS,
 }
-PAGE = ("lib/stats.py", "lib/findings.py", "lib/plots.py", "lib/steps.py", "lib/superset.mplstyle")
+PAGE = ("lib/stats.py", "lib/plots.py", "lib/steps.py", "lib/superset.mplstyle")
 
 # Shared keys that reach a step's data. `memory` does: what shares a pass changes the last bits.
 _MODEL_KEYS = ("model", "model_sha256", "dtype", "device", "device_map", "quantisation", "max_memory")
@@ -298,7 +298,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m lib.keys", description=__doc__.splitlines()[0])
     parser.add_argument("step", help=", ".join(STEPS))
     parser.add_argument("--profile", default=Shared.model_fields["profile"].default, help="name in params/, or a YAML")
-    parser.add_argument("--output", type=Path, help="write the keys here, if they changed")
+    parser.add_argument("--output", type=Path, help="write the keys here, if they changed or the step has no results")
     parser.add_argument("--clean", action="store_true", help="delete the step's results instead")
     options = parser.parse_args(arguments)
     try:
@@ -309,7 +309,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{options.step}: removed {len(gone)} result files from {shown(folder)}")
             return 0
         data = data_key(ingredients(options.step, params))
-        if stored_key(folder, options.step) not in (None, data):
+        stored = stored_key(folder, options.step)
+        if stored not in (None, data):
             target = set_aside(folder, options.step)
             print(f"{options.step}: results of other parameters, inputs or code set aside in {shown(target)}")
         text = f"data {data}\npage {page_key(options.step, params, data)}\n"
@@ -318,7 +319,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     if options.output is None:
         print(text, end="")
-    elif not options.output.is_file() or options.output.read_text() != text:
+    elif stored is None or not options.output.is_file() or options.output.read_text() != text:
+        # a new date tells make to run the step, also when someone has deleted its results
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(text)
     return 0

@@ -319,6 +319,12 @@ def _template(params: Shared) -> str:
     """The template asked for, or the task's first."""
     from lib.tasks import TEMPLATES  # the words of the tasks; parameters need them only here
 
+    for name in getattr(params, "templates", ()):
+        if name not in TEMPLATES and "{a}" not in name:
+            raise ParameterError(
+                f"parameter templates: {name!r} is unknown{_nearest(name, TEMPLATES)}; the templates are "
+                f"{', '.join(TEMPLATES)}, or a text with {{a}} and {{b}}"
+            )
     own = [name for name, template in TEMPLATES.items() if template.task == params.task]
     if params.template is None:
         return own[0]

@@ -1,0 +1,181 @@
+"""Parameters: what is accepted, and the one sentence that says what is wrong."""
+
+import math
+import re
+
+import pytest
+
+from lib import params
+from lib.params import STEPS, ParameterError, load_profile, validate
+
+BASE = {"model": "./m", "profile": "mine"}
+
+
+def test_every_profile_is_valid_for_every_step():
+    assert params.profiles() == ["llama-3.3-70b", "smoke", "smollm2-135m"]
+    for name in params.profiles():
+        for step in STEPS:
+            assert validate(step, load_profile(name)).profile == name
+
+
+def test_the_default_profile_has_the_sizes_the_report_is_built_on():
+    given = load_profile("smollm2-135m")
+    base, coarse = validate("baselines", given), validate("coarse_sweep", given)
+    need, enough = validate("necessity", given), validate("sufficiency", given)
+    assert base.min_quads_per_half >= 50 and base.quads_per_half == 100 and base.pairs_per_quad == 2
+    assert coarse.roles == ("name_a", "name_b", "names", "last") and coarse.name_pairs == 80
+    assert need.layers == "all" and need.pairs is None and need.name_pairs == 40
+    assert need.components == enough.components == ("resid", "attn", "mlp", "head")
+    assert need.ablations == ("zero", "mean", "resample", "counterfactual")
+    assert need.name_components == ("resid", "attn", "mlp") and need.slice_limit == 24
+    assert need.template == "profession_both" and need.seed == 0
+
+
+def test_the_papers_profile():
+    given = validate("necessity", load_profile("llama-3.3-70b"))
+    assert given.model == "meta-llama/Llama-3.3-70B-Instruct" and given.aggregator_layer == 37
+    assert (given.quantisation, given.dtype, given.device_map) == ("nf4", "bfloat16", "auto")
+
+
+def test_no_key_means_two_things_and_each_is_described():
+    for step, model in STEPS.items():
+        assert not set(params.section_keys(step)) & params.SHARED
+        assert not set(model.model_fields) & set(STEPS)
+        assert all(field.description for field in model.model_fields.values())
+
+
+def test_a_flat_key_beats_the_section_and_other_sections_are_left_alone():
+    given = BASE | {"necessity": {"pairs": 5, "name_pairs": 7}, "coarse_sweep": {"no such": 1}}
+    assert validate("necessity", given).pairs == 5
+    own = validate("necessity", given | {"pairs": 9})
+    assert (own.pairs, own.name_pairs) == (9, 7)
+    assert validate("necessity", given | {"pairs": None}).pairs == 5  # None: not given
+
+
+@pytest.mark.parametrize(
+    ("given", "key", "value"),
+    [
+        ({"layers": "21,22"}, "layers", (21, 22)),
+        ({"layers": " 21, 22 "}, "layers", (21, 22)),
+        ({"layers": 21}, "layers", (21,)),
+        ({"layers": [3, 1]}, "layers", (3, 1)),
+        ({"layers": "auto"}, "layers", "auto"),
+        ({"components": "head, mlp"}, "components", ("head", "mlp")),
+        ({"components": "head"}, "components", ("head",)),
+        ({"name_roles": []}, "name_roles", ()),
+        ({"memory": 4}, "memory", 4.0),
+        ({"max_memory": {0: 70, "cpu": 100}}, "max_memory", {0: 70.0, "cpu": 100.0}),
+        ({"aggregator_layer": 37}, "aggregator_layer", 37),
+        ({"task": "odd_one_out"}, "template", "odd_one_out"),
+        ({}, "template", "profession_both"),
+        ({"template": "{a} or {b}: both"}, "template", "{a} or {b}: both"),
+    ],
+)
+def test_what_papermill_and_yaml_give_is_understood(given, key, value):
+    assert getattr(validate("necessity", BASE | given), key) == value
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"layrs": "all"}, r"layrs = 'all' of step necessity \(did you mean 'layers'\?\); allowed are profile, model"),
+        ({"roles": "last"}, "roles = 'last'.*'roles' belongs to coarse_sweep"),
+        ({"necessity": {"pears": 3}}, r"pears = 3 in section necessity \(did you mean 'pairs'\?\).*name_pairs"),
+        ({"necessity": {"seed": 3}}, "seed = 3 in section necessity.*shared key: give it outside"),
+        ({"necessity": 3}, "section necessity = 3: must hold keys and values"),
+        ({"layers": "some"}, "layers = 'some'.*'all' or 'auto'"),
+        ({"layers": [3, -1]}, "layers = -1.*greater than or equal to 0"),
+        ({"layers": "-1"}, "layers = -1.*greater than or equal to 0"),
+        ({"layers": []}, r"layers = \(\).*at least 1"),
+        ({"layers": "1,1"}, "names something twice"),
+        ({"layers": True}, "layers = True"),
+        ({"layers": 1.5}, "layers = 1.5"),
+        ({"name_pairs": -3}, "name_pairs = -3.*greater than or equal to 1"),
+        ({"name_pairs": 2.5}, "name_pairs = 2.5.*integer"),
+        ({"pairs": "ten"}, "pairs = 'ten'.*integer"),
+        ({"resamples": -1}, "resamples = -1"),
+        ({"components": "hed,mlp"}, "components = 'hed'.*'resid', 'attn', 'mlp' or 'head'"),
+        ({"components": []}, "components = .*at least 1"),
+        ({"ablations": "mean,none"}, "ablations = 'none'.*'zero', 'mean', 'resample' or 'counterfactual'"),
+        ({"name_roles": "frist"}, "name_roles = 'frist'.*'swapped'"),
+        ({"task": "supersett"}, "task = 'supersett'.*'superset'"),
+        ({"template": "profession_bot"}, r"template = 'profession_bot'.*did you mean 'profession_both'"),
+        (
+            {"template": "odd_one_out"},
+            r"'odd_one_out' \(it is of task odd_one_out\).*task superset are profession_both",
+        ),
+        ({"dtype": "fp32"}, "dtype = 'fp32'.*'float32'"),
+        ({"device": "gpu"}, "device = 'gpu'.*auto, cpu, cuda"),
+        ({"quantisation": "nf5"}, "quantisation = 'nf5'.*'nf4' or 'int8'"),
+        ({"level": 95}, "level = 95.*less than 1"),
+        ({"level": math.nan}, "level = nan"),
+        ({"memory": -1}, "memory = -1.*greater than 0"),
+        ({"memory": "lots"}, "memory = 'lots'.*'auto'"),
+        ({"max_memory": {"cpu": "x"}}, "max_memory = 'x'"),
+        ({"model_sha256": "abc"}, "model_sha256 = 'abc'"),
+        ({"profile": "../x"}, "profile = '../x'"),
+        ({"overwrite": "yes"}, "overwrite = 'yes'.*boolean"),
+        ({"seed": True}, "seed = True"),
+        ({"aggregator_layer": "x"}, "aggregator_layer = 'x'"),
+        ({"model": None}, "model is not given: run with -f params"),
+    ],
+)
+def test_every_mistake_is_one_sentence(given, message):
+    with pytest.raises(ParameterError, match=message) as caught:
+        validate("necessity", BASE | given)
+    assert "\n" not in str(caught.value)
+    assert caught.value._render_traceback_() == [f"ParameterError: {caught.value}"]
+
+
+def test_an_unknown_template_of_step_01():
+    with pytest.raises(ParameterError, match=r"templates: 'both_famos' is unknown \(did you mean 'both_famous'\?\)"):
+        validate("baselines", BASE | {"templates": ["profession_both", "both_famos"]})
+
+
+def test_steps_and_profiles_that_do_not_exist(tmp_path):
+    with pytest.raises(
+        ParameterError, match=r"'necesity' is unknown \(did you mean 'necessity'\?\); the steps are base"
+    ):
+        validate("necesity", BASE)
+    with pytest.raises(ParameterError, match=r"'smok' is unknown \(did you mean 'smoke'\?\); there are llama-3.3-70b"):
+        load_profile("smok")
+    path = tmp_path / "mine.yaml"
+    for text, message in (
+        ("a: [1", "mine.yaml is not valid YAML"),
+        ("- 1", "must hold keys and values, not list"),
+        ("", "must hold keys and values, not NoneType"),
+        ("model: x\nprofile: other", "calls itself 'other'; name it 'mine'"),
+        ("!!python/object/apply:os.getcwd []", "not valid YAML"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ParameterError, match=re.escape(message)):
+            load_profile(str(path))
+    path.write_text("model: x")
+    assert load_profile(str(path)) == {"model": "x", "profile": "mine"}
+
+
+def test_a_notebooks_variables():
+    session = {"In": ["x"], "Out": {}, "exit": print, "get_ipython": print, "_i1": "x", "__name__": "m", "re": re}
+    own = params.from_notebook("necessity", session | {"profile": "smoke", "layers": None, "pairs": 3, "seed": 5})
+    base = load_profile("smoke")
+    assert (own.profile, own.pairs, own.seed, list(own.layers)) == ("smoke", 3, 5, base["layers"])
+    assert params.from_notebook("necessity", session).profile == "smollm2-135m"
+    # papermill -f gives the whole profile; no file is read then
+    assert params.from_notebook("necessity", session | {"profile": "no-such", "model": "./m"}).model == "./m"
+    with pytest.raises(ParameterError, match="profile is not given"):
+        params.from_notebook("necessity", session | {"model": "./m"})
+    with pytest.raises(ParameterError, match="unknown parameter pear = 3"):
+        params.from_notebook("necessity", session | {"profile": "smoke", "pear": 3})
+
+
+def test_layers_are_checked_against_the_model():
+    params.check_layers(validate("necessity", BASE | {"layers": "0,29"}), 30)
+    for given, key in (({"layers": "3,30"}, "layers"), ({"aggregator_layer": 30}, "aggregator_layer")):
+        with pytest.raises(ParameterError, match=f"parameter {key}: layer 30 is not in ./m, which has layers 0 to 29"):
+            params.check_layers(validate("necessity", BASE | given), 30)
+
+
+def test_parameters_cannot_be_changed():
+    own = validate("necessity", BASE)
+    with pytest.raises(ValueError, match="frozen"):
+        own.seed = 3
