@@ -101,9 +101,11 @@ def landing(results: Path, steps: Mapping[str, str], to: Path) -> dict[str, str]
     model = findings[next(iter(findings))]["model"]
     facts = {key: value for key, value in model.items() if key != "name"}
     able = [sentences(step, found) for step, found in findings.items() if step not in ANSWERS]
-    rows = [f"| [{title(step)}]({page}.ipynb) | `{findings[step].get('task', '')}` | "
-            f"{'measured' if findings[step].get('able', True) else 'not measured: the model cannot do this task'} |"
-            for step, page in steps.items()]
+    rows = [
+        f"| [{title(step)}]({page}.ipynb) | `{findings[step].get('task', '')}` | "
+        f"{'measured' if findings[step].get('able', True) else 'not measured: the model cannot do this task'} |"
+        for step, page in steps.items()
+    ]
     return {
         "model": model["name"],
         "answer": "\n".join(answer),
@@ -137,8 +139,10 @@ def figure_block(results: Path, to: Path, step: str, figure: Mapping[str, str]) 
     shutil.copyfile(image, to / "figures" / image.name)
     caption = " ".join(figure["caption"].split())
     alternative = re.sub(r"[`*\[\]{}]", "", caption)
-    return (f"```{{figure}} figures/{image.name}\n:name: fig-landing-{step.replace('_', '-')}\n"
-            f":alt: {alternative}\n\n{caption}\n```")
+    return (
+        f"```{{figure}} figures/{image.name}\n:name: fig-landing-{step.replace('_', '-')}\n"
+        f":alt: {alternative}\n\n{caption}\n```"
+    )
 
 
 def reproducibility(results: Path, steps: Mapping[str, str]) -> str:
@@ -232,8 +236,13 @@ def library(folder: Path) -> str:
 
 
 def public(parent: ast.Module | ast.ClassDef) -> list[ast.FunctionDef | ast.ClassDef]:
-    return [node for node in parent.body if isinstance(node, ast.FunctionDef | ast.ClassDef)
-            and not node.name.startswith("_") and ast.get_docstring(node)]
+    return [
+        node
+        for node in parent.body
+        if isinstance(node, ast.FunctionDef | ast.ClassDef)
+        and not node.name.startswith("_")
+        and ast.get_docstring(node)
+    ]
 
 
 def described(node: ast.Module | ast.ClassDef | ast.FunctionDef) -> str:
@@ -305,8 +314,15 @@ def toc_files(source: Path) -> list[str]:
 
 def build(folder: Path) -> Path:
     """Build the assembled book in `folder` with warnings as errors; returns its index.html and leaves `.stamp` last."""
-    command = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()",
-               "build", str(folder), "-W", "--keep-going"]
+    command = [
+        sys.executable,
+        "-c",
+        "from jupyter_book.cli.main import main; main()",
+        "build",
+        str(folder),
+        "-W",
+        "--keep-going",
+    ]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     log = re.sub(r"\x1b\[[0-9;]*m", "", done.stdout)
     (folder / "build.log").write_text(log, encoding="utf-8")
@@ -314,6 +330,8 @@ def build(folder: Path) -> Path:
     if done.returncode or not index.is_file():
         said = [line for line in log.splitlines() if re.search(r"WARNING|ERROR|Error\b", line)]
         raise BookError(f"jupyter-book stopped (all it said is in {folder / 'build.log'}):\n" + "\n".join(said[:40]))
+    for template in index.parent.glob("_static/*webpack-macros.html"):
+        template.unlink()  # the theme copies its templates beside its scripts; they are no pages
     (folder / ".stamp").write_text(f"{index.relative_to(folder)}\n", encoding="utf-8")
     return index
 
@@ -331,6 +349,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     executed = given.executed or Path("build") / profile / "executed"
     results = given.results or Path("results") / profile
     to = given.to or Path("build") / profile / "book"
+    (to / ".stamp").unlink(missing_ok=True)
     try:
         assemble(profile, given.source, executed, results, to)
         print(build(to))

@@ -21,7 +21,7 @@ import pandas as pd
 from jaxtyping import Bool, Float
 from matplotlib import style
 from matplotlib.axes import Axes
-from matplotlib.colors import TwoSlopeNorm
+from matplotlib.colors import TwoSlopeNorm, to_rgba
 
 STYLE = Path(__file__).with_name("superset.mplstyle")
 WIDTH = 7.5  # inches
@@ -37,6 +37,7 @@ COLOURS = {
     "zero": BLACK, "mean": GREEN, "resample": ORANGE, "counterfactual": VERMILION, "clean": BLUE,
     "answer": BLUE, "foil": ORANGE,
 }  # fmt: skip
+Panels = list[tuple[Axes, pd.DataFrame]]
 MARKERS = ("o", "s", "D", "^", "v", "P", "X")
 
 
@@ -88,8 +89,8 @@ def layer_curve(
                 low, high = _ends(line)
                 axes.fill_between(line["layer"], low, high, color=colour, alpha=0.18, lw=0)
                 face = colour if np.isfinite(low).any() else "white"
-                axes.plot(line["layer"], line["estimate"], color=colour, marker=marker, markerfacecolor=face,
-                          markersize=3.5, label=group)  # fmt: skip
+                look = {"color": colour, "marker": marker, "markerfacecolor": face, "markersize": 3.5}
+                axes.plot(line["layer"], line["estimate"], **look, label=group)
             _zero(axes)
         _ylabel(figure, ylabel)
         _layers(axes, frame["layer"])
@@ -112,28 +113,26 @@ def heat_map(
     many = matrix if isinstance(matrix, Mapping) else {"": matrix}
     marks = significant if isinstance(significant, Mapping) else {name: significant for name in many}
     many = {name: np.asarray(values, dtype=float) for name, values in many.items()}
-    shapes = {values.shape for values in many.values()}
-    if len(shapes) != 1 or len(shape := shapes.pop()) != 2 or not all(shape):
-        raise ValueError(f"heat_map: matrices of layers x heads of one shape are needed, got {shapes or shape}")
-    if not any(np.isfinite(values).any() for values in many.values()):
-        raise ValueError("heat_map: no cell has a value")
-    limit = limit or max(np.nanmax(np.abs(values)) for values in many.values()) or 1.0
-    ticks = np.arange(shape[0]) if layers is None else np.asarray(layers)
-    with _canvas((WIDTH, 0.7 + len(many) * (0.45 + min(3.2, 0.19 * max(shape[1], 5)))), len(many)) as (figure, panels):
+    shapes = list({values.shape for values in many.values()})
+    if len(shapes) != 1 or len(shapes[0]) != 2 or not any(np.isfinite(values).any() for values in many.values()):
+        raise ValueError(f"heat_map: needs matrices of layers x heads of one shape, with values; got shapes {shapes}")
+    n_layers, n_heads = shapes[0]
+    limit = limit or np.nanmax(np.abs(list(many.values()))) or 1.0
+    ticks = np.arange(n_layers) if layers is None else np.asarray(layers)
+    with _canvas((WIDTH, 0.7 + len(many) * (0.45 + min(3.2, 0.19 * max(n_heads, 5)))), len(many)) as (figure, panels):
         for axes, (name, values) in zip(panels, many.items(), strict=True):
             axes.grid(False)
             axes.set_facecolor("#bdbdbd")
-            image = axes.imshow(values.T, norm=TwoSlopeNorm(0, -limit, limit), aspect="auto", origin="lower",
-                                interpolation="nearest")  # fmt: skip
+            scale = TwoSlopeNorm(0, -limit, limit)
+            image = axes.imshow(values.T, norm=scale, aspect="auto", origin="lower", interpolation="nearest")
             if marks.get(name) is not None:
                 x, y = np.nonzero(np.asarray(marks[name]))
                 dark = np.abs(values[x, y]) > 0.6 * limit
                 axes.scatter(x, y, s=9, c=np.where(dark, "white", "black"), linewidths=0)
-            axes.set_title(name)
-            axes.set_ylabel("head")
-            axes.set_yticks(np.arange(0, shape[1], max(1, int(np.ceil(shape[1] / 9)))))
-            step = max(1, int(np.ceil(shape[0] / 16)))
-            axes.set_xticks(np.arange(0, shape[0], step), [str(layer) for layer in ticks[::step]])
+            axes.set(title=name, ylabel="head")
+            axes.set_yticks(np.arange(n_heads)[:: -(-n_heads // 9)])
+            every = slice(None, None, -(-n_layers // 16))
+            axes.set_xticks(np.arange(n_layers)[every], [str(layer) for layer in ticks[every]])
         panels[-1].set_xlabel("layer")
         figure.colorbar(image, ax=panels, label=label, aspect=22 * max(1, len(many) / 2), pad=0.015)
     return figure
@@ -167,7 +166,7 @@ def ranked_sites(frame: pd.DataFrame, xlabel: str, by: str = "half", lines: Sequ
             part = frame[frame[by] == group]
             offset = (index - (len(groups) - 1) / 2) * 0.6 / len(groups)
             y = np.array([sites.index(site) for site in part["site"]]) + offset
-            _whiskers(axes, y, part, colour, marker, label=group, across=True)
+            _points(axes, y, part, colour, marker, label=group, across=True)
         _zero(axes, across=True)
         for line in lines:
             axes.axvline(line, color=GREY, lw=1, ls="--")
@@ -193,11 +192,10 @@ def agreement(
     with _canvas((WIDTH, 4.8 if identity else 4.0)) as (figure, (axes,)):
         for group, (colour, marker) in groups.items():
             part = frame[frame[by] == group] if by else frame
-            for along, name in (("xerr", x), ("yerr", y)):
+            for name, other in ((x, y), (y, x)):
                 if {f"{name}_low", f"{name}_high"} <= set(frame):
-                    ends = part[name] - part[f"{name}_low"], part[f"{name}_high"] - part[name]
-                    axes.errorbar(part[x], part[y], **{along: np.clip(np.array(ends, dtype=float), 0, None)},
-                                  fmt="none", ecolor=colour, elinewidth=0.8, alpha=0.35, capsize=0)  # fmt: skip
+                    ends = part[[f"{name}_low", f"{name}_high"]].to_numpy(dtype=float, na_value=np.nan)
+                    _intervals(axes, part[other], *ends.T, colour=to_rgba(colour, 0.35), across=name == x)
             axes.scatter(part[x], part[y], s=18, color=colour, marker=marker, alpha=0.8, linewidths=0, label=group)
         if identity:
             axes.axline((0, 0), slope=1, color=GREY, lw=1, ls="--", zorder=1)
@@ -207,13 +205,11 @@ def agreement(
             low, high = axes.get_xlim() if across else axes.get_ylim()
             if low < 0 < high:
                 _zero(axes, across)
-        middle = float(frame[x].median())
+        edge = axes.get_xlim()[0] + 0.9 * np.ptp(axes.get_xlim())
         for _, row in frame[frame["site"].isin(list(named))].iterrows() if named else ():
-            right = row[x] < middle or row[x] < axes.get_xlim()[1] * 0.85
-            axes.annotate(row["site"], (row[x], row[y]), xytext=(5 if right else -5, 3), textcoords="offset points",
-                          ha="left" if right else "right", fontsize=8)  # fmt: skip
-        axes.set_xlabel(xlabel)
-        axes.set_ylabel(ylabel)
+            side, gap = ("left", 5) if row[x] < edge else ("right", -5)
+            axes.annotate(row["site"], (row[x], row[y]), (gap, 3), textcoords="offset points", ha=side, fontsize=8)
+        axes.set(xlabel=xlabel, ylabel=ylabel)
         if by:
             axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1), borderaxespad=0)
     return figure
@@ -273,20 +269,17 @@ def slice_curve(
                 line = part[part[by] == group].sort_values("n_sites")
                 x = line["n_sites"].to_numpy(dtype=float) + (index - (len(groups) - 1) / 2) * 0.12
                 axes.plot(x, line["estimate"], color=colour, lw=1, alpha=0.6)
-                _whiskers(axes, x, line, colour, marker, label=group)
+                _points(axes, x, line, colour, marker, label=group)
             _zero(axes)
             axes.axhline(threshold, color=BLACK, lw=1, ls="--", label=f"threshold ({threshold:g})")
         _ylabel(figure, ylabel)
         counts = np.unique(frame["n_sites"])
-        every = max(1, int(np.ceil(len(counts) / 20)))
-        names = [f"{n}\n+ {sites[n - 1]}" if 0 < n <= len(sites) else f"{n}" for n in counts[::every]]
-        axes.set_xticks(counts[::every], names, fontsize=8 if sites else None)
+        counts = counts[:: -(-len(counts) // 20)]
+        names = [f"{n}\n+ {sites[n - 1]}" if 0 < n <= len(sites) else f"{n}" for n in counts]
+        axes.set_xticks(counts, names, fontsize=8 if sites else None)
         axes.set_xlabel("sites in the set")
         _legend(figure, panels[0][0])
     return figure
-
-
-# Parts that the figures share
 
 
 @contextmanager
@@ -298,18 +291,15 @@ def _canvas(size: tuple[float, float], rows: int = 1) -> Iterator[tuple[Figure, 
 
 
 @contextmanager
-def _panels(
-    frame: pd.DataFrame, panel: str | None, height: float
-) -> Iterator[tuple[Figure, list[tuple[Axes, pd.DataFrame]]]]:
+def _panels(frame: pd.DataFrame, panel: str | None, height: float) -> Iterator[tuple[Figure, Panels]]:
     """`_canvas` with axes for each value of the column `panel`, and the rows that belong there; one without `panel`."""
     values = list(dict.fromkeys(frame[panel])) if panel else [None]
     total = 0.75 + height * (1 if len(values) == 1 else 0.85 * len(values))
     with _canvas((WIDTH, total), len(values)) as (figure, rows):
-        parts = []
         for axes, value in zip(rows, values, strict=True):
             axes.set_title("" if panel is None else str(value))
-            parts.append((axes, frame if panel is None else frame[frame[panel] == value]))
-        yield figure, parts
+        parts = [frame] if panel is None else [frame[frame[panel] == value] for value in values]
+        yield figure, list(zip(rows, parts, strict=True))
 
 
 def _need(function: str, frame: pd.DataFrame, *columns: str | None, interval: bool = True) -> None:
@@ -326,9 +316,8 @@ def _groups(frame: pd.DataFrame, by: str) -> dict[str, tuple[str, str]]:
     """Colour and marker per value of a column, in the frame's order; fixed colours for the report's words."""
     values = list(dict.fromkeys(frame[by]))
     taken = {COLOURS[value] for value in values if value in COLOURS}
-    free: Iterator[str] = iter([c for c in (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BLACK) if c not in taken])
-    return {value: (COLOURS.get(value) or next(free, GREY), MARKERS[index % len(MARKERS)])
-            for index, value in enumerate(values)}  # fmt: skip
+    free = (c for c in (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BLACK) if c not in taken)
+    return {v: (COLOURS.get(v) or next(free, GREY), MARKERS[i % len(MARKERS)]) for i, v in enumerate(values)}
 
 
 def _ends(frame: pd.DataFrame) -> tuple[Float[np.ndarray, " rows"], Float[np.ndarray, " rows"]]:
@@ -336,22 +325,21 @@ def _ends(frame: pd.DataFrame) -> tuple[Float[np.ndarray, " rows"], Float[np.nda
     return frame["low"].to_numpy(dtype=float, na_value=np.nan), frame["high"].to_numpy(dtype=float, na_value=np.nan)
 
 
-def _lengths(frame: pd.DataFrame) -> Float[np.ndarray, "2 rows"]:
-    """Whisker lengths below and above the estimates; a studentised interval need not contain its estimate."""
-    estimate = frame["estimate"].to_numpy(dtype=float)
-    low, high = _ends(frame)
-    return np.clip(np.array([estimate - low, high - estimate]), 0, None)
+def _intervals(
+    axes: Axes, at: np.ndarray, low: np.ndarray, high: np.ndarray, colour: str, across: bool = False
+) -> None:
+    """Lines from low to high. Not matplotlib's error bars: a studentised interval need not contain its estimate."""
+    (axes.hlines if across else axes.vlines)(at, low, high, color=colour, lw=1.2, zorder=2.5)
 
 
-def _whiskers(
+def _points(
     axes: Axes, at: np.ndarray, frame: pd.DataFrame, colour: str, marker: str, label: str, across: bool = False
 ) -> None:
-    """Points with their intervals at positions `at`; hollow where there is no interval."""
-    estimate, lengths = frame["estimate"].to_numpy(dtype=float), _lengths(frame)
+    """Estimates with their intervals at positions `at`; hollow where there is no interval."""
+    estimate, (low, high) = frame["estimate"].to_numpy(dtype=float), _ends(frame)
+    _intervals(axes, at, low, high, colour, across)
     x, y = (estimate, at) if across else (at, estimate)
-    axes.errorbar(x, y, **{"xerr" if across else "yerr": lengths}, fmt="none", ecolor=colour, elinewidth=1.2)
-    bare = ~np.isfinite(lengths).all(0)
-    faces = np.where(bare, "white", colour)
+    faces = np.where(np.isfinite(low) & np.isfinite(high), colour, "white")
     axes.scatter(x, y, s=24, c=faces, edgecolors=colour, marker=marker, zorder=3)
     axes.plot([], [], color=colour, marker=marker, ls="none", label=label)
 
@@ -364,8 +352,7 @@ def _bars(axes: Axes, frame: pd.DataFrame, by: str, groups: Mapping[str, tuple[s
         x = at[rows] + (index - (len(groups) - 1) / 2) * width
         part = frame[rows]
         axes.bar(x, part["estimate"].to_numpy(dtype=float), width * 0.92, color=colour, alpha=0.85, label=group, lw=0)
-        axes.errorbar(x, part["estimate"], yerr=_lengths(part), fmt="none", ecolor="#333333", elinewidth=0.9,
-                      capsize=min(2, 40 / max(1, len(frame))))  # fmt: skip
+        _intervals(axes, x, *_ends(part), colour="#333333")
     _zero(axes)
 
 
@@ -380,13 +367,12 @@ def _categories(
     names = list(dict.fromkeys(frame[category]))
     with _canvas((WIDTH, 3.4)) as (figure, (axes,)):
         _bars(axes, frame, by, _groups(frame, by), np.array([names.index(name) for name in frame[category]]))
-        crowded = sum(len(str(name)) for name in names) > 80
-        axes.set_xticks(range(len(names)), names, rotation=30 if crowded else 0, ha="right" if crowded else "center")
+        rotation, side = (30, "right") if sum(len(str(name)) for name in names) > 80 else (0, "center")
+        axes.set_xticks(range(len(names)), names, rotation=rotation, ha=side)
         axes.grid(False, axis="x")
         if chance is not None:
             axes.axhline(chance, color=BLACK, lw=1.2, ls="--", label=f"chance ({chance:.2g})")
-        axes.set_xlabel(xlabel)
-        axes.set_ylabel(ylabel)
+        axes.set(xlabel=xlabel, ylabel=ylabel)
         _legend(figure, axes)
     return figure
 
@@ -396,16 +382,15 @@ def _zero(axes: Axes, across: bool = False) -> None:
 
 
 def _ylabel(figure: Figure, text: str) -> None:
-    """One label for all panels: repeated beside each, a long one runs into the next."""
+    """One label for all panels: repeated beside each, a long one would run into the next."""
     figure.axes[0].set_ylabel(text) if len(figure.axes) == 1 else figure.supylabel(text, fontsize=10)
 
 
 def _layers(axes: Axes, layers: pd.Series) -> None:
     """A layer axis with whole numbers."""
     first, last = int(layers.min()), int(layers.max())
-    axes.set_xlim(first - 0.7, last + 0.7)
-    axes.set_xticks(range(first, last + 1, max(1, int(np.ceil((last - first + 1) / 16)))))
-    axes.set_xlabel("layer")
+    axes.set(xlim=(first - 0.7, last + 0.7), xlabel="layer")
+    axes.set_xticks(range(first, last + 1, -(-(last - first + 1) // 16)))
 
 
 def _legend(figure: Figure, axes: Axes) -> None:

@@ -1,0 +1,366 @@
+"""The book: its checkers on pages made wrong by hand, and the builder on a small made-up set of results."""
+
+import json
+import re
+import shutil
+from html import unescape
+from pathlib import Path
+
+import book_checks
+import nbformat
+import papermill
+import pytest
+
+from lib import book, plots
+
+ROOT = Path(__file__).resolve().parent.parent
+STEPS = book.pages(ROOT / "book")
+MODEL = {"name": "Tiny-Model", "sha256": "5f" * 32, "n_layers": 2}
+
+
+# The checkers
+
+
+def page(folder: Path, body: str, head: str = "") -> Path:
+    path = folder / "index.html"
+    path.write_text(f"<html><head>{head}</head><body>{body}</body></html>", encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        '<script src="https://cdn.example.org/a.js"></script>',
+        '<script src="//cdn.example.org/a.js"></script>',
+        '<link rel="stylesheet" href="https://fonts.example.org/css">',
+        '<link rel="preconnect" href="https://fonts.example.org">',
+        '<img src="local.png" srcset="local.png 1x, https://example.org/b.png 2x">',
+        '<iframe src="http://example.org"></iframe>',
+        '<object data="http://example.org/x.svg"></object>',
+        '<p style="background: url(https://example.org/b.png)">x</p>',
+        "<style>@import 'https://example.org/x.css';</style>",
+        '<script>fetch("https://example.org/data.json")</script>',
+        '<script>const r = new XMLHttpRequest(); r.open("GET", "https://example.org/data.json")</script>',
+        '<script type="module">import x from "https://example.org/x.js"</script>',
+        '<script>document.createElement("script").src = "https://example.org/x.js"</script>',
+        '<meta http-equiv="refresh" content="3; url=https://example.org">',
+        '<svg><image href="https://example.org/b.png"/></svg>',
+    ],
+)
+def test_outside_urls_finds_what_a_browser_would_load(tmp_path, body):
+    (tmp_path / "local.png").touch()
+    page(tmp_path, body)
+    (found,) = book_checks.outside_urls(tmp_path)
+    assert re.match(r"index\.html: (https?:)?//", found)
+
+
+def test_outside_urls_reads_style_sheets_and_scripts(tmp_path):
+    page(tmp_path, "")
+    (tmp_path / "a.css").write_text('/* url(https://a.org/comment) */ @import url("https://a.org/x.css");')
+    (tmp_path / "b.js").write_text('import("https://b.org/x.js"); const space = "http://www.w3.org/2000/svg";')
+    assert book_checks.outside_urls(tmp_path) == ["a.css: https://a.org/x.css", "b.js: https://b.org/x.js"]
+
+
+def test_links_to_the_outside_are_allowed(tmp_path):
+    body = '<a href="https://example.org">x</a> <p>https://example.org</p> <img src="data:image/png;base64,AA">'
+    page(tmp_path, body, head='<link rel="canonical" href="https://example.org/book">')
+    assert book_checks.outside_urls(tmp_path) == []
+    assert book_checks.missing_local_files(tmp_path) == []
+    assert book_checks.requests_made(tmp_path / "index.html") == []
+
+
+def test_missing_local_files(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "there.png").touch()
+    (tmp_path / "a b.html").write_text('<a href="#x">x</a>')
+    (tmp_path / "a.css").write_text("p { background: url('gone.png?v=1') }")
+    images = '<img src="../there.png"> <img src="lost.png">'
+    links = '<a href="../a%20b.html#y">y</a> <a href="z.html">z</a> <a href="../../outside.html">o</a>'
+    page(tmp_path / "sub", images + links)
+    (tmp_path.parent / "outside.html").touch()
+    assert sorted(book_checks.missing_local_files(tmp_path)) == [
+        "a.css: gone.png?v=1",
+        "sub/index.html: ../../outside.html",
+        "sub/index.html: lost.png",
+        "sub/index.html: z.html",
+    ]
+
+
+def test_checkers_refuse_an_empty_folder(tmp_path):
+    with pytest.raises(ValueError, match="no HTML page"):
+        book_checks.outside_urls(tmp_path)
+    with pytest.raises(ValueError, match="no HTML page"):
+        book_checks.missing_local_files(tmp_path)
+
+
+def test_machine_paths(tmp_path):
+    page(tmp_path, "made in /home/someone/clone")
+    assert book_checks.machine_paths(tmp_path, "/home/someone", "/elsewhere") == ["index.html: /home/someone"]
+
+
+def test_a_browser_tells_what_it_asked_for(tmp_path):
+    # The last address appears in no file: a script puts it together.
+    body = '<script>fetch("https://" + ["a", "example", "org"].join(".") + "/z")</script>'
+    html = page(tmp_path, body, head='<script src="https://cdn.example.org/a.js"></script>')
+    assert sorted(book_checks.requests_made(html)) == ["https://a.example.org/z", "https://cdn.example.org/a.js"]
+
+
+# The builder
+
+
+def notebook(*cells: dict) -> nbformat.NotebookNode:
+    made = nbformat.v4.new_notebook(cells=list(cells))
+    made.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    return made
+
+
+def code(source: str, **metadata: object) -> dict:
+    return nbformat.v4.new_code_cell(source, metadata=metadata)
+
+
+def execute(made: nbformat.NotebookNode, path: Path) -> None:
+    source = path.with_name(f"source-{path.name}")
+    nbformat.write(made, source)
+    papermill.execute_notebook(
+        source, path, parameters={"seed": 1}, progress_bar=False, kernel_name="python3", cwd=ROOT
+    )
+
+
+FIGURE = """import pandas as pd
+from lib import plots
+frame = pd.DataFrame({"layer": [0, 1], "position": "last", "estimate": [0.1, 0.9], "low": [0, 0.8], "high": [0.2, 1]})
+plots.layer_curve(frame, "recovery (share of logit_diff)")"""
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Executed notebooks, findings, run records and figures of all steps in the table of contents, made up."""
+    folder = tmp_path_factory.mktemp("made")
+    executed, results = folder / "executed", folder / "results"
+    executed.mkdir()
+    plain = notebook(nbformat.v4.new_markdown_cell("# A step"), code("seed = 0", tags=["parameters"]), code("seed + 1"))
+    drawn = notebook(
+        nbformat.v4.new_markdown_cell("# Coarse sweep\n\nAfter {cite:t}`meng2022rome`."),
+        code("seed = 0", tags=["parameters"]),
+        code("import sys\nprint('%d%% done' % 50, file=sys.stderr)"),
+        code(
+            FIGURE,
+            tags=["hide-input"],
+            mystnb={"figure": {"name": "fig-curve", "caption": "Recovery by layer."}, "image": {"alt": "two points"}},
+        ),  # fmt: skip
+        code(
+            "from IPython.display import Markdown\nMarkdown('It **rises**, see {numref}`fig-curve`.')",
+            tags=["remove-input"],
+        ),
+    )
+    execute(plain, executed / "plain.ipynb")
+    execute(drawn, executed / "drawn.ipynb")
+    frame = plots.pd.DataFrame({"layer": [0], "position": "last", "estimate": [0.5], "low": [None], "high": [None]})
+    for number, (step, name) in enumerate(STEPS.items()):
+        kind = "drawn" if step == "coarse_sweep" else "plain"
+        shutil.copyfile(executed / f"{kind}.ipynb", executed / f"{Path(name).name}.ipynb")
+        file = plots.save(plots.layer_curve(frame, "recovery (share)"), results, step, "curve")
+        findings = {
+            "step": step, "profile": "made", "model": MODEL, "task": "superset", "able": step != "sufficiency",
+            "sentences": [f"Sentence {number} with **{0.25 * number:.2f}** [0.1, 0.9] in `resid`."],
+            "figures": [{"file": file, "caption": f"Curve of {step} in `resid` {{here}}."}],
+        }  # fmt: skip
+        run = {
+            "step": step, "commit": "0123abc", "device": "cpu", "seconds": 1.23456789,
+            "parameters": {"seed": 0, "layers": "all" if number else "auto", "pairs_file": None, "a": "x|`y`"},
+            "versions": {"torch": "2.13.0"}, "log": [f"unit {number}", "```"],
+        }  # fmt: skip
+        (results / f"{step}.findings.json").write_text(json.dumps(findings))
+        (results / f"{step}.run.json").write_text(json.dumps(run))
+    return folder
+
+
+@pytest.fixture
+def copy(made, tmp_path):
+    shutil.copytree(made, tmp_path / "made")
+    return tmp_path / "made"
+
+
+def arguments(folder: Path, source: Path = ROOT / "book") -> list[str]:
+    return ["--profile", "made", "--source", str(source), "--executed", str(folder / "executed"),
+            "--results", str(folder / "results"), "--to", str(folder / "book")]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def built(made):
+    assert book.main(arguments(made)) == 0
+    return made / "book" / "_build" / "html"
+
+
+def text(html: Path) -> str:
+    """The words of a page's article."""
+    article = re.search(r"<article.*?</article>", html.read_text(encoding="utf-8"), re.S)[0]
+    return " ".join(unescape(re.sub(r"<[^>]+>", "", article)).split())
+
+
+def test_the_path_comes_last(made, capsys):
+    assert book.main(arguments(made)) == 0
+    last = capsys.readouterr().out.strip().splitlines()[-1]
+    assert Path(last) == made / "book" / "_build" / "html" / "index.html" and Path(last).is_file()
+    assert (made / "book" / ".stamp").is_file()
+
+
+def test_the_book_loads_nothing_from_outside(built, made):
+    assert book_checks.outside_urls(built) == []
+    assert book_checks.missing_local_files(built) == []
+    assert book_checks.machine_paths(built, ROOT, made) == []
+    for name in ("index", "executed/02_coarse_sweep", "api", "search"):
+        assert book_checks.requests_made(built / f"{name}.html") == [], name
+
+
+def test_landing_page(built):
+    words = text(built / "index.html")
+    assert "The answer so far, for Tiny-Model" in words
+    for number in range(len(STEPS)):
+        assert f"Sentence {number} with {0.25 * number:.2f}" in words
+    assert "Sufficiency: this model cannot do the task superset, so nothing was measured." in words
+    html = (built / "index.html").read_text()
+    assert html.index("Sentence 1") < html.index("_images/coarse_sweep-curve.png") < html.index("Sentence 0")
+    assert 'alt="Curve of coarse_sweep in resid here."' in html
+
+
+def test_executed_notebook_page(built, made):
+    html = (built / "executed" / "02_coarse_sweep.html").read_text()
+    words = text(built / "executed" / "02_coarse_sweep.html")
+    assert "50% done" not in words
+    assert re.search(r"It rises, see Fig\. \d+\.", words) and "Recovery by layer." in words
+    assert 'alt="two points"' in html
+    source = (made / "book" / "executed" / "02_coarse_sweep.ipynb").read_text()
+    assert '"papermill"' not in source and source.count("hide-input") == 3  # both parameter cells and the figure's
+
+
+def test_reproducibility_page(built):
+    words = text(built / "reproducibility.html")
+    shared, own = words.split("The same in every step", 1)[1].split("Baselines", 1)
+    for fact in ("commit 0123abc", "seconds 1.23457", "seed 0", "pairs_file null", "torch 2.13.0", "x|'y'"):
+        assert fact in shared, fact
+    assert "layers" not in shared and "layers auto" in own and "unit 3 ```" in own
+
+
+def test_library_page(built):
+    words = text(built / "api.html")
+    assert "lib.plots" in words and "def save(" in words and "returns the PNG's path" in words
+
+
+def test_the_page_shows(built, tmp_path):
+    """The landing page, seen: its words and figure leave ink, in the middle as at the left."""
+    from matplotlib import image
+
+    shown = image.imread(book_checks.screenshot(built / "index.html", tmp_path / "index.png", 1400, 1600))
+    assert shown.shape[:2] == (1600, 1400)
+    assert shown[:, 300:1100, :3].std() > 0.05 and shown[:, :250, :3].std() > 0.02
+
+
+# What stops it
+
+
+def broken(copy: Path, capsys) -> str:
+    assert book.main(arguments(copy)) == 1
+    assert not (copy / "book" / ".stamp").exists()
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "file, says",
+    [
+        ("results/necessity.findings.json", "step necessity has no findings file"),
+        ("results/coarse_sweep.run.json", "step coarse_sweep has no run file"),
+        ("executed/04_sufficiency.ipynb", "step sufficiency has no executed notebook"),
+        ("results/figures/necessity-curve.png", "necessity-curve.png of step necessity is not in"),
+    ],
+)
+def test_a_missing_file_names_its_step(copy, capsys, file, says):
+    (copy / file).unlink()
+    message = broken(copy, capsys)
+    assert says in message and message.count("\n") == 1
+
+
+def test_half_written_findings(copy, capsys):
+    (copy / "results" / "necessity.findings.json").write_text('{"step": ')
+    assert "step necessity is not JSON" in broken(copy, capsys)
+
+
+def test_findings_of_two_models(copy, capsys):
+    path = copy / "results" / "necessity.findings.json"
+    path.write_text(path.read_text().replace("Tiny-Model", "Other-Model"))
+    assert "mixes models" in broken(copy, capsys)
+
+
+def test_findings_without_sentences(copy, capsys):
+    path = copy / "results" / "necessity.findings.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"sentences": []}))
+    assert "step necessity hold no sentences" in broken(copy, capsys)
+
+
+def test_failed_notebook(copy, capsys):
+    path = copy / "executed" / "03_necessity.ipynb"
+    with pytest.raises(papermill.PapermillExecutionError):
+        execute(notebook(code("seed = 0", tags=["parameters"]), code("1 / 0")), path)
+    assert "step necessity failed in cell" in (message := broken(copy, capsys)) and "ZeroDivisionError" in message
+
+
+def test_notebook_that_stopped_early(copy, capsys):
+    path = copy / "executed" / "03_necessity.ipynb"
+    made = json.loads(path.read_text())
+    made["cells"][-1]["execution_count"] = None
+    path.write_text(json.dumps(made))
+    assert "step necessity stopped before cell" in broken(copy, capsys)
+
+
+def test_a_warning_stops_the_book(copy, capsys):
+    path = copy / "results" / "necessity.findings.json"
+    path.write_text(path.read_text().replace("Sentence 2", "Sentence {ref}`nowhere`"))
+    message = broken(copy, capsys)
+    assert "undefined label: 'nowhere'" in message and "index.md" in message
+
+
+def test_page_missing_from_the_sources(copy, capsys):
+    shutil.copytree(ROOT / "book", copy / "source")
+    (copy / "source" / "how_to_read.md").unlink()
+    assert book.main(arguments(copy, copy / "source")) == 1
+    assert "names pages that do not exist: how_to_read" in capsys.readouterr().err
+
+
+# Parts
+
+
+def test_split_keeps_what_is_shared_once():
+    one = {"commit": "a", "p": {"seed": 0, "layers": "all"}, "log": ["x"], "n": 1}
+    two = {"commit": "a", "p": {"seed": 0, "layers": "auto"}, "log": ["x"]}
+    shared, own = book.split([one, two])
+    assert shared == {"commit": "a", "p": {"seed": 0}}
+    assert own == [{"p": {"layers": "all"}, "log": ["x"], "n": 1}, {"p": {"layers": "auto"}, "log": ["x"]}]
+
+
+def test_library_reads_signatures_and_docstrings(tmp_path):
+    (tmp_path / "part.py").write_text('''"""The {module}`x` ``` of it."""
+class _Hidden: "no"
+def undocumented(): ...
+def short(a, *, b=1) -> int:
+    """Short."""
+def long(first: dict[str, tuple[int, int]],
+         second: "Float[Tensor, 'a b']" = None, *rest: int, third: int = 3, **more) -> None:
+    """Long.
+
+    Args:
+        first: one <b>line</b>
+    """
+class Value(tuple):
+    """A value."""
+    x: int = 1
+    def method(self): "Does."
+''')
+    found = book.library(tmp_path)
+    assert "undocumented" not in found and "_Hidden" not in found
+    assert "def short(a, *, b=1) -> int" in found
+    assert (
+        "    second: \"Float[Tensor, 'a b']\" = None,\n    *rest: int,\n    third: int = 3,\n    **more,\n) -> None"
+        in found
+    )
+    assert "class Value(tuple):\n    x: int = 1" in found and "def method(self)" in found
+    assert "<code>first: one &lt;b&gt;line&lt;/b&gt;" in found
