@@ -128,6 +128,9 @@ def quad_matrix(
         raise ValueError("no records to average")
     _agree(frame, sites)
     named = {"effect": effect, "margin_effect": lambda records: effect(records, "metric"), "gap": gap}
+    unknown = [column for column in (*sites, value) if column not in frame.columns and column not in named]
+    if unknown:
+        raise ValueError(f"the records have no column {', '.join(unknown)}; they have {', '.join(frame.columns)}")
     values = np.asarray(named[value](frame) if value in named else frame[value], dtype=float)
     quad, quads = pd.factorize(frame["quad_id"], sort=True)
     groups = frame.groupby(sites, sort=True, observed=True) if sites else None
