@@ -30,14 +30,22 @@ from lib.params import STEPS, ParameterError, Shared, section_keys
 NOTEBOOKS = {step: f"notebooks/{number:02d}_{step}.ipynb" for number, step in enumerate(STEPS, 1)}
 
 # Which modules of lib make a step's data, and which only draw its page.
-SWEEPS = ("models", "hooks", "single_pass", "sweep", "tasks", "data", "metrics", "records", "units")
+SWEEPS = ("models", "hooks", "single_pass", "pools", "sweep", "tasks", "data", "metrics", "records", "units")
 COMPUTE = {
     "baselines": ("models", "tasks", "data", "metrics", "records", "units"),
     "coarse_sweep": SWEEPS,
     "necessity": SWEEPS,
     "sufficiency": SWEEPS,
 }
-PAGE = ("lib/stats.py", "lib/plots.py", "lib/steps.py", "lib/superset.mplstyle")
+PAGE = (
+    "lib/stats.py",
+    "lib/effects.py",
+    "lib/findings.py",
+    "lib/statements.py",
+    "lib/plots.py",
+    "lib/steps.py",
+    "lib/superset.mplstyle",
+)
 
 # Shared keys that reach a step's data. `memory` does: what shares a pass changes the last bits.
 _MODEL_KEYS = ("model", "model_sha256", "dtype", "device", "device_map", "quantisation", "max_memory")

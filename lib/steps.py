@@ -32,6 +32,7 @@ from lib.units import Unit
 
 if TYPE_CHECKING:
     from lib.models import Model
+    from lib.tasks import Pair
 
 
 class StepError(ParameterError):
@@ -156,6 +157,41 @@ class Step:
         except ValueError as error:
             raise StepError(str(error)) from None
 
+    def prompts(self, table: pd.DataFrame | None = None) -> list[Pair]:
+        """The pairs (default: of `pairs`) as prompts, tokenised and checked. StepError names the pair that is wrong."""
+        from lib import models, tasks
+
+        p = self.params
+        try:
+            words = self.model.tokenizer if "model" in self.__dict__ else models.tokenizer(p.model, p.model_sha256)
+            rows = (self.pairs() if table is None else table).to_dict("records")
+            return [tasks.make_pair(words, row, p.chat_template, p.attributes) for row in rows]
+        except ValueError as error:
+            raise StepError(str(error)) from None
+
+    def sweeper(self, pairs: Sequence[Pair]) -> Callable[[Unit], pd.DataFrame]:
+        """What `table` computes a sweep's units with; `pairs` are all of the step's, which lend means and resamples.
+
+        The first unit of a sitting also makes the step's two proofs, the identity patch and the whole-residual patch;
+        their numbers go into the log.
+        """
+        pools: dict = {}
+        proofs: list[str] = []
+
+        def compute(unit: Unit) -> pd.DataFrame:
+            from lib import sweep
+
+            own = [] if proofs else sweep.prove(self.model, pairs[0])
+            proofs.extend(own)
+            frame = sweep.run(
+                self.model, unit.pairs, pool=pairs, pools=pools, memory=self.memory, seed=self.params.seed,
+                profile=self.params.profile, **unit.options,
+            )  # fmt: skip
+            frame.attrs["log"] = own + frame.attrs["log"]
+            return frame
+
+        return compute
+
     # --- tables ---
 
     def path(self, name: str | None = None) -> Path:
@@ -217,8 +253,9 @@ class Step:
 
     def refuse_stale(self) -> None:
         """StepError when the folder holds results that other parameters, inputs or code made, unless `overwrite`."""
+        key = self.data_key  # first of all: a step whose inputs are not there is an error in any case
         stored = keys.stored_ingredients(self.results, self.name)
-        if stored is None or self.params.overwrite or keys.data_key(stored) == self.data_key:
+        if stored is None or self.params.overwrite or keys.data_key(stored) == key:
             return
         changed = "; ".join(keys.differences(stored, self.ingredients)) if stored else "they do not say which"
         raise StepError(

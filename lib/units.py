@@ -175,7 +175,7 @@ class _Lines:
 def progress(label: str, total: int, done: int = 0) -> tqdm:
     """A plain progress bar on stderr with rate and time left.
 
-    A terminal gets the usual bar; a log file a line every 10 s; a notebook one line that is rewritten every 10 s (plain
+    A terminal gets the usual bar; a log file a line every 10 s; a notebook a line that is rewritten every 20 s (plain
     text: widgets in a saved notebook load scripts from the network).
     """
     stream = sys.stderr
@@ -188,7 +188,7 @@ def progress(label: str, total: int, done: int = 0) -> tqdm:
         desc=label,
         unit=" units",
         file=stream if in_notebook else _Lines(stream),
-        mininterval=10,
+        mininterval=20 if in_notebook else 10,
         maxinterval=30,
         bar_format="{desc}: {percentage:3.0f}% {n_fmt} of {total_fmt}, {rate_fmt}, {remaining} left",
     )
