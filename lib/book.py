@@ -123,8 +123,8 @@ def title(step: str) -> str:
 def sentences(step: str, found: Mapping[str, Any]) -> str:
     """What a step found, for the landing page; a step without a sentence is a BookError."""
     said = " ".join(found.get("headline") or found.get("sentences") or ())
-    if found.get("able", True) is False:
-        said = f"this model cannot do the task `{found.get('task')}`, so nothing was measured. {said}".rstrip()
+    if not said and found.get("able", True) is False:
+        said = f"This model cannot do the task `{found.get('task')}`, so nothing was measured."
     if not said:
         raise BookError(f"the findings of step {step} hold no sentences: run the step again")
     return said

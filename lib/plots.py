@@ -126,7 +126,7 @@ def heat_map(
             scale = TwoSlopeNorm(0, -limit, limit)
             image = axes.imshow(values.T, norm=scale, aspect="auto", origin="lower", interpolation="nearest")
             if marks.get(name) is not None:
-                x, y = np.nonzero(np.asarray(marks[name]))
+                x, y = np.nonzero(np.nan_to_num(np.asarray(marks[name], dtype=float)))  # NaN: not measured, not marked
                 dark = np.abs(values[x, y]) > 0.6 * limit
                 axes.scatter(x, y, s=9, c=np.where(dark, "white", "black"), linewidths=0)
             axes.set(title=name, ylabel="head")

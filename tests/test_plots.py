@@ -43,7 +43,9 @@ def test_layer_curve():
 
 def test_heat_map_is_centred_at_zero_and_marks_cells():
     matrix = np.array([[0.1, -0.4, np.nan], [0.2, 0.0, 0.3]])
-    figure = plots.heat_map(matrix, "damage (share)", significant=np.abs(matrix) > 0.25, layers=[20, 21])
+    figure = plots.heat_map(
+        matrix, "damage (share)", significant=np.array([[0, 1, np.nan], [0, 0, 1.0]]), layers=[20, 21]
+    )
     axes, bar = figure.axes
     image = axes.images[0]
     assert (image.norm.vmin, image.norm.vcenter, image.norm.vmax) == (-0.4, 0, 0.4)
