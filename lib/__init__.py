@@ -1,0 +1,1 @@
+"""The thin library: tasks and people in, sweeps, records and statistics out."""

@@ -1,0 +1,409 @@
+"""Prompts, token roles and candidate answers: the words of a pair, before any model is run.
+
+1. A `Template` is a text with slots. `make_prompt` fills the slots and keeps where each name stands in the text.
+2. The tokenizer's offset mapping on the *whole* text says which tokens carry a name. A name is never tokenised alone:
+   without its leading space it has other tokens (" Isaac" is one token, "Isaac" is "Isa" + "ac").
+3. `candidates` gives one answer token per superset in the template's form; odd-one-out takes them from the names.
+4. `make_pair` puts a clean and a corrupt prompt together and refuses a pair whose tokens do not line up one to one.
+
+Nothing here needs torch: any Hugging Face *fast* tokenizer will do. All bad input raises ValueError.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+Form = Literal["plural", "singular", "capitalised"]
+SUPERSETS = ("artist", "scientist", "athlete", "politician", "writer")
+SLOTS = ("a", "b", "c")
+TASKS = ("superset", "bi_association", "odd_one_out", "one_name")
+_N_NAMES = {"superset": 2, "bi_association": 2, "odd_one_out": 3, "one_name": 1}
+_SLOT = re.compile(r"\{(a|b|c|attributes|examples)\}")
+
+# What the bi-association prompt lists for each attribute, and a worked example of it. The plan's example answers
+# "Doctor"; [doctor] takes the template's form, because " Athlete" is two tokens for SmolLM2 and " athlete" is one.
+ATTRIBUTES = {
+    "profession": (
+        'Same profession → "Yes - [profession] - they are both [profession]"',
+        "Q: Person C and Person D\nA: Yes - [doctor] - they are both doctors.",
+    ),
+    "school": (
+        'Same school → "Yes - [school] - they both graduated from [school]"',
+        "Q: Person E and Person F\nA: Yes - Harvard - they both graduated from Harvard.",
+    ),
+    "nationality": (
+        'Same nationality → "Yes - [nationality] - they are both [nationality]"',
+        "Q: Person G and Person H\nA: Yes - Canadian - they are both Canadian.",
+    ),
+}
+DEFAULT_ATTRIBUTES = ("profession", "school")
+
+_BI_ASSOCIATION = """# Task: Find Common Attributes Between Two People
+You will be given two people's names. Your job is to determine if they share ANY common attribute from the list below.
+
+## Response Format:
+- If you find a match: "Yes - [shared attribute] - [description of what they share]"
+- If no match: "No - [Person 1] and [Person 2] have nothing in common"
+
+## Attributes to Consider:
+{attributes}
+
+## Examples:
+{examples}
+
+Q: Person Y and Person Z
+A: No - Person Y and Person Z have nothing in common.
+
+## Your turn, give your answer in a single line.
+
+Q: {a} and {b}
+A:"""
+
+
+@dataclass(frozen=True)
+class Template:
+    """A prompt text with slots {a}, {b}, {c}; `form` is how its answers are written, `answer_prefix` how they begin."""
+
+    name: str
+    task: str
+    text: str
+    form: Form = "plural"
+    answer_prefix: str = ""
+
+    def __post_init__(self) -> None:
+        if self.task not in TASKS:
+            raise ValueError(f"template {self.name!r}: unknown task {self.task!r}; allowed: {', '.join(TASKS)}")
+        found = [slot for slot in _SLOT.findall(self.text) if slot in SLOTS]
+        if found != list(self.slots):
+            raise ValueError(
+                f"template {self.name!r} of task {self.task!r} must hold the slots "
+                f"{', '.join('{' + s + '}' for s in self.slots)} once each, in this order; it holds {found}"
+            )
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """The name slots of the task: ("a",), ("a", "b") or ("a", "b", "c")."""
+        return SLOTS[: _N_NAMES[self.task]]
+
+
+TEMPLATES: dict[str, Template] = {
+    template.name: template
+    for template in (
+        Template("profession_both", "superset", "The profession of {a} and {b} is that they are both"),
+        Template("profession_are_both", "superset", "The profession of {a} and {b} are that they are both"),
+        Template("common_both", "superset", "What {a} and {b} have in common is that they are both"),
+        Template("both_famous", "superset", "{a} and {b} are both famous"),
+        Template("bi_association", "bi_association", _BI_ASSOCIATION, "singular", " Yes -"),
+        Template("bi_association_capitalised", "bi_association", _BI_ASSOCIATION, "capitalised", " Yes -"),
+        Template("odd_one_out", "odd_one_out", "Q: Pick the odd person out: {a}, {b}, {c}\nA:", "singular"),
+        Template("profession_is", "one_name", "The profession of {a} is"),
+    )
+}
+
+
+def find_template(name: str, task: str = "superset", form: Form = "plural") -> Template:
+    """The template of that name, or, if `name` holds slots, a template of the user's own with that text."""
+    if name in TEMPLATES:
+        return TEMPLATES[name]
+    if _SLOT.search(name):
+        return Template(name, task, name, form)
+    raise ValueError(
+        f"unknown template {name!r}; allowed: {', '.join(TEMPLATES)}, or a text of your own with slots {{a}} and {{b}}"
+    )
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A text, its token ids, and the absolute token positions of every role (name_a, ..., names, last, all)."""
+
+    text: str
+    ids: tuple[int, ...]
+    roles: dict[str, tuple[int, ...]] = field(hash=False)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A clean and a corrupt prompt whose tokens line up one to one; `answer` indexes `candidates` (see make_pair)."""
+
+    pair_id: str
+    quad_id: str
+    half: str  # "discovery" or "confirmation"
+    task: str
+    template: str
+    clean: Prompt  # both prompts have the same length and role positions; roles hold "swapped" as well
+    corrupt: Prompt
+    candidates: tuple[str, ...]  # superset names, or the slots a, b, c in odd_one_out
+    answer: int  # the clean prompt's answer
+    corrupt_answer: int
+    clean_tokens: tuple[int, ...]  # the candidates' token ids in each prompt: equal except in odd_one_out
+    corrupt_tokens: tuple[int, ...]
+    clean_seconds: tuple[int, ...]  # odd_one_out: second token of each name, () if a name has only one
+    corrupt_seconds: tuple[int, ...]
+    labels: tuple[str, ...]  # words recorded beside the candidates
+    label_tokens: tuple[int, ...]
+
+
+def plural(word: str) -> str:
+    """The plural of a profession or superset: dancers, tennis players, coaches."""
+    return word + ("es" if word.endswith(("s", "x", "ch", "sh")) else "s")
+
+
+def in_form(word: str, form: Form) -> str:
+    """`word` as a template of that form would be continued, without its leading space."""
+    return {"plural": plural, "singular": str, "capitalised": str.capitalize}[form](word)
+
+
+def _answer_ids(tokenizer: Any, words: Sequence[str]) -> list[tuple[int, ...]]:
+    """Token ids of each " word" as the model would predict it, after another word (() if the two merge)."""
+    prefix = tuple(tokenizer("both", add_special_tokens=False).input_ids)
+    full = tokenizer([f"both{word}" for word in words], add_special_tokens=False).input_ids
+    return [tuple(ids[len(prefix) :]) if tuple(ids[: len(prefix)]) == prefix else () for ids in full]
+
+
+def _distinct(names: Sequence[str], tokens: Sequence[int], where: str) -> None:
+    for i, token in enumerate(tokens):
+        if token in tokens[:i]:
+            other = names[list(tokens).index(token)]
+            raise ValueError(f"{where}: {other!r} and {names[i]!r} share their first token; they cannot be told apart")
+
+
+def candidates(tokenizer: Any, template: Template) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """The superset names and, for each, the token id of its answer in the template's form with its leading space.
+
+    Raises ValueError if an answer is not a single token for this tokenizer, or if two answers share one.
+    """
+    words = [f" {in_form(name, template.form)}" for name in SUPERSETS]
+    ids = _answer_ids(tokenizer, words)
+    for word, tokens in zip(words, ids, strict=True):
+        if len(tokens) != 1:
+            raise ValueError(
+                f"template {template.name!r}: the answer {word!r} is {len(tokens)} tokens for this tokenizer, not one; "
+                "use a template whose answers have another form (plural, singular, capitalised)"
+            )
+    firsts = [tokens[0] for tokens in ids]
+    _distinct(words, firsts, f"template {template.name!r}")
+    return SUPERSETS, tuple(firsts)
+
+
+# The professions of data/people.csv; tests hold the two equal.
+PROFESSIONS = (
+    "actor", "astronomer", "baseballer", "basketballer", "biologist", "boxer", "chemist", "composer",
+    "cricketer", "dancer", "diplomat", "director", "essayist", "footballer", "golfer", "governor", "gymnast",
+    "journalist", "mathematician", "minister", "musician", "novelist", "painter", "physicist", "playwright",
+    "poet", "president", "runner", "senator", "singer", "swimmer", "tennis player",
+)  # fmt: skip
+
+
+def labels(
+    tokenizer: Any, template: Template, professions: Sequence[str] = PROFESSIONS
+) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """Words recorded beside the candidates, and their tokens: professions (plural, singular) and singular supersets.
+
+    Only single tokens are kept, and none that is a candidate itself. Odd-one-out has none: its answers are names.
+    """
+    if template.task == "odd_one_out":
+        return (), ()
+    taken = set(candidates(tokenizer, template)[1])
+    forms: tuple[Form, ...] = ("plural", "singular", *(["capitalised"] if template.form == "capitalised" else []))
+    words = dict.fromkeys([in_form(p, f) for f in forms for p in professions] + list(SUPERSETS))
+    kept: dict[int, str] = {}
+    for word, ids in zip(words, _answer_ids(tokenizer, [f" {word}" for word in words]), strict=True):
+        if len(ids) == 1 and ids[0] not in taken:
+            kept.setdefault(ids[0], word)
+    return tuple(kept.values()), tuple(kept)
+
+
+def _fill(template: Template, names: Sequence[str], attributes: Sequence[str]) -> tuple[str, list[tuple[int, int]]]:
+    """The filled text and each name's character span in it."""
+    if len(names) != len(template.slots):
+        raise ValueError(f"template {template.name!r} needs {len(template.slots)} names, got {list(names)}")
+    for name in names:
+        if not isinstance(name, str) or not name or name != name.strip():
+            raise ValueError(f"a name must be a text without spaces around it, got {name!r}")
+    unknown = [attribute for attribute in attributes if attribute not in ATTRIBUTES]
+    if unknown or not attributes:
+        raise ValueError(f"unknown attributes {unknown or '(none given)'}; allowed: {', '.join(ATTRIBUTES)}")
+    fillers = dict(zip(template.slots, names, strict=True))
+    fillers["attributes"] = "\n".join(f"{i}. {ATTRIBUTES[a][0]}" for i, a in enumerate(attributes, 1))
+    fillers["examples"] = "\n\n".join(
+        ATTRIBUTES[a][1].replace("[doctor]", in_form("doctor", template.form)) for a in attributes
+    )
+    text, spans = "", []
+    for i, part in enumerate(_SLOT.split(template.text)):  # text, slot, text, slot, ..., text
+        piece = fillers[part] if i % 2 else part
+        if i % 2 and part in SLOTS:
+            spans.append((len(text), len(text) + len(piece)))
+        text += piece
+    return text, spans
+
+
+def make_prompt(
+    tokenizer: Any,
+    template: Template,
+    names: Sequence[str],
+    chat_template: bool = False,
+    attributes: Sequence[str] = DEFAULT_ATTRIBUTES,
+) -> Prompt:
+    """Fill `template` with `names`, tokenise it once with the tokenizer's own special tokens, and find the roles.
+
+    Args:
+        tokenizer: a Hugging Face fast tokenizer (its offset mapping is needed).
+        template: see TEMPLATES and find_template.
+        names: one per slot, without spaces around them.
+        chat_template: wrap the text as a user message in the tokenizer's chat template, with its generation prompt.
+            The answer prefix then opens the reply; without one, a reply may not begin with a leading-space token.
+        attributes: what the bi-association prompt asks about; other templates do not use it.
+
+    Raises:
+        ValueError: wrong number of names, a name that is not found in the wrapped prompt, a token that mixes a name
+            with the text around it, or a tokenizer that is not fast or appends a token of its own.
+    """
+    text, spans = _fill(template, names, attributes)
+    if chat_template:
+        if not getattr(tokenizer, "chat_template", None):
+            raise ValueError("chat_template is true, but this tokenizer has none; set chat_template to false")
+        message = [{"role": "user", "content": text}]
+        wrapped = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        start = wrapped.find(text)
+        if start < 0:
+            raise ValueError(
+                f"the names {list(names)} were not found in the prompt: the chat template changed {text!r}"
+            )
+        text, spans = wrapped, [(s + start, e + start) for s, e in spans]
+    text += template.answer_prefix
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError("a fast tokenizer is needed: this one gives no offset mapping")
+    # A chat template writes the special tokens itself; adding the tokenizer's would double the first one.
+    encoding = tokenizer(text, return_offsets_mapping=True, add_special_tokens=not chat_template)
+    ids, offsets = tuple(encoding["input_ids"]), encoding["offset_mapping"]
+    if offsets[-1][0] == offsets[-1][1]:
+        raise ValueError(
+            f"this tokenizer appends {tokenizer.convert_ids_to_tokens(ids[-1])!r}; the last token must be the prompt's "
+            "own, so that the model predicts the answer after it"
+        )
+    roles: dict[str, tuple[int, ...]] = {}
+    for slot, name, (start, end) in zip(template.slots, names, spans, strict=True):
+        roles[f"name_{slot}"] = _name_tokens(text, offsets, name, start, end)
+    roles["names"] = tuple(p for positions in roles.values() for p in positions)
+    roles |= {"last": (len(ids) - 1,), "all": tuple(range(len(ids)))}
+    return Prompt(text, ids, roles)
+
+
+def _name_tokens(text: str, offsets: Sequence[tuple[int, int]], name: str, start: int, end: int) -> tuple[int, ...]:
+    """Positions of the tokens of text[start:end], its leading space included; no token may hold more than that."""
+    first = start - 1 if start > 0 and text[start - 1] == " " else start
+    positions = tuple(i for i, (s, e) in enumerate(offsets) if s < end and e > first)
+    if text[start:end] != name or not positions:
+        raise ValueError(f"the name {name!r} was not found in the prompt {text!r}")
+    outside = [text[s:e] for s, e in (offsets[positions[0]], offsets[positions[-1]]) if s < first or e > end]
+    if outside:
+        raise ValueError(
+            f"the token {outside[0]!r} holds part of the name {name!r} and of the text around it; use another template"
+        )
+    return positions
+
+
+def make_pair(
+    tokenizer: Any,
+    row: Mapping[str, Any],
+    chat_template: bool = False,
+    attributes: Sequence[str] = DEFAULT_ATTRIBUTES,
+    professions: Sequence[str] = PROFESSIONS,
+) -> Pair:
+    """Build and check one pair from a row of pairs.parquet or of a pairs_file.
+
+    Args:
+        row: pair_id, quad_id, half, task, template, clean_a, clean_b, corrupt_a, corrupt_b (and clean_c, corrupt_c),
+            answer, corrupt_answer: superset names, or a slot (a, b, c) in odd_one_out.
+
+    Raises:
+        ValueError: names with different token counts, tokens outside the names that differ, clean and corrupt names
+            the same, an unknown answer, or answers that are the same; plus everything make_prompt and candidates raise.
+    """
+    template = find_template(row["template"], row["task"])
+    where = f"pair {row['pair_id']!r}"
+    if template.task != row["task"]:
+        raise ValueError(f"{where}: template {template.name!r} is of task {template.task!r}, not {row['task']!r}")
+    names = {side: [row[f"{side}_{slot}"] for slot in template.slots] for side in ("clean", "corrupt")}
+    clean, corrupt = (
+        make_prompt(tokenizer, template, names[s], chat_template, attributes) for s in ("clean", "corrupt")
+    )
+    for slot, one, other in zip(template.slots, names["clean"], names["corrupt"], strict=True):
+        counts = [len(prompt.roles[f"name_{slot}"]) for prompt in (clean, corrupt)]
+        if counts[0] != counts[1]:
+            raise ValueError(
+                f"{where}: the names in slot {slot} have different token counts: {one!r} has {counts[0]}, "
+                f"{other!r} has {counts[1]}; choose names of equal counts"
+            )
+    outside = set(clean.roles["all"]) - set(clean.roles["names"])
+    if clean.roles != corrupt.roles or any(clean.ids[i] != corrupt.ids[i] for i in outside):
+        raise ValueError(f"{where}: the two prompts differ outside their names: {clean.text!r} and {corrupt.text!r}")
+    differ = [s for s, one, other in zip(template.slots, names["clean"], names["corrupt"], strict=True) if one != other]
+    swapped = tuple(p for slot in differ for p in clean.roles[f"name_{slot}"])
+    if not swapped:
+        raise ValueError(f"{where}: the clean and the corrupt prompt have the same names {names['clean']}")
+    clean, corrupt = (replace(prompt, roles=prompt.roles | {"swapped": swapped}) for prompt in (clean, corrupt))
+
+    if template.task == "odd_one_out":
+        words: tuple[str, ...] = template.slots
+        tokens, seconds = zip(
+            *(_name_answers(p, names[s], where) for s, p in (("clean", clean), ("corrupt", corrupt))), strict=True
+        )
+    else:
+        words, shared = candidates(tokenizer, template)
+        tokens, seconds = (shared, shared), ((), ())
+    label_words, label_tokens = labels(tokenizer, template, professions)
+    answers = []
+    for column in ("answer", "corrupt_answer"):
+        if row[column] not in words:
+            raise ValueError(f"{where}: {column} {row[column]!r} is unknown; allowed: {', '.join(words)}")
+        answers.append(words.index(row[column]))
+    if answers[0] == answers[1]:
+        raise ValueError(f"{where}: answer and corrupt_answer are both {row['answer']!r}; they must differ")
+    return Pair(
+        str(row["pair_id"]), str(row["quad_id"]), str(row["half"]), template.task, template.name, clean, corrupt, words,
+        answers[0], answers[1], tokens[0], tokens[1], seconds[0], seconds[1], label_words, label_tokens,
+    )  # fmt: skip
+
+
+def two_prompts(
+    tokenizer: Any, *, clean: str, corrupt: str, answer: str, corrupt_answer: str, foils: Sequence[str] = ()
+) -> Pair:
+    """A pair from any two texts whose tokens line up, without a template: roles `swapped`, `last` and `all`.
+
+    Args:
+        answer, corrupt_answer, foils: the candidates, written as they continue the text (" Paris"); the first token
+            of each is read.
+
+    Raises:
+        ValueError: different token counts, the same text twice, or candidates that share a first token.
+    """
+    sides = [tuple(tokenizer(text).input_ids) for text in (clean, corrupt)]
+    if len(sides[0]) != len(sides[1]):
+        raise ValueError(
+            f"{clean!r} has {len(sides[0])} tokens, {corrupt!r} has {len(sides[1])}; they must have as many"
+        )
+    swapped = tuple(i for i, (one, other) in enumerate(zip(*sides, strict=True)) if one != other)
+    if not swapped:
+        raise ValueError(f"the clean and the corrupt prompt are the same: {clean!r}")
+    roles = {"swapped": swapped, "last": (len(sides[0]) - 1,), "all": tuple(range(len(sides[0])))}
+    words = (answer, corrupt_answer, *foils)
+    tokens = tuple(tokenizer(word, add_special_tokens=False).input_ids[0] for word in words)
+    _distinct(words, tokens, "two_prompts")
+    prompts = [Prompt(text, ids, roles) for text, ids in zip((clean, corrupt), sides, strict=True)]
+    return Pair(
+        "two_prompts", "two_prompts", "discovery", "superset", "two_prompts", *prompts, words, 0, 1, tokens, tokens,
+        (), (), (), (),
+    )  # fmt: skip
+
+
+def _name_answers(prompt: Prompt, names: Sequence[str], where: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """First tokens of the names of an odd-one-out prompt, and the second ones: () if a name has only one token."""
+    ids = [[prompt.ids[p] for p in prompt.roles[f"name_{slot}"]] for slot in SLOTS]
+    firsts = tuple(i[0] for i in ids)
+    _distinct(names, firsts, where)
+    return firsts, tuple(i[1] for i in ids) if all(len(i) > 1 for i in ids) else ()
