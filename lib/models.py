@@ -363,7 +363,9 @@ def prove(model: Model) -> None:
             )
         off = (model.o_projs[layer](z) - seen[hooks.Site(layer, "attn")]).abs().max().item()
         if off > model.noise:
-            raise ModelError(f"{model.name}: o_proj of the heads differs from the attention output of layer {layer}: {off:.2g}")
+            raise ModelError(
+                f"{model.name}: o_proj of the heads differs from the attention output of layer {layer}: {off:.2g}"
+            )
     base = single_pass.base_run(model, ids, [5, 7])
     off = (model.logits(base.hidden)[0] - own[-1].to(base.hidden.device)).abs().max().item()
     # the model's own logits are in its dtype: bf16 moves in steps of 0.125 at 16 to 32

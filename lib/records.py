@@ -118,6 +118,10 @@ SET_SCHEMA.unique = [*IDENTITY, "site_set"]
 SET_SCHEMA.name = "table of site sets"
 
 
+# What the findings of steps 02 to 04 read of a table: leaving out the long lists of labels makes reading quick.
+ANALYSED = [name for name in SCHEMA.columns if not name.startswith("label_logits")]
+
+
 def conform(frame: pd.DataFrame, schema: pa_schema.DataFrameSchema = SCHEMA) -> pd.DataFrame:
     """The frame in the schema's column order and types; nullable columns it lacks are added empty.
 

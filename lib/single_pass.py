@@ -130,7 +130,9 @@ def grow(model: Model, base: BaseRun, rows: Sequence[Row], sources: Activations)
         for layer in range(model.n_layers):
             before = grown[layer - 1] if layer else prompts
             handles.append(
-                model.blocks[layer].register_forward_pre_hook(joiner(owner[before : grown[layer]], prompts), with_kwargs=True)
+                model.blocks[layer].register_forward_pre_hook(
+                    joiner(owner[before : grown[layer]], prompts), with_kwargs=True
+                )
             )
             for component in hooks.COMPONENTS:
                 if (component, layer) not in edits:
@@ -270,7 +272,9 @@ def prove_identity(model: Model, base: BaseRun) -> float:
     off = (model.logits(grown.hidden) - model.logits(base.hidden)[owners]).abs().amax(-1)
     worst = int(off.argmax())
     if not (off <= model.noise).all():
-        raise SweepError(f"{model.name}: the identity patch at {rows[worst].sites[0]} moved a logit by {off[worst]:.3g}")
+        raise SweepError(
+            f"{model.name}: the identity patch at {rows[worst].sites[0]} moved a logit by {off[worst]:.3g}"
+        )
     return off.max().item()
 
 
@@ -288,4 +292,3 @@ def prove_whole_residual(model: Model, ids: Int[Tensor, " tokens"], other: Int[T
             f"{model.name}: the whole residual of one run in another does not give its logits; they differ by {off.max():.3g}"
         )
     return off.max().item()
-

@@ -20,9 +20,8 @@ Ten lines sweep any model on any two prompts, without a profile::
 
 from __future__ import annotations
 
-import hashlib
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,7 +32,19 @@ from torch import Tensor
 from lib import hooks, metrics
 from lib.hooks import Site
 from lib.models import Model
-from lib.single_pass import Activations, BaseRun, Grown, Row, base_run, grow, prove_base_rows, prove_rows
+from lib.pools import Pool, grouped, pooled, token_ids, weighted
+from lib.single_pass import (
+    Activations,
+    BaseRun,
+    Grown,
+    Row,
+    base_run,
+    grow,
+    prove_base_rows,
+    prove_identity,
+    prove_rows,
+    prove_whole_residual,
+)
 from lib.tasks import Pair
 from lib.units import Unit
 
@@ -41,33 +52,16 @@ ABLATIONS = ("zero", "mean", "resample", "counterfactual")
 DIRECTIONS = ("noise", "denoise")
 # Pairs share a pass up to this many row-tokens: beyond it a pass is bound by arithmetic and sharing gains nothing.
 SHARED_ROW_TOKENS = 4096
-# Rows of full-vocabulary logits held at once: larger blocks are handed back to the system and faulted in anew each time.
+# Rows of full-vocabulary logits held at once: larger blocks go back to the system and are faulted in anew each time.
 LOGIT_ROWS = 128
 
 log = logging.getLogger(__name__)
 
 
-def group_of(pair: Pair) -> tuple:
-    """What pairs must share to run in one pass and to lend each other means and resamples: half, template, the
-    number of tokens, and where the roles stand."""
-    return pair.half, pair.task, pair.template, len(pair.clean.ids), tuple(sorted(pair.clean.roles.items()))
-
-
-def grouped(pairs: Iterable[Pair]) -> list[list[Pair]]:
-    """Pairs by `group_of`, in the order of first appearance."""
-    groups: dict[tuple, list[Pair]] = {}
-    for pair in pairs:
-        groups.setdefault(group_of(pair), []).append(pair)
-    return list(groups.values())
-
-
 def plan(label: str, pairs: Sequence[Pair], size: int = 8, **options: object) -> list[Unit]:
     """The work units of one sweep: a pure function of the pair list and the options of `run`."""
-    return [
-        Unit(label, tuple(pair.pair_id for pair in group[at : at + size]), options)
-        for group in grouped(pairs)
-        for at in range(0, len(group), size)
-    ]
+    chunks = [group[at : at + size] for group in grouped(pairs) for at in range(0, len(group), size)]
+    return [Unit(f"{label}-{index:04d}", tuple(chunk), options) for index, chunk in enumerate(chunks)]
 
 
 def run(
@@ -84,8 +78,7 @@ def run(
     seed: int = 0,
     memory: float = 2.0,
     profile: str = "",
-    halved: list[str] | None = None,
-    sources: dict | None = None,
+    pools: dict | None = None,
 ) -> pd.DataFrame:
     """Sweep every site of the components and layers over the pairs; one row per pair x site x ablation.
 
@@ -96,10 +89,12 @@ def run(
                prompts of `pool` (default: `pairs`) in the pair's own group, its own quad left out, balanced over
                supersets; a pair whose group has no other quad is an error.
     site_sets  sets of sites replaced together, instead of every single site: one row per set; the columns layer,
-               component, head then name its first site.
+               component, head then name its first site, and `site_set` is its place in the list.
     memory     GB that a pass may take; a pass that does not fit is halved and retried, with a line in the log and in
-               the list `halved`.
-    sources    a dict kept by the caller between calls, so that pools of one group are run once.
+               `frame.attrs["log"]`.
+    pools      a dict kept by the caller between calls, so that the pool of one group is run once.
+
+    `frame.attrs["facts"]` has the candidates and labels, in the order of the columns that list their logits.
 
     Raises ValueError for unknown words and sites, SweepError when a row does not prove itself.
     """
@@ -111,15 +106,30 @@ def run(
     for site in {site for sites in sets for site in sites}:
         hooks.check_site(model, site)
     kinds = ("clean",) if direction == "denoise" else tuple(ablations)
-    pools, halved = {} if sources is None else sources, [] if halved is None else halved
-    frames = []
+    kept, halved, frames = {} if pools is None else pools, [], []
     for group in grouped(pairs):
         for packed in packs(group, len(sets) * len(kinds), role):
             job = Job(model, packed, direction, role, sets, kinds, seed, memory, profile)
-            frames.append(job.run(lambda own=group: pooled(model, pools, pool or pairs, own[0], role, sets), halved))
+            frames.append(job.run(lambda own=group: pooled(model, kept, pool or pairs, own[0], role, sets), halved))
     order = {pair.pair_id: index for index, pair in enumerate(pairs)}
     out = pd.concat(frames, ignore_index=True)
-    return out.iloc[np.argsort(out["pair_id"].map(order).to_numpy(), kind="stable")].reset_index(drop=True)
+    out = out.iloc[np.argsort(out["pair_id"].map(order).to_numpy(), kind="stable")].reset_index(drop=True)
+    out.attrs = {"log": halved, "facts": {"candidates": list(pairs[0].candidates), "labels": list(pairs[0].labels)}}
+    return out if site_sets is not None else out.drop(columns="site_set")
+
+
+def prove(model: Model, pair: Pair) -> list[str]:
+    """The two proofs of a step, on one pair; SweepError when they fail, else a line each with the largest difference.
+
+    The identity patch changes nothing; the whole residual stream at all positions gives the other run.
+    """
+    clean, corrupt = (token_ids(model, [prompt.ids]) for prompt in (pair.clean, pair.corrupt))
+    still = prove_identity(model, base_run(model, clean, pair.clean.roles["names"]))
+    whole = prove_whole_residual(model, corrupt[0], clean[0])
+    return [
+        f"identity patch on pair {pair.pair_id}: no logit moved by more than {still:.1e}",
+        f"whole residual, clean into corrupt, on pair {pair.pair_id}: the clean run's logits to {whole:.1e}",
+    ]
 
 
 def check_words(direction: str, role: str, ablations: Sequence[str], pairs: Sequence[Pair]) -> None:
@@ -136,7 +146,7 @@ def check_words(direction: str, role: str, ablations: Sequence[str], pairs: Sequ
     for pair in pairs:
         if role not in pair.clean.roles:
             have = ", ".join(pair.clean.roles)
-            raise ValueError(f"role {role!r} is not in template {pair.template!r} of pair {pair.pair_id}; it has {have}")
+            raise ValueError(f"role {role!r} is not in template {pair.template!r}, pair {pair.pair_id}; it has {have}")
 
 
 def packs(group: Sequence[Pair], rows_per_pair: int, role: str) -> Iterator[list[Pair]]:
@@ -145,67 +155,6 @@ def packs(group: Sequence[Pair], rows_per_pair: int, role: str) -> Iterator[list
     size = max(1, SHARED_ROW_TOKENS // ((rows_per_pair + 1) * suffix))
     for at in range(0, len(group), size):
         yield list(group[at : at + size])
-
-
-def token_ids(model: Model, prompts: Sequence[Sequence[int]]) -> Tensor:
-    return torch.tensor([list(ids) for ids in prompts], device=model.device)
-
-
-@dataclass(frozen=True)
-class Pool:
-    """Plain activations of every prompt of a group, with the superset and the quad each belongs to."""
-
-    activations: Activations
-    superset: np.ndarray
-    quad: np.ndarray
-
-    def weights(self, pair: Pair, ablation: str, seed: int) -> np.ndarray:
-        """How much each prompt counts in this pair's mean (summing to one), or the one-hot choice of a resample.
-
-        Prompts of the pair's own quad never count; every superset that is left counts alike.
-        """
-        free = self.quad != pair.quad_id
-        present = np.unique(self.superset[free])
-        if not len(present):
-            raise ValueError(
-                f"pair {pair.pair_id}: no other quad of its half, template and token counts to take a {ablation} from; "
-                "use ablations zero and counterfactual, or give more pairs of these token counts"
-            )
-        if ablation == "mean":
-            weights = np.zeros(len(free))
-            for superset in present:
-                own = free & (self.superset == superset)
-                weights[own] = 1 / (len(present) * own.sum())
-            return weights
-        # the choice depends on the pair and the seed alone, not on what else is swept or in which order
-        digest = hashlib.sha256(f"{seed}|{pair.pair_id}".encode()).digest()
-        rng = np.random.default_rng(int.from_bytes(digest[:8], "little"))
-        chosen = rng.choice(np.flatnonzero(free & (self.superset == rng.choice(present))))
-        return (np.arange(len(free)) == chosen).astype(float)
-
-
-def pooled(
-    model: Model, kept: dict, pairs: Sequence[Pair], like: Pair, role: str, sets: Sequence[Sequence[Site]]
-) -> Pool:
-    """The pool of the group that `like` is in, from the prompts of `pairs`; only the last one is kept."""
-    components = tuple(sorted({site.component for sites in sets for site in sites}))
-    key = (group_of(like), role, components)
-    if key not in kept:
-        kept.clear()
-        prompts: dict[tuple[int, ...], tuple[str, str]] = {}
-        for pair in pairs:
-            if group_of(pair) == group_of(like):
-                prompts.setdefault(pair.clean.ids, (pair.candidates[pair.answer], pair.quad_id))
-                prompts.setdefault(pair.corrupt.ids, (pair.candidates[pair.corrupt_answer], pair.quad_id))
-        ids, positions = list(prompts), like.clean.roles[role]
-        parts = [
-            base_run(model, token_ids(model, ids[at : at + 16]), positions, components).activations
-            for at in range(0, len(ids), 16)
-        ]
-        activations = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
-        supersets, quads = (np.array(column) for column in zip(*prompts.values(), strict=True))
-        kept[key] = Pool(activations, supersets, quads)
-    return kept[key]
 
 
 @dataclass(frozen=True)
@@ -388,6 +337,7 @@ class Job:
         for key in ("top_logit", "logsumexp", "rank", "kl"):
             columns[f"{key}_after"] = scored[f"{key}_after"]
         columns |= {"site_delta": scored["site_delta"], "fired": scored["fired"]}
+        columns["site_set"] = np.tile(np.arange(len(self.sets)), count // len(self.sets))
         return pd.DataFrame(columns)
 
 
@@ -399,13 +349,6 @@ def answers_of(pairs: Sequence[Pair], tokens: Sequence[Sequence[int]]) -> dict[s
         "corrupt_answer": torch.tensor([pair.corrupt_answer for pair in pairs]),
         "label_tokens": torch.tensor(list(pairs[0].label_tokens), dtype=torch.long),
     }
-
-
-def weighted(weights: Tensor, values: Tensor) -> Tensor:
-    """Rows of weights times (prompts, positions, width), in fp64 and back: a mean must not drift with the dtype."""
-    if ((weights == 0) | (weights == 1)).all():  # a resample is a copy, to the bit
-        return values[weights.argmax(1).to(values.device)]
-    return torch.einsum("kn,npw->kpw", weights.to(values.device), values.double()).to(values.dtype)
 
 
 def row_limit(model: Model, base: BaseRun, memory: float) -> int:

