@@ -249,9 +249,9 @@ def max_t(
 
     All sites of a quad flip together, and each site's t is compared with the largest t over sites (Westfall and Young
     1993; single step). The assumption: under the null, a quad's effects are as likely as their negatives (symmetry
-    about 0). If that holds at some sites only, those are still protected. Skewed effects of mean 0 are not: 200 lognormal sites
-    were rejected in 20 to 30% of families. When 2 ** n <= `flips`, every pattern is
-    enumerated; else `flips` patterns count, the identity among them (Phipson and Smyth 2010: no p is 0).
+    about 0). If that holds at some sites only, those are still protected. Skewed effects of mean 0 break it: 200
+    lognormal sites gave a rejection in 20 to 30% of simulations. When 2 ** n <= `flips`, every pattern is enumerated;
+    else `flips` patterns count, the identity among them (Phipson and Smyth 2010: no p is 0).
 
     A sign flip leaves the sum of squares q alone, so t is one rising function of sum(s x) / sqrt(q) for all sites: that
     is compared, and each chunk of patterns costs one matrix product. Sites that are 0 in every quad get p = 1.
@@ -359,8 +359,8 @@ def effective_trials(successes: ArrayLike, n: ArrayLike) -> tuple[float, float]:
 def proportion_interval(successes: ArrayLike, n: ArrayLike, level: float = 0.95) -> Interval:
     """Wilson's interval for a proportion, from successes and trials per unit (two arrays, one entry per quad).
 
-    Units of several trials enter with their `effective_trials`. (A cluster bootstrap covers 85 to 88% at a true proportion
-    of 0.95 and 50 units of two trials, and has no width at 0 or 1; this covers 96 to 97% there.)
+    Units of several trials enter with their `effective_trials`. (A cluster bootstrap covers 85 to 88% at a true
+    proportion of 0.95 and 50 units of two trials, and has no width at 0 or 1; this covers 96 to 97% there.)
     """
     k, trials = effective_trials(successes, n)
     units, p = len(np.atleast_1d(successes)), k / trials
