@@ -50,7 +50,14 @@ class BaseRun:
     positions: tuple[int, ...]  # where activations were kept
     hidden: Float[Tensor, "prompts hidden"]  # final hidden state at the last token
     activations: Activations
-    cache: DynamicCache
+    cache: Sequence[tuple[Tensor, Tensor]]  # each layer's keys and values, (prompts, KV heads, tokens, head size)
+
+    def part(self, first: int, last: int) -> BaseRun:
+        """The runs of prompts first .. last - 1 alone (views)."""
+        own = slice(first, last)
+        activations = {key: value[own] for key, value in self.activations.items()}
+        cache = [(keys[own], values[own]) for keys, values in self.cache]
+        return BaseRun(self.ids[own], self.positions, self.hidden[own], activations, cache)
 
 
 @dataclass(frozen=True)
@@ -67,13 +74,14 @@ class Grown:
 class SharedPrefix(DynamicCache):
     """A KV cache whose first `n` positions are, for every row, those of the row's base prompt."""
 
-    def __init__(self, base: DynamicCache, n: int, owner: Int[Tensor, " rows"]) -> None:
+    def __init__(self, base: Sequence[tuple[Tensor, Tensor]], n: int, owner: Int[Tensor, " rows"]) -> None:
         super().__init__()
         self.base, self.n, self.owner = base, n, owner
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        prefix, own = self.base.layers[layer_idx], self.owner[: len(keys)].to(keys.device)
-        return self.joined(prefix.keys, keys, own), self.joined(prefix.values, values, own)
+        own = self.owner[: len(keys)].to(keys.device)
+        old_keys, old_values = self.base[layer_idx]
+        return self.joined(old_keys, keys, own), self.joined(old_values, values, own)
 
     def joined(self, prefix: Tensor, new: Tensor, owner: Tensor) -> Tensor:
         if self.n == 0:
@@ -109,7 +117,8 @@ def base_run(
                 handles.append(hooks.on_activation(model, layer, component, keep))
         cache = DynamicCache()
         hidden = model.body(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
-    return BaseRun(ids, tuple(positions), hidden, kept, cache)
+    kv = [(layer.keys, layer.values) for layer in cache.layers]
+    return BaseRun(ids, tuple(positions), hidden, kept, kv)
 
 
 @torch.no_grad()

@@ -176,8 +176,10 @@ class Job:
         model, pairs = self.model, self.pairs
         positions = pairs[0].clean.roles[self.role]
         components = sorted({site.component for sites in self.sets for site in sites})
-        clean = base_run(model, token_ids(model, [pair.clean.ids for pair in pairs]), positions, components)
-        corrupt = base_run(model, token_ids(model, [pair.corrupt.ids for pair in pairs]), positions, components)
+        # one run for both sides: the weights are read once
+        ids = [pair.clean.ids for pair in pairs] + [pair.corrupt.ids for pair in pairs]
+        plain = base_run(model, token_ids(model, ids), positions, components)
+        clean, corrupt = plain.part(0, len(pairs)), plain.part(len(pairs), 2 * len(pairs))
         base, other = (clean, corrupt) if self.direction == "noise" else (corrupt, clean)
         sources = self.sources(other, pool)
         rows = [
