@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import shutil
 import tempfile
@@ -22,6 +23,7 @@ import numpy as np
 import torch
 import transformers
 from jaxtyping import Float
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -91,9 +93,8 @@ class Model:
         bf16 logits between 16 and 32 move in steps of 0.125, more than most heads' effect.
         """
         weight = materialised(self.unembed)
-        hidden = hidden.to(weight.device)
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        hidden = hidden.to(wide)
+        hidden = hidden.to(weight.device, wide)
         if weight.dtype == wide:
             out = hidden @ weight.T
         else:  # a 70B unembedding is 4 GB in fp32: cast it a slice of the vocabulary at a time
@@ -125,7 +126,7 @@ def cache_folder() -> Path:
 def package_file(spec: str) -> Path:
     """The file behind `package:name/file`, found without importing the package (its import may need more)."""
     package, _, file = spec.removeprefix("package:").partition("/")
-    found = find_spec(package)
+    found = find_spec(package) if package.isidentifier() else None
     if found is None or not found.submodule_search_locations:
         raise ModelError(f"model {spec!r}: no Python package {package!r} is installed; `make book` installs it")
     path = Path(found.submodule_search_locations[0]) / file
@@ -134,20 +135,13 @@ def package_file(spec: str) -> Path:
     return path
 
 
-def converted(spec: str, sha256: str | None) -> tuple[Path, str]:
-    """The folder with the GGUF file's weights as fp32 safetensors, and the file's SHA-256. Converts once (some 20 s).
-
-    Raises ModelError when the file is missing or its SHA-256 is not the one asked for.
-    """
-    source = package_file(spec)
-    actual = sha256_of(source)
-    if sha256 is not None and actual != sha256:
-        raise ModelError(f"model {spec!r}: the weights file has SHA-256 {actual}, the profile asks for {sha256}")
-    folder = cache_folder() / actual
-    if (folder / "tokenizer.json").is_file() and (folder / "model.safetensors").is_file():
-        return folder, actual
+def converted(source: Path, sha256: str) -> Path:
+    """The folder with the GGUF file's weights as fp32 safetensors, named by its SHA-256. Converts once (some 20 s)."""
+    folder = cache_folder() / sha256
+    if folder.is_dir():  # it appears whole or not at all; one that was damaged since is an error at load
+        return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{actual[:12]}-"))
+    beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{sha256[:12]}-"))
     try:
         where = {"gguf_file": source.name, "local_files_only": True}
         AutoTokenizer.from_pretrained(source.parent, **where).save_pretrained(beside)
@@ -164,36 +158,45 @@ def converted(spec: str, sha256: str | None) -> tuple[Path, str]:
                 raise
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-    return folder, actual
+    return folder
 
 
 def resolve(spec: str, sha256: str | None = None) -> tuple[str, str | None, bool]:
     """What to hand to transformers for a model string, the weights' SHA-256 where known, and whether it is local."""
+    where, actual, local = spec, None, True
     if spec.startswith("package:"):
-        folder, actual = converted(spec, sha256)
-        return str(folder), actual, True
-    if Path(spec).is_dir():
+        actual = sha256_of(package_file(spec))
+    elif spec.startswith("config:"):
+        where = spec.removeprefix("config:")
+        if not Path(where).is_file():
+            raise ModelError(f"model {spec!r}: there is no such file")
+    elif Path(spec).is_dir():
         weights = sorted(Path(spec).glob("*.safetensors"))
         actual = sha256_of(weights[0]) if len(weights) == 1 else None
-        if sha256 is not None and actual != sha256:
-            raise ModelError(f"model {spec!r}: the weights file has SHA-256 {actual}, the profile asks for {sha256}")
-        return spec, actual, True
-    if spec.startswith((".", "/", "~")) or spec.count("/") != 1:
-        raise ModelError(
-            f"model {spec!r}: no such folder. Give package:name/file.gguf, an existing folder, a hub id owner/name, "
-            "or config:file.json"
-        )
-    return spec, None, False
+    elif spec.startswith((".", "/", "~")) or spec.count("/") != 1:
+        forms = "package:name/file.gguf, an existing folder, a hub id owner/name, or config:file.json"
+        raise ModelError(f"model {spec!r}: no such folder. Give {forms}")
+    else:
+        local = False
+    if sha256 is not None and actual is None:
+        raise ModelError(f"model {spec!r}: only the SHA-256 of a single local weights file is checked; give none here")
+    if sha256 not in (None, actual):
+        raise ModelError(f"model {spec!r}: the weights file has SHA-256 {actual}, the profile asks for {sha256}")
+    if spec.startswith("package:"):
+        where = str(converted(package_file(spec), actual))
+    return where, actual, local
 
 
-def hub_errors(spec: str, error: Exception) -> ModelError:
-    """One clear message for the ways in which a hub model cannot be had."""
+def load_error(spec: str, where: str, error: Exception) -> ModelError:
+    """One clear message for the ways in which a model cannot be had."""
     text = f"{type(error).__name__}: {error}"
-    if "gated" in text.lower() or "401" in text or "403" in text:
-        return ModelError(
-            f"model {spec!r} is gated or private: accept its licence on its page, then set HF_TOKEN or run `hf auth login`"
-        )
-    return ModelError(f"model {spec!r} could not be loaded: {text.splitlines()[0]}")
+    if any(sign in text for sign in ("gated repo", "401 Client", "403 Client")):
+        todo = "accept its licence on its page, then set HF_TOKEN or run `hf auth login`"
+        return ModelError(f"model {spec!r} is gated or private: {todo}")
+    text = f"model {spec!r} could not be loaded: {text.splitlines()[0]}"
+    if spec.startswith("package:"):
+        text += f" (if its converted weights were damaged: delete the folder {where} and run again)"
+    return ModelError(text)
 
 
 def tokenizer(spec: str, sha256: str | None = None) -> PreTrainedTokenizerBase:
@@ -202,7 +205,7 @@ def tokenizer(spec: str, sha256: str | None = None) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(where, local_files_only=local, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise hub_errors(spec, error) from error
+        raise load_error(spec, where, error) from error
 
 
 def load(
@@ -223,35 +226,35 @@ def load(
     `spec` is `package:name/file.gguf`, a folder, a hub id, or `config:file.json` (random weights from `seed`, for
     shape tests; without a tokenizer). `quantisation` is None, "nf4" or "int8" (bitsandbytes). `device_map`,
     `max_memory` (GB per device) and `offload_folder` are accelerate's. `attention` overrides the attention kernel.
-    Raises ModelError with what was wrong and what to do.
+    `sha256` is checked where the weights are a single local file, and refused elsewhere. Raises ModelError with what
+    was wrong and what to do.
     """
     if dtype not in DTYPES:
         raise ModelError(f"dtype {dtype!r} is unknown; allowed are {', '.join(DTYPES)}")
+    placed = device_map or pick_device(device)
     transformers.logging.disable_progress_bar()
-    options: dict[str, Any] = {"dtype": DTYPES[dtype], "trust_remote_code": False}
-    if attention is not None:
-        options["attn_implementation"] = attention
-    if spec.startswith("config:"):
-        torch.manual_seed(seed)
-        config = AutoConfig.from_pretrained(spec.removeprefix("config:"), local_files_only=True)
-        model, words, actual = AutoModelForCausalLM.from_config(config, **options), None, None
-        model = model.to(DTYPES[dtype])
-    else:
-        where, actual, local = resolve(spec, sha256)
-        options |= {"use_safetensors": True, "local_files_only": local} | quantised(quantisation, DTYPES[dtype])
-        placed = device_map or (pick_device(device) if quantisation else None)
-        for key, value in {"device_map": placed, "offload_folder": offload_folder}.items():
-            if value is not None:
-                options[key] = value
-        if max_memory is not None:
-            options["max_memory"] = {key: f"{value}GiB" for key, value in max_memory.items()}
-        try:
+    where, actual, local = resolve(spec, sha256)
+    random = spec.startswith("config:")
+    if random and (quantisation or device_map):
+        raise ModelError(f"model {spec!r} has random weights: quantisation and device_map do not apply")
+    options: dict[str, Any] = {"dtype": DTYPES[dtype], "trust_remote_code": False, "attn_implementation": attention}
+    options |= quantised(quantisation, DTYPES[dtype])
+    if not random:
+        options |= {"use_safetensors": True, "local_files_only": local, "offload_folder": offload_folder}
+        options["device_map"] = placed if device_map or quantisation else None
+        options["max_memory"] = {key: f"{value}GiB" for key, value in max_memory.items()} if max_memory else None
+    try:
+        if random:
+            torch.manual_seed(seed)
+            config, words = AutoConfig.from_pretrained(where, local_files_only=True), None
+            model = AutoModelForCausalLM.from_config(config, **options).to(DTYPES[dtype])
+        else:
             model = AutoModelForCausalLM.from_pretrained(where, **options)
             words = AutoTokenizer.from_pretrained(where, local_files_only=local, trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            raise hub_errors(spec, error) from error
+    except (OSError, ValueError, SafetensorError) as error:
+        raise load_error(spec, where, error) from error
     if device_map is None and quantisation is None:
-        model = model.to(pick_device(device))
+        model = model.to(placed)
     handles = find_handles(model.eval().requires_grad_(False), words, spec, actual, quantisation)
     prove(handles)
     return handles
@@ -259,14 +262,13 @@ def load(
 
 def pick_device(device: str) -> str:
     """`auto` takes CUDA, then Apple's MPS, then the CPU."""
+    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if device.split(":")[0] not in ("cpu", "cuda", "mps"):
+        return next(kind for kind, here in found.items() if here)
+    if (kind := device.split(":")[0]) not in found:
         raise ModelError(f"device {device!r} is unknown; allowed are auto, cpu, cuda, mps")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ModelError("device 'cuda' was asked for, but torch sees no CUDA device; use device: auto or cpu")
-    if device == "mps" and not torch.backends.mps.is_available():
-        raise ModelError("device 'mps' was asked for, but torch sees no MPS device; use device: auto or cpu")
+    if not found[kind]:
+        raise ModelError(f"device {device!r} was asked for, but torch sees no such device; use device: auto or cpu")
     return device
 
 
@@ -329,22 +331,20 @@ def find_handles(
 def prove(model: Model) -> None:
     """Check on one prompt that the handles are what they are taken for; ModelError names the module that is not.
 
-    1. Each module's hook fires once. 2. o_proj of the captured heads equals the captured attention output. 3. The
-    final hidden state through `logits` equals the model's own logits. 4. The base pass of the sweep (cached prefix,
-    rows appended) equals the plain forward pass.
+    1. Each module's hook fires once, in the order of the layers. 2. o_proj of the captured heads equals the captured
+    attention output. 3. The body, and the final norm of the last block, give the model's own logits. 4. The base pass
+    of the sweep (cached prefix, rows appended) equals the plain forward pass.
     """
     from lib import single_pass  # which is built on this module
 
     ids = torch.arange(1, 9, device=model.device)[None] % model.model.config.get_text_config().vocab_size
-    counts = {(layer, component): 0 for layer in range(model.n_layers) for component in hooks.COMPONENTS}
+    every = list(itertools.product(range(model.n_layers), hooks.COMPONENTS))
+    fired: list[tuple[int, str]] = []
     handles = []
     with hooks.removing(handles):
-        for layer, component in counts:
-
-            def count(_: Tensor, key: tuple[int, str] = (layer, component)) -> None:
-                counts[key] += 1
-
-            handles.append(hooks.on_activation(model, layer, component, count))
+        for key in every:
+            note = lambda _, key=key: fired.append(key)  # noqa: E731
+            handles.append(hooks.on_activation(model, *key, note))
         sites = [hooks.Site(layer, c) for layer in (0, model.n_layers - 1) for c in ("attn", "resid")]
         inputs: dict[int, Tensor] = {}
         for layer in (0, model.n_layers - 1):
@@ -352,22 +352,24 @@ def prove(model: Model) -> None:
             handles.append(hooks.on_activation(model, layer, "head", keep))
         with hooks.capture(model, sites) as seen:
             own = model.model(ids).logits[0]
-    for (layer, component), fired in counts.items():
-        if fired != 1:
-            raise ModelError(f"{model.name}: the hook at layer {layer} {component} fired {fired} times, not once")
+    for layer, component in every:
+        if (times := fired.count((layer, component))) != 1:
+            raise ModelError(f"{model.name}: the hook at layer {layer} {component} fired {times} times, not once")
+    for (layer, earlier), (later, component) in itertools.pairwise(fired):
+        if (later, component == "resid") < (layer, earlier == "resid"):
+            raise ModelError(f"{model.name}: layer {later} {component} was computed after layer {layer} {earlier}")
     for layer, z in inputs.items():
         if z.shape[-1] != model.n_heads * model.head_size:
-            raise ModelError(
-                f"{model.name}: the input of o_proj at layer {layer} has width {z.shape[-1]}, not "
-                f"{model.n_heads} heads x {model.head_size}"
-            )
+            heads = f"{model.n_heads} heads x {model.head_size}"
+            raise ModelError(f"{model.name}: the input of o_proj at layer {layer} has width {z.shape[-1]}, not {heads}")
         off = (model.o_projs[layer](z) - seen[hooks.Site(layer, "attn")]).abs().max().item()
         if off > model.noise:
-            raise ModelError(
-                f"{model.name}: o_proj of the heads differs from the attention output of layer {layer}: {off:.2g}"
-            )
+            where = f"the attention output of layer {layer}"
+            raise ModelError(f"{model.name}: o_proj of the heads differs from {where}: {off:.2g}")
     base = single_pass.base_run(model, ids, [5, 7])
-    off = (model.logits(base.hidden)[0] - own[-1].to(base.hidden.device)).abs().max().item()
+    last = model.final_norm(seen[hooks.Site(model.n_layers - 1, "resid")])[:, -1]
+    final = model.logits(torch.cat([base.hidden, last.to(base.hidden.device)]))
+    off = (final - own[-1].to(final.device)).abs().max().item()
     # the model's own logits are in its dtype: bf16 moves in steps of 0.125 at 16 to 32
     if not off <= max(model.noise, torch.finfo(model.dtype).eps * own.abs().max().item()):
         raise ModelError(f"{model.name}: fp32 logits of the final hidden state differ from the model's own: {off:.2g}")
