@@ -158,9 +158,9 @@ def test_ablating_a_head_equals_zeros_in_the_input_of_o_proj(tiny, name):
 
 def test_ablating_attention_and_mlp_leaves_the_stream_as_it_was(tiny):
     model = tiny("llama")
-    with hooks.capture(model, [Site(0, "resid"), Site(1, "resid")]) as seen:
-        with hooks.ablate(model, [Site(1, "attn"), Site(1, "mlp")], [5]):
-            logits(model)
+    streams, parts = [Site(0, "resid"), Site(1, "resid")], [Site(1, "attn"), Site(1, "mlp")]
+    with hooks.capture(model, streams) as seen, hooks.ablate(model, parts, [5]):
+        logits(model)
     before, after = seen[Site(0, "resid")], seen[Site(1, "resid")]
     assert torch.equal(before[:, 5], after[:, 5]) and not torch.allclose(before[:, 4], after[:, 4])
 
@@ -287,18 +287,22 @@ def test_the_same_numbers_as_baukit(tiny, name):
             logits(model, OTHER)
         for site in sites:
             assert torch.equal(ours[site], hooks.first_tensor(theirs[paths[site]].output))
-
-        def edit(output, layer, chosen, value):
-            tensor = hooks.first_tensor(output)
-            if layer == chosen:
-                tensor[:, positions] = value
-            return output
-
         for site in sites:
             for value in (ours[site][:, positions], torch.zeros_like(ours[site][:, positions])):
                 with hooks.patch(model, {site: value}, positions):
                     got = logits(model)
-                change = lambda output, layer, site=site, value=value: edit(output, layer, paths[site], value)  # noqa: E731
-                with baukit.TraceDict(model.model, list(paths.values()), edit_output=change):
+                edit = writing(paths[site], value, positions)
+                with baukit.TraceDict(model.model, list(paths.values()), edit_output=edit):
                     assert torch.equal(logits(model), got)
                 assert not torch.equal(logits(model), got)
+
+
+def writing(path, value, positions):
+    """An `edit_output` of baukit that writes the value at one module and leaves the others."""
+
+    def edit(output, layer):
+        if layer == path:
+            hooks.first_tensor(output)[:, positions] = value
+        return output
+
+    return edit
