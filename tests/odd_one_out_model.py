@@ -65,7 +65,9 @@ def triples(count: int, rng: np.random.Generator, held_out: bool = False) -> tup
     mate = match ^ 1  # people 2k and 2k + 1 of a profession are of one quad
     if not held_out:
         mate = (mate - mate % 2 + rng.integers(2, EACH, count)) % EACH
-    rows = np.stack([odd * EACH + rng.integers(0, EACH, count), *((odd + other) % PROFESSIONS * EACH + [match, mate])], 1)
+    rows = np.stack(
+        [odd * EACH + rng.integers(0, EACH, count), *((odd + other) % PROFESSIONS * EACH + [match, mate])], 1
+    )
     slot = rng.integers(0, 3, count)
     # the odd one goes to its slot, the other two to the slots after it
     return np.take_along_axis(rows, (np.arange(3) - slot[:, None]) % 3, 1), slot
@@ -105,6 +107,8 @@ def make(folder: Path, seed: int = 0) -> Path:
         with torch.no_grad():  # names begin with a direction per profession: halves the training time
             directions = 0.3 * torch.randn(PROFESSIONS, 64).repeat_interleave(EACH, 0)
             model.model.embed_tokens.weight[ids] += directions[:, None]
+            model.model.layers[0].self_attn.o_proj.weight.zero_()
+        model.model.layers[0].self_attn.o_proj.weight.requires_grad_(False)
         test = batch(*triples(512, rng, held_out=True), ids, template, places)
         optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.98), weight_decay=0.01)
         for step in range(MOST_STEPS):
@@ -128,25 +132,29 @@ def make(folder: Path, seed: int = 0) -> Path:
 
 
 def pairs_table() -> pd.DataFrame:
-    """40 quads of four people each, no one in two of them; two pairs per quad, either prompt as the clean one.
+    """40 quads of four people each, no one in two of them; two pairs per quad that differ in the slot swapped.
 
     One name differs between the prompts, the swapped one: beside it stand one person of each profession, and the one
-    whose profession it does not share is the answer. The swapped slot goes round from quad to quad.
+    whose profession it does not share is the answer. The second pair is no mirror image of the first: then noise in
+    one would be denoise in the other, number for number.
     """
     rows = []
     for number in range(COUNT // 4):
         block, mate = divmod(number, EACH // 2)
         one, other = ([PEOPLE[(2 * block + k) * EACH + 2 * mate + i] for i in (0, 1)] for k in (0, 1))
-        swapped = SLOTS[number % 3]
-        left, right = (slot for slot in SLOTS if slot != swapped)
-        both = {left: one[0], right: other[0]}
-        sides = [({**both, swapped: other[1]}, left), ({**both, swapped: one[1]}, right)]
-        for side in (0, 1):
-            (clean, answer), (corrupt, corrupt_answer) = sides[side], sides[1 - side]
+        for turn in (0, 1):
+            swapped = SLOTS[(number + turn) % 3]
+            left, right = (slot for slot in SLOTS if slot != swapped)
+            clean = {left: one[turn], right: other[0], swapped: other[1]}
+            corrupt = clean | {swapped: one[1 - turn]}
+            answers = {"answer": left, "corrupt_answer": right}
+            if turn:
+                clean, corrupt, answers = corrupt, clean, {"answer": right, "corrupt_answer": left}
             rows.append(
                 {f"clean_{slot}": clean[slot] for slot in SLOTS}
                 | {f"corrupt_{slot}": corrupt[slot] for slot in SLOTS}
-                | {"answer": answer, "corrupt_answer": corrupt_answer, "task": "odd_one_out", "template": "odd_one_out"}
-                | {"pair_id": f"quad{number}-{side}", "quad_id": f"quad{number}"}
+                | answers
+                | {"task": "odd_one_out", "template": "odd_one_out"}
+                | {"pair_id": f"quad{number}-{turn}", "quad_id": f"quad{number}"}
             )
     return pd.DataFrame(rows)
