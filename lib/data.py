@@ -11,19 +11,17 @@ A model is only ever seen through `score`: a function from a list of token id tu
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import combinations, permutations
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pandera.pandas as pa
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
 from scipy.special import log_softmax
 
 from lib import tasks
-from lib.quads import choose, describe, halves, pairs_of
+from lib.quads import choose, clusters, describe, halves, odd_one_out_pairs, pairs_of
 from lib.tasks import SUPERSETS, TEMPLATES, Template
 
 Score = Callable[[list[tuple[int, ...]]], np.ndarray]
@@ -33,8 +31,7 @@ _OPTIONAL = ("task", "template", "clean_c", "corrupt_c", "pair_id", "quad_id")
 
 PEOPLE = pa.DataFrameSchema(
     {
-        "name": pa.Column(str, [pa.Check.str_length(min_value=1), pa.Check(lambda s: s == s.str.strip(), name="no outer spaces")],
-                          unique=True),
+        "name": pa.Column(str, pa.Check.str_matches(r"^\S(.*\S)?$"), unique=True),
         "profession": pa.Column(str, pa.Check.str_matches(r"^[a-z][a-z -]*$")),
         "superset": pa.Column(str, pa.Check.isin(SUPERSETS)),
         "two_supersets": pa.Column(bool),
@@ -43,7 +40,7 @@ PEOPLE = pa.DataFrameSchema(
         "century": pa.Column(int, pa.Check.in_range(-30, 21)),
     },
     strict=True,
-)  # fmt: skip
+)
 
 
 def load_people(path: str | Path) -> pd.DataFrame:
@@ -58,8 +55,10 @@ def load_people(path: str | Path) -> pd.DataFrame:
     missing, unknown = set(PEOPLE.columns) - set(table), set(table) - set(PEOPLE.columns)
     if missing or unknown:
         raise ValueError(
-            f"{path}: columns missing: {sorted(missing)}, unknown: {sorted(unknown)}; it must have {list(PEOPLE.columns)}"
+            f"{path}: columns missing: {sorted(missing)}, unknown: {sorted(unknown)}; needed: {list(PEOPLE.columns)}"
         )
+    if not len(table):
+        raise ValueError(f"{path} has no rows")
     for column, allowed in (("two_supersets", {"true": True, "false": False}), ("century", None)):
         known = table[column].isin(allowed) if allowed else table[column].str.fullmatch(r"-?\d+")
         if not known.all():
@@ -79,8 +78,8 @@ def load_people(path: str | Path) -> pd.DataFrame:
     odd = pd.concat([odd, table[table.second_superset == table.superset]])
     if len(odd):
         raise ValueError(
-            f"{path}, row {odd.index[0] + 2}: {odd.name.iloc[0]!r}: second_superset must be given where two_supersets is "
-            "true, empty where it is false, and differ from superset"
+            f"{path}, row {odd.index[0] + 2}: {odd['name'].iloc[0]!r}: second_superset must be given where "
+            "two_supersets is true, be empty where it is false, and differ from superset"
         )
     return table
 
@@ -170,7 +169,7 @@ def build_quads(
         fame_tolerance: the largest difference in fame (nats) between a and c, and between b and d.
         min_bucket: fewest quads of one half and bucket; the others lend a quad its means and resamples.
         rounds: how often the people of failed quads are matched anew. Only "solved or not" is looked at.
-        people_per_superset: ask the model about a random sample of people only (all of them if None).
+        people_per_superset: ask the model about a random sample of so many; None: 25 for each quad of a half.
 
     Returns:
         quads: quad_id, half, task, template, superset, other, bucket, and for each of a, b, c, d its name, profession
@@ -181,6 +180,8 @@ def build_quads(
         ValueError: nothing is left after a filter; the message has all counts.
     """
     words = tasks.find_template(template)
+    if len(words.slots) != 2:
+        raise ValueError(f"quads need a template of two names; {template!r} is of task {words.task!r}")
     rng = np.random.default_rng(seed)
     options = {"chat_template": chat_template, "attributes": attributes}
     drops: list[dict[str, Any]] = []
@@ -193,9 +194,8 @@ def build_quads(
         return table
 
     free = keep(people[~people.two_supersets], "known for two supersets", len(people))
-    if people_per_superset is not None:
-        order = free.iloc[rng.permutation(len(free))]
-        free = keep(order.groupby("superset").head(people_per_superset).sort_index(), "not sampled", len(free))
+    sampled = free.iloc[rng.permutation(len(free))].groupby("superset").head(people_per_superset or 25 * quads_per_half)
+    free = keep(sampled.sort_index(), "not sampled", len(free))
     asked = add_fame(free, tokenizer, score, one_name, chat_template)
     known = keep(asked[asked.known], "not known by the model", len(asked))
     free = keep(add_tokens(known, tokenizer, words, **options), "name merges with the template", len(known))
@@ -215,12 +215,26 @@ def build_quads(
             wanted[tuple(sorted((quad["superset"], quad["other"]), key=SUPERSETS.index))] -= 1
         used = {quad[slot] for quad in kept for slot in "abcd"}
         free = free[~free.name.isin(used)]
-    quads = keep(pd.DataFrame(kept), "not solved (tried, of which kept)", tried, "quads")
+    reason = "not solved" if tried else "no match in token count and fame"
+    quads = keep(pd.DataFrame(kept), reason, tried, "quads")
     quads = quads.assign(half=halves(list(zip(quads.pair, quads.bucket, strict=True)), rng)).drop(columns="pair")
     size = quads.groupby(["half", "bucket"]).quad_id.transform("size")
     quads = keep(quads[size >= min_bucket].reset_index(drop=True), f"bucket under {min_bucket}", len(quads), "quads")
     drops.insert(-2, {"filter": "in no solved quad", "unit": "people", "dropped": len(free), "left": 4 * len(kept)})
     return quads, drops
+
+
+def aligned(pairs: pd.DataFrame, tokenizer: Any, **options: Any) -> tuple[pd.DataFrame, list[str]]:
+    """The pairs whose prompts line up token by token under this tokenizer, and why each of the others does not."""
+    fits, reasons = [], []
+    for row in pairs.to_dict("records"):
+        try:
+            tasks.make_pair(tokenizer, row, **options)
+            fits.append(True)
+        except ValueError as error:
+            fits.append(False)
+            reasons.append(str(error))
+    return pairs[fits], reasons
 
 
 def add_margins(pairs: pd.DataFrame, tokenizer: Any, score: Score, **options: Any) -> pd.DataFrame:
@@ -301,22 +315,7 @@ def generate_odd_one_out(
         free = free[~free.name.isin(used)]
     if len(items) < n:
         raise ValueError(f"{n} odd-one-out items were asked for; the people given allow {len(items)}")
-    rows, orders = [], list(permutations(range(3)))
-    for number, item in enumerate(items):
-        order, row = orders[number % 6], {"pair_id": f"odd{number:03d}.0", "quad_id": f"odd{number:03d}"}
-        row |= {"task": words.task, "template": words.name}
-        for side, (swapped, answer) in (("clean", ("c", "b")), ("corrupt", ("a", "d"))):
-            three = ("b", swapped, "d")  # s1; t1 or s2; t2
-            for slot, place in zip("abc", order, strict=True):
-                row[f"{side}_{slot}"], row[f"{side}_profession_{slot}"] = item[three[place]][["name", "profession"]]
-            row[f"fame_{side}"] = float(np.mean([item[p].fame for p in three]))
-            row["answer" if side == "clean" else "corrupt_answer"] = "abc"[order.index(three.index(answer))]
-        counts = item["a"].n_tokens
-        row |= {f"n_tokens_{slot}": count for slot, count in zip("abc", counts, strict=True)}
-        row["bucket"] = "|".join([words.name, *map(str, counts)])
-        rows.append(row)
-    table = pd.DataFrame(rows)
-    return table.assign(half=halves(list(zip(table.answer, table.bucket, strict=True)), rng))
+    return odd_one_out_pairs(items, words, rng)
 
 
 def load_pairs_file(path: str | Path, seed: int = 0) -> pd.DataFrame:
@@ -357,7 +356,7 @@ def load_pairs_file(path: str | Path, seed: int = 0) -> pd.DataFrame:
                 f"pairs_file {path.name}, row {row + 2}: {column} {table[column][row]!r} is empty or not unique"
             )
     if "quad_id" not in given:
-        table["quad_id"] = [f"cluster{number}" for number in _clusters(table)]
+        table["quad_id"] = [f"cluster{number}" for number in clusters(table)]
     quads = list(dict.fromkeys(table.quad_id))
     half = dict(zip(quads, halves([()] * len(quads), np.random.default_rng(seed)), strict=True))
     return table.assign(half=table.quad_id.map(half), bucket=table.template)
@@ -365,10 +364,8 @@ def load_pairs_file(path: str | Path, seed: int = 0) -> pd.DataFrame:
 
 def _own_pair(row: dict[str, str], where: str, number: int) -> dict[str, str]:
     """One row of a pairs_file, checked and filled."""
-    if row["template"]:
-        task = row["task"] or tasks.find_template(row["template"]).task
-    else:
-        task = row["task"] or "superset"
+    named = tasks.TEMPLATES.get(row["template"])
+    task = row["task"] or (named.task if named else "superset")
     if task not in tasks.TASKS:
         raise ValueError(f"{where}: task {task!r} is unknown; allowed: {', '.join(tasks.TASKS)}")
     try:
@@ -385,15 +382,3 @@ def _own_pair(row: dict[str, str], where: str, number: int) -> dict[str, str]:
         if row[column] not in allowed:
             raise ValueError(f"{where}: {column} {row[column]!r} is unknown; allowed: {', '.join(allowed)}")
     return row | {"task": task, "template": words.name, "pair_id": row["pair_id"] or f"p{number:04d}"}
-
-
-def _clusters(pairs: pd.DataFrame) -> np.ndarray:
-    """A cluster number per pair: pairs that share a name, directly or through other pairs, have the same one."""
-    names = pairs[[f"{side}_{slot}" for side in ("clean", "corrupt") for slot in "abc"]].to_numpy()
-    codes = pd.factorize(names.ravel())[0].reshape(names.shape) + len(pairs)
-    rows = np.repeat(np.arange(len(pairs)), names.shape[1])[names.ravel() != ""]
-    columns = codes.ravel()[names.ravel() != ""]
-    size = int(codes.max()) + 1
-    return connected_components(coo_matrix((np.ones(len(rows)), (rows, columns)), (size, size)), directed=False)[1][
-        : len(pairs)
-    ]

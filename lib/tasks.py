@@ -121,9 +121,6 @@ class Prompt:
     ids: tuple[int, ...]
     roles: dict[str, tuple[int, ...]] = field(hash=False)
 
-    def __len__(self) -> int:
-        return len(self.ids)
-
 
 @dataclass(frozen=True)
 class Pair:
@@ -182,7 +179,7 @@ def candidates(tokenizer: Any, template: Template) -> tuple[tuple[str, ...], tup
         if len(tokens) != 1:
             raise ValueError(
                 f"template {template.name!r}: the answer {word!r} is {len(tokens)} tokens for this tokenizer, not one; "
-                "use a template whose answers have another form (plural, singular, capitalised)"
+                "use a template whose answers have another form"
             )
     firsts = [tokens[0] for tokens in ids]
     _distinct(words, firsts, f"template {template.name!r}")
@@ -224,9 +221,8 @@ def _fill(template: Template, names: Sequence[str], attributes: Sequence[str]) -
     for name in names:
         if not isinstance(name, str) or not name or name != name.strip():
             raise ValueError(f"a name must be a text without spaces around it, got {name!r}")
-    unknown = [attribute for attribute in attributes if attribute not in ATTRIBUTES]
-    if unknown or not attributes:
-        raise ValueError(f"unknown attributes {unknown or '(none given)'}; allowed: {', '.join(ATTRIBUTES)}")
+    if not attributes or set(attributes) - set(ATTRIBUTES):
+        raise ValueError(f"unknown attributes in {list(attributes)}; allowed, one or more: {', '.join(ATTRIBUTES)}")
     fillers = dict(zip(template.slots, names, strict=True))
     fillers["attributes"] = "\n".join(f"{i}. {ATTRIBUTES[a][0]}" for i, a in enumerate(attributes, 1))
     fillers["examples"] = "\n\n".join(
@@ -329,9 +325,7 @@ def make_pair(
     if template.task != row["task"]:
         raise ValueError(f"{where}: template {template.name!r} is of task {template.task!r}, not {row['task']!r}")
     names = {side: [row[f"{side}_{slot}"] for slot in template.slots] for side in ("clean", "corrupt")}
-    clean, corrupt = (
-        make_prompt(tokenizer, template, names[s], chat_template, attributes) for s in ("clean", "corrupt")
-    )
+    clean, corrupt = (make_prompt(tokenizer, template, n, chat_template, attributes) for n in names.values())
     for slot, one, other in zip(template.slots, names["clean"], names["corrupt"], strict=True):
         counts = [len(prompt.roles[f"name_{slot}"]) for prompt in (clean, corrupt)]
         if counts[0] != counts[1]:
@@ -350,12 +344,10 @@ def make_pair(
 
     if template.task == "odd_one_out":
         words: tuple[str, ...] = template.slots
-        tokens, seconds = zip(
-            *(_name_answers(p, names[s], where) for s, p in (("clean", clean), ("corrupt", corrupt))), strict=True
-        )
+        own = [_name_answers(clean, names["clean"], where), _name_answers(corrupt, names["corrupt"], where)]
     else:
         words, shared = candidates(tokenizer, template)
-        tokens, seconds = (shared, shared), ((), ())
+        own = [(shared, ()), (shared, ())]
     label_words, label_tokens = labels(tokenizer, template, professions)
     answers = []
     for column in ("answer", "corrupt_answer"):
@@ -366,7 +358,7 @@ def make_pair(
         raise ValueError(f"{where}: answer and corrupt_answer are both {row['answer']!r}; they must differ")
     return Pair(
         str(row["pair_id"]), str(row["quad_id"]), str(row["half"]), template.task, template.name, clean, corrupt, words,
-        answers[0], answers[1], tokens[0], tokens[1], seconds[0], seconds[1], label_words, label_tokens,
+        answers[0], answers[1], own[0][0], own[1][0], own[0][1], own[1][1], label_words, label_tokens,
     )  # fmt: skip
 
 
@@ -384,9 +376,7 @@ def two_prompts(
     """
     sides = [tuple(tokenizer(text).input_ids) for text in (clean, corrupt)]
     if len(sides[0]) != len(sides[1]):
-        raise ValueError(
-            f"{clean!r} has {len(sides[0])} tokens, {corrupt!r} has {len(sides[1])}; they must have as many"
-        )
+        raise ValueError(f"{clean!r} has {len(sides[0])} tokens, {corrupt!r} has {len(sides[1])}; they must agree")
     swapped = tuple(i for i, (one, other) in enumerate(zip(*sides, strict=True)) if one != other)
     if not swapped:
         raise ValueError(f"the clean and the corrupt prompt are the same: {clean!r}")
