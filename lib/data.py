@@ -43,15 +43,27 @@ PEOPLE = pa.DataFrameSchema(
 )
 
 
+def _read(path: Path, what: str) -> pd.DataFrame:
+    """A CSV (every cell as text) or Parquet file."""
+    if not path.is_file():
+        raise ValueError(f"{what} {str(path)!r} does not exist")
+    if path.suffix not in (".csv", ".parquet"):
+        raise ValueError(f"{what} {str(path)!r} must end in .csv or .parquet")
+    try:
+        return (
+            pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path, dtype=str, keep_default_na=False)
+        )
+    except ValueError as error:
+        raise ValueError(f"{what} {str(path)!r} is not a readable table, or empty: {error}") from None
+
+
 def load_people(path: str | Path) -> pd.DataFrame:
     """The table of people, checked: one row per name, superset and profession known, flags consistent.
 
     Columns: name, profession, superset, two_supersets, second_superset ("" if none), region, century (-5: fifth BC).
     Raises ValueError naming the file's row (the header is row 1), the column, the value and what is allowed.
     """
-    if not Path(path).is_file():
-        raise ValueError(f"people_file {str(path)!r} does not exist")
-    table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    table = _read(Path(path), "people_file").astype(str)
     missing, unknown = set(PEOPLE.columns) - set(table), set(table) - set(PEOPLE.columns)
     if missing or unknown:
         raise ValueError(
@@ -59,7 +71,8 @@ def load_people(path: str | Path) -> pd.DataFrame:
         )
     if not len(table):
         raise ValueError(f"{path} has no rows")
-    for column, allowed in (("two_supersets", {"true": True, "false": False}), ("century", None)):
+    flags = {"true": True, "True": True, "false": False, "False": False}
+    for column, allowed in (("two_supersets", flags), ("century", None)):
         known = table[column].isin(allowed) if allowed else table[column].str.fullmatch(r"-?\d+")
         if not known.all():
             row = int(np.argmin(known))
@@ -329,11 +342,7 @@ def load_pairs_file(path: str | Path, seed: int = 0) -> pd.DataFrame:
     Raises ValueError naming the column, the row (the header is row 1) and what is allowed.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"pairs_file {str(path)!r} does not exist")
-    if path.suffix not in (".csv", ".parquet"):
-        raise ValueError(f"pairs_file {str(path)!r} must end in .csv or .parquet")
-    table = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path, dtype=str, keep_default_na=False)
+    table = _read(path, "pairs_file")
     missing = [column for column in _REQUIRED if column not in table]
     unknown = [column for column in table if column not in (*_REQUIRED, *_OPTIONAL)]
     if missing or unknown:

@@ -7,7 +7,7 @@ import pytest
 from tokenizers import Regex, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
-from tokenizers.processors import TemplateProcessing
+from tokenizers.processors import ByteLevel, TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from lib import models, tasks
@@ -89,6 +89,18 @@ def test_special_tokens_are_added_once():
     with_bos.add_special_tokens({"bos_token": "<s>"})
     chat = make_prompt(with_bos, TEMPLATES["profession_is"], ["Ada Lovelace"], chat_template=True)
     assert chat.ids.count(1) == 1 and chat.ids[0] == 1
+
+
+@pytest.mark.parametrize("name", ["profession_both", "both_famous", "odd_one_out"])
+def test_offsets_without_the_leading_space_give_the_same_roles(smollm_tokenizer, name):
+    """GPT-2's tokenizer leaves the space out of a token's offsets."""
+    inner = Tokenizer.from_str(smollm_tokenizer.backend_tokenizer.to_str())
+    inner.post_processor = ByteLevel(add_prefix_space=False, trim_offsets=True)
+    trimmed = PreTrainedTokenizerFast(tokenizer_object=inner)
+    assert trimmed(" a Pitt", return_offsets_mapping=True)["offset_mapping"] == [(1, 2), (3, 7)]
+    names = ["Isaac Newton", "Pelé", "50 Cent"][: len(TEMPLATES[name].slots)]
+    one, other = (make_prompt(t, TEMPLATES[name], names) for t in (smollm_tokenizer, trimmed))
+    assert one == other
 
 
 def test_bad_prompts_say_what_is_wrong(smollm_tokenizer):
