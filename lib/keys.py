@@ -30,9 +30,9 @@ from lib.params import STEPS, ParameterError, Shared, section_keys
 NOTEBOOKS = {step: f"notebooks/{number:02d}_{step}.ipynb" for number, step in enumerate(STEPS, 1)}
 
 # Which modules of lib make a step's data, and which only draw its page.
-SWEEPS = ("models", "hooks", "single_pass", "pools", "sweep", "tasks", "data", "metrics", "records", "units")
+SWEEPS = ("models", "hooks", "single_pass", "pools", "sweep", "tasks", "data", "quads", "metrics", "records", "units")
 COMPUTE = {
-    "baselines": ("models", "tasks", "data", "metrics", "records", "units"),
+    "baselines": ("ability", "models", "tasks", "data", "quads", "metrics", "records", "units"),
     "coarse_sweep": SWEEPS,
     "necessity": SWEEPS,
     "sufficiency": SWEEPS,
@@ -54,7 +54,7 @@ DATA_KEYS = {step: _DATA_KEYS if step == "baselines" else (*_DATA_KEYS, "layers"
 # Keys that reach nothing: where files lie. (What lies there is hashed.)
 PLACES = ("results_dir", "pairs_file", "people_file", "offload_folder", "overwrite")
 # What else a step leaves in its folder, beside <step>.*
-EXTRA_FILES = {"baselines": ("pairs.parquet", "quads.parquet")}
+EXTRA_FILES = {"baselines": ("pairs.parquet",)}
 
 
 class MissingInput(ParameterError):

@@ -378,7 +378,7 @@ def prove(model: Model) -> None:
 
 @torch.no_grad()
 def next_logits(
-    model: Model, prompts: Sequence[Sequence[int]], batch_tokens: int = 2048
+    model: Model, prompts: Sequence[Sequence[int]], batch_tokens: int = 8192
 ) -> Float[np.ndarray, "prompts vocab"]:
     """fp32 logits of the next token for each prompt of token ids. Same-length batches, so no padding is needed."""
     out: np.ndarray | None = None

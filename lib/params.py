@@ -12,6 +12,7 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -140,7 +141,6 @@ class Baselines(Shared):
 
     templates: Words = Field(("profession_both",), description="templates whose accuracy is measured")
     quads_per_half: int = Field(100, ge=1, description="most quads in each half")
-    min_quads_per_half: int = Field(50, ge=1, description="fewest quads in each half")
     pairs_per_quad: int = Field(2, ge=1, le=4, description="pairs taken from a quad")
     fame_tolerance: float = Field(
         0.25,
@@ -288,6 +288,9 @@ def from_notebook(step: str, namespace: Mapping[str, Any]) -> Shared:
     Taken are plain values (text, numbers, lists, dicts) under names without a leading underscore that are not
     IPython's. Where no `model` is given (a notebook opened by hand), the profile's YAML is read beneath them.
     """
+    for name in STEPS:
+        if isinstance(namespace.get(name), ModuleType):
+            raise ParameterError(f"the notebook imports a module under the name {name!r}, which hides that section")
     plain = (str, int, float, list, tuple, dict)
     given = {
         key: value

@@ -395,7 +395,6 @@ def _layers(axes: Axes, layers: pd.Series) -> None:
 
 def _legend(figure: Figure, axes: Axes) -> None:
     """A legend above the axes, where it covers nothing; none for a single unnamed group."""
-    handles, labels = axes.get_legend_handles_labels()
-    named = [(handle, text) for handle, text in zip(handles, labels, strict=True) if text]
+    named = [(handle, text) for handle, text in zip(*axes.get_legend_handles_labels(), strict=True) if text]
     if named:
         figure.legend(*zip(*named, strict=True), loc="outside upper left", ncols=min(len(named), 6))

@@ -251,7 +251,8 @@ def prove_rows(model: Model, grown: Grown, describe: Any) -> None:
     for index in torch.nonzero((grown.fired != 1) | missed).flatten().tolist():
         raise SweepError(
             f"{describe(index)}: the hook fired {grown.fired[index]} times (1 is right) and moved the activation by "
-            f"{grown.site_delta[index]:.6g} (its source lies {grown.expected[index]:.6g} away). The edit did not take effect"
+            f"{grown.site_delta[index]:.6g}, while its source lies {grown.expected[index]:.6g} away. "
+            "The edit did not take effect"
         )
 
 
@@ -298,6 +299,7 @@ def prove_whole_residual(model: Model, ids: Int[Tensor, " tokens"], other: Int[T
     off = (model.logits(grown.hidden) - model.logits(source.hidden)).abs().amax(-1)
     if not (off <= model.noise).all():
         raise SweepError(
-            f"{model.name}: the whole residual of one run in another does not give its logits; they differ by {off.max():.3g}"
+            f"{model.name}: the whole residual of one run in another does not give its logits; "
+            f"they differ by {off.max():.3g}"
         )
     return off.max().item()

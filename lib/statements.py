@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import pandas as pd
 
-from lib import effects, findings
+from lib import effects, findings, stats
+from lib.ability import CHANCE
 from lib.effects import CriticalLayers, CriticalSlice
 from lib.findings import in_halves, interval, listed, picked, reported
 from lib.params import Shared
@@ -17,17 +18,17 @@ from lib.steps import Step
 
 OVER_QUADS = "confirmation half, 95% studentised bootstrap intervals over quads"
 CAPTIONS = {
-    "coarse-curves": "Recovery (denoise) and damage (noise) when the residual stream at one role is replaced after each "
-    f"layer; {OVER_QUADS}. Shaded: the critical layers, picked on the discovery half.",
-    "necessity-ranked": "The sites whose ablation at the last token costs most, picked on the discovery half, with their "
-    "effect in both halves and intervals that hold for all sites together.",
-    "necessity-layers": "Damage when a whole attention or MLP module is replaced by its counterfactual; "
-    + OVER_QUADS
-    + ".",
-    "sufficiency-slice": "Joint recovery and joint counterfactual damage as heads and MLPs are added in order of discovery "
-    "recovery, both halves, 95% studentised bootstrap intervals over quads.",
-    "sufficiency-ranked": "The sites whose clean activation at the last token recovers most, picked on the discovery half, "
-    "with their effect in both halves and intervals that hold for all sites together.",
+    "baselines-accuracy": "Accuracy per template among the candidates, on people drawn before any selection; Wilson "
+    "intervals. The dashed line is chance for five supersets (odd-one-out: one third).",
+    "coarse-curves": "Recovery (denoise) and damage (noise) when the residual stream at one role is replaced after "
+    f"each layer; {OVER_QUADS}. Shaded: the critical layers, picked on the discovery half.",
+    "necessity-ranked": "The sites whose ablation at the last token costs most, picked on the discovery half, with "
+    "their effect in both halves and intervals that hold for all sites together.",
+    "necessity-layers": f"Damage when a whole attention or MLP module is replaced; {OVER_QUADS}.",
+    "sufficiency-slice": "Joint recovery and joint counterfactual damage as heads and MLPs are added in order of "
+    "discovery recovery, both halves, 95% studentised bootstrap intervals over quads.",
+    "sufficiency-ranked": "The sites whose clean activation at the last token recovers most, picked on the discovery "
+    "half, with their effect in both halves and intervals that hold for all sites together.",
 }
 
 
@@ -42,6 +43,80 @@ def not_done(step: Step) -> dict:
     sentence = f"Nothing was computed for the task `{step.params.task}`: {step.able().why}"
     subject = {"model": {"name": step.params.model}, "task": step.params.task}
     return {**subject, "able": False, "sentences": [sentence], "figures": []}
+
+
+def accuracies(frame: pd.DataFrame, params: Shared, by: list[str]) -> pd.DataFrame:
+    """Share of prompts answered right, with Wilson intervals; each item is a unit (its people are in no other)."""
+    rows = []
+    for key, part in frame.groupby(by, sort=False):
+        units = part.groupby("item")["correct"].agg(["sum", "count"])
+        span = stats.proportion_interval(units["sum"], units["count"], params.level)
+        chance = CHANCE[part["task"].iloc[0]]
+        test = stats.above_chance(units["sum"], units["count"], chance, params.level)
+        numbers = {"estimate": span.estimate, "low": span.low, "high": span.high, "prompts": len(part)}
+        rows.append(dict(zip(by, key, strict=True)) | numbers | {"chance": chance, "above": test.above, "p": test.p})
+    return pd.DataFrame(rows)
+
+
+def abilities(accuracy: pd.DataFrame, pairs: pd.DataFrame | None, params: Shared) -> dict[str, dict]:
+    """Which tasks the model can do: accuracy above chance, and, for the profile's own task, enough solved pairs."""
+    out = {}
+    for row in accuracy.itertuples():
+        if row.task == params.task and row.template != params.template:
+            continue
+        value = interval(row.estimate, row.low, row.high)
+        why = f"accuracy {value} on {row.prompts} prompts of template `{row.template}`, chance {row.chance:.2f}"
+        able, why = row.above, why if row.above else f"{why}: not above chance with {params.level:.0%} confidence"
+        if row.task == params.task and row.above:
+            count = 0 if pairs is None else len(pairs)
+            able = count >= params.min_pairs
+            why += f"; {count} solved pairs" + ("" if able else f", fewer than the {params.min_pairs} asked for")
+        known = out.get(row.task)
+        if known is None or (able and not known["able"]):
+            out[row.task] = {"able": bool(able), "why": why}
+    return out
+
+
+def baselines(
+    step: Step, frame: pd.DataFrame, accuracy: pd.DataFrame, pairs: pd.DataFrame | None, drops: list[dict], failed: str
+) -> dict:
+    """The findings of step 01: what the model can do, what it says itself, and the pairs that are left."""
+    params, sentences = step.params, []
+    able = abilities(accuracy, pairs, params)
+    for task, verdict in able.items():
+        can = "can do" if verdict["able"] else "cannot do"
+        sentences.append(f"The model {can} `{task}`: {verdict['why']}.")
+    own = frame[(frame["task"] == params.task) & (frame["template"] == params.template)]
+    said = own["top_token"].value_counts(normalize=True).head(5)
+    words = [f'"{token}" ({share:.0%})' for token, share in said.items()]
+    sentences.append(f"Its own top tokens on `{params.template}` are {listed(words)}.")
+    if own["label_probability"].notna().any():
+        sentences.append(
+            f"It gives the supersets a total probability of {own['candidate_probability'].mean():.2f} and the "
+            f"single-token profession labels {own['label_probability'].mean():.2f}, on average over prompts."
+        )
+    if pairs is not None:
+        quads = pairs.groupby("half")["quad_id"].nunique()
+        gap = (pairs["fame_clean"] - pairs["fame_corrupt"]).abs().max() if "fame_clean" in pairs else None
+        fame = "" if gap is None else f" The fame of the two sides of a pair differs by {gap:.2f} nats at most."
+        sentences.append(
+            f"{len(pairs)} pairs in {listed(f'{count} {half} quads' for half, count in quads.items())} are left; "
+            f"every one has a margin above zero in the clean prompt and below zero in the corrupt one.{fame}"
+        )
+    if failed:
+        sentences.append(failed)
+    main = able.get(params.task, {"able": False})
+    return {
+        "model": about_model(step),
+        "task": params.task,
+        "able": able,
+        "pairs": 0 if pairs is None else len(pairs),
+        "drops": drops,
+        "accuracy": accuracy.to_dict("records"),
+        "sentences": sentences,
+        "headline": sentences[: len(able)] if main["able"] else sentences,
+        "figures": [],
+    }
 
 
 def top_sites_sentence(table: pd.DataFrame, params: Shared, count: int, what: str) -> str:
@@ -118,10 +193,11 @@ def necessity(
         f"Each site at `last` was ablated in the clean run, {step.layers_from}; the confirmation half has {sample}.",
         top_sites_sentence(table, params, 6, f"{lead} damage"),
         heads_or_mlps(table, params, "damage"),
-        *[
-            f"Over sites, the effects of `{kind}` rank as those of `{lead}` do with a Spearman correlation of {value}."
-            for kind, value in agree.items()
-        ],
+        f"Over sites, effects rank as under `{lead}` with a Spearman correlation of "
+        + listed(f"{value} under `{kind}`" for kind, value in agree.items())
+        + "."
+        if agree
+        else f"Only `{lead}` was run.",
         *[f"Under `{kind}`, {top_sites(own, 3)} lead." for kind, own in tables.items() if kind != lead],
     ]
     for role, rows in names.groupby("position", sort=False):
@@ -202,7 +278,8 @@ def sufficiency(
         else f"Single sites that restore the answer on their own: {listed(restoring)}; {best_text}.",
         top_sites_sentence(table, params, 6, "recovery"),
         heads_or_mlps(table, params, "recovery"),
-        f"The critical slice, heads and MLPs added in order of discovery recovery, has {critical.size} sites and "
+        f"The critical slice, heads and MLPs added in order of discovery recovery, has {critical.size} "
+        f"{'site' if critical.size == 1 else 'sites'} and "
         f"{reached}: {listed(members)}.",
         f"On the confirmation half its joint recovery is {joint['recovery']} and its joint counterfactual damage "
         f"{joint['damage']}.",

@@ -72,6 +72,11 @@ class Step:
     def data_key(self) -> str:
         return keys.data_key(self.ingredients)
 
+    @property
+    def people_file(self) -> Path:
+        """The table of people: from the working directory, else from the repository."""
+        return keys.input_file(self.params.people_file)
+
     def rng(self, purpose: str = "") -> np.random.Generator:
         """A generator from the profile's seed, of its own for each purpose."""
         return np.random.default_rng([self.params.seed, crc32(f"{self.name}:{purpose}".encode())])

@@ -332,5 +332,5 @@ def test_every_module_of_lib_is_in_a_key_or_known_to_be_in_none():
 @pytest.mark.parametrize("step", STEPS)
 def test_what_a_computing_module_imports_computes_too(step):
     for name in keys.COMPUTE[step]:
-        # stats lends metrics a type; hooks and single_pass are what models proves itself with
-        assert lib_imports(name) <= {*keys.COMPUTE[step], "stats", "hooks", "single_pass"}, name
+        # hooks and single_pass are what models proves itself with; params and steps lend ability their types
+        assert lib_imports(name) <= {*keys.COMPUTE[step], "hooks", "single_pass", "params", "steps"}, name

@@ -22,7 +22,7 @@ def test_the_default_profile_has_the_sizes_the_report_is_built_on():
     given = load_profile("smollm2-135m")
     base, coarse = validate("baselines", given), validate("coarse_sweep", given)
     need, enough = validate("necessity", given), validate("sufficiency", given)
-    assert base.min_quads_per_half >= 50 and base.quads_per_half == 100 and base.pairs_per_quad == 2
+    assert base.quads_per_half == 100 and base.pairs_per_quad == 2
     assert coarse.roles == ("name_a", "name_b", "names", "last") and coarse.name_pairs == 80
     assert need.layers == "all" and need.pairs is None and need.name_pairs == 40
     assert need.components == enough.components == ("resid", "attn", "mlp", "head")
@@ -179,3 +179,8 @@ def test_parameters_cannot_be_changed():
     own = validate("necessity", BASE)
     with pytest.raises(ValueError, match="frozen"):
         own.seed = 3
+
+
+def test_a_module_under_a_sections_name_does_not_hide_the_section():
+    with pytest.raises(ParameterError, match="imports a module under the name 'baselines'"):
+        params.from_notebook("baselines", {"profile": "smoke", "baselines": pytest})
