@@ -161,6 +161,10 @@ def agreement(records: pd.DataFrame, kinds: Sequence[str], params: Shared) -> di
     """Spearman's correlation, over sites at `last`, of each ablation's effects with the first one's; confirmation."""
     own = records[(records["position"] == "last") & (records["component"] != "resid")]
     own = in_halves(own)[-1][1]
+    quads = [set(rows["quad_id"]) for _, rows in own.groupby("ablation")]
+    own = own[own["quad_id"].isin(set.intersection(*quads))]  # a quad without a pool has no mean and no resample
+    if own.empty:
+        return {}
     matrices = {kind: quad_matrix(own[own["ablation"] == kind], "effect", SITE).values for kind in kinds}
     first = matrices[kinds[0]]
     return {

@@ -34,6 +34,12 @@ def grouped(pairs: Iterable[Pair]) -> list[list[Pair]]:
     return list(groups.values())
 
 
+def lenders(pair: Pair, pairs: Iterable[Pair]) -> bool:
+    """Whether another quad of the pair's group is there to take a mean or a resample from."""
+    own = group_of(pair)
+    return any(other.quad_id != pair.quad_id and group_of(other) == own for other in pairs)
+
+
 def spread(pairs: Sequence[Pair], count: int | None) -> list[Pair]:
     """At most `count` pairs (None: all), from both halves alike and from as many quads as possible, in their order.
 

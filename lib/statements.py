@@ -200,6 +200,13 @@ def necessity(
         else f"Only `{lead}` was run.",
         *[f"Under `{kind}`, {top_sites(own, 3)} lead." for kind, own in tables.items() if kind != lead],
     ]
+    last = records[records["position"] == "last"]
+    counts = last.groupby("ablation")["pair_id"].nunique()
+    for kind, count in counts[counts < counts.max()].items():
+        sentences.append(
+            f"`{kind}` is there for {count} of {counts.max()} pairs: the others have no other quad of their half, "
+            "template and token counts to take it from."
+        )
     for role, rows in names.groupby("position", sort=False):
         best = rows.loc[rows["estimate"].idxmax()]
         value = interval(best["estimate"], best["low"], best["high"])

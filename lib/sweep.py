@@ -23,6 +23,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -32,7 +33,7 @@ from torch import Tensor
 from lib import hooks, metrics
 from lib.hooks import Site
 from lib.models import Model
-from lib.pools import Pool, grouped, pooled, token_ids, weighted
+from lib.pools import Pool, grouped, lenders, pooled, token_ids, weighted
 from lib.single_pass import (
     Activations,
     BaseRun,
@@ -58,10 +59,20 @@ LOGIT_ROWS = 128
 log = logging.getLogger(__name__)
 
 
-def plan(label: str, pairs: Sequence[Pair], size: int = 8, **options: object) -> list[Unit]:
-    """The work units of one sweep: a pure function of the pair list and the options of `run`."""
+def plan(label: str, pairs: Sequence[Pair], size: int = 8, **options: Any) -> list[Unit]:
+    """The work units of one sweep: a pure function of the pair list and the options of `run`.
+
+    Means and resamples are left out for pairs whose group has no other quad to take them from (`lenders`).
+    """
     chunks = [group[at : at + size] for group in grouped(pairs) for at in range(0, len(group), size)]
-    return [Unit(f"{label}-{index:04d}", tuple(chunk), options) for index, chunk in enumerate(chunks)]
+    units = []
+    for index, chunk in enumerate(chunks):
+        own = dict(options)
+        if "ablations" in own and not lenders(chunk[0], pairs):
+            own["ablations"] = [kind for kind in own["ablations"] if kind not in ("mean", "resample")]
+        if own.get("ablations", True):
+            units.append(Unit(f"{label}-{index:04d}", tuple(chunk), own))
+    return units
 
 
 def run(
