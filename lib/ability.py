@@ -70,12 +70,14 @@ def items(people: pd.DataFrame, tokenizer: object, template: Template, params: B
 
 
 def odd_pairs(people: pd.DataFrame, tokenizer: object, params: Baselines) -> pd.DataFrame:
-    """Odd-one-out pairs: the plan's own items, then generated ones."""
+    """Odd-one-out items: the plan's own, then generated ones of other people."""
     own = data.load_pairs_file(ROOT / "data" / "odd_one_out.csv")
     if not params.odd_one_out_items:
         return own
+    taken = {name for side in ("clean", "corrupt") for slot in tasks.SLOTS for name in own[f"{side}_{slot}"]}
+    others = people[~people["name"].isin(taken)].reset_index(drop=True)
     options = {"chat_template": params.chat_template}
-    made = data.generate_odd_one_out(people, tokenizer, params.odd_one_out_items, params.seed, **options)
+    made = data.generate_odd_one_out(others, tokenizer, params.odd_one_out_items, params.seed, **options)
     return pd.concat([own, made], ignore_index=True)
 
 
@@ -145,8 +147,8 @@ def make_pairs(model: Model, people: pd.DataFrame, quads: pd.DataFrame | None, p
     options = {"chat_template": params.chat_template, "attributes": params.attributes}
     if quads is not None:
         return data.add_margins(pairs_of(quads, params.pairs_per_quad), model.tokenizer, score(model), **options)
-    pairs = data.add_margins(odd_pairs(people, model.tokenizer, params), model.tokenizer, score(model), **options)
-    return data.keep_solved(pairs)
+    pairs, _ = data.aligned(odd_pairs(people, model.tokenizer, params), model.tokenizer)
+    return data.keep_solved(data.add_margins(pairs, model.tokenizer, score(model), **options))
 
 
 def build(step: Step, people: pd.DataFrame, accuracy: pd.DataFrame) -> tuple[pd.DataFrame | None, list[dict], str]:

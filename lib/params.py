@@ -145,7 +145,7 @@ class Baselines(Shared):
     fame_tolerance: float = Field(
         0.25,
         gt=0,
-        description="largest difference in fame between matched people, in probability of the right superset",
+        description="largest difference in fame between matched people, nats of log-probability",
     )
     min_bucket: int = Field(
         4, ge=2, description="fewest quads of one half, template and token counts (means and resamples come from them)"

@@ -1,4 +1,4 @@
-"""The whole line with the profile `smoke`: make, papermill, Jupyter Book and a browser, in a copy of the working tree."""
+"""The whole line with the profile `smoke`: make, papermill, Jupyter Book and a browser, in a copy of the tree."""
 
 import json
 import os
