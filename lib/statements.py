@@ -133,7 +133,7 @@ def top_sites_sentence(table: pd.DataFrame, params: Shared, count: int, what: st
 
 def coarse(step: Step, records: pd.DataFrame, curves: pd.DataFrame, critical: CriticalLayers) -> dict:
     """The findings of step 02."""
-    params, sentences = step.params, []
+    params, sentences, moves = step.params, [], {}
     confirmation = in_halves(records)[-1][1]
     denoise = confirmation[confirmation["direction"] == "denoise"]
     for position in dict.fromkeys(records["position"]):
@@ -142,10 +142,11 @@ def coarse(step: Step, records: pd.DataFrame, curves: pd.DataFrame, critical: Cr
         sample = f"{rows['pair_id'].nunique()} pairs of {rows['quad_id'].nunique()} quads, confirmation half"
         verb = "rises above" if position == "last" else "falls below"
         if layer is None:
-            sentences.append(f"At `{position}` recovery never {verb} one half for good ({sample}).")
-            continue
-        value = interval(row["estimate"], row["low"], row["high"])
-        sentences.append(f"At `{position}` recovery {verb} one half after layer {layer}: {value} ({sample}).")
+            moves[position] = f"At `{position}` recovery never {verb} one half for good ({sample})."
+        else:
+            value = interval(row["estimate"], row["low"], row["high"])
+            moves[position] = f"At `{position}` recovery {verb} one half after layer {layer}: {value} ({sample})."
+    sentences += moves.values()
     rises = [f"{layer} ({rise:+.2f})" for layer, rise in zip(critical.layers, critical.rises, strict=True)]
     critical_text = (
         f"The critical layers, the fewest whose rises of the denoise curve at `last` make up "
@@ -177,7 +178,7 @@ def coarse(step: Step, records: pd.DataFrame, curves: pd.DataFrame, critical: Cr
         "critical_share_confirmation": confirmed_rises,
         "first_flip_layer": flips,
         "sentences": sentences,
-        "headline": [sentences[0], critical_text],
+        "headline": [*(moves[role] for role in ("names", "swapped", "last") if role in moves), critical_text],
     }
 
 
