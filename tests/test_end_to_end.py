@@ -18,9 +18,10 @@ NOTEBOOKS = ("01_baselines", "02_coarse_sweep", "03_necessity", "04_sufficiency"
 
 
 def make(tree: Path, *words: str) -> subprocess.CompletedProcess:
-    """`make ... PROFILE=smoke` with this interpreter."""
+    """`make ... PROFILE=smoke` with this interpreter; not as a child of the make that runs the tests."""
     command = ["make", *words, "PROFILE=smoke", f"PY={sys.executable}"]
-    return subprocess.run(command, cwd=tree, capture_output=True, text=True, timeout=900)
+    own = {key: value for key, value in os.environ.items() if not key.startswith(("MAKE", "MFLAGS"))}
+    return subprocess.run(command, cwd=tree, capture_output=True, text=True, timeout=900, env=own)
 
 
 def papermill(tree: Path, notebook: str, *words: str) -> list[str]:
