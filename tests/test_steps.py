@@ -223,7 +223,7 @@ def test_pairs_of_step_01(here):
     before = path.read_bytes()
     assert baselines.write_extra("pairs.parquet", table).read_bytes() == before
     pd.testing.assert_frame_equal(begin(pairs_file=None).pairs(), table)
-    with pytest.raises(StepError, match="does not write 'other.parquet'; it may write pairs.parquet, quads.parquet"):
+    with pytest.raises(StepError, match="does not write 'other.parquet'; it may write pairs.parquet"):
         baselines.write_extra("other.parquet", table)
     with pytest.raises(StepError, match="it may write nothing more"):
         begin().write_extra("pairs.parquet", table)
