@@ -16,6 +16,10 @@ from lib.params import Shared
 from lib.stats import Interval
 from lib.steps import Step
 
+ONE_HALF = (
+    " The pairs form a single half here: what is said of discovery and confirmation is about the same pairs, so the "
+    "leading sites are picked and reported on the same data."
+)
 OVER_QUADS = "confirmation half, 95% studentised bootstrap intervals over quads"
 CAPTIONS = {
     "baselines-accuracy": "Accuracy per template among the candidates, on people drawn before any selection; Wilson "
@@ -128,6 +132,8 @@ def top_sites_sentence(table: pd.DataFrame, params: Shared, count: int, what: st
         f"The {count} sites of largest {what} on the discovery half are, with their effect on logit_diff on the "
         f"confirmation half (logits, familywise {params.level:.0%} intervals): {listed(each)}. "
         f"Of {table['site'].nunique()} sites, {found} are significant familywise in both halves with a positive effect."
+        + ONE_HALF
+        * (table["half"].nunique() == 1)
     )
 
 

@@ -139,7 +139,7 @@ def test_a_step_runs_by_hand_on_someones_own_pairs(tree, tmp_path):
     mine.write_text(
         "clean_a,clean_b,corrupt_a,corrupt_b,answer,corrupt_answer\n"
         "Brad Pitt,Pablo Picasso,Isaac Newton,Albert Einstein,artist,scientist\n"
-        "Mark Twain,Stephen King,Bill Clinton,George Bush,writer,politician\n"
+        "Isaac Newton,Albert Einstein,Brad Pitt,Pablo Picasso,scientist,artist\n"
     )
     own = ["-p", "pairs_file", str(mine), "-p", "results_dir", str(out), "-p", "layers", "all"]
     for notebook in ("03_necessity", "04_sufficiency"):
@@ -150,7 +150,8 @@ def test_a_step_runs_by_hand_on_someones_own_pairs(tree, tmp_path):
         assert list(table.columns[:5]) == ["layer", "component", "head", "metric_before", "metric_after"]
         assert table["pair_id"].nunique() == 2
     sentences = json.loads((out / "necessity.findings.json").read_text())["sentences"]
-    assert not any("[" in sentence for sentence in sentences), "two clusters are too few for intervals"
+    assert not any("[" in sentence for sentence in sentences), "one cluster is too few for intervals"
+    assert "picked and reported on the same data" in " ".join(sentences), "pairs that share names are one cluster"
 
 
 @pytest.mark.parametrize(
