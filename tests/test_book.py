@@ -94,8 +94,8 @@ def test_checkers_refuse_an_empty_folder(tmp_path):
 
 
 def test_machine_paths(tmp_path):
-    page(tmp_path, "made in /home/someone/clone")
-    assert book_checks.machine_paths(tmp_path, "/home/someone", "/elsewhere") == ["index.html: /home/someone"]
+    page(tmp_path, "made in /srv/someone/clone")
+    assert book_checks.machine_paths(tmp_path, "/srv/someone", "/elsewhere") == ["index.html: /srv/someone"]
 
 
 def test_a_browser_tells_what_it_asked_for(tmp_path):
