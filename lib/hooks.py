@@ -36,6 +36,18 @@ class Site(NamedTuple):
     head: int = -1
 
 
+def site_of(name: str) -> Site:
+    """The site that figures and sentences call "21.6" (a head) or "mlp 23"; ValueError for other words."""
+    component, _, layer = name.rpartition(" ")
+    try:
+        if component:
+            return Site(int(layer), component)
+        layer, head = layer.split(".")
+        return Site(int(layer), "head", int(head))
+    except ValueError:
+        raise ValueError(f"{name!r} is not the name of a site; write 21.6 for a head, mlp 23 for a module") from None
+
+
 def all_sites(model: Model, components: Iterable[str] = COMPONENTS, layers: Iterable[int] | None = None) -> list[Site]:
     """Every site of the components at the layers (default: all), by layer. Unknown names and layers are errors."""
     components, layers = list(components), list(range(model.n_layers) if layers is None else layers)

@@ -36,6 +36,9 @@ COMPUTE = {
     "coarse_sweep": SWEEPS,
     "necessity": SWEEPS,
     "sufficiency": SWEEPS,
+    "hydra": (*SWEEPS, "readout", "hydra"),
+    "retrieval_heads": (*SWEEPS, "readout", "paths", "retrieval"),
+    "generality": (*SWEEPS, "grid"),
 }
 PAGE = (
     "lib/stats.py",
@@ -43,6 +46,11 @@ PAGE = (
     "lib/findings.py",
     "lib/statements.py",
     "lib/plots.py",
+    "lib/hydra_report.py",
+    "lib/retrieval_report.py",
+    "lib/generality_report.py",
+    "lib/rule.py",
+    "lib/circuit_plots.py",
     "lib/steps.py",
     "lib/superset.mplstyle",
 )
@@ -53,6 +61,8 @@ _DATA_KEYS = ("profile", *_MODEL_KEYS, "chat_template", "task", "template", "att
 DATA_KEYS = {step: _DATA_KEYS if step == "baselines" else (*_DATA_KEYS, "layers") for step in STEPS}
 # Keys that reach nothing: where files lie. (What lies there is hashed.)
 PLACES = ("results_dir", "pairs_file", "people_file", "offload_folder", "overwrite")
+# Findings of earlier steps that a step's data rest on: step -> {earlier step: keys}.
+READS = {step: {"sufficiency": ("critical_slice",)} for step in ("hydra", "retrieval_heads", "generality")}
 # What else a step leaves in its folder, beside <step>.*
 EXTRA_FILES = {"baselines": ("pairs.parquet",)}
 
@@ -210,6 +220,9 @@ def ingredients(step: str, params: Shared) -> dict[str, Any]:
         inputs["pairs"] = hash_file(find_pairs(step, params))
         if params.layers == "auto":
             inputs["critical_layers"] = (find_findings("coarse_sweep", params) or {}).get("critical_layers")
+        for earlier, names in READS.get(step, {}).items():
+            found = find_findings(earlier, params) or {}
+            inputs |= {name: found.get(name) for name in names}
     return {
         "parameters": {key: given[key] for key in (*DATA_KEYS[step], *section_keys(step))},
         "inputs": inputs,

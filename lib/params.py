@@ -51,8 +51,8 @@ def _layers(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _distinct(value: tuple) -> tuple:
-    if len(set(value)) < len(value):
+def _distinct(value: tuple | None) -> tuple | None:
+    if value is not None and len(set(value)) < len(value):
         raise ValueError("names something twice")
     return value
 
@@ -67,6 +67,9 @@ Ablations = Annotated[tuple[Ablation, ...], Field(min_length=1), BeforeValidator
 Roles = Annotated[tuple[Role, ...], BeforeValidator(_words), ONCE]
 Words = Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(_words), ONCE]
 Share = Annotated[float, Field(gt=0, le=1)]
+Sites = Annotated[
+    tuple[Annotated[str, Field(pattern=r"^(\d+\.\d+|(mlp|attn) \d+)$")], ...] | None, BeforeValidator(_words), ONCE
+]
 
 
 class Shared(BaseModel):
@@ -182,11 +185,70 @@ class Sufficiency(Shared):
     pairs: int | None = Field(None, ge=1, description="pairs at `last`; default all")
 
 
+class OfSlice(Shared):
+    """What the steps about the critical slice share."""
+
+    slice_sites: Sites = Field(
+        None, description="the slice, as heads and modules such as 21.6,mlp 23; default: that of step 04"
+    )
+    pairs: int | None = Field(None, ge=1, description="pairs of step 01 that are used; default all")
+
+
+class Hydra(OfSlice):
+    """05: the slice ablated; who stands in for it?"""
+
+    ablations: Ablations = Field(
+        ("resample", "zero"), description="how the slice is ablated; the first one decides what is a backup"
+    )
+    rounds: int = Field(3, ge=1, description="most times that the slice is widened by the backups found")
+    candidates: int = Field(8, ge=1, description="most candidates whose joint ablation is measured in a round")
+    direct_floor: float = Field(
+        0.5,
+        gt=0,
+        description="logits; the compensation of single pairs is shown where the slice's direct effect exceeds it",
+    )
+
+
+class RetrievalHeads(OfSlice):
+    """06: what feeds the slice; path patching, value vectors, attention, path ablation."""
+
+    name_pairs: int = Field(60, ge=1, description="pairs on which senders at the names are patched")
+    probe_people: int = Field(200, ge=1, description="people asked about with the one-name templates")
+    mlps: Literal["recomputed", "frozen"] = Field(
+        "recomputed", description="MLPs between sender and receiver: recomputed, or frozen at their base values"
+    )
+    candidates: int = Field(6, ge=1, description="most retrieval heads whose path is ablated")
+    random_sets: int = Field(20, ge=2, description="sets of matched random heads whose path is ablated beside them")
+
+
+class Generality(OfSlice):
+    """07: the dense grid, class by class; templates never used for picking; the rule; negative controls."""
+
+    templates: Words = Field(
+        ("profession_both", "both_famous", "common_both"), description="templates of the grid; the profile's own leads"
+    )
+    pairs_per_quad: int = Field(4, ge=1, le=4, description="pairs taken from a confirmation quad, own template")
+    template_pairs: int = Field(2, ge=1, le=4, description="pairs taken from a confirmation quad, other templates")
+    rule_prompts: int = Field(400, ge=1, description="prompts of two random people from which the rule is read")
+    control_prompts: int = Field(60, ge=1, description="prompts of each negative control")
+    random_sets: int = Field(5, ge=1, description="sets of random heads ablated as a control")
+    silence_margin: Share = Field(
+        0.2, description="a control is silent if no candidate moves by this share of the ordinary effect"
+    )
+    general_floor: Share = Field(
+        0.5,
+        description="joint recovery and damage whose lower end must exceed this in every class for a general circuit",
+    )
+
+
 STEPS: dict[str, type[Shared]] = {
     "baselines": Baselines,
     "coarse_sweep": CoarseSweep,
     "necessity": Necessity,
     "sufficiency": Sufficiency,
+    "hydra": Hydra,
+    "retrieval_heads": RetrievalHeads,
+    "generality": Generality,
 }
 SHARED = frozenset(Shared.model_fields)
 # Variables of an IPython session that no one gave as a parameter.

@@ -117,6 +117,19 @@ SET_SCHEMA = SCHEMA.add_columns({"site_set": _whole(0)})
 SET_SCHEMA.unique = [*IDENTITY, "site_set"]
 SET_SCHEMA.name = "table of site sets"
 
+# Rows of path patching: layer and head are the (first) sender's, `sender` its component; `receivers` names the set.
+PATH_SCHEMA = SET_SCHEMA.update_columns({"layer": {"checks": pa_schema.Check.ge(-1)}}).add_columns(
+    {
+        "sender": _text(("embed", "head", "attn", "mlp")),
+        "receivers": _text(),
+        "mlps": _text(("frozen", "recomputed")),
+        "arrived": _number(),  # L2 norm of the change at the receivers' inputs
+    }
+)
+PATH_SCHEMA.checks = [check for check in SCHEMA.checks if not check.name.startswith("head >= 0")]
+PATH_SCHEMA.unique = [*SET_SCHEMA.unique, "sender", "receivers", "mlps"]
+PATH_SCHEMA.name = "table of paths"
+
 
 # What the findings of steps 02 to 04 read of a table: leaving out the long lists of labels makes reading quick.
 ANALYSED = [name for name in SCHEMA.columns if not name.startswith("label_logits")]

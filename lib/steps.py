@@ -31,6 +31,7 @@ from lib.params import ParameterError, Shared
 from lib.units import Unit
 
 if TYPE_CHECKING:
+    from lib.hooks import Site
     from lib.models import Model
     from lib.tasks import Pair
 
@@ -196,6 +197,29 @@ class Step:
             return frame
 
         return compute
+
+    def slice(self) -> list[Site]:
+        """The critical slice: `slice_sites` of the parameters, else what step 04 found. StepError when it is empty."""
+        from lib.hooks import check_site, site_of
+
+        named = self.params.slice_sites
+        if named is None:
+            found = self.find("sufficiency")
+            if found is None:
+                raise StepError(
+                    "step 04 has left no critical slice for this model and task: run it first (make does), or name "
+                    "the slice: -p slice_sites 21.6,mlp 23"
+                )
+            named = [site["site"] for site in found["critical_slice"]]
+        if not named:
+            raise StepError("the critical slice has no sites: step 04 found none; name some with slice_sites")
+        sites = [site_of(name) for name in named]
+        try:
+            for site in sites:
+                check_site(self.model, site)
+        except ValueError as error:
+            raise StepError(f"slice_sites: {error}") from None
+        return sites
 
     # --- tables ---
 
