@@ -36,6 +36,9 @@ class Site(NamedTuple):
     head: int = -1
 
 
+EMBED = Site(-1, "embed")  # the input of the first block; path patching sends from it, sweeps do not replace it
+
+
 def site_of(name: str) -> Site:
     """The site that figures and sentences call "21.6" (a head) or "mlp 23"; ValueError for other words."""
     component, _, layer = name.rpartition(" ")
@@ -65,6 +68,8 @@ def all_sites(model: Model, components: Iterable[str] = COMPONENTS, layers: Iter
 
 def check_site(model: Model, site: Site) -> None:
     """Raise ValueError when the model has no such site, saying what is allowed."""
+    if site == EMBED:
+        return
     if site.component not in COMPONENTS:
         raise ValueError(f"component {site.component!r} is unknown; allowed are {', '.join(COMPONENTS)}")
     if not 0 <= site.layer < model.n_layers:
@@ -79,8 +84,22 @@ def first_tensor(output: Tensor | tuple) -> Tensor:
 
 
 def module_of(model: Model, layer: int, component: str) -> torch.nn.Module:
-    """The module at whose output (for `head`: input) a component is read and written."""
+    """The module at whose output (for `head` and `embed`: input) a component is read and written."""
+    if component == "embed":
+        return model.blocks[0]
     return {"resid": model.blocks, "attn": model.attns, "mlp": model.mlps, "head": model.o_projs}[component][layer]
+
+
+def on_input(module: torch.nn.Module, visit: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
+    """Call `visit` with what a module is given, each time; what it returns, if anything, is given instead."""
+
+    def before(_: torch.nn.Module, args: tuple, kwargs: dict) -> tuple | None:
+        new = visit(args[0] if args else kwargs["hidden_states"])
+        if new is None:
+            return None
+        return ((new, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": new})
+
+    return module.register_forward_pre_hook(before, with_kwargs=True)
 
 
 def on_activation(
@@ -89,13 +108,8 @@ def on_activation(
     """Call `visit` with the activation, (batch, tokens, width), each time it is computed; what it returns, if
     anything, replaces the activation for everything downstream."""
     module = module_of(model, layer, component)
-    if component == "head":
-
-        def before(_: torch.nn.Module, args: tuple) -> tuple | None:
-            new = visit(args[0])
-            return None if new is None else (new, *args[1:])
-
-        return module.register_forward_pre_hook(before)
+    if component in ("head", "embed"):
+        return on_input(module, visit)
 
     def after(_: torch.nn.Module, args: tuple, output: Tensor | tuple) -> Tensor | tuple | None:
         new = visit(first_tensor(output))

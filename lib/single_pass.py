@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import DynamicCache
 
 from lib import hooks
@@ -69,6 +70,7 @@ class Grown:
     fired: Int[Tensor, " rows"]  # times a site of the row was seen replaced, minus the row's other sites: 1 is right
     site_delta: Float[Tensor, " rows"]  # L2 distance of the row's sites from the plain run
     expected: Float[Tensor, " rows"]  # L2 distance from the plain run to the source
+    arrived: Float[Tensor, " rows"] | None = None  # path patching: L2 norm of the change at the receivers' inputs
 
 
 class SharedPrefix(DynamicCache):
@@ -108,8 +110,8 @@ def base_run(
     kept: dict[tuple[str, int], Tensor] = {}
     handles: list = []
     with hooks.removing(handles):
-        for layer in range(model.n_layers):
-            for component in components:
+        for component in components:
+            for layer in range(model.n_layers) if component != "embed" else (-1,):
 
                 def keep(activation: Tensor, key: tuple[str, int] = (component, layer)) -> None:
                     kept[key] = activation[:, list(positions)].clone()
@@ -124,25 +126,15 @@ def base_run(
 @torch.no_grad()
 def grow(model: Model, base: BaseRun, rows: Sequence[Row], sources: Activations) -> Grown:
     """Run every row in one growing pass. `sources[component, layer]` is (sources, positions, width)."""
-    prompts, start = len(base.ids), min(base.positions)
-    first = [min(site.layer for site in row.sites) for row in rows]
-    order = sorted(range(len(rows)), key=lambda index: first[index])
-    place = {index: prompts + rank for rank, index in enumerate(order)}  # a row's place in the batch
-    owner = torch.tensor([*range(prompts), *(rows[index].owner for index in order)], device=base.ids.device)
-    grown = [prompts + sum(1 for layer in first if layer <= l) for l in range(model.n_layers)]  # noqa: E741
-    edits = edits_by_module(rows, place)
+    start = min(base.positions)
+    batch = Batch([min(site.layer for site in row.sites) for row in rows], [row.owner for row in rows], base, model)
+    edits = edits_by_module(rows, batch.place)
     offsets = torch.tensor(base.positions, device=base.ids.device) - start
-    seen = torch.zeros(2, prompts + len(rows), dtype=torch.float64)  # squared distances: row to plain, source to plain
-    fired = torch.zeros(prompts + len(rows), dtype=torch.int64)
+    proof = Proof(rows, batch)
     handles: list = []
     with hooks.removing(handles):
         for layer in range(model.n_layers):
-            before = grown[layer - 1] if layer else prompts
-            handles.append(
-                model.blocks[layer].register_forward_pre_hook(
-                    joiner(owner[before : grown[layer]], prompts), with_kwargs=True
-                )
-            )
+            handles.append(batch.joining(model, layer))
             for component in hooks.COMPONENTS:
                 if (component, layer) not in edits:
                     continue
@@ -151,24 +143,60 @@ def grow(model: Model, base: BaseRun, rows: Sequence[Row], sources: Activations)
                 handles.append(hooks.on_activation(model, layer, component, edit.write))
 
                 def observe(activation: Tensor, edit: Edit = edit, plain: Tensor = plain) -> None:
-                    target = edit.of_source(plain, owner[edit.rows.to(owner.device)])
-                    moved = (edit.read(activation) - target).double().flatten(1).square().sum(1)
-                    wanted = (edit.values - target).double().flatten(1).square().sum(1)
-                    seen[0].index_add_(0, edit.rows, moved.cpu())
-                    seen[1].index_add_(0, edit.rows, wanted.cpu())
-                    fired.index_add_(0, edit.rows, torch.ones(len(edit.rows), dtype=torch.int64))
+                    proof.observe(edit, activation, plain)
 
                 handles.append(hooks.on_activation(model, layer, component, observe))
-        hidden = model.body(
+        hidden = batch.run(model, base, start)
+    return Grown(hidden[: batch.prompts], hidden[batch.at.to(hidden.device)], *proof.of_rows())
+
+
+class Batch:
+    """Where each row of a growing pass stands: base prompts first, then rows in the order of the layer they join at."""
+
+    def __init__(self, first: Sequence[int], owners: Sequence[int], base: BaseRun, model: Model) -> None:
+        self.prompts = len(base.ids)
+        order = sorted(range(len(first)), key=lambda index: first[index])
+        self.place = {index: self.prompts + rank for rank, index in enumerate(order)}
+        self.at = torch.tensor([self.place[index] for index in range(len(first))], dtype=torch.long)
+        self.owner = torch.tensor([*range(self.prompts), *(owners[index] for index in order)], device=base.ids.device)
+        self.size = [self.prompts + sum(1 for layer in first if layer <= l) for l in range(model.n_layers)]  # noqa: E741
+
+    def joining(self, model: Model, layer: int) -> RemovableHandle:
+        """The hook of a block that appends the rows joining there."""
+        new = self.owner[self.size[layer - 1] if layer else self.prompts : self.size[layer]]
+        return model.blocks[layer].register_forward_pre_hook(joiner(new, self.prompts), with_kwargs=True)
+
+    def run(self, model: Model, base: BaseRun, start: int) -> Float[Tensor, "batch hidden"]:
+        """Run the base prompts from token `start` on behind their cached prefix; final hidden states at the last."""
+        return model.body(
             input_ids=base.ids[:, start:],
-            past_key_values=SharedPrefix(base.cache, start, owner),
+            past_key_values=SharedPrefix(base.cache, start, self.owner),
             position_ids=torch.arange(start, base.ids.shape[1], device=base.ids.device)[None],
             use_cache=True,
         ).last_hidden_state[:, -1]
-    at = torch.tensor([place[index] for index in range(len(rows))], dtype=torch.long)
-    spare = torch.tensor([len(row.sites) - 1 for row in rows], dtype=torch.int64)
-    seen = seen.sqrt()
-    return Grown(hidden[:prompts], hidden[at.to(hidden.device)], fired[at] - spare, seen[0, at], seen[1, at])
+
+
+class Proof:
+    """What the rows of a growing pass show of themselves: how often they fired and how far their sites moved."""
+
+    def __init__(self, rows: Sequence[Row], batch: Batch) -> None:
+        self.batch, self.spare = batch, torch.tensor([len(row.sites) - 1 for row in rows], dtype=torch.int64)
+        self.squares = torch.zeros(2, len(batch.owner), dtype=torch.float64)  # row to plain run, source to plain run
+        self.fired = torch.zeros(len(batch.owner), dtype=torch.int64)
+
+    def observe(self, edit: Edit, activation: Tensor, plain: Tensor) -> None:
+        """Take note of what is at an edit's sites once it has been made."""
+        target = edit.of_source(plain, self.batch.owner[edit.rows.to(self.batch.owner.device)])
+        moved = (edit.read(activation) - target).double().flatten(1).square().sum(1)
+        wanted = (edit.values - target).double().flatten(1).square().sum(1)
+        self.squares[0].index_add_(0, edit.rows, moved.cpu())
+        self.squares[1].index_add_(0, edit.rows, wanted.cpu())
+        self.fired.index_add_(0, edit.rows, torch.ones(len(edit.rows), dtype=torch.int64))
+
+    def of_rows(self) -> tuple[Tensor, Tensor, Tensor]:
+        """`fired`, `site_delta` and `expected` of a Grown, in the order of the rows."""
+        distances = self.squares.sqrt()
+        return self.fired[self.batch.at] - self.spare, distances[0, self.batch.at], distances[1, self.batch.at]
 
 
 def edits_by_module(rows: Sequence[Row], place: Mapping[int, int]) -> dict[tuple[str, int], list[tuple[int, int, int]]]:

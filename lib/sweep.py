@@ -21,7 +21,7 @@ Ten lines sweep any model on any two prompts, without a profile::
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +55,8 @@ DIRECTIONS = ("noise", "denoise")
 SHARED_ROW_TOKENS = 4096
 # Rows of full-vocabulary logits held at once: larger blocks go back to the system and are faulted in anew each time.
 LOGIT_ROWS = 128
+
+Grow = Callable[[Model, BaseRun, Sequence[Row], Activations], Grown]
 
 log = logging.getLogger(__name__)
 
@@ -109,24 +111,48 @@ def run(
 
     Raises ValueError for unknown words and sites, SweepError when a row does not prove itself.
     """
-    check_words(direction, role, ablations, pairs)
     sets = [tuple(s) for s in site_sets] if site_sets is not None else None
     sets = sets or [(site,) for site in hooks.all_sites(model, components, layers)]
-    if not all(sets):
-        raise ValueError("an empty set of sites: each set in site_sets needs at least one site")
+    how = {"direction": direction, "role": role, "ablations": ablations, "pool": pool, "seed": seed}
+    out = run_sets(model, pairs, sets, **how, memory=memory, profile=profile, pools=pools)
+    return out if site_sets is not None else out.drop(columns="site_set")
+
+
+def run_sets(
+    model: Model,
+    pairs: Sequence[Pair],
+    sets: Sequence[tuple[Site, ...]],
+    *,
+    direction: str,
+    role: str,
+    ablations: Sequence[str],
+    pool: Sequence[Pair] | None,
+    seed: int,
+    memory: float,
+    profile: str,
+    pools: dict | None,
+    grower: Callable[[Mapping[str, tuple[int, ...]]], Grow] = lambda roles: grow,
+    needs: Sequence[str] = (),
+) -> pd.DataFrame:
+    """`run` for sets of sites. `grower` makes, from the roles' tokens, the pass that replaces a row's sites, and
+    `needs` names the components whose plain activations it uses beside those of the sites."""
+    check_words(direction, role, ablations, pairs)
+    if not sets or not all(sets):
+        raise ValueError("an empty set of sites: each set needs at least one site")
     for site in {site for sites in sets for site in sites}:
         hooks.check_site(model, site)
     kinds = ("clean",) if direction == "denoise" else tuple(ablations)
     kept, halved, frames = {} if pools is None else pools, [], []
     for group in grouped(pairs):
         for packed in packs(group, len(sets) * len(kinds), role):
-            job = Job(model, packed, direction, role, sets, kinds, seed, memory, profile)
+            own_grow = grower(packed[0].clean.roles)
+            job = Job(model, packed, direction, role, sets, kinds, seed, memory, profile, own_grow, tuple(needs))
             frames.append(job.run(lambda own=group: pooled(model, kept, pool or pairs, own[0], role, sets), halved))
     order = {pair.pair_id: index for index, pair in enumerate(pairs)}
     out = pd.concat(frames, ignore_index=True)
     out = out.iloc[np.argsort(out["pair_id"].map(order).to_numpy(), kind="stable")].reset_index(drop=True)
     out.attrs = {"log": halved, "facts": {"candidates": list(pairs[0].candidates), "labels": list(pairs[0].labels)}}
-    return out if site_sets is not None else out.drop(columns="site_set")
+    return out
 
 
 def prove(model: Model, pair: Pair) -> list[str]:
@@ -181,15 +207,21 @@ class Job:
     seed: int
     memory: float
     profile: str
+    grow: Grow
+    needs: tuple[str, ...]
+
+    @property
+    def components(self) -> list[str]:
+        """Components of the sites."""
+        return sorted({site.component for sites in self.sets for site in sites})
 
     def run(self, pool: Callable[[], Pool], halved: list[str]) -> pd.DataFrame:
         """Every set of sites x kind x pair, proved and scored. `pool` makes the pool when a kind needs it."""
         model, pairs = self.model, self.pairs
         positions = pairs[0].clean.roles[self.role]
-        components = sorted({site.component for sites in self.sets for site in sites})
         # one run for both sides: the weights are read once
         ids = [pair.clean.ids for pair in pairs] + [pair.corrupt.ids for pair in pairs]
-        plain = base_run(model, token_ids(model, ids), positions, components)
+        plain = base_run(model, token_ids(model, ids), positions, sorted({*self.components, *self.needs}))
         clean, corrupt = plain.part(0, len(pairs)), plain.part(len(pairs), 2 * len(pairs))
         base, other = (clean, corrupt) if self.direction == "noise" else (corrupt, clean)
         sources = self.sources(other, pool)
@@ -203,18 +235,19 @@ class Job:
         return self.frame(rows, scored, {"clean": clean, "corrupt": corrupt})
 
     def sources(self, other: BaseRun, pool: Callable[[], Pool]) -> Activations:
-        """(kinds x pairs, positions, width) for each component and layer."""
+        """(kinds x pairs, positions, width) for each component of the sites and layer."""
         parts = []
+        own = {key: value for key, value in other.activations.items() if key[0] in self.components}
         for kind in self.kinds:
             if kind in ("counterfactual", "clean"):
-                parts.append(other.activations)
+                parts.append(own)
             elif kind == "zero":
-                parts.append({key: torch.zeros_like(value) for key, value in other.activations.items()})
+                parts.append({key: torch.zeros_like(value) for key, value in own.items()})
             else:
                 lent = pool()
                 weights = torch.tensor(np.stack([lent.weights(pair, kind, self.seed) for pair in self.pairs]))
                 parts.append({key: weighted(weights, value) for key, value in lent.activations.items()})
-        return {key: torch.cat([part[key] for part in parts]) for key in other.activations}
+        return {key: torch.cat([part[key] for part in parts]) for key in own}
 
     def scored(self, base: BaseRun, rows: list[Row], sources: Activations, halved: list[str]) -> dict[str, np.ndarray]:
         """Run the rows in passes within the memory budget; per-row numbers, in the order of the rows."""
@@ -246,7 +279,7 @@ class Job:
 
     def one_pass(self, base: BaseRun, rows: list[Row], sources: Activations) -> dict[str, np.ndarray]:
         """Grow, prove and score one pass."""
-        grown = grow(self.model, base, rows, sources)
+        grown = self.grow(self.model, base, rows, sources)
         prove_rows(self.model, grown, lambda index: self.describe(rows[index]))
         prove_base_rows(self.model, base, grown, lambda index: f"pair {self.pairs[index].pair_id}")
         owner = np.array([row.owner for row in rows])
@@ -256,6 +289,8 @@ class Job:
         out = {f"{key}_before": value[owner] for key, value in before.items()}
         out |= {f"{key}_after": value for key, value in after.items()}
         out |= {"site_delta": grown.site_delta.numpy(), "fired": grown.fired.numpy()}
+        if grown.arrived is not None:
+            out["arrived"] = grown.arrived.numpy()
         if self.pairs[0].clean_seconds:
             second = self.second_tokens(base, rows, sources)
             for when, chosen in (("before", owner), ("after", len(self.pairs) + np.arange(len(rows)))):
@@ -296,8 +331,8 @@ class Job:
             first = [(p.clean_tokens if noise else p.corrupt_tokens)[index] for p in self.pairs]
             second = [(p.clean_seconds if noise else p.corrupt_seconds)[index] for p in self.pairs]
             ids = torch.cat([base.ids, torch.tensor(first, device=base.ids.device)[:, None]], dim=1)
-            said = base_run(self.model, ids, base.positions, sorted({component for component, _ in sources}))
-            grown = grow(self.model, said, rows, sources)
+            said = base_run(self.model, ids, base.positions, sorted({*self.components, *self.needs}))
+            grown = self.grow(self.model, said, rows, sources)
             wanted = torch.tensor(second + [second[row.owner] for row in rows])
             logits = self.model.logits(torch.cat([grown.base, grown.hidden])).cpu()
             columns.append(logits[torch.arange(len(logits)), wanted].numpy())
@@ -349,7 +384,7 @@ class Job:
         columns["top_token_after"] = np.array([words.decode([i]) if words else str(i) for i in ids.tolist()])[inverse]
         for key in ("top_logit", "logsumexp", "rank", "kl"):
             columns[f"{key}_after"] = scored[f"{key}_after"]
-        columns |= {"site_delta": scored["site_delta"], "fired": scored["fired"]}
+        columns |= {key: scored[key] for key in ("site_delta", "fired", "arrived") if key in scored}
         columns["site_set"] = np.tile(np.arange(len(self.sets)), count // len(self.sets))
         return pd.DataFrame(columns)
 
