@@ -37,7 +37,7 @@ COMPUTE = {
     "necessity": SWEEPS,
     "sufficiency": SWEEPS,
     "hydra": (*SWEEPS, "readout", "hydra"),
-    "retrieval_heads": (*SWEEPS, "readout", "paths", "retrieval"),
+    "retrieval_heads": (*SWEEPS, "readout", "paths", "one_name", "retrieval", "hops"),
     "generality": (*SWEEPS, "grid"),
 }
 PAGE = (
@@ -63,6 +63,12 @@ DATA_KEYS = {step: _DATA_KEYS if step == "baselines" else (*_DATA_KEYS, "layers"
 PLACES = ("results_dir", "pairs_file", "people_file", "offload_folder", "overwrite")
 # Findings of earlier steps that a step's data rest on: step -> {earlier step: keys}.
 READS = {step: {"sufficiency": ("critical_slice",)} for step in ("hydra", "retrieval_heads", "generality")}
+# Files beside the pairs that a step's data rest on: keys of the parameters, or paths in the repository.
+FILES = {
+    "baselines": ("people_file",),
+    "retrieval_heads": ("people_file",),
+    "generality": ("people_file", "data/controls.csv"),
+}
 # What else a step leaves in its folder, beside <step>.*
 EXTRA_FILES = {"baselines": ("pairs.parquet",)}
 
@@ -213,7 +219,6 @@ def ingredients(step: str, params: Shared) -> dict[str, Any]:
     if step != "baselines" and (ability(params) or {"able": True})["able"] is False:
         inputs["able"] = False
     elif step == "baselines":
-        inputs["people_file"] = hash_file(input_file(params.people_file))
         if params.pairs_file is not None:
             inputs["pairs"] = hash_file(input_file(params.pairs_file))
     else:
@@ -223,6 +228,8 @@ def ingredients(step: str, params: Shared) -> dict[str, Any]:
         for earlier, names in READS.get(step, {}).items():
             found = find_findings(earlier, params) or {}
             inputs |= {name: found.get(name) for name in names}
+    if "able" not in inputs:
+        inputs |= {name: hash_file(input_file(getattr(params, name, name))) for name in FILES.get(step, ())}
     return {
         "parameters": {key: given[key] for key in (*DATA_KEYS[step], *section_keys(step))},
         "inputs": inputs,

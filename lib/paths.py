@@ -66,8 +66,11 @@ def reached(model: Model, receiver: Receiver) -> tuple[int, ...]:
 
 def receivers_of(model: Model, sites: Sequence[Site], roles: Mapping[str, str]) -> list[Receiver]:
     """The heads and MLPs of a slice as receivers. `roles` gives the role of each kind that counts, such as
-    {"q": "last", "k": "names", "v": "names", "mlp": "last"}; heads of one group share their k and v."""
+    {"q": "last", "k": "names", "v": "names", "mlp": "last"}; heads of one group share their k and v. With "final" the
+    final norm is one of them."""
     group, out = model.n_heads // model.n_kv_heads, []
+    if "final" in roles:
+        out.append(Receiver(model.n_layers, "final", -1, roles["final"]))
     for site in sites:
         if site.component == "mlp":
             out += [Receiver(site.layer, "mlp", -1, roles["mlp"])] if "mlp" in roles else []

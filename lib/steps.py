@@ -176,7 +176,7 @@ class Step:
             raise StepError(str(error)) from None
 
     def sweeper(self, pairs: Sequence[Pair]) -> Callable[[Unit], pd.DataFrame]:
-        """What `table` computes a sweep's units with; `pairs` are all of the step's, which lend means and resamples.
+        """What `table` computes units of `sweep.plan` and `hops.paths` with; means and resamples come from `pairs`.
 
         The first unit of a sitting also makes the step's two proofs, the identity patch and the whole-residual patch;
         their numbers go into the log.
@@ -185,13 +185,16 @@ class Step:
         proofs: list[str] = []
 
         def compute(unit: Unit) -> pd.DataFrame:
-            from lib import sweep
+            from lib import paths, sweep
 
             own = [] if proofs else sweep.prove(self.model, pairs[0])
             proofs.extend(own)
-            frame = sweep.run(
+            run, options = sweep.run, dict(unit.options)
+            if "into" in options:
+                run, options["receivers"] = paths.run, paths.receivers_of(self.model, *options.pop("into"))
+            frame = run(
                 self.model, unit.pairs, pool=pairs, pools=pools, memory=self.memory, seed=self.params.seed,
-                profile=self.params.profile, **unit.options,
+                profile=self.params.profile, **options,
             )  # fmt: skip
             frame.attrs["log"] = own + frame.attrs["log"]
             return frame
@@ -200,7 +203,7 @@ class Step:
 
     def slice(self) -> list[Site]:
         """The critical slice: `slice_sites` of the parameters, else what step 04 found. StepError when it is empty."""
-        from lib.hooks import check_site, site_of
+        from lib.hooks import site_of
 
         named = self.params.slice_sites
         if named is None:
@@ -214,11 +217,10 @@ class Step:
         if not named:
             raise StepError("the critical slice has no sites: step 04 found none; name some with slice_sites")
         sites = [site_of(name) for name in named]
-        try:
-            for site in sites:
-                check_site(self.model, site)
-        except ValueError as error:
-            raise StepError(f"slice_sites: {error}") from None
+        for name, site in zip(named, sites, strict=True):
+            if site.layer >= self.n_layers or site.head >= self.n_heads:
+                shape = f"{self.n_layers} layers of {self.n_heads} heads"
+                raise StepError(f"slice_sites: {name} is not in {self.params.model}, which has {shape}")
         return sites
 
     # --- tables ---
