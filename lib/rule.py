@@ -1,0 +1,209 @@
+"""The rule by which two names boost a class: additive, OR, AND or neither.
+
+y is the logit of class c after a prompt of two names, relative to the classes of neither name. What each name says of c
+is a number: 1 if the person is in c, else 0 (`number`), or the name's own logit of c in a one-name prompt (`evidence`).
+
+1. Each rule combines the two numbers x_a and x_b: their sum (additive), the larger (OR), the smaller (AND). `free` has
+   the sum and the larger, and so contains all three; `additive by slot` and `free by slot` tell the names apart;
+   `none` has neither.
+2. y = class prior + slope x combination, by least squares; priors and combinations are centred, like y, on the prompt's
+   classes of neither name.
+3. Rules are compared by their squared error on prompts of people that the fit has not seen.
+4. The verdict is the rule of smallest error among those not significantly worse than `free`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float, Int
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from lib import stats
+from lib.stats import Interval
+
+COLUMNS = ("prompt", "name_a", "name_b", "superset_class", "y", "n_a", "n_b")
+RULES = ("additive", "OR", "AND")
+BASES = {"number": ("n_a", "n_b"), "evidence": ("evidence_a", "evidence_b")}
+
+
+@dataclass(frozen=True)
+class RuleResult:
+    """Which rule fits, and the numbers behind it."""
+
+    errors: pd.DataFrame  # basis, rule, error, explained (share of `none`'s error), worse (than `free`), low, high
+    verdict: Mapping[str, str | None]  # basis -> a rule, "neither" or "none"; None if not decided (`reason`)
+    fitting: Mapping[str, tuple[str, ...]]  # basis -> the rules not significantly worse than `free`, best first
+    fitted: pd.DataFrame  # term, estimate, low, high: `free by slot`, logits above the classes of neither name
+    ratio: Interval | None  # the second name's step over the first's: 1 additive, 0 OR, infinite AND
+    prompts: int
+    groups: int  # sets of prompts that share no person with any other: the unit of folds and intervals
+    folds: int
+    reason: str | None = None
+
+
+def compare(
+    frame: pd.DataFrame, folds: int = 10, seed: int = 0, level: float = 0.95, resamples: int = 10_000
+) -> RuleResult:
+    """Compare the rules by cross-validation over people.
+
+    `frame` has one row per prompt and class with the columns of COLUMNS: `y` in logits, `n_a` and `n_b` 1 where that
+    name is in the class, else 0; and optionally `evidence_a` and `evidence_b` (logits of the class after each name
+    alone, centred by the caller: OR and AND depend on the zero). Prompts that share a person, directly or through
+    others, form one group, which one fold holds whole; folds are fewer where groups are. An error is the mean over
+    prompts of the mean squared error over classes; `worse` is its difference to `free`'s, a ratio of sums over groups
+    with a bootstrap-t interval (it is of these fits: that folds share training prompts is not part of it).
+
+    The verdict is "none" if `free` is not significantly better than class priors alone, and "neither" if it is but
+    each of the three rules is significantly worse than it. "Not significantly worse" is weak with few prompts:
+    `fitting` lists every rule that passes. With fewer than stats.MINIMUM_CLUSTERS groups there is no verdict.
+
+    `fitted` and `ratio` come from `free by slot` and `free` on all prompts, with bootstrap-t intervals over groups on
+    the coefficients' influence values (Efron and Tibshirani 1993, chapter 21); `ratio` is None where no prompt has two
+    names of one class, or the first step is not significantly above 0.
+
+    ValueError for missing columns, values that are not finite, numbers other than 0 and 1, a prompt without a class of
+    neither name, two rows of one prompt and class, and people that link all prompts to one group.
+    """
+    _validate(frame)
+    prompt, _ = pd.factorize(frame["prompt"])
+    group = _groups(frame, prompt)
+    groups = int(group.max()) + 1
+    if groups < 2 or folds < 2:
+        raise ValueError(f"{groups} group(s) of prompts that share no person and {folds} folds: need 2 of each")
+    folds = min(folds, groups)
+    fold = (np.random.default_rng(seed).permutation(groups) % folds)[group[prompt]]
+    y = _centred(frame["y"].to_numpy(float)[:, None], frame, prompt)[:, 0]
+    tables, verdict, fitting = [], {}, {}
+    n = frame["n_a"] + frame["n_b"]
+    reason = stats.too_few(groups, "groups of prompts")
+    if not ((n == 1).any() and (n == 2).any()):
+        reason = "no rule: the prompts need classes of one of the names and classes of both"
+    for basis, columns in BASES.items():
+        if not set(columns) <= set(frame.columns):
+            continue
+        designs = _designs(frame, prompt, *(frame[column].to_numpy(float) for column in columns))
+        losses = np.stack([_out_of_fold(design, y, fold) for design in designs.values()], axis=1)
+        rows = np.bincount(prompt)
+        losses = np.stack([np.bincount(prompt, column) / rows for column in losses.T], axis=1)  # per prompt
+        table = _errors(list(designs), losses, group, level, resamples, seed)
+        worse = table.set_index("rule")
+        passing = [rule for rule in worse["error"].loc[list(RULES)].sort_values().index if worse.loc[rule, "low"] <= 0]
+        nothing = not worse.loc["none", "low"] > 0
+        verdict[basis] = None if reason else "none" if nothing else passing[0] if passing else "neither"
+        fitting[basis] = () if reason else tuple(passing)
+        tables.append(table.assign(basis=basis))
+    spans, ratio = _fitted(_designs(frame, prompt, *frame[["n_a", "n_b"]].to_numpy(float).T), y, group[prompt], level,
+                           resamples, seed)  # fmt: skip
+    return RuleResult(
+        pd.concat(tables, ignore_index=True), verdict, fitting, spans, ratio, len(group), groups, folds, reason
+    )
+
+
+def _validate(frame: pd.DataFrame) -> None:
+    missing = [column for column in COLUMNS if column not in frame.columns]
+    if missing or frame.empty:
+        raise ValueError(f"the rule needs rows with the columns {', '.join(COLUMNS)}; missing: {missing or 'rows'}")
+    numbers = [column for column in ("y", *sum(BASES.values(), ())) if column in frame.columns]
+    bad = ~np.isfinite(frame[numbers].to_numpy(float)).all(1)
+    if bad.any():
+        raise ValueError(f"NaN or infinite values in prompts {frame['prompt'][bad].unique()[:10].tolist()}")
+    if not frame[["n_a", "n_b"]].isin([0, 1]).all(axis=None):
+        raise ValueError("n_a and n_b must be 1 (the name is in the class) or 0")
+    if frame.duplicated(["prompt", "superset_class"]).any():
+        raise ValueError("a prompt has two rows of one class")
+    absent = (frame["n_a"] + frame["n_b"] == 0).groupby(frame["prompt"]).any()
+    if not absent.all():
+        raise ValueError(f"prompts {absent.index[~absent][:10].tolist()} have no class of neither name to centre on")
+
+
+def _groups(frame: pd.DataFrame, prompt: Int[np.ndarray, " rows"]) -> Int[np.ndarray, " prompts"]:
+    """The group of each prompt: connected components of prompts that share people."""
+    first = frame.groupby(prompt)[["name_a", "name_b"]].first()
+    person, people = pd.factorize(first.to_numpy().ravel())
+    edges = (np.ones(len(first)), (person[0::2], person[1::2]))
+    _, component = connected_components(coo_array(edges, shape=(len(people), len(people))), directed=False)
+    return pd.factorize(component[person[0::2]])[0]
+
+
+def _centred(values: Float[np.ndarray, "rows columns"], frame: pd.DataFrame, prompt: np.ndarray) -> np.ndarray:
+    """Values minus their mean over the prompt's classes of neither name."""
+    absent = (frame["n_a"] + frame["n_b"] == 0).to_numpy(float)
+    count = np.bincount(prompt, absent)
+    means = np.stack([np.bincount(prompt, absent * column) / count for column in values.T], axis=1)
+    return values - means[prompt]
+
+
+def _designs(frame: pd.DataFrame, prompt: np.ndarray, a: np.ndarray, b: np.ndarray) -> dict[str, np.ndarray]:
+    """The design matrix of each rule: class priors, then the rule's combinations, all centred as y is."""
+    priors = pd.get_dummies(frame["superset_class"]).to_numpy(float)[:, 1:]  # centred, they add up to 0: one is spare
+    larger = np.maximum(a, b)
+    combinations = {
+        "none": [], "additive": [a + b], "OR": [larger], "AND": [np.minimum(a, b)], "free": [a + b, larger],
+        "additive by slot": [a, b], "free by slot": [a, b, larger],
+    }  # fmt: skip
+    return {
+        rule: _centred(np.column_stack([priors, *columns]), frame, prompt) for rule, columns in combinations.items()
+    }
+
+
+def _out_of_fold(design: np.ndarray, y: np.ndarray, fold: np.ndarray) -> Float[np.ndarray, " rows"]:
+    """Squared errors of each row under the fit to the other folds."""
+    errors = np.empty_like(y)
+    for held in range(fold.max() + 1):
+        out = fold == held
+        coefficients = np.linalg.lstsq(design[~out], y[~out])[0]
+        errors[out] = (y[out] - design[out] @ coefficients) ** 2
+    return errors
+
+
+def _errors(
+    rules: list[str], losses: Float[np.ndarray, "prompts rules"], group: np.ndarray, level: float, resamples: int,
+    seed: int,
+) -> pd.DataFrame:  # fmt: skip
+    """Each rule's error, and by how much it is worse than `free`'s, with an interval over groups."""
+    worse = losses - losses[:, [rules.index("free")]]
+    sums = np.stack([np.bincount(group, column) for column in worse.T], axis=1)
+    spans = stats.ratio_intervals(sums, np.bincount(group).astype(float), level, resamples, seed)
+    error = losses.mean(0)
+    columns = {
+        "rule": rules, "error": error, "explained": 1 - error / error[rules.index("none")],
+        "worse": [span.estimate for span in spans],
+    }  # fmt: skip
+    ends = {end: pd.Series([getattr(span, end) for span in spans], dtype=float) for end in ("low", "high")}
+    return pd.DataFrame(columns | ends)
+
+
+def _fitted(
+    designs: Mapping[str, np.ndarray], y: np.ndarray, group: np.ndarray, level: float, resamples: int, seed: int
+) -> tuple[pd.DataFrame, Interval | None]:
+    """What one name, either slot's, and two names add in logits; and the second step over the first."""
+
+    def values(rule: str) -> Float[np.ndarray, "groups coefficients"]:
+        """Coefficients plus each group's influence on them: their means are the coefficients."""
+        design = designs[rule]
+        inverse = np.linalg.pinv(design.T @ design)
+        coefficients = inverse @ (design.T @ y)
+        scores = design * (y - design @ coefficients)[:, None]
+        per_group = np.stack([np.bincount(group, column) for column in scores.T], axis=1)
+        return coefficients + len(per_group) * per_group @ inverse
+
+    total, larger = values("free").T[-2:]
+    a, b, either = values("free by slot").T[-3:]
+    first, second = total + larger, total
+    terms = {
+        "one name": first, "first slot": a + either, "second slot": b + either, "second slot - first": b - a,
+        "two names": first + second, "second step": second,
+    }  # fmt: skip
+    spans = stats.mean_intervals(np.column_stack(list(terms.values())), level, resamples, seed)
+    table = pd.DataFrame({"term": list(terms)}).assign(
+        **{key: pd.Series([getattr(span, key) for span in spans], dtype=float) for key in ("estimate", "low", "high")}
+    )
+    low = table["low"].fillna(table["estimate"])[0]  # of one name
+    if np.linalg.matrix_rank(designs["free"]) < designs["free"].shape[1] or not low > 0:
+        return table, None
+    return table, stats.ratio_interval(second, first, level, resamples, seed)
