@@ -168,8 +168,7 @@ def _probe(
         template=template.name, form=template.form, scored=np.array(labels.scored)[own["profession"] - count]
     )
     is_superset = np.arange(len(tokens)) < count
-    kin = np.array([[superset_of.get(word) == mine for word in (*SUPERSETS, *words)] for mine in people["superset"]])
-    kin &= ~is_superset
+    kin = np.array([*[""] * count, *superset_of.values()]) == people["superset"].to_numpy()[:, None]
     for kind, rivals in (("superset", is_superset), ("profession", ~is_superset), ("within", kin)):
         index = own.get(kind, own["profession"])
         frame[f"{kind}_right"] = _is_top(np.where(rivals, logits, np.nan), index)

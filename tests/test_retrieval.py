@@ -1,5 +1,6 @@
 """Attention and value vectors: against the model's own outputs, and on weights whose answer is known by hand."""
 
+import copy
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
@@ -130,7 +131,12 @@ LABELS = Labels(
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "gemma3", "gpt2"])
 def test_what_sites_say_adds_up_to_the_logits(tiny, name):
     """Embedding + every head + every MLP + biases, at the run's own scales, is the logit of every label."""
-    model = tiny(name)
+    torch.manual_seed(0)
+    model = copy.deepcopy(tiny(name).model)
+    for key, weight in model.named_parameters():
+        if "norm" in key or "ln_" in key or "bias" in key:  # else gains are one and biases zero
+            weight += 0.5 * torch.rand_like(weight)
+    model = models.find_handles(model, None, name)
     ids, positions = torch.tensor([p.clean.ids for p in PAIRS]), [4, 6, 8]
     read, posts = readout(model), post_norms(model)
     base = base_run(model, ids, positions)
@@ -219,6 +225,8 @@ def test_a_head_that_copies_the_profession_is_found():
     assert (found.profession_top[found.position == "last"] == 1).all()
     chance = found[found.position == "last"].set_index(["pair_id", "side"]).profession_chance
     assert chance.loc[order].tolist() == [0.25, 0.25, 0.5, 0.25]
+    # a name of two tokens is read at its second one, where its profession has been seen
+    assert (found.profession_contrast[found.position == "name_a"] > 0.1).all()
     # a and b of p1 clean are the only writers: no other writer is left to compare with at `last` ...
     within = found.set_index(["pair_id", "side", "position"]).within_contrast
     assert within.isna().all()  # ... nor at a name, where the other name's profession counts for neither side
@@ -239,6 +247,15 @@ def test_within_compares_with_the_own_superset_alone():
     assert (exact.within_contrast[writers] > 0.1).all() and (exact.profession_contrast[writers] > 0.1).all()
     assert broad.within_contrast[writers].abs().max() < 1e-6 and (broad.profession_contrast[writers] > 0.1).all()
     assert exact.within_chance[writers].unique() == 0.5
+
+
+def test_mixed_names_each_compete_with_their_own_kin():
+    """A poet and a chemist: the poet against the novelist; no other scientist is there for the chemist."""
+    contest = retrieval._contest("within", ["poet", "chemist"], ["poet", "chemist"], LABELS)
+    assert contest.weights.tolist() == [0] * 5 + [0, 1, 0, -1]
+    assert contest.asked.tolist() == [False] * 5 + [False, True, True, True]
+    contest = retrieval._contest("superset", ["poet"], ["poet", "chemist"], LABELS)
+    assert contest.weights.tolist() == pytest.approx([-1 / 3, 0, -1 / 3, -1 / 3, 1] + [0] * 4)
 
 
 def test_a_head_that_always_says_the_same_scores_nothing():
