@@ -48,6 +48,7 @@ PAGE = (
     "lib/plots.py",
     "lib/hydra_report.py",
     "lib/retrieval_report.py",
+    "lib/retrieval_statements.py",
     "lib/generality_report.py",
     "lib/rule.py",
     "lib/circuit_plots.py",

@@ -8,28 +8,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 
 from lib import findings, stats
 from lib.effects import quad_matrix
-from lib.findings import SITE, in_halves, interval, listed, picked, reported
+from lib.findings import SITE, in_halves, listed, reported
 from lib.hooks import Site
 from lib.params import RetrievalHeads
 from lib.records import ANALYSED
-from lib.statements import ONE_HALF, about_model
-from lib.steps import Step
 
 COLUMNS = [*ANALYSED, "site_set", "sender", "receivers", "mlps"]
 TESTS = ("path", "writes the profession", "attends to the names", "ablation of the path")
-CAPTIONS = {
-    "retrieval_heads-two-hop": "From the names to the answer: the width of an edge is the effect of its path on "
-    "logit_diff (logits, confirmation half); dashed edges are not significant over all edges together.",
-    "retrieval_heads-senders": "The senders of largest path effect into the slice, picked on the discovery half, with "
-    "their effect in both halves and intervals that hold for all senders together.",
-}
 
 
 def senders_table(records: pd.DataFrame, params: RetrievalHeads) -> pd.DataFrame:
@@ -125,6 +117,19 @@ def verification_table(
     return out
 
 
+def verification_tables(
+    records: pd.DataFrame, sets: Mapping[str, Sequence[tuple[str, tuple]]], params: RetrievalHeads
+) -> dict[str, pd.DataFrame]:
+    """`verification_table` of each role under `resample`; under `counterfactual` where no pair has a pool to lend."""
+    out = {}
+    for role, own in sets.items():
+        rows = records[records["position"] == role]
+        kind = "resample" if (rows["ablation"] == "resample").any() else "counterfactual"
+        if len(rows):
+            out[role] = verification_table(rows[rows["ablation"] == kind], own, params).assign(ablation=kind)
+    return out
+
+
 def candidates(table: pd.DataFrame, slice_sites: Sequence[Site], params: RetrievalHeads) -> list[Site]:
     """Heads outside the slice whose path into it is significant familywise on the discovery half, largest first."""
     own = table[(table["half"] == table["half"].iloc[0]) & (table["component"] == "head") & (table["estimate"] > 0)]
@@ -199,116 +204,30 @@ def probe_table(probes: pd.DataFrame, params: RetrievalHeads) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def probe_sentences(table: pd.DataFrame, probes: pd.DataFrame) -> list[str]:
-    """What the one-name prompts show, and how labels of several tokens were scored."""
-    out = []
-    for template, own in table.groupby("template", sort=False):
-        each = [
-            f"{row.label} {'(centred) ' * row.centred}{interval(row.estimate, row.low, row.high)} "
-            f"(chance {row.chance:.2f}, {row.people} people)"
-            for row in own.itertuples()
-        ]
-        out.append(f'After "{template}" the right label comes first: {listed(each)}.')
-    parts = probes.drop_duplicates("profession").groupby("scored")["profession"].apply(sorted)
-    for how in ("first token", "not: shares its first token"):
-        if how in parts.index:
-            what = "scored by their first token" if how == "first token" else "not scored, because they share it"
-            out.append(f"Profession labels of several tokens, {what}: {listed(parts[how])}.")
-    return out
+def inside(sets: Sequence[tuple[str, tuple]]) -> list[Site]:
+    """The slice's own heads among the sets whose path was ablated."""
+    return [own[0] for kind, own in sets if kind == "slice"]
 
 
-def share_of(table: pd.DataFrame, senders: str, receivers: str, mlps: str) -> str:
-    """One share of the gap with its interval, for a sentence."""
-    own = table[(table["senders"] == senders) & (table["receivers"] == receivers) & (table["mlps"] == mlps)].iloc[0]
-    return interval(own["estimate"], own["low"], own["high"])
+def one_table(tests: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """The four tests of both roles, the role beside the site's name."""
+    parts = [table.assign(site=table["site"] + f" at {role}") for role, table in tests.items()]
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["site", "test"])
 
 
-def route_sentences(table: pd.DataFrame, gap: stats.Interval, mlps: str) -> list[str]:
-    """What the slice's heads read at the names, and which kinds of sites wrote it."""
-    every = {kind: share_of(table, "everything", f"{kind} at names", mlps) for kind in ("k and v", "v", "k")}
-    direct = {name: share_of(table, name, "k and v at names", "frozen") for name in ("MLPs", "heads", "embedding")}
-    through = {name: share_of(table, name, "k and v at names", "recomputed") for name in direct}
-    more = "more than" if gap.low is not None and gap.low > 0 else "not significantly more than"
-    less = gap.high is not None and gap.high < 0
-    return [
-        f"Replacing all that the slice's heads read at the names' tokens takes away {every['k and v']} of the gap "
-        f"between clean and corrupt; their values alone {every['v']}, their keys alone {every['k']}.",
-        f"Directly (other MLPs frozen), the MLPs at the names carry {direct['MLPs']} of it, the heads "
-        f"{direct['heads']} and the embedding {direct['embedding']}; with the MLPs that listen recomputed, "
-        f"{through['MLPs']}, {through['heads']} and {through['embedding']}.",
-        f"Directly, the MLPs at the names carry {'less than' if less else more} the heads there: a difference of {gap} "
-        "logits.",
-    ]
-
-
-def ablation_sentences(tables: dict[str, pd.DataFrame], ablation: str, params: RetrievalHeads) -> list[str]:
-    """What ablating the paths of the candidates costs, beside matched random heads."""
-    out = []
-    for role, table in tables.items():
-        together = table[table["kind"] == "together"]
-        if together.empty:
-            out.append(f"No head at `{role}` outside the slice has a path into it that is significant on discovery.")
-            continue
-        row, random = together.iloc[0], table[table["kind"] == "random together"]
-        beside = f"{random['estimate'].mean():.2f} on average over {len(random)} sets of matched random heads"
-        verdict = "more than" if row["p_random"] <= 1 - params.level else "not significantly more than"
-        out.append(
-            f"Ablating only the paths into the slice of {row['site']} at `{role}` ({ablation}) lowers the margin by "
-            f"{interval(row['estimate'], row['low'], row['high'])} logits and flips {row['flips']:.0%} of the answers: "
-            f"{verdict} matched random heads ({beside})."
-        )
-    return out
-
-
-def verdicts(
-    tests: dict[str, pd.DataFrame], slice_sites: Sequence[Site], reads: pd.Series, gap: stats.Interval
-) -> dict:
-    """The four possible answers of the step, each true, false or None (not decided), with the heads concerned.
-
-    `reads`: the share of the gap that the slice reads at the names, with its interval; `gap`: MLPs less heads there.
-    """
-    own = {findings.site_name(*site) for site in slice_sites}
-    heads = {role: [site for site in passing(table) if site not in own] for role, table in tests.items()}
-    inside = [site for site in passing(tests["last"], TESTS[1:3]) if site in own] if "last" in tests else []
-    low = reads["low"]
+def head_panels(tables: Mapping[str, pd.DataFrame], params: RetrievalHeads) -> dict[str, dict[str, np.ndarray]]:
+    """What `plots.heat_map` takes: heads' estimates at each role, and which are significant; confirmation half."""
+    own = {f"at {role}": reported(table) for role, table in tables.items()}
+    sure = {role: table.assign(sure=table["p"] <= 1 - params.level) for role, table in own.items()}
     return {
-        "retrieval_heads": {role: sites for role, sites in heads.items() if sites},
-        "two_stages": any(heads.values()),
-        "slice_heads_that_retrieve": inside,
-        "one_stage": None if low is None or pd.isna(low) else bool(inside) and bool(low > 0.5),
-        "mlps_at_the_names": None if gap.low is None else gap.low > 0,
+        "matrix": {role: findings.heads_matrix(table) for role, table in own.items()},
+        "significant": {role: findings.heads_matrix(table, "sure") for role, table in sure.items()},
     }
 
 
-def verdict_sentences(found: dict, tests: dict[str, pd.DataFrame]) -> list[str]:
-    """The verdicts in words."""
-    heads = [f"{listed(sites)} at `{role}`" for role, sites in found["retrieval_heads"].items()]
-    asked = sum(table["site"].nunique() for table in tests.values())
-    answers = {True: "supported", False: "not supported", None: "not decided"}
-    return [
-        f"Retrieval heads outside the slice, by all four tests: {listed(heads)}, of {asked} heads put to them "
-        f"(the slice's own included). Two stages, names to retrieval heads to slice: {answers[found['two_stages']]}.",
-        f"Retrieval and aggregation are one stage, the slice's own heads reading the names and writing professions: "
-        f"{answers[found['one_stage']]}; slice heads that attend to the names and write the right profession: "
-        f"{listed(found['slice_heads_that_retrieve'])}.",
-        f"MLPs at the names, not heads, write what the slice reads: {answers[found['mlps_at_the_names']]}.",
-    ]
-
-
-def senders_sentence(table: pd.DataFrame, role: str, params: RetrievalHeads, count: int = 6) -> str:
-    """The leading senders of a route."""
-    top = [f"{r.site} ({interval(r.estimate, r.low, r.high)})" for r in reported(picked(table, count)).itertuples()]
-    sure = findings.confirmed(table, params)
-    kinds = [f"{(sure['component'] == kind).sum()} {word}" for kind, word in (("head", "heads"), ("mlp", "MLPs"))]
-    return (
-        f"At `{role}`, the senders of largest path effect into the slice are {listed(top)} (logits, familywise "
-        f"intervals); significant in both halves are {listed(kinds)} of {table['site'].nunique()} senders."
-        + ONE_HALF
-        * (table["half"].nunique() == 1)
-    )
-
-
-def findings_of(step: Step, found: dict, sentences: Sequence[str], headline: Sequence[str], **numbers: object) -> dict:
-    """The findings of step 06."""
-    subject = {"model": about_model(step), "task": step.params.task, "able": True}
-    return {**subject, "verdicts": found, **numbers, "sentences": list(sentences), "headline": list(headline)}
+def graph(edges: pd.DataFrame, senders: Sequence[Site], slice_sites: Sequence[Site]) -> tuple[list, pd.DataFrame]:
+    """The columns of the two-hop graph, from the names to the answer, and its edges."""
+    written = [findings.site_name(*site) for site in senders if site.layer >= 0]
+    own = [findings.site_name(*site) for site in sorted(slice_sites)]
+    columns = [("names", ["names"]), ("sites at the names", written), ("slice at the last token", own)]
+    return [*columns, ("answer", ["answer"])], edges
