@@ -191,27 +191,24 @@ class OfSlice(Shared):
     slice_sites: Sites = Field(
         None, description="the slice, as heads and modules such as 21.6,mlp 23; default: that of step 04"
     )
-    pairs: int | None = Field(None, ge=1, description="pairs of step 01 that are used; default all")
 
 
 class Hydra(OfSlice):
     """05: the slice ablated; who stands in for it?"""
 
+    pairs: int | None = Field(None, ge=1, description="pairs on which the slice is ablated; default all")
     ablations: Ablations = Field(
         ("resample", "zero"), description="how the slice is ablated; the first one decides what is a backup"
     )
     rounds: int = Field(3, ge=1, description="most times that the slice is widened by the backups found")
     candidates: int = Field(8, ge=1, description="most candidates whose joint ablation is measured in a round")
-    direct_floor: float = Field(
-        0.5,
-        gt=0,
-        description="logits; the compensation of single pairs is shown where the slice's direct effect exceeds it",
-    )
+    direct_floor: float = Field(0.5, gt=0, description="logits; single pairs count where the direct effect exceeds it")
 
 
 class RetrievalHeads(OfSlice):
     """06: what feeds the slice; path patching, value vectors, attention, path ablation."""
 
+    pairs: int | None = Field(None, ge=1, description="pairs on which senders at `last` are patched; default all")
     name_pairs: int = Field(60, ge=1, description="pairs on which senders at the names are patched")
     probe_people: int = Field(200, ge=1, description="people asked about with the one-name templates")
     mlps: Literal["recomputed", "frozen"] = Field(
@@ -224,6 +221,7 @@ class RetrievalHeads(OfSlice):
 class Generality(OfSlice):
     """07: the dense grid, class by class; templates never used for picking; the rule; negative controls."""
 
+    pairs: int | None = Field(None, ge=1, description="most pairs of a template; default all")
     templates: Words = Field(
         ("profession_both", "both_famous", "common_both"), description="templates of the grid; the profile's own leads"
     )
@@ -231,13 +229,12 @@ class Generality(OfSlice):
     template_pairs: int = Field(2, ge=1, le=4, description="pairs taken from a confirmation quad, other templates")
     rule_prompts: int = Field(400, ge=1, description="prompts of two random people from which the rule is read")
     control_prompts: int = Field(60, ge=1, description="prompts of each negative control")
-    random_sets: int = Field(5, ge=1, description="sets of random heads ablated as a control")
+    random_sets: int = Field(5, ge=1, description="sets of random heads ablated")
     silence_margin: Share = Field(
         0.2, description="a control is silent if no candidate moves by this share of the ordinary effect"
     )
     general_floor: Share = Field(
-        0.5,
-        description="joint recovery and damage whose lower end must exceed this in every class for a general circuit",
+        0.5, description="what the lower ends of joint recovery and damage must exceed in every class"
     )
 
 

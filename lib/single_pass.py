@@ -268,6 +268,18 @@ class Edit:
         return view[index].to(self.values.device)
 
 
+def row_limit(model: Model, base: BaseRun, memory: float) -> int:
+    """How many rows of a pass fit into `memory` GB: a pure function of the model's sizes and the prompt's length."""
+    config = model.model.config.get_text_config()
+    tokens, hidden = base.ids.shape[1], config.hidden_size
+    suffix = tokens - min(base.positions)
+    inner = getattr(config, "intermediate_size", None) or 4 * hidden
+    per_token = 10 * hidden + 4 * inner + 4 * model.n_heads * model.head_size
+    cached = 4 * (model.n_heads + model.n_kv_heads) * model.head_size * tokens + model.n_heads * suffix * tokens
+    size = torch.finfo(model.dtype).bits // 8
+    return max(1, int(memory * 1e9 / (size * (per_token * suffix + cached))))
+
+
 def prove_rows(model: Model, grown: Grown, describe: Any) -> None:
     """SweepError for the first row whose hook did not fire once or whose site did not arrive at its source.
 

@@ -45,6 +45,7 @@ from lib.single_pass import (
     prove_identity,
     prove_rows,
     prove_whole_residual,
+    row_limit,
 )
 from lib.tasks import Pair
 from lib.units import Unit
@@ -397,15 +398,3 @@ def answers_of(pairs: Sequence[Pair], tokens: Sequence[Sequence[int]]) -> dict[s
         "corrupt_answer": torch.tensor([pair.corrupt_answer for pair in pairs]),
         "label_tokens": torch.tensor(list(pairs[0].label_tokens), dtype=torch.long),
     }
-
-
-def row_limit(model: Model, base: BaseRun, memory: float) -> int:
-    """How many rows of a pass fit into `memory` GB: a pure function of the model's sizes and the prompt's length."""
-    config = model.model.config.get_text_config()
-    tokens, hidden = base.ids.shape[1], config.hidden_size
-    suffix = tokens - min(base.positions)
-    inner = getattr(config, "intermediate_size", None) or 4 * hidden
-    per_token = 10 * hidden + 4 * inner + 4 * model.n_heads * model.head_size
-    cached = 4 * (model.n_heads + model.n_kv_heads) * model.head_size * tokens + model.n_heads * suffix * tokens
-    size = torch.finfo(model.dtype).bits // 8
-    return max(1, int(memory * 1e9 / (size * (per_token * suffix + cached))))
