@@ -1,0 +1,92 @@
+"""The figures of steps 05 to 07: that what is drawn is what was given."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.collections import LineCollection, PathCollection
+from matplotlib.colors import to_hex
+from matplotlib.patches import PathPatch
+
+from lib import circuit_plots, plots
+
+COLUMNS = [("names", ["names"]), ("at the names", ["mlp 23 at names"]), ("slice", ["21.6", "mlp 23"]), ("", ["answer"])]
+EDGES = pd.DataFrame(
+    [
+        ("names", "mlp 23 at names", 2.0, True), ("mlp 23 at names", "21.6", -1.0, True),
+        ("21.6", "mlp 23", 0.5, True), ("mlp 23", "answer", 0.3, False),
+    ],
+    columns=["source", "target", "estimate", "significant"],
+)  # fmt: skip
+
+
+def test_two_hop_draws_effects_as_widths():
+    figure = circuit_plots.two_hop(COLUMNS, EDGES)
+    axes = figure.axes[0]
+    drawn = {
+        tuple(np.round(p.get_path().vertices[[0, -1]].ravel(), 2)): p for p in axes.patches if isinstance(p, PathPatch)
+    }
+    first = drawn[0.12, 0, 0.88, 0]
+    second = drawn[1.12, 0, 1.88, -0.5]
+    inside = drawn[2.12, -0.5, 2.12, 0.5]
+    last = drawn[2.12, 0.5, 2.88, 0]
+    assert len(drawn) == 4
+    assert first.get_linewidth() / second.get_linewidth() == pytest.approx(2)
+    assert first.get_linewidth() / inside.get_linewidth() == pytest.approx(4)
+    assert to_hex(first.get_edgecolor()) == plots.BLUE.lower()
+    assert to_hex(second.get_edgecolor()) == plots.VERMILION.lower()
+    assert inside.get_path().vertices[:, 0].max() > 2.2  # around the column
+    assert to_hex(last.get_edgecolor()) == plots.GREY and last.get_linestyle() != "-"
+    words = [text.get_text() for text in axes.texts]
+    assert words.count("mlp 23") == 2 and {"names", "21.6", "answer", "slice"} <= set(words)
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert legend == ["2 logits", "0.2 logits", "below zero", "not significant"]
+
+
+def test_two_hop_refuses_what_it_cannot_place():
+    with pytest.raises(ValueError, match="edges name '9.9', which is in no column; the nodes are names, mlp 23 at"):
+        circuit_plots.two_hop(COLUMNS, EDGES.replace("21.6", "9.9"))
+    with pytest.raises(ValueError, match="the node 'names' is in two columns"):
+        circuit_plots.two_hop([*COLUMNS, ("again", ["names"])], EDGES)
+
+
+def test_probe_bars():
+    rows = [
+        (label, template, centred, 0.1 * number, 0.0, 0.9, chance)
+        for number, (label, template, centred, chance) in enumerate(
+            (label, template, centred, chance)
+            for label in ("superset", "profession")
+            for template, chance in (("profession_is", 0.2), ("{a} is a", 0.3))
+            for centred in (False, True)
+        )
+    ]
+    frame = pd.DataFrame(rows, columns=["label", "template", "centred", "estimate", "low", "high", "chance"])
+    figure = circuit_plots.probe_bars(frame)
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["superset", "profession"]
+    for axes, first in zip(figure.axes, (0, 4), strict=True):
+        heights = [bar.get_height() for bars in axes.containers for bar in bars]
+        assert heights == pytest.approx([0.1 * (first + n) for n in (0, 2, 1, 3)])  # raw, then centred
+        lines = np.concatenate([c.get_segments() for c in axes.collections if isinstance(c, LineCollection)])
+        flat = lines[lines[:, 0, 1] == lines[:, 1, 1]]
+        assert set(flat[:, 0, 1]) == {0.2, 0.3}
+    assert [tick.get_text() for tick in figure.axes[1].get_xticklabels()] == ["profession_is", "... is a"]
+
+
+def test_four_tests():
+    frame = pd.DataFrame(
+        [
+            ("21.6", "path", 0.5, 0.4, 0.6, True), ("21.6", "attends", 0.1, None, None, False),
+            ("16.3", "path", 0.0, -0.1, 0.1, False),
+        ],
+        columns=["site", "test", "estimate", "low", "high", "passed"],
+    )  # fmt: skip
+    figure = circuit_plots.four_tests(frame, {"path": "logits", "attends": "share"})
+    path, attends = figure.axes
+    assert (path.get_xlabel(), attends.get_xlabel()) == ("logits", "share")
+    dots = [c for c in path.collections if isinstance(c, PathCollection) and len(c.get_offsets())]
+    assert {to_hex(c.get_edgecolors()[0]): c.get_offsets().tolist() for c in dots} == {
+        plots.BLUE.lower(): [[0.5, 0]], plots.GREY: [[0.0, 1]],
+    }  # fmt: skip
+    hollow = [c for c in attends.collections if isinstance(c, PathCollection) and len(c.get_offsets())]
+    assert len(hollow) == 1 and to_hex(hollow[0].get_facecolors()[0]) == "#ffffff"
+    assert [text.get_text() for text in attends.texts] == ["1 of 2", "0 of 1"]
+    assert [tick.get_text() for tick in path.get_yticklabels()] == ["21.6", "16.3"]
