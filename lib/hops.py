@@ -108,14 +108,10 @@ def singles(heads: Sequence[Site], excluded: Iterable[Site], n_heads: int) -> li
 
 
 def group_units(pairs: Sequence[Pair], slice_sites: Sequence[Site], n_heads: int) -> list[Unit]:
-    """GROUPS into the slice's heads at the names: keys and values, together and apart, MLPs recomputed and frozen."""
-    sets = groups(slice_sites, n_heads)
-    return [
-        unit
-        for mlps in ("recomputed", "frozen")
-        for kind, route in READS.items()
-        for unit in paths(f"{kind} at names", pairs, sites_that_read(slice_sites), route, mlps, sets)
-    ]
+    """GROUPS into the slice's heads at the names: keys and values together and apart, and together with MLPs frozen."""
+    sets, heads = groups(slice_sites, n_heads), sites_that_read(slice_sites)
+    how = [("recomputed", kind) for kind in READS] + [("frozen", "k and v")]
+    return [unit for mlps, kind in how for unit in paths(f"{kind} at names", pairs, heads, READS[kind], mlps, sets)]
 
 
 def edge_units(pairs: Sequence[Pair], senders: Sequence[Site], slice_sites: Sequence[Site], mlps: str) -> list[Unit]:
@@ -123,7 +119,7 @@ def edge_units(pairs: Sequence[Pair], senders: Sequence[Site], slice_sites: Sequ
     heads, units = sites_that_read(slice_sites), []
     for site in senders:
         if site != EMBED:
-            units += paths(site_name(*site), pairs, [site], INSIDE, mlps, [(EMBED,)])
+            units += paths(f"{site_name(*site)} at names", pairs, [site], INSIDE, mlps, [(EMBED,)])
     for head in heads:
         if earlier := [(site,) for site in senders if site.layer < head.layer]:
             units += paths(site_name(*head), pairs, [head], NAMES, mlps, earlier)

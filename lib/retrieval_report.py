@@ -21,7 +21,13 @@ from lib.params import RetrievalHeads
 from lib.records import ANALYSED
 
 COLUMNS = [*ANALYSED, "site_set", "sender", "receivers", "mlps"]
-TESTS = ("path", "writes the profession", "attends to the names", "ablation of the path")
+UNITS = {
+    "path": "logit_diff (logits)",
+    "writes the profession": "contrast (logits)",
+    "attends to the names": "share beyond even",
+    "ablation of the path": "margin (logits)",
+}
+TESTS = tuple(UNITS)
 
 
 def senders_table(records: pd.DataFrame, params: RetrievalHeads) -> pd.DataFrame:
@@ -173,7 +179,9 @@ def edges_table(records: pd.DataFrame, params: RetrievalHeads) -> pd.DataFrame:
     """Edges of the two-hop path, confirmation half: source, target, mean effect (logits), interval over all edges of
     one kind together, and whether it is above or below zero."""
     own = in_halves(records)[-1][1].assign(component=lambda frame: frame["sender"])
-    own = own.assign(source=findings.named(own).replace("embed -1", "names"), target=own["receivers"])
+    there = np.where(own["position"] == "names", " at names", "")
+    own = own.assign(source=findings.named(own) + there, target=own["receivers"])
+    own = own.replace({"source": {"embed -1 at names": "names"}})
     parts = []
     for _, rows in own.groupby(["position", "mlps"], sort=False):
         matrix = quad_matrix(rows, "effect", ["source", "target"])
@@ -227,7 +235,7 @@ def head_panels(tables: Mapping[str, pd.DataFrame], params: RetrievalHeads) -> d
 
 def graph(edges: pd.DataFrame, senders: Sequence[Site], slice_sites: Sequence[Site]) -> tuple[list, pd.DataFrame]:
     """The columns of the two-hop graph, from the names to the answer, and its edges."""
-    written = [findings.site_name(*site) for site in senders if site.layer >= 0]
+    written = [findings.site_name(*site) + " at names" for site in senders if site.layer >= 0]
     own = [findings.site_name(*site) for site in sorted(slice_sites)]
     columns = [("names", ["names"]), ("sites at the names", written), ("slice at the last token", own)]
     return [*columns, ("answer", ["answer"])], edges

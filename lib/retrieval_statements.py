@@ -49,9 +49,9 @@ def share_of(table: pd.DataFrame, senders: str, receivers: str, mlps: str) -> st
     return interval(own["estimate"], own["low"], own["high"])
 
 
-def route_sentences(table: pd.DataFrame, gap: stats.Interval, mlps: str) -> list[str]:
+def route_sentences(table: pd.DataFrame, gap: stats.Interval) -> list[str]:
     """What the slice's heads read at the names, and which kinds of sites wrote it."""
-    every = {kind: share_of(table, "everything", f"{kind} at names", mlps) for kind in ("k and v", "v", "k")}
+    every = {kind: share_of(table, "everything", f"{kind} at names", "recomputed") for kind in ("k and v", "v", "k")}
     direct = {name: share_of(table, name, "k and v at names", "frozen") for name in ("MLPs", "heads", "embedding")}
     through = {name: share_of(table, name, "k and v at names", "recomputed") for name in direct}
     more = "more than" if gap.low is not None and gap.low > 0 else "not significantly more than"
@@ -177,7 +177,7 @@ def findings_of(
     sentences = [
         *probe_sentences(known, probes),
         *(senders_sentence(routes[f"slice at {role}"], role, p) for role in ("names", "last")),
-        *route_sentences(carried, more, p.mlps),
+        *route_sentences(carried, more),
         write_sentence(writes, slice_sites, p),
         attention_sentence(looks, slice_sites),
         *ablation_sentences(margins, p),
@@ -193,5 +193,5 @@ def findings_of(
         "senders": {role: reported(table)[keep].nlargest(20, "estimate").to_dict("records")
                     for role, table in routes.items()},
         "sentences": sentences,
-        "headline": [route_sentences(carried, more, p.mlps)[0], *said],
+        "headline": [route_sentences(carried, more)[0], *said],
     }  # fmt: skip

@@ -160,4 +160,4 @@ def test_the_edges_lead_from_the_names_through_the_slice_to_the_answer():
     assert units == []  # no pairs, no work
     frame = paths({(5, "mlp", -1): 1.0, (-1, "embed", -1): 0.0}, receivers="21.6")
     edges = report.edges_table(frame, P).set_index("source")
-    assert edges["significant"].to_dict() == {"mlp 5": True, "names": False} and set(edges["target"]) == {"21.6"}
+    assert edges["significant"].to_dict() == {"mlp 5 at names": True, "names": False} and set(edges["target"]) == {"21.6"}
