@@ -47,6 +47,7 @@ PAGE = (
     "lib/statements.py",
     "lib/plots.py",
     "lib/hydra_report.py",
+    "lib/hydra_statements.py",
     "lib/retrieval_report.py",
     "lib/retrieval_statements.py",
     "lib/generality_report.py",
