@@ -5,7 +5,8 @@
    which.
 2. `probe` asks with one-name prompts. Supersets and professions are scored apart.
 3. A model prefers some words whatever the name, so each score is also `centred`: its mean over people is taken off,
-   every superset counting alike (batch calibration, Zhou et al. 2023, arXiv 2309.17249; as in `data.add_fame`).
+   every superset counting alike (batch calibration, Zhou et al. 2023, arXiv 2309.17249; as in `data.add_fame`). Within
+   a superset it prefers some professions of that superset, so there it is `centred_within`.
 """
 
 from __future__ import annotations
@@ -172,7 +173,8 @@ def _probe(
     for kind, rivals in (("superset", is_superset), ("profession", ~is_superset), ("within", kin)):
         index = own.get(kind, own["profession"])
         frame[f"{kind}_right"] = _is_top(np.where(rivals, logits, np.nan), index)
-        frame[f"{kind}_right_centred"] = _is_top(np.where(rivals, centred(logits, people["superset"]), np.nan), index)
+        calibrated = (centred_within if kind == "within" else centred)(logits, people["superset"])
+        frame[f"{kind}_right_centred"] = _is_top(np.where(rivals, calibrated, np.nan), index)
         asked = np.isfinite(logits[np.arange(len(people)), index])
         frame[f"{kind}_chance"] = np.where(asked, 1 / (np.isfinite(logits) & rivals).sum(1).clip(min=1), np.nan)
     probability = np.exp(logits - total[:, None])
@@ -210,3 +212,11 @@ def centred(values: Float[np.ndarray, "rows ..."], superset: Sequence[str]) -> F
     """Values less their mean over the rows, every superset counting alike."""
     superset = np.asarray(superset)
     return values - np.mean([values[superset == one].mean(0) for one in np.unique(superset)], axis=0)
+
+
+def centred_within(values: Float[np.ndarray, "rows ..."], superset: Sequence[str]) -> Float[np.ndarray, "rows ..."]:
+    """Values less their mean over the rows of the same superset: a preference for a word of the class goes as well."""
+    superset, out = np.asarray(superset), values.copy()
+    for one in np.unique(superset):
+        out[superset == one] -= values[superset == one].mean(0)
+    return out

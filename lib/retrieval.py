@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lib import hooks
 from lib.models import NOISE, Model, ModelError
-from lib.one_name import KINDS, Labels, centred
+from lib.one_name import KINDS, Labels, centred, centred_within
 from lib.pools import grouped, token_ids
 from lib.readout import PostNorms, Readout, post_norms, readout
 from lib.single_pass import BaseRun, SweepError, base_run
@@ -48,7 +48,7 @@ VALUES = pa.DataFrameSchema(
         "side": pa.Column(str, pa.Check.isin(("clean", "corrupt"))),
         "component": pa.Column(str, pa.Check.isin(("head", "mlp"))),
         **_SITE,
-        # logits: own labels less the others, each label centred on its mean over the prompts of the half
+        # logits: own labels less the others, each centred over the half's prompts (`within`: those of its superset)
         **{f"{kind}_contrast": pa.Column("float32", nullable=True) for kind in KINDS},
         # 1 where the top label is an own one, 0 where it is not; and the share that a blind choice gets
         **{f"{kind}_{what}": _share for what in ("top", "chance") for kind in KINDS},
@@ -209,6 +209,9 @@ def value_vectors(
     own labels are those of all names, and the last token of each name, where they are that name's alone; labels that
     only another name of the prompt has count for neither side. Each label is centred on its mean over the prompts
     given, half by half, every superset counting alike: a site that promotes one word whatever the names has contrast 0.
+    For `within` it is centred on the prompts of the own superset: a site that promotes the commonest profession of the
+    right superset has contrast 0 there. So `within` alone says that the profession itself is written; `profession`
+    rises with the superset as well.
 
     Args:
         pairs: clean and corrupt prompts are both read, each prompt once.
@@ -302,7 +305,8 @@ def _scored(
     everyone = [list(professions[pair.pair_id, side].values()) for pair, side in prompts]
     own = [professions[pair.pair_id, side].get(role) for pair, side in prompts]
     own = [[one] if one else all_of_them for one, all_of_them in zip(own, everyone, strict=True)]
-    said = centred(said, ["+".join(sorted({labels.superset_of[one] for one in mine})) for mine in own])
+    supersets = ["+".join(sorted({labels.superset_of[one] for one in mine})) for mine in own]
+    across, inside = centred(said, supersets), centred_within(said, supersets)
     sizes = (len(prompts), len(sites))
     columns: dict[str, np.ndarray] = {
         key: np.repeat([getattr(pair, key) for pair, _ in prompts], sizes[1]) for key in _PAIR
@@ -315,8 +319,9 @@ def _scored(
         each = [_contest(kind, mine, those, labels) for mine, those in zip(own, everyone, strict=True)]
         weights, mine, asked = (np.stack(column) for column in zip(*each, strict=True))
         chance = np.where((mine & asked).any(1), (mine & asked).sum(1) / asked.sum(1).clip(min=1), np.nan)[:, None]
-        top = np.where(asked[:, None], said, -np.inf).argmax(-1)
-        columns[f"{kind}_contrast"] = np.einsum("nsl,nl->ns", said, weights)
+        values = inside if kind == "within" else across
+        top = np.where(asked[:, None], values, -np.inf).argmax(-1)
+        columns[f"{kind}_contrast"] = np.einsum("nsl,nl->ns", values, weights)
         columns[f"{kind}_top"] = np.where(np.isfinite(chance), np.take_along_axis(mine, top, 1), np.nan)
         columns[f"{kind}_chance"] = np.repeat(chance, sizes[1], axis=1)
     return pd.DataFrame(

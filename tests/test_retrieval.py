@@ -247,6 +247,10 @@ def test_within_compares_with_the_own_superset_alone():
     assert (exact.within_contrast[writers] > 0.1).all() and (exact.profession_contrast[writers] > 0.1).all()
     assert broad.within_contrast[writers].abs().max() < 1e-6 and (broad.profession_contrast[writers] > 0.1).all()
     assert exact.within_chance[writers].unique() == 0.5
+    novelists = retrieval.value_vectors(
+        planted({0: 16, 1: 20, 2: 18, 3: 20}), prompts, people, LABELS
+    )  # for any writer
+    assert novelists.within_contrast[writers].abs().max() < 1e-6
 
 
 def test_mixed_names_each_compete_with_their_own_kin():
