@@ -68,8 +68,9 @@ test: $(READY) ## lint, then all tests; they build the book of the profile "smok
 	$(PY) -m ruff format --check .
 	$(PY) -m pytest -q
 
-bench: $(READY) ## the sweep against one-by-one patching: times and counts of operations, written to bench/
+bench: $(READY) ## the sweep and path patching against one-by-one patching: times and counts of operations, written to bench/
 	$(PY) -m bench.sweep
+	$(PY) -m bench.paths
 
 lint: $(READY) ## check the style of code and notebooks
 	$(PY) -m ruff check .
