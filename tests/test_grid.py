@@ -1,0 +1,299 @@
+"""The dense grid: mirrors, circuits picked on part of the pairs; the prompts of controls and of the rule."""
+
+from dataclasses import replace
+from itertools import count
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from lib import controls, data, grid, hooks, params, pools, records, steps, sweep, tasks
+from lib.hooks import Site
+from lib.params import ROOT
+from lib.quads import pairs_of
+from lib.tasks import SUPERSETS
+from lib.units import Unit
+from tests.test_sweep import PAIRS, plain
+
+# --- mirrors
+
+
+def turned(pair):
+    """The pair with its sides exchanged."""
+    return replace(
+        pair, pair_id=f"{pair.pair_id}'", clean=pair.corrupt, corrupt=pair.clean, answer=pair.corrupt_answer,
+        corrupt_answer=pair.answer,
+    )  # fmt: skip
+
+
+def test_the_noise_run_of_a_pair_is_the_denoise_run_of_its_mirror(tiny):
+    """The identity that halves the grid's cost, on every kind of site and on a set of them."""
+    model, pairs = tiny("llama"), [pair for own in PAIRS[:3] for pair in (own, turned(own))]
+    options = {"site_sets": [[Site(0, "head", 1)], [Site(1, "mlp")], [Site(1, "head", 0), Site(2, "mlp")]]}
+    noise = sweep.run(model, pairs, direction="noise", **options)
+    denoise = sweep.run(model, pairs, direction="denoise", **options)
+    both = grid.with_mirrors(noise, grid.mirrors(pairs))
+    read = both[both["direction"] == "denoise"]
+    key = ["pair_id", "site_set"]
+    joined = denoise.merge(read, on=key, suffixes=("", "_read"))
+    assert len(joined) == len(denoise) == 3 * 6
+    for column in grid.LOGIT_DIFFS:
+        assert joined[column].to_numpy() == pytest.approx(joined[f"{column}_read"].to_numpy(), abs=1e-9)
+    assert np.ptp(joined["logit_diff_after"]) > 0.1  # the runs differ, so the comparison says something
+
+
+def test_a_mirror_has_the_same_prompts_and_answers_the_other_way_round():
+    one, other = PAIRS[0], PAIRS[1]
+    mirror = turned(one)
+    assert grid.mirrors([one, mirror, other]) == {one.pair_id: mirror.pair_id, mirror.pair_id: one.pair_id}
+    assert grid.mirrors([one, replace(mirror, template="another")]) == {}
+    assert grid.mirrors([one, replace(mirror, answer=one.answer)]) == {}
+
+
+# --- the pairs of the grid
+
+
+def made_quads(number: int = 4) -> pd.DataFrame:
+    people = {slot: [f"{slot.upper()} Person{index}" for index in range(number)] for slot in "abcd"}
+    rows = {"quad_id": [f"q{index}" for index in range(number)], "half": "confirmation", "task": "superset"}
+    rows |= {"template": "profession_both", "superset": "artist", "other": "writer", "bucket": "b"} | people
+    for index, slot in enumerate("abcd"):
+        rows |= {f"profession_{slot}": "painter" if slot in "ab" else "poet", f"fame_{slot}": -0.1 - 0.1 * index}
+    return pd.DataFrame(rows).assign(n_tokens_a=2, n_tokens_b=2)
+
+
+def test_candidates_are_mirror_after_mirror_and_take_turns_with_the_order(tmp_path):
+    quads = made_quads()
+    discovery = quads.assign(half="discovery", quad_id=[f"x{i}" for i in range(4)])
+    own = stored_step(tmp_path, pairs_of(quads, 2), pd.concat([quads, discovery]))
+    pairs = grid.candidates(own)
+    assert set(pairs["quad_id"]) == set(quads["quad_id"]) and len(pairs) == 16
+    for quad, rows in pairs.groupby("quad_id"):
+        first, second, third, fourth = rows.itertuples()
+        for one, mirror in ((first, second), (third, fourth)):
+            assert (one.clean_a, one.clean_b) == (mirror.corrupt_a, mirror.corrupt_b)
+            assert (one.answer, one.corrupt_answer) == (mirror.corrupt_answer, mirror.answer)
+            assert one.order == mirror.order
+        assert first.order == ("better known first" if quad in ("q0", "q2") else "better known second")
+
+
+def stored_step(folder, pairs: pd.DataFrame, quads: pd.DataFrame | None = None, **changes) -> steps.Step:
+    """Step 07 of the smoke profile on results that hold these pairs."""
+    given = params.load_profile("smoke") | {"results_dir": str(folder), "memory": 1.0} | changes
+    own = steps.Step("generality", params.validate("generality", given))
+    about = {"ingredients": {"parameters": own.params.model_dump(mode="json")}}
+    records.write_json(folder / "baselines.run.json", about)
+    records.write(folder / "pairs.parquet", pairs, {}, schema=None)
+    if quads is not None:
+        records.write(folder / "baselines.quads.parquet", quads, {}, schema=None)
+    return own
+
+
+# --- circuits
+
+
+def single_records(effects: dict[tuple[str, str], dict[int, float]]) -> pd.DataFrame:
+    """Denoise records of single heads of layer 0: for (answer, corrupt answer), head -> recovery; a quad each."""
+    rows = []
+    for number, ((answer, other), heads) in zip(count(), effects.items()):
+        for head, recovery in heads.items():
+            rows.append(
+                {"layer": 0, "component": "head", "head": head, "pair_id": f"p{number}", "quad_id": f"q{number}"}
+                | {"direction": "denoise", "answer": answer, "corrupt_answer": other}
+                | {"logit_diff_before": -1.0, "logit_diff_after": -1.0 + 2 * recovery, "metric_before": 0.0}
+                | {"logit_diff_clean": 1.0, "logit_diff_corrupt": -1.0, "metric_after": 0.0}
+            )
+    return pd.DataFrame(rows)
+
+
+def test_an_order_without_a_superset_never_sees_it_and_one_by_it_sees_nothing_else():
+    frame = single_records(
+        {
+            ("artist", "writer"): {0: 0.9, 1: 0.1, 2: 0.2},
+            ("writer", "artist"): {0: 0.1, 1: 0.9, 2: 0.2},
+            ("athlete", "writer"): {0: 0.1, 1: 0.2, 2: 0.5},
+        }
+    )
+    found = {(own.kind, own.superset): own for own in grid.orders(frame, 2)}
+    heads = {key: [site.head for site in own.order] for key, own in found.items()}
+    assert heads["without", "artist"] == [2, 1] and found["without", "artist"].pairs == ("p2",)
+    assert heads["only", "artist"] == [0, 2] and found["only", "artist"].pairs == ("p0",)
+    assert heads["only", "writer"] == [1, 2]
+    assert heads["without", "writer"] == [] and found["without", "writer"].sites == ()  # every pair has a writer
+
+
+def test_a_circuit_is_cut_where_both_quantities_reach_the_share():
+    sites = tuple(Site(0, "head", head) for head in range(3))
+    circuit = grid.Circuit("only", "artist", ("p0",), sites)
+    rows = []
+    for direction, effects in (("denoise", (0.5, 0.9, 0.95)), ("noise", (0.3, 0.6, 0.85))):
+        for number, effect in zip((4, 1, 7), effects, strict=True):
+            sign = 1 if direction == "denoise" else -1
+            rows.append(
+                {"pair_id": "p0", "quad_id": "q0", "direction": direction, "site_set": number}
+                | {"logit_diff_before": 0.0, "logit_diff_after": sign * 2 * effect, "metric_before": 0.0}
+                | {"logit_diff_clean": 1.0, "logit_diff_corrupt": -1.0, "metric_after": 0.0}
+            )
+    grown = pd.DataFrame(rows)
+    own = SimpleNamespace(slice_share=0.8)
+    assert grid.cut(circuit, [4, 1, 7], grown, own).sites == sites  # damage reaches 0.8 with the third only
+    assert grid.cut(circuit, [4, 1, 7], grown, SimpleNamespace(slice_share=0.55)).sites == sites[:2]
+    turned_gap = grown.assign(logit_diff_corrupt=1.0)  # nothing to recover: no circuit, and no error
+    assert grid.cut(circuit, [4, 1, 7], turned_gap, own).sites == ()
+
+
+def test_sets_of_a_unit_keep_their_place_in_the_whole_list():
+    def compute(unit: Unit) -> pd.DataFrame:
+        assert set(unit.options) == {"site_sets"}  # the sweep takes no other
+        frame = pd.DataFrame({"site_set": [0, 1, 0, 1]})
+        frame.attrs["log"] = ["kept"]
+        return frame
+
+    frame = grid.numbered(compute)(Unit("u", (), {"site_sets": ["a", "b"], "numbers": (3, 8)}))
+    assert frame["site_set"].tolist() == [3, 8, 3, 8] and frame.attrs["log"] == ["kept"]
+
+
+# --- controls
+
+
+def test_control_names_are_two_words_of_nobody_known():
+    names = pd.read_csv(ROOT / "data" / "controls.csv", dtype=str)
+    assert list(names) == ["kind", "name"] and not names["name"].duplicated().any()
+    assert names["name"].str.fullmatch(r"[A-Z][a-z]+ [A-Z][a-z]+").all()
+    assert (names["kind"].value_counts()[["invented", "thing"]] >= 150).all()
+    people = data.load_people(ROOT / "data" / "people.csv")
+    surnames = set(people["name"].str.split().str[-1])
+    invented = names[names["kind"] == "invented"]["name"]
+    assert not set(invented.str.split().str[-1]) & surnames and not set(names["name"]) & set(people["name"])
+
+
+def test_matched_names_fit_a_shape_share_a_key_and_are_used_once():
+    counts = [(2, 2)] * 5 + [(3, 3)] * 6 + [(4, 4)]
+    names = pd.DataFrame(
+        {"name": [f"n{i}" for i in range(12)], "n_tokens": counts, "key": list("aabbb" + "xxyyyz" + "a")}
+    )
+    drawn = list(controls.matched(names, [(2, 2), (3, 3), (4, 4)], 10))
+    used = [name for one, other, *_ in drawn for name in (one, other)]
+    assert len(drawn) == 4 and len(set(used)) == 8  # aa, bb of two tokens; xx, yy of three; nothing fits (4, 4)
+    known = names.set_index("name")
+    for one, other, key, shape in drawn:
+        assert known.loc[one, "n_tokens"] == known.loc[other, "n_tokens"] == shape
+        assert known.loc[one, "key"] == known.loc[other, "key"] == key
+    assert len(list(controls.matched(names, [(2, 2), (3, 3)], 3))) == 3
+
+
+def test_random_heads_are_of_the_same_layers_in_the_same_number_and_outside_the_slice():
+    sites = [Site(1, "head", 0), Site(1, "head", 3), Site(2, "head", 1), Site(2, "mlp")]
+    own = SimpleNamespace(rng=lambda _: np.random.default_rng(0), params=SimpleNamespace(random_sets=7), n_heads=4)
+    sets = controls.random_heads(own, sites)
+    assert len(sets) == 7
+    for drawn in sets:
+        assert [site.layer for site in drawn] == [1, 1, 2] and not set(drawn) & set(sites)
+    assert controls.random_heads(own, [Site(2, "mlp")]) == []
+
+
+def test_evidence_is_nothing_on_average_for_people_outside_the_class():
+    rng = np.random.default_rng(0)
+    own = list(SUPERSETS) * 20
+    logits = rng.normal(size=(100, 5)) + 3 * (np.array(own)[:, None] == np.array(SUPERSETS)) + np.arange(5)
+    found = controls.evidence(logits, own)
+    outside = np.array(own)[:, None] != np.array(SUPERSETS)
+    assert (found * outside).sum(0) / outside.sum(0) == pytest.approx(np.zeros(5), abs=1e-12)
+    assert found[~outside].mean() == pytest.approx(3, abs=0.4)  # the classes' own levels (0 to 4) are gone
+
+
+# --- the real model, on a handful of a user's own pairs
+
+
+@pytest.fixture(scope="module")
+def own_pairs(tmp_path_factory, smollm, smollm_tokenizer):
+    """A step on twelve pairs of people of one token count, each a cluster of its own, and its grid."""
+    folder = tmp_path_factory.mktemp("generality")
+    people = data.load_people(ROOT / "data" / "people.csv").query("not two_supersets")
+    people = people.groupby("superset").head(120)
+    counted = data.add_tokens(people, smollm_tokenizer, tasks.TEMPLATES["profession_both"])
+    fitting = counted[counted["n_tokens"] == (3, 3)]
+    artists, scientists = (fitting[fitting["superset"] == name]["name"].tolist() for name in ("artist", "scientist"))
+    rows = [
+        {"clean_a": a, "clean_b": b, "corrupt_a": c, "corrupt_b": d, "answer": "artist", "corrupt_answer": "scientist"}
+        for a, b, c, d in zip(artists[0:24:2], artists[1:24:2], scientists[0:24:2], scientists[1:24:2], strict=True)
+    ]
+    path = folder / "pairs.csv"
+    pd.DataFrame(rows).to_csv(path, index=False)
+    given = params.load_profile("smoke") | {"results_dir": str(folder), "pairs_file": str(path), "memory": 1.0}
+    step = steps.Step("generality", params.validate("generality", given))
+    step.__dict__["model"] = smollm
+    table, counts = grid.build(step)
+    return step, table, counts
+
+
+def test_own_pairs_are_taken_as_they_are_and_only_solved_ones_in_other_templates(own_pairs):
+    step, table, counts = own_pairs
+    own, other = counts
+    assert own["left"] == own["possible"] == own["aligned"] and own["template"] == "profession_both"
+    assert (
+        other["template"] == "both_famous" and other["left"] <= other["asked"] <= other["aligned"] <= other["possible"]
+    )
+    solved = table[table["template"] == "both_famous"]
+    assert (solved["metric_clean"] > 0).all() and (solved["metric_corrupt"] < 0).all()
+    assert set(table[table["template"] == "profession_both"]["clean_profession_a"]) <= {
+        "actor",
+        "musician",
+        "singer",
+        "",
+    }
+    assert grid.single_sites(step) is None and grid.circuits(step) == []  # step 04 has left nothing here
+
+
+def test_a_control_prompt_is_ablated_by_the_mean_of_ordinary_prompts_balanced_over_supersets(own_pairs, smollm):
+    step, table, _ = own_pairs
+    prompts = [prompt for prompt in step.prompts(table) if prompt.template == "profession_both"]
+    ordinary = controls.poolable(prompts)
+    rows, pairs = controls.control_prompts(step, ordinary, table)
+    assert len(rows) == len(pairs) and {"invented names", "things", "mixed"} <= set(rows["control"])
+    groups = {pools.group_of(pair) for pair in ordinary}
+    assert {pools.group_of(pair) for pair in pairs} <= groups
+    sites = [Site(21, "head", 6), Site(23, "mlp")]
+    changed = controls.ablated(step, sites, ordinary, pairs[:3])
+    place = [len(pairs[0].clean.ids) - 1]
+
+    def kept(prompt):
+        with hooks.capture(smollm, sites, place) as seen:
+            logits = plain(smollm, prompt.ids)
+        return seen, logits[list(pairs[0].clean_tokens)]
+
+    sides = [(kept(side)[0], name) for pair in ordinary
+             for side, name in ((pair.clean, "artist"), (pair.corrupt, "scientist"))]  # fmt: skip
+    mean = {site: torch.stack([torch.cat([seen[site] for seen, own in sides if own == name]).mean(0, keepdim=True)
+                               for name in ("artist", "scientist")]).mean(0) for site in sites}  # fmt: skip
+    plain.cache_clear()
+    with hooks.patch(smollm, mean, place):
+        expected = smollm.model(torch.tensor([pairs[0].clean.ids])).logits[0, -1][list(pairs[0].clean_tokens)]
+    own = changed[(changed["pair_id"] == pairs[0].pair_id) & (changed["set"] == "slice")].set_index("ablation")
+    assert own.loc["mean", "after"] == pytest.approx(expected.detach().numpy(), abs=1e-3)
+    assert own.loc["mean", "before"] == pytest.approx(kept(pairs[0].clean)[1].detach().numpy(), abs=1e-3)
+    assert set(changed["set"]) == {"slice", "heads", "random"}
+
+
+def test_rule_rows_are_of_known_people_each_asked_once(own_pairs):
+    step, _, _ = own_pairs
+    rows = controls.rule_rows(step)
+    prompts = rows.groupby("prompt")[["name_a", "name_b"]].first()
+    names = prompts.to_numpy().ravel()
+    assert len(set(names)) == len(names) and (rows.groupby("prompt").size() == 5).all()
+    absent = rows[rows["n_a"] + rows["n_b"] == 0]
+    assert absent.groupby("prompt")["y"].mean().to_numpy() == pytest.approx(np.zeros(len(prompts)), abs=1e-6)
+    people = data.load_people(step.people_file).set_index("name")
+    for slot in "ab":
+        inside = rows[rows[f"n_{slot}"] == 1]
+        assert (inside["superset_class"].to_numpy() == people.loc[inside[f"name_{slot}"], "superset"].to_numpy()).all()
+    same = rows[(rows["n_a"] == 1) & (rows["n_b"] == 1)]
+    assert len(same) == pytest.approx(len(prompts) / 2, abs=3)
+
+
+def test_a_task_without_supersets_is_said_to_have_none():
+    given = params.load_profile("smoke") | {"task": "odd_one_out", "template": None}
+    step = steps.Step("generality", params.validate("generality", given))
+    assert not grid.able(step) and "odd_one_out" in grid.able(step).why
