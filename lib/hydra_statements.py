@@ -15,6 +15,7 @@ from lib.params import Hydra
 from lib.statements import OVER_QUADS, about_model
 from lib.steps import Step
 
+KINDS = {"head": "a head", "mlp": "an MLP"}
 CAPTIONS = {
     "split": "What ablating the critical slice at the last token does to logit_diff, and its parts: the slice's own "
     "direct effect, later heads, later MLPs and the final norm's scale; beside it random slices of the same make-up "
@@ -92,27 +93,26 @@ def backup_sentences(rounds: Sequence[Round], params: Hydra) -> list[str]:
             f"{len(rising)} of {count} later sites rises significantly on the discovery half (one-sided, familywise)"
         )
         if len(rising) and own.tests.empty:
-            out.append(f"{text}; the limit of {params.rounds} rounds was reached, so they were not ablated with it.")
+            out.append(f"{text}; the limit of rounds ({params.rounds}) was reached, so they were not ablated with it.")
             continue
         if rising.empty:
             out.append(f"{text}.")
             continue
         sure = own.tests["backup"]
         each = [f"{row.site} ({interval(row.estimate, row.low, row.high, 3)})" for row in own.tests[sure].itertuples()]
-        rest = own.tests.loc[~sure, "estimate"]
-        more = f"; of the others none does for certain (at most {rest.max():.3f})" if len(rest) else ""
-        cost = "cost" if len(each) > 1 else "costs"
+        most = f"; at most {own.tests.loc[~sure, 'estimate'].max():.3f} among the others" if not sure.all() else ""
         out.append(
-            f"{text}. Of the {len(own.tests)} that rise most, {listed(each)} {cost} more together with it than apart "
-            f"(logits, confirmation half, familywise intervals){more}."
+            f"{text}. Of the {len(own.tests)} that rise most, those that cost more together with it than apart "
+            f"(logits, confirmation half, familywise intervals above zero) are: {listed(each)}{most}."
         )
         for row in own.tests[sure].itertuples():
             gone = interval(row.gone_estimate, row.gone_low, row.gone_high, 3)
-            opposes = "does not stand in for the slice, but opposes the answer less without it"
+            less = "its cost rises, but is not shown to be above zero, so it does not stand in for the slice"
+            how = "it stands in for the slice" if row.stands_in else less
             out.append(
                 f"{row.site} passes both tests of a backup. When {which} is ablated its direct effect goes from "
                 f"{row.intact:+.3f} to {row.ablated:+.3f} logits; its own ablation costs {row.alone_estimate:.3f} "
-                f"alone and {gone} once the slice is gone: it {'stands in for the slice' if row.stands_in else opposes}."
+                f"alone and {gone} once the slice is gone: {how}."
             )
     return out
 
@@ -121,27 +121,27 @@ def ending(rounds: Sequence[Round], params: Hydra) -> str:
     """What the search for backups comes to, and how large a backup it could have missed."""
     last, stand_in = rounds[-1], any(one.tests["stands_in"].any() for one in rounds if len(one.tests))
     names = [findings.site_name(*site) for one in rounds for site in backups_of(one.tests)]
-    if last.rises.empty and not names:
-        return "The pathway is unique in that nothing comes after the slice."
-    unique = "the pathway is unique as far as this test can see"
+    if last.rises.empty:
+        left = "the pathway is unique in that no other site comes after the slice"
+        return f"Backups by both tests: {listed(names)}; {left}."
+    bounds, unique = missed(last, params), "the pathway is unique as far as this test can see"
+    if not bounds:
+        return f"Backups by both tests: {listed(names)}. There are too few quads to confirm one, or to rule one out."
     if not names:
         text = f"No backup was found: {unique}."
     else:
         stopped = len(candidates(last.rises, params)) and last.tests.empty
         text = f"Backups by both tests: {listed(names)}; "
-        text += f"the limit of {params.rounds} rounds was reached." if stopped else "no further one after widening."
-        text += "" if stand_in else f" None of them stands in for the slice: in that sense {unique}."
-    bounds = missed(last, params)
-    if not bounds:
-        return f"{text} There are too few quads to say how large a backup it could have missed."
+        text += f"the limit of rounds ({params.rounds}) was reached." if stopped else "no further one after widening."
+        text += "" if stand_in else f" None of them is shown to stand in for the slice: in that sense {unique}."
     each = [
-        f"{bound['component'].replace('mlp', 'MLP')} whose direct effect rises by up to {bound['logits']:.2f} logits "
-        f"({bound['site']}" + ("" if bound["share"] is None else f"; {bound['share']:.0%} of the slice's own") + ")"
+        f"{KINDS[bound['component']]} whose direct effect rises by up to "
+        f"{bound['logits']:.2f} logits ({bound['site']}"
+        + ("" if bound["share"] is None else f"; {bound['share']:.0%} of the slice's own")
+        + ")"
         for bound in bounds
     ]
-    return (
-        f"{text} It could have missed a {' or an '.join(each)}: upper ends of intervals that hold for all later sites."
-    )
+    return f"{text} It could have missed {' or '.join(each)}: upper ends of intervals that hold for all later sites."
 
 
 def control_sentences(split: pd.DataFrame) -> list[str]:
@@ -152,11 +152,11 @@ def control_sentences(split: pd.DataFrame) -> list[str]:
         if own:
             real = rows[(rows["slice"] == "slice") & (rows["part"] == "total")].iloc[0]
             apart = own["total"].low is not None and own["total"].low > real["high"]
-            each = [f"{WORDS[part]} {shown(row)}" for part, row in own.items() if part != "total"]
+            each = [f"{WORDS[part]} {shown(row)}" for part, row in own.items() if part not in ("total", "direct")]
             out.append(
                 f"Control (`{ablation}`): random slices of the same make-up change logit_diff by {shown(own['total'])} "
-                f"logits ({listed(each)}). Expected was clearly less than the slice: "
-                f"{'so it is' if apart else 'that is not shown'}."
+                f"logits (their own direct effect {shown(own['direct'])}, {listed(each)}). Expected was clearly less "
+                f"than the slice: {'so it is' if apart else 'that is not shown'}."
             )
     return out
 

@@ -162,7 +162,8 @@ def test_what_comes_later(tiny):
     table = hydra_report.rises(last, P)
     assert table.empty and hydra_report.candidates(table, P).empty
     only = hydra_report.Round([Site(2, "mlp")], last, table, table)
-    assert "nothing comes after the slice" in hydra_statements.ending([only], P)
+    assert "no other site comes after the slice" in hydra_statements.ending([only], P)
+    assert "No head or MLP comes after the slice" in hydra_statements.backup_sentences([only], P)[0]
 
 
 def test_rows_prove_themselves(tiny, monkeypatch):
@@ -347,7 +348,7 @@ def test_few_quads_and_one_half_go_through():
     spread = hydra_report.distribution(hydra_report.pair_ratios(frame, P), P)
     text = " ".join(hydra_statements.split_sentences(split, ratios, spread, P))
     assert "too few quads" in text and "nan" not in text
-    assert "too few quads to say how large" in hydra_statements.ending([once], P)
+    assert "too few quads to confirm one, or to rule one out" in hydra_statements.ending([once], P)
     assert hydra_report.missed(once, P) == []
 
 
