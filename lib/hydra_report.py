@@ -187,14 +187,15 @@ def backups_of(tests: pd.DataFrame) -> list[Site]:
 
 def tests_table(rounds: Sequence[Round]) -> pd.DataFrame:
     """Every candidate's numbers for the page (logits, confirmation half)."""
-    tests = pd.concat([one.tests.assign(round=number) for number, one in enumerate(rounds) if len(one.tests)])
+    each = [one.tests.assign(round=number) for number, one in enumerate(rounds) if len(one.tests)]
+    tests = pd.concat(each, ignore_index=True)
     shown_as = {"": "costs more by", "alone_": "alone", "gone_": "once the slice is gone"}
     spans = {
         name: [interval(*ends, 3) for ends in tests[[f"{key}{end}" for end in ENDS]].itertuples(index=False)]
         for key, name in shown_as.items()
     }
     effects = tests[["intact", "ablated"]].round(3).add_prefix("direct effect, ")
-    return tests[["round", "site"]].join(effects).assign(**spans, backup=tests["backup"]).reset_index(drop=True)
+    return tests[["round", "site"]].join(effects).assign(**spans, backup=tests["backup"])
 
 
 def rounds_table(rounds: Sequence[Round], params: Hydra) -> pd.DataFrame:

@@ -245,7 +245,8 @@ def test_a_planted_backup_is_found_and_confirmed(planted):
     text = " ".join(hydra_statements.backup_sentences([once], P))
     assert "mlp 2 passes both tests of a backup" in text and "it stands in for the slice" in text
     assert hydra_statements.ending([once], P).startswith("Backups by both tests: mlp 2; ")
-    shown = hydra_report.tests_table([once])
+    shown = hydra_report.tests_table([once, once])
+    assert shown["round"].tolist() == [0] * len(tests) + [1] * len(tests)
     assert shown["backup"].iloc[0] and shown["once the slice is gone"].iloc[0].startswith(
         f"{first['gone_estimate']:.3f} ["
     )
