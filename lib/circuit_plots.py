@@ -22,7 +22,9 @@ from lib.plots import (
     Figure,
     _bars,
     _canvas,
+    _ends,
     _groups,
+    _intervals,
     _legend,
     _need,
     _panels,
@@ -169,7 +171,10 @@ def controls(frame: pd.DataFrame, share: float, xlabel: str) -> Figure:
             at = own.map(order.index) + turn * (0.7 / own.value_counts().max())
             axes.axvspan(-share * fall, share * fall, color="#e0e0e0", lw=0, zorder=0)
             axes.axvline(-fall, color=GREY, lw=1, ls="--")
-            _points(axes, at.to_numpy(dtype=float), part, BLUE, "o", label="", across=True)
+            _intervals(axes, at.to_numpy(dtype=float), *_ends(part), colour=BLUE, across=True)
+            face = BLUE if part["low"].notna().all() else "white"
+            size = 24 if len(part) == len(order) else 8
+            axes.scatter(part["estimate"], at, s=size, color=face, edgecolors=BLUE, zorder=3)
             _zero(axes, across=True)
             axes.set_yticks(range(len(order)), order, fontsize=8)
             axes.grid(False, axis="y")
@@ -193,7 +198,7 @@ def rule_points(fitted: pd.DataFrame, rules: Mapping[str, Sequence[float]], ylab
         for (name, values), line in zip(rules.items(), ("-", "--", ":"), strict=False):
             axes.plot(range(3), values, color=GREY, ls=line, lw=1.2, label=name)
         for term, place, colour, marker in (
-            ("first slot", 0.95, BLUE, "o"), ("second slot", 1.05, ORANGE, "s"), ("two names", 2, GREEN, "D")
+            ("first slot", 0.97, BLUE, "o"), ("second slot", 1.03, ORANGE, "s"), ("two names", 2, GREEN, "D")
         ):  # fmt: skip
             part = fitted[fitted["term"] == term]
             _points(axes, np.full(len(part), place), part, colour, marker, label=term)

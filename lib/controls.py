@@ -40,26 +40,26 @@ def control_prompts(step: Step, ordinary: Sequence[Pair], table: pd.DataFrame) -
     names, comma-separated, "" if it has none), name_a, name_b. Only the clean side of the pairs means anything.
     """
     p, rng = step.params, step.rng("controls")
-    words, template = models.tokenizer(p.model, p.model_sha256), tasks.find_template(p.template, p.task)
+    words = models.tokenizer(p.model, p.model_sha256)
+    template = tasks.find_template(table["template"].iloc[0], p.task)
     shapes = [tuple(len(pair.clean.roles[f"name_{slot}"]) for slot in "ab") for pair in ordinary]
     drawn = []  # control, name_a, name_b, classes, quad_id ("": a quad of its own), shape
     for control, names in name_lists(step).items():
         counted = data.add_tokens(names, words, template, **prompt_options(p)).sample(frac=1, random_state=rng)
         wanted = [shapes[index] for index in rng.permutation(len(shapes))]
         drawn += [(control, *names, "", shape) for *names, shape in matched(counted, wanted, p.control_prompts)]
-    own = table.set_index("pair_id").loc[[pair.pair_id for pair in ordinary]].assign(shape=shapes)
-    for index, row in enumerate(own.groupby("quad_id", sort=False).head(1).head(p.control_prompts).itertuples()):
+    known = table.set_index("pair_id").loc[[pair.pair_id for pair in ordinary]].assign(shape=shapes)
+    for index, row in enumerate(known.groupby("quad_id", sort=False).head(1).head(p.control_prompts).itertuples()):
         sides = [("clean", row.answer), ("corrupt", row.corrupt_answer)][:: -1 if index % 2 else 1]
         names = [getattr(row, f"{side}_{slot}") for (side, _), slot in zip(sides, "ab", strict=True)]
         drawn.append(("mixed", *names, ",".join(superset for _, superset in sides), row.quad_id, row.shape))
     groups, rows, pairs = {pools.group_of(pair) for pair in ordinary}, [], []
     for number, (control, name_a, name_b, classes, quad, shape) in enumerate(drawn):
-        like = next(p for p, s in zip(ordinary, shapes, strict=True) if s == shape and p.quad_id != quad)
-        other = table.loc[table["pair_id"] == like.pair_id].iloc[0]
+        other = known[(known["shape"] == shape) & (known["quad_id"] != quad)].iloc[0]
         row = {"control": control, "pair_id": f"control{number:03d}", "quad_id": quad or f"control{number:03d}"}
         row |= {"classes": classes, "name_a": name_a, "name_b": name_b}
-        prompt = row | {"clean_a": name_a, "clean_b": name_b, "half": like.half, "task": like.task}
-        prompt |= {key: other[key] for key in ("template", "answer", "corrupt_answer")}
+        prompt = row | {"clean_a": name_a, "clean_b": name_b}
+        prompt |= {key: other[key] for key in ("half", "task", "template", "answer", "corrupt_answer")}
         prompt |= {"corrupt_a": other["clean_a"], "corrupt_b": other["clean_b"]}
         pair = tasks.make_pair(words, prompt, **prompt_options(p))
         if pools.group_of(pair) in groups:

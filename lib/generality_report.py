@@ -3,38 +3,36 @@
 1. `groups` puts damage and recovery of the slice side by side for every superset, profession, template and order.
 2. `ranks` and `interaction` ask whether the same sites carry every class, and equally.
 3. `circuit_table` and `transfer` test circuits picked without a superset, or on it alone.
-4. `control_table` scores every candidate's logit under ablation where no class, or half of one, should be found.
-5. `rule_lines` draws the rules of `lib.rule`. The verdict and its sentences: `lib.generality_statements`.
+4. `rule_lines` draws the rules of `lib.rule`. The controls: `lib.control_report`; sentences: `generality_statements`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import product
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from lib import class_tests, findings, stats
+from lib import class_tests, effects, findings, keys, records
 from lib.class_tests import Interaction
 from lib.effects import quad_matrix
-from lib.findings import SITE, columns, site_name
+from lib.findings import SITE, site_name
+from lib.grid import WITH_MARGINS, Circuit, numbered_sets
+from lib.hooks import Site
 from lib.params import Generality
 from lib.rule import RuleResult
+from lib.steps import Step
 from lib.tasks import SUPERSETS
 
 QUANTITY = {"noise": "damage", "denoise": "recovery"}
-# How each control should come out; written before any was run. Silent: every candidate's logit stays within the margin.
-LISTED = ("invented names", "things")
-EXPECTATIONS = {
-    "two supersets": "their two own supersets fall, each by less than an ordinary answer",
-    "mixed": "the supersets of both names fall, each by less than an ordinary answer",
-    "invented names": "silent",
-    "things": "silent",
-    "shuffled labels": "silent",
-    "random heads": "silent, against what the slice's own heads do",
-}
+
+
+def quads(step: Step) -> pd.DataFrame | None:
+    """The quads of step 01 that the pairs were made of; None for a user's own pairs."""
+    path = keys.find_pairs(step.name, step.params).with_name("baselines.quads.parquet")
+    return records.read(path) if step.params.pairs_file is None and path.is_file() else None
 
 
 # --- effects by group ---------------------------------------------------------------------------------------------
@@ -159,13 +157,10 @@ def interaction(
     except ValueError as error:
         return None, pd.DataFrame(), str(error)
     sites = next(iter(change.values())).sites
-    spread = test.ratios.to_numpy().max(0) - test.ratios.to_numpy().min(0)
-    table = sites.assign(site=findings.named(sites), p=test.p, spread=spread, most=test.ratios.to_numpy().argmax(0))
-    return (
-        test,
-        table.assign(most=test.ratios.index[table["most"]]).sort_values(["p", "spread"], ascending=[True, False]),
-        "",
-    )
+    ratios, sure = test.ratios.to_numpy(), test.p <= 1 - params.level
+    table = sites.assign(site=findings.named(sites), p=test.p, sure=sure, spread=np.ptp(ratios, axis=0))
+    table["most"] = test.ratios.index[ratios.argmax(0)]
+    return test, table.sort_values(["sure", "spread"], ascending=False), ""
 
 
 # --- circuits picked class by class -------------------------------------------------------------------------------
@@ -177,8 +172,54 @@ def jaccard(one: Sequence, other: Sequence) -> float:
     return len({*one} & {*other}) / len(both) if both else np.nan
 
 
+def single_sites(step: Step) -> pd.DataFrame:
+    """Step 04's records of heads and MLPs on the discovery half, with both answers; no rows where there are none."""
+    pairs = step.pairs().set_index("pair_id")
+    for folder in keys.sources(step.params):
+        path = folder / "sufficiency.parquet"
+        if not path.is_file() or not keys.same_subject(records.read_metadata(path)["parameters"], step.params):
+            continue
+        frame = records.read(path, WITH_MARGINS)
+        frame = frame[frame["component"].isin(["head", "mlp"]) & (frame["position"] == "last")]
+        if len(frame) and frame["pair_id"].isin(pairs.index).all():
+            return findings.in_halves(frame)[0][1].join(pairs[["answer", "corrupt_answer"]], on="pair_id")
+    return pd.DataFrame(columns=[*WITH_MARGINS, "answer", "corrupt_answer"])
+
+
+def orders(frame: pd.DataFrame, limit: int) -> list[Circuit]:
+    """For each superset, the order of sites without it and the order by it alone; none where too little is left."""
+    out = []
+    for superset in sorted({*frame["answer"], *frame["corrupt_answer"]}, key=SUPERSETS.index):
+        without = (frame["answer"] != superset) & (frame["corrupt_answer"] != superset)
+        for kind, own in (("without", without), ("only", frame["answer"] == superset)):
+            rows, order = frame[own], pd.DataFrame(columns=SITE)
+            if len(rows):
+                recovery = effects.by_site(rows, SITE)
+                order = recovery[recovery["recovery"] > 0].nlargest(limit, "recovery")
+            sites = tuple(Site(*site) for site in order[SITE].itertuples(index=False))
+            out.append(Circuit(kind, superset, tuple(dict.fromkeys(rows["pair_id"])), sites))
+    return out
+
+
+def cut(circuits: Sequence[Circuit], grown: pd.DataFrame, params: Generality) -> list[Circuit]:
+    """The circuits with as many of their sites as the critical slice's rule takes on their own discovery pairs."""
+    number, out = numbered_sets(circuits), []
+    for circuit in circuits:
+        places, joint = [number[sites] for sites in circuit.growing], {}
+        rows = grown[grown["pair_id"].isin(circuit.pairs) & grown["site_set"].isin(places)]
+        for direction, quantity in QUANTITY.items():
+            own = rows[rows["direction"] == direction]
+            ratios = effects.by_site(own, ["site_set"]).set_index("site_set")[quantity] if len(own) else pd.Series()
+            joint[quantity] = ratios.reindex(places).tolist()
+        if places and np.isfinite([*joint["recovery"], *joint["damage"]]).all():
+            chosen = effects.critical_slice(joint["recovery"], joint["damage"], params.slice_share)
+            circuit = replace(circuit, size=chosen.size, reached=chosen.reached)
+        out.append(circuit)
+    return out
+
+
 def circuit_table(
-    joint: pd.DataFrame, grid: pd.DataFrame, circuits: Sequence, sites: Sequence, params: Generality
+    joint: pd.DataFrame, grid: pd.DataFrame, circuits: Sequence[Circuit], sites: Sequence, params: Generality
 ) -> pd.DataFrame:
     """Each `grid.Circuit` (those with sites are sets 1, 2, ... of `joint`) on the pairs that its superset answers.
 
@@ -191,7 +232,7 @@ def circuit_table(
     for circuit in circuits:
         about = {"kind": circuit.kind, "superset": circuit.superset, "picked_on": len(circuit.pairs)}
         about |= {"size": len(circuit.sites), "sites": ", ".join(site_name(*site) for site in circuit.sites)}
-        about |= {"overlap": jaccard(circuit.sites, sites), "reached": bool(circuit.chosen and circuit.chosen.reached)}
+        about |= {"overlap": jaccard(circuit.sites, sites), "reached": circuit.reached}
         number = 1 + tested.index(circuit) if circuit.sites else -1
         rows = own[(own["site_set"] == number) & (own["answer"] == circuit.superset)]
         out += both_ways(rows, params, **about)
@@ -207,7 +248,7 @@ def beside_slice(circuits: pd.DataFrame, groups: pd.DataFrame) -> pd.DataFrame:
     return both.sort_values("kind", key=lambda names: names.map(SUPERSETS.index), kind="stable")
 
 
-def transfer(joint: pd.DataFrame, grid: pd.DataFrame, circuits: Sequence, params: Generality) -> pd.DataFrame:
+def transfer(joint: pd.DataFrame, grid: pd.DataFrame, circuits: Sequence[Circuit], params: Generality) -> pd.DataFrame:
     """Every superset's own circuit (and, first, the slice) on every superset's pairs: `picked_on`, `tested_on`, ..."""
     frame, tested = with_pairs(joint, grid), [circuit for circuit in circuits if circuit.sites]
     own, out = frame[frame["template"] == grid["template"].iloc[0]], []
@@ -217,142 +258,6 @@ def transfer(joint: pd.DataFrame, grid: pd.DataFrame, circuits: Sequence, params
             rows = own[(own["site_set"] == number) & (own["answer"] == name)]
             if len(rows):
                 out += both_ways(rows, params, picked_on=picked_on, tested_on=name)
-    return pd.DataFrame(out)
-
-
-def overlaps(circuits: Sequence, sites: Sequence) -> pd.DataFrame:
-    """What the classes' own circuits and the slice share with each other, as shares of the sites in either."""
-    sets = {"the slice": tuple(sites)} | {c.superset: c.sites for c in circuits if c.kind == "only" and c.sites}
-    return pd.DataFrame({a: {b: jaccard(own, other) for b, other in sets.items()} for a, own in sets.items()})
-
-
-# --- controls -----------------------------------------------------------------------------------------------------
-
-
-def aligned_changes(rows: pd.DataFrame, words: Sequence[str], control: str, rng: np.random.Generator) -> pd.DataFrame:
-    """The candidates' changes in the order in which the control compares them, a column each.
-
-    Two supersets, mixed: the two own classes, then the mean of the others. Prompts with an answer: the answer, then the
-    other candidates in turn. Shuffled labels: the same after one permutation of the labels for each quad. Else: the
-    candidates by name.
-    """
-    change = np.stack(rows["change"].to_list())
-    own = [[words.index(name) for name in text.split(",") if name] for text in rows["classes"]]
-    if control in ("two supersets", "mixed"):
-        others = [[index for index in range(len(words)) if index not in two] for two in own]
-        first, second = (change[np.arange(len(own)), [two[i] for two in own]] for i in (0, 1))
-        rest = np.array([row[index].mean() for row, index in zip(change, others, strict=True)])
-        names = ["first name's", "second name's"] if control == "mixed" else ["first own", "second own"]
-        return pd.DataFrame(np.column_stack([first, second, rest]), rows.index, [*names, "others, mean"])
-    if control in LISTED:
-        return pd.DataFrame(change, rows.index, list(words))
-    shift = np.array([one for (one,) in own])
-    if control == "shuffled labels":
-        drawn = {quad: rng.permutation(len(words)) for quad in sorted(set(rows["quad_id"]))}
-        change = np.stack([row[drawn[quad]] for row, quad in zip(change, rows["quad_id"], strict=True)])
-    turned = np.stack([np.roll(row, -by) for row, by in zip(change, shift, strict=True)])
-    return pd.DataFrame(turned, rows.index, ["answer", *(f"other {i}" for i in range(1, len(words)))])
-
-
-def scored_controls(
-    frame: pd.DataFrame, prompts: pd.DataFrame, grid: pd.DataFrame, words: Sequence[str], params: Generality
-) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The controls' candidates, a row each, and a verdict for each control; both by `ablation` and `scoring`.
-
-    `frame` is `controls.ablated`'s, `prompts` the rows of `controls.control_prompts`. The first ablation and scoring
-    decide. Scoring is `centred` (less the mean change of all candidates, which moves no answer) or `raw`. The margin is
-    a share of the ordinary effect: the fall of the answer's logit in ordinary prompts, scored alike, when the slice is
-    ablated (for random heads: when its heads alone are).
-    """
-    about = pd.concat([prompts, grid.assign(control="ordinary", classes=grid["answer"])])
-    rows = frame.merge(about[["pair_id", "control", "classes"]], on="pair_id")
-    before, after = (np.stack(rows[name].to_list()).astype(float) for name in ("before", "after"))
-    raw = after - before
-    changes = {"centred": raw - raw.mean(1, keepdims=True), "raw": raw}
-    parts, verdicts = [], []
-    for (scoring, change), ablation in product(changes.items(), dict.fromkeys(rows["ablation"])):
-        own = rows.assign(change=list(change))[rows["ablation"] == ablation]
-        ordinary = {name: part for name, part in own[own["control"] == "ordinary"].groupby("set")}
-        drawn = {name: own[(own["control"] == name) & (own["set"] == "slice")] for name in EXPECTATIONS}
-        kinds = {"ordinary": ordinary["slice"], **drawn, "shuffled labels": ordinary["slice"]}
-        del kinds["random heads"]
-        if "random" in ordinary:
-            kinds |= {"slice's heads": ordinary["heads"], "random heads": ordinary["random"]}
-        fall = {}
-        for control, part in kinds.items():
-            if part.empty:
-                continue
-            rng = np.random.default_rng(params.seed)
-            matrix = control_matrix(part, words, control, rng)
-            if control in ("ordinary", "slice's heads"):
-                fall[control] = -float(matrix["answer"].mean())
-            whole = fall["slice's heads" if control == "random heads" else "ordinary"]
-            spans = stats.simultaneous(matrix.to_numpy(), params.level, params.resamples, params.seed)
-            table = pd.DataFrame({"control": control, "candidate": list(matrix)} | columns(spans)).astype(
-                {"low": float, "high": float}
-            )
-            keys = {"ablation": ablation, "scoring": scoring}
-            parts.append(table.assign(**keys, fall=whole, prompts=len(part["pair_id"].unique()), clusters=len(matrix)))
-            sizes = {"prompts": part["pair_id"].nunique(), "clusters": len(matrix), "candidates": len(table)}
-            verdict = verdict_of(control, matrix, table, whole, params)
-            verdicts.append({"control": control, **keys, "fall": whole, **sizes, **verdict})
-    return pd.concat(parts, ignore_index=True), pd.DataFrame(verdicts)
-
-
-def control_matrix(rows: pd.DataFrame, words: Sequence[str], control: str, rng: np.random.Generator) -> pd.DataFrame:
-    """The aligned changes as clusters (quads, or prompts of their own) x candidates; random sets stand side by side."""
-    aligned = aligned_changes(rows, words, control, rng)
-    if control != "random heads":
-        return aligned.groupby(rows["quad_id"]).mean()
-    sets = [aligned[rows["number"] == number].groupby(rows["quad_id"]).mean() for number in sorted(set(rows["number"]))]
-    return pd.concat([part.add_suffix(f", set {index}") for index, part in enumerate(sets, 1)], axis=1)
-
-
-def verdict_of(
-    control: str, matrix: pd.DataFrame, table: pd.DataFrame, fall: float, params: Generality
-) -> dict[str, Any]:
-    """`verdict` (silent, active, partial, not partial, undecided), whether the expectation is `met` (None: undecided,
-    or none was held), and `p`, the largest of the equivalence tests'.
-
-    Silent: every candidate passes the equivalence test. Active: some candidate's interval lies outside the margin.
-    Partial: both own candidates fall, each by less than the ordinary answer; the intervals hold together.
-    """
-    undecided = {"verdict": "undecided", "met": None, "p": None}
-    if not fall > 0 or table["low"].isna().any():
-        return undecided
-    margin, own = params.silence_margin * fall, table.head(2)
-    if control in ("two supersets", "mixed"):
-        partial = (own["high"] < 0).all() and (own["low"] > -fall).all()
-        against = (own["low"] >= 0).any() or (own["high"] <= -fall).any()
-        known = {"verdict": "partial" if partial else "not partial", "met": bool(partial), "p": None}
-        return known if partial or against else undecided
-    tests = class_tests.equivalence(matrix.to_numpy(), margin, params.level)
-    active = bool(((table["low"] > margin) | (table["high"] < -margin)).any())
-    silent, p = bool(class_tests.all_equivalent(tests)), max(test.p for test in tests)
-    if not (silent or active):
-        return undecided | {"p": p}
-    return {"verdict": "silent" if silent else "active", "met": silent if control in EXPECTATIONS else None, "p": p}
-
-
-def leaders(frame: pd.DataFrame, prompts: pd.DataFrame, grid: pd.DataFrame, params: Generality) -> pd.DataFrame:
-    """How far the candidate falls that leads a prompt before the slice is ablated by mean, less the candidates' mean.
-
-    A candidate leads by most above its average over ordinary prompts, every answer counting alike. By name, a control's
-    candidates can rise in one prompt and fall in the next; this fall cannot cancel so.
-    """
-    about = pd.concat([prompts, grid.assign(control="ordinary", classes=grid["answer"])])
-    rows = frame[(frame["set"] == "slice") & (frame["ablation"] == frame["ablation"].iloc[0])]
-    rows = rows.merge(about[["pair_id", "control", "classes"]], on="pair_id")
-    before, after = (np.stack(rows[name].to_list()).astype(float) for name in ("before", "after"))
-    ordinary = (rows["control"] == "ordinary").to_numpy()
-    answers = rows["classes"][ordinary].to_numpy()
-    prior = np.mean([before[ordinary][answers == name].mean(0) for name in sorted(set(answers))], axis=0)
-    change = after - before
-    rows["fall"] = change.mean(1) - change[np.arange(len(rows)), (before - prior).argmax(1)]
-    out = []
-    for control, part in rows.groupby("control", sort=False):
-        span = stats.mean_interval(part.groupby("quad_id")["fall"].mean(), params.level, params.resamples, params.seed)
-        out.append({"control": control, "estimate": span.estimate, "low": span.low, "high": span.high})
     return pd.DataFrame(out)
 
 

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from lib.class_tests import Interaction
+from lib.control_report import EXPECTATIONS
 from lib.findings import interval, listed
-from lib.generality_report import EXPECTATIONS
 from lib.params import Generality
 from lib.rule import RuleResult
 from lib.statements import about_model
@@ -152,7 +152,7 @@ def same_sites_sentences(tables: Tables, params: Generality) -> list[str]:
     test, sites, why = tables.interaction
     if test is None:
         return [*out, f"Class x site interaction was not tested: {why}."]
-    sure = sites[sites["p"] <= 1 - params.level]
+    sure = sites[sites["sure"]]
     some = listed(
         f"{row.site} (most in {row.most}, by {row.spread:.2f} of the gap)" for row in sure.head(6).itertuples()
     )

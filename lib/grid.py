@@ -1,11 +1,10 @@
-"""What generality is tested on: the dense grid of pairs, and circuits picked class by class.
+"""What generality is tested on: the dense grid of pairs, and circuits grown class by class.
 
 1. `build` lines up the pairs of the grid: those of confirmation quads, in the profile's template and in others.
 2. `swept` replaces sites in every pair of it, both ways. A pair's mirror has the same two prompts the other way round,
    so its noise run *is* the pair's denoise run: where both are in the grid, one run says what is necessary and what is
    sufficient.
-3. `circuits` picks circuits on part of the discovery pairs: on all but those with one superset, and on those alone
-   that ask for it; `lib.generality_report` tests them on the grid.
+3. `grown` replaces the growing sets of circuits that are picked on part of the discovery pairs.
 """
 
 from __future__ import annotations
@@ -17,16 +16,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lib import ability, data, effects, findings, keys, pools, records, sweep, tasks
-from lib.effects import CriticalSlice
-from lib.findings import SITE
+from lib import data, models, pools, records, sweep, tasks
 from lib.hooks import Site
 from lib.params import Generality
-from lib.quads import pairs_of
+from lib.quads import HALVES, pairs_of
 from lib.steps import Ability, Step, StepError
-from lib.tasks import SUPERSETS, Pair
+from lib.tasks import Pair
 from lib.units import Unit
 
+SITE = ["layer", "component", "head"]
 LOGIT_DIFFS = ["logit_diff_before", "logit_diff_after", "logit_diff_clean", "logit_diff_corrupt"]
 WORDS = ["profile", "task", "template", "pair_id", "quad_id", "half", "direction", "ablation", "position"]
 COLUMNS = [*SITE, *WORDS, *LOGIT_DIFFS]  # what is read of a sweep; the rows of mirrored pairs have no others
@@ -50,24 +48,26 @@ def prompt_options(params: Generality) -> dict[str, Any]:
 # --- the grid -----------------------------------------------------------------------------------------------------
 
 
-def build(step: Step) -> tuple[pd.DataFrame, list[dict[str, Any]]]:
-    """The pairs of the grid, and for each template how many could be made, line up, were asked and are left."""
-    table = step.table("grid", [Unit("grid")], lambda _: solved_pairs(step), schema=None)
+def build(step: Step, quads: pd.DataFrame | None) -> tuple[pd.DataFrame, list[dict[str, Any]]]:
+    """The pairs of the grid, and for each template how many could be made, line up, were asked and are left.
+
+    `quads` are those of step 01, None where there are none: then the step's pairs are taken.
+    """
+    table = step.table("grid", [Unit("grid")], lambda _: solved_pairs(step, candidates(step, quads)), schema=None)
     return table, records.read_metadata(step.path("grid"))["templates"]
 
 
-def candidates(step: Step) -> pd.DataFrame:
+def candidates(step: Step, quads: pd.DataFrame | None) -> pd.DataFrame:
     """Every pair that could be in the grid: four of each confirmation quad; without quads, the pairs there are.
 
     `order` is "better known first" or "better known second", by the mean fame of the two names in each slot; "" where
     fame is not known. Professions that are not in the pairs come from the table of people, "" if it has none.
     """
-    path = keys.find_pairs(step.name, step.params).with_name("baselines.quads.parquet")
-    if step.params.pairs_file is not None or not path.is_file():
+    if quads is None:
         pairs, people = last_half(step.pairs()), data.load_people(step.people_file).set_index("name")["profession"]
         own = {f"clean_profession_{slot}": pairs[f"clean_{slot}"].map(people).fillna("") for slot in "ab"}
         return pairs.assign(**{name: pairs.get(name, column) for name, column in own.items()}, order="")
-    quads = last_half(records.read(path))
+    quads = last_half(quads)
     fame = {quad[slot]: quad[f"fame_{slot}"] for quad in quads.to_dict("records") for slot in "abcd"}
     pairs = pairs_of(quads, 4)
     first, second = (pairs[f"clean_{slot}"].map(fame) + pairs[f"corrupt_{slot}"].map(fame) for slot in "ab")
@@ -80,16 +80,16 @@ def candidates(step: Step) -> pd.DataFrame:
 
 def last_half(table: pd.DataFrame) -> pd.DataFrame:
     """The rows of the confirmation half; all of them if they form one half."""
-    own = table[table["half"] == findings.HALVES[1]]
+    own = table[table["half"] == HALVES[1]]
     return (own if len(own) else table).reset_index(drop=True)
 
 
-def solved_pairs(step: Step) -> pd.DataFrame:
-    """The pairs that line up and that the model solves, template by template, with the counts in `attrs`.
+def solved_pairs(step: Step, source: pd.DataFrame) -> pd.DataFrame:
+    """The pairs of `source` that line up and that the model solves, template by template, with the counts in `attrs`.
 
     Pairs of a `pairs_file` are taken as they are in their own template. StepError when nothing is left anywhere.
     """
-    p, words, source = step.params, step.model.tokenizer, candidates(step)
+    p, words = step.params, step.model.tokenizer
     kept, counts = [], []
     for name in dict.fromkeys([p.template, *p.templates]):
         template, own = tasks.find_template(name, p.task), name == p.template
@@ -99,7 +99,8 @@ def solved_pairs(step: Step) -> pd.DataFrame:
         asked = rows.groupby("quad_id").head(each)
         left = asked
         if len(asked) and not (own and p.pairs_file):
-            scored = data.add_margins(asked, words, ability.score(step.model), **prompt_options(p))
+            score = lambda prompts: models.next_logits(step.model, prompts)  # noqa: E731
+            scored = data.add_margins(asked, words, score, **prompt_options(p))
             left = scored[(scored["metric_clean"] > 0) & (scored["metric_corrupt"] < 0)]
         left = pd.DataFrame(pools.spread(list(left.itertuples(index=False)), p.pairs), columns=left.columns)
         kept.append(left)
@@ -165,76 +166,48 @@ class Circuit:
     superset: str
     pairs: tuple[str, ...]
     order: tuple[Site, ...]
-    chosen: CriticalSlice | None = None  # None: no sites, or too little to choose by
+    size: int = 0  # 0: no sites, or too little to choose by
+    reached: bool = False  # whether joint recovery and damage reach the critical slice's share
 
     @property
     def sites(self) -> tuple[Site, ...]:
-        return self.order[: self.chosen.size] if self.chosen else ()
+        return self.order[: self.size]
+
+    @property
+    def growing(self) -> list[frozenset[Site]]:
+        """Its first site, its first two, ..."""
+        return [frozenset(self.order[: size + 1]) for size in range(len(self.order))]
 
 
-def single_sites(step: Step) -> pd.DataFrame | None:
-    """Step 04's records of heads and MLPs on the discovery half, with both answers; None where they are not there."""
-    pairs = step.pairs().set_index("pair_id")
-    for folder in keys.sources(step.params):
-        path = folder / "sufficiency.parquet"
-        if not path.is_file() or not keys.same_subject(records.read_metadata(path)["parameters"], step.params):
-            continue
-        frame = records.read(path, WITH_MARGINS)
-        frame = frame[frame["component"].isin(["head", "mlp"]) & (frame["position"] == "last")]
-        frame = findings.in_halves(frame)[0][1]
-        if frame["pair_id"].isin(pairs.index).all():
-            return frame.join(pairs[["answer", "corrupt_answer"]], on="pair_id")
-    return None
+def numbered_sets(circuits: Sequence[Circuit]) -> dict[frozenset[Site], int]:
+    """Every growing set of the circuits, with its place in the list of all."""
+    return {sites: number for number, sites in enumerate(dict.fromkeys(s for c in circuits for s in c.growing))}
 
 
-def orders(frame: pd.DataFrame, limit: int) -> list[Circuit]:
-    """For each superset, the order of sites without it and the order by it alone; none where too little is left."""
-    out = []
-    for superset in sorted({*frame["answer"], *frame["corrupt_answer"]}, key=SUPERSETS.index):
-        without = (frame["answer"] != superset) & (frame["corrupt_answer"] != superset)
-        for kind, own in (("without", without), ("only", frame["answer"] == superset)):
-            rows, order = frame[own], pd.DataFrame(columns=SITE)
-            if len(rows):
-                recovery = effects.by_site(rows, SITE)
-                order = recovery[recovery["recovery"] > 0].nlargest(limit, "recovery")
-            sites = tuple(Site(*site) for site in order[SITE].itertuples(index=False))
-            out.append(Circuit(kind, superset, tuple(dict.fromkeys(rows["pair_id"])), sites))
-    return out
+def grown(step: Step, circuits: Sequence[Circuit]) -> pd.DataFrame:
+    """The circuits' growing sets replaced in the pairs they were ordered by; `site_set` as in `numbered_sets`.
 
-
-def circuits(step: Step) -> list[Circuit]:
-    """Circuits picked on part of the discovery pairs and cut like the critical slice; none without step 04's table.
-
-    Sets that several circuits share are run once on a pair; pairs of the same two supersets need the same sets.
+    A set that several circuits share is run once on a pair. No rows where there are no sets.
     """
-    frame = single_sites(step)
-    if frame is None:
-        return []
-    planned = orders(frame, step.params.slice_limit)
-    sets = {circuit: [circuit.order[:size] for size in range(1, len(circuit.order) + 1)] for circuit in planned}
-    number: dict[frozenset[Site], int] = {}
-    for growing in sets.values():
-        for sites in growing:
-            number.setdefault(frozenset(sites), len(number))
-    table = step.pairs()
-    used = step.prompts(table[table["pair_id"].isin(frame["pair_id"])])
-    prompts = {pair.pair_id: replace(pair, labels=(), label_tokens=()) for pair in used}
-    groups: dict[tuple[int, ...], list[str]] = {}
-    for pair_id in prompts:
-        own = {number[frozenset(s)] for circuit in planned if pair_id in circuit.pairs for s in sets[circuit]}
-        groups.setdefault(tuple(sorted(own)), []).append(pair_id)
+    number, table = numbered_sets(circuits), step.pairs()
+    wanted: dict[str, set[int]] = {}
+    for circuit in circuits:
+        for pair_id in circuit.pairs:
+            wanted.setdefault(pair_id, set()).update(number[sites] for sites in circuit.growing)
+    used = table[table["pair_id"].isin([pair_id for pair_id, sets in wanted.items() if sets])]
+    if used.empty:
+        return pd.DataFrame(columns=[*WITH_MARGINS, "site_set"])
+    prompts = [replace(pair, labels=(), label_tokens=()) for pair in step.prompts(used)]
+    groups: dict[tuple[int, ...], list[Pair]] = {}
+    for pair in prompts:
+        groups.setdefault(tuple(sorted(wanted[pair.pair_id])), []).append(pair)
     listed, plan = [sorted(sites) for sites in number], []
-    for index, (own, pair_ids) in enumerate(item for item in groups.items() if item[0]):
-        pairs = [prompts[pair_id] for pair_id in pair_ids]
+    for index, (own, pairs) in enumerate(groups.items()):
         for direction in sweep.DIRECTIONS:
             options = {"direction": direction, "role": "last", "site_sets": [listed[i] for i in own], "numbers": own}
             plan += sweep.plan(f"{direction}-{index:02d}", pairs, **options)
-    if not plan:
-        return planned
-    compute = numbered(step.sweeper(list(prompts.values())))
-    columns = [*WITH_MARGINS, "site_set"]
-    grown = step.table("circuits", plan, compute, schema=records.SET_SCHEMA, columns=columns)
-    return [cut(circuit, [number[frozenset(s)] for s in sets[circuit]], grown, step.params) for circuit in planned]
+    compute, columns = numbered(step.sweeper(prompts)), [*WITH_MARGINS, "site_set"]
+    return step.table("circuits", plan, compute, schema=records.SET_SCHEMA, columns=columns)
 
 
 def numbered(compute: Callable[[Unit], pd.DataFrame]) -> Callable[[Unit], pd.DataFrame]:
@@ -247,16 +220,3 @@ def numbered(compute: Callable[[Unit], pd.DataFrame]) -> Callable[[Unit], pd.Dat
         return frame
 
     return run
-
-
-def cut(circuit: Circuit, numbers: Sequence[int], grown: pd.DataFrame, params: Generality) -> Circuit:
-    """The circuit with as many of its sites as the critical slice's rule takes on its own discovery pairs."""
-    own = grown[grown["pair_id"].isin(circuit.pairs)]
-    joint = {}
-    for direction, quantity in (("denoise", "recovery"), ("noise", "damage")):
-        rows = own[(own["direction"] == direction) & own["site_set"].isin(numbers)]
-        ratios = effects.by_site(rows, ["site_set"]).set_index("site_set")[quantity] if len(rows) else pd.Series()
-        joint[quantity] = ratios.reindex(numbers).tolist()
-    if not numbers or not np.isfinite([*joint["recovery"], *joint["damage"]]).all():
-        return circuit
-    return replace(circuit, chosen=effects.critical_slice(joint["recovery"], joint["damage"], params.slice_share))

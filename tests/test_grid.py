@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lib import controls, data, grid, hooks, params, pools, records, steps, sweep, tasks
+from lib import generality_report as report
 from lib.hooks import Site
 from lib.params import ROOT
 from lib.quads import pairs_of
@@ -68,7 +69,7 @@ def test_candidates_are_mirror_after_mirror_and_take_turns_with_the_order(tmp_pa
     quads = made_quads()
     discovery = quads.assign(half="discovery", quad_id=[f"x{i}" for i in range(4)])
     own = stored_step(tmp_path, pairs_of(quads, 2), pd.concat([quads, discovery]))
-    pairs = grid.candidates(own)
+    pairs = grid.candidates(own, report.quads(own))
     assert set(pairs["quad_id"]) == set(quads["quad_id"]) and len(pairs) == 16
     for quad, rows in pairs.groupby("quad_id"):
         first, second, third, fourth = rows.itertuples()
@@ -116,7 +117,7 @@ def test_an_order_without_a_superset_never_sees_it_and_one_by_it_sees_nothing_el
             ("athlete", "writer"): {0: 0.1, 1: 0.2, 2: 0.5},
         }
     )
-    found = {(own.kind, own.superset): own for own in grid.orders(frame, 2)}
+    found = {(own.kind, own.superset): own for own in report.orders(frame, 2)}
     heads = {key: [site.head for site in own.order] for key, own in found.items()}
     assert heads["without", "artist"] == [2, 1] and found["without", "artist"].pairs == ("p2",)
     assert heads["only", "artist"] == [0, 2] and found["only", "artist"].pairs == ("p0",)
@@ -126,22 +127,31 @@ def test_an_order_without_a_superset_never_sees_it_and_one_by_it_sees_nothing_el
 
 def test_a_circuit_is_cut_where_both_quantities_reach_the_share():
     sites = tuple(Site(0, "head", head) for head in range(3))
+    other = grid.Circuit("without", "writer", ("p1",), sites[1:])
     circuit = grid.Circuit("only", "artist", ("p0",), sites)
+    number = grid.numbered_sets([other, circuit])
+    assert sorted(number.values()) == list(range(5))  # (1), (1, 2), (0), (0, 1), (0, 1, 2)
+    assert number[frozenset(sites[:1])] == 2
     rows = []
     for direction, effects in (("denoise", (0.5, 0.9, 0.95)), ("noise", (0.3, 0.6, 0.85))):
-        for number, effect in zip((4, 1, 7), effects, strict=True):
+        for own, effect in zip(circuit.growing, effects, strict=True):
             sign = 1 if direction == "denoise" else -1
             rows.append(
-                {"pair_id": "p0", "quad_id": "q0", "direction": direction, "site_set": number}
+                {"pair_id": "p0", "quad_id": "q0", "direction": direction, "site_set": number[own]}
                 | {"logit_diff_before": 0.0, "logit_diff_after": sign * 2 * effect, "metric_before": 0.0}
                 | {"logit_diff_clean": 1.0, "logit_diff_corrupt": -1.0, "metric_after": 0.0}
             )
     grown = pd.DataFrame(rows)
-    own = SimpleNamespace(slice_share=0.8)
-    assert grid.cut(circuit, [4, 1, 7], grown, own).sites == sites  # damage reaches 0.8 with the third only
-    assert grid.cut(circuit, [4, 1, 7], grown, SimpleNamespace(slice_share=0.55)).sites == sites[:2]
-    turned_gap = grown.assign(logit_diff_corrupt=1.0)  # nothing to recover: no circuit, and no error
-    assert grid.cut(circuit, [4, 1, 7], turned_gap, own).sites == ()
+
+    def picked(frame: pd.DataFrame, share: float) -> grid.Circuit:
+        untested, own = report.cut([other, circuit], frame, SimpleNamespace(slice_share=share))
+        assert untested.sites == ()  # nothing was measured for it
+        return own
+
+    assert picked(grown, 0.8).sites == sites and picked(grown, 0.8).reached  # damage reaches 0.8 with the third only
+    assert picked(grown, 0.55).sites == sites[:2]
+    assert picked(grown, 0.99).sites == sites and not picked(grown, 0.99).reached
+    assert picked(grown.assign(logit_diff_corrupt=1.0), 0.8).sites == ()  # nothing to recover
 
 
 def test_sets_of_a_unit_keep_their_place_in_the_whole_list():
@@ -225,7 +235,8 @@ def own_pairs(tmp_path_factory, smollm, smollm_tokenizer):
     given = params.load_profile("smoke") | {"results_dir": str(folder), "pairs_file": str(path), "memory": 1.0}
     step = steps.Step("generality", params.validate("generality", given))
     step.__dict__["model"] = smollm
-    table, counts = grid.build(step)
+    assert report.quads(step) is None
+    table, counts = grid.build(step, None)
     return step, table, counts
 
 
@@ -244,7 +255,9 @@ def test_own_pairs_are_taken_as_they_are_and_only_solved_ones_in_other_templates
         "singer",
         "",
     }
-    assert grid.single_sites(step) is None and grid.circuits(step) == []  # step 04 has left nothing here
+    single = report.single_sites(step)
+    assert single.empty and report.orders(single, 5) == []  # step 04 has left nothing here
+    assert grid.grown(step, []).empty
 
 
 def test_a_control_prompt_is_ablated_by_the_mean_of_ordinary_prompts_balanced_over_supersets(own_pairs, smollm):
