@@ -130,6 +130,22 @@ def removing(handles: list[RemovableHandle]) -> Iterator[None]:
             handle.remove()
 
 
+@contextmanager
+def with_forwards(forwards: Sequence[tuple[torch.nn.Module, Callable]]) -> Iterator[None]:
+    """Run modules through other functions for a while; their hooks and parameters stay as they are."""
+    own = [(module, module.__dict__.get("forward")) for module, _ in forwards]
+    try:
+        for module, forward in forwards:
+            module.forward = forward
+        yield
+    finally:
+        for module, forward in own:
+            if forward is None:
+                module.__dict__.pop("forward", None)
+            else:
+                module.forward = forward
+
+
 def head_slice(model: Model, site: Site) -> slice:
     """The site's columns of the activation at its module: a head's slice of the o_proj input, else all of it."""
     if site.component != "head":

@@ -9,16 +9,16 @@ Goldowsky-Dill et al. 2023, arXiv 2304.05969):
 
 All senders go through each run as rows of one growing batch. With attention held, no token hears another, so the first
 run is made of the sender's tokens alone and computes no attention; a receiver hears a sender at the tokens that both
-their roles hold. Nothing is linearised: an input arrives as the row's difference from the base row of the same pass,
-which is added in the second run to the base row's copy, so that what does not arrive changes nothing to the bit.
+their roles hold. Nothing is linearised. What the first run records is the row's difference from the base row of the
+same pass; in the second run the receiver is given the base row's input with this difference, and so hears nothing of
+what other receivers do. What does not arrive changes nothing, to the bit.
 
 With grouped queries, k and v are made once for a group of query heads: their paths reach all of them (`reached`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -34,7 +34,7 @@ from lib.pools import grouped
 from lib.single_pass import Activations, BaseRun, Batch, Edit, Grown, Proof, Row, SweepError, edits_by_module
 from lib.tasks import Pair
 
-PROJECTIONS = {"q": ("q_proj",), "k": ("k_proj",), "v": ("v_proj",)}
+PROJECTIONS = {"q": "q_proj", "k": "k_proj", "v": "v_proj"}
 FUSED = ("c_attn", "qkv_proj")  # q, k and v in one module, side by side
 KINDS = (*PROJECTIONS, "mlp", "block", "final")
 MLPS = ("recomputed", "frozen")
@@ -113,7 +113,7 @@ def run(
 ) -> pd.DataFrame:
     """Path patching of sets of senders into one set of receivers; one row per pair x set x ablation.
 
-    receivers    set together; each has a role of its own.
+    receivers    set together.
     senders      sets of heads, MLPs, attention modules or `EMBED`, replaced together at `sender_role`; default: all
                  that come before a receiver, each alone.
     mlps         `recomputed` or `frozen`: the MLPs between senders and receivers.
@@ -128,7 +128,7 @@ def run(
     """
     receivers = [Receiver(*receiver) for receiver in receivers]
     check(model, pairs, receivers, sender_role, mlps)
-    sets = [tuple(Site(*site) for site in own) for own in senders or ()] or senders_before(model, receivers)
+    sets = senders_before(model, receivers) if senders is None else [tuple(Site(*site) for site in s) for s in senders]
     for sender in {site for own in sets for site in own}:
         if sender.component == "resid":
             raise ValueError("resid cannot be a sender: it holds what every earlier sender has said; name those")
@@ -194,31 +194,30 @@ def grow_paths(
     """
     deltas, proof = record(model, base, rows, sources, receivers, roles, mlps)
     last = model.n_layers - 1
-    joins = {receiver: last if receiver.kind == "final" else receiver.layer for receiver in deltas}
+    joins = {receiver: last if receiver.kind == "final" else receiver.layer for receiver in receivers}
     first = [min([joins[r] for r in deltas if any(before(s, r) for s in row.sites)], default=last) for row in rows]
     batch = Batch(first, [row.owner for row in rows], base, model)
     start = min(position for _, positions in deltas.values() for position in positions)
-    places = batch.at[:, None]
-    fired = dict.fromkeys(deltas, 0)
+    fired: dict[Receiver, int] = {}
     handles: list = []
     with hooks.removing(handles):
         for layer in range(model.n_layers):
             handles.append(batch.joining(model, layer))
-        for receiver, (delta, positions) in deltas.items():
-            at, offsets = input_of(model, receiver), torch.tensor(positions)[None] - start
-            # rows that join later do not hear this receiver
+        for receiver in receivers:
+            # all tokens of its role, also those that no sender changed; before the first one nothing differs
+            tokens = [token for token in roles[receiver.role] if token >= start]
             here = torch.tensor([index for index, layer in enumerate(first) if layer <= joins[receiver]], dtype=int)
+            if not tokens or not len(here):
+                continue
+            at, fired[receiver] = input_of(model, receiver), 0
+            delta, heard = deltas.get(receiver, (None, []))
+            arrived = delta if delta is None else delta[here]
+            row = RowInput(batch.at[here], batch.owner[batch.at[here]], tokens, start, arrived, heard, at.columns)
 
-            def add(
-                value: Tensor, receiver: Receiver = receiver, delta: Tensor = delta, offsets: Tensor = offsets,
-                here: Tensor = here, columns: slice = at.columns,
-            ) -> Tensor:  # fmt: skip
-                fired[receiver] += 1
-                value = value.clone()
-                value[..., columns][places[here], offsets] += delta[here].to(value)
-                return value
+            def observe(value: Tensor, receiver: Receiver = receiver, row: RowInput = row) -> None:
+                fired[receiver] += row.is_set(value)
 
-            handles.append(at.on(add))
+            handles += [at.on(row.set), at.on(observe)]
         hidden = batch.run(model, base, start)
     for receiver, times in fired.items():
         if times != 1:
@@ -228,6 +227,40 @@ def grow_paths(
     return replace(grown, arrived=torch.stack(squares).sum(0).sqrt())
 
 
+class RowInput(NamedTuple):
+    """What a receiver is given in the second run: the base row's input with what arrived, whatever else has changed."""
+
+    rows: Tensor  # places in the batch of the rows that hear it
+    owner: Tensor  # of each, the place of its base row
+    tokens: list[int]  # of the receiver's role
+    start: int  # the pass's first token
+    delta: Float[Tensor, "rows heard width"] | None
+    heard: list[int]  # the tokens at which something arrives
+    columns: slice
+
+    def of(self, value: Tensor, rows: Tensor) -> tuple[Tensor, tuple]:
+        offsets = torch.tensor(self.tokens, device=value.device)[None] - self.start
+        return value[..., self.columns], (rows.to(value.device)[:, None], offsets)
+
+    def wanted(self, value: Tensor) -> Float[Tensor, "rows tokens width"]:
+        view, index = self.of(value, self.owner)
+        own = view[index]
+        if self.delta is not None:
+            own[:, [self.tokens.index(token) for token in self.heard]] += self.delta.to(own)
+        return own
+
+    def set(self, value: Tensor) -> Tensor:
+        value = value.clone()
+        view, index = self.of(value, self.rows)
+        view[index] = self.wanted(value)
+        return value
+
+    def is_set(self, value: Tensor) -> bool:
+        view, index = self.of(value, self.rows)
+        return torch.equal(view[index], self.wanted(value))
+
+
+@torch.no_grad()
 def record(
     model: Model,
     base: BaseRun,
@@ -282,7 +315,7 @@ def record(
         else:
             write = lambda value, layer=layer: replaced(value, "mlp", layer)  # noqa: E731
             handles.append(hooks.on_activation(model, layer, "mlp", write))
-    with hooks.removing(handles), with_forwards(forwards):
+    with hooks.removing(handles), hooks.with_forwards(forwards):
         for layer in range(model.n_layers):
             handles.append(batch.joining(model, layer))
         handles.append(hooks.on_activation(model, -1, "embed", lambda value: replaced(value, "embed", -1)))
@@ -342,31 +375,14 @@ def input_of(model: Model, receiver: Receiver) -> Input:
 
 def projection(model: Model, attention: nn.Module, kind: str) -> tuple[nn.Module, int]:
     """The module that makes q, k or v, and the first column of that kind in its output."""
-    for name in PROJECTIONS[kind]:
-        if hasattr(attention, name):
-            return getattr(attention, name), 0
+    if hasattr(attention, PROJECTIONS[kind]):
+        return getattr(attention, PROJECTIONS[kind]), 0
     for name in FUSED:
         if hasattr(attention, name):
             heads = {"q": 0, "k": model.n_heads, "v": model.n_heads + model.n_kv_heads}[kind]
             return getattr(attention, name), heads * model.head_size
-    looked = ", ".join((*PROJECTIONS[kind], *FUSED))
+    looked = ", ".join((PROJECTIONS[kind], *FUSED))
     raise ModelError(f"{type(attention).__name__}: no {kind} projection found; looked for {looked}")
-
-
-@contextmanager
-def with_forwards(forwards: Sequence[tuple[nn.Module, Callable]]) -> Iterator[None]:
-    """Run modules through other functions for a while; their hooks and parameters stay as they are."""
-    own = [(module, module.__dict__.get("forward")) for module, _ in forwards]
-    try:
-        for module, forward in forwards:
-            module.forward = forward
-        yield
-    finally:
-        for module, forward in own:
-            if forward is None:
-                module.__dict__.pop("forward", None)
-            else:
-                module.forward = forward
 
 
 def prove_base_rows(model: Model, base: BaseRun, value: Tensor) -> None:

@@ -62,7 +62,7 @@ Grow = Callable[[Model, BaseRun, Sequence[Row], Activations], Grown]
 log = logging.getLogger(__name__)
 
 
-def plan(label: str, pairs: Sequence[Pair], size: int = 8, /, **options: Any) -> list[Unit]:
+def plan(label: str, pairs: Sequence[Pair], /, size: int = 8, **options: Any) -> list[Unit]:
     """The work units of one sweep: a pure function of the pair list and the options of `run`.
 
     Means and resamples are left out for pairs whose group has no other quad to take them from (`lenders`).
