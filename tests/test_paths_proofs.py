@@ -8,7 +8,7 @@ import torch
 from brute_force_paths import receiver
 from test_sweep import PAIRS
 
-from lib import paths, single_pass
+from lib import hooks, paths, single_pass
 from lib.hooks import EMBED, Site
 
 
@@ -56,7 +56,7 @@ def test_a_sender_that_is_never_replaced_is_found(tiny, monkeypatch):
 
 
 def test_attention_that_is_not_held_is_found(tiny, monkeypatch):
-    monkeypatch.setattr(paths, "with_forwards", lambda forwards: contextlib.nullcontext())
+    monkeypatch.setattr(hooks, "with_forwards", lambda forwards: contextlib.nullcontext())
     with pytest.raises(single_pass.SweepError, match="base rows"):
         paths.run(tiny("llama"), PAIRS[:1], senders=[[EMBED]], receivers=[receiver("v 2.1 last")])
 
