@@ -66,6 +66,8 @@ Components = Annotated[tuple[Component, ...], Field(min_length=1), BeforeValidat
 Ablations = Annotated[tuple[Ablation, ...], Field(min_length=1), BeforeValidator(_words), ONCE]
 Roles = Annotated[tuple[Role, ...], BeforeValidator(_words), ONCE]
 Words = Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(_words), ONCE]
+# papermill reads "True" as a truth value and leaves "true" a text
+Flag = Annotated[bool, BeforeValidator(lambda value: {"true": True, "false": False}.get(str(value).lower(), value))]
 Share = Annotated[float, Field(gt=0, le=1)]
 Sites = Annotated[
     tuple[Annotated[str, Field(pattern=r"^(\d+\.\d+|(mlp|attn) \d+)$")], ...] | None, BeforeValidator(_words), ONCE
@@ -98,7 +100,7 @@ class Shared(BaseModel):
     quantisation: Literal["nf4", "int8"] | None = Field(None, description="load in 4 or 8 bits through bitsandbytes")
     max_memory: dict[int | str, float] | None = Field(None, description="GB per device, for device_map")
     offload_folder: str | None = Field(None, description="folder for weights that fit on no device")
-    chat_template: bool = Field(False, description="wrap prompts in the tokenizer's chat template")
+    chat_template: Flag = Field(False, description="wrap prompts in the tokenizer's chat template")
     task: Literal["superset", "bi_association", "odd_one_out", "one_name"] = Field(
         "superset", description="what is asked"
     )
@@ -119,7 +121,7 @@ class Shared(BaseModel):
     memory: Literal["auto"] | Annotated[float, Field(gt=0)] = Field(
         "auto", description="GB that one pass may take; auto: from the machine's size"
     )
-    overwrite: bool = Field(False, description="replace results that other parameters wrote")
+    overwrite: Flag = Field(False, description="replace results that other parameters wrote")
     level: float = Field(0.95, gt=0.5, lt=1, description="confidence level of intervals")
     resamples: int = Field(2000, ge=100, description="bootstrap resamples over quads")
     flips: int = Field(2000, ge=100, description="sign flips of whole quads in max-T tests")

@@ -184,3 +184,8 @@ def test_parameters_cannot_be_changed():
 def test_a_module_under_a_sections_name_does_not_hide_the_section():
     with pytest.raises(ParameterError, match="imports a module under the name 'baselines'"):
         params.from_notebook("baselines", {"profile": "smoke", "baselines": pytest})
+
+
+@pytest.mark.parametrize(("given", "meant"), [("true", True), ("True", True), (True, True), ("false", False)])
+def test_a_truth_value_may_come_as_papermill_leaves_it(given, meant):
+    assert params.validate("necessity", {"model": "owner/name", "overwrite": given}).overwrite is meant
