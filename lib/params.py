@@ -235,9 +235,7 @@ class Generality(OfSlice):
     silence_margin: Share = Field(
         0.2, description="a control is silent if no candidate moves by this share of the ordinary effect"
     )
-    general_floor: Share = Field(
-        0.5, description="what the lower ends of joint recovery and damage must exceed in every class"
-    )
+    general_floor: Share = Field(0.5, description="what joint recovery and damage must exceed in every class")
 
 
 STEPS: dict[str, type[Shared]] = {
