@@ -130,18 +130,23 @@ def forest(
     return figure
 
 
-def class_matrices(tables: Mapping[str, pd.DataFrame], label: str, xlabel: str = "", ylabel: str = "") -> Figure:
-    """Shares between classes, a panel for each table: rows and columns as they are named, the number in each cell."""
+def class_matrices(
+    tables: Mapping[str, pd.DataFrame], label: str, xlabel: str = "", ylabel: str = "", limit: float = 1
+) -> Figure:
+    """Shares between classes, a panel for each table: rows and columns as they are named, the number in each cell.
+
+    The scale runs from 0 to `limit`.
+    """
     rows, width = max(len(table) for table in tables.values()), len(tables)
     with style.context(STYLE):
         figure = Figure(figsize=(WIDTH, 1.5 + 0.36 * rows))
         panels = figure.subplots(1, width, squeeze=False)[0]
         for index, (axes, (title, table)) in enumerate(zip(panels, tables.items(), strict=True)):
             values = table.to_numpy(dtype=float)
-            image = axes.imshow(values, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+            image = axes.imshow(values, cmap="Blues", vmin=0, vmax=limit, aspect="auto")
             for (y, x), value in np.ndenumerate(values):
                 if np.isfinite(value):
-                    tone = "white" if value > 0.6 else "black"
+                    tone = "white" if value > 0.6 * limit else "black"
                     axes.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=8, color=tone)
             axes.grid(False)
             axes.set(title=title, xlabel=xlabel, ylabel=ylabel if index == 0 else "")
@@ -182,8 +187,8 @@ def controls(frame: pd.DataFrame, share: float, xlabel: str) -> Figure:
         for axes in panels[len(names) :]:
             axes.set_visible(False)
         for axes in panels[max(0, len(names) - 2) : len(names)]:
-            axes.set_xlabel(xlabel)
             axes.tick_params(labelbottom=True)
+        figure.supxlabel(xlabel, fontsize=10)
     return figure
 
 

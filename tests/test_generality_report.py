@@ -1,0 +1,337 @@
+"""Step 07's tables, verdict and sentences on made-up records whose answer is known; figures on thin tables."""
+
+import re
+from itertools import count, permutations
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from lib import circuit_plots, control_report, rule
+from lib import generality_report as report
+from lib import generality_statements as statements
+from lib.grid import Circuit
+from lib.hooks import Site
+from lib.params import Generality
+from lib.tasks import SUPERSETS
+
+PARAMS = Generality(model="config:none", resamples=200, flips=200)
+
+
+# --- a grid with known effects
+
+
+def made_grid(quads: int = 25, supersets=SUPERSETS) -> pd.DataFrame:
+    """Two pairs, one the mirror of the other, of each quad; quads take the pairs of supersets in turn."""
+    rows, pairs = [], [pair for pair in permutations(supersets, 2) if pair[0] < pair[1]]
+    for number in range(quads * len(pairs)):
+        answer, other = pairs[number % len(pairs)]
+        for place, (a, b) in enumerate(((answer, other), (other, answer))):
+            row = {"pair_id": f"q{number:03d}.{place}", "quad_id": f"q{number:03d}", "template": "profession_both"}
+            row |= {"answer": a, "corrupt_answer": b, "order": "better known first" if number % 2 else ""}
+            rows.append(
+                row | {"clean_profession_a": f"{a} one", "clean_profession_b": f"{a} {'one' if number % 3 else 'two'}"}
+            )
+    return pd.DataFrame(rows)
+
+
+def made_joint(grid: pd.DataFrame, effect, seed: int = 0) -> pd.DataFrame:
+    """Records of one set of sites in both directions: `effect(answer, direction)` of the gap, and noise."""
+    rng = np.random.default_rng(seed)
+    frames = []
+    for direction, sign in (("noise", -1), ("denoise", 1)):
+        gap = rng.gamma(4, 1.5, len(grid))
+        share = np.array([effect(answer, direction) for answer in grid["answer"]])
+        before = np.where(direction == "noise", gap / 2, -gap / 2)
+        change = sign * (share * gap + 0.3 * rng.standard_normal(len(grid)))
+        own = grid[["pair_id", "quad_id", "template"]].assign(
+            direction=direction, ablation="counterfactual" if direction == "noise" else "clean", site_set=0,
+            logit_diff_before=before, logit_diff_after=before + change, logit_diff_clean=gap / 2,
+            logit_diff_corrupt=-gap / 2, profile="", task="superset", position="last", half="confirmation",
+        )  # fmt: skip
+        frames.append(own)
+    return pd.concat(frames, ignore_index=True)
+
+
+def test_groups_recover_what_was_put_in_and_keep_classes_of_few_quads():
+    grid = made_grid(6)
+    rare = made_grid(3, ("artist", "writer")).assign(answer="scientist", corrupt_answer="writer")
+    grid = pd.concat(
+        [grid[grid["answer"] != "scientist"], rare.assign(pair_id="r" + rare["pair_id"], quad_id="r" + rare["quad_id"])]
+    )
+    planted = {"artist": 0.9, "athlete": 0.4}
+    joint = made_joint(grid, lambda answer, direction: planted.get(answer, 0.7) - 0.1 * (direction == "noise"))
+    table = report.groups(joint, grid, PARAMS).set_index(["kind", "group", "quantity"])
+    assert table.loc[("superset", "artist", "recovery"), "estimate"] == pytest.approx(0.9, abs=0.05)
+    assert table.loc[("superset", "artist", "damage"), "estimate"] == pytest.approx(0.8, abs=0.05)
+    assert table.loc[("superset", "athlete", "damage"), "estimate"] == pytest.approx(0.3, abs=0.05)
+    for name, quads in (("artist", 24), ("scientist", 3)):
+        row = table.loc[("superset", name, "damage")]
+        assert row["quads"] == quads and np.isnan(row["low"]) == (quads < 20) and np.isfinite(row["estimate"])
+    assert {"profession", "order", "names", "template", "supersets", "all"} <= set(table.index.get_level_values("kind"))
+
+
+def test_an_effect_without_a_gap_is_no_number_and_no_error():
+    grid = made_grid(2)
+    joint = made_joint(grid, lambda *_: 0.5).assign(logit_diff_corrupt=9.0)
+    assert report.groups(joint, grid, PARAMS)["estimate"].isna().all()
+    assert np.isnan(report.joint_effect(joint.head(0), PARAMS)["estimate"])
+
+
+def both(kind: str, group: str, low: float, estimate: float = 0.7, **about) -> list[dict]:
+    rows = [{"kind": kind, "group": group, "quantity": quantity, "estimate": estimate, "low": low, "high": 0.9}
+            for quantity in ("damage", "recovery")]  # fmt: skip
+    return [row | {"pairs": 40, "quads": 20} | about for row in rows]
+
+
+def held_out(superset: str, low: float) -> list[dict]:
+    about = {"superset": superset, "picked_on": 50, "size": 4, "sites": "21.6", "overlap": 0.8, "reached": True}
+    return both("without", "", low, **about) + both("only", "", low, **about)
+
+
+def test_general_means_every_class_and_every_circuit_that_did_not_see_it():
+    classes = pd.DataFrame([row for name in SUPERSETS for row in both("superset", name, 0.6)])
+    circuits = pd.DataFrame([row for name in SUPERSETS for row in held_out(name, 0.55)])
+    good = statements.decide(classes, circuits, PARAMS)
+    assert good.verdict == "general" and good.tested == list(SUPERSETS) and good.failing.empty
+    assert "general" in statements.verdict_sentence(good, circuits, PARAMS)
+
+    weak = classes.copy()
+    weak.loc[(weak["group"] == "writer") & (weak["quantity"] == "recovery"), "low"] = 0.49
+    bad = statements.decide(weak, circuits, PARAMS)
+    sentence = statements.verdict_sentence(bad, circuits, PARAMS)
+    assert bad.verdict == "class-specific" and "the slice in writer (recovery" in sentence and "artist" not in sentence
+
+    blind = circuits.copy()
+    blind.loc[(blind["superset"] == "artist") & (blind["kind"] == "without"), "low"] = 0.2
+    bad = statements.decide(classes, blind, PARAMS)
+    assert bad.verdict == "class-specific" and set(bad.failing["superset"]) == {"artist"}
+    assert "picked without it in artist" in statements.verdict_sentence(bad, blind, PARAMS)
+    own = circuits.copy()
+    own.loc[own["kind"] == "only", "low"] = 0.1  # a class's own circuit decides nothing
+    assert statements.decide(classes, own, PARAMS).verdict == "general"
+
+
+def test_a_class_of_few_quads_is_named_and_decides_nothing():
+    classes = pd.DataFrame(
+        [row for name in SUPERSETS for row in both("superset", name, 0.6 if name != "writer" else np.nan)]
+    )
+    verdict = statements.decide(classes, pd.DataFrame(), PARAMS)
+    assert verdict.verdict == "general" and verdict.untested == ["writer"]
+    sentence = statements.verdict_sentence(verdict, pd.DataFrame(), PARAMS)
+    assert "Too few quads for an interval: writer" in sentence and "were not there to test" in sentence
+    nothing = statements.decide(classes.assign(low=np.nan), pd.DataFrame(), PARAMS)
+    assert nothing.verdict == "not testable here" and nothing.untested == list(SUPERSETS)
+
+
+def test_a_circuit_that_could_not_be_picked_keeps_its_rows():
+    grid = made_grid(3)
+    joint = pd.concat([made_joint(grid, lambda *_: 0.8), made_joint(grid, lambda *_: 0.6, 1).assign(site_set=1)])
+    empty = Circuit("without", "artist", (), ())
+    found = Circuit("only", "artist", ("a",), (Site(1, "mlp"), Site(2, "mlp")), 1, True)
+    table = report.circuit_table(joint, grid, [empty, found], [Site(1, "mlp"), Site(3, "head", 0)], PARAMS)
+    assert table["estimate"].isna().tolist() == [True, True, False, False]
+    assert table["estimate"].iloc[2] == pytest.approx(0.6, abs=0.1) and table["size"].tolist() == [0, 0, 1, 1]
+    assert table["overlap"].iloc[2] == pytest.approx(1 / 2)  # mlp 1 of mlp 1 and 3.0
+    moved = report.transfer(joint, grid, [empty, found], PARAMS)
+    assert set(moved["picked_on"]) == {"the slice", "artist"} and set(moved["tested_on"]) == set(SUPERSETS)
+
+
+def test_a_site_that_serves_one_class_alone_shows_as_interaction_and_one_that_serves_all_does_not():
+    grid, frames = made_grid(6), []
+    for head in range(6):
+        joint = made_joint(grid, lambda answer, _, head=head: 0.3 * (head != 0 or answer == "artist"), seed=head)
+        frames.append(joint.assign(layer=0, component="head", head=head).drop(columns="site_set"))
+    frame = pd.concat(frames, ignore_index=True)
+    test, sites, why = report.interaction(frame, grid, PARAMS)
+    assert why == "" and test.p_overall < 0.02
+    first = sites.iloc[0]
+    assert (first["site"], first["most"], first["sure"]) == ("0.0", "artist", True)
+    assert sites["sure"].sum() == 1
+    few = made_grid(1)
+    test, _, why = report.interaction(frame[frame["pair_id"].isin(few["pair_id"])], few, PARAMS)
+    assert test is None and "units" in why
+
+
+# --- controls
+
+
+def made_controls(shift, prompts: int = 60, quads: int = 60, noise: float = 0.5):
+    """`controls.ablated`'s frame: ordinary answers fall by 3, and `shift` is added to the control's candidates."""
+    rng = np.random.default_rng(0)
+    grid = made_grid(-(-quads // 10)).head(2 * quads)
+    names = list(SUPERSETS)
+    rows, number = [], count()
+    for kind, ids in (("ordinary", grid.itertuples()), ("things", range(prompts))):
+        for own in ids:
+            change = noise * rng.standard_normal(5)
+            if kind == "ordinary":
+                change[names.index(own.answer)] -= 3
+                row = {"pair_id": own.pair_id, "quad_id": own.quad_id}
+            else:
+                change += shift
+                row = {"pair_id": f"control{own}", "quad_id": f"control{own}"}
+            before = rng.standard_normal(5)
+            for name, place, scale in (("slice", 0, 1.0), ("heads", 1, 0.6), ("random", 2, 0.0), ("random", 3, 0.0)):
+                moved = change * scale + 0.02 * rng.standard_normal(5)
+                own_row = row | {"ablation": "mean", "set": name, "number": place, "before": before}
+                rows.append(own_row | {"after": before + moved, "order": next(number)})
+    prompts_table = pd.DataFrame(
+        {"control": "things", "pair_id": [f"control{i}" for i in range(prompts)], "classes": ""}
+    )
+    return pd.DataFrame(rows), prompts_table, grid
+
+
+@pytest.mark.parametrize(
+    ("shift", "verdict", "met"),
+    [((0, 0, 0, 0, 0), "silent", True), ((0, 0, -2.0, 0, 0), "active", False), ((0, 0.45, 0, 0, 0), "undecided", None)],
+)
+def test_silence_is_claimed_only_where_every_candidate_stays_within_the_margin(shift, verdict, met):
+    frame, prompts, grid = made_controls(np.array(shift), noise=0.5 if verdict != "undecided" else 1.0)
+    candidates, verdicts = control_report.scored(frame, prompts, grid, SUPERSETS, PARAMS)
+    found = verdicts.drop_duplicates("control").set_index("control")
+    assert (found.loc["things", "verdict"], found.loc["things", "met"]) == (verdict, met)
+    assert found.loc["ordinary", "verdict"] == "active" and found.loc["ordinary", "fall"] == pytest.approx(2.4, abs=0.1)
+    assert found.loc["random heads", "met"] is True and found.loc["random heads", "candidates"] == 10
+    assert found.loc["random heads", "fall"] == pytest.approx(0.6 * 2.4, abs=0.1)  # the margin is the heads' own
+    assert set(candidates["scoring"]) == {"centred", "raw"}
+
+
+def test_shuffled_labels_are_silent_on_an_effect_that_right_labels_show():
+    frame, prompts, grid = made_controls(np.zeros(5), quads=200)
+    _, verdicts = control_report.scored(frame, prompts, grid, SUPERSETS, PARAMS)
+    found = verdicts[verdicts["scoring"] == "centred"].set_index("control")
+    assert found.loc["shuffled labels", "verdict"] == "silent" and found.loc["ordinary", "verdict"] == "active"
+
+
+def test_too_few_prompts_decide_nothing():
+    frame, prompts, grid = made_controls(np.zeros(5), prompts=6)
+    _, verdicts = control_report.scored(frame, prompts, grid, SUPERSETS, PARAMS)
+    found = verdicts.drop_duplicates("control").set_index("control")
+    assert found.loc["things", "verdict"] == "undecided" and found.loc["things", "met"] is None
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "verdict", "met"),
+    [(-1.0, -1.2, "partial", True), (-1.0, 0.8, "not partial", False), (-4.0, -1.0, "not partial", False)],
+)
+def test_partial_means_that_both_fall_and_neither_as_far_as_an_answer(first, second, verdict, met):
+    rng = np.random.default_rng(0)
+    matrix = pd.DataFrame(np.array([first, second, 0.5]) + 0.3 * rng.standard_normal((40, 3)))
+    spans = [(value, value - 0.2, value + 0.2) for value in (first, second, 0.5)]
+    table = pd.DataFrame(spans, columns=["estimate", "low", "high"])
+    found = control_report.verdict_of("mixed", matrix, table, 3.0, PARAMS)
+    assert (found["verdict"], found["met"]) == (verdict, met)
+
+
+def test_changes_are_aligned_by_the_classes_of_the_names():
+    change = [np.array([10.0, 20, 30, 40, 50]), np.array([1.0, 2, 3, 4, 5])]
+    rows = pd.DataFrame({"change": change, "classes": ["writer,artist", "artist,athlete"], "quad_id": ["a", "b"]})
+    rng = np.random.default_rng(0)
+    mixed = control_report.aligned_changes(rows, SUPERSETS, "mixed", rng)
+    assert mixed.to_numpy().tolist() == [[50, 10, 30], [1, 3, 11 / 3]]
+    answered = control_report.aligned_changes(rows.assign(classes=["writer", "athlete"]), SUPERSETS, "ordinary", rng)
+    assert answered.to_numpy().tolist() == [[50, 10, 20, 30, 40], [3, 4, 5, 1, 2]]
+    assert control_report.aligned_changes(rows, SUPERSETS, "things", rng).to_numpy().tolist() == [
+        list(c) for c in change
+    ]
+
+
+def test_a_leader_that_falls_in_every_prompt_shows_although_no_name_does():
+    frame, prompts, grid = made_controls(np.zeros(5), prompts=100)
+    things = frame["pair_id"].str.startswith("control")
+    frame.loc[things, "after"] = pd.Series(
+        [b - 2 * (b == b.max()) for b in frame[things]["before"]], index=frame.index[things]
+    )
+    leaders = control_report.leaders(frame, prompts, grid, PARAMS).set_index("control")
+    assert leaders.loc["things", "low"] > 1
+    candidates, _ = control_report.scored(frame, prompts, grid, SUPERSETS, PARAMS)
+    own = candidates[(candidates["control"] == "things") & (candidates["scoring"] == "centred")]
+    assert own["estimate"].abs().max() < 0.5
+
+
+# --- the rule's lines, the sentences, the figures
+
+
+def test_rule_lines_are_the_least_squares_fits_to_the_two_steps():
+    fitted = pd.DataFrame({"term": ["one name", "two names"], "estimate": [1.0, 3.0]})
+    asked = pd.DataFrame({"n_a": [1] * 6 + [0] * 4, "n_b": [1] * 2 + [0] * 8})  # two names twice, one name four times
+    lines = report.rule_lines(SimpleNamespace(fitted=fitted), asked)
+    x, y = np.array([1] * 4 + [2] * 2), np.array([1.0] * 4 + [3.0] * 2)
+    assert lines["additive"][1] == pytest.approx((x * y).sum() / (x**2).sum())
+    assert lines["OR"] == pytest.approx([0, y.mean(), y.mean()]) and lines["AND"] == [0, 0, 3.0]
+
+
+def made_tables(quads: int) -> statements.Tables:
+    grid = made_grid(quads)
+    joint = made_joint(grid, lambda *_: 0.8)
+    frame = pd.concat(
+        [made_joint(grid, lambda *_: 0.3, seed=head).assign(layer=0, component="head", head=head) for head in range(4)]
+    )
+    changes, prompts, own = made_controls(np.zeros(5))
+    candidates, verdicts = control_report.scored(changes, prompts, own, SUPERSETS, PARAMS)
+    circuits = [Circuit(kind, name, ("p",), (), 0) for name in SUPERSETS for kind in ("without", "only")]
+    counts = [
+        {"template": "profession_both", "possible": 9, "aligned": 9, "asked": 9, "left": 8, "quads": 4, "why": ""}
+    ]
+    counts.append(counts[0] | {"template": "both_famous", "aligned": 0, "asked": 0, "left": 0, "why": "tokens differ"})
+    return statements.Tables(
+        counts, 8, report.groups(joint, grid, PARAMS), report.site_effects(joint, grid, 0, [Site(0, "mlp")], PARAMS),
+        report.ranks(frame, grid, PARAMS), report.interaction(frame, grid, PARAMS),
+        report.circuit_table(joint, grid, circuits, [Site(0, "mlp")], PARAMS),
+        report.transfer(joint, grid, circuits, PARAMS), candidates, verdicts,
+        control_report.leaders(changes, prompts, own, PARAMS), None,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("quads", [1, 6])
+def test_every_sentence_is_made_and_every_figure_drawn_however_little_there_is(quads):
+    tables = made_tables(quads)
+    step = SimpleNamespace(params=PARAMS, record={})
+    found = statements.generality(step, tables)
+    text = " ".join(found["sentences"])
+    assert not re.search(r"\bnan\b", text) and "0 in 0 quads are solved" in text and "tokens differ" in text
+    assert f"damage {report_value(tables)}" in text  # the number in the sentence is the table's
+    assert found["verdict"] in text or found["verdict"] == "not testable here"
+    assert ("no superset has enough quads" in text) == (quads == 1)
+    circuit_plots.forest(tables.groups, "share", lines=[0.5])
+    circuit_plots.controls(tables.candidates, 0.2, "logits")
+    if len(tables.ranks):
+        square = report.square(tables.ranks, "halves")
+        assert np.allclose(square, square.T) and square.notna().all(axis=None)
+        circuit_plots.class_matrices({"": square}, "correlation")
+
+
+def report_value(tables: statements.Tables) -> str:
+    row = tables.groups[(tables.groups["kind"] == "all") & (tables.groups["quantity"] == "damage")].iloc[0]
+    return statements.value(row)
+
+
+def test_without_controls_circuits_or_rule_the_page_says_so():
+    tables = made_tables(1)._replace(
+        circuits=pd.DataFrame(), transfer=pd.DataFrame(), candidates=pd.DataFrame(), controls=pd.DataFrame(),
+        leaders=pd.DataFrame(), rule=None,
+    )  # fmt: skip
+    found = statements.generality(SimpleNamespace(params=PARAMS, record={}), tables)
+    text = " ".join(found["sentences"])
+    for said in ("No circuits were picked", "The controls were not run", "The rule was not read"):
+        assert said in text
+    assert found["leave_one_out"] == [] and found["rule"] is None
+
+
+def test_the_rule_is_said_with_its_numbers():
+    rng, rows = np.random.default_rng(0), []
+    for number in range(60):
+        classes = rng.choice(5, 2, replace=bool(number % 2))
+        classes = classes if number % 2 == 0 else [classes[0]] * 2
+        for index, word in enumerate(SUPERSETS):
+            n_a, n_b = int(classes[0] == index), int(classes[1] == index)
+            rows.append({"prompt": number, "name_a": f"a{number}", "name_b": f"b{number}", "superset_class": word,
+                         "n_a": n_a, "n_b": n_b, "y": 2 * (n_a + n_b) + 0.1 * rng.standard_normal()})  # fmt: skip
+    fit = rule.compare(pd.DataFrame(rows), resamples=200)
+    text = " ".join(statements.rule_sentences(fit))
+    assert "additive fits" in text and "two names by 4.0" in text
+    lines = report.rule_lines(fit, pd.DataFrame(rows))
+    assert lines["additive"][2] == pytest.approx(4, abs=0.1)
+    circuit_plots.rule_points(fit.fitted, lines, "logits")
