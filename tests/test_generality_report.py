@@ -275,7 +275,9 @@ def made_tables(quads: int) -> statements.Tables:
     counts = [
         {"template": "profession_both", "possible": 9, "aligned": 9, "asked": 9, "left": 8, "quads": 4, "why": ""}
     ]
-    counts.append(counts[0] | {"template": "both_famous", "aligned": 0, "asked": 0, "left": 0, "why": "tokens differ"})
+    counts.append(
+        counts[0] | {"quads": 0, "template": "both_famous", "aligned": 0, "asked": 0, "left": 0, "why": "tokens differ"}
+    )
     return statements.Tables(
         counts, 8, report.groups(joint, grid, PARAMS), report.site_effects(joint, grid, 0, [Site(0, "mlp")], PARAMS),
         report.ranks(frame, grid, PARAMS), report.interaction(frame, grid, PARAMS),
