@@ -80,8 +80,8 @@ def each(rows: pd.DataFrame, name: str = "group") -> str:
 
 
 def quantities(rows: pd.DataFrame) -> str:
-    """ "damage 0.8 [0.7, 0.9] and recovery ..." of the rows of one group."""
-    return listed(f"{row.quantity} {value(row)}" for row in rows.itertuples())
+    """ "damage is 0.8 [0.7, 0.9] and recovery is ..." of the rows of one group."""
+    return listed(f"{row.quantity} is {value(row)}" for row in rows.itertuples())
 
 
 def of_kind(groups: pd.DataFrame, kind: str, quantity: str | None = None) -> pd.DataFrame:
@@ -93,11 +93,11 @@ def grid_sentences(tables: Tables) -> list[str]:
     """What is in the grid, and what was left out of it."""
     first, *others = tables.counts
     professions, supersets = (of_kind(tables.groups, kind, "damage") for kind in ("profession", "supersets"))
+    same = ": over all pairs damage and recovery are read from nearly the same runs, by superset they are not"
     out = [
         f"The grid has {first['left']} pairs of {first['quads']} quads in `{first['template']}`, with "
         f"{len(professions)} professions and {len(supersets)} ordered pairs of supersets. {tables.mirrored} of these "
-        "pairs have their mirror in the grid, so over all pairs damage and recovery are read from nearly the same "
-        "runs; by superset they are not."
+        f"pairs have their mirror in the grid{same if tables.mirrored > first['left'] / 2 else ''}."
     ]
     for count in others:
         why = f" (the first that does not: {count['why']})" if count["why"] else ""
@@ -112,13 +112,13 @@ def grid_sentences(tables: Tables) -> list[str]:
 def group_sentences(tables: Tables) -> list[str]:
     """The slice by superset, profession, template, order of the names."""
     groups = tables.groups
-    out = [f"Over all pairs the slice's joint {quantities(of_kind(groups, 'all'))}."]
+    out = [f"Over all pairs, jointly, the slice's {quantities(of_kind(groups, 'all'))}."]
     for quantity in ("damage", "recovery"):
         rows = of_kind(groups, "superset", quantity).sort_values("estimate")
         out.append(f"By superset, joint {quantity} is {each(rows)}.")
     others = of_kind(groups, "template").query("group != @tables.counts[0]['template']")
     for name, rows in others.groupby("group", sort=False):
-        out.append(f"In `{name}` joint {quantities(rows)} ({rows['quads'].max()} quads).")
+        out.append(f"In `{name}`, jointly, its {quantities(rows)} ({rows['quads'].max()} quads).")
     for kind in ("names", "order"):
         rows = of_kind(groups, kind, "damage")
         if len(rows) > 1:
@@ -187,20 +187,27 @@ def circuit_sentences(tables: Tables, verdict: Verdict) -> list[str]:
     return out
 
 
-def verdict_sentence(verdict: Verdict, circuits: pd.DataFrame, params: Generality) -> str:
-    """The verdict by the profile's rule."""
-    floor = f"{params.general_floor:g}"
+def verdict_sentence(verdict: Verdict, tables: Tables, params: Generality) -> str:
+    """The verdict by the profile's rule, and beside it whether the sites' shares differ between classes."""
+    floor, (test, sites, _) = f"{params.general_floor:g}", tables.interaction
     few = f" Too few quads for an interval: {listed(verdict.untested)}." if verdict.untested else ""
-    alone = " (circuits picked without a class were not there to test)" if circuits.empty else ""
+    alone = " (circuits picked without a class were not there to test)" if tables.circuits.empty else ""
     if verdict.verdict == "not testable here":
         return f"Whether the circuit is general cannot be tested here: no superset has enough quads.{few}"
-    if verdict.verdict == "general":
-        return (
-            f"Verdict: general. In {listed(verdict.tested)} the lower ends of joint damage and recovery exceed "
-            f"{floor}, for the slice and for the circuit picked without the superset{alone}.{few}"
+    if verdict.verdict == "class-specific":
+        fails = [
+            f"{row.circuit} in {row.superset} ({row.quantity} {value(row)})" for row in verdict.failing.itertuples()
+        ]
+        return f"Verdict: class-specific. The lower end does not exceed {floor} for {listed(fails)}{alone}.{few}"
+    shares = ""
+    if test is not None and test.p_overall <= 1 - params.level:
+        shares = (
+            f" General does not mean equal: the shares of {int(sites['sure'].sum())} sites differ between supersets."
         )
-    fails = [f"{row.circuit} in {row.superset} ({row.quantity} {value(row)})" for row in verdict.failing.itertuples()]
-    return f"Verdict: class-specific. The lower end does not exceed {floor} for {listed(fails)}{alone}.{few}"
+    return (
+        f"Verdict: general. In {listed(verdict.tested)} the lower ends of joint damage and recovery exceed {floor}, "
+        f"for the slice and for the circuit picked without the superset{alone}.{shares}{few}"
+    )
 
 
 def control_sentences(tables: Tables, params: Generality) -> list[str]:
@@ -273,7 +280,7 @@ def generality(step: Step, tables: Tables) -> dict[str, Any]:
     """The findings of step 07."""
     params = step.params
     verdict = decide(tables.groups, tables.circuits, params)
-    spoken = verdict_sentence(verdict, tables.circuits, params)
+    spoken = verdict_sentence(verdict, tables, params)
     controls, rule = control_sentences(tables, params), rule_sentences(tables.rule)
     test, sites, why = tables.interaction
     sentences = [
@@ -313,7 +320,7 @@ def generality(step: Step, tables: Tables) -> dict[str, Any]:
         "leaders": tables.leaders.to_dict("records"),
         "rule": None if tables.rule is None else rule_numbers(tables.rule),
         "sentences": sentences,
-        "headline": [*headline, *rule[:1]],
+        "headline": [*headline, *rule[:1], *rule[2:3]],
     }
 
 

@@ -90,24 +90,31 @@ def held_out(superset: str, low: float) -> list[dict]:
     return both("without", "", low, **about) + both("only", "", low, **about)
 
 
+def spoken(verdict: statements.Verdict, circuits: pd.DataFrame, p: float = 0.001) -> str:
+    sites = pd.DataFrame({"sure": [True, True, False]})
+    tables = SimpleNamespace(circuits=circuits, interaction=(SimpleNamespace(p_overall=p), sites, ""))
+    return statements.verdict_sentence(verdict, tables, PARAMS)
+
+
 def test_general_means_every_class_and_every_circuit_that_did_not_see_it():
     classes = pd.DataFrame([row for name in SUPERSETS for row in both("superset", name, 0.6)])
     circuits = pd.DataFrame([row for name in SUPERSETS for row in held_out(name, 0.55)])
     good = statements.decide(classes, circuits, PARAMS)
     assert good.verdict == "general" and good.tested == list(SUPERSETS) and good.failing.empty
-    assert "general" in statements.verdict_sentence(good, circuits, PARAMS)
+    assert "Verdict: general" in spoken(good, circuits)
+    assert "the shares of 2 sites differ" in spoken(good, circuits) and "differ" not in spoken(good, circuits, 0.5)
 
     weak = classes.copy()
     weak.loc[(weak["group"] == "writer") & (weak["quantity"] == "recovery"), "low"] = 0.49
     bad = statements.decide(weak, circuits, PARAMS)
-    sentence = statements.verdict_sentence(bad, circuits, PARAMS)
+    sentence = spoken(bad, circuits)
     assert bad.verdict == "class-specific" and "the slice in writer (recovery" in sentence and "artist" not in sentence
 
     blind = circuits.copy()
     blind.loc[(blind["superset"] == "artist") & (blind["kind"] == "without"), "low"] = 0.2
     bad = statements.decide(classes, blind, PARAMS)
     assert bad.verdict == "class-specific" and set(bad.failing["superset"]) == {"artist"}
-    assert "picked without it in artist" in statements.verdict_sentence(bad, blind, PARAMS)
+    assert "picked without it in artist" in spoken(bad, blind)
     own = circuits.copy()
     own.loc[own["kind"] == "only", "low"] = 0.1  # a class's own circuit decides nothing
     assert statements.decide(classes, own, PARAMS).verdict == "general"
@@ -119,7 +126,7 @@ def test_a_class_of_few_quads_is_named_and_decides_nothing():
     )
     verdict = statements.decide(classes, pd.DataFrame(), PARAMS)
     assert verdict.verdict == "general" and verdict.untested == ["writer"]
-    sentence = statements.verdict_sentence(verdict, pd.DataFrame(), PARAMS)
+    sentence = spoken(verdict, pd.DataFrame())
     assert "Too few quads for an interval: writer" in sentence and "were not there to test" in sentence
     nothing = statements.decide(classes.assign(low=np.nan), pd.DataFrame(), PARAMS)
     assert nothing.verdict == "not testable here" and nothing.untested == list(SUPERSETS)
@@ -294,7 +301,7 @@ def test_every_sentence_is_made_and_every_figure_drawn_however_little_there_is(q
     found = statements.generality(step, tables)
     text = " ".join(found["sentences"])
     assert not re.search(r"\bnan\b", text) and "0 in 0 quads are solved" in text and "tokens differ" in text
-    assert f"damage {report_value(tables)}" in text  # the number in the sentence is the table's
+    assert f"damage is {report_value(tables)}" in text  # the number in the sentence is the table's
     assert found["verdict"] in text or found["verdict"] == "not testable here"
     assert ("no superset has enough quads" in text) == (quads == 1)
     circuit_plots.forest(tables.groups, "share", lines=[0.5])
