@@ -113,10 +113,10 @@ def interaction(
     where classes differ in spread and size, while the studentised statistic is right in the limit (Pauly, Brunner and
     Konietschke 2015). The p values of sites are single-step (Westfall and Young 1993): level under the whole null.
 
-    Simulated with 10 sites, 5 classes and 50 or 99 quads, the nominal 5% is 3 to 6% where classes differ in size only,
-    5 to 7% where one class's spread is twice the others', 6 to 8% where it is three times (9 to 13% if effects are
-    lognormal as well). Resampling a real model's effects class by class gave 5 to 10%, but 37 to 70% with 300 sites,
-    most of them silent but for a few quads.
+    Simulated with 99 quads, 10 sites and 5 classes, the nominal 5% is 4 to 6% where classes differ in size, or one is
+    twice as spread as the others, 5 to 7% where it is three times as spread, and 8 to 11% where effects are lognormal
+    as well. Resampling a real model's effects class by class gave 5 to 10% over a circuit's sites, but 37 to 70% over
+    all 300, most of them silent but for a few quads.
 
     ValueError for shapes that do not match, a cluster with two units of one class, gaps of a class that do not add up
     to more than 0, and fewer than 2 classes with MINIMUM_UNITS units.
