@@ -260,6 +260,16 @@ def test_own_pairs_are_taken_as_they_are_and_only_solved_ones_in_other_templates
     assert grid.grown(step, []).empty
 
 
+def test_only_pairs_without_a_mirror_are_run_twice(own_pairs):
+    step, table, _ = own_pairs
+    first, second = [prompt for prompt in step.prompts(table) if prompt.template == "profession_both"][:2]
+    frame = grid.swept(step, "few", [first, turned(first), second], site_sets=[[Site(21, "head", 6)]])
+    counted = frame.groupby(["pair_id", "direction"]).size()
+    assert (counted == 1).all() and len(counted) == 6
+    stored = records.read(step.path("few"), ["pair_id", "direction"])
+    assert len(stored) == 4 and stored[stored["direction"] == "denoise"]["pair_id"].tolist() == [second.pair_id]
+
+
 def test_a_control_prompt_is_ablated_by_the_mean_of_ordinary_prompts_balanced_over_supersets(own_pairs, smollm):
     step, table, _ = own_pairs
     prompts = [prompt for prompt in step.prompts(table) if prompt.template == "profession_both"]
