@@ -134,7 +134,8 @@ def test_a_class_of_few_quads_is_named_and_decides_nothing():
 
 def test_a_circuit_that_could_not_be_picked_keeps_its_rows():
     grid = made_grid(3)
-    joint = pd.concat([made_joint(grid, lambda *_: 0.8), made_joint(grid, lambda *_: 0.6, 1).assign(site_set=1)])
+    for_artists = made_joint(grid, lambda answer, _: 0.6 if answer == "artist" else 0.2, 1).assign(site_set=1)
+    joint = pd.concat([made_joint(grid, lambda *_: 0.8), for_artists])
     empty = Circuit("without", "artist", (), ())
     found = Circuit("only", "artist", ("a",), (Site(1, "mlp"), Site(2, "mlp")), 1, True)
     table = report.circuit_table(joint, grid, [empty, found], [Site(1, "mlp"), Site(3, "head", 0)], PARAMS)
@@ -143,6 +144,10 @@ def test_a_circuit_that_could_not_be_picked_keeps_its_rows():
     assert table["overlap"].iloc[2] == pytest.approx(1 / 2)  # mlp 1 of mlp 1 and 3.0
     moved = report.transfer(joint, grid, [empty, found], PARAMS)
     assert set(moved["picked_on"]) == {"the slice", "artist"} and set(moved["tested_on"]) == set(SUPERSETS)
+    moved = moved.set_index(["picked_on", "tested_on", "quantity"])["estimate"]
+    assert moved["artist", "artist", "damage"] == pytest.approx(0.6, abs=0.1)
+    assert moved["artist", "writer", "recovery"] == pytest.approx(0.2, abs=0.1)
+    assert moved["the slice", "writer", "damage"] == pytest.approx(0.8, abs=0.1)
 
 
 def test_a_site_that_serves_one_class_alone_shows_as_interaction_and_one_that_serves_all_does_not():
@@ -192,7 +197,7 @@ def made_controls(shift, prompts: int = 60, quads: int = 60, noise: float = 0.5)
 
 @pytest.mark.parametrize(
     ("shift", "verdict", "met"),
-    [((0, 0, 0, 0, 0), "silent", True), ((0, 0, -2.0, 0, 0), "active", False), ((0, 0.45, 0, 0, 0), "undecided", None)],
+    [((0, 0, 0, 0, 0), "silent", True), ((0, 0, -2.0, 0, 0), "active", False), ((0, 0.75, 0, 0, 0), "undecided", None)],
 )
 def test_silence_is_claimed_only_where_every_candidate_stays_within_the_margin(shift, verdict, met):
     frame, prompts, grid = made_controls(np.array(shift), noise=0.5 if verdict != "undecided" else 1.0)
