@@ -218,6 +218,9 @@ def rule_points(fitted: pd.DataFrame, rules: Mapping[str, Sequence[float]], ylab
 def two_hop(columns: Sequence[tuple[str, Sequence[str]]], edges: pd.DataFrame, unit: str = "logits") -> Figure:
     """A path through the model as a graph: columns of nodes from left to right, edges as wide as what they carry.
 
+    Widths are to scale within a hop (between two columns, or inside one), whose widest edge is written below it: what
+    enters a site at the names goes on along every path, and so is not of the size of what it tells the slice.
+
     `columns` are (heading, nodes from the top, in the order in which they compute). `edges` has `source`, `target`,
     `estimate` and `significant`; an edge that is not significant is a thin dashed line. Edges within a column bulge to
     the right and run down. A node is labelled by its name up to " at ": a site of two columns is "mlp 23 at names" in
@@ -237,14 +240,15 @@ def two_hop(columns: Sequence[tuple[str, Sequence[str]]], edges: pd.DataFrame, u
     if lost := ({*edges["source"], *edges["target"]} - set(places)):
         raise ValueError(f"two_hop: edges name {min(lost)!r}, which is in no column; the nodes are {', '.join(places)}")
     tall = max(len(nodes) for _, nodes in columns)
-    largest = float(edges["estimate"].abs().max()) or 1.0
+    hops = [
+        (places[source][0], places[target][0]) for source, target in zip(edges["source"], edges["target"], strict=True)
+    ]
+    edges = edges.assign(hop=hops)
+    largest = edges["estimate"].abs().groupby(edges["hop"]).max().to_dict()
 
-    def look(estimate: float) -> dict:
-        return {
-            "lw": max(0.4, 14 * abs(estimate) / largest),
-            "color": BLUE if estimate > 0 else VERMILION,
-            "alpha": 0.65,
-        }
+    def look(estimate: float, hop: tuple[float, float]) -> dict:
+        colour = BLUE if estimate > 0 else VERMILION
+        return {"lw": max(0.4, 12 * abs(estimate) / (largest[hop] or 1)), "color": colour, "alpha": 0.65}
 
     with _canvas((WIDTH, 1.1 + 0.42 * tall)) as (figure, (axes,)):
         faint = {"lw": 0.6, "color": GREY, "ls": (0, (4, 3)), "alpha": 0.45}
@@ -257,19 +261,21 @@ def two_hop(columns: Sequence[tuple[str, Sequence[str]]], edges: pd.DataFrame, u
                 half = (to_x - x) / 2
                 bends = [(x + 0.12, y), (x + half, y), (to_x - half, to_y), (to_x - 0.12, to_y)]
             line = Path(bends, [Path.MOVETO, *[Path.CURVE4] * 3])
-            style_of = look(row.estimate) if row.significant else faint
+            style_of = look(row.estimate, row.hop) if row.significant else faint
             axes.add_patch(PathPatch(line, fill=False, capstyle="butt", zorder=2 if row.significant else 1, **style_of))
         for node, (x, y) in places.items():
             box = {"boxstyle": "round,pad=0.3", "fc": "white", "ec": BLACK, "lw": 0.8}
             axes.text(x, y, node.split(" at ")[0], ha="center", va="center", fontsize=9, bbox=box, zorder=4)
         for x, (heading, _) in enumerate(columns):
             axes.text(x, -tall / 2 - 0.35, heading, ha="center", va="bottom", fontweight="bold", fontsize=9)
-        for size in (largest, largest / 10):
-            axes.plot([], [], label=f"{size:.2g} {unit}", solid_capstyle="butt", **look(size))
-        if (edges["estimate"] < 0).any():
-            axes.plot([], [], label="below zero", **look(-largest / 10))
+        for (x, to_x), size in largest.items():
+            inside = "inside: " if x == to_x else ""
+            at = ((x + to_x) / 2, tall / 2 + (0.45 if inside else 0.1))
+            axes.text(*at, f"{inside}widest {size:.2g} {unit}", ha="center", va="top", fontsize=8, color=GREY)
+        for label, colour in (("above zero", BLUE), ("below zero", VERMILION)):
+            axes.plot([], [], label=label, lw=3, color=colour, alpha=0.65)
         axes.plot([], [], label="not significant", **faint)
-        axes.set(xlim=(-0.3, len(columns) - 0.7), ylim=(tall / 2 + 0.2, -tall / 2 - 0.9))
+        axes.set(xlim=(-0.3, len(columns) - 0.7), ylim=(tall / 2 + 0.9, -tall / 2 - 0.9))
         axes.set_axis_off()
         _legend(figure, axes)
     return figure

@@ -12,17 +12,12 @@ import pandas as pd
 
 from lib import effects, stats
 from lib.effects import CriticalLayers, CriticalSlice, quad_matrix
-from lib.hooks import Site
+from lib.hooks import Site, site_name
 from lib.params import Shared
 from lib.stats import Interval
 
 SITE = ["layer", "component", "head"]
 HALVES = ("discovery", "confirmation")
-
-
-def site_name(layer: int, component: str, head: int = -1) -> str:
-    """A site as figures and sentences call it: "21.6" (a head), "mlp 23", "attn 21", "resid 20"."""
-    return f"{layer}.{head}" if component == "head" else f"{component} {layer}"
 
 
 def named(table: pd.DataFrame) -> pd.Series:

@@ -39,6 +39,11 @@ class Site(NamedTuple):
 EMBED = Site(-1, "embed")  # the input of the first block; path patching sends from it, sweeps do not replace it
 
 
+def site_name(layer: int, component: str, head: int = -1) -> str:
+    """A site as figures and sentences call it: "21.6" (a head), "mlp 23", "attn 21", "resid 20"."""
+    return f"{layer}.{head}" if component == "head" else f"{component} {layer}"
+
+
 def site_of(name: str) -> Site:
     """The site that figures and sentences call "21.6" (a head) or "mlp 23"; ValueError for other words."""
     component, _, layer = name.rpartition(" ")

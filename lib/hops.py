@@ -14,8 +14,7 @@ import numpy as np
 import pandas as pd
 
 from lib import sweep, tasks
-from lib.findings import site_name
-from lib.hooks import EMBED, Site
+from lib.hooks import EMBED, Site, site_name
 from lib.params import ParameterError
 from lib.tasks import Pair
 from lib.units import Unit

@@ -38,7 +38,7 @@ COMPUTE = {
     "sufficiency": SWEEPS,
     "hydra": (*SWEEPS, "readout", "hydra"),
     "retrieval_heads": (*SWEEPS, "readout", "paths", "one_name", "retrieval", "hops"),
-    "generality": (*SWEEPS, "grid"),
+    "generality": (*SWEEPS, "grid", "controls"),
 }
 PAGE = (
     "lib/stats.py",
@@ -52,6 +52,9 @@ PAGE = (
     "lib/retrieval_statements.py",
     "lib/generality_report.py",
     "lib/rule.py",
+    "lib/generality_statements.py",
+    "lib/control_report.py",
+    "lib/class_tests.py",
     "lib/circuit_plots.py",
     "lib/steps.py",
     "lib/superset.mplstyle",
@@ -65,6 +68,8 @@ DATA_KEYS = {step: _DATA_KEYS if step == "baselines" else (*_DATA_KEYS, "layers"
 PLACES = ("results_dir", "pairs_file", "people_file", "offload_folder", "overwrite")
 # Findings of earlier steps that a step's data rest on: step -> {earlier step: keys}.
 READS = {step: {"sufficiency": ("critical_slice",)} for step in ("hydra", "retrieval_heads", "generality")}
+# Earlier steps whose tables a step reads, known by their data keys.
+TABLES = {"generality": ("sufficiency",)}
 # Files beside the pairs that a step's data rest on: keys of the parameters, or paths in the repository.
 FILES = {
     "baselines": ("people_file",),
@@ -230,6 +235,9 @@ def ingredients(step: str, params: Shared) -> dict[str, Any]:
         for earlier, names in READS.get(step, {}).items():
             found = find_findings(earlier, params) or {}
             inputs |= {name: found.get(name) for name in names}
+        for earlier in TABLES.get(step, ()):
+            there = (path for path in sources(params) if (path / f"{earlier}.parquet").is_file())
+            inputs[f"{earlier} table"] = next((stored_key(path, earlier) for path in there), None)
     if "able" not in inputs:
         inputs |= {name: hash_file(input_file(getattr(params, name, name))) for name in FILES.get(step, ())}
     return {

@@ -62,8 +62,8 @@ def route_sentences(table: pd.DataFrame, gap: stats.Interval) -> list[str]:
         f"Directly (other MLPs frozen), the MLPs at the names carry {direct['MLPs']} of it, the heads "
         f"{direct['heads']} and the embedding {direct['embedding']}; with the MLPs that listen recomputed, "
         f"{through['MLPs']}, {through['heads']} and {through['embedding']}.",
-        f"Directly, the MLPs at the names carry {'less than' if less else more} the heads there: a difference of {gap} "
-        "logits.",
+        f"Directly, the MLPs at the names carry {'less than' if less else more} the heads there: a difference of "
+        f"{interval(gap.estimate, gap.low, gap.high)} logits.",
     ]
 
 
@@ -135,20 +135,22 @@ def senders_sentence(table: pd.DataFrame, role: str, params: RetrievalHeads, cou
     )
 
 
-def write_sentence(writes: Mapping[str, pd.DataFrame], slice_sites: Sequence[Site], params: RetrievalHeads) -> str:
-    """How many sites write the right profession, and which lead."""
+def write_sentence(
+    writes: Mapping[str, pd.DataFrame], heard: Mapping[str, set], slice_sites: Sequence[Site], params: RetrievalHeads
+) -> str:
+    """How many of the sites that the slice can hear write the right profession, and which lead."""
     own = {findings.site_name(*site) for site in slice_sites}
     parts = []
     for role, table in writes.items():
+        table = table[table["site"].isin(heard[role])]
         sure = findings.confirmed(table, params)
         top = [f"{row.site} ({interval(row.estimate, row.low, row.high)})" for row in sure.head(4).itertuples()]
         held = listed(sorted(own & set(sure["site"])))
         count = f"{len(sure)} of {table['site'].nunique()} heads and MLPs"
         parts.append(f"at `{role}` {count}, most of all {listed(top)}; of the slice {held}")
     return (
-        "The right profession, against the others of the same superset, is favoured in both halves by "
-        + ("; ".join(parts))
-        + " (logits, familywise intervals)."
+        "Of what the slice can hear, the right profession is favoured over the others of its superset, in both halves, "
+        f"by {'; '.join(parts)} (logits, familywise intervals)."
     )
 
 
@@ -172,13 +174,14 @@ def findings_of(
     """The findings of step 06."""
     p, keep = step.params, ["site", "estimate", "low", "high", "p"]
     everything = carried[(carried["senders"] == "everything") & (carried["receivers"] == "k and v at names")].iloc[0]
+    heard = {role: set(routes[f"slice at {role}"]["site"]) for role in writes}
     found = verdicts(tests, slice_sites, everything, more)
     said = verdict_sentences(found, tests)
     sentences = [
         *probe_sentences(known, probes),
         *(senders_sentence(routes[f"slice at {role}"], role, p) for role in ("names", "last")),
         *route_sentences(carried, more),
-        write_sentence(writes, slice_sites, p),
+        write_sentence(writes, heard, slice_sites, p),
         attention_sentence(looks, slice_sites),
         *ablation_sentences(margins, p),
         *said,

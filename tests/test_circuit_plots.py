@@ -30,16 +30,16 @@ def test_two_hop_draws_effects_as_widths():
     inside = drawn[2.12, -0.5, 2.12, 0.5]
     last = drawn[2.12, 0.5, 2.88, 0]
     assert len(drawn) == 4
-    assert first.get_linewidth() / second.get_linewidth() == pytest.approx(2)
-    assert first.get_linewidth() / inside.get_linewidth() == pytest.approx(4)
+    assert first.get_linewidth() == second.get_linewidth() == inside.get_linewidth() == 12  # the widest of their hops
     assert to_hex(first.get_edgecolor()) == plots.BLUE.lower()
     assert to_hex(second.get_edgecolor()) == plots.VERMILION.lower()
     assert inside.get_path().vertices[:, 0].max() > 2.2  # around the column
     assert to_hex(last.get_edgecolor()) == plots.GREY and last.get_linestyle() != "-"
     words = [text.get_text() for text in axes.texts]
     assert words.count("mlp 23") == 2 and {"names", "21.6", "answer", "slice"} <= set(words)
+    assert {"widest 2 logits", "widest 1 logits", "inside: widest 0.5 logits"} <= set(words)
     legend = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert legend == ["2 logits", "0.2 logits", "below zero", "not significant"]
+    assert legend == ["above zero", "below zero", "not significant"]
 
 
 def test_two_hop_refuses_what_it_cannot_place():

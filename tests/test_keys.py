@@ -36,6 +36,7 @@ def house(tmp_path, monkeypatch):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "data").mkdir(exist_ok=True)
     (tmp_path / "data" / "people.csv").write_text("name,profession\n")
+    (tmp_path / "data" / "controls.csv").write_text("kind,name\n")
     (tmp_path / "notebooks").mkdir()
     for path in keys.NOTEBOOKS.values():
         (tmp_path / path).write_text(json.dumps(NOTEBOOK))
@@ -77,7 +78,8 @@ def append(path: Path, text: str) -> None:
     path.write_text(path.read_text() + text)
 
 
-SWEEPING = {"coarse_sweep", "necessity", "sufficiency"}
+SWEEPING = {"coarse_sweep", "necessity", "sufficiency", "hydra", "retrieval_heads", "generality"}
+ASKING = {"baselines", "retrieval_heads", "generality"}  # the steps that ask about people by name
 NONE: set[str] = set()
 EDITS = {
     "a sentence in a notebook": (
@@ -118,7 +120,8 @@ EDITS = {
         set(STEPS),
         set(STEPS),
     ),
-    "people": (lambda house: append(house / "data/people.csv", "x,y\n"), {"baselines"}, {"baselines"}),
+    "people": (lambda house: append(house / "data/people.csv", "x,y\n"), ASKING, ASKING),
+    "controls": (lambda house: append(house / "data/controls.csv", "thing,X Y\n"), {"generality"}, {"generality"}),
     "dates": (lambda house: [os.utime(path, (1, 1)) for path in house.rglob("*")], NONE, NONE),
 }
 
@@ -334,3 +337,14 @@ def test_what_a_computing_module_imports_computes_too(step):
     for name in keys.COMPUTE[step]:
         # hooks and single_pass are what models proves itself with; params and steps lend ability their types
         assert lib_imports(name) <= {*keys.COMPUTE[step], "hooks", "single_pass", "params", "steps"}, name
+
+
+@pytest.mark.parametrize("step", ["hydra", "retrieval_heads", "generality"])
+def test_another_slice_is_another_key(step, house):
+    fake_baselines()
+    before = both(step)
+    earlier = steps.begin("sufficiency", {"profile": "smoke"})
+    earlier.write_findings({"able": True, "critical_slice": [{"site": "21.6"}]})
+    with_slice = both(step)
+    earlier.write_findings({"able": True, "critical_slice": [{"site": "21.6"}, {"site": "mlp 23"}]})
+    assert len({key for key, _ in (before, with_slice, both(step))}) == 3

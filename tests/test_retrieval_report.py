@@ -1,4 +1,4 @@
-"""lib.retrieval_report, lib.retrieval_statements and lib.hops: evidence counted by hand, and what is concluded from it."""
+"""lib.retrieval_report, lib.retrieval_statements and lib.hops: evidence counted by hand, and what follows from it."""
 
 from itertools import product
 
@@ -25,9 +25,10 @@ def paths(effects: dict[tuple, float], quads: int = 30, spread: float = 0.1, **c
             rows.append({"layer": layer, "sender": sender, "head": head, "half": half, "quad_id": f"{half}{number}",
                          "pair_id": f"{half}{number}.0", "site_set": place, "metric_after": after - 2,
                          "logit_diff_after": after})  # fmt: skip
-    fixed = {"component": "path", "direction": "noise", "ablation": "counterfactual", "position": "names",
-             "receivers": "slice at names", "mlps": "recomputed", "profile": "test", "task": "superset", "template": "t",
-             "logit_diff_before": 4.0, "logit_diff_clean": 4.0, "logit_diff_corrupt": -4.0, "metric_before": 2.0}  # fmt: skip
+    fixed = {"component": "path", "direction": "noise", "ablation": "counterfactual", "position": "names"}
+    fixed |= {"receivers": "slice at names", "mlps": "recomputed", "profile": "test", "task": "superset"}
+    fixed |= {"template": "t", "logit_diff_before": 4.0, "logit_diff_clean": 4.0, "logit_diff_corrupt": -4.0}
+    fixed |= {"metric_before": 2.0}
     return pd.DataFrame(rows).assign(**(fixed | columns))
 
 
@@ -160,4 +161,5 @@ def test_the_edges_lead_from_the_names_through_the_slice_to_the_answer():
     assert units == []  # no pairs, no work
     frame = paths({(5, "mlp", -1): 1.0, (-1, "embed", -1): 0.0}, receivers="21.6")
     edges = report.edges_table(frame, P).set_index("source")
-    assert edges["significant"].to_dict() == {"mlp 5 at names": True, "names": False} and set(edges["target"]) == {"21.6"}
+    assert edges["significant"].to_dict() == {"mlp 5 at names": True, "names": False}
+    assert set(edges["target"]) == {"21.6"}
