@@ -74,7 +74,7 @@ def groups(joint: pd.DataFrame, grid: pd.DataFrame, params: Generality) -> pd.Da
     a, b = own["clean_profession_a"], own["clean_profession_b"]
     labels = {
         "superset": own["answer"],
-        "names": pd.Series(np.where(a == b, "one profession", "two professions"), own.index).where(
+        "two names": pd.Series(np.where(a == b, "one profession", "two professions"), own.index).where(
             (a != "") & (b != "")
         ),
         "order": own["order"].where(own["order"] != ""),
@@ -145,9 +145,14 @@ def square(ranks: pd.DataFrame, value: str) -> pd.DataFrame:
 
 
 def interaction(
-    frame: pd.DataFrame, grid: pd.DataFrame, params: Generality
+    frame: pd.DataFrame, grid: pd.DataFrame, slice_sites: Sequence, params: Generality
 ) -> tuple[Interaction | None, pd.DataFrame, str]:
-    """The test of class x site interaction over all heads and MLPs; its sites' `p`; why there is none, else ""."""
+    """The test of class x site interaction over the slice's sites; its sites' `p`; why there is none, else "".
+
+    Only these: hundreds of sites whose effects are next to nothing, but for a few quads, break the test's level.
+    """
+    own = pd.MultiIndex.from_frame(frame[SITE]).isin([tuple(site) for site in slice_sites])
+    frame = frame[own]
     change, gap = (class_matrices(frame, grid, value, "sum") for value in ("effect", "gap"))
     names = [name for name, matrix in change.items() for _ in matrix.quads]
     values, gaps = (np.vstack([matrix.values for matrix in each.values()]) for each in (change, gap))

@@ -119,10 +119,10 @@ def group_sentences(tables: Tables) -> list[str]:
     others = of_kind(groups, "template").query("group != @tables.counts[0]['template']")
     for name, rows in others.groupby("group", sort=False):
         out.append(f"In `{name}`, jointly, its {quantities(rows)} ({rows['quads'].max()} quads).")
-    for kind in ("names", "order"):
+    for kind in ("two names", "order"):
         rows = of_kind(groups, kind, "damage")
         if len(rows) > 1:
-            out.append(f"Joint damage with {each(rows)}.")
+            out.append(f"Joint damage by {kind}: {each(rows)}.")
     rows = of_kind(groups, "profession", "damage")
     sure = rows[rows["low"].notna()].sort_values("estimate")
     if len(rows):
@@ -158,8 +158,8 @@ def same_sites_sentences(tables: Tables, params: Generality) -> list[str]:
     )
     lead = "" if sure.empty else f", led by {some}"
     out.append(
-        f"Class x site interaction (labels of whole quads permuted): p = {test.p_overall:.4f} over all {len(sites)} "
-        f"heads and MLPs; {len(sure)} of them differ between supersets familywise{lead}."
+        f"Class x site interaction (labels of whole quads permuted): p = {test.p_overall:.4f} over the "
+        f"{len(sites)} sites of the slice; {len(sure)} of them differ between supersets familywise{lead}."
     )
     return out
 
@@ -219,7 +219,8 @@ def control_sentences(tables: Tables, params: Generality) -> list[str]:
     lead, *_ = tables.controls.to_dict("records")
     out = [
         f"Ablated by `{lead['ablation']}`, the slice takes {lead['fall']:.2f} logits from the ordinary answer, against "
-        f"the candidates' mean; the margin of silence is {params.silence_margin:.0%} of that."
+        f"the candidates' mean; the margin of silence is {params.silence_margin:.0%} of that, "
+        f"{params.silence_margin * lead['fall']:.2f}."
     ]
     for control, expected in EXPECTATIONS.items():
         own = tables.controls[tables.controls["control"] == control]

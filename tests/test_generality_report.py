@@ -69,7 +69,9 @@ def test_groups_recover_what_was_put_in_and_keep_classes_of_few_quads():
     for name, quads in (("artist", 24), ("scientist", 3)):
         row = table.loc[("superset", name, "damage")]
         assert row["quads"] == quads and np.isnan(row["low"]) == (quads < 20) and np.isfinite(row["estimate"])
-    assert {"profession", "order", "names", "template", "supersets", "all"} <= set(table.index.get_level_values("kind"))
+    assert {"profession", "order", "two names", "template", "supersets", "all"} <= set(
+        table.index.get_level_values("kind")
+    )
 
 
 def test_an_effect_without_a_gap_is_no_number_and_no_error():
@@ -156,13 +158,14 @@ def test_a_site_that_serves_one_class_alone_shows_as_interaction_and_one_that_se
         joint = made_joint(grid, lambda answer, _, head=head: 0.3 * (head != 0 or answer == "artist"), seed=head)
         frames.append(joint.assign(layer=0, component="head", head=head).drop(columns="site_set"))
     frame = pd.concat(frames, ignore_index=True)
-    test, sites, why = report.interaction(frame, grid, PARAMS)
+    every = [Site(0, "head", head) for head in range(6)]
+    test, sites, why = report.interaction(frame, grid, every, PARAMS)
     assert why == "" and test.p_overall < 0.02
     first = sites.iloc[0]
     assert (first["site"], first["most"], first["sure"]) == ("0.0", "artist", True)
     assert sites["sure"].sum() == 1
     few = made_grid(1)
-    test, _, why = report.interaction(frame[frame["pair_id"].isin(few["pair_id"])], few, PARAMS)
+    test, _, why = report.interaction(frame[frame["pair_id"].isin(few["pair_id"])], few, every, PARAMS)
     assert test is None and "units" in why
 
 
