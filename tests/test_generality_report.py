@@ -279,7 +279,7 @@ def test_rule_lines_are_the_least_squares_fits_to_the_two_steps():
 
 
 def made_tables(quads: int) -> statements.Tables:
-    grid = made_grid(quads)
+    grid, every = made_grid(quads), [Site(0, "head", head) for head in range(4)]
     joint = made_joint(grid, lambda *_: 0.8)
     frame = pd.concat(
         [made_joint(grid, lambda *_: 0.3, seed=head).assign(layer=0, component="head", head=head) for head in range(4)]
@@ -295,7 +295,7 @@ def made_tables(quads: int) -> statements.Tables:
     )
     return statements.Tables(
         counts, 8, report.groups(joint, grid, PARAMS), report.site_effects(joint, grid, 0, [Site(0, "mlp")], PARAMS),
-        report.ranks(frame, grid, PARAMS), report.interaction(frame, grid, PARAMS),
+        report.ranks(frame, grid, PARAMS), report.interaction(frame, grid, every, PARAMS),
         report.circuit_table(joint, grid, circuits, [Site(0, "mlp")], PARAMS),
         report.transfer(joint, grid, circuits, PARAMS), candidates, verdicts,
         control_report.leaders(changes, prompts, own, PARAMS), None,
