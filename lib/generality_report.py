@@ -153,6 +153,8 @@ def interaction(
     """
     own = pd.MultiIndex.from_frame(frame[SITE]).isin([tuple(site) for site in slice_sites])
     frame = frame[own]
+    if len(frame.groupby(SITE)) < 2:
+        return None, pd.DataFrame(), "fewer than two sites of the slice were swept one by one"
     change, gap = (class_matrices(frame, grid, value, "sum") for value in ("effect", "gap"))
     names = [name for name, matrix in change.items() for _ in matrix.quads]
     values, gaps = (np.vstack([matrix.values for matrix in each.values()]) for each in (change, gap))

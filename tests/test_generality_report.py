@@ -167,6 +167,8 @@ def test_a_site_that_serves_one_class_alone_shows_as_interaction_and_one_that_se
     few = made_grid(1)
     test, _, why = report.interaction(frame[frame["pair_id"].isin(few["pair_id"])], few, every, PARAMS)
     assert test is None and "units" in why
+    test, _, why = report.interaction(frame, grid, [Site(0, "head", 0), Site(5, "mlp")], PARAMS)
+    assert test is None and "fewer than two sites" in why
 
 
 # --- controls
