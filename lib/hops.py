@@ -16,6 +16,7 @@ import pandas as pd
 from lib import sweep, tasks
 from lib.hooks import EMBED, Site, site_name
 from lib.params import ParameterError
+from lib.pools import lenders
 from lib.tasks import Pair
 from lib.units import Unit
 
@@ -150,9 +151,11 @@ def ablation_sets(
 def ablation_units(
     role: str, sets: Sequence[tuple[str, tuple[Site, ...]]], pairs: Sequence[Pair], sites: Sequence[Site], mlps: str
 ) -> list[Unit]:
-    """The paths of these sets from a role into the slice, resampled and counterfactual."""
+    """The paths of these sets from a role into the slice, resampled; counterfactual where no pair has another quad of
+    its half and token counts to take a resample from."""
     route, into = (NAMES, sites_that_read(sites)) if role == "names" else (LAST, sites)
-    kinds, senders = ("resample", "counterfactual"), [own for _, own in sets]
+    lent, senders = any(lenders(pair, pairs) for pair in pairs), [own for _, own in sets]
+    kinds = ("resample",) if lent else ("counterfactual",)
     return paths(f"slice at {role}", pairs, into, route, mlps, senders, ablations=kinds) if senders else []
 
 

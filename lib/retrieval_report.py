@@ -126,13 +126,12 @@ def verification_table(
 def verification_tables(
     records: pd.DataFrame, sets: Mapping[str, Sequence[tuple[str, tuple]]], params: RetrievalHeads
 ) -> dict[str, pd.DataFrame]:
-    """`verification_table` of each role under `resample`; under `counterfactual` where no pair has a pool to lend."""
+    """`verification_table` of each role, with the ablation that was run (see `hops.ablation_units`)."""
     out = {}
     for role, own in sets.items():
         rows = records[records["position"] == role]
-        kind = "resample" if (rows["ablation"] == "resample").any() else "counterfactual"
         if len(rows):
-            out[role] = verification_table(rows[rows["ablation"] == kind], own, params).assign(ablation=kind)
+            out[role] = verification_table(rows, own, params).assign(ablation=rows["ablation"].iloc[0])
     return out
 
 
