@@ -28,7 +28,7 @@ import yaml
 from markdown_it import MarkdownIt
 
 ROOT = Path(__file__).resolve().parent.parent
-ANSWERS = ("coarse_sweep", "necessity", "sufficiency")
+ANSWERS = ("coarse_sweep", "necessity", "sufficiency", "hydra", "retrieval_heads", "generality")
 """The steps whose sentences and first figures make up the answer on the landing page, in this order."""
 
 

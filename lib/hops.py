@@ -117,9 +117,9 @@ def group_units(pairs: Sequence[Pair], slice_sites: Sequence[Site], n_heads: int
 def edge_units(pairs: Sequence[Pair], senders: Sequence[Site], slice_sites: Sequence[Site], mlps: str) -> list[Unit]:
     """The two-hop path edge by edge: names -> sites at the names -> slice heads -> later slice sites -> answer."""
     heads, units = sites_that_read(slice_sites), []
+    senders = [site for site in senders if site != EMBED]
     for site in senders:
-        if site != EMBED:
-            units += paths(f"{site_name(*site)} at names", pairs, [site], INSIDE, mlps, [(EMBED,)])
+        units += paths(f"{site_name(*site)} at names", pairs, [site], INSIDE, mlps, [(EMBED,)])
     for head in heads:
         if earlier := [(site,) for site in senders if site.layer < head.layer]:
             units += paths(site_name(*head), pairs, [head], NAMES, mlps, earlier)

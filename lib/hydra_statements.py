@@ -197,5 +197,5 @@ def findings_of(
         "missed": missed(last, params),
         "largest_residual": residual,
         "sentences": sentences,
-        "headline": [end, compared[0]],
+        "headline": [end, compared[0].partition(" In the ")[0]],  # without the spread over single pairs
     }

@@ -175,8 +175,8 @@ def passing(tests: pd.DataFrame, which: Sequence[str] = TESTS) -> list[str]:
 
 
 def edges_table(records: pd.DataFrame, params: RetrievalHeads) -> pd.DataFrame:
-    """Edges of the two-hop path, confirmation half: source, target, mean effect (logits), interval over all edges of
-    one kind together, and whether it is above or below zero."""
+    """Edges of the two-hop path, confirmation half: source, target, mean effect (logits), and whether it is other than
+    zero (max-T over all edges at one token; nothing is claimed of too few quads)."""
     own = in_halves(records)[-1][1].assign(component=lambda frame: frame["sender"])
     there = np.where(own["position"] == "names", " at names", "")
     own = own.assign(source=findings.named(own) + there, target=own["receivers"])
@@ -184,14 +184,10 @@ def edges_table(records: pd.DataFrame, params: RetrievalHeads) -> pd.DataFrame:
     parts = []
     for _, rows in own.groupby(["position", "mlps"], sort=False):
         matrix = quad_matrix(rows, "effect", ["source", "target"])
-        spans = stats.simultaneous(matrix.values, params.level, params.resamples, params.seed)
-        parts.append(matrix.sites.assign(**findings.columns(spans)))
-    out = pd.concat(parts, ignore_index=True)
-    above = [
-        low is not None and not pd.isna(low) and low * high > 0
-        for low, high in zip(out["low"], out["high"], strict=True)
-    ]
-    return out.assign(significant=above)
+        sure = stats.max_t(matrix.values, params.flips, params.seed).p <= 1 - params.level
+        few = stats.too_few(len(matrix.quads)) is not None
+        parts.append(matrix.sites.assign(estimate=matrix.values.mean(0), significant=sure & (not few)))
+    return pd.concat(parts, ignore_index=True)
 
 
 def probe_table(probes: pd.DataFrame, params: RetrievalHeads) -> pd.DataFrame:

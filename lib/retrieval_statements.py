@@ -19,7 +19,8 @@ from lib.steps import Step
 
 CAPTIONS = {
     "two-hop": "From the names to the answer: the width of an edge is the effect of its path on "
-    "logit_diff (logits, confirmation half); dashed edges are not significant over all edges together.",
+    "logit_diff (logits, confirmation half); dashed edges are not significant over all edges at "
+    "their token together.",
     "senders": "The senders of largest path effect into the slice, picked on the discovery half, with "
     "their effect in both halves and intervals that hold for all senders together.",
 }
