@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-NOTEBOOKS = ("01_baselines", "02_coarse_sweep", "03_necessity", "04_sufficiency")
+NOTEBOOKS = tuple(sorted(path.stem for path in (ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb")))
 
 
 def make(tree: Path, *words: str) -> subprocess.CompletedProcess:
