@@ -266,7 +266,7 @@ def max_t(
     scaled = np.divide(values, norm, out=np.zeros_like(values), where=norm > 0)
     reshape = {"two-sided": np.abs, "greater": np.positive, "less": np.negative}[tail]
     total = scaled.sum(0)
-    with np.errstate(divide="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore"):  # one quad has no t
         t = total * np.sqrt((n - 1) / np.maximum(n - total**2, 0.0))
     # What is equal up to rounding counts as reaching the observed value: the identity must count itself.
     reached = reshape(total) - 1e-9

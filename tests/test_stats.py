@@ -322,3 +322,8 @@ def test_coverage_of_proportions_of_quads():
 def test_bad_input_is_an_error(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_one_quad_has_a_p_of_one_no_t_and_no_warning(recwarn):
+    test = stats.max_t(np.array([[1.0, -2.0, 0.5]]))
+    assert test.p.tolist() == [1, 1, 1] and np.isnan(test.t).all() and not recwarn.list
