@@ -57,7 +57,8 @@ def read_json(results: Path, step: str, kind: str) -> dict[str, Any]:
 
 
 def clean_notebook(path: Path, step: str) -> str:
-    """The executed notebook as JSON text for the book, without papermill's metadata (it holds paths and times).
+    """The executed notebook as JSON text for the book, without papermill's metadata and what was written to stderr:
+    they hold times and this machine's paths.
 
     Jupyter Book renders a failed or half-run notebook without a warning, so both are BookErrors here.
     """
@@ -75,6 +76,7 @@ def clean_notebook(path: Path, step: str) -> str:
         for output in cell.get("outputs", ()):
             if output["output_type"] == "error":
                 raise BookError(f"step {step} failed in cell {number} of {path}: {output['ename']}: {output['evalue']}")
+        cell["outputs"] = [output for output in cell.get("outputs", ()) if output.get("name") != "stderr"]
         if cell.get("execution_count") is None:
             raise BookError(f"step {step} stopped before cell {number} of {path}: run the step again")
     for key in ("papermill", "widgets"):
