@@ -15,8 +15,9 @@ from scipy.special import logsumexp
 
 from lib import data, models, records, tasks
 from lib.models import Model
-from lib.params import ROOT, Baselines
+from lib.params import ROOT
 from lib.quads import pairs_of
+from lib.step_params import Baselines
 from lib.tasks import Template
 from lib.units import Unit
 

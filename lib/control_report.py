@@ -16,7 +16,7 @@ import pandas as pd
 
 from lib import class_tests, stats
 from lib.findings import columns
-from lib.params import Generality
+from lib.step_params import Generality
 
 # How each control should come out; written before any was run. Silent: every candidate's logit stays within the margin.
 LISTED = ("invented names", "things")

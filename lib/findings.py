@@ -13,8 +13,8 @@ import pandas as pd
 from lib import effects, stats
 from lib.effects import CriticalLayers, CriticalSlice, quad_matrix
 from lib.hooks import Site, site_name
-from lib.params import Shared
 from lib.stats import Interval
+from lib.step_params import Shared
 
 SITE = ["layer", "component", "head"]
 HALVES = ("discovery", "confirmation")

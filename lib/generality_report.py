@@ -21,8 +21,8 @@ from lib.effects import quad_matrix
 from lib.findings import SITE, site_name
 from lib.grid import WITH_MARGINS, Circuit, numbered_sets
 from lib.hooks import Site
-from lib.params import Generality
 from lib.rule import RuleResult
+from lib.step_params import Generality
 from lib.steps import Step
 from lib.tasks import SUPERSETS
 

@@ -10,9 +10,9 @@ import pandas as pd
 from lib.class_tests import Interaction
 from lib.control_report import EXPECTATIONS
 from lib.findings import interval, listed
-from lib.params import Generality
 from lib.rule import RuleResult
 from lib.statements import about_model
+from lib.step_params import Generality
 from lib.steps import Step
 
 CAPTIONS = {

@@ -18,8 +18,8 @@ import pandas as pd
 
 from lib import data, models, pools, records, sweep, tasks
 from lib.hooks import Site
-from lib.params import Generality
 from lib.quads import HALVES, pairs_of
+from lib.step_params import Generality
 from lib.steps import Ability, Step, StepError
 from lib.tasks import Pair
 from lib.units import Unit

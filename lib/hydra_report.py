@@ -19,7 +19,7 @@ from lib import findings, stats
 from lib.effects import quad_matrix
 from lib.findings import SITE, columns, in_halves, interval, named, reported
 from lib.hooks import Site
-from lib.params import Hydra
+from lib.step_params import Hydra
 
 LATER = {"heads and MLPs": ["heads", "mlps"], "heads": ["heads"], "MLPs": ["mlps"]}
 WORDS = {

@@ -11,8 +11,8 @@ import pandas as pd
 from lib import findings, stats
 from lib.findings import in_halves, interval, listed, reported
 from lib.hydra_report import WORDS, Round, backups_of, candidates, changes, lead_of, missed, rounds_table
-from lib.params import Hydra
 from lib.statements import OVER_QUADS, about_model
+from lib.step_params import Hydra
 from lib.steps import Step
 
 KINDS = {"head": "a head", "mlp": "an MLP"}

@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from lib import params as parameters
-from lib.params import STEPS, ParameterError, Shared, section_keys
+from lib.params import ParameterError, section_keys
+from lib.step_params import STEPS, Shared
 
 NOTEBOOKS = {step: f"notebooks/{number:02d}_{step}.ipynb" for number, step in enumerate(STEPS, 1)}
 
@@ -39,6 +40,9 @@ COMPUTE = {
     "hydra": (*SWEEPS, "readout", "hydra"),
     "retrieval_heads": (*SWEEPS, "readout", "paths", "one_name", "retrieval", "hops"),
     "generality": (*SWEEPS, "grid", "controls"),
+    "subspace": (*SWEEPS, "probes", "directions"),
+    "neurons": (*SWEEPS, "readout", "directions", "neurons", "features"),
+    "story": (*SWEEPS, "circuits", "attribution"),
 }
 PAGE = (
     "lib/stats.py",
@@ -56,6 +60,13 @@ PAGE = (
     "lib/control_report.py",
     "lib/class_tests.py",
     "lib/circuit_plots.py",
+    "lib/probe_report.py",
+    "lib/direction_report.py",
+    "lib/neuron_report.py",
+    "lib/feature_report.py",
+    "lib/circuit_report.py",
+    "lib/claims.py",
+    "lib/story.py",
     "lib/steps.py",
     "lib/superset.mplstyle",
 )
@@ -67,15 +78,19 @@ DATA_KEYS = {step: _DATA_KEYS if step == "baselines" else (*_DATA_KEYS, "layers"
 # Keys that reach nothing: where files lie. (What lies there is hashed.)
 PLACES = ("results_dir", "pairs_file", "people_file", "offload_folder", "overwrite")
 # Findings of earlier steps that a step's data rest on: step -> {earlier step: keys}.
-READS = {step: {"sufficiency": ("critical_slice",)} for step in ("hydra", "retrieval_heads", "generality")}
+READS = {step: {"sufficiency": ("critical_slice",)} for step in list(STEPS)[4:]}
 # Earlier steps whose tables a step reads, known by their data keys.
-TABLES = {"generality": ("sufficiency",)}
+TABLES = {"generality": ("sufficiency",), "neurons": ("subspace",), "story": ("sufficiency", "necessity")}
 # Files beside the pairs that a step's data rest on: keys of the parameters, or paths in the repository.
 FILES = {
     "baselines": ("people_file",),
     "retrieval_heads": ("people_file",),
     "generality": ("people_file", "data/controls.csv"),
+    "subspace": ("people_file",),
+    "neurons": ("people_file",),
 }
+# Keys of a step's own section that only its page depends on.
+PAGE_ONLY = {"story": ("claims",)}
 # What else a step leaves in its folder, beside <step>.*
 EXTRA_FILES = {"baselines": ("pairs.parquet",)}
 
@@ -241,7 +256,9 @@ def ingredients(step: str, params: Shared) -> dict[str, Any]:
     if "able" not in inputs:
         inputs |= {name: hash_file(input_file(getattr(params, name, name))) for name in FILES.get(step, ())}
     return {
-        "parameters": {key: given[key] for key in (*DATA_KEYS[step], *section_keys(step))},
+        "parameters": {
+            key: given[key] for key in (*DATA_KEYS[step], *section_keys(step)) if key not in PAGE_ONLY.get(step, ())
+        },
         "inputs": inputs,
         "modules": {name: hash_source(parameters.ROOT / "lib" / f"{name}.py") for name in COMPUTE[step]},
     }

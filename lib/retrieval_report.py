@@ -17,8 +17,8 @@ from lib import findings, stats
 from lib.effects import quad_matrix
 from lib.findings import SITE, in_halves, listed, reported
 from lib.hooks import Site
-from lib.params import RetrievalHeads
 from lib.records import ANALYSED
+from lib.step_params import RetrievalHeads
 
 COLUMNS = [*ANALYSED, "site_set", "sender", "receivers", "mlps"]
 UNITS = {

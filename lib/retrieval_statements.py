@@ -12,9 +12,9 @@ import pandas as pd
 from lib import findings, stats
 from lib.findings import interval, listed, picked, reported
 from lib.hooks import Site
-from lib.params import RetrievalHeads
 from lib.retrieval_report import TESTS, one_table, passing
 from lib.statements import ONE_HALF, about_model
+from lib.step_params import RetrievalHeads
 from lib.steps import Step
 
 CAPTIONS = {

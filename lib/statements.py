@@ -12,8 +12,8 @@ from lib import effects, findings, stats
 from lib.ability import CHANCE
 from lib.effects import CriticalLayers, CriticalSlice
 from lib.findings import in_halves, interval, listed, picked, reported
-from lib.params import Shared
 from lib.stats import Interval
+from lib.step_params import Shared
 from lib.steps import Step
 
 ONE_HALF = (

@@ -26,8 +26,9 @@ import numpy as np
 import pandas as pd
 from pandera.pandas import DataFrameSchema
 
-from lib import keys, machine, params, records, units
-from lib.params import ParameterError, Shared
+from lib import keys, machine, params, records, tokens, units
+from lib.params import ParameterError
+from lib.step_params import Shared
 from lib.units import Unit
 
 if TYPE_CHECKING:
@@ -92,20 +93,22 @@ class Step:
         p = self.params
         try:
             model = models.load(
-                p.model,
-                sha256=p.model_sha256,
-                dtype=p.dtype,
-                device=p.device,
-                device_map=p.device_map,
-                quantisation=p.quantisation,
-                max_memory=p.max_memory,
-                offload_folder=p.offload_folder,
-                seed=p.seed,
-            )
+                p.model, sha256=p.model_sha256, dtype=p.dtype, device=p.device, device_map=p.device_map, seed=p.seed,
+                quantisation=p.quantisation, max_memory=p.max_memory, offload_folder=p.offload_folder,
+            )  # fmt: skip
         except ValueError as error:
             raise StepError(str(error)) from None
         params.check_layers(p, model.n_layers)
         return model
+
+    @cached_property
+    def tokenizer(self) -> tokens.Remembered:
+        """The model's tokenizer; loaded only for texts that the step's finished results do not hold."""
+        from lib import models
+
+        p, here = self.params, self.__dict__  # which holds the model if it has been loaded
+        load = lambda: self.model.tokenizer if "model" in here else models.tokenizer(p.model, p.model_sha256)  # noqa: E731
+        return tokens.Remembered(load, self.path("tokens") if self.fresh else None)
 
     @cached_property
     def n_layers(self) -> int:
@@ -165,13 +168,11 @@ class Step:
 
     def prompts(self, table: pd.DataFrame | None = None) -> list[Pair]:
         """The pairs (default: of `pairs`) as prompts, tokenised and checked. StepError names the pair that is wrong."""
-        from lib import models, tasks
+        from lib import tasks
 
-        p = self.params
+        p, rows = self.params, (self.pairs() if table is None else table).to_dict("records")
         try:
-            words = self.model.tokenizer if "model" in self.__dict__ else models.tokenizer(p.model, p.model_sha256)
-            rows = (self.pairs() if table is None else table).to_dict("records")
-            return [tasks.make_pair(words, row, p.chat_template, p.attributes) for row in rows]
+            return [tasks.make_pair(self.tokenizer, row, p.chat_template, p.attributes) for row in rows]
         except ValueError as error:
             raise StepError(str(error)) from None
 
@@ -330,7 +331,7 @@ class Step:
 
     def write_record(self) -> None:
         """Bring <step>.run.json up to the tables that are there: facts of the first one, and each one's own below."""
-        order = [self.path(), *sorted(self.results.glob(f"{self.name}.*.parquet"))]
+        order = [self.path(), *sorted({*self.results.glob(f"{self.name}.*.parquet")} - {self.path("tokens")})]
         tables = {path.stem: records.read_metadata(path) for path in order if path.exists()}
         first = next(iter(tables.values()), None) or self._facts()
         record = first | {
@@ -352,6 +353,8 @@ class Step:
         """
         self._clear_stale()
         self.write_record()
+        if "tokenizer" in self.__dict__:
+            self.tokenizer.keep(self.path("tokens"))
         out = {**plain(findings), "about": keys.about(self.params)}
         records.write_json(self.results / f"{self.name}.findings.json", out)
         return out

@@ -13,7 +13,7 @@ from lib import generality_report as report
 from lib import generality_statements as statements
 from lib.grid import Circuit
 from lib.hooks import Site
-from lib.params import Generality
+from lib.step_params import Generality
 from lib.tasks import SUPERSETS
 
 PARAMS = Generality(model="config:none", resamples=200, flips=200)

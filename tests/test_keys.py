@@ -13,7 +13,8 @@ import pandas as pd
 import pytest
 
 from lib import keys, params, records, steps
-from lib.params import STEPS, ParameterError
+from lib.params import ParameterError
+from lib.step_params import STEPS
 from lib.units import Unit
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -78,8 +79,14 @@ def append(path: Path, text: str) -> None:
     path.write_text(path.read_text() + text)
 
 
-SWEEPING = {"coarse_sweep", "necessity", "sufficiency", "hydra", "retrieval_heads", "generality"}
-ASKING = {"baselines", "retrieval_heads", "generality"}  # the steps that ask about people by name
+SWEEPING = set(STEPS) - {"baselines"}
+ASKING = {
+    "baselines",
+    "retrieval_heads",
+    "generality",
+    "subspace",
+    "neurons",
+}  # the steps that ask about people by name
 NONE: set[str] = set()
 EDITS = {
     "a sentence in a notebook": (
@@ -122,6 +129,11 @@ EDITS = {
     ),
     "people": (lambda house: append(house / "data/people.csv", "x,y\n"), ASKING, ASKING),
     "controls": (lambda house: append(house / "data/controls.csv", "thing,X Y\n"), {"generality"}, {"generality"}),
+    "the threshold of a claim": (
+        lambda house: edit(house / "params/smoke.yaml", "faithful_share: 0.8", "faithful_share: 0.8\n  claims: {x: 1}"),
+        NONE,
+        {"story"},
+    ),
     "dates": (lambda house: [os.utime(path, (1, 1)) for path in house.rglob("*")], NONE, NONE),
 }
 
@@ -327,7 +339,7 @@ def test_every_module_of_lib_is_in_a_key_or_known_to_be_in_none():
     compute = {name for names in keys.COMPUTE.values() for name in names}
     page = {Path(name).stem for name in keys.PAGE if name.endswith(".py")}
     # keys and params decide by value; machine gives facts about a run; book is no part of a step
-    neither = {"__init__", "keys", "params", "machine", "book"}
+    neither = {"__init__", "keys", "params", "step_params", "machine", "book", "tokens"}
     assert {path.stem for path in (ROOT / "lib").glob("*.py")} == compute | page | neither
     assert not compute & page
 
@@ -336,10 +348,12 @@ def test_every_module_of_lib_is_in_a_key_or_known_to_be_in_none():
 def test_what_a_computing_module_imports_computes_too(step):
     for name in keys.COMPUTE[step]:
         # hooks and single_pass are what models proves itself with; params and steps lend ability their types
-        assert lib_imports(name) <= {*keys.COMPUTE[step], "hooks", "single_pass", "params", "steps"}, name
+        assert lib_imports(name) <= {*keys.COMPUTE[step], "hooks", "single_pass", "params", "step_params", "steps"}, (
+            name
+        )
 
 
-@pytest.mark.parametrize("step", ["hydra", "retrieval_heads", "generality"])
+@pytest.mark.parametrize("step", list(STEPS)[4:])
 def test_another_slice_is_another_key(step, house):
     fake_baselines()
     before = both(step)

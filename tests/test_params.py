@@ -6,7 +6,8 @@ import re
 import pytest
 
 from lib import params
-from lib.params import STEPS, ParameterError, load_profile, validate
+from lib.params import ParameterError, load_profile, validate
+from lib.step_params import STEPS
 
 BASE = {"model": "./m", "profile": "mine"}
 
