@@ -40,12 +40,11 @@ def control_prompts(step: Step, ordinary: Sequence[Pair], table: pd.DataFrame) -
     names, comma-separated, "" if it has none), name_a, name_b. Only the clean side of the pairs means anything.
     """
     p, rng = step.params, step.rng("controls")
-    words = models.tokenizer(p.model, p.model_sha256)
     template = tasks.find_template(table["template"].iloc[0], p.task)
     shapes = [tuple(len(pair.clean.roles[f"name_{slot}"]) for slot in "ab") for pair in ordinary]
     drawn = []  # control, name_a, name_b, classes, quad_id ("": a quad of its own), shape
     for control, names in name_lists(step).items():
-        counted = data.add_tokens(names, words, template, **prompt_options(p)).sample(frac=1, random_state=rng)
+        counted = data.add_tokens(names, step.tokenizer, template, **prompt_options(p)).sample(frac=1, random_state=rng)
         wanted = [shapes[index] for index in rng.permutation(len(shapes))]
         drawn += [(control, *names, "", shape) for *names, shape in matched(counted, wanted, p.control_prompts)]
     known = table.set_index("pair_id").loc[[pair.pair_id for pair in ordinary]].assign(shape=shapes)
@@ -61,7 +60,7 @@ def control_prompts(step: Step, ordinary: Sequence[Pair], table: pd.DataFrame) -
         prompt = row | {"clean_a": name_a, "clean_b": name_b}
         prompt |= {key: other[key] for key in ("half", "task", "template", "answer", "corrupt_answer")}
         prompt |= {"corrupt_a": other["clean_a"], "corrupt_b": other["clean_b"]}
-        pair = tasks.make_pair(words, prompt, **prompt_options(p))
+        pair = tasks.make_pair(step.tokenizer, prompt, **prompt_options(p))
         if pools.group_of(pair) in groups:
             rows.append(row)
             pairs.append(replace(pair, labels=(), label_tokens=()))

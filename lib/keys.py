@@ -20,6 +20,7 @@ import os
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -31,9 +32,22 @@ from lib.step_params import STEPS, Shared
 NOTEBOOKS = {step: f"notebooks/{number:02d}_{step}.ipynb" for number, step in enumerate(STEPS, 1)}
 
 # Which modules of lib make a step's data, and which only draw its page.
-SWEEPS = ("models", "hooks", "single_pass", "pools", "sweep", "tasks", "data", "quads", "metrics", "records", "units")
+SWEEPS = (
+    "models",
+    "weights",
+    "hooks",
+    "single_pass",
+    "pools",
+    "sweep",
+    "tasks",
+    "data",
+    "quads",
+    "metrics",
+    "records",
+    "units",
+)
 COMPUTE = {
-    "baselines": ("ability", "models", "tasks", "data", "quads", "metrics", "records", "units"),
+    "baselines": ("ability", "models", "weights", "tasks", "data", "quads", "metrics", "records", "units"),
     "coarse_sweep": SWEEPS,
     "necessity": SWEEPS,
     "sufficiency": SWEEPS,
@@ -68,6 +82,7 @@ PAGE = (
     "lib/claims.py",
     "lib/story.py",
     "lib/steps.py",
+    "lib/tokens.py",
     "lib/superset.mplstyle",
 )
 
@@ -125,9 +140,12 @@ def hash_source(path: Path) -> str | None:
     """Hash of a module's code without comments, docstrings and layout; None where there is no such file."""
     if not path.is_file():
         return None
-    if path.suffix != ".py":
-        return hash_file(path)
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return _hash_code(path.read_bytes()) if path.suffix == ".py" else hash_file(path)
+
+
+@cache
+def _hash_code(source: bytes) -> str:
+    tree = ast.parse(source)
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and ast.get_docstring(
             node, clean=False
