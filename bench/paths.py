@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from bench.sweep import CLEAN, CORRUPT, ROW
-from lib import hooks, machine, metrics, models, paths, single_pass, sweep, tasks
+from lib import hooks, jobs, machine, metrics, models, paths, single_pass, tasks
 from lib.hooks import Site
 from lib.models import Model
 from lib.paths import Receiver
@@ -74,7 +74,7 @@ class OneByOne:
             for layer in range(model.n_layers):
                 held = self.base["head", layer]
                 if sender.component == "head" and sender.layer == layer:
-                    held, own = held.clone(), hooks.head_slice(model, sender)
+                    held, own = held.clone(), hooks.columns_of(model, sender)
                     held[0, self.positions, own] = value[:, own]
                 handles.append(model.o_projs[layer].register_forward_pre_hook(lambda _, args, held=held: (held,)))
             if sender.component != "head":
@@ -137,10 +137,10 @@ def measure(model: Model, pair: Pair, role: str, repeats: int) -> dict:
 
     def in_passes(runs: BaseRun) -> list[metrics.RowMetrics]:
         result = grown(runs)
-        base, answers = model.logits(result.base), sweep.answers_of([pair], [pair.corrupt_tokens])
+        base, answers = model.logits(result.base), jobs.answers_of([pair], [pair.corrupt_tokens])
         return [
             metrics.from_logits(model.logits(part), base, torch.zeros(len(part), dtype=torch.long), **answers)
-            for part in result.hidden.split(sweep.LOGIT_ROWS)
+            for part in result.hidden.split(jobs.LOGIT_ROWS)
         ]
 
     runs, one_by_one = plain_runs(), OneByOne(model, pair, role, receivers)

@@ -6,6 +6,7 @@ Each is a context manager over any set of sites. A site is read or written where
 2. `attn`: the output of the attention module (before a post-attention norm, where the architecture has one).
 3. `mlp`: the output of the MLP module (likewise).
 4. `head`: a head's slice of the input of o_proj, before heads are mixed.
+5. `neuron`: one column of the input of the MLP's down projection (a hidden unit, after the activation function).
 
 The helpers run one full forward pass per intervention. `lib.sweep` does the same edits for every site in one pass and
 is tested against these.
@@ -25,11 +26,13 @@ from torch.utils.hooks import RemovableHandle
 if TYPE_CHECKING:
     from lib.models import Model
 
-COMPONENTS = ("resid", "attn", "mlp", "head")
+COMPONENTS = ("resid", "attn", "mlp", "head")  # what a sweep takes unless it is told otherwise
+EVERY_COMPONENT = (*COMPONENTS, "neuron")
+PARTS = ("head", "neuron")  # components of which a layer has several
 
 
 class Site(NamedTuple):
-    """A place in the model: layer (0-based), component, and head (-1 where the component has none)."""
+    """A place in the model: layer (0-based), component, and the head's or neuron's number (-1 where there is one)."""
 
     layer: int
     component: str
@@ -40,18 +43,21 @@ EMBED = Site(-1, "embed")  # the input of the first block; path patching sends f
 
 
 def site_name(layer: int, component: str, head: int = -1) -> str:
-    """A site as figures and sentences call it: "21.6" (a head), "mlp 23", "attn 21", "resid 20"."""
-    return f"{layer}.{head}" if component == "head" else f"{component} {layer}"
+    """A site as figures and sentences call it: "21.6" (a head), "neuron 23.117", "mlp 23", "resid 20"."""
+    if component == "head":
+        return f"{layer}.{head}"
+    return f"{component} {layer}.{head}" if head >= 0 else f"{component} {layer}"
 
 
 def site_of(name: str) -> Site:
-    """The site that figures and sentences call "21.6" (a head) or "mlp 23"; ValueError for other words."""
-    component, _, layer = name.rpartition(" ")
+    """The site that figures and sentences call "21.6" (a head), "neuron 23.117" or "mlp 23"; ValueError for
+    other words."""
+    component, _, place = name.rpartition(" ")
     try:
-        if component:
-            return Site(int(layer), component)
-        layer, head = layer.split(".")
-        return Site(int(layer), "head", int(head))
+        if component and component not in PARTS:
+            return Site(int(place), component)
+        layer, part = place.split(".")
+        return Site(int(layer), component or "head", int(part))
     except ValueError:
         raise ValueError(f"{name!r} is not the name of a site; write 21.6 for a head, mlp 23 for a module") from None
 
@@ -60,27 +66,40 @@ def all_sites(model: Model, components: Iterable[str] = COMPONENTS, layers: Iter
     """Every site of the components at the layers (default: all), by layer. Unknown names and layers are errors."""
     components, layers = list(components), list(range(model.n_layers) if layers is None else layers)
     for component in components:
-        check_site(model, Site(0, component, 0 if component == "head" else -1))
+        check_site(model, Site(0, component, 0 if component in PARTS else -1))
     for layer in layers:
         check_site(model, Site(layer, "resid"))
     return [
         Site(layer, component, head)
         for layer in layers
         for component in components
-        for head in (range(model.n_heads) if component == "head" else (-1,))
+        for head in (range(n_parts(model, component)) if component in PARTS else (-1,))
     ]
+
+
+def n_parts(model: Model, component: str) -> int:
+    """Heads or neurons of a layer."""
+    return model.n_heads if component == "head" else model.n_neurons
+
+
+def part_size(model: Model, component: str) -> int | None:
+    """Columns of one head or neuron in the activation that is read; None where the component is read whole."""
+    return {"head": model.head_size, "neuron": 1}.get(component)
 
 
 def check_site(model: Model, site: Site) -> None:
     """Raise ValueError when the model has no such site, saying what is allowed."""
     if site == EMBED:
         return
-    if site.component not in COMPONENTS:
-        raise ValueError(f"component {site.component!r} is unknown; allowed are {', '.join(COMPONENTS)}")
+    if site.component not in EVERY_COMPONENT:
+        raise ValueError(f"component {site.component!r} is unknown; allowed are {', '.join(EVERY_COMPONENT)}")
     if not 0 <= site.layer < model.n_layers:
         raise ValueError(f"layer {site.layer} is not in {model.name}: it has layers 0 to {model.n_layers - 1}")
-    if site.component == "head" and not 0 <= site.head < model.n_heads:
-        raise ValueError(f"head {site.head} is not in {model.name}: a layer has heads 0 to {model.n_heads - 1}")
+    if site.component in PARTS and not 0 <= site.head < n_parts(model, site.component):
+        last = n_parts(model, site.component) - 1
+        raise ValueError(
+            f"{site.component} {site.head} is not in {model.name}: a layer has {site.component}s 0 to {last}"
+        )
 
 
 def first_tensor(output: Tensor | tuple) -> Tensor:
@@ -89,10 +108,11 @@ def first_tensor(output: Tensor | tuple) -> Tensor:
 
 
 def module_of(model: Model, layer: int, component: str) -> torch.nn.Module:
-    """The module at whose output (for `head` and `embed`: input) a component is read and written."""
+    """The module at whose output (for `head`, `neuron` and `embed`: input) a component is read and written."""
     if component == "embed":
         return model.blocks[0]
-    return {"resid": model.blocks, "attn": model.attns, "mlp": model.mlps, "head": model.o_projs}[component][layer]
+    own = {"resid": model.blocks, "attn": model.attns, "mlp": model.mlps, "head": model.o_projs}
+    return (own | {"neuron": model.down_projs})[component][layer]
 
 
 def on_input(module: torch.nn.Module, visit: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
@@ -113,7 +133,7 @@ def on_activation(
     """Call `visit` with the activation, (batch, tokens, width), each time it is computed; what it returns, if
     anything, replaces the activation for everything downstream."""
     module = module_of(model, layer, component)
-    if component in ("head", "embed"):
+    if component in (*PARTS, "embed"):
         return on_input(module, visit)
 
     def after(_: torch.nn.Module, args: tuple, output: Tensor | tuple) -> Tensor | tuple | None:
@@ -151,11 +171,11 @@ def with_forwards(forwards: Sequence[tuple[torch.nn.Module, Callable]]) -> Itera
                 module.forward = forward
 
 
-def head_slice(model: Model, site: Site) -> slice:
-    """The site's columns of the activation at its module: a head's slice of the o_proj input, else all of it."""
-    if site.component != "head":
+def columns_of(model: Model, site: Site) -> slice:
+    """The site's columns of the activation at its module: those of a head or neuron, else all of it."""
+    if (size := part_size(model, site.component)) is None:
         return slice(None)
-    return slice(site.head * model.head_size, (site.head + 1) * model.head_size)
+    return slice(site.head * size, (site.head + 1) * size)
 
 
 @contextmanager
@@ -174,7 +194,7 @@ def capture(
 
             def visit(activation: Tensor, site: Site = site) -> None:
                 chosen = activation if positions is None else activation[:, list(positions)]
-                seen[site] = chosen[..., head_slice(model, site)].detach().clone()
+                seen[site] = chosen[..., columns_of(model, site)].detach().clone()
 
             handles.append(on_activation(model, site.layer, site.component, visit))
         yield seen
@@ -200,7 +220,7 @@ def patch(
                 fired[site] += 1
                 edited = activation.clone()
                 rows = slice(None) if positions is None else list(positions)
-                edited[:, rows, head_slice(model, site)] = value.to(edited)
+                edited[:, rows, columns_of(model, site)] = value.to(edited)
                 return edited
 
             handles.append(on_activation(model, site.layer, site.component, visit))

@@ -28,13 +28,13 @@ from torch import Tensor
 
 from lib import hooks
 from lib.hooks import Site
+from lib.jobs import Job
 from lib.models import NOISE, Model, materialised
 from lib.pools import grouped, pooled, token_ids
 from lib.readout import PostNorms, Readout, head_outputs, post_norms, readout
 from lib.records import ABLATIONS
 from lib.single_pass import Activations, BaseRun, Edit, Row, SharedPrefix, SweepError, base_run, edits_by_module, grow
 from lib.steps import Step
-from lib.sweep import Job
 from lib.tasks import Pair
 from lib.units import Unit
 
@@ -289,7 +289,7 @@ def prove(
         for site in row.sites:
             if site.component == "head" and Site(site.layer, "attn") in row.sites:
                 continue  # the module behind it was replaced as a whole
-            columns = hooks.head_slice(model, site)
+            columns = hooks.columns_of(model, site)
             found = runs.kept[site.component, site.layer][place, columns]
             source = sources[site.component, site.layer][row.source, -1, columns].to(found)
             if not torch.equal(found, source):

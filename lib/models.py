@@ -8,15 +8,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import os
-import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +22,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lib import hooks
+from lib.weights import ModelError, load_error, resolve
 
 # Where each architecture keeps its parts; the first name that exists is taken. (path from the causal model, path from
 # a block.) Llama, Qwen2, Qwen3, Mistral, Gemma2, Gemma3 use the first of each, GPT-2 the second.
@@ -38,16 +33,13 @@ NAMES = {
     "attn": ("self_attn", "attn"),
     "o_proj": ("o_proj", "c_proj"),
     "mlp": ("mlp",),
+    "down_proj": ("down_proj", "c_proj"),
 }
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # How far two runs of the same prompt through kernels of other shapes may differ in a logit (measured: 1e-5 in fp32,
 # 0.02 in fp16, 0.125 in bf16, 0.14 in 4 bits; a factor of ten or so is left for deeper models).
 NOISE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 0.25, torch.bfloat16: 1.0}
 QUANTISED_NOISE = 2.0
-
-
-class ModelError(ValueError):
-    """A model that cannot be loaded, or whose modules are not what they were taken for."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +53,7 @@ class Model:
     attns: Sequence[nn.Module]
     o_projs: Sequence[nn.Module]
     mlps: Sequence[nn.Module]
+    down_projs: Sequence[nn.Module]  # none where an MLP is not one hidden layer (mixtures of experts)
     final_norm: nn.Module
     unembed: nn.Module
     n_layers: int
@@ -81,6 +74,14 @@ class Model:
     @property
     def dtype(self) -> torch.dtype:
         return self.model.dtype
+
+    @property
+    def n_neurons(self) -> int:
+        """Hidden units of an MLP."""
+        if not self.down_projs:
+            raise ModelError(f"{self.name} has no single neurons: no {' or '.join(NAMES['down_proj'])} in its MLPs")
+        projection = self.down_projs[0]
+        return getattr(projection, "in_features", None) or projection.weight.shape[0]  # GPT-2's Conv1D is transposed
 
     @property
     def noise(self) -> float:
@@ -109,94 +110,6 @@ def materialised(module: nn.Module) -> Tensor:
     if module.weight.device.type != "meta":
         return module.weight
     return module._hf_hook.weights_map["weight"]
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def cache_folder() -> Path:
-    """Where converted weights are kept: $SUPERSET_CIRCUIT_CACHE, else the user's cache folder."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("SUPERSET_CIRCUIT_CACHE") or Path(root) / "superset-circuit")
-
-
-def package_file(spec: str) -> Path:
-    """The file behind `package:name/file`, found without importing the package (its import may need more)."""
-    package, _, file = spec.removeprefix("package:").partition("/")
-    found = find_spec(package) if package.isidentifier() else None
-    if found is None or not found.submodule_search_locations:
-        raise ModelError(f"model {spec!r}: no Python package {package!r} is installed; `make book` installs it")
-    path = Path(found.submodule_search_locations[0]) / file
-    if not path.is_file():
-        raise ModelError(f"model {spec!r}: package {package!r} has no file {file!r}")
-    return path
-
-
-def converted(source: Path, sha256: str) -> Path:
-    """The folder with the GGUF file's weights as fp32 safetensors, named by its SHA-256. Converts once (some 20 s)."""
-    folder = cache_folder() / sha256
-    if folder.is_dir():  # it appears whole or not at all; one that was damaged since is an error at load
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{sha256[:12]}-"))
-    try:
-        where = {"gguf_file": source.name, "local_files_only": True}
-        AutoTokenizer.from_pretrained(source.parent, **where).save_pretrained(beside)
-        model = AutoModelForCausalLM.from_pretrained(source.parent, dtype=torch.float32, **where)
-        # transformers refuses to save a model that came from GGUF; its weights are plain fp32 by now
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
-        model.hf_quantizer, model.is_quantized = None, False
-        model.save_pretrained(beside)
-        try:
-            beside.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # not another process that was first
-                raise
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-    return folder
-
-
-def resolve(spec: str, sha256: str | None = None) -> tuple[str, str | None, bool]:
-    """What to hand to transformers for a model string, the weights' SHA-256 where known, and whether it is local."""
-    where, actual, local = spec, None, True
-    if spec.startswith("package:"):
-        actual = sha256_of(package_file(spec))
-    elif spec.startswith("config:"):
-        where = spec.removeprefix("config:")
-        if not Path(where).is_file():
-            raise ModelError(f"model {spec!r}: there is no such file")
-    elif Path(spec).is_dir():
-        weights = sorted(Path(spec).glob("*.safetensors"))
-        actual = sha256_of(weights[0]) if len(weights) == 1 else None
-    elif spec.startswith((".", "/", "~")) or spec.count("/") != 1:
-        forms = "package:name/file.gguf, an existing folder, a hub id owner/name, or config:file.json"
-        raise ModelError(f"model {spec!r}: no such folder. Give {forms}")
-    else:
-        local = False
-    if sha256 is not None and actual is None:
-        raise ModelError(f"model {spec!r}: only the SHA-256 of a single local weights file is checked; give none here")
-    if sha256 not in (None, actual):
-        raise ModelError(f"model {spec!r}: the weights file has SHA-256 {actual}, the profile asks for {sha256}")
-    if spec.startswith("package:"):
-        where = str(converted(package_file(spec), actual))
-    return where, actual, local
-
-
-def load_error(spec: str, where: str, error: Exception) -> ModelError:
-    """One clear message for the ways in which a model cannot be had."""
-    text = f"{type(error).__name__}: {error}"
-    if any(sign in text for sign in ("gated repo", "401 Client", "403 Client")):
-        todo = "accept its licence on its page, then set HF_TOKEN or run `hf auth login`"
-        return ModelError(f"model {spec!r} is gated or private: {todo}")
-    text = f"model {spec!r} could not be loaded: {text.splitlines()[0]}"
-    if spec.startswith("package:"):
-        text += f" (if its converted weights were damaged: delete the folder {where} and run again)"
-    return ModelError(text)
 
 
 def tokenizer(spec: str, sha256: str | None = None) -> PreTrainedTokenizerBase:
@@ -305,7 +218,8 @@ def find_handles(
     config, owner = model.config.get_text_config(), type(model).__name__
     blocks = list(named(model, "blocks", NAMES["blocks"], owner))
     attns = [named(block, "attention", NAMES["attn"], owner) for block in blocks]
-    heads = config.num_attention_heads
+    heads, mlps = config.num_attention_heads, [named(block, "MLP", NAMES["mlp"], owner) for block in blocks]
+    dense = all(any(hasattr(mlp, name) for name in NAMES["down_proj"]) for mlp in mlps)
     return Model(
         model=model,
         tokenizer=words,
@@ -313,7 +227,8 @@ def find_handles(
         blocks=blocks,
         attns=attns,
         o_projs=[named(attn, "o_proj", NAMES["o_proj"], owner) for attn in attns],
-        mlps=[named(block, "MLP", NAMES["mlp"], owner) for block in blocks],
+        mlps=mlps,
+        down_projs=[named(mlp, "down_proj", NAMES["down_proj"], owner) for mlp in mlps] if dense else [],
         final_norm=named(model, "final norm", NAMES["final_norm"], owner),
         unembed=model.get_output_embeddings(),
         n_layers=len(blocks),
@@ -332,8 +247,9 @@ def prove(model: Model) -> None:
     """Check on one prompt that the handles are what they are taken for; ModelError names the module that is not.
 
     1. Each module's hook fires once, in the order of the layers. 2. o_proj of the captured heads equals the captured
-    attention output. 3. The body, and the final norm of the last block, give the model's own logits. 4. The base pass
-    of the sweep (cached prefix, rows appended) equals the plain forward pass.
+    attention output, and down_proj of the captured neurons the MLP's. 3. The body, and the final norm of the last
+    block, give the model's own logits. 4. The base pass of the sweep (cached prefix, rows appended) equals the plain
+    forward pass.
     """
     from lib import single_pass  # which is built on this module
 
@@ -346,10 +262,10 @@ def prove(model: Model) -> None:
         for key in every:
             note = lambda _, key=key: fired.append(key)  # noqa: E731
             handles.append(hooks.on_activation(model, *key, note))
-        sites = [hooks.Site(layer, c) for layer in (0, model.n_layers - 1) for c in ("attn", "resid")]
-        inputs: dict[int, Tensor] = {}
-        for end in (0, model.n_layers - 1):
-            handles.append(hooks.on_activation(model, end, "head", lambda z, end=end: inputs.update({end: z.clone()})))
+        sites = [hooks.Site(layer, c) for layer in (0, model.n_layers - 1) for c in ("attn", "mlp", "resid")]
+        inputs: dict[tuple[int, str], Tensor] = {}
+        for end in itertools.product((0, model.n_layers - 1), ("head", "neuron") if model.down_projs else ("head",)):
+            handles.append(hooks.on_activation(model, *end, lambda z, end=end: inputs.update({end: z.clone()})))
         with hooks.capture(model, sites) as seen:
             own = model.model(ids).logits[0]
     for layer, component in every:
@@ -358,14 +274,16 @@ def prove(model: Model) -> None:
     for (layer, earlier), (later, component) in itertools.pairwise(fired):
         if (later, component == "resid") < (layer, earlier == "resid"):
             raise ModelError(f"{model.name}: layer {later} {component} was computed after layer {layer} {earlier}")
-    for layer, z in inputs.items():
-        if z.shape[-1] != model.n_heads * model.head_size:
-            heads = f"{model.n_heads} heads x {model.head_size}"
-            raise ModelError(f"{model.name}: the input of o_proj at layer {layer} has width {z.shape[-1]}, not {heads}")
-        off = (model.o_projs[layer](z) - seen[hooks.Site(layer, "attn")]).abs().max().item()
+    for (layer, part), z in inputs.items():
+        whole, name = ("attn", "o_proj") if part == "head" else ("mlp", "down_proj")
+        width = model.n_heads * model.head_size if part == "head" else model.n_neurons
+        if z.shape[-1] != width:
+            raise ModelError(f"{model.name}: the input of {name} at layer {layer} has width {z.shape[-1]}, not {width}")
+        projection = (model.o_projs if part == "head" else model.down_projs)[layer]
+        off = (projection(z) - seen[hooks.Site(layer, whole)]).abs().max().item()
         if off > model.noise:
-            where = f"the attention output of layer {layer}"
-            raise ModelError(f"{model.name}: o_proj of the heads differs from {where}: {off:.2g}")
+            where = f"the {'attention' if part == 'head' else 'MLP'} output of layer {layer}"
+            raise ModelError(f"{model.name}: {name} of the {part}s differs from {where}: {off:.2g}")
     base = single_pass.base_run(model, ids, [5, 7])
     last = model.final_norm(seen[hooks.Site(model.n_layers - 1, "resid")])[:, -1]
     final = model.logits(torch.cat([base.hidden, last.to(base.hidden.device)]))

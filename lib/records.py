@@ -58,7 +58,7 @@ SCHEMA = pa_schema.DataFrameSchema(
     {
         "layer": _whole(0),
         "component": _text(COMPONENTS),
-        "head": _whole(-1),  # -1 where the component has no heads
+        "head": _whole(-1),  # the head's or neuron's number; -1 where the component has no such parts
         "metric_before": _number(),  # margin of the base row of the same pass, logits
         "metric_after": _number(),
         "profile": _text(),
@@ -98,7 +98,8 @@ SCHEMA = pa_schema.DataFrameSchema(
     },
     checks=[
         pa_schema.Check(
-            lambda frame: (frame["component"] == "head") == (frame["head"] >= 0), name="head >= 0 exactly for heads"
+            lambda frame: frame["component"].isin(["head", "neuron"]) == (frame["head"] >= 0),
+            name="head >= 0 exactly for heads and neurons",
         ),
         pa_schema.Check(
             lambda frame: (frame["direction"] == "denoise") == (frame["ablation"] == "clean"),
@@ -116,6 +117,11 @@ SCHEMA = pa_schema.DataFrameSchema(
 SET_SCHEMA = SCHEMA.add_columns({"site_set": _whole(0)})
 SET_SCHEMA.unique = [*IDENTITY, "site_set"]
 SET_SCHEMA.name = "table of site sets"
+
+# Rows in which sites are replaced by values that a step makes: `variant` names the values.
+VARIANT_SCHEMA = SET_SCHEMA.add_columns({"variant": _text()})
+VARIANT_SCHEMA.unique = [*SET_SCHEMA.unique, "variant"]
+VARIANT_SCHEMA.name = "table of variants"
 
 # Rows of path patching: layer and head are the (first) sender's, `sender` its component; `receivers` names the set.
 PATH_SCHEMA = SET_SCHEMA.update_columns({"layer": {"checks": pa_schema.Check.ge(-1)}}).add_columns(

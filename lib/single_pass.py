@@ -135,7 +135,7 @@ def grow(model: Model, base: BaseRun, rows: Sequence[Row], sources: Activations)
     with hooks.removing(handles):
         for layer in range(model.n_layers):
             handles.append(batch.joining(model, layer))
-            for component in hooks.COMPONENTS:
+            for component in hooks.EVERY_COMPONENT:
                 if (component, layer) not in edits:
                     continue
                 edit = Edit(model, component, edits[component, layer], offsets, sources[component, layer])
@@ -238,7 +238,7 @@ class Edit:
         offsets: Int[Tensor, " positions"],
         source: Float[Tensor, "sources positions width"],
     ) -> None:
-        self.heads = (model.n_heads, model.head_size) if component == "head" else None
+        self.size = hooks.part_size(model, component)
         self.rows, self.head, index = torch.tensor(edits).T
         self.offsets = offsets
         self.values = self.of_source(source, index)
@@ -246,17 +246,17 @@ class Edit:
     def of_source(self, source: Tensor, index: Int[Tensor, " rows"]) -> Float[Tensor, "rows positions part"]:
         """Each edit's values out of (sources, positions, width)."""
         index = index.to(source.device)
-        if self.heads is None:
+        if self.size is None:
             return source[index]
-        return source.unflatten(-1, self.heads)[index, :, self.head.to(source.device)]
+        return source.unflatten(-1, (-1, self.size))[index, :, self.head.to(source.device)]
 
     def where(self, activation: Tensor) -> tuple[Tensor, tuple]:
         """The activation as a view to index, and the index of this edit's values in it."""
         device = activation.device
         rows, offsets = self.rows.to(device)[:, None], self.offsets.to(device)[None]
-        if self.heads is None:
+        if self.size is None:
             return activation, (rows, offsets)
-        return activation.unflatten(-1, self.heads), (rows, offsets, self.head.to(device)[:, None])
+        return activation.unflatten(-1, (-1, self.size)), (rows, offsets, self.head.to(device)[:, None])
 
     def write(self, activation: Tensor) -> None:
         """Replace in place: the tensor was made by this pass and nothing before the module reads it again."""

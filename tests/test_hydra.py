@@ -99,7 +99,7 @@ def test_parts_add_up_to_the_total_and_are_direct_effects_by_definition(exact, n
         kept = run[when]
         if site.component == "head":
             z = torch.zeros(model.n_heads * model.head_size, dtype=torch.float64)
-            z[hooks.head_slice(model, site)] = kept[site][0, 0]
+            z[hooks.columns_of(model, site)] = kept[site][0, 0]
             vector = model.o_projs[site.layer](z) - model.o_projs[site.layer](torch.zeros_like(z))
         else:
             vector = kept[site][0, 0]

@@ -16,7 +16,7 @@ from accelerate.utils import OffloadedWeightsLoader
 from conftest import CONFIGS, SMOLLM, TINY
 from huggingface_hub.errors import GatedRepoError
 
-from lib import hooks, models, single_pass, sweep
+from lib import hooks, models, single_pass, sweep, weights
 from lib.hooks import Site
 
 NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -181,9 +181,9 @@ def test_the_package_file_is_converted_once(package, tiny_folder, monkeypatch):
     assert calls == ["Words", "Weights"]
     again = models.load(package, device="cpu", sha256=first.sha256)
     assert calls == ["Words", "Weights"]
-    assert first.sha256 == again.sha256 == models.sha256_of(models.package_file(package))
+    assert first.sha256 == again.sha256 == weights.sha256_of(weights.package_file(package))
     assert np.array_equal(models.next_logits(first, PROMPTS), models.next_logits(again, PROMPTS))
-    assert [path.name for path in models.cache_folder().iterdir()] == [first.sha256]
+    assert [path.name for path in weights.cache_folder().iterdir()] == [first.sha256]
     assert models.tokenizer(package).encode("w3 w4") == [3, 4] and len(calls) == 2
 
 
@@ -191,7 +191,7 @@ def test_a_conversion_that_fails_leaves_nothing(package, tiny_folder, monkeypatc
     converter(monkeypatch, tiny_folder, fail=True)
     with pytest.raises(OSError, match="No space left"):
         models.load(package, device="cpu")
-    assert list(models.cache_folder().iterdir()) == []
+    assert list(weights.cache_folder().iterdir()) == []
     monkeypatch.undo()
 
 
@@ -199,7 +199,7 @@ def test_a_conversion_that_fails_leaves_nothing(package, tiny_folder, monkeypatc
 @pytest.mark.parametrize("damage", ["cut short", "missing"])
 def test_damaged_converted_weights_say_which_folder_to_delete(package, tiny_folder, monkeypatch, file, damage):
     converter(monkeypatch, tiny_folder)
-    folder = models.cache_folder() / models.load(package, device="cpu").sha256
+    folder = weights.cache_folder() / models.load(package, device="cpu").sha256
     if damage == "missing":
         (folder / file).unlink()
     else:
@@ -215,7 +215,7 @@ def test_another_sha256_is_refused_before_anything_is_converted(package, tiny_fo
     calls = converter(monkeypatch, tiny_folder)
     with pytest.raises(models.ModelError, match=f"has SHA-256 [0-9a-f]{{64}}, the profile asks for {'0' * 64}"):
         models.load(package, device="cpu", sha256="0" * 64)
-    assert calls == [] and not models.cache_folder().exists()
+    assert calls == [] and not weights.cache_folder().exists()
 
 
 @pytest.mark.parametrize(
@@ -244,7 +244,7 @@ def test_a_model_that_is_not_there_is_one_clear_error(spec, message):
 
 
 def test_a_local_folder_equals_the_package_bit_for_bit(smollm):
-    folder = str(models.cache_folder() / smollm.sha256)
+    folder = str(weights.cache_folder() / smollm.sha256)
     local = models.load(folder, device="cpu")
     theirs = local.model.state_dict()
     assert all(torch.equal(value, theirs[name]) for name, value in smollm.model.state_dict().items())
@@ -253,7 +253,7 @@ def test_a_local_folder_equals_the_package_bit_for_bit(smollm):
 
 
 def test_the_sha256_of_a_folder_is_checked(tiny_folder):
-    good = models.sha256_of(tiny_folder / "model.safetensors")
+    good = weights.sha256_of(tiny_folder / "model.safetensors")
     assert models.load(str(tiny_folder), sha256=good, device="cpu").sha256 == good
     with pytest.raises(models.ModelError, match=f"has SHA-256 {good}, the profile asks for {'0' * 64}"):
         models.load(str(tiny_folder), sha256="0" * 64, device="cpu")

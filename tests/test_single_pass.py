@@ -162,7 +162,7 @@ def test_an_edit_of_a_wrong_head_fails_the_identity(tiny, monkeypatch):
     model, real = tiny("llama"), single_pass.Edit.write
 
     def shifted(self, activation):
-        self.head = (self.head + 1) % 4 if self.heads else self.head
+        self.head = (self.head + 1) % 4 if self.size else self.head
         real(self, activation)
 
     base = single_pass.base_run(model, prompts(1), [4, 6])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from lib import hooks, single_pass, sweep
+from lib import hooks, records, single_pass, sweep
 from lib.hooks import Site
 from lib.tasks import Pair, Prompt
 
@@ -38,7 +38,7 @@ PAIRS = [pair_of(index) for index in range(8)]
 @functools.cache
 def captured(model, ids):
     """Every activation of one plain run."""
-    with hooks.capture(model, hooks.all_sites(model)) as seen:
+    with hooks.capture(model, hooks.all_sites(model, hooks.EVERY_COMPONENT)) as seen:
         model.model(torch.tensor([ids]))
     return seen
 
@@ -143,6 +143,61 @@ def test_smollm_equals_one_by_one(smollm, two_pairs):
                 before = plain(smollm, base.ids)
                 allowed = FP32_TOLERANCE * max(1.0, (logits - before).abs().max().item())
                 assert np.abs(np.array(row.logits_after) - logits[list(pair.clean_tokens)].numpy()).max() <= allowed
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "gpt2"])
+@pytest.mark.parametrize("role", ["last", "names"])
+def test_neurons_equal_one_by_one(tiny, name, role):
+    model, pairs = tiny(name, "float64"), {pair.pair_id: pair for pair in PAIRS}
+    how = {"role": role, "components": ["neuron"], "layers": [0, 1], "seed": 3}
+    frames = [
+        sweep.run(model, PAIRS[:2], direction="noise", ablations=sweep.ABLATIONS, pool=PAIRS, **how),
+        sweep.run(model, PAIRS[:2], direction="denoise", **how),
+    ]
+    assert [len(frame) for frame in frames] == [2 * 4 * 2 * model.n_neurons, 2 * 2 * model.n_neurons]
+    largest = [
+        check_row(model, row, pairs, FP64_TOLERANCE)
+        for frame in frames
+        for row in frame.sample(20, random_state=1).itertuples()
+    ]
+    assert max(largest) > 1e-3, "no neuron moves the logits: this test could not see an error"
+
+
+def test_all_neurons_of_a_layer_of_smollm_equal_one_by_one(smollm, two_pairs):
+    pair = two_pairs[0]
+    frame = sweep.run(smollm, [pair], direction="noise", role="last", components=["neuron"], layers=[23])
+    assert len(frame) == smollm.n_neurons == 1536
+    change = (frame.logit_diff_after - frame.logit_diff_before).abs()
+    chosen = [*change.nlargest(10).index, *frame.sample(20, random_state=0).index]
+    for row in frame.loc[chosen].itertuples():
+        logits = one_by_one(smollm, pair, "noise", "counterfactual", 0, Site(23, "neuron", row.head), "last")
+        effect = (logits - plain(smollm, pair.clean.ids)).abs().max().item()
+        off = np.abs(np.array(row.logits_after) - logits[list(pair.clean_tokens)].numpy()).max()
+        assert off <= FP32_TOLERANCE * max(1.0, effect)
+    assert change.max() > 0.01
+
+
+def test_values_of_ones_own_are_put_in(tiny):
+    """A variant that shrinks a module's output, in noise and denoise, against a full forward pass."""
+    model, pair = tiny("llama", "float64"), PAIRS[0]
+    sites = [(Site(1, "mlp"),), (Site(0, "attn"), Site(1, "mlp"))]
+
+    def variants(pairs, base, other):
+        halves = {key: value / 2 for key, value in base.activations.items()}
+        return {"half": halves, "other": other.activations}
+
+    for direction, prompt in (("noise", pair.clean), ("denoise", pair.corrupt)):
+        own = sweep.run_variants(model, [pair], sites, ["half", "other"], variants, direction=direction)
+        frame = records.conform(own, records.VARIANT_SCHEMA).set_index(["variant", "site_set"])
+        kept = captured(model, prompt.ids)
+        for at, chosen in enumerate(sites):
+            values = {site: kept[site][:, [9]] / 2 for site in chosen}
+            with hooks.patch(model, values, prompt.roles["last"]):
+                logits = model.model(torch.tensor([prompt.ids])).logits[0, -1]
+            got = np.array(frame.loc[("half", at), "logits_after"])
+            assert np.abs(got - logits[list(pair.clean_tokens)].numpy()).max() < 1e-6
+        usual = sweep.run(model, [pair], direction=direction, site_sets=sites)
+        assert np.allclose(frame.loc["other", "metric_after"], usual.metric_after, atol=1e-9)
 
 
 def test_sets_of_sites_are_replaced_together(tiny):

@@ -1,0 +1,246 @@
+"""One job of a sweep: pairs that share their passes, and every row that is made of them.
+
+1. Run both prompts of each pair plainly.
+2. Lay out the sources: zeros, means, a resampled prompt's values, the other run of the pair, or values of one's own.
+3. Grow, prove and score passes of as many rows as the memory budget allows; one that does not fit is halved.
+4. Put the numbers of each row into the design's columns.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from lib import metrics
+from lib.hooks import Site
+from lib.models import Model
+from lib.pools import Pool, token_ids, weighted
+from lib.single_pass import Activations, BaseRun, Grown, Row, base_run, prove_base_rows, prove_rows, row_limit
+from lib.tasks import Pair
+
+# Rows of full-vocabulary logits held at once: larger blocks go back to the system and are faulted in anew each time.
+LOGIT_ROWS = 128
+
+Grow = Callable[[Model, BaseRun, Sequence[Row], Activations], Grown]
+# From the pairs, their base runs and their other runs: for each variant, what the sites are replaced by.
+Variants = Callable[[Sequence[Pair], BaseRun, BaseRun], Mapping[str, Activations]]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Job:
+    """Pairs that share their passes, and what is done to them."""
+
+    model: Model
+    pairs: list[Pair]
+    direction: str
+    role: str
+    sets: list[tuple[Site, ...]]
+    kinds: tuple[str, ...]
+    seed: int
+    memory: float
+    profile: str
+    grow: Grow
+    needs: tuple[str, ...]
+    variants: Variants | None = None
+
+    @property
+    def components(self) -> list[str]:
+        """Components of the sites."""
+        return sorted({site.component for sites in self.sets for site in sites})
+
+    def run(self, pool: Callable[[], Pool], halved: list[str]) -> pd.DataFrame:
+        """Every set of sites x kind x pair, proved and scored. `pool` makes the pool when a kind needs it."""
+        model, pairs = self.model, self.pairs
+        positions = pairs[0].clean.roles[self.role]
+        # one run for both sides: the weights are read once
+        ids = [pair.clean.ids for pair in pairs] + [pair.corrupt.ids for pair in pairs]
+        plain = base_run(model, token_ids(model, ids), positions, sorted({*self.components, *self.needs}))
+        clean, corrupt = plain.part(0, len(pairs)), plain.part(len(pairs), 2 * len(pairs))
+        base, other = (clean, corrupt) if self.direction == "noise" else (corrupt, clean)
+        sources = self.of_variants(base, other) if self.variants else self.sources(other, pool)
+        rows = [
+            Row(sites, owner, kind * len(pairs) + owner)
+            for owner in range(len(pairs))
+            for kind in range(len(self.kinds))
+            for sites in self.sets
+        ]
+        scored = self.scored(base, rows, sources, halved)
+        return self.frame(rows, scored, {"clean": clean, "corrupt": corrupt})
+
+    def sources(self, other: BaseRun, pool: Callable[[], Pool]) -> Activations:
+        """(kinds x pairs, positions, width) for each component of the sites and layer."""
+        parts = []
+        own = {key: value for key, value in other.activations.items() if key[0] in self.components}
+        for kind in self.kinds:
+            if kind in ("counterfactual", "clean"):
+                parts.append(own)
+            elif kind == "zero":
+                parts.append({key: torch.zeros_like(value) for key, value in own.items()})
+            else:
+                lent = pool()
+                weights = torch.tensor(np.stack([lent.weights(pair, kind, self.seed) for pair in self.pairs]))
+                parts.append({key: weighted(weights, value) for key, value in lent.activations.items()})
+        return {key: torch.cat([part[key] for part in parts]) for key in own}
+
+    def of_variants(self, base: BaseRun, other: BaseRun) -> Activations:
+        """As `sources`, of values that the caller makes."""
+        made = self.variants(self.pairs, base, other)
+        modules = {(site.component, site.layer) for sites in self.sets for site in sites}
+        return {key: torch.cat([made[kind][key] for kind in self.kinds]) for key in modules}
+
+    def scored(self, base: BaseRun, rows: list[Row], sources: Activations, halved: list[str]) -> dict[str, np.ndarray]:
+        """Run the rows in passes within the memory budget; per-row numbers, in the order of the rows."""
+        limit = row_limit(self.model, base, self.memory)
+        parts = [
+            part
+            for at in range(0, len(rows), limit)
+            for part in self.passes(base, rows[at : at + limit], sources, halved)
+        ]
+        return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+
+    def passes(
+        self, base: BaseRun, rows: list[Row], sources: Activations, halved: list[str]
+    ) -> list[dict[str, np.ndarray]]:
+        """One pass over the rows, or two over its halves when memory runs out."""
+        try:
+            return [self.one_pass(base, rows, sources)]
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            short = isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)
+            if not short or len(rows) == 1:
+                raise
+        line = f"out of memory: {len(rows)} rows of pairs {self.pairs[0].pair_id} ... halved and retried"
+        log.warning(line)
+        halved.append(line)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        middle = len(rows) // 2
+        return [part for half in (rows[:middle], rows[middle:]) for part in self.passes(base, half, sources, halved)]
+
+    def one_pass(self, base: BaseRun, rows: list[Row], sources: Activations) -> dict[str, np.ndarray]:
+        """Grow, prove and score one pass."""
+        grown = self.grow(self.model, base, rows, sources)
+        prove_rows(self.model, grown, lambda index: self.describe(rows[index]))
+        prove_base_rows(self.model, base, grown, lambda index: f"pair {self.pairs[index].pair_id}")
+        owner = np.array([row.owner for row in rows])
+        base_logits = self.model.logits(grown.base)
+        before = self.metrics(base_logits, base_logits, np.arange(len(self.pairs)))
+        after = self.metrics_of_rows(grown, base_logits, owner, rows)
+        out = {f"{key}_before": value[owner] for key, value in before.items()}
+        out |= {f"{key}_after": value for key, value in after.items()}
+        out |= {"site_delta": grown.site_delta.numpy(), "fired": grown.fired.numpy()}
+        if grown.arrived is not None:
+            out["arrived"] = grown.arrived.numpy()
+        if self.pairs[0].clean_seconds:
+            second = self.second_tokens(base, rows, sources)
+            for when, chosen in (("before", owner), ("after", len(self.pairs) + np.arange(len(rows)))):
+                both = out[f"candidate_logits_{when}"] + second[chosen]
+                answers = np.array([self.pairs[index].answer for index in owner])
+                out[f"metric_both_{when}"] = metrics.margins(both, answers)[0]
+        return out
+
+    def metrics_of_rows(self, grown: Grown, base_logits: Tensor, owner: np.ndarray, rows: list[Row]) -> dict:
+        """Metrics of the patched rows, a few hundred rows of logits at a time."""
+        parts = []
+        for at in range(0, len(rows), LOGIT_ROWS):
+            chunk = slice(at, at + LOGIT_ROWS)
+            logits = self.model.logits(grown.hidden[chunk])
+            try:
+                parts.append(self.metrics(logits, base_logits, owner[chunk]))
+            except ValueError as error:
+                broken = torch.nonzero(~torch.isfinite(logits).all(-1))
+                if not len(broken):
+                    raise
+                where = self.describe(rows[at + int(broken[0])])
+                raise ValueError(f"{where}: NaN or infinite logits; try dtype float32 or bfloat16") from error
+        return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+
+    def metrics(self, logits: Tensor, base_logits: Tensor, owner: np.ndarray) -> dict[str, np.ndarray]:
+        """`metrics.from_logits` with this job's answers and candidates, as a dict of arrays."""
+        tokens = [pair.clean_tokens if self.direction == "noise" else pair.corrupt_tokens for pair in self.pairs]
+        return vars(metrics.from_logits(logits, base_logits, torch.tensor(owner), **answers_of(self.pairs, tokens)))
+
+    def second_tokens(self, base: BaseRun, rows: list[Row], sources: Activations) -> np.ndarray:
+        """Logits of each candidate's second token after its first, (pairs + rows, candidates): base rows lead.
+
+        The prompt is run once per candidate with that candidate's first token appended, as if it had been said.
+        """
+        columns = []
+        for index in range(len(self.pairs[0].candidates)):
+            noise = self.direction == "noise"
+            first = [(p.clean_tokens if noise else p.corrupt_tokens)[index] for p in self.pairs]
+            second = [(p.clean_seconds if noise else p.corrupt_seconds)[index] for p in self.pairs]
+            ids = torch.cat([base.ids, torch.tensor(first, device=base.ids.device)[:, None]], dim=1)
+            said = base_run(self.model, ids, base.positions, sorted({*self.components, *self.needs}))
+            grown = self.grow(self.model, said, rows, sources)
+            wanted = torch.tensor(second + [second[row.owner] for row in rows])
+            logits = self.model.logits(torch.cat([grown.base, grown.hidden])).cpu()
+            columns.append(logits[torch.arange(len(logits)), wanted].numpy())
+        return np.stack(columns, axis=1)
+
+    def describe(self, row: Row) -> str:
+        sites = ", ".join(f"layer {s.layer} {s.component}" + (f" {s.head}" if s.head >= 0 else "") for s in row.sites)
+        kind = self.kinds[row.source // len(self.pairs)]
+        return f"pair {self.pairs[row.owner].pair_id}, {self.direction} {kind} at {self.role}, {sites}"
+
+    def frame(self, rows: list[Row], scored: dict[str, np.ndarray], runs: dict[str, BaseRun]) -> pd.DataFrame:
+        """The tidy rows with the design's columns."""
+        pairs, count = self.pairs, len(rows)
+        owner = np.array([row.owner for row in rows])
+        candidates = np.array([pair.candidates for pair in pairs])
+        columns: dict[str, object] = {
+            "layer": np.array([row.sites[0].layer for row in rows], dtype=np.int32),
+            "component": np.array([row.sites[0].component for row in rows]),
+            "head": np.array([row.sites[0].head for row in rows], dtype=np.int32),
+            "metric_before": scored["metric_before"],
+            "metric_after": scored["metric_after"],
+            "profile": np.repeat(self.profile, count),
+        }
+        for field in ("task", "template", "pair_id", "quad_id", "half"):
+            columns[field] = np.array([getattr(pair, field) for pair in pairs])[owner]
+        columns |= {
+            "direction": np.repeat(self.direction, count),
+            "ablation": np.array([self.kinds[row.source // len(pairs)] for row in rows]),
+            "position": np.repeat(self.role, count),
+            "seed": np.full(count, self.seed, dtype=np.int64),
+        }
+        for which, base in runs.items():
+            tokens = [pair.clean_tokens if which == "clean" else pair.corrupt_tokens for pair in pairs]
+            logits = self.model.logits(base.hidden)
+            plain = metrics.from_logits(logits, logits, torch.arange(len(pairs)), **answers_of(pairs, tokens))
+            columns[f"metric_{which}"] = plain.metric[owner]
+            columns[f"logit_diff_{which}"] = plain.logit_diff[owner]
+        columns["answer"] = candidates[owner, [pairs[index].answer for index in owner]]
+        for when in ("before", "after"):
+            columns[f"logit_diff_{when}"] = scored[f"logit_diff_{when}"]
+            columns[f"foil_{when}"] = candidates[owner, scored[f"foil_{when}"]]
+            columns[f"logits_{when}"] = list(scored[f"candidate_logits_{when}"].astype(np.float32))
+            columns[f"label_logits_{when}"] = list(scored[f"label_logits_{when}"].astype(np.float32))
+            columns[f"candidate_probability_{when}"] = scored[f"candidate_probability_{when}"]
+            if f"metric_both_{when}" in scored:
+                columns[f"metric_both_{when}"] = scored[f"metric_both_{when}"]
+        ids, inverse = np.unique(scored["top_token_after"], return_inverse=True)
+        words = self.model.tokenizer
+        columns["top_token_after"] = np.array([words.decode([i]) if words else str(i) for i in ids.tolist()])[inverse]
+        for key in ("top_logit", "logsumexp", "rank", "kl"):
+            columns[f"{key}_after"] = scored[f"{key}_after"]
+        columns |= {key: scored[key] for key in ("site_delta", "fired", "arrived") if key in scored}
+        columns["site_set"] = np.tile(np.arange(len(self.sets)), count // len(self.sets))
+        return pd.DataFrame(columns)
+
+
+def answers_of(pairs: Sequence[Pair], tokens: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+    """The arguments of `metrics.from_logits` that name answers, candidates and labels, one row per pair."""
+    return {
+        "candidate_tokens": torch.tensor([list(row) for row in tokens]),
+        "answer": torch.tensor([pair.answer for pair in pairs]),
+        "corrupt_answer": torch.tensor([pair.corrupt_answer for pair in pairs]),
+        "label_tokens": torch.tensor(list(pairs[0].label_tokens), dtype=torch.long),
+    }
