@@ -278,7 +278,10 @@ def prove(model: Model) -> None:
         whole, name = ("attn", "o_proj") if part == "head" else ("mlp", "down_proj")
         width = model.n_heads * model.head_size if part == "head" else model.n_neurons
         if z.shape[-1] != width:
-            raise ModelError(f"{model.name}: the input of {name} at layer {layer} has width {z.shape[-1]}, not {width}")
+            wanted = f"{model.n_heads} heads x {model.head_size}" if part == "head" else f"{width} neurons"
+            raise ModelError(
+                f"{model.name}: the input of {name} at layer {layer} has width {z.shape[-1]}, not {wanted}"
+            )
         projection = (model.o_projs if part == "head" else model.down_projs)[layer]
         off = (projection(z) - seen[hooks.Site(layer, whole)]).abs().max().item()
         if off > model.noise:
