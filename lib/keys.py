@@ -79,6 +79,7 @@ PAGE = (
     "lib/neuron_report.py",
     "lib/feature_report.py",
     "lib/circuit_report.py",
+    "lib/plan_claims.py",
     "lib/claims.py",
     "lib/story.py",
     "lib/steps.py",
@@ -107,7 +108,7 @@ FILES = {
 # Keys of a step's own section that only its page depends on.
 PAGE_ONLY = {"story": ("claims",)}
 # What else a step leaves in its folder, beside <step>.*
-EXTRA_FILES = {"baselines": ("pairs.parquet",)}
+EXTRA_FILES = {"baselines": ("pairs.parquet",), "story": ("claims.json",)}
 
 
 class MissingInput(ParameterError):

@@ -359,17 +359,17 @@ class Step:
         records.write_json(self.results / f"{self.name}.findings.json", out)
         return out
 
-    def write_extra(self, name: str, frame: pd.DataFrame) -> Path:
-        """Write pairs.parquet or quads.parquet (step 01). Equal tables give equal bytes, which later keys hash."""
-        allowed = keys.EXTRA_FILES.get(self.name, ())
+    def write_extra(self, name: str, extra: pd.DataFrame | Mapping[str, Any]) -> Path:
+        """Write pairs.parquet (step 01) or claims.json (step 10). Equal contents give equal bytes, which keys hash."""
+        allowed, path = keys.EXTRA_FILES.get(self.name, ()), self.results / name
         if name not in allowed:
-            raise StepError(
-                f"step {self.name} does not write {name!r}; it may write {', '.join(allowed) or 'nothing more'}"
-            )
+            may = ", ".join(allowed) or "nothing more"
+            raise StepError(f"step {self.name} does not write {name!r}; it may write {may}")
         self._clear_stale()
         self.write_record()
-        records.write(self.results / name, frame, {}, schema=None)
-        return self.results / name
+        table = isinstance(extra, pd.DataFrame)
+        records.write(path, extra, {}, schema=None) if table else records.write_json(path, plain(extra))
+        return path
 
 
 def plain(value: Any) -> Any:

@@ -1,0 +1,165 @@
+"""Every claim of the plan, in its order: the step it rests on, its numbers, its rule, the figure and the rows under it.
+
+Thresholds stand in the profile, verdicts are `lib.claims`'s. A claim says nothing of any model. `measured` in a path
+is what step 10 itself computes from an earlier step's table (`lib.story.measured`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One claim of the plan and how it is decided."""
+
+    id: str
+    section: str  # of the plan
+    text: str
+    step: str
+    quantity: str  # what is estimated, with its unit
+    rule: Literal["above", "below", "within", "p", "count", "own"]  # see lib.claims.RULES
+    path: str  # of its numbers in the step's findings; see lib.claims.at
+    figure: str  # a figure of the step's page
+    rows: tuple[str, str] | None  # table in the results folder, and the rows of it
+    threshold_from: str | None = None  # the parameter that is its threshold, `step.key` or a shared key; else `claims`
+    pick: Literal["first", "largest", "weakest", "count"] = "first"  # which row of several; weakest: lowest lower end
+    columns: tuple[str | None, str | None, str | None] = ("estimate", "low", "high")
+    p: str | None = None  # column of a p value
+    centre: float = 0.0  # of the rule `within`
+    tests: str | None = None  # rule `count`: path of the tests that were counted
+    requires: tuple[str, str] | None = None  # a path that must hold something, and what it means if it does not
+    excludes: tuple[str, str] | None = None  # a path that must hold nothing, and what it means if it does
+    companion: str | None = None  # a claim about another task, which this profile does not measure
+
+
+GRID = ("generality.joint", "site_set == 0")
+JOINT = "joint effect of the slice (share of the clean-to-corrupt gap)"
+RULE = ("generality.rule", "n_a + n_b > 0")
+GROUPS = "receivers == '{}' and mlps == '{}' and half == 'confirmation'"
+CIRCUIT = ("story", "half == 'confirmation'")
+SHARE = "share of the clean-to-corrupt gap"
+
+
+def accuracy(name: str, section: str, text: str, task: str, template: str | None, **more: str) -> Claim:
+    """A claim about a task's accuracy against chance."""
+    where = f"task={task}" + (f",template={template}" if template else "")
+    query = f"task == '{task}'" + (" and template == {template!r}" if template else "")
+    return Claim(
+        name, section, text, "baselines", "accuracy (share of prompts), against chance", "p", f"accuracy[{where}]",
+        "fig-accuracy", ("baselines", query), p="p", **more,
+    )  # fmt: skip
+
+
+def carried(name: str, section: str, text: str, senders: str, receivers: str, mlps: str, **more: tuple) -> Claim:
+    """A claim about what a group of senders at the names carries into the slice's heads."""
+    path = f"carried[senders={senders},receivers={receivers},mlps={mlps}]"
+    rows = ("retrieval_heads.groups", GROUPS.format(receivers, mlps))
+    return Claim(name, section, text, "retrieval_heads", SHARE, "above", path, "fig-groups", rows, **more)
+
+
+def held(name: str, text: str, path: str, figure: str, rows: tuple[str, str] = GRID) -> Claim:
+    """A claim that the circuit holds in every one of some groups of pairs: the weakest decides."""
+    quantity = "joint damage or recovery, the weakest group's " + f"({SHARE})"
+    return Claim(name, "3", text, "generality", quantity, "above", path, figure, rows, "generality.general_floor",
+                 "weakest")  # fmt: skip
+
+
+def control(name: str, kind: str, text: str) -> Claim:
+    """A claim about one negative control, decided by step 07's equivalence tests."""
+    return Claim(
+        f"control_{name}", "3", text, "generality", "largest change of a candidate's logit, as a share of the ordinary "
+        "effect", "own", f"controls[control={kind},scoring=centred]", "fig-generality-controls",
+        ("generality.controls", "ablation == 'mean'"), "generality.silence_margin", columns=(None, None, None), p="p",
+    )  # fmt: skip
+
+
+def additive(name: str, text: str, centre: float) -> Claim:
+    """A claim about the second name's step as a share of the first's: 0 under OR, 1 if names add up."""
+    return Claim(name, "3", text, "generality", "the second name's step over the first's (ratio)", "within",
+                 "rule.ratio", "fig-generality-rule", RULE, centre=centre)  # fmt: skip
+
+
+CLAIMS = (
+    # --- guard-rails ---
+    accuracy("task_done", "guard-rails", "The model does the task above chance.", "{task}", "{template}"),
+    Claim("fame_matched", "guard-rails", "Clean and corrupt names are matched in fame.", "baselines",
+          "difference in fame between the two sides of a pair (nats)", "below", "measured.fame", "fig-fame",
+          ("pairs", "fame_clean.notna()"), "baselines.fame_tolerance"),
+    # --- the coarse sweep ---
+    Claim("critical_layers", "coarse sweep", "A few critical layers, picked on one half of the quads, bring the answer "
+          "to the last token in the other half as well.", "coarse_sweep", "their rises' share of the recovery curve at "
+          "`last`", "above", "measured.critical_layers", "fig-coarse",
+          ("coarse_sweep", "direction == 'denoise' and position == 'last'"), "critical_share"),
+    Claim("middle_layers", "coarse sweep", "The signal moves from the names to the last token in the middle layers: "
+          "most of it has arrived when two thirds of the layers are done.", "coarse_sweep", "recovery at `last` after "
+          "two thirds of the layers", "above", "measured.middle_layers", "fig-coarse",
+          ("coarse_sweep", "direction == 'denoise' and position == 'last'")),
+    Claim("one_layer", "1", "One layer is the aggregator.", "coarse_sweep", "rise of the layer named in the profile, "
+          "else of the largest on the discovery half (share of the recovery curve at `last`)", "above",
+          "measured.one_layer", "fig-coarse", ("coarse_sweep", "direction == 'denoise' and position == 'last'")),
+    # --- 1 necessity, sufficiency, hydra ---
+    Claim("slice_necessary", "1.1", "The critical slice is necessary: without it the answer is lost.", "sufficiency",
+          f"joint damage ({SHARE})", "above", "joint[quantity=damage]", "fig-slice",
+          ("sufficiency.slice", "direction == 'noise'"), "generality.general_floor"),
+    Claim("single_suffices", "1.2", "A single head or MLP restores the answer.", "sufficiency",
+          f"recovery by the best single site ({SHARE})", "above", "sites[component=head|mlp]", "fig-sufficiency-ranked",
+          ("sufficiency", "component in ['head', 'mlp']"), "restores_recovery", "largest",
+          ("ratio", "ratio_low", "ratio_high"),
+          requires=("restoring", "but in too few pairs does the clean answer come first")),
+    Claim("slice_sufficient", "1.2", "The critical slice is jointly sufficient: it brings the answer back.",
+          "sufficiency", f"joint recovery ({SHARE})", "above", "joint[quantity=recovery]", "fig-slice",
+          ("sufficiency.slice", "direction == 'denoise'"), "generality.general_floor"),
+    Claim("no_repair", "1.3", "Later sites do not repair what the slice loses.", "hydra", "compensation ratio (share "
+          "of the slice's loss)", "below", "compensation[half=confirmation,later=heads and MLPs]", "fig-hydra-split",
+          ("hydra", "slice == 'slice' and half == 'confirmation'")),
+    Claim("no_backup", "1.3", "No backup lights up when the slice is ablated: the pathway is unique.", "hydra",
+          "largest rise of a later site's direct effect that the test could have missed (share of the slice's own)",
+          "below", "missed", "fig-hydra-rises", ("hydra", "slice == 'slice' and component != ''"), None, "largest",
+          ("share", None, "share"), excludes=("backups[stands_in=True]", "but a backup stands in for the slice")),
+    # --- 2 retrieval heads ---
+    Claim("retrieval_heads", "2", "Heads outside the slice retrieve the profession for it: two stages.",
+          "retrieval_heads", "heads that pass all four tests", "count", "verdicts.retrieval_heads", "fig-four-tests",
+          ("retrieval_heads.ablation", "half == 'confirmation'"), None, "count", tests="tests"),
+    carried("one_stage", "2, instead", "The slice's own heads read the names and write the profession: one stage.",
+            "everything", "k and v at names", "recomputed",
+            requires=("verdicts.slice_heads_that_retrieve",
+                      "but no head of the slice both attends to the names and writes the right profession")),
+    carried("values_carry", "2", "What the slice's heads read at the names reaches them through value vectors.",
+            "everything", "v at names", "recomputed"),
+    carried("heads_at_names", "2", "Earlier heads write what the slice reads at the names.", "heads",
+            "k and v at names", "frozen"),
+    carried("mlps_at_names", "2, instead", "MLPs at the names write what the slice reads there.", "MLPs",
+            "k and v at names", "frozen"),
+    Claim("path_ablation", "2", "Ablating only the path from the leading earlier heads into the slice breaks the "
+          "answer.", "retrieval_heads", "answers that flip (share of pairs)", "above", "measured.path_ablation",
+          "fig-four-tests", ("retrieval_heads.ablation", "position == 'names' and site_set == 0"), "restores_share"),
+    # --- 3 generality ---
+    held("general_supersets", "The slice carries every superset.", "classes[kind=superset]", "fig-generality-forest"),
+    held("general_left_out", "A circuit picked without a superset carries that superset too.", "leave_one_out",
+         "fig-generality-left-out", ("generality.joint", "site_set > 0")),
+    held("general_professions", "The slice carries every profession with enough quads.", "classes[kind=profession]",
+         "fig-generality-professions"),
+    held("general_templates", "The slice works in templates that were never used for picking.",
+         "classes[kind=template,group!={template}]", "fig-generality-forest"),
+    Claim("class_specific", "3", "The slice's sites share the work differently in different supersets.", "generality",
+          "class x site interaction", "p", "interaction", "fig-generality-sites", GRID, columns=(None, None, None),
+          p="p"),
+    control("invented_names", "invented names", "With invented names the slice stays silent."),
+    control("things", "things", "With things instead of people the slice stays silent."),
+    control("two_supersets", "two supersets", "With names of two supersets each, both of theirs fall, by less than an "
+            "ordinary answer."),
+    control("mixed", "mixed", "With two names of different supersets both fall, by less than an ordinary answer."),
+    control("shuffled_labels", "shuffled labels", "With labels shuffled the slice has no effect on them."),
+    control("random_heads", "random heads", "Random heads have no effect like that of the slice's own."),
+    Claim("either_name", "3", "Either name alone raises the logit of its superset.", "generality", "what one name adds "
+          "(logits)", "above", "rule.fitted[term=one name]", "fig-generality-rule", RULE),
+    additive("rule_or", "One name is enough: a second of the same superset adds nothing (OR).", 0.0),
+    additive("rule_additive", "Two names add up: the second adds as much as the first.", 1.0),
+    Claim("rule_and", "3", "Only two names together count (AND).", "generality", "what one name alone adds (logits)",
+          "within", "rule.fitted[term=one name]", "fig-generality-rule", RULE),
+    # --- the companion task ---
+    accuracy("odd_one_out", "companion", "The odd-one-out task runs through the same circuit.", "odd_one_out", None,
+             companion="odd_one_out"),
+)  # fmt: skip

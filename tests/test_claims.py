@@ -1,0 +1,320 @@
+"""The claims ledger on findings whose verdicts are known, and the sentence that must follow the verdicts."""
+
+import json
+import re
+from dataclasses import replace
+from types import SimpleNamespace
+
+import jsonschema
+import numpy as np
+import pandas as pd
+import pytest
+
+from lib import claims, keys, params, records, steps, story
+from lib.claims import NOT_SUPPORTED, NOT_TESTABLE, NOT_TESTED, SUPPORTED
+from lib.plan_claims import CLAIMS
+
+ROOT = params.ROOT
+
+
+def span(estimate, reach=0.05, **more):
+    """An estimate with its interval, as findings hold it."""
+    return {"estimate": estimate, "low": estimate - reach, "high": estimate + reach, **more}
+
+
+def few(estimate, **more):
+    """An estimate from too few quads."""
+    return {"estimate": estimate, "low": None, "high": None, **more}
+
+
+def carried(value, senders, receivers, mlps):
+    return span(value, senders=senders, receivers=f"{receivers} at names", mlps=mlps)
+
+
+def controls():
+    kinds = ("invented names", "things", "two supersets", "mixed", "shuffled labels", "random heads")
+    rows = [{"control": kind, "scoring": "centred", "met": True, "verdict": "silent", "p": 0.01} for kind in kinds]
+    return [rows[0] | {"met": False, "verdict": "active"}, rows[1] | {"met": None}, *rows[2:]]
+
+
+def found():
+    """Findings of every step, with the columns that the steps write, of a model that does what the plan hopes."""
+    accuracy = [span(0.5, task=task, template=name, p=1e-9) for task, name in
+                (("superset", "profession_both"), ("odd_one_out", "odd_one_out"))]  # fmt: skip
+    tests = [{"site": "2.1 at last", "test": "path", "passed": True, **span(1.0)}]
+    rows = [span(0.7 + 0.1 * (name == "artist"), kind="superset", group=name) for name in ("artist", "writer")]
+    rows += [few(0.1, kind="profession", group="poet"), span(0.8, kind="profession", group="actor")]
+    rows += [span(0.1, kind="template", group="profession_both"), span(0.7, kind="template", group="both_famous")]
+    coarse = {name: span(0.9) for name in ("critical_layers", "one_layer", "middle_layers")}
+    return {
+        "baselines": {"accuracy": accuracy, "measured": {"fame": span(0.1)}, "able": {
+            "superset": {"able": True, "why": "yes"}, "odd_one_out": {"able": False, "why": "accuracy 0.37"}}},
+        "coarse_sweep": {"critical_layers": [5, 7], "measured": coarse | {"layer": 5}},
+        "sufficiency": {
+            "joint": [span(0.8, quantity="recovery"), span(0.9, quantity="damage")], "restoring": [],
+            "sites": [{"component": kind, "ratio": ratio, "ratio_low": ratio - 0.01, "ratio_high": ratio + 0.01}
+                      for kind, ratio in (("head", 0.2), ("mlp", 0.6), ("attn", 0.95))],
+            "critical_slice": [{"site": "5.3"}, {"site": "mlp 7"}], "model": {"n_layers": 10, "n_heads": 10}},
+        "hydra": {"compensation": [span(-0.2, half="confirmation", later="heads and MLPs")],
+                  "missed": [{"share": 0.02}, {"share": 0.08}], "backups": [{"site": "6.1", "stands_in": False}]},
+        "retrieval_heads": {
+            "verdicts": {"retrieval_heads": {"last": ["2.1"], "names": ["3.0", "1.4"]},
+                         "slice_heads_that_retrieve": ["5.3"]},
+            "tests": tests, "measured": {"path_ablation": span(0.6)},
+            "carried": [carried(0.7, "everything", "k and v", "recomputed"),
+                        carried(0.7, "everything", "v", "recomputed"),
+                        carried(0.1, "heads", "k and v", "frozen"), carried(0.6, "MLPs", "k and v", "frozen")]},
+        "generality": {
+            "classes": rows, "leave_one_out": rows[:2], "interaction": {"why": "one class"}, "controls": controls(),
+            "rule": {"ratio": span(0.0, 0.1), "fitted": [span(2.0, term="one name")]}},
+    }  # fmt: skip
+
+
+PROFILE = params.load_profile("smollm2-135m")
+THRESHOLDS = PROFILE["story"]["claims"]
+
+
+def story_params(folder, **changed):
+    """Parameters of step 10 with the default profile's thresholds, and steps that recorded theirs in `folder`."""
+    held = {"general_floor": 0.5, "silence_margin": 0.2, "fame_tolerance": 0.25}
+    for step in ("baselines", "generality"):
+        records.write_json(folder / f"{step}.run.json", {"parameters": held})
+    base = PROFILE | {"results_dir": str(folder), "profile": "own"}
+    section = base["story"] | {
+        "claims": {key: value for key, value in (THRESHOLDS | changed).items() if value is not None}
+    }
+    return params.validate("story", base | {"story": section})
+
+
+def judged(folder, what=None, **changed):
+    entries = claims.ledger(found() if what is None else what, story_params(folder, **changed))
+    return {entry.id: entry for entry in entries}
+
+
+def test_the_schema_committed_is_the_models_own():
+    assert (ROOT / "data/claims.schema.json").read_text(encoding="utf-8") == claims.schema()
+
+
+def test_claims_json_validates_and_a_wrong_verdict_does_not(tmp_path):
+    own = story_params(tmp_path)
+    entries = claims.ledger(found(), own)
+    written = json.loads(json.dumps(story.document(entries, story.sentence(entries, found()), own)))
+    schema = json.loads((ROOT / "data/claims.schema.json").read_text(encoding="utf-8"))
+    jsonschema.validate(written, schema)
+    assert [entry["id"] for entry in written["claims"]] == [claim.id for claim in CLAIMS]
+    written["claims"][0]["verdict"] = "proved"
+    with pytest.raises(jsonschema.ValidationError, match="proved"):
+        jsonschema.validate(written, schema)
+
+
+def test_another_threshold_is_another_verdict_and_another_sentence(tmp_path):
+    plain, strict = judged(tmp_path), judged(tmp_path, one_layer=0.95, retrieval_heads=4)
+    assert {entry.id for entry in plain.values() if entry != strict[entry.id]} == {"one_layer", "retrieval_heads"}
+    assert (plain["one_layer"].verdict, strict["one_layer"].verdict) == (SUPPORTED, NOT_SUPPORTED)
+    before, after = (story.sentence(list(own.values()), found()) for own in (plain, strict))
+    assert "layer 5 alone does most of that" in before[0] and "3.0 and 1.4 retrieve the profession" in before[0]
+    assert "layers 5 and 7 do that together" in after[0] and "MLPs at the tokens of each name" in after[0]
+    assert any(text.startswith("The evidence does not support that one layer is the aggregator") for text in after)
+    assert not any("one layer is the aggregator" in text for text in before)
+
+
+def test_verdicts_of_every_kind(tmp_path):
+    own = judged(tmp_path)
+    expected = {
+        "task_done": SUPPORTED, "single_suffices": NOT_SUPPORTED, "no_repair": SUPPORTED, "no_backup": SUPPORTED,
+        "retrieval_heads": SUPPORTED, "heads_at_names": NOT_SUPPORTED, "control_invented_names": NOT_SUPPORTED,
+        "control_things": NOT_TESTABLE, "control_mixed": SUPPORTED, "class_specific": NOT_TESTABLE,
+        "rule_or": SUPPORTED, "rule_additive": NOT_SUPPORTED, "rule_and": NOT_SUPPORTED, "odd_one_out": NOT_TESTABLE,
+    }  # fmt: skip
+    assert {name: own[name].verdict for name in expected} == expected
+    assert own["odd_one_out"].reason == "accuracy 0.37" and own["class_specific"].reason == "one class"
+    assert "clean answer come first" in own["single_suffices"].reason  # its interval alone would do: 0.59 above 0.5
+    assert own["single_suffices"].estimate == 0.6  # a whole attention module is no single site
+
+
+def test_the_weakest_group_decides_and_the_own_template_does_not(tmp_path):
+    own = judged(tmp_path)
+    assert own["general_supersets"].low == pytest.approx(0.65)
+    assert own["general_professions"].estimate == 0.8  # the one with an interval
+    assert own["general_templates"].estimate == 0.7 and own["general_templates"].verdict == SUPPORTED
+
+
+def test_a_threshold_that_is_a_parameter_is_the_one_its_step_used(tmp_path):
+    own = story_params(tmp_path)
+    records.write_json(tmp_path / "generality.run.json", {"parameters": {"general_floor": 0.7, "silence_margin": 0.2}})
+    entries = {entry.id: entry for entry in claims.ledger(found(), own)}
+    assert entries["general_supersets"].threshold == 0.7 and entries["general_supersets"].verdict == NOT_SUPPORTED
+    assert entries["general_supersets"].threshold_from == "generality.general_floor"
+    assert entries["critical_layers"].threshold_from == "critical_share"
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"one_layer": None}, r"claim one_layer .* add `one_layer: <number>` under `claims:` in section story"),
+        ({"one_layr": 0.5}, r"one_layr = 0.5: there is no such claim \(did you mean 'one_layer'\?\)"),
+        ({"slice_necessary": 0.5}, r"slice_necessary = 0.5: its threshold is the parameter generality.general_floor"),
+    ],
+)
+def test_thresholds_and_claims_belong_together(changed, message, tmp_path):
+    with pytest.raises(claims.ClaimError, match=message):
+        judged(tmp_path, **changed)
+
+
+@pytest.mark.parametrize("profile", params.profiles())
+def test_every_profile_has_the_threshold_of_every_claim(profile):
+    claims.thresholds(params.validate("story", params.load_profile(profile)))
+
+
+def test_a_step_that_did_not_run_is_not_tested(tmp_path):
+    own = judged(tmp_path, found() | {"hydra": None})
+    assert own["no_repair"].verdict == NOT_TESTED and "step 05 (hydra) has not run" in own["no_repair"].reason
+    assert own["no_repair"].figure is None and own["no_repair"].estimate is None
+    assert own["slice_necessary"].verdict == SUPPORTED
+
+
+def test_a_task_the_model_cannot_do_is_not_testable(tmp_path):
+    unable = {"able": False, "sentences": ["Nothing was computed."], "task": "superset"}
+    what = {step: unable for step in params.STEPS} | {"baselines": found()["baselines"]}
+    own = judged(tmp_path, what)
+    assert {entry.verdict for entry in own.values() if entry.step != "baselines"} == {NOT_TESTABLE}
+    assert own["no_repair"].reason == "Nothing was computed."
+    assert story.sentence(list(own.values()), what)[0].count("[a link that is open]") == len(
+        [part for part in story.PARTS]
+    )
+
+
+@pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: claim.id)
+def test_numbers_that_are_not_where_they_should_be_are_an_error(claim, tmp_path):
+    with pytest.raises(claims.ClaimError, match=f"claim {claim.id}: the findings of step {claim.step} have no"):
+        claims.numbers_of(replace(claim, path="nowhere[kind=x]"), {"somewhere": []}, story_params(tmp_path))
+
+
+def test_a_column_that_is_not_there_is_an_error_and_rows_that_are_not_are_none(tmp_path):
+    own, claim = story_params(tmp_path), next(claim for claim in CLAIMS if claim.id == "slice_necessary")
+    with pytest.raises(claims.ClaimError, match="'quantity'"):
+        claims.numbers_of(claim, {"joint": [span(0.5)]}, own)
+    with pytest.raises(claims.ClaimError, match="have no low"):
+        claims.numbers_of(claim, {"joint": [{"quantity": "damage", "estimate": 0.5}]}, own)
+    assert claims.numbers_of(claim, {"joint": []}, own).why == "the step has no such numbers here"
+    assert claims.numbers_of(claim, {"joint": None}, own).why == "the step has no such numbers here"
+
+
+def test_too_few_quads_decide_nothing(tmp_path):
+    what = found()
+    what["sufficiency"]["joint"] = [few(0.99, quantity="recovery"), few(0.99, quantity="damage")]
+    what["retrieval_heads"]["tests"] = [few(1.0)]
+    own = judged(tmp_path, what)
+    assert {own[name].verdict for name in ("slice_necessary", "slice_sufficient", "retrieval_heads")} == {NOT_TESTABLE}
+    assert own["slice_necessary"].reason == "0.99; too few quads for an interval or a test"
+
+
+def test_what_must_or_must_not_be_there(tmp_path):
+    what = found()
+    what["retrieval_heads"]["verdicts"]["slice_heads_that_retrieve"] = []
+    what["hydra"]["backups"][0]["stands_in"] = True
+    own = judged(tmp_path, what)
+    assert own["one_stage"].verdict == NOT_SUPPORTED and "no head of the slice" in own["one_stage"].reason
+    assert own["no_backup"].verdict == NOT_SUPPORTED and "a backup stands in" in own["no_backup"].reason
+
+
+def test_holms_correction():
+    assert claims.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert claims.holm([0.9, 0.8]) == pytest.approx([1, 1])
+
+
+def test_figures_are_on_their_pages():
+    for claim in CLAIMS:
+        path = ROOT / keys.NOTEBOOKS[claim.step]
+        if path.exists():
+            cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+            names = {cell["metadata"].get("mystnb", {}).get("figure", {}).get("name") for cell in cells}
+            assert claim.figure in names, f"{claim.id}: {path.name} has no figure {claim.figure}"
+
+
+def test_no_site_or_layer_stands_in_the_words():
+    words = [claim.text for claim in CLAIMS] + [text for part in story.PARTS for text in (part.plan, part.here)]
+    assert not [text for text in words if re.search(r"\d", text)]
+
+
+def test_the_table_says_the_verdict_in_words_and_links_to_what_is_under_it(tmp_path):
+    page = story.table(list(judged(tmp_path).values())).to_html()
+    assert '<a href="04_sufficiency.html#fig-slice">04, fig-slice</a>' in page
+    assert "sufficiency.slice.parquet: <code>direction == &#x27;noise&#x27;</code>" in page
+    assert page.count(f">{NOT_SUPPORTED}<") == sum(e.verdict == NOT_SUPPORTED for e in judged(tmp_path).values())
+
+
+def test_distances_are_positive_where_the_claim_holds(tmp_path):
+    for entry in judged(tmp_path).values():
+        row = story.distances(entry)
+        if row and entry.verdict == SUPPORTED:
+            known = [row[end] for end in ("low", "high") if np.isfinite(row[end])]
+            assert min(known) > 0 and row["estimate"] > 0, entry.id
+    assert story.distances(judged(tmp_path)["rule_or"])["low"] == pytest.approx((0.25 - 0.1) / 0.25)
+    assert story.forest(list(judged(tmp_path).values())) and story.forest([]) is None
+
+
+def swept(tmp_path):
+    """A coarse sweep of 40 quads at layers 0, 4 and 8, in which layer 4 brings half of the answer."""
+    rng, rows = np.random.default_rng(0), []
+    for quad in range(40):
+        for layer, level in ((0, 0.1), (4, 0.6), (8, 1.0)):
+            gap = rng.uniform(2, 4)
+            rows.append({"half": "confirmation", "direction": "denoise", "position": "last", "layer": layer,
+                         "quad_id": f"q{quad}", "logit_diff_before": -gap, "logit_diff_after": gap * (2 * level - 1),
+                         "logit_diff_clean": gap, "logit_diff_corrupt": -gap})  # fmt: skip
+    records.write(tmp_path / "coarse_sweep.parquet", pd.DataFrame(rows), {}, schema=None)
+
+
+def test_the_rises_of_layers_are_shares_of_the_curve(tmp_path):
+    swept(tmp_path)
+    step = SimpleNamespace(params=story_params(tmp_path))
+    about = {"critical_layers": [4, 8], "critical_rises": [0.5, 0.4], "model": {"n_layers": 9}}
+    out = story.layers(step, about)
+    assert out["layer"] == 4 and out["one_layer"].estimate == pytest.approx(0.5, abs=0.1)
+    assert out["critical_layers"].estimate == pytest.approx(0.9, abs=0.05) and out["one_layer"].low is not None
+    assert out["middle_layers"].estimate == pytest.approx(0.6, abs=0.1)  # 4 is the last below two thirds of 9
+    named = SimpleNamespace(params=step.params.model_copy(update={"aggregator_layer": 3}))
+    assert story.layers(named, about)["one_layer"] == {"why": "the layer was not swept"}
+    assert "why" in story.layers(SimpleNamespace(params=story_params(tmp_path / "empty")), about)["one_layer"]
+
+
+def test_fame_and_flips_come_from_their_tables(tmp_path):
+    step = SimpleNamespace(params=story_params(tmp_path))
+    assert "why" in story.fame(step, {})["fame"] and "why" in story.flips(step, {})["path_ablation"]
+    pairs = pd.DataFrame({"quad_id": [f"q{i // 2}" for i in range(60)], "fame_clean": 0.0,
+                          "fame_corrupt": [0.1, -0.1] * 30})  # fmt: skip
+    records.write(tmp_path / "pairs.parquet", pairs, {}, schema=None)
+    assert story.fame(step, {})["fame"].estimate == pytest.approx(0.1)
+    ablated = pd.DataFrame({"half": "confirmation", "position": "names", "site_set": [0, 1] * 40,
+                            "quad_id": [f"q{i // 2}" for i in range(80)], "metric_before": 1.0,
+                            "metric_after": [-1.0, 1.0] * 20 + [1.0, -1.0] * 20})  # fmt: skip
+    records.write(tmp_path / "retrieval_heads.ablation.parquet", ablated, {}, schema=None)
+    flipped = story.flips(step, {})["path_ablation"]
+    assert flipped.estimate == 0.5 and flipped.n == 40 and flipped.low < 0.5 < flipped.high
+
+
+def test_published_heads_against_chance(tmp_path):
+    published = pd.read_csv(ROOT / story.PUBLISHED, comment="#")
+    large = story_params(tmp_path).model_copy(update={"model": published["model"][0]})
+    top = [f"{row.layer}.{row.head}" for row in published.head(2).itertuples()]
+    out = story.overlap({"sites": [*top, "0.0", "mlp 3"]}, {"model": {"n_layers": 80, "n_heads": 64}}, large)
+    n, k = 80 * 64, len(published)
+    draws = [(k / n) * ((k - 1) / (n - 1)) * ((n - k) / (n - 2)) * 3, (k * (k - 1) * (k - 2)) / (n * (n - 1) * (n - 2))]
+    assert k == 40 and out["estimate"] == 2 and out["shared"] == sorted(top) and out["p"] == pytest.approx(sum(draws))
+    assert out["expected"] == pytest.approx(3 * k / n)
+    assert "2 of the circuit's 3 heads" in story.overlap_sentence(out)
+    other = story.overlap({"sites": top}, {"model": {"n_layers": 80, "n_heads": 64}}, story_params(tmp_path))
+    assert story.overlap_sentence(other).startswith("Overlap with published heads: not applicable")
+
+
+def test_the_ledger_is_a_file_of_step_10_that_changed_thresholds_do_not_make_stale(tmp_path, monkeypatch):
+    own = story_params(tmp_path)
+    monkeypatch.setattr(keys, "find_pairs", lambda step, given: ROOT / "data/people.csv")
+    step = steps.Step("story", own)
+    assert json.loads(step.write_extra("claims.json", {"level": 0.95}).read_text()) == {"level": 0.95}
+    assert set(keys.step_files(tmp_path, "story")) == {tmp_path / "claims.json", tmp_path / "story.run.json"}
+    changed = steps.Step("story", story_params(tmp_path, one_layer=0.9))
+    assert changed.fresh and keys.page_key("story", own, "d") != keys.page_key("story", changed.params, "d")
+    with pytest.raises(steps.StepError, match="may write claims.json"):
+        step.write_extra("other.json", {})
