@@ -69,8 +69,9 @@ test: $(READY) ## lint, then all tests; they build the book of the profile "smok
 	$(PY) -m ruff format --check .
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
-bench: $(READY) ## the sweep and path patching against one-by-one patching: times and counts of operations, written to bench/
+bench: $(READY) ## sweeps of heads and of neurons, and path patching, against one-by-one patching: written to bench/
 	$(PY) -m bench.sweep
+	$(PY) -m bench.neurons
 	$(PY) -m bench.paths
 
 lint: $(READY) ## check the style of code and notebooks
