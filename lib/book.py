@@ -2,7 +2,8 @@
 
 1. Read the table of contents: each page `executed/NN_step` in it is a step whose executed notebook, findings and run
    record must be there.
-2. Copy the sources of `book/` and the executed notebooks, each checked for having run to its end.
+2. Copy the sources of `book/` and the executed notebooks, each checked for having run to its end. The pages of a
+   profile that is a quicker form of another begin with what they leave out.
 3. Fill the generated pages: the landing page from the findings, the reproducibility page from the run records, the
    library page from the sources of `lib`. Their prose stands in `book/*.md`, with `$names` where generated text goes.
 4. Build the HTML with Jupyter Book, warnings as errors, write `.stamp` and print the path of its first page.
@@ -26,6 +27,8 @@ from typing import Any
 
 import yaml
 from markdown_it import MarkdownIt
+
+from lib import params
 
 ROOT = Path(__file__).resolve().parent.parent
 ANSWERS = ("coarse_sweep", "necessity", "sufficiency", "hydra", "retrieval_heads", "generality")
@@ -56,15 +59,34 @@ def read_json(results: Path, step: str, kind: str) -> dict[str, Any]:
     return found
 
 
-def clean_notebook(path: Path, step: str) -> str:
+def quick_notes(results: Path, steps: Mapping[str, str]) -> dict[str, str]:
+    """For a profile that is the quick form of another: what each page and the whole ("index") leave out, as MyST."""
+    notes = {}
+    for step in steps:
+        own = read_json(results, step, "run").get("parameters", {})
+        if full := own.get("full_profile"):
+            which = f"profile `{own['profile']}`, the quick form of `{full}`"
+            less = params.left_out(step, own) or ["nothing but what the steps before it left out"]
+            notes[step] = f"This page was made with {which}. It leaves out:\n\n- " + "\n- ".join(less)
+            notes["index"] = (
+                f"This report was made with {which}: the same questions, asked of fewer prompts, so that intervals are "
+                f"wider. Each page says what it leaves out. The full report: `make book PROFILE={full}`."
+            )
+    return {name: f":::{{admonition}} The quick form\n{note}\n:::" for name, note in notes.items()}
+
+
+def clean_notebook(path: Path, step: str, note: str = "") -> str:
     """The executed notebook as JSON text for the book, without papermill's metadata and what was written to stderr:
-    they hold times and this machine's paths.
+    they hold times and this machine's paths. `note` goes under its title.
 
     Jupyter Book renders a failed or half-run notebook without a warning, so both are BookErrors here.
     """
     if not path.is_file():
         raise BookError(f"step {step} has no executed notebook ({path}): run the step, then build the book again")
     notebook = json.loads(path.read_text(encoding="utf-8"))
+    if note:
+        heading, _, rest = "".join(notebook["cells"][0]["source"]).partition("\n")
+        notebook["cells"][0]["source"] = f"{heading}\n\n{note}\n{rest}"
     for number, cell in enumerate(notebook["cells"], start=1):
         for key in ("papermill", "execution"):
             cell["metadata"].pop(key, None)
@@ -297,14 +319,18 @@ def parameter(argument: ast.arg, default: ast.expr | None) -> str:
 def assemble(profile: str, source: Path, executed: Path, results: Path, to: Path, folder: Path = ROOT / "lib") -> None:
     """Write the complete sources of a profile's book to `to`, which is replaced."""
     steps = pages(source)
-    notebooks = {page: clean_notebook(executed / f"{Path(page).name}.ipynb", step) for step, page in steps.items()}
+    notes = quick_notes(results, steps)
+    notebooks = {
+        page: clean_notebook(executed / f"{Path(page).name}.ipynb", step, notes.get(step, ""))
+        for step, page in steps.items()
+    }
     shutil.rmtree(to, ignore_errors=True)
     shutil.copytree(source, to, ignore=shutil.ignore_patterns("_build", ".*", "executed"))
     (to / "executed").mkdir()
     for page, text in notebooks.items():
         (to / f"{page}.ipynb").write_text(text, encoding="utf-8")
     generated = {
-        "index": landing(results, steps, to),
+        "index": landing(results, steps, to) | {"quick": notes.get("index", "")},
         "reproducibility": {"profile": profile, "runs": reproducibility(results, steps)},
         "api": {"modules": library(folder)},
     }
@@ -323,15 +349,8 @@ def toc_files(source: Path) -> list[str]:
 
 def build(folder: Path) -> Path:
     """Build the assembled book in `folder` with warnings as errors; returns its index.html and leaves `.stamp` last."""
-    command = [
-        sys.executable,
-        "-c",
-        "from jupyter_book.cli.main import main; main()",
-        "build",
-        str(folder),
-        "-W",
-        "--keep-going",
-    ]
+    command = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()"]
+    command += ["build", str(folder), "-W", "--keep-going"]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     log = re.sub(r"\x1b\[[0-9;]*m", "", done.stdout)
     (folder / "build.log").write_text(log, encoding="utf-8")
@@ -362,7 +381,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         assemble(profile, given.source, executed, results, to)
         print(build(to))
-    except (BookError, OSError) as error:
+    except (BookError, params.ParameterError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -148,6 +148,22 @@ def from_notebook(step: str, namespace: Mapping[str, Any]) -> Shared:
     return validate(step, given)
 
 
+def left_out(step: str, own: Mapping[str, Any]) -> list[str]:
+    """What a step with the parameters `own` (as JSON) does less than with its `full_profile`, one phrase each."""
+
+    def said(value: Any) -> str:
+        return "all" if value is None else ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+    full = validate(step, load_profile(own["full_profile"]))
+    meaning = {key: field.description.split(";")[0] for key, field in type(full).model_fields.items()}
+    wanted = full.model_dump(mode="json", exclude={"profile", "full_profile"}).items()
+    return [
+        f"{meaning[key]}: {said(own[key])} instead of {said(value)}"
+        for key, value in wanted
+        if own.get(key, value) != value
+    ]
+
+
 def check_layers(params: Shared, n_layers: int) -> None:
     """ParameterError when a layer in the parameters is not in the model."""
     named = {"layers": params.layers, "aggregator_layer": (params.aggregator_layer,)}

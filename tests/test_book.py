@@ -11,7 +11,7 @@ import nbformat
 import papermill
 import pytest
 
-from lib import book, plots
+from lib import book, params, plots
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = book.pages(ROOT / "book")
@@ -255,6 +255,40 @@ def test_the_page_shows(built, tmp_path):
     shown = image.imread(book_checks.screenshot(built / "index.html", tmp_path / "index.png", 1400, 1600))
     assert shown.shape[:2] == (1600, 1400)
     assert shown[:, 300:1100, :3].std() > 0.05 and shown[:, :250, :3].std() > 0.02
+
+
+def test_a_quick_profile_says_on_every_page_what_it_leaves_out(copy, built):
+    assert not any("The quick form<" in page.read_text() for page in built.rglob("*.html"))
+    full = params.load_profile("smollm2-135m") | {"profile": "mine", "full_profile": "smollm2-135m"}
+    less = {"necessity": {"pairs": 7, "name_roles": ["names", "last"]}, "sufficiency": {"pairs": None}}
+    for step in STEPS:
+        own = params.validate(step, full | {step: full[step] | less.get(step, {})}).model_dump(mode="json")
+        path = copy / "results" / f"{step}.run.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"parameters": own}))
+    book.assemble("mine", ROOT / "book", copy / "executed", copy / "results", copy / "book")
+    notes = {}
+    for step, name in STEPS.items():
+        cells = json.loads((copy / "book" / f"{name}.ipynb").read_text())["cells"]
+        title, notes[step] = "".join(cells[0]["source"]).split("\n\n", 1)
+        assert title.startswith("# ") and "profile `mine`, the quick form of `smollm2-135m`" in notes[step]
+    assert "- pairs at `last`: 7 instead of 200\n" in notes["necessity"]
+    assert (
+        "- name roles swept, counterfactual only: names, last instead of name_a, name_b, names\n" in notes["necessity"]
+    )
+    assert notes["necessity"].count("instead of") == 2 and "`last`: all instead of 200" in notes["sufficiency"]
+    assert "- nothing but what the steps before it left out" in notes["baselines"]
+    landing = (copy / "book" / "index.md").read_text()
+    assert landing.index("The full report: `make book PROFILE=smollm2-135m`") < landing.index("## The answer so far")
+
+
+def test_the_quick_profile_differs_from_the_full_one_in_sizes_alone():
+    quick, full = (params.load_profile(name) for name in ("smollm2-135m-quick", "smollm2-135m"))
+    assert quick["full_profile"] == "smollm2-135m"
+    flat = {key: value for key, value in quick.items() if key not in (*params.STEPS, "profile", "full_profile")}
+    assert flat == {key: full[key] for key in flat} and set(flat) | set(params.STEPS) | {"profile"} >= set(full)
+    assert all(params.left_out(step, params.validate(step, quick).model_dump(mode="json")) for step in params.STEPS)
+    assert quick["story"]["claims"] == full["story"]["claims"]
+    assert min(quick["baselines"]["quads_per_half"], quick["necessity"]["pairs"] // 2) >= 20
 
 
 # What stops it
