@@ -31,8 +31,8 @@ from lib.step_params import Shared, Story
 SUPPORTED, NOT_SUPPORTED, NOT_TESTABLE, NOT_TESTED = VERDICTS = (
     "supported", "not supported", "not testable here", "not tested")  # fmt: skip
 CORRECTION = (
-    "Each interval holds on its own at the level given: of twenty true values one is expected outside its interval. "
-    "p_holm is Holm's correction over all p values of this ledger; verdicts go by the uncorrected p."
+    "Each interval holds on its own at the level given, not for all claims together. p_holm is Holm's correction over "
+    "the p values of this ledger; verdicts go by the uncorrected p."
 )
 
 
@@ -150,7 +150,7 @@ def at(found: Mapping[str, Any], path: str, params: Shared) -> Any:
 
 
 def leaves(value: Any) -> Iterator[Any]:
-    """What a list, or a mapping of lists, holds."""
+    """What a list, or a mapping, of lists holds."""
     for item in value.values() if isinstance(value, Mapping) else value or ():
         yield from leaves(item) if isinstance(item, (list, tuple)) else (item,)
 
@@ -278,7 +278,7 @@ def decided(
     if not rule.holds(n, threshold, claim.centre):
         return NOT_SUPPORTED, reason
     for condition, good in ((claim.requires, True), (claim.excludes, False)):
-        if condition and bool(list(leaves(at(found, condition[0], params)))) != good:
+        if condition and any(leaves([at(found, condition[0], params)])) != good:
             return NOT_SUPPORTED, f"{reason}; {condition[1]}"
     return SUPPORTED, reason
 

@@ -34,6 +34,7 @@ CAPTIONS = {
     "claims": "Every claim that an interval decides, as its distance from the threshold in units of the threshold. "
     "Right of zero the claim holds; it is supported if the whole interval lies there. 95% intervals, each on its own."
 }
+OPEN = "[a link that is open]"
 COARSE = ["half", "direction", "position", "layer", "quad_id", "logit_diff_before", "logit_diff_after",
           "logit_diff_clean", "logit_diff_corrupt"]  # fmt: skip
 
@@ -59,6 +60,10 @@ PARTS = (
          "the slice ({slice}) turns it into the superset"),
     Part("one_layer", "one layer is the aggregator", "layer {largest} alone does most of that",
          {"critical_layers": "layers {layers} do that together"}),
+    Part("one_direction", "the slice projects what it reads onto one direction ('artistness')",
+         "one direction between the two supersets carries it after the first of these layers",
+         {"few_directions": "the few directions that the supersets' means span carry it"}),
+    Part("few_neurons", "a few MLP neurons do this", "a few MLP neurons do the work of the slice's MLPs"),
     Part("either_name", "either name alone boosts the logit of its superset",
          "either name alone boosts the logit of its superset"),
     Part("rule_or", "one name is enough, and the second adds nothing", "one name is enough",
@@ -187,21 +192,22 @@ def sites_of(found: Mapping[str, Any]) -> dict[str, str]:
 def sentence(entries: Sequence[Entry], found: Mapping[str, Any], parts: Sequence[Part] = PARTS) -> list[str]:
     """The plan's sentence for this model: first the chain of what is supported, then what is not, link by link."""
     entry, sites = {own.id: own for own in entries}, sites_of(found)
-    chain, open_links = [], {NOT_SUPPORTED: [], NOT_TESTABLE: [], NOT_TESTED: []}
+    chain, links = [], {NOT_SUPPORTED: [], NOT_TESTABLE: [], NOT_TESTED: []}
     for part in parts:
         own = entry[part.claim]
         if own.verdict == SUPPORTED:
             chain.append(f"{part.here.format(**sites)} ({value(own)})")
             continue
-        others = [f"{words.format(**sites)} ({value(entry[name])})" for name, words in part.instead.items()
-                  if entry[name].verdict == SUPPORTED]  # fmt: skip
-        chain += [" and ".join(others) or "[a link that is open]"]
-        with_what = f"; instead {listed(others)}" if others else ""
-        open_links[own.verdict].append(f"that {part.plan} ({own.reason}){with_what}")
+        others = {
+            name: words.format(**sites) for name, words in part.instead.items() if entry[name].verdict == SUPPORTED
+        }
+        chain.append(" and ".join(f"{words} ({value(entry[name])})" for name, words in others.items()) or OPEN)
+        instead = f"; instead {listed(others.values())}" if others else ""
+        links[own.verdict].append(f"that {part.plan} ({own.reason}){instead}")
     words = {NOT_SUPPORTED: "The evidence does not support", NOT_TESTABLE: "Not testable here is",
              NOT_TESTED: "Not tested is"}  # fmt: skip
-    said = [f"The names → {' → '.join(chain)} → the answer."] if chain else []
-    return said + [f"{words[verdict]} {own}." for verdict, links in open_links.items() for own in links]
+    said = [f"The names → {' → '.join(chain)} → the answer."]
+    return said + [f"{words[verdict]} {own}." for verdict, each in links.items() for own in each]
 
 
 def value(entry: Entry) -> str:
@@ -237,14 +243,18 @@ def table(entries: Sequence[Entry]) -> Styler:
 
     def p_of(entry: Entry) -> str:
         corrected = "" if entry.p_holm is None else f" ({entry.p_holm:.2g})"
-        return (entry.p_reason or "") if entry.p is None else f"{entry.p:.2g}{corrected}"
+        return "&ndash;" if entry.p is None else f"{entry.p:.2g}{corrected}"
 
     frame = pd.DataFrame([
-        {"plan": own.section, "claim": html.escape(f"{own.claim} [{own.quantity}]"), "verdict": own.verdict,
-         "why": html.escape(f"{own.reason} ({own.threshold_from})"), "p (Holm)": p_of(own), "under it": evidence(own)}
+        {"plan": own.section, "claim": html.escape(own.claim), "verdict": own.verdict, "p (Holm)": p_of(own),
+         "why": html.escape(f"{own.quantity}: {own.reason} ({own.threshold_from})"), "under it": evidence(own)}
         for own in entries
     ])  # fmt: skip
-    look = frame.style.hide(axis="index").set_uuid("claims").set_properties(**{"text-align": "left"})
+    look = (
+        frame.style.hide(axis="index")
+        .set_uuid("claims")
+        .set_properties(**{"text-align": "left", "vertical-align": "top"})
+    )
     return look.map(lambda word: f"background-color: {COLOURS[word]}; color: black", subset=["verdict"])
 
 

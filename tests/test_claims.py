@@ -67,6 +67,21 @@ def found():
         "generality": {
             "classes": rows, "leave_one_out": rows[:2], "interaction": {"why": "one class"}, "controls": controls(),
             "rule": {"ratio": span(0.0, 0.1), "fitted": [span(2.0, term="one name")]}},
+        "subspace": {"directions": {
+            "restores": True, "by_number": [span(0.8, method="class difference", k=1)]
+            + [span(value, method="class means", k=k) for k, value in ((1, 0.3), (4, 0.9))],
+            "single_classes": [span(0.6, class_name="artist", there=True), span(0.0, class_name="artist", there=False)],
+            "against_random": [span(0.7, method="class difference", k=1)],
+            "parts": [{"method": "class difference", "k": 1, "part": "inside", "share": 0.9, "share_low": 0.8,
+                       "share_high": 1.0}],
+            "slopes": [span(value, kind="mixed", added=added) for added, value in
+                       (("artist", 2.0), ("writer", 0.1), ("random", 0.0))]}},
+        "neurons": {"neurons": {"shares": [span(value, quantity="damage", kind="top", n_sites=n) for n, value in
+                                           ((1, 0.1), (10, 0.3))]}},
+        "story": {
+            "circuit": {"faithfulness": span(0.9), "necessity": span(0.1), "incompleteness": span(0.1),
+                        "members": [span(0.5, site="5.3", p=0.001), span(0.02, site="mlp 7", p=0.2)]},
+            "attribution": {}, "overlap": {"why": "published for another model"}},
     }  # fmt: skip
 
 
@@ -124,6 +139,8 @@ def test_verdicts_of_every_kind(tmp_path):
         "task_done": SUPPORTED, "single_suffices": NOT_SUPPORTED, "no_repair": SUPPORTED, "no_backup": SUPPORTED,
         "retrieval_heads": SUPPORTED, "heads_at_names": NOT_SUPPORTED, "control_invented_names": NOT_SUPPORTED,
         "control_things": NOT_TESTABLE, "control_mixed": SUPPORTED, "class_specific": NOT_TESTABLE,
+        "steering": NOT_SUPPORTED, "few_directions": SUPPORTED, "few_neurons": NOT_SUPPORTED,
+        "circuit_minimal": NOT_SUPPORTED, "circuit_complete": SUPPORTED, "published_heads": NOT_TESTABLE,
         "rule_or": SUPPORTED, "rule_additive": NOT_SUPPORTED, "rule_and": NOT_SUPPORTED, "odd_one_out": NOT_TESTABLE,
     }  # fmt: skip
     assert {name: own[name].verdict for name in expected} == expected
@@ -179,9 +196,7 @@ def test_a_task_the_model_cannot_do_is_not_testable(tmp_path):
     own = judged(tmp_path, what)
     assert {entry.verdict for entry in own.values() if entry.step != "baselines"} == {NOT_TESTABLE}
     assert own["no_repair"].reason == "Nothing was computed."
-    assert story.sentence(list(own.values()), what)[0].count("[a link that is open]") == len(
-        [part for part in story.PARTS]
-    )
+    assert story.sentence(list(own.values()), what)[0].count(story.OPEN) == len(story.PARTS)
 
 
 @pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: claim.id)
