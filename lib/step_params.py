@@ -237,15 +237,26 @@ class Subspace(OfSlice):
     """08: probes, the rank of the map, patching and steering along directions."""
 
     pairs: int | None = Field(None, ge=1, description="pairs on which directions are patched; default all")
-    probe_people: int = Field(600, ge=1, description="most people asked about with the one-name template")
+    probe_people: int = Field(500, ge=1, description="most people that probes ask about with one-name prompts")
+    probe_template: str = Field("common_both", description="the pairs' second template, which probes are tried in")
+    probe_questions: Words = Field(
+        ("profession_is", "What {a} does for a living is"), description="one-name templates; the first one leads"
+    )
     probe_folds: int = Field(5, ge=2, description="folds of the probes")
     permutations: int = Field(20, ge=2, description="permutations of the labels in the probes' null")
-    ranks: Counts = Field((1, 2, 3, 4, 8, 14), description="ranks of the reduced-rank probes")
+    ranks: Counts = Field((1, 2, 3, 4, 8, 14), description="ranks of the reduced probes, beside the largest there is")
     dimensions: Counts = Field((1, 2, 3, 4, 8, 16), description="numbers of directions that are patched together")
     random_directions: int = Field(10, ge=2, description="norm-matched random subspaces patched beside each number")
     rotation_steps: int = Field(100, ge=1, description="optimiser steps in which a rotation is learned")
-    steering_pairs: int = Field(40, ge=1, description="mixed and neutral prompts that are steered")
-    doses: Doses = Field((-2, -1, -0.5, 0, 0.5, 1, 2), description="multiples of the class difference that are added")
+    templates: Words = Field(
+        ("profession_both", "both_famous", "common_both"), description="templates that directions are moved between"
+    )
+    steering_pairs: int = Field(
+        40, ge=1, description="prompts that are steered, of each kind: mixed, invented names, things"
+    )
+    doses: Doses = Field(
+        (-2, -1, -0.5, 0, 0.5, 1, 2), description="multiples of class mean - mean of all classes that are added"
+    )
 
 
 class Neurons(OfSlice):
@@ -254,6 +265,7 @@ class Neurons(OfSlice):
     pairs: int = Field(16, ge=1, description="pairs on which every neuron is swept")
     top_neurons: int = Field(50, ge=1, description="neurons of largest effect, swept on all pairs")
     top_pairs: int | None = Field(None, ge=1, description="pairs on which the top neurons are swept; default all")
+    random_sets: int = Field(3, ge=1, description="sets of random neurons replaced beside the top ones")
     cards: int = Field(8, ge=1, description="neurons and features that get a card")
     sae_site: SaeSite | None = Field(
         None,
@@ -265,6 +277,9 @@ class Neurons(OfSlice):
     sae_prompts: int = Field(3000, ge=1, description="sentences that activations are harvested from")
     sae_epochs: int = Field(4, ge=1, description="passes over the harvested activations")
     sae_seeds: int = Field(3, ge=2, description="trainings from different seeds, whose features are compared")
+    sae_selective: Share = Field(
+        0.8, description="area under the curve from which a feature or a neuron counts as selective for a superset"
+    )
     budgets: Counts = Field(
         (1, 2, 4, 8, 16, 32), description="numbers of neurons, features and directions patched together"
     )
