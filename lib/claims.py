@@ -90,7 +90,7 @@ class Entry(BaseModel):
     section: str = Field(description="section of the plan")
     claim: str
     step: str
-    numbers: str = Field(description="path of the numbers in the step's findings")
+    numbers: str = Field(description="path in the step's findings; `measured`: in those of step 10")
     quantity: str = Field(description="what is estimated, with its unit")
     estimate: float | None
     low: float | None

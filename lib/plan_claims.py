@@ -34,6 +34,7 @@ class Claim:
     companion: str | None = None  # a claim about another task, which this profile does not measure
 
 
+COARSE = ("coarse_sweep", "direction == 'denoise' and position == 'last' and half == 'confirmation'")
 GRID = ("generality.joint", "site_set == 0")
 JOINT = "joint effect of the slice (share of the clean-to-corrupt gap)"
 RULE = ("generality.rule", "n_a + n_b > 0")
@@ -91,32 +92,33 @@ CLAIMS = (
     Claim("critical_layers", "coarse sweep", "A few critical layers, picked on one half of the quads, bring the answer "
           "to the last token in the other half as well.", "coarse_sweep", "their rises' share of the recovery curve at "
           "`last`", "above", "measured.critical_layers", "fig-coarse",
-          ("coarse_sweep", "direction == 'denoise' and position == 'last'"), "critical_share"),
+          COARSE, "critical_share"),
     Claim("middle_layers", "coarse sweep", "The signal moves from the names to the last token in the middle layers: "
           "most of it has arrived when two thirds of the layers are done.", "coarse_sweep", "recovery at `last` after "
           "two thirds of the layers", "above", "measured.middle_layers", "fig-coarse",
-          ("coarse_sweep", "direction == 'denoise' and position == 'last'")),
+          COARSE),
     Claim("one_layer", "1", "One layer is the aggregator.", "coarse_sweep", "rise of the layer named in the profile, "
           "else of the largest on the discovery half (share of the recovery curve at `last`)", "above",
-          "measured.one_layer", "fig-coarse", ("coarse_sweep", "direction == 'denoise' and position == 'last'")),
+          "measured.one_layer", "fig-coarse", COARSE),
     # --- 1 necessity, sufficiency, hydra ---
     Claim("slice_necessary", "1.1", "The critical slice is necessary: without it the answer is lost.", "sufficiency",
           f"joint damage ({SHARE})", "above", "joint[quantity=damage]", "fig-slice",
-          ("sufficiency.slice", "direction == 'noise'"), "generality.general_floor"),
+          ("sufficiency.slice", "direction == 'noise' and half == 'confirmation'"), "generality.general_floor"),
     Claim("single_suffices", "1.2", "A single head or MLP restores the answer.", "sufficiency",
           f"recovery by the best single site ({SHARE})", "above", "sites[component=head|mlp]", "fig-sufficiency-ranked",
-          ("sufficiency", "component in ['head', 'mlp']"), "restores_recovery", "largest",
+          ("sufficiency", "component in ['head', 'mlp'] and half == 'confirmation'"), "restores_recovery", "largest",
           ("ratio", "ratio_low", "ratio_high"),
           requires=("restoring", "but in too few pairs does the clean answer come first")),
     Claim("slice_sufficient", "1.2", "The critical slice is jointly sufficient: it brings the answer back.",
           "sufficiency", f"joint recovery ({SHARE})", "above", "joint[quantity=recovery]", "fig-slice",
-          ("sufficiency.slice", "direction == 'denoise'"), "generality.general_floor"),
+          ("sufficiency.slice", "direction == 'denoise' and half == 'confirmation'"), "generality.general_floor"),
     Claim("no_repair", "1.3", "Later sites do not repair what the slice loses.", "hydra", "compensation ratio (share "
           "of the slice's loss)", "below", "compensation[half=confirmation,later=heads and MLPs]", "fig-hydra-split",
           ("hydra", "slice == 'slice' and half == 'confirmation'")),
     Claim("no_backup", "1.3", "No backup lights up when the slice is ablated: the pathway is unique.", "hydra",
           "largest rise of a later site's direct effect that the test could have missed (share of the slice's own)",
-          "below", "missed", "fig-hydra-rises", ("hydra", "slice == 'slice' and component != ''"), None, "largest",
+          "below", "missed", "fig-hydra-rises",
+          ("hydra", "slice == 'slice' and component != '' and half == 'confirmation'"), None, "largest",
           ("share", None, "share"), excludes=("backups[stands_in=True]", "but a backup stands in for the slice")),
     # --- 2 retrieval heads ---
     Claim("retrieval_heads", "2", "Heads outside the slice retrieve the profession for it: two stages.",
@@ -134,7 +136,8 @@ CLAIMS = (
             "k and v at names", "frozen"),
     Claim("path_ablation", "2", "Ablating only the path from the leading earlier heads into the slice breaks the "
           "answer.", "retrieval_heads", "answers that flip (share of pairs)", "above", "measured.path_ablation",
-          "fig-four-tests", ("retrieval_heads.ablation", "position == 'names' and site_set == 0"), "restores_share"),
+          "fig-four-tests", ("retrieval_heads.ablation", "position == 'names' and site_set == 0 and half == "
+                             "'confirmation'"), "restores_share"),
     # --- 3 generality ---
     held("general_supersets", "The slice carries every superset.", "classes[kind=superset]", "fig-generality-forest"),
     held("general_left_out", "A circuit picked without a superset carries that superset too.", "leave_one_out",

@@ -24,7 +24,7 @@ from scipy.stats import hypergeom
 from lib import claims, keys, plots, records, stats
 from lib.claims import NOT_SUPPORTED, NOT_TESTABLE, NOT_TESTED, SUPPORTED, VERDICTS, Entry, Ledger, leaves
 from lib.effects import quad_matrix
-from lib.findings import HALVES, in_halves, interval, listed
+from lib.findings import in_halves, interval, listed
 from lib.step_params import STEPS, Shared, Story
 from lib.steps import Step, plain
 
@@ -136,9 +136,10 @@ def flips(step: Step, found: Mapping[str, Any]) -> dict[str, Any]:
     """
     columns = ["half", "position", "site_set", "quad_id", "metric_before", "metric_after"]
     frame = stored(step, "retrieval_heads.ablation", columns)
-    own = None if frame is None else frame.query(f"position == 'names' and site_set == 0 and half == '{HALVES[1]}'")
+    own = None if frame is None else frame[(frame["position"] == "names") & (frame["site_set"] == 0)]
     if own is None or own.empty:
         return {"path_ablation": {"why": "no head at the names has a path into the slice that could be ablated"}}
+    own = in_halves(own)[-1][1]
     flipped = (own["metric_before"] > 0) & (own["metric_after"] < 0)
     counts = flipped.groupby(own["quad_id"]).agg(["sum", "count"])
     return {"path_ablation": stats.proportion_interval(counts["sum"], counts["count"], step.params.level)}
@@ -328,4 +329,5 @@ def part(
         "figures": {"claims": figure} if figure else {},
         "captions": CAPTIONS,
         "verdicts": {own.id: own.verdict for own in entries},
+        "measured": {name: found[name]["measured"] for name in MEASURED if "measured" in (found[name] or {})},
     }

@@ -255,7 +255,7 @@ def test_no_site_or_layer_stands_in_the_words():
 def test_the_table_says_the_verdict_in_words_and_links_to_what_is_under_it(tmp_path):
     page = story.table(list(judged(tmp_path).values())).to_html()
     assert '<a href="04_sufficiency.html#fig-slice">04, fig-slice</a>' in page
-    assert "sufficiency.slice.parquet: <code>direction == &#x27;noise&#x27;</code>" in page
+    assert "sufficiency.slice.parquet: <code>direction == &#x27;noise&#x27; and half" in page
     assert page.count(f">{NOT_SUPPORTED}<") == sum(e.verdict == NOT_SUPPORTED for e in judged(tmp_path).values())
 
 
