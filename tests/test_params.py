@@ -13,7 +13,7 @@ BASE = {"model": "./m", "profile": "mine"}
 
 
 def test_every_profile_is_valid_for_every_step():
-    assert params.profiles() == ["llama-3.3-70b", "smoke", "smollm2-135m"]
+    assert params.profiles() == ["llama-3.3-70b", "smoke", "smollm2-135m", "smollm2-135m-quick"]
     for name in params.profiles():
         for step in STEPS:
             assert validate(step, load_profile(name)).profile == name
