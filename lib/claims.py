@@ -68,6 +68,7 @@ RULES = {
     ),
     "p": Rule("p below {t}", ("p",), lambda n, t, c: n.p < t),
     "count": Rule("at least {t}", ("estimate",), lambda n, t, c: n.estimate >= t),
+    "most": Rule("at most {t}", ("estimate",), lambda n, t, c: n.estimate <= t),
     "own": Rule("the step's own test, with a margin of {t}, meets what was expected", ("met",), lambda n, t, c: n.met),
 }
 

@@ -19,7 +19,7 @@ class Claim:
     text: str
     step: str
     quantity: str  # what is estimated, with its unit
-    rule: Literal["above", "below", "within", "p", "count", "own"]  # see lib.claims.RULES
+    rule: Literal["above", "below", "within", "p", "count", "most", "own"]  # see lib.claims.RULES
     path: str  # of its numbers in the step's findings; see lib.claims.at
     figure: str  # a figure of the step's page
     rows: tuple[str, str] | None  # table in the results folder, and the rows of it
@@ -39,6 +39,7 @@ GRID = ("generality.joint", "site_set == 0")
 JOINT = "joint effect of the slice (share of the clean-to-corrupt gap)"
 RULE = ("generality.rule", "n_a + n_b > 0")
 GROUPS = "receivers == '{}' and mlps == '{}' and half == 'confirmation'"
+PROBE = "kind == '{}' and target == '{}' and position == '{}' and folds == 'people'"
 CIRCUIT = ("story", "half == 'confirmation'")
 SHARE = "share of the clean-to-corrupt gap"
 
@@ -163,6 +164,17 @@ CLAIMS = (
     Claim("rule_and", "3", "Only two names together count (AND).", "generality", "what one name alone adds (logits)",
           "within", "rule.fitted[term=one name]", "fig-generality-rule", RULE),
     # --- 4 the black box ---
+    Claim("profession_at_names", "4.1", "The tokens of a name hold its profession, for a linear probe to read.",
+          "subspace", "balanced accuracy beyond the highest under permuted labels (share)", "above",
+          "measured.profession_at_names", "fig-probes-layers",
+          ("subspace.probes", PROBE.format("one-name", "profession", "names"))),
+    Claim("superset_at_last", "4.1", "The last token holds the superset, for a linear probe to read.", "subspace",
+          "balanced accuracy beyond the highest under permuted labels (share)", "above", "measured.superset_at_last",
+          "fig-probes-layers", ("subspace.probes", PROBE.format("pair", "superset", "last"))),
+    Claim("low_rank", "4.1", "The map to supersets is of low rank.", "subspace", "rank that keeps 90% of the probe's "
+          "accuracy above chance (share of the most there can be)", "most", "measured.low_rank", "fig-probes-rank",
+          ("subspace.probes", PROBE.format("pair", "superset", "last")), columns=("estimate", None, None),
+          requires=("measured.low_rank.below_permuted", "but class means of permuted labels are of as low a rank")),
     Claim("one_direction", "4.2", "One direction is enough: patching only the component between the two supersets "
           "brings the answer back.", "subspace", f"recovery ({SHARE})", "above",
           "directions.by_number[method=class difference,k=1]", "fig-subspace-direction-numbers",

@@ -145,7 +145,29 @@ def flips(step: Step, found: Mapping[str, Any]) -> dict[str, Any]:
     return {"path_ablation": stats.proportion_interval(counts["sum"], counts["count"], step.params.level)}
 
 
-MEASURED = {"baselines": fame, "coarse_sweep": layers, "retrieval_heads": flips}
+def probes(step: Step, found: Mapping[str, Any]) -> dict[str, Any]:
+    """Accuracy of two probes beyond the highest under permuted labels, and the rank that the map to supersets needs as
+    a share of its cap, at the slice's first layer; from step 08's findings."""
+    read, rank = found["probes"], found["rank"]
+    out: dict[str, Any] = {}
+    for name, kind, target, role in (("profession_at_names", "one-name", "profession", "names"),
+                                     ("superset_at_last", "pair", "superset", "last")):  # fmt: skip
+        key = {"kind": kind, "target": target, "position": role}
+        row = next((row for row in read["accuracy"] if row.items() >= (key | {"layer": rank["layer"]}).items()), None)
+        top = next((row["threshold"] for row in read["thresholds"] if row.items() >= key.items()), None)
+        if row is None or top is None:
+            out[name] = {"why": "there was no such probe: too few classes or people"}
+        else:
+            out[name] = {end: None if row[end] is None else row[end] - top for end in ("estimate", "low", "high")}
+    key |= {"layer": rank["layer"]}
+    own = next((row for row in rank["verdicts"] if row.items() >= key.items()), None)
+    if own is None or own["low rank"] is None:
+        return out | {"low_rank": {"why": "the probe is not above permuted labels, so its rank says nothing"}}
+    below = own["effective rank"] < own["permuted effective rank"]
+    return out | {"low_rank": {"estimate": own["rank needed"] / own["cap"], "below_permuted": below}}
+
+
+MEASURED = {"baselines": fame, "coarse_sweep": layers, "retrieval_heads": flips, "subspace": probes}
 
 
 def spread(params: Shared) -> dict[str, Any]:

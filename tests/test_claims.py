@@ -67,7 +67,8 @@ def found():
         "generality": {
             "classes": rows, "leave_one_out": rows[:2], "interaction": {"why": "one class"}, "controls": controls(),
             "rule": {"ratio": span(0.0, 0.1), "fitted": [span(2.0, term="one name")]}},
-        "subspace": {"directions": {
+        "subspace": {"measured": {"profession_at_names": span(0.2), "superset_at_last": span(0.02),
+                                  "low_rank": {"estimate": 0.25, "below_permuted": True}}, "directions": {
             "restores": True, "by_number": [span(0.8, method="class difference", k=1)]
             + [span(value, method="class means", k=k) for k, value in ((1, 0.3), (4, 0.9))],
             "single_classes": [span(0.6, class_name="artist", there=True), span(0.0, class_name="artist", there=False)],
@@ -139,6 +140,7 @@ def test_verdicts_of_every_kind(tmp_path):
         "task_done": SUPPORTED, "single_suffices": NOT_SUPPORTED, "no_repair": SUPPORTED, "no_backup": SUPPORTED,
         "retrieval_heads": SUPPORTED, "heads_at_names": NOT_SUPPORTED, "control_invented_names": NOT_SUPPORTED,
         "control_things": NOT_TESTABLE, "control_mixed": SUPPORTED, "class_specific": NOT_TESTABLE,
+        "superset_at_last": NOT_SUPPORTED, "low_rank": SUPPORTED,
         "steering": NOT_SUPPORTED, "few_directions": SUPPORTED, "few_neurons": NOT_SUPPORTED,
         "circuit_minimal": NOT_SUPPORTED, "circuit_complete": SUPPORTED, "published_heads": NOT_TESTABLE,
         "rule_or": SUPPORTED, "rule_additive": NOT_SUPPORTED, "rule_and": NOT_SUPPORTED, "odd_one_out": NOT_TESTABLE,
@@ -307,6 +309,23 @@ def test_fame_and_flips_come_from_their_tables(tmp_path):
     records.write(tmp_path / "retrieval_heads.ablation.parquet", ablated, {}, schema=None)
     flipped = story.flips(step, {})["path_ablation"]
     assert flipped.estimate == 0.5 and flipped.n == 40 and flipped.low < 0.5 < flipped.high
+
+
+def test_probes_stand_beside_permuted_labels_at_the_slices_layer():
+    key = {"kind": "pair", "target": "superset", "position": "last"}
+    row = key | {"layer": 5, "low rank": True, "rank needed": 2, "cap": 4}
+    found = {
+        "probes": {
+            "accuracy": [key | {"layer": 4} | span(0.1), key | {"layer": 5} | span(0.9)],
+            "thresholds": [key | {"threshold": 0.3}],
+        },
+        "rank": {"layer": 5, "verdicts": [row | {"effective rank": 2, "permuted effective rank": 1.5}]},
+    }
+    out = story.probes(None, found)
+    assert out["superset_at_last"] == pytest.approx(span(0.6)) and "why" in out["profession_at_names"]
+    assert out["low_rank"] == {"estimate": 0.5, "below_permuted": False}
+    found["rank"]["verdicts"][0]["low rank"] = None
+    assert "why" in story.probes(None, found)["low_rank"]
 
 
 def test_published_heads_against_chance(tmp_path):
