@@ -178,11 +178,12 @@ def numbers_of(claim: Claim, found: Mapping[str, Any], params: Shared) -> Number
             f"claim {claim.id}: the findings of step {claim.step} have no {error.args[0]}: run the step again, or "
             "correct the claim's path in lib/plan_claims.py"
         ) from None
+    if claim.columns[0]:  # a number that is not defined is null
+        read = [n for n in read if n.estimate is not None] or [Numbers(why="its numbers are not defined here")]
     if claim.pick == "largest":
-        return max(read, key=lambda n: n.estimate)
+        return max(read, key=lambda n: n.estimate or 0)
     if claim.pick == "weakest":
-        known = [n for n in read if n.low is not None]
-        return min(known, key=lambda n: n.low) if known else read[0]
+        return min(read, key=lambda n: np.inf if n.low is None else n.low)
     return read[0]
 
 
