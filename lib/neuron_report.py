@@ -30,7 +30,7 @@ QUANTITY = {"counterfactual": "damage", "clean": "recovery"}
 class Set(NamedTuple):
     """Sites that are replaced together."""
 
-    kind: str  # "single", "helping", "opposing", "matched random" or "MLPs"
+    kind: str  # "single", "helping", "opposing", "random" or "MLPs"
     n_sites: int
     sites: tuple[Site, ...]
 
@@ -84,7 +84,7 @@ def roster(frame: pd.DataFrame, chosen: pd.DataFrame, params: Neurons, rng: np.r
         if kind == "helping":
             orders |= {f"random {index}": matched(frame, own, chosen, rng) for index in range(params.random_sets)}
         for name, order in orders.items():
-            word = kind if name == kind else "matched random"
+            word = kind if name == kind else "random"
             out += [Set(word, n, tuple(order[:n])) for n in sizes if n <= len(order)]
     layers = sorted(int(layer) for layer in frame["layer"].unique())
     return [*out, Set("MLPs", len(layers), tuple(Site(layer, "mlp") for layer in layers))]
@@ -123,7 +123,7 @@ def shares(table: pd.DataFrame, sets: Sequence[Set], params: Neurons) -> pd.Data
     """Joint effects of the growing sets, and the sums of the single ones, as shares of the MLPs' joint effect.
 
     Confirmation half; `quantity` is damage or recovery, `logits` the mean effect, `mlps` that of the MLPs.
-    `above_random` is the lower end of the interval of helping minus matched random neurons (logits). No rows where the
+    `above_random` is the lower end of the interval of helping minus random neurons (logits). No rows where the
     MLPs have no positive effect.
     """
     own = in_halves(with_sets(table, sets))[-1][1]
@@ -140,8 +140,8 @@ def shares(table: pd.DataFrame, sets: Sequence[Set], params: Neurons) -> pd.Data
         for kind, n in dict.fromkeys((one.kind, one.n_sites) for one in sets if one.kind not in ("single", "MLPs")):
             same = [index for index, one in enumerate(sets) if (one.kind, one.n_sites) == (kind, n)]
             sums[kind, n] = by_set[same].mean(axis=1)
-            if kind != "matched random":
-                sums[f"{kind}, one by one", n] = by_set[[alone[site] for site in sets[same[0]].sites]].sum(axis=1)
+            if kind != "random":
+                sums[f"{kind}, summed", n] = by_set[[alone[site] for site in sets[same[0]].sites]].sum(axis=1)
         if not sums:
             continue
         matrix = np.stack(list(sums.values()), axis=1)
@@ -149,8 +149,8 @@ def shares(table: pd.DataFrame, sets: Sequence[Set], params: Neurons) -> pd.Data
         for ((kind, n), column), span in zip(sums.items(), spans, strict=True):
             row = {"quantity": quantity, "kind": kind, "n_sites": n, "logits": float((column / pairs).mean())}
             row |= {"estimate": span.estimate, "low": span.low, "high": span.high}
-            if kind == "helping" and ("matched random", n) in sums:
-                beyond = ((column - sums["matched random", n]) / pairs).to_numpy()
+            if kind == "helping" and ("random", n) in sums:
+                beyond = ((column - sums["random", n]) / pairs).to_numpy()
                 row["above_random"] = stats.mean_interval(beyond, params.level, params.resamples, params.seed).low
             out.append(row | {"mlps": float((whole / pairs).mean()), "quads": len(whole)})
     return pd.DataFrame(out)

@@ -29,17 +29,17 @@ def share_sentence(table: pd.DataFrame, quantity: str) -> str:
     own = table[table["quantity"] == quantity]
     rows = {(row.kind, row.n_sites): interval(row.estimate, row.low, row.high) for row in own.itertuples()}
     text = f"The whole MLPs of these layers have a joint {quantity} of {own['mlps'].iloc[0]:.2f} logits."
-    for kind in ("helping", "opposing"):
+    for kind, does in (("helping", "help"), ("opposing", "oppose")):
         sizes = [n for name, n in rows if name == kind]
         if not sizes:
             continue
         each = listed(f"{rows[kind, n]} ({n})" for n in sizes if n in (1, 10, max(sizes)))
         text += (
-            f" Neurons that are {kind} the answer on discovery, replaced together, make up this share of it: {each}; "
-            f"the single effects of the {max(sizes)} add up to {rows[f'{kind}, one by one', max(sizes)]}."
+            f" Those that {does} the answer on discovery make up this share of it, replaced together: {each}; "
+            f"the single effects of the {max(sizes)} add up to {rows[f'{kind}, summed', max(sizes)]}."
         )
-        if kind == "helping" and ("matched random", max(sizes)) in rows:
-            text += f" {max(sizes)} random neurons that write as much: {rows['matched random', max(sizes)]}."
+        if kind == "helping" and ("random", max(sizes)) in rows:
+            text += f" {max(sizes)} random neurons that write as much: {rows['random', max(sizes)]}."
     return text
 
 

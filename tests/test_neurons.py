@@ -1,0 +1,305 @@
+"""Neurons against the general sweep and against definitions; rankings, shares and verdicts on tables made by hand."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from sklearn.metrics import roc_auc_score
+from test_sweep import PAIRS, pair_of
+
+from lib import effects, findings, hooks, neuron_report, neuron_statements, neurons, records, single_pass, sweep
+from lib.findings import HALVES
+from lib.hooks import Site
+from lib.step_params import Neurons
+
+P = Neurons(model="config:none", resamples=200, flips=200, top_neurons=6, budgets=(1, 2), random_sets=2, cards=2)
+SPREAD = [
+    replace(pair_of(index, half=half), quad_id=f"{half}{index // 2}", pair_id=f"{half}{index}")
+    for half in HALVES
+    for index in range(4)
+]
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
+def test_rows_are_those_of_the_sweep_and_direct_effects_by_definition(tiny, name):
+    model, layers = tiny(name), [0, 2]
+    reading = neurons.reading_of(model, layers)
+    for direction in sweep.DIRECTIONS:
+        frame = neurons.run(model, PAIRS[:2], direction=direction, layers=layers, reading=reading)
+        frame = records.conform(frame, neurons.SCHEMA).sort_values(["pair_id", "layer", "head"], ignore_index=True)
+        usual = sweep.run(model, PAIRS[:2], direction=direction, components=["neuron"], layers=layers)
+        usual = usual.sort_values(["pair_id", "layer", "head"], ignore_index=True)
+        assert len(frame) == 2 * 2 * model.n_neurons and frame["pair_id"].tolist() == usual["pair_id"].tolist()
+        for column in (*neurons.LOGITS[:2], "logit_diff_clean", "logit_diff_corrupt", "metric_after", "site_delta"):
+            assert np.abs(frame[column] - usual[column]).max() < 1e-5, column
+        off = np.stack(list(frame["logits_after"])) - np.stack(list(usual["logits_after"]))
+        assert np.abs(off).max() < 1e-5 < 1e-3 < effects.effect(frame).abs().max()
+        assert np.allclose(frame["change"].abs(), frame["site_delta"], atol=1e-6)
+
+    # by definition, in the last layer of the corrupt run: plain hooks, the modules' own weights, the norms written out
+    pair, last = PAIRS[1], [9]
+    sites = [Site(2, "neuron", 5), Site(2, "mlp"), Site(2, "resid")]
+    seen = {}
+    for side in ("clean", "corrupt"):
+        with hooks.capture(model, sites, last) as kept:
+            model.model(torch.tensor([getattr(pair, side).ids]))
+        seen[side] = {site: value[0, 0] for site, value in kept.items()}
+    weight, run = model.down_projs[2].weight, seen["corrupt"]
+    column = weight[5] if name == "gpt2" else weight[:, 5]
+    change = (seen["clean"][sites[0]] - run[sites[0]]).item()
+
+    def through(norm, vector, at):
+        centred = (lambda x: x - x.mean()) if name == "gpt2" else (lambda x: x)
+        epsilon = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+        gain = 1 + norm.weight if "Gemma" in type(norm).__name__ else norm.weight
+        return gain * centred(vector) / (centred(at).square().mean() + epsilon).sqrt()
+
+    vector = column if name != "gemma3" else through(model.blocks[2].post_feedforward_layernorm, column, run[sites[1]])
+    towards = model.unembed.weight[pair.clean_tokens[pair.answer]]
+    towards = towards - model.unembed.weight[pair.clean_tokens[pair.corrupt_answer]]
+    direct = change * (through(model.final_norm, vector, run[sites[2]]) @ towards).item()
+    row = frame[(frame["pair_id"] == "p1") & (frame["layer"] == 2) & (frame["head"] == 5)].iloc[0]
+    assert row["direct"] == pytest.approx(direct, rel=1e-4) and abs(direct) > 1e-4
+    assert row["written"] == pytest.approx(abs(change) * column.norm().item(), rel=1e-5)
+
+
+def test_rows_prove_themselves(tiny, monkeypatch):
+    model = tiny("llama")
+    reading = neurons.reading_of(model, [1])
+    monkeypatch.setattr(single_pass.Edit, "write", lambda self, activation: None)
+    with pytest.raises(single_pass.SweepError, match="pair p0, noise at last, layer 1 neuron 0: the hook fired"):
+        neurons.run(model, PAIRS[:1], direction="noise", layers=[1], reading=reading)
+
+
+def test_small_passes_give_the_same_rows(tiny):
+    model = tiny("llama")
+    how = {"direction": "noise", "layers": [1], "reading": neurons.reading_of(model, [1])}
+    whole, parts = (neurons.run(model, PAIRS[:1], **how, memory=memory) for memory in (1.0, 1e-4))
+    assert whole["head"].tolist() == parts["head"].tolist() == list(range(model.n_neurons))
+    assert np.abs(whole["logit_diff_after"] - parts["logit_diff_after"]).max() < 1e-5
+
+
+def test_classes_tokens_and_activations_of_plain_runs(tiny):
+    model = tiny("llama")
+    reading = neurons.reading_of(model, [0, 2])
+    found = neurons.harvest(model, SPREAD, [0, 2], reading, size=3)
+    assert len(found.prompts) == 8 and found.activations[2].shape == (8, model.n_neurons)  # halves share their prompts
+    for row in (0, 5):
+        about = found.prompts.iloc[row]
+        pair = next(pair for pair in SPREAD if pair.pair_id == about["pair_id"])
+        ids = getattr(pair, about["side"]).ids
+        with hooks.capture(model, [Site(2, "neuron", 7)], [9]) as seen:
+            model.model(torch.tensor([ids]))
+        assert found.activations[2][row, 7] == pytest.approx(seen[Site(2, "neuron", 7)].item(), abs=1e-5)
+    tokens = dict(zip(SPREAD[0].candidates, SPREAD[0].clean_tokens, strict=True))
+    table = records.conform(neurons.of_classes(model, found, [0, 2], reading, tokens, 0), neurons.CLASS_SCHEMA)
+    own = found.prompts.assign(value=found.activations[2][:, 7])
+    units = own.groupby(["quad_id", "superset"])["value"].mean().reset_index()
+    for row in table[(table["layer"] == 2) & (table["head"] == 7)].itertuples():
+        inside = units["superset"] == row.superset
+        assert (row.n, row.n_others) == (inside.sum(), (~inside).sum())
+        assert row.auc == pytest.approx(roc_auc_score(inside, units["value"]), abs=1e-6)
+        assert row.mean == pytest.approx(units.loc[inside, "value"].mean(), abs=1e-5)
+        column = model.final_norm.weight * model.down_projs[2].weight[:, 7]
+        logits = model.unembed.weight @ column * found.rates[2]
+        assert row.weight == pytest.approx((logits[tokens[row.superset]] - logits.mean()).item(), rel=1e-4, abs=1e-6)
+    words = replace(model, tokenizer=SimpleNamespace(decode=lambda ids: f"<{ids[0]}>"))
+    said = neurons.of_tokens(words, found, reading, [(2, 7)])
+    assert said[said["end"] == "up"]["token"].tolist()[0] == f"<{int(logits.argmax())}>"
+    assert said[said["end"] == "down"]["token"].tolist()[0] == f"<{int(logits.argmin())}>"
+    assert neurons.of_prompts(found, [(2, 7)])["activation"].tolist() == found.activations[2][:, 7].tolist()
+
+
+# --- tables made by hand ------------------------------------------------------------------------------------------
+
+
+def made(effect: dict[str, np.ndarray], quads: int = 4, layers: int = 2, written=None) -> pd.DataFrame:
+    """A table of neurons with given effects per half; both directions alike."""
+    rows = []
+    for half, values in effect.items():
+        for quad in range(quads):
+            for direction, sign in (("noise", -1), ("denoise", 1)):
+                n = len(values) // layers
+                about = {"pair_id": f"{half}{quad}", "quad_id": f"{half}{quad}", "half": half, "direction": direction}
+                sites = {"layer": np.repeat(np.arange(layers), n), "head": np.tile(np.arange(n), layers)}
+                numbers = {"logit_diff_before": 0.0, "logit_diff_after": sign * values, "direct": sign * values / 2}
+                size = np.ones(len(values)) if written is None else written
+                rows.append(pd.DataFrame(about | sites | numbers | {"written": size}))
+    return pd.concat(rows, ignore_index=True)
+
+
+def test_neurons_are_picked_on_discovery_by_size_either_way():
+    first, last = np.zeros(40), np.zeros(40)
+    first[[3, 25, 30]], last[[3, 25, 30, 7]] = [0.5, -0.9, 0.2], [0.4, -0.3, -0.2, 5.0]
+    written = np.linspace(1, 2, 40)
+    frame = made({"confirmation": last, "discovery": first}, written=written)
+    chosen = neuron_report.top(frame, P.model_copy(update={"top_neurons": 3}))
+    assert chosen["site"].tolist() == ["neuron 1.5", "neuron 0.3", "neuron 1.10"]
+    assert chosen["effect"].tolist() == pytest.approx([-0.9, 0.5, 0.2]) and chosen["direct"][0] == pytest.approx(-0.45)
+    sets = neuron_report.roster(frame, chosen, P, np.random.default_rng(0))
+    kinds = [(one.kind, one.n_sites) for one in sets]
+    assert kinds == [("single", 1)] * 3 + [("helping", 1), ("helping", 2)] + [("random", 1), ("random", 2)] * 2 + [
+        ("opposing", 1), ("MLPs", 2)
+    ]  # fmt: skip
+    assert sets[4].sites == (Site(0, "neuron", 3), Site(1, "neuron", 10)) and sets[-2].sites == (Site(1, "neuron", 5),)
+    assert sets[-1].sites == (Site(0, "mlp"), Site(1, "mlp"))
+    taken = {one.sites[0] for one in sets[:3]}
+    for one in sets[5:9]:
+        assert not taken & set(one.sites) and [site.layer for site in one.sites] == [0, 1][: one.n_sites]
+    text, numbers = neuron_statements.scope_sentences(frame, chosen)
+    assert numbers["kept"] == pytest.approx((0.3 + 0.4 - 0.2) / 1.6) and "keep 31% of it" in text[1]
+    drawn = neuron_report.concentration(frame).axes[0].lines
+    assert drawn[0].get_ydata()[-1] == pytest.approx(0.4 - 0.2) and drawn[1].get_ydata()[-1] == pytest.approx(-0.3)
+
+
+def test_random_neurons_write_as_much():
+    written = np.tile(np.linspace(0, 1, 100), 2)
+    frame = made({"discovery": np.eye(200)[20] + np.eye(200)[180] / 2}, quads=2, written=written)
+    chosen = neuron_report.top(frame, P.model_copy(update={"top_neurons": 2}))
+    for seed in range(5):
+        first, second = neuron_report.matched(frame, chosen, chosen, np.random.default_rng(seed))
+        assert (first.layer, second.layer) == (0, 1)
+        assert 0 < abs(first.head - 20) <= neuron_report.NEAREST and 0 < abs(second.head - 80) <= neuron_report.NEAREST
+
+
+def replaced(sets, cost: dict[tuple[str, int], float], quads: int = 24, noise: float = 0.05) -> pd.DataFrame:
+    """Sweep rows of a roster whose sets have given mean effects on logit_diff, of a gap of 4 logits."""
+    rng, rows = np.random.default_rng(0), []
+    for half in HALVES:
+        for quad in range(quads):
+            for ablation in ("counterfactual", "mean", "clean"):
+                sign = 1 if ablation == "clean" else -1
+                for index, one in enumerate(sets):
+                    effect = cost[one.kind, one.n_sites] + rng.normal(0, noise)
+                    about = {"half": half, "quad_id": f"{half}{quad}", "pair_id": f"{half}{quad}", "site_set": index}
+                    about |= {"direction": "denoise" if sign > 0 else "noise", "ablation": ablation}
+                    about |= one.sites[0]._asdict() | {"logit_diff_clean": 2.0, "logit_diff_corrupt": -2.0}
+                    values = {"logit_diff_before": 0.0, "logit_diff_after": sign * effect}
+                    rows.append(about | values | {"metric_before": 0.0, "metric_after": sign * effect})
+    return pd.DataFrame(rows)
+
+
+SETS = [neuron_report.Set("single", 1, (Site(1, "neuron", n),)) for n in range(3)]
+SETS += [neuron_report.Set("helping", n, tuple(one.sites[0] for one in SETS[:n])) for n in (1, 2)]
+SETS += [neuron_report.Set("random", n, tuple(Site(1, "neuron", 9 - i) for i in range(n))) for n in (1, 2, 1, 2)]
+SETS += [neuron_report.Set("opposing", 1, SETS[2].sites), neuron_report.Set("MLPs", 1, (Site(1, "mlp"),))]
+COST = {("single", 1): 0.5, ("helping", 1): 0.5, ("helping", 2): 1.5, ("opposing", 1): -0.5, ("MLPs", 1): 2.0}
+COST |= {("random", 1): 0.1, ("random", 2): 0.2}
+
+
+def test_shares_of_the_mlps_effect_and_whether_a_few_carry_it():
+    table = replaced(SETS, COST)
+    carried = neuron_report.shares(table, SETS, P)
+    assert len(carried) == 2 * (2 + 2 + 2 + 1 + 1)
+    shown = carried[carried["quantity"] == "recovery"].set_index(["kind", "n_sites"])["estimate"]
+    expected = {("helping", 2): 0.75, ("helping, summed", 2): 0.5, ("random", 2): 0.1, ("opposing", 1): -0.25}
+    for key, value in expected.items():
+        assert shown[key] == pytest.approx(value, abs=0.03)
+    helping = carried[(carried["kind"] == "helping") & (carried["n_sites"] == 2)]
+    assert helping["above_random"].between(1.2, 1.3).all() and carried["mlps"].between(1.9, 2.1).all()
+    assert "2 neurons carry more than half" in neuron_statements.few(carried)
+    small = neuron_report.shares(replaced(SETS, COST | {("helping", 2): 0.9}), SETS, P)
+    assert "is not supported: the 2 that help" in neuron_statements.few(small)
+    random = neuron_report.shares(replaced(SETS, COST | {("random", 2): 1.6}), SETS, P)
+    assert "is not supported" in neuron_statements.few(random)
+    text = neuron_statements.share_sentence(carried, "damage")
+    damage = carried[carried["quantity"] == "damage"].set_index(["kind", "n_sites"])
+    first, second = (
+        findings.interval(*damage.loc[key, ["estimate", "low", "high"]]) for key in (("helping", 2), ("random", 2))
+    )
+    assert f"joint damage of {damage['mlps'].iloc[0]:.2f}" in text and f"{first} (2)" in text
+    assert f"2 random neurons that write as much: {second}." in text
+    assert neuron_report.shares(replaced(SETS, COST | {("MLPs", 1): -1.0}), SETS, P).empty
+
+
+def test_top_neurons_are_significant_in_both_halves_with_one_sign():
+    table = replaced(SETS, COST)
+    rows = table["site_set"] == 2
+    table.loc[rows & (table["half"] == "confirmation"), "logit_diff_after"] *= -1
+    table.loc[table["site_set"] == 1, "logit_diff_after"] *= -1
+    tables = neuron_report.singles(table, SETS, P)
+    assert list(tables) == ["counterfactual", "mean", "clean"] and all(len(own) == 6 for own in tables.values())
+    assert neuron_report.significant(tables["clean"], P).to_dict() == {"neuron 1.0": 1.0, "neuron 1.1": -1.0}
+    text, _ = neuron_statements.top_sentences(tables, table, P)
+    assert "neuron 1.0 (0.5" in text[0] and "1 that help and 1 that oppose the answer under the mean" in text[1]
+
+
+def classes_of(areas: np.ndarray, weights: np.ndarray, n: int = 40) -> pd.DataFrame:
+    """A class table of neurons x supersets: areas are above 0.5 where the superset's mean is above the others'."""
+    parts = []
+    for half in HALVES:
+        for column, superset in enumerate(["artist", "athlete", "writer"]):
+            own = areas[:, column]
+            about = {"layer": 1, "head": np.arange(len(areas)), "half": half, "superset": superset, "n": n}
+            values = {"n_others": 2 * n, "auc": own, "auc_swapped": 0.5, "mean": own - 0.5, "mean_others": 0.0}
+            parts.append(pd.DataFrame(about | values | {"weight": weights[:, column]}))
+    return pd.concat(parts, ignore_index=True)
+
+
+def test_selective_neurons_and_what_they_promote():
+    areas, weights = np.full((50, 3), 0.5), np.zeros((50, 3))
+    areas[4, 1], areas[9, 2], areas[12, 0] = 0.9, 0.1, 0.55
+    weights[4], weights[9] = [0.1, 0.5, -0.2], [0.0, 0.3, 0.6]
+    table = classes_of(areas, weights)
+    told = neuron_report.selective(table, P).set_index("head")
+    assert told.index[told["selective"]].tolist() == [4, 9] and not neuron_report.selective(
+        table, P, "auc_swapped"
+    )["selective"].any()  # fmt: skip
+    assert told.loc[[4, 9], "superset"].tolist() == ["athlete", "writer"]
+    assert told.loc[[4, 9], "promoted"].tolist() == ["athlete", "artist"]  # 9 falls for writers, so it lowers them
+    assert told.loc[[4, 9], "suppressed"].tolist() == ["writer", "writer"]
+    other_side = table.copy()
+    other_side.loc[(table["half"] == "confirmation") & (table["head"] == 4), "auc"] = 0.1
+    assert neuron_report.selective(other_side, P).set_index("head")["selective"].sum() == 1
+    chosen = pd.DataFrame({"layer": 1, "head": [4], "site": ["neuron 1.4"]})
+    direct = neuron_report.direct_by_class(table, chosen)
+    assert direct.loc["neuron 1.4", "athlete"] == pytest.approx(0.4 * 0.5)
+
+
+def solved(model, pair):
+    """The pair with its answers exchanged where the clean prompt does not favour the first one."""
+    logits = [
+        model.model(torch.tensor([side.ids])).logits[0, -1][list(pair.clean_tokens)]
+        for side in (pair.clean, pair.corrupt)
+    ]
+    gap = (logits[0] - logits[1])[[pair.answer, pair.corrupt_answer]]
+    return pair if gap[0] > gap[1] else replace(pair, answer=pair.corrupt_answer, corrupt_answer=pair.answer)
+
+
+@pytest.mark.parametrize("halves", [HALVES, HALVES[1:]])
+def test_few_quads_and_one_half_go_through(tiny, halves):
+    """Everything that the page calls, on a handful of pairs."""
+    model = replace(tiny("llama"), tokenizer=SimpleNamespace(decode=lambda ids: f"<{ids[0]}>"))
+    pairs = [solved(model, pair) for pair in SPREAD if pair.half in halves]
+    reading = neurons.reading_of(model, [1, 2])
+    how = {"layers": [1, 2], "reading": reading}
+    frame = pd.concat([neurons.run(model, pairs, direction=way, **how) for way in sweep.DIRECTIONS])
+    chosen = neuron_report.top(frame.reset_index(drop=True), P)
+    sets = neuron_report.roster(frame, chosen, P, np.random.default_rng(0))
+    sites = [one.sites for one in sets]
+    noise = sweep.run(model, pairs, site_sets=sites, ablations=("counterfactual", "mean"), pool=pairs)
+    table = pd.concat([noise, sweep.run(model, pairs, site_sets=sites, direction="denoise")], ignore_index=True)
+    found = neurons.harvest(model, pairs, [1, 2], reading)
+    tokens = dict(zip(pairs[0].candidates, pairs[0].clean_tokens, strict=True))
+    classes = neurons.of_classes(model, found, [1, 2], reading, tokens, 0)
+    which, cards = list(chosen[neuron_report.NEURON].itertuples(index=False, name=None)), chosen.head(P.cards)
+    people = [
+        {"pair_id": p.pair_id} | {f"{s}_{x}": f"{s}{x}" for s in ("clean", "corrupt") for x in "ab"} for p in pairs
+    ]
+    activations = neuron_report.named_prompts(neurons.of_prompts(found, which), pd.DataFrame(people))
+    words = neuron_report.card_table(activations, neurons.of_tokens(model, found, reading, which), cards)
+    assert words.index.tolist() == cards["site"].tolist() and words["highest"].str.contains("cleana, cleanb").any()
+    single, carried = neuron_report.singles(table, sets, P), neuron_report.shares(table, sets, P)
+    made = neuron_statements.Tables(frame, chosen, table, single, carried, classes, words)
+    part = neuron_statements.part(made, P, {})
+    text = " ".join(part["sentences"])
+    assert "nan" not in text.lower() and "None" not in text and "was not tested (no interval" in text
+    assert part["neurons"]["top"][0]["site"] == chosen["site"][0] and part["figures"] == {}
+    spans = neuron_report.by_class(activations, cards, P)
+    panels = neuron_report.cards_figure(spans).axes
+    assert [axes.get_title(loc="left") for axes in panels if axes.get_visible()] == cards["site"].tolist()
+    assert len(neuron_report.direct_figure(frame, chosen).axes) == 1
+    assert len(neuron_report.concentration(frame).axes) == 1
