@@ -236,10 +236,12 @@ def transfer_table(frame: pd.DataFrame, params: Subspace) -> pd.DataFrame:
     own, parts = own[(own["metric_clean"] > 0) & (own["metric_corrupt"] < 0)], []
     for target, rows in own.groupby("template", sort=False):
         effect, gap = sums(rows)
-        own_fit = pd.DataFrame({c: effect[target, c[1]] for c in effect if (target, c[1]) in effect.columns})
-        own_fit.columns.names = ["method", "k"]
+        kept = [column for column in effect if (target, column[1]) in effect.columns]
+        if not kept:  # too few of its prompts line up to fit directions on
+            continue
+        own_fit = pd.DataFrame({column: effect[target, column[1]] for column in kept}, columns=effect[kept].columns)
         recovery = (effect.sum() / gap.sum()).rename("recovery")
-        table = ratios(effect[own_fit.columns], own_fit, params)
+        table = ratios(effect[kept], own_fit, params)
         parts.append(table.join(recovery, on=["method", "k"]).assign(target=target, pairs=rows["pair_id"].nunique()))
     return pd.concat(parts, ignore_index=True).rename(columns={"method": "source"})
 

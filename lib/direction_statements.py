@@ -44,13 +44,13 @@ def layer_sentences(table: pd.DataFrame, layer: int, params: Subspace) -> list[s
     each = [f"{at} {value(row)} ({row['share']:.0%})" for at, row in one.iterrows() if at >= 0]
     first = table[(table["half"] == table["half"].iloc[0]) & (table["method"] == ONE[0])].set_index("layer")["estimate"]
     reached = first[layer] >= params.slice_share
-    why = "the first" if reached else "where it recovers most; none reaches"
+    share = f"{params.slice_share:.0%} on the discovery half"
+    why = f"the first where it recovers {share}" if reached else f"where it recovers most: nowhere {share}"
     random = own[(own["layer"] == -1) & (own["method"] == "random")].iloc[0]
     return [
         f"One direction, from the mean of the pair's corrupt class to that of its clean class, patched in the residual "
         f"stream at `last` alone, recovers of logit_diff after layer {listed(each)}; in brackets, as a share of what "
-        f"the whole residual stream does there. What follows is about layer {layer}, {why} "
-        f"{params.slice_share:.0%} on the discovery half.",
+        f"the whole residual stream does there. What follows is about layer {layer}, {why}.",
         f"In all sites of the slice together, that component alone recovers {value(one.loc[-1])}, everything they "
         f"write {value(whole.loc[-1])}, and a random direction with a change of equal norm {value(random)}.",
     ]
@@ -94,62 +94,74 @@ def number_sentences(numbers: pd.DataFrame, paired: pd.DataFrame, restored: bool
     return out
 
 
-def class_sentence(single: pd.DataFrame) -> str:
-    """The direction of one class against the rest, in pairs with and without the class."""
-    each = []
-    for name, rows in single.groupby("class_name", sort=False):
-        have = {row["there"]: value(row) for _, row in rows.iterrows()}
-        each.append(f"{name} {have.get(True, 'not measured')} (without the class: {have.get(False, 'not measured')})")
-    return f"The direction of one class against the rest, in pairs with that class on a side, recovers: {listed(each)}."
+def class_sentence(single: pd.DataFrame, params: Subspace) -> str:
+    """The direction of one class against the rest, in pairs with and without the class: does it fix the output?"""
+    own, other = single[single["there"]], single[~single["there"]]
+    each = [f"{row['class_name']} {value(row)}" for _, row in own.iterrows()]
+    without = f"; in pairs without it, at most {other['estimate'].abs().max():.2f} either way" if len(other) else ""
+    text = (
+        f"The direction of one class against the rest, in pairs with it on a side, recovers: {listed(each)}{without}."
+    )
+    if own["low"].isna().any():
+        return text
+    enough = own.loc[own["low"].astype(float) > params.restores_recovery, "class_name"]
+    return f"{text} By itself it recovers more than {params.restores_recovery} (lower end) for {listed(enough)}."
 
 
 def split_sentence(parts: pd.DataFrame, directions: pd.DataFrame) -> str:
     """How much runs through the dormant part, and how much the activations vary along each direction."""
-    count = (directions["method"] == "component").sum()
-    each = [f"{row['name']} {value(row, 'share')}" for _, row in parts[parts["part"] == "outside"].iterrows()]
-    own = directions[directions["method"].isin(["class means", "rotation", "probe"])]
-    vary = []
+    count, outside = (directions["method"] == "component").sum(), parts[parts["part"] == "outside"]
+    each = [f"{row['name']}: {value(row, 'share')}" for _, row in outside.iterrows()]
+    mostly = outside.loc[outside["share"] > 0.5, "name"]
+    verdict = (
+        f"mostly dormant, so to that extent an illusion: {listed(mostly)}" if len(mostly) else "mostly dormant: none"
+    )
+    vary, own = [], directions[directions["method"].isin(["class means", "rotation", "probe"])]
     for (method, k), rows in own.groupby(["method", "k"], sort=False):
-        vary.append(f"{method}, {k or len(rows)}: {rows['variance'].median():.1f} ({rows['between'].median():.0%})")
+        vary.append(
+            f"{method}, {k or len(rows)}: {rows['variance'].median():.0f} times ({rows['between'].median():.0%})"
+        )
     return (
         f"The dormant part of a change, outside the span of the {count} principal components that hold 95% of the "
         f"variance of the model's own activations, has by itself this share of the whole change's effect: "
-        f"{listed(each)}. The activations' variance along the directions is, over that along a random one (in "
-        f"brackets, the share of it between classes; medians), {listed(vary)}."
+        f"{listed(each)} ({verdict}). The activations' variance along the directions, over that along random ones (in "
+        f"brackets, the share of it that lies between classes; medians), is {listed(vary)}."
     )
 
 
-def steering_sentences(slope: pd.DataFrame, curves: pd.DataFrame) -> list[str]:
+def steering_sentence(slope: pd.DataFrame, curves: pd.DataFrame) -> str:
     """Dose and response, for each kind of prompt."""
     out = []
     for kind, rows in slope.groupby("kind", sort=False):
         real, random = rows[rows["added"] != "random"], rows[rows["added"] == "random"].iloc[0]
-        own = curves[curves["kind"] == kind]
+        own, lead = curves[curves["kind"] == kind], real["added"].iloc[0]
         means = own[own["added"] != "random"].pivot(index="dose", columns="added", values="estimate")
-        rising = [name for name in real["added"] if (means[name].diff().dropna() > 0).all()]
-        lead = own[own["added"] == real["added"].iloc[0]].sort_values("dose")
+        rising = int((means.diff().iloc[1:] > 0).all().sum())
+        ends = own[own["added"] == lead].sort_values("dose")[["dose", "top"]].to_numpy()[[0, -1]]
         each = [f"{row['added']} {value(row)}" for _, row in real.iterrows()]
         out.append(
-            f"Steering {kind} prompts ({rows['prompts'].iloc[0]}): adding a class's direction moves the class's logit, "
-            f"less the candidates' mean, by these logits per dose: {listed(each)}; a random direction of equal norm "
-            f"moves {real['added'].iloc[0]} by {value(random)}. The mean rises with every dose for {listed(rising)}. "
-            f"{real['added'].iloc[0].capitalize()} leads in {lead['top'].iloc[0]:.0%} of the prompts at dose "
-            f"{lead['dose'].iloc[0]:g} and in {lead['top'].iloc[-1]:.0%} at {lead['dose'].iloc[-1]:g}."
+            f"in {rows['prompts'].iloc[0]} prompts of {kind} {listed(each)} (random: {value(random)}), with every dose "
+            f"higher than the one before on average for {rising} of {len(real)} classes; the {lead} leads in "
+            f"{ends[0, 1]:.0%} of them at dose {ends[0, 0]:g} and in {ends[1, 1]:.0%} at {ends[1, 0]:g}"
         )
-    return out
+    return (
+        "Steering: one dose of a class's direction adds to the class's logit, less the candidates' mean, this many "
+        f"logits (random: directions as long as the first class's): {'; '.join(out)}."
+    )
 
 
 def transfer_sentence(table: pd.DataFrame) -> str:
     """Directions of other prompts, as a share of the own ones'."""
-    each, most = [], table["k"].max()
-    for (target, k), rows in table[table["k"].isin([1, most])].groupby(["target", "k"], sort=False):
-        moved = rows[~rows["source"].isin([target, "random"])]
+    each = []
+    for target, rows in table[table["k"] == 1].groupby("target", sort=False):
         own = rows.loc[rows["source"] == target, "recovery"].iloc[0]
-        words = [f"`{row['source']}` {value(row)}" for _, row in moved.iterrows()]
-        each.append(
-            f"in `{target}`, {k} of its own recover{'s' * (k == 1)} {own:.2f}, and of that give {listed(words)}"
-        )
-    return f"Directions fitted on other prompts: {'; '.join(each)}."
+        words = [
+            f"`{row['source']}` {value(row)}" for _, row in rows.iterrows() if row["source"] not in (target, "random")
+        ]
+        chance = rows.loc[rows["source"] == "random", "estimate"]
+        words += [f"random ones {chance.iloc[0]:.2f}"] if len(chance) else []
+        each.append(f"in `{target}` ({rows['pairs'].iloc[0]} pairs, own recovery {own:.2f}): {listed(words)}")
+    return f"One direction fitted on other prompts does this share of what the own one does: {'; '.join(each)}."
 
 
 CAPTIONS = {
@@ -188,9 +200,9 @@ def part_of(
             first + ONE_HALF * (half == "only"),
             *layer_sentences(scan, layer, p),
             *number,
-            class_sentence(single),
+            class_sentence(single, p),
             split_sentence(parts, directions),
-            *steering_sentences(slope, curves),
+            steering_sentence(slope, curves),
             transfer_sentence(moved),
         ],
         "headline": [number[0], number[-1]],

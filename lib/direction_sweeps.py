@@ -35,7 +35,7 @@ from lib.tasks import Pair
 from lib.units import Unit
 
 PARTS = ("inside", "outside")
-STEERING_DRAWS = 3
+FEW = 3  # random draws where they are only a check: all of `random_directions` stand beside the numbers of directions
 
 
 class Variant(NamedTuple):
@@ -59,10 +59,10 @@ def fixed(name: str, basis: Float[np.ndarray, "k width"], like: str = "") -> Var
     return Variant(name, lambda pairs, layer: chosen, like)
 
 
-def random_variants(step: Step, width: int, like: Mapping[int, str]) -> list[Variant]:
+def random_variants(step: Step, width: int, like: Mapping[int, str], draws: int) -> list[Variant]:
     """Random subspaces of each number of dimensions; their changes get the norm of the variants `like`."""
-    rng, draws = step.rng("random directions"), range(step.params.random_directions)
-    each = [(k, name, draw) for k, name in like.items() for draw in draws]
+    rng = step.rng("random directions")
+    each = [(k, name, draw) for k, name in like.items() for draw in range(draws)]
     return [fixed(f"random|{k}|{n}", np.linalg.qr(rng.standard_normal((width, k)))[0].T, name) for k, name, n in each]
 
 
@@ -83,7 +83,7 @@ def pulled(model: Model, site: Site, basis: Float[Tensor, "#pairs width k"]) -> 
     with torch.enable_grad():
         z = torch.zeros(len(wanted), model.n_heads * model.head_size, dtype=model.dtype, device=model.device)
         read = torch.autograd.grad(module(z.requires_grad_()), z, wanted)[0]
-    own = read[:, hooks.columns_of(model, site)].unflatten(0, (len(basis), -1)).double().cpu()
+    own = read[:, hooks.columns_of(model, site)].unflatten(0, (len(basis), -1)).cpu().double()
     return torch.linalg.qr(own.mT)[0]
 
 
@@ -107,19 +107,18 @@ def changes(
 
 def patch(step: Step, name: str, pairs: Sequence[Pair], sets: Sequence, variants: Sequence[Variant]) -> pd.DataFrame:
     """A table of the variants' changes put into the corrupt runs at the sets of sites."""
-    model_of, names = lambda: step.model, [variant.name for variant in variants]  # noqa: E731
-    sites = sorted({site for sites in sets for site in sites})
+    names, sites = [variant.name for variant in variants], sorted({site for own in sets for site in own})
 
     def make(own: Sequence[Pair], base: BaseRun, other: BaseRun) -> dict[str, Activations]:
         out: dict[str, dict] = {variant: {} for variant in names}
         for site in sites:
-            key, part = (site.component, site.layer), hooks.columns_of(model_of(), site)
+            key, part = (site.component, site.layer), hooks.columns_of(step.model, site)
             before = base.activations[key]
-            delta = (other.activations[key] - before)[:, 0, part].double().cpu()
+            delta = (other.activations[key] - before)[:, 0, part].cpu().double()
 
             def basis(variant: Variant, site: Site = site) -> Tensor:
                 found = variant.basis(own, site.layer)
-                return pulled(model_of(), site, found) if site.component == "head" else found
+                return pulled(step.model, site, found) if site.component == "head" else found
 
             for variant, change in changes(variants, delta, basis).items():
                 new = out[variant].setdefault(key, before.clone())
@@ -132,12 +131,12 @@ def patch(step: Step, name: str, pairs: Sequence[Pair], sets: Sequence, variants
 
 def run(step: Step, name: str, plan: Sequence[Unit], sets: Sequence, names: Sequence[str], make: sweep.Variants,
         direction: str) -> pd.DataFrame:  # fmt: skip
-    """A table of `sweep.run_variants`; its first unit also makes the step's two proofs."""
+    """A table of `sweep.run_variants`; the first unit of the first one also makes the step's two proofs."""
 
     def compute(unit: Unit) -> pd.DataFrame:
         how = {"seed": step.params.seed, "memory": step.memory, "profile": step.params.profile}
         frame = sweep.run_variants(step.model, unit.pairs, sets, names, make, direction=direction, **how)
-        if unit is plan[0] and direction == "denoise":
+        if unit is plan[0] and name == "direction_layers":
             frame.attrs["log"] = sweep.prove(step.model, unit.pairs[0]) + frame.attrs["log"]
         return frame
 
@@ -153,7 +152,7 @@ def scanned(step: Step, pairs: Sequence[Pair], sites: Sequence[Site], means: pd.
     bases = {layer: torch.tensor(spanned(np.stack(list(own.values()))).T)[None] for layer, own in vectors.items()}
     one = Variant("class difference|1|", lambda own, layer: difference(vectors[layer], own))
     every = Variant(f"class means|{bases[layers[0]].shape[-1]}|", lambda own, layer: bases[layer])
-    random = random_variants(step, len(means["vector"].iloc[0]), {1: one.name})
+    random = random_variants(step, len(means["vector"].iloc[0]), {1: one.name}, FEW)
     sets = [(Site(layer, "resid"),) for layer in layers] + [tuple(sites)]
     return patch(step, "direction_layers", pairs, sets, [one, every, *random, Variant("whole|0|", None)])
 
@@ -177,7 +176,7 @@ def patched(step: Step, pairs: Sequence[Pair], layer: int, table: pd.DataFrame) 
     cap = min(most, len(bases["class means", 0]))
     split = [v for v in variants if v.name in (one.name, f"class means|{cap}|", "whole|0|") or "rotation" in v.name]
     variants += [v._replace(name=v.name + part, within=within) for v in split for part in PARTS]
-    variants += random_variants(step, len(within), like)
+    variants += random_variants(step, len(within), like, p.random_directions)
     return patch(step, "direction_patches", reported(pairs), [(Site(layer, "resid"),)], variants)
 
 
@@ -192,15 +191,17 @@ def moved(step: Step, table: pd.DataFrame, pairs: Sequence[Pair], layer: int, me
             other, _ = data.aligned(other, step.tokenizer, chat_template=p.chat_template, attributes=p.attributes)
             other = other.assign(pair_id=other["pair_id"] + f"@{name}")
             parts.append([replace(pair, labels=(), label_tokens=()) for pair in step.prompts(other)])
-    variants, like = [], {}
+    variants, like, classes = [], {}, set(vectors_of(means, p.template, layer))
     for name in dict.fromkeys([p.template, *means["template"]]):
         vectors = vectors_of(means, name, layer)
+        if set(vectors) != classes:  # too few prompts line up in that template
+            continue
         basis = spanned(np.stack(list(vectors.values())))
-        own = Variant(f"{name}|1|", lambda own, layer, vectors=vectors: difference(vectors, own))
-        every = fixed(f"{name}|{len(basis)}|", basis)
-        like = like or {1: own.name, len(basis): every.name}
-        variants += [own, every]
-    variants += [*random_variants(step, basis.shape[1], like), Variant("whole|0|", None)]
+        every = {len(basis): fixed(f"{name}|{len(basis)}|", basis)}
+        every[1] = Variant(f"{name}|1|", lambda own, layer, vectors=vectors: difference(vectors, own))
+        like = like or {k: variant.name for k, variant in every.items()}
+        variants += every.values()
+    variants += [*random_variants(step, basis.shape[1], like, FEW), Variant("whole|0|", None)]
     return patch(step, "direction_transfer", sum(parts, []), [(Site(layer, "resid"),)], variants)
 
 
@@ -235,7 +236,7 @@ def steered(step: Step, prompts: Sequence[Pair], layer: int, means: pd.DataFrame
     added = {(name, ""): vector - grand for name, vector in vectors.items()}
     length = np.linalg.norm(next(iter(added.values())))
     width = len(grand)
-    added |= {("random", n): length * unit(rng.standard_normal(width))[0] for n in range(STEERING_DRAWS)}
+    added |= {("random", n): length * unit(rng.standard_normal(width))[0] for n in range(FEW)}
     doses = {f"{name}|{dose:g}|{n}": dose * vector for (name, n), vector in added.items() for dose in p.doses}
 
     def make(own: Sequence[Pair], base: BaseRun, other: BaseRun) -> dict[str, Activations]:

@@ -86,7 +86,7 @@ def activations(
                 model.body(input_ids=pools.token_ids(model, [prompts[i] for i in chunk]), use_cache=False)
             for site, value in seen.items():
                 own = out.setdefault(site.layer, np.empty((len(prompts), value.shape[-1])))
-                own[chunk] = value[:, 0].double().cpu().numpy()
+                own[chunk] = value[:, 0].cpu().double().numpy()
     return out
 
 
@@ -112,6 +112,8 @@ def fitted_means(step: Step, fit: pd.DataFrame, layers: Sequence[int], kept: dic
     def compute(unit: Unit) -> pd.DataFrame:
         name, rows = unit.options["template"], []
         prompts = prompts_of(step, fit, name)
+        if name != p.template and prompts["superset"].nunique() < 2:  # too few line up there: not a source
+            return pd.DataFrame(columns=MEANS)
         values = activations(step.model, prompts["ids"].tolist(), layers)
         kept.update(values if name == p.template else {})
         counts = Counter(prompts["superset"])
@@ -259,7 +261,7 @@ def rotations(
             optimiser.zero_grad()
             torch.nn.functional.cross_entropy(logits, answers).backward()
             optimiser.step()
-        out[k] = turn.weight.detach().double().cpu().numpy()
+        out[k] = turn.weight.detach().cpu().double().numpy()
     return out
 
 
