@@ -45,7 +45,7 @@ def stability(sae: pd.DataFrame, selective: Sequence[int], rng: np.random.Genera
     Rows: features alive on held-out prompts; the class-selective ones of the first seed, matched into the others; and a
     control, the alive features against those of the other seed with their coordinates shuffled.
     """
-    if len(sae) < 2 or sae["decoder"].isna().any():
+    if len(sae) < 2 or sae["decoder"].isna().any() or not all(np.any(fires) for fires in sae["fires"]):
         return pd.DataFrame()
     decoders = [np.reshape(row.decoder, (row.features, row.width)) for row in sae.itertuples()]
     alive = [np.flatnonzero(fires) for fires in sae["fires"]]
@@ -116,7 +116,7 @@ def shortlist(rows: pd.DataFrame, params: Neurons) -> dict[str, list[int]]:
     for kind, column in (("features", "feature_attribution"), ("neurons", "neuron_attribution")):
         if column in own:
             mean = pd.DataFrame(stacked(own, column)).groupby(own["quad_id"].to_numpy()).mean().mean()
-            out[kind] = [int(unit) for unit in mean[mean > 0].nlargest(2 * max(params.budgets)).index]
+            out[kind] = [int(unit) for unit in mean.nlargest(2 * max(params.budgets)).index]
     return out
 
 
@@ -332,3 +332,34 @@ def shown(row: pd.Series) -> str:
     """A share with its interval."""
     bare = np.isnan(float(row["estimate"]))
     return "not defined" if bare else interval(row["estimate"], row["low"], row["high"])
+
+
+CAPTIONS = {
+    "feature-budgets": "What SAE features, neurons and class directions recover and damage when the most effective of "
+    "them are patched together, as a share of patching the whole site, beside random features and directions of the "
+    "same norm as the features' change; confirmation half, 95% studentised bootstrap intervals over quads. Dashed: all "
+    "features.",
+}
+
+
+def part(
+    sae: pd.DataFrame, stable: pd.DataFrame, rows: pd.DataFrame, found: pd.DataFrame, records: pd.DataFrame,
+    params: Neurons,
+) -> dict:  # fmt: skip
+    """What the page says of features, its figure, and the numbers handed on under `features`."""
+    table, gaps = budget_table(records, params), compared(records, params)
+    effects = effect_sentences(table, gaps, params)
+    about = ["seed", "site", "sha256", "features", "active", "samples", "explained", "explained_last", "l0", "dead"]
+    numbers = {"saes": sae[about].to_dict("records"), "stability": stable.to_dict("records")}
+    numbers |= {
+        "map": found.to_dict("records"),
+        "budgets": table.to_dict("records"),
+        "compared": gaps.to_dict("records"),
+    }
+    return {
+        "sentences": [*sae_sentences(sae, stable, params), *map_sentences(rows, found, params), *effects],
+        "headline": effects[-1:],
+        "figures": {"feature-budgets": budget_curves(table)},
+        "captions": CAPTIONS,
+        "features": numbers,
+    }

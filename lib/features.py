@@ -30,7 +30,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from lib import data, hooks, tasks
+from lib import data, hooks, pools, tasks
 from lib.hooks import Site
 from lib.models import Model
 from lib.params import ROOT
@@ -266,6 +266,7 @@ def trainer(step: Step, site: Site) -> Callable[[Unit], pd.DataFrame]:
     @cache
     def harvested() -> tuple[Samples, Samples]:
         own = [pair for pair in step.prompts() if pair.half == "confirmation"] or step.prompts()
+        own = pools.spread(own, step.params.top_pairs)
         held = [prompt.ids for pair in own for prompt in (pair.clean, pair.corrupt)]
         return tuple(harvest(step.model, site, prompts) for prompts in (sentences(step), held))
 

@@ -1,8 +1,6 @@
 """Sparse autoencoders: trained, loaded, read and patched; and what is made of their tables."""
 
 import hashlib
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -52,8 +50,8 @@ def test_the_same_seed_gives_the_same_bytes():
 
 
 def test_training_explains_variance_and_the_scale_is_folded_in():
-    x, held = 50 * samples(4000), 50 * samples(500)
-    trained = features.train(x, 24, 4, 8, 0)
+    x, held = 50 * samples(2000), 50 * samples(300)
+    trained = features.train(x, 24, 4, 10, 0)
     coder = features.coder_of(trained)
     few, many = (features.quality(one, held) for one in (features.coder_of(features.train(x, 24, 4, 1, 0)), coder))
     assert many["explained"] > 0.8 and many["explained"] > few["explained"]
@@ -160,7 +158,7 @@ def test_attributions_are_the_slope_of_the_patch(tiny):
     unit = sweep.plan("x", pairs)[0]
     rows = feature_patches.reader(step_of(model), coder, SITE)(unit).set_index(["pair_id", "side"])
     row, pair, step = rows.loc[("p0", "corrupt")], pairs[0], 1e-4
-    own = captured(model, pair.corrupt.ids)
+    own, before = captured(model, pair.corrupt.ids), plain(model, pair.corrupt.ids)
     assert (
         np.allclose(row.activation, own[SITE][0, 9], atol=1e-5) and row.superset == pair.candidates[pair.corrupt_answer]
     )
@@ -168,7 +166,7 @@ def test_attributions_are_the_slope_of_the_patch(tiny):
 
     def slope(site, value, move):
         with hooks.patch(model, {site: (value + step * move)[None, None]}, [9]):
-            logits = model.model(torch.tensor([pair.corrupt.ids])).logits[0, -1] - plain(model, pair.corrupt.ids)
+            logits = model.model(torch.tensor([pair.corrupt.ids])).logits[0, -1] - before
         return float(logits[pair.clean_tokens[pair.answer]] - logits[pair.clean_tokens[pair.corrupt_answer]]) / step
 
     change = rows.loc[("p0", "clean")].features - row.features
@@ -220,7 +218,7 @@ def test_auc_and_selectivity():
         roc_auc_score(many["superset"] == "artist", values)
     )
     assert feature_report.selective(reads(classes=("artist",)), "features", PARAMS).empty
-    assert feature_report.shortlist(rows, PARAMS) == {"features": [1, 3, 4], "neurons": [5, 0]}
+    assert feature_report.shortlist(rows, PARAMS) == {"features": [1, 3, 4, 0, 5, 2], "neurons": [5, 0, 1, 2, 3, 4]}
 
 
 def test_stability_sees_permuted_features_and_not_random_ones():
@@ -289,11 +287,6 @@ def test_too_few_quads_and_a_site_without_effect_are_said():
     said = feature_report.effect_sentences(table, gaps, PARAMS)
     assert "too few quads" in said[-1] and "not defined" in said[0]
     feature_report.budget_curves(table)
-
-
-def test_the_report_needs_no_torch():
-    code = "import sys; sys.modules['torch'] = None; from lib import feature_report"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 def test_sentences_leave_out_the_people_of_the_confirmation_half(smollm_tokenizer):
