@@ -259,12 +259,13 @@ def lines(
         for axes, part in panels:
             if band is not None:
                 ends = band["low"].to_numpy(dtype=float), band["high"].to_numpy(dtype=float)
-                axes.fill_between(band[x], *ends, color=plots.GREY, alpha=0.35, lw=0, label="random, lowest to highest")
+                axes.fill_between(band[x], *ends, color=plots.GREY, alpha=0.35, lw=0, label="random")
             if level is not None:
                 axes.axhline(level, color=plots.BLACK, lw=1, ls="--", label="whole residual stream")
             for index, (group, (colour, marker)) in enumerate(groups.items()):
                 line = part[part[by] == group].sort_values(x)
-                at = line[x].to_numpy(dtype=float) * (1 + 0.02 * (index - len(groups) / 2))
+                apart = 0.02 * (index - (len(groups) - 1) / 2) if x == "k" else 0.0  # on a logarithmic axis
+                at = line[x].to_numpy(dtype=float) * (1 + apart)
                 axes.plot(at, line["estimate"], color=colour, lw=1, alpha=0.6)
                 plots._points(axes, at, line, colour, marker, label=group)
             plots._zero(axes)
@@ -277,7 +278,7 @@ def lines(
 def number_figure(numbers: pd.DataFrame, band: pd.DataFrame) -> Figure:
     """Recovery against the number of directions."""
     whole = float(numbers.loc[numbers["method"] == "whole", "estimate"].iloc[0])
-    own = numbers[~numbers["method"].str.endswith("the rest") & (numbers["method"] != "whole")]
+    own = numbers[~numbers["method"].str.endswith("the rest") & ~numbers["method"].isin(["whole", "random"])]
     figure = lines(own, "k", "method", "directions", "recovery (share of logit_diff)", band=band, level=whole)
     figure.axes[0].set_xscale("log", base=2)
     figure.axes[0].set_xticks(sorted(own["k"].unique()), sorted(own["k"].unique()))
@@ -312,5 +313,4 @@ def transfer_figure(table: pd.DataFrame) -> Figure:
         )
         for k, rows in own.groupby("k")
     }
-    label = "effect, share of own directions'"
-    return circuit_plots.class_matrices(wide, label, xlabel="patched in", ylabel="fitted on", limit=1)
+    return circuit_plots.class_matrices(wide, "share of own effect", xlabel="patched in", ylabel="fitted on", limit=1)
