@@ -254,8 +254,8 @@ def judge(
         asked=asked, threshold=threshold, threshold_from=held_by, verdict=verdict, reason=reason,
         refuted_by=turned.get(verdict, f"Decided, once it can be measured, by this: {asked}."),
         figure=f"{page}#{claim.figure}" if there and claim.figure else None,
-        rows=None if claim.rows is None
-        else Rows(file=f"{claim.rows[0]}.parquet", filter=claim.rows[1].format(**params.model_dump())),
+        rows=Rows(file=f"{claim.rows[0]}.parquet", filter=claim.rows[1].format(**params.model_dump()))
+        if there and claim.rows else None,
     )  # fmt: skip
 
 

@@ -255,7 +255,7 @@ def document(entries: Sequence[Entry], said: Sequence[str], params: Story) -> di
 
 
 def table(entries: Sequence[Entry]) -> Styler:
-    """The ledger as a table: verdict in words (and colour), reason, p beside its correction, links to what is under."""
+    """The ledger as a table: verdict in words (and colour), why, and links to the figure and the rows under it."""
 
     def evidence(entry: Entry) -> str:
         page, _, name = (entry.figure or "").partition("#")
@@ -264,27 +264,33 @@ def table(entries: Sequence[Entry]) -> Styler:
         rows = "" if entry.rows is None else f"{entry.rows.file}: <code>{html.escape(entry.rows.filter)}</code>"
         return link + rows
 
-    def p_of(entry: Entry) -> str:
-        corrected = "" if entry.p_holm is None else f" ({entry.p_holm:.2g})"
-        return "&ndash;" if entry.p is None else f"{entry.p:.2g}{corrected}"
+    def why(entry: Entry) -> str:
+        corrected = "" if entry.p_holm is None else f"; p after Holm's correction {entry.p_holm:.2g}"
+        text = f"{entry.quantity}: {entry.reason}{corrected} ({entry.threshold_from})"
+        return html.escape(text.replace("`", ""))  # the table is HTML, not MyST
 
     frame = pd.DataFrame([
-        {"plan": own.section, "claim": html.escape(own.claim), "verdict": own.verdict, "p (Holm)": p_of(own),
-         "why": html.escape(f"{own.quantity}: {own.reason} ({own.threshold_from})"), "under it": evidence(own)}
+        {"claim (section of the plan)": html.escape(f"{own.claim} ({own.section})"), "verdict": own.verdict,
+         "why (where the threshold stands)": why(own), "under it": evidence(own)}
         for own in entries
     ])  # fmt: skip
-    look = (
-        frame.style.hide(axis="index")
-        .set_uuid("claims")
-        .set_properties(**{"text-align": "left", "vertical-align": "top"})
-    )
+    look = laid_out(frame, "claims", ("25%", "13%", "33%", "29%"))
     return look.map(lambda word: f"background-color: {COLOURS[word]}; color: black", subset=["verdict"])
 
 
-def refutations(entries: Sequence[Entry]) -> pd.DataFrame:
-    """What would turn each verdict."""
-    return pd.DataFrame({"claim": [own.claim for own in entries], "verdict": [own.verdict for own in entries],
-                         "what would turn it": [own.refuted_by for own in entries]})  # fmt: skip
+def refutations(entries: Sequence[Entry]) -> Styler:
+    """What would turn each verdict, as a table."""
+    rows = [{"claim": own.claim, "verdict": own.verdict, "what would turn it": own.refuted_by} for own in entries]
+    return laid_out(pd.DataFrame(rows), "refutations", ("40%", "15%", "45%"))
+
+
+def laid_out(frame: pd.DataFrame, name: str, widths: Sequence[str]) -> Styler:
+    """A table that keeps to the page: columns of these widths, small type."""
+    attributes = 'style="table-layout: fixed; width: 100%; font-size: 0.8rem"'
+    cells = [("text-align", "left"), ("vertical-align", "top"), ("overflow-wrap", "break-word")]
+    columns = [{"selector": f"th.col{index}", "props": [("width", width)]} for index, width in enumerate(widths)]
+    look = frame.style.hide(axis="index").set_uuid(name).set_table_attributes(attributes)
+    return look.set_table_styles([{"selector": "th, td", "props": cells}, *columns])
 
 
 def forest(entries: Sequence[Entry]) -> plots.Figure | None:
