@@ -33,19 +33,9 @@ NOTEBOOKS = {step: f"notebooks/{number:02d}_{step}.ipynb" for number, step in en
 
 # Which modules of lib make a step's data, and which only draw its page.
 SWEEPS = (
-    "models",
-    "weights",
-    "hooks",
-    "single_pass",
-    "pools",
-    "sweep",
-    "tasks",
-    "data",
-    "quads",
-    "metrics",
-    "records",
-    "units",
-)
+    "models", "weights", "hooks", "single_pass", "pools", "jobs", "sweep", "tasks", "data", "quads", "metrics",
+    "records", "units",
+)  # fmt: skip
 COMPUTE = {
     "baselines": ("ability", "models", "weights", "tasks", "data", "quads", "metrics", "records", "units"),
     "coarse_sweep": SWEEPS,
@@ -54,38 +44,17 @@ COMPUTE = {
     "hydra": (*SWEEPS, "readout", "hydra"),
     "retrieval_heads": (*SWEEPS, "readout", "paths", "one_name", "retrieval", "hops"),
     "generality": (*SWEEPS, "grid", "controls"),
-    "subspace": (*SWEEPS, "probes", "directions"),
-    "neurons": (*SWEEPS, "readout", "directions", "neurons", "features"),
-    "story": (*SWEEPS, "circuits", "attribution"),
+    "subspace": (*SWEEPS, "readout", "probes", "directions", "direction_sweeps"),
+    "neurons": (*SWEEPS, "readout", "directions", "neurons", "features", "feature_patches"),
+    "story": (*SWEEPS, "paths", "circuits", "attribution"),
 }
-PAGE = (
-    "lib/stats.py",
-    "lib/effects.py",
-    "lib/findings.py",
-    "lib/statements.py",
-    "lib/plots.py",
-    "lib/hydra_report.py",
-    "lib/hydra_statements.py",
-    "lib/retrieval_report.py",
-    "lib/retrieval_statements.py",
-    "lib/generality_report.py",
-    "lib/rule.py",
-    "lib/generality_statements.py",
-    "lib/control_report.py",
-    "lib/class_tests.py",
-    "lib/circuit_plots.py",
-    "lib/probe_report.py",
-    "lib/direction_report.py",
-    "lib/neuron_report.py",
-    "lib/feature_report.py",
-    "lib/circuit_report.py",
-    "lib/plan_claims.py",
-    "lib/claims.py",
-    "lib/story.py",
-    "lib/steps.py",
-    "lib/tokens.py",
-    "lib/superset.mplstyle",
-)
+DRAWING = (
+    "stats", "effects", "findings", "statements", "plots", "hydra_report", "hydra_statements", "retrieval_report",
+    "retrieval_statements", "generality_report", "rule", "generality_statements", "control_report", "class_tests",
+    "circuit_plots", "probe_report", "direction_report", "neuron_report", "feature_report", "circuit_report",
+    "plan_claims", "claims", "story", "direction_statements", "neuron_statements", "steps", "tokens",
+)  # fmt: skip
+PAGE = (*(f"lib/{name}.py" for name in DRAWING), "lib/superset.mplstyle")
 
 # Shared keys that reach a step's data. `memory` does: what shares a pass changes the last bits.
 _MODEL_KEYS = ("model", "model_sha256", "dtype", "device", "device_map", "quantisation", "max_memory")

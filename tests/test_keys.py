@@ -130,7 +130,7 @@ EDITS = {
     "people": (lambda house: append(house / "data/people.csv", "x,y\n"), ASKING, ASKING),
     "controls": (lambda house: append(house / "data/controls.csv", "thing,X Y\n"), {"generality"}, {"generality"}),
     "the threshold of a claim": (
-        lambda house: edit(house / "params/smoke.yaml", "faithful_share: 0.8", "faithful_share: 0.8\n  claims: {x: 1}"),
+        lambda house: edit(house / "params/smoke.yaml", "task_done: 0.05", "task_done: 0.06"),
         NONE,
         {"story"},
     ),
