@@ -90,6 +90,16 @@ def roster(frame: pd.DataFrame, chosen: pd.DataFrame, params: Neurons, rng: np.r
     return [*out, Set("MLPs", len(layers), tuple(Site(layer, "mlp") for layer in layers))]
 
 
+def added_up(frame: pd.DataFrame) -> dict[str, np.ndarray]:
+    """Confirmation effects added up in the order of the discovery effects, of the neurons that "help" the answer on
+    discovery and of those that "oppose" it (logits)."""
+    halves = [means(part) for _, part in in_halves(frame)]
+    both = halves[0].merge(halves[-1], on=NEURON, suffixes=("", "_last"))
+    both = both.sort_values("effect", key=np.abs, ascending=False, kind="stable")
+    signs = {"help": both["effect"] > 0, "oppose": both["effect"] < 0}
+    return {does: both.loc[keep, "effect_last"].cumsum().to_numpy() for does, keep in signs.items()}
+
+
 # --- effects ------------------------------------------------------------------------------------------------------
 
 
@@ -248,20 +258,13 @@ def card_table(activations: pd.DataFrame, tokens: pd.DataFrame, cards: pd.DataFr
 
 
 def concentration(frame: pd.DataFrame) -> Figure:
-    """Confirmation effects added up in the order of the discovery effects, for neurons of either discovery sign."""
-    halves = [means(part) for _, part in in_halves(frame)]
-    both = (
-        halves[0]
-        .merge(halves[-1], on=NEURON, suffixes=("", "_last"))
-        .sort_values("effect", key=np.abs, ascending=False, kind="stable")
-    )
+    """`added_up` as curves."""
     with style.context(STYLE):
         figure = Figure(figsize=(WIDTH, 3.2))
         axes = figure.subplots()
-        for name, colour, keep in (("help", BLUE, both["effect"] > 0), ("oppose", VERMILION, both["effect"] < 0)):
-            total = both.loc[keep, "effect_last"].cumsum()
-            axes.plot(np.arange(1, len(total) + 1), total, color=colour, label=f"{name} the answer on discovery")
-        axes.axhline(0, color="#999999", lw=0.8)
+        for (does, total), colour in zip(added_up(frame).items(), (BLUE, VERMILION), strict=True):
+            axes.plot(np.arange(1, len(total) + 1), total, color=colour, label=f"{does} the answer on discovery")
+        plots._zero(axes)
         axes.set(xscale="log", xlabel="neurons added, largest discovery effect first", ylabel="sum of effects (logits)")
         axes.legend(loc="upper left")
     return figure

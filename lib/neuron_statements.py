@@ -10,7 +10,7 @@ from scipy import stats as tests
 
 from lib import stats
 from lib.findings import in_halves, interval, listed, reported
-from lib.neuron_report import NEURON, QUANTITY, means, selective, significant
+from lib.neuron_report import NEURON, QUANTITY, added_up, means, selective, significant
 from lib.plots import Figure
 from lib.step_params import Neurons
 
@@ -89,6 +89,13 @@ def scope_sentences(frame: pd.DataFrame, chosen: pd.DataFrame) -> tuple[list[str
             f"{numbers['replication']:.2f}; the {len(picked)} of largest discovery effect, either way, keep {kept:.0%} "
             "of it, signs counted, in the quads they were not picked on."
         )
+        totals = {does: total for does, total in added_up(frame).items() if len(total) and total[-1] != 0}
+        each = [
+            f"those of the neurons that {does} on discovery reach {total[-1]:+.2f} logits, half of it after "
+            f"{1 + int(np.argmax(total / total[-1] >= HALF)):,} of {len(total):,}"
+            for does, total in totals.items()
+        ]
+        sentences.append(f"Added up in the order of the discovery effects, confirmation effects: {'; '.join(each)}.")
     return sentences, numbers
 
 

@@ -151,6 +151,7 @@ def test_neurons_are_picked_on_discovery_by_size_either_way():
         assert not taken & set(one.sites) and [site.layer for site in one.sites] == [0, 1][: one.n_sites]
     text, numbers = neuron_statements.scope_sentences(frame, chosen)
     assert numbers["kept"] == pytest.approx((0.3 + 0.4 - 0.2) / 1.6) and "keep 31% of it" in text[1]
+    assert "help on discovery reach +0.20 logits, half of it after 1 of 2" in text[2]
     drawn = neuron_report.concentration(frame).axes[0].lines
     assert drawn[0].get_ydata()[-1] == pytest.approx(0.4 - 0.2) and drawn[1].get_ydata()[-1] == pytest.approx(-0.3)
 
