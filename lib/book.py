@@ -69,7 +69,7 @@ def quick_notes(results: Path, steps: Mapping[str, str]) -> dict[str, str]:
             less = params.left_out(step, own) or ["nothing but what the steps before it left out"]
             notes[step] = f"This page was made with {which}. It leaves out:\n\n- " + "\n- ".join(less)
             notes["index"] = (
-                f"This report was made with {which}: the same questions, asked of fewer prompts, so that intervals are "
+                f"This report was made with {which}: every page, from fewer prompts, so that intervals are "
                 f"wider. Each page says what it leaves out. The full report: `make book PROFILE={full}`."
             )
     return {name: f":::{{admonition}} The quick form\n{note}\n:::" for name, note in notes.items()}
