@@ -44,7 +44,8 @@ def estimates(frame: pd.DataFrame, params: Subspace, by: Sequence[str]) -> pd.Da
     sums = frame.groupby(["unit", *keys])["score"].agg(["sum", "count"]).unstack(keys).dropna()
     total, count = sums["sum"], sums["count"]
     spans = stats.ratio_intervals(total.to_numpy(), count.to_numpy(), params.level, params.resamples, params.seed)
-    ends = {name: pd.Series(own, dtype=float).clip(-1, 1) for name, own in columns(spans).items()}
+    least = min(0, frame["score"].min())  # accuracies are not below 0; differences of them are
+    ends = {name: pd.Series(own, dtype=float).clip(least, 1) for name, own in columns(spans).items()}
     return total.columns.to_frame(index=False).assign(**ends, units=len(total))
 
 
@@ -54,8 +55,7 @@ def of_people(frame: pd.DataFrame, labels: str = "true") -> pd.DataFrame:
 
 
 def curves(frame: pd.DataFrame, params: Subspace) -> pd.DataFrame:
-    """Accuracy over layers for each kind, target, position, and template trained and tested on; `own` where tested on
-    what was trained on."""
+    """Accuracy over layers by kind, target, position, template trained on, and template tested on (`own`: the same)."""
     parts = [estimates(rows, params, [*MOVED, "layer"]) for _, rows in of_people(frame).groupby(MOVED, sort=False)]
     out = pd.concat(parts, ignore_index=True)
     return out.assign(own=out["trained"] == out["template"])
@@ -163,15 +163,16 @@ def rank_figure(ranks: pd.DataFrame, layer: int) -> Figure:
         for axes, lead in zip(panels, LEADS, strict=True):
             own = only(ranks, lead, layer).sort_values("rank")
             true, null = own[own["labels"] == "true"], own[own["labels"] == "permuted"]
-            places = np.arange(len(true))
-            axes.fill_between(places, null["low"], null["high"], color=GREY, alpha=0.3, lw=0, label="permuted labels")
-            axes.plot(places, true["estimate"], color=BLUE, lw=1, alpha=0.6)
-            _points(axes, places, true, BLUE, "o", "true labels")
+            look = {"color": GREY, "alpha": 0.3, "lw": 0, "label": "permuted labels"}
+            axes.fill_between(null["rank"], null["low"], null["high"], **look)
+            axes.plot(true["rank"], true["estimate"], color=BLUE, lw=1, alpha=0.6)
+            _points(axes, true["rank"].to_numpy(), true, BLUE, "o", "true labels")
             axes.axhline(1 / (true["rank"].max() + 1), color=BLACK, lw=1, ls="--", label="chance")
-            axes.set(title=f"{lead[1]} ({lead[0]} prompts, {lead[2]})", ylabel="balanced accuracy")
-            axes.tick_params(labelbottom=True)
-            axes.text(0.99, 0.04, "ranks: " + ", ".join(map(str, true["rank"])), transform=axes.transAxes, ha="right")
-        panels[-1].set_xlabel("rank of the probe (its place in the list)")
+            axes.set(title=f"{lead[1]} ({lead[0]} prompts, {lead[2]})", ylabel="balanced accuracy", xscale="log")
+        every = np.unique(ranks["rank"])
+        axes.set_xticks(every, [str(rank) for rank in every])
+        axes.set_xticks([], minor=True)
+        axes.set_xlabel("rank of the probe")
         _legend(figure, panels[0])
     return figure
 
@@ -195,8 +196,8 @@ def ends(means: pd.DataFrame, lead: tuple[str, str, str], layer: int) -> list[di
 
 
 def clusters(places: pd.DataFrame, superset_of: dict[str, str], permutations: int, seed: int) -> dict:
-    """Average linkage on the correlation of class means, cut into as many clusters as there are supersets; its adjusted
-    Rand index with the supersets, and the share of permutations of the classes that reach it."""
+    """Average linkage on the correlation of class means, cut into as many clusters as supersets; its adjusted Rand
+    index with these, and p by permutation."""
     tree = linkage(places.to_numpy(), "average", metric="correlation")
     own = [superset_of[name] for name in places.index]
     cut = fcluster(tree, len(set(own)), "maxclust")
@@ -212,8 +213,8 @@ def means_figure(places: pd.DataFrame) -> Figure:
     with _canvas((WIDTH, 3.6)) as (figure, (axes,)):
         y = places[1] if places.shape[1] > 1 else places[0] * 0
         axes.scatter(places[0], y, color=BLUE)
-        for name, one, other in zip(places.index, places[0], y, strict=True):
-            axes.annotate(name, (one, other), (5, 4), textcoords="offset points")
+        for turn, name in enumerate(y.sort_values().index):  # below and above in turn: neighbours do not overlap
+            axes.annotate(name, (places[0][name], y[name]), (5, 4 if turn % 2 else -12), textcoords="offset points")
         axes.margins(0.15)
         axes.set(xlabel="first direction (spreads within classes)", ylabel="second direction")
     return figure
@@ -246,7 +247,6 @@ def accuracy_sentences(curve: pd.DataFrame, null: pd.DataFrame, layers: Sequence
     """For each target, kind and position: where it rises above permuted labels, the best layer, the slice's ends."""
     out = []
     for key, own in curve[curve["own"]].groupby(CURVE, sort=False):
-        kind, target, position = key
         threshold = null[(null[CURVE] == list(key)).all(axis=1)]["threshold"].iloc[0]
         best, first = own.loc[own["estimate"].idxmax()], first_above(own, threshold)
         at = own.set_index("layer").sort_index()
@@ -257,7 +257,7 @@ def accuracy_sentences(curve: pd.DataFrame, null: pd.DataFrame, layers: Sequence
             else f"does not stay above the threshold of permuted labels ({threshold:.2f})"
         )
         out.append(
-            f"{target.capitalize()} from {kind} prompts at `{position}`, people not seen: balanced accuracy {above}; "
+            f"{key[1].capitalize()} from {key[0]} prompts at `{key[2]}`, people not seen: balanced accuracy {above}; "
             f"it is {shown(at.iloc[0])} at layer {at.index[0]}, highest after layer {best['layer']} ({shown(best)}), "
             f"and {listed(slices)}, where the slice begins and ends."
             + (

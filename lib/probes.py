@@ -104,9 +104,9 @@ def draw(people: pd.DataFrame, count: int, least: int, rng: np.random.Generator)
     """
     people = people[~people["two_supersets"]]
     people, quota = people.iloc[rng.permutation(len(people))], -(-count // people["superset"].nunique())
-    sizes = people.groupby("profession")["name"].transform("size")
-    places = people.assign(size=sizes).groupby("superset")["size"].rank(method="dense", ascending=False)
-    people = people[places <= max(1, quota // least)]
+    sizes = people.groupby(["superset", "profession"]).size().sort_values(ascending=False, kind="stable")
+    kept = sizes.groupby("superset").head(max(1, quota // least)).index.get_level_values("profession")
+    people = people[people["profession"].isin(kept)]
     turn = people.groupby("profession").cumcount()
     return people.iloc[np.argsort(turn, kind="stable")].groupby("superset").head(quota).reset_index(drop=True)
 
@@ -133,7 +133,7 @@ def asked(
 
 
 def large_enough(rows: pd.DataFrame, target: str, folds: int, kind: str) -> tuple[list[str], list[str]]:
-    """Classes with a unit (what folds keep whole) per fold, and what was dropped. StepError if fewer than two are left."""
+    """Classes with one unit (what folds keep whole) per fold, and what was dropped; StepError for fewer than two."""
     sizes, word = rows.groupby(target)["unit"].nunique(), "quads" if kind == "pair" else "people"
     kept, small = sizes.index[sizes >= folds], sizes[sizes < folds]
     said = ", ".join(f"{name} ({size} {word})" for name, size in small.items())

@@ -1,0 +1,240 @@
+"""Probes: folds that share no person, accuracies on made-up activations of known answer, and the rank they need."""
+
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+
+from lib import hooks, params, probe_report, probes
+from lib.steps import StepError
+from lib.tasks import Prompt
+
+P = params.validate("subspace", params.load_profile("smoke") | {"permutations": 19, "resamples": 300})
+CLASSES = ("artist", "athlete", "politician", "scientist", "writer")
+
+
+def of_quads(count: int) -> pd.DataFrame:
+    """Two couples of different supersets per quad."""
+    rows = []
+    for q in range(count):
+        for side, shift in (("ab", 0), ("cd", 1 + q % 4)):
+            who = [f"{q}{side[0]}", f"{q}{side[1]}"]
+            rows.append(
+                {"item": " and ".join(who), "unit": f"q{q}", "superset": CLASSES[(q + shift) % 5], "people": who}
+            )
+    return pd.DataFrame(rows)
+
+
+def made(rows: pd.DataFrame, targets=("superset",), kind="pair", folds=5) -> probes.Asked:
+    rows = rows.assign(fold=probes.folds_of(rows, targets[-1], folds, 0)).drop(columns="people")
+    return probes.Asked(kind, rows, tuple(targets), ("first", "second"), (), ())
+
+
+def activations(codes, rank, width=40, noise=0.5, seed=0, own=0.0):
+    """Two templates x one layer x rows x width: class means in a space of `rank` dimensions, and each row's own vector,
+    which both templates share."""
+    rng = np.random.default_rng(seed)
+    basis = np.linalg.qr(rng.normal(size=(width, rank)))[0]
+    means = rng.normal(size=(codes.max() + 1, rank))
+    means = 6 * (means - means.mean(0)) / means.std()
+    if rank == codes.max():
+        means = 12 * np.eye(rank + 1)[:, :rank]
+    person = own * rng.normal(size=(len(codes), width))
+    shift = 5 * rng.normal(size=(2, 1, 1, width))
+    x = (means @ basis.T)[codes] + person + noise * rng.normal(size=(2, 1, len(codes), width)) + shift
+    return {position: x.astype(np.float32) for position in probes.POSITIONS}
+
+
+def tabled(own, other, x, far, ranks=(1, 2)):
+    parts = [*probes.people_folds(own, other, x, far, 0, "last", P.permutations, ranks, 0)]
+    parts += [*probes.prompt_folds(own, x, 0, "last", P.permutations, 0)]
+    return pd.concat(parts, ignore_index=True).fillna({"rank": probes.WHOLE, "permutation": -1}).assign(layer=3)
+
+
+@pytest.fixture(scope="module")
+def separable():
+    """Pair and one-name prompts in one space of activations, with the classes well apart in all four directions."""
+    pairs = made(of_quads(40))
+    people = pd.DataFrame({"item": [f"n{i}" for i in range(100)], "superset": np.tile(CLASSES, 20)})
+    people = made(people.assign(unit=people["item"], people=[[n] for n in people["item"]]), kind="one-name")
+    codes = [np.unique(own.rows["superset"], return_inverse=True)[1] for own in (pairs, people)]
+    x = activations(np.concatenate(codes), 4, noise=1.0)
+    near, far = ({k: v[:, :, part] for k, v in x.items()} for part in (slice(80), slice(80, None)))
+    return pairs, people, near, far, tabled(pairs, people, near, far)
+
+
+def test_folds_share_no_person_and_keep_quads_whole():
+    rows = of_quads(40)
+    fold = probes.folds_of(rows, "superset", 5, 0)
+    people = rows.assign(fold=fold).explode("people")
+    assert (people.groupby("people")["fold"].nunique() == 1).all()
+    assert (rows.assign(fold=fold).groupby("unit")["fold"].nunique() == 1).all()
+    assert np.bincount(fold).min() >= 12 and (fold != probes.folds_of(rows, "superset", 5, 1)).any()
+    seen = [set(people.loc[people["fold"] == k, "people"]) for k in range(5)]
+    assert not any(seen[a] & seen[b] for a in range(5) for b in range(a))
+    twice = rows.copy()
+    twice.at[0, "people"] = ["shared", "x"]
+    twice.at[2, "people"] = ["shared", "y"]
+    with pytest.raises(StepError, match="'shared' is in 2 quads"):
+        probes.folds_of(twice, "superset", 5, 0)
+
+
+def test_training_never_sees_a_held_out_person(separable, monkeypatch):
+    pairs, people, near, far, _ = separable
+    trained = []
+    fit = probes.Probe.__init__
+
+    def watched(self, x, labels, train):
+        trained.append(train)
+        fit(self, x, labels, train)
+
+    monkeypatch.setattr(probes.Probe, "__init__", watched)
+    [*probes.people_folds(pairs, people, near, far, 0, "last", 1, (), 0)]
+    assert len(trained) == 5
+    for fold, train in enumerate(trained):
+        units = [set(pairs.rows["unit"][mask]) for mask in (train, (pairs.rows["fold"] == fold).to_numpy())]
+        assert not units[0] & units[1] and len(units[0] | units[1]) == 40
+
+
+def test_small_classes_are_dropped_with_a_sentence_and_one_left_is_an_error():
+    rows = of_quads(20).assign(profession="poet")
+    rows.loc[:2, "profession"] = "dancer"
+    rows.loc[6:20, "profession"] = "chemist"
+    kept, why = probes.large_enough(rows, "profession", 5, "pair")
+    assert kept == ["chemist", "poet"]
+    assert len(why) == 1 and "with fewer than 5 quads, one per fold: dancer (2 quads)." in why[0]
+    with pytest.raises(StepError, match=r"1 classes have at least 11 quads.*chemist \(8 quads\), dancer \(2 quads\)"):
+        probes.large_enough(rows, "profession", 11, "pair")
+
+
+def test_people_are_drawn_evenly_and_professions_are_large_enough():
+    people = pd.DataFrame({"name": [f"p{i}" for i in range(300)], "superset": np.repeat(CLASSES, 60)})
+    people["profession"] = [f"{s}{min(i % 60 // 7, 4)}" for i, s in enumerate(people["superset"])]
+    people["two_supersets"] = np.arange(300) % 50 == 0
+    drawn = probes.draw(people, 100, 5, np.random.default_rng(0))
+    assert (drawn.groupby("superset").size() == 20).all() and not drawn["two_supersets"].any()
+    assert drawn.groupby("profession").size().min() >= 4
+    few = probes.draw(people, 20, 2, np.random.default_rng(0))
+    assert (few.groupby("profession").size() == 2).all() and few["profession"].nunique() == 10
+
+
+def test_a_class_that_is_there_is_found_and_permuted_labels_are_not(separable):
+    table = separable[-1]
+    means = table.groupby(["folds", "kind", "labels", "template", "rank"])["score"].mean()
+    assert means["people", "pair", "true", "first", probes.WHOLE] > 0.95
+    assert abs(means["people", "pair", "permuted", "first", probes.WHOLE] - 0.2) < 0.06
+    # a shift of the whole template, and another kind of prompts, do not harm a probe that is centred on them
+    assert means["people", "pair", "true", "second", probes.WHOLE] > 0.95
+    assert means["people", "one-name", "true", "first", probes.WHOLE] > 0.95
+    # four directions of equal size: one or two cannot do it, the cap can
+    ranks = means["people", "pair", "true", "first"]
+    assert ranks[1] < 0.65 < ranks[4] > 0.95 and ranks[1] < ranks[2] < ranks[4]
+
+
+def test_predictions_are_those_of_discriminant_analysis(separable):
+    pairs, _, near, _, table = separable
+    x, codes = near["last"][0, 0], np.unique(pairs.rows["superset"], return_inverse=True)[1]
+    fold, found = pairs.rows["fold"].to_numpy(), np.empty(80, dtype=int)
+    for k in range(5):
+        own = LinearDiscriminantAnalysis(solver="eigen", shrinkage=0.1).fit(x[fold != k], codes[fold != k])
+        found[fold == k] = own.predict(x[fold == k])
+    rows = table[(table["folds"] == "people") & (table["labels"] == "true") & (table["rank"] == probes.WHOLE)]
+    rows = rows[(rows["kind"] == "pair") & (rows["template"] == "first")]
+    assert (rows["predicted"].to_numpy() == np.array(CLASSES)[found]).mean() > 0.95
+    right = rows["predicted"] == rows["label"]
+    assert rows["score"].mean() == pytest.approx(right.groupby(rows["label"]).mean().mean())
+
+
+def test_the_control_task_is_learned_by_heart_only_where_people_are_shared():
+    pairs = made(of_quads(40))
+    codes = np.unique(pairs.rows["superset"], return_inverse=True)[1]
+    by_heart = activations(codes, 4, width=120, noise=0.1, own=1.0)  # each person recognisable, in a wide space
+    frame = tabled(pairs, pairs, by_heart, by_heart, ranks=())
+    means = frame[frame["template"] != "second"].groupby(["folds", "labels"])["score"].mean()
+    assert means["prompts", "control"] > 0.6 and means["people", "permuted"] < 0.3
+    table = probe_report.selectivity(frame, P)
+    assert table["estimate"].iloc[0] == pytest.approx(means["prompts", "true"] - means["prompts", "control"])
+    no_person = activations(codes, 4, width=120, noise=1.0)
+    other = tabled(pairs, pairs, no_person, no_person, ranks=())
+    control = other[(other["folds"] == "prompts") & (other["labels"] == "control")]["score"].mean()
+    assert control < 0.35
+
+
+@pytest.mark.parametrize("rank,low", [(1, True), (4, False)])
+def test_low_rank_can_be_found_and_can_fail(rank, low, tiny):
+    pairs = made(of_quads(60))
+    one = probes.labelled(pairs.rows, "superset", P.permutations, 0)
+    x = activations(one.codes[0], rank, width=32, noise=0.3 if low else 3.0)
+    frame = tabled(pairs, pairs, x, x, ranks=(1, 2))
+    model = tiny("llama")
+    model = replace(model, tokenizer=Words()) if model.tokenizer is None else model
+    means = probes.spectrum(model, x["last"][0, 0], one)
+    means = means.fillna({"permutation": -1}).assign(kind="pair", target="superset", position="last", layer=3)
+    frame = frame[frame["kind"] == "pair"]
+    verdict = probe_report.verdicts(probe_report.rank_table(frame, P), probe_report.spectra(means)).iloc[0]
+    assert bool(verdict["low rank"]) is low and verdict["cap"] == 4
+    assert verdict["rank needed"] == 1 if low else verdict["rank needed"] > 2
+    said = probe_report.rank_sentence(verdict)
+    assert ("is of low rank" in said) is low and ("is not of low rank" in said) is not low
+    ends = probe_report.ends(means, ("pair", "superset", "last"), 3)
+    assert sum(own["share"] for own in ends) == pytest.approx(1) and (ends[0]["share"] > 0.9) is low
+    nothing = activations(np.random.default_rng(1).permutation(one.codes[0]), rank, width=32)
+    frame = tabled(pairs, pairs, nothing, nothing, ranks=(1, 2))
+    verdict = probe_report.verdicts(probe_report.rank_table(frame, P), probe_report.spectra(means)).iloc[0]
+    assert verdict["low rank"] is None and "not decided" in probe_report.rank_sentence(verdict)
+
+
+class Words:
+    """A tokenizer of words: " aaaa", " aaab", ..."""
+
+    def __len__(self) -> int:
+        return 101
+
+    def batch_decode(self, ids):
+        return [" w" + "".join("abcdefghij"[int(d)] for d in f"{i:04d}") for (i,) in ids]
+
+
+def test_words_of_a_direction_are_those_whose_unembedding_lies_nearest(tiny):
+    model = replace(tiny("llama"), tokenizer=Words())
+    direction = model.unembed.weight[37].detach() * model.final_norm.weight.detach()
+    assert probes.words(model, direction, 1) == ["wadh"[:1] + "aadh"]
+
+
+def test_readings_are_block_outputs_at_the_names_and_the_last_token(tiny):
+    model, rng = tiny("llama", "float32"), np.random.default_rng(0)
+    ends = [(1, 4), (2, 4), (1, 4)]  # two shapes of prompts, mixed
+    prompts = tuple(Prompt("", tuple(rng.integers(101, size=7)), {"name_a": (a,), "name_b": (3, b)}) for a, b in ends)
+    asked = probes.Asked("pair", pd.DataFrame({"item": range(3)}), (), ("own",), (prompts,), ())
+    found = probes.read(model, asked, [0, 2])
+    for index, prompt in enumerate(prompts):
+        sites = [hooks.Site(layer, "resid") for layer in (0, 2)]
+        with torch.no_grad(), hooks.capture(model, sites, [*ends[index], 6]) as seen:
+            model.body(input_ids=torch.tensor([prompt.ids]))
+        for place, site in enumerate(sites):
+            kept = seen[site][0].numpy()
+            np.testing.assert_allclose(found["names"][0, place, index], kept[:2].mean(0), rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(found["last"][0, place, index], kept[2], rtol=1e-4, atol=1e-5)
+
+
+def test_threshold_is_the_highest_permuted_accuracy_of_any_layer_and_first_layer_stays_above():
+    about = {"folds": "people", "rank": -1, "kind": "pair", "target": "superset", "position": "last"}
+    null = pd.DataFrame({"layer": [0, 0, 1, 1], "score": [0.1, 0.3, 0.4, 0.2], "labels": "permuted"} | about)
+    assert (probe_report.nulls(null)["threshold"] == 0.4).all()
+    curve = pd.DataFrame({"layer": [0, 1, 2, 3], "estimate": [0.6, 0.3, 0.5, 0.9]})
+    assert probe_report.first_above(curve, 0.4) == 2 and probe_report.first_above(curve, 0.95) is None
+
+
+def test_clusters_follow_supersets_only_if_they_do():
+    professions = [f"{name}{i}" for name in ("a", "b", "c") for i in range(4)]
+    superset_of = {name: name[0] for name in professions}
+    rng, centres = np.random.default_rng(0), np.repeat(10 * np.eye(3), 4, axis=0)
+    grouped = pd.DataFrame(centres + rng.normal(size=(12, 3)), index=professions)
+    found = probe_report.clusters(grouped, superset_of, 500, 0)
+    assert (
+        found["rand"] == 1 and found["p"] < 0.01 and "follow the supersets" in probe_report.cluster_sentence(found, "x")
+    )
+    mixed = probe_report.clusters(grouped.set_axis(rng.permutation(professions)), superset_of, 500, 0)
+    assert mixed["p"] > 0.05 and "not shown to follow" in probe_report.cluster_sentence(mixed, "x")
