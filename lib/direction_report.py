@@ -259,9 +259,9 @@ def lines(
         for axes, part in panels:
             if band is not None:
                 ends = band["low"].to_numpy(dtype=float), band["high"].to_numpy(dtype=float)
-                axes.fill_between(band[x], *ends, color=plots.GREY, alpha=0.35, lw=0, label="random")
+                axes.fill_between(band[x], *ends, color=plots.GREY, alpha=0.35, lw=0)
             if level is not None:
-                axes.axhline(level, color=plots.BLACK, lw=1, ls="--", label="whole residual stream")
+                axes.axhline(level, color=plots.BLACK, lw=1, ls="--")
             for index, (group, (colour, marker)) in enumerate(groups.items()):
                 line = part[part[by] == group].sort_values(x)
                 apart = 0.02 * (index - (len(groups) - 1) / 2) if x == "k" else 0.0  # on a logarithmic axis

@@ -47,12 +47,15 @@ def layer_sentences(table: pd.DataFrame, layer: int, params: Subspace) -> list[s
     share = f"{params.slice_share:.0%} on the discovery half"
     why = f"the first where it recovers {share}" if reached else f"where it recovers most: nowhere {share}"
     random = own[(own["layer"] == -1) & (own["method"] == "random")].iloc[0]
+    low, high = one.loc[-1, "low"], whole.loc[-1, "high"]
+    more = " (more than everything: what they write beside it works against the answer)"
+    more = more if pd.notna(low) and low > high else ""
     return [
         f"One direction, from the mean of the pair's corrupt class to that of its clean class, patched in the residual "
         f"stream at `last` alone, recovers of logit_diff after layer {listed(each)}; in brackets, as a share of what "
         f"the whole residual stream does there. What follows is about layer {layer}, {why}.",
-        f"In all sites of the slice together, that component alone recovers {value(one.loc[-1])}, everything they "
-        f"write {value(whole.loc[-1])}, and a random direction with a change of equal norm {value(random)}.",
+        f"In all sites of the slice together, that component alone recovers {value(one.loc[-1])}{more}, everything "
+        f"they write {value(whole.loc[-1])}, and a random direction with a change of equal norm {value(random)}.",
     ]
 
 
@@ -140,7 +143,7 @@ def steering_sentence(slope: pd.DataFrame, curves: pd.DataFrame) -> str:
         ends = own[own["added"] == lead].sort_values("dose")[["dose", "top"]].to_numpy()[[0, -1]]
         each = [f"{row['added']} {value(row)}" for _, row in real.iterrows()]
         out.append(
-            f"in {rows['prompts'].iloc[0]} prompts of {kind} {listed(each)} (random: {value(random)}), with every dose "
+            f"{kind} ({rows['prompts'].iloc[0]} prompts): {listed(each)} (random: {value(random)}), with every dose "
             f"higher than the one before on average for {rising} of {len(real)} classes; the {lead} leads in "
             f"{ends[0, 1]:.0%} of them at dose {ends[0, 0]:g} and in {ends[1, 1]:.0%} at {ends[1, 0]:g}"
         )
