@@ -83,6 +83,33 @@ def additive(name: str, text: str, centre: float) -> Claim:
                  "rule.ratio", "fig-generality-rule", RULE, centre=centre)  # fmt: skip
 
 
+def features(other: str, text: str) -> Claim:
+    """A claim about what SAE features do beside other units at equal budget: the weakest budget decides."""
+    return Claim(
+        f"features_beat_{other.split()[0]}", "4.3", text, "neurons", "recovery by features less that of the others, at "
+        "the budget least in their favour (logits)", "above", f"features.compared[other={other},quantity=recovery]",
+        "fig-neurons-feature-budgets", ("neurons.features", "half == 'confirmation'"), pick="weakest",
+    )  # fmt: skip
+
+
+def order(name: str, text: str) -> Claim:
+    """A claim about the area under the circuit's curve of faithfulness against size beside another order's."""
+    return Claim(
+        f"circuit_beats_{name}", "4, outcome", text, "story", "area under faithfulness against size, the circuit's "
+        "less the other's (share)", "above", f"circuit.areas[order={name}]", "fig-circuit-size", CIRCUIT,
+        columns=("minus_estimate", "minus_low", "minus_high"),
+    )  # fmt: skip
+
+
+def attributed(nodes: str, method: str, whose: str) -> Claim:
+    """A claim about gradient attribution as a cheap stand-in for exact patching."""
+    return Claim(
+        f"attribution_{nodes}", "4, outcome", f"Gradient attribution ranks {whose} effects as exact patching does.",
+        "story", "Spearman's correlation over nodes", "above", f"attribution.methods[nodes={nodes},method={method}]",
+        "fig-attribution", ("story.attribution", "half == 'confirmation'"),
+    )  # fmt: skip
+
+
 CLAIMS = (
     # --- guard-rails ---
     accuracy("task_done", "guard-rails", "The model does the task above chance.", "{task}", "{template}"),
@@ -204,6 +231,13 @@ CLAIMS = (
           "ten neurons together (share of the MLPs' joint damage)", "above",
           "neurons.shares[quantity=damage,kind=top,n_sites=10]", "fig-neurons-joint",
           ("neurons.top", "half == 'confirmation'")),
+    Claim("feature_per_superset", "4.3", "For every superset there is a feature of a sparse autoencoder that tells it "
+          "from the others.", "neurons", "area under the ROC curve of the weakest superset's best feature (share)",
+          "above", "features.map", "fig-neurons-feature-map", ("neurons.feature_reads", "half == 'confirmation'"),
+          "neurons.sae_selective", "weakest"),
+    features("neurons", "SAE features do more than single neurons, as many of them, whatever their number."),
+    features("directions", "SAE features do more than class directions, as many of them, whatever their number."),
+    features("random features", "SAE features do more than random ones of equal norm, whatever their number."),
     # --- 4, outcome: the circuit ---
     Claim("circuit_faithful", "4, outcome", "A small circuit keeps the task when all else is resampled.", "story",
           "what it keeps of the model's logit_diff (share)", "above", "circuit.faithfulness", "fig-circuit", CIRCUIT),
@@ -215,6 +249,10 @@ CLAIMS = (
     Claim("circuit_complete", "4, outcome", "The circuit leaves nothing behind: cut by any of its parts, it does what "
           "the model does without them.", "story", "largest difference over sampled parts (share)", "below",
           "circuit.incompleteness", "fig-circuit", CIRCUIT),
+    order("random", "The circuit found is better than random ones of its size."),
+    order("recovery", "The circuit found is better than the sites of largest single effect, as many of them."),
+    attributed("sites", "atp", "heads' and MLPs'"),
+    attributed("queries", "atp_qk", "queries'"),
     Claim("published_heads", "4, outcome", "The circuit's heads are among those published for this model more often "
           "than by chance.", "story", "heads in both (number)", "p", "overlap", "", None,
           columns=("estimate", None, None), p="p"),

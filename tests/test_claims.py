@@ -77,12 +77,20 @@ def found():
                        "share_high": 1.0}],
             "slopes": [span(value, kind="mixed", added=added) for added, value in
                        (("artist", 2.0), ("writer", 0.1), ("random", 0.0))]}},
-        "neurons": {"neurons": {"shares": [span(value, quantity="damage", kind="top", n_sites=n) for n, value in
+        "neurons": {"features": {
+            "map": [span(value, superset="artist") for value in (0.95, 0.99)],
+            "compared": [span(value, other=other, quantity="recovery") for other, value in
+                         (("neurons", 1.0), ("neurons", -1.0), ("directions", -1.0), ("random features", 1.0))],
+        }, "neurons": {"shares": [span(value, quantity="damage", kind="top", n_sites=n) for n, value in
                                            ((1, 0.1), (10, 0.3))]}},
         "story": {
             "circuit": {"faithfulness": span(0.9), "necessity": span(0.1), "incompleteness": span(0.1),
+                        "areas": [{"order": name, **span(0.5), "minus_estimate": 0.2, "minus_low": low,
+                                   "minus_high": 0.3} for name, low in (("random", 0.1), ("recovery", -0.1))],
                         "members": [span(0.5, site="5.3", p=0.001), span(0.02, site="mlp 7", p=0.2)]},
-            "attribution": {}, "overlap": {"why": "published for another model"}},
+            "attribution": {"methods": [span(value, nodes=nodes, method=method) for nodes, method, value in
+                                        (("sites", "atp", 0.9), ("queries", "atp", 0.3), ("queries", "atp_qk", 0.8))]},
+            "overlap": {"why": "published for another model"}},
     }  # fmt: skip
 
 
@@ -92,8 +100,8 @@ THRESHOLDS = PROFILE["story"]["claims"]
 
 def story_params(folder, **changed):
     """Parameters of step 10 with the default profile's thresholds, and steps that recorded theirs in `folder`."""
-    held = {"general_floor": 0.5, "silence_margin": 0.2, "fame_tolerance": 0.25}
-    for step in ("baselines", "generality"):
+    held = {"general_floor": 0.5, "silence_margin": 0.2, "fame_tolerance": 0.25, "sae_selective": 0.8}
+    for step in ("baselines", "generality", "neurons"):
         records.write_json(folder / f"{step}.run.json", {"parameters": held})
     base = PROFILE | {"results_dir": str(folder), "profile": "own"}
     section = base["story"] | {
@@ -141,8 +149,10 @@ def test_verdicts_of_every_kind(tmp_path):
         "retrieval_heads": SUPPORTED, "heads_at_names": NOT_SUPPORTED, "control_invented_names": NOT_SUPPORTED,
         "control_things": NOT_TESTABLE, "control_mixed": SUPPORTED, "class_specific": NOT_TESTABLE,
         "superset_at_last": NOT_SUPPORTED, "low_rank": SUPPORTED,
+        "feature_per_superset": SUPPORTED, "features_beat_neurons": NOT_SUPPORTED, "features_beat_random": SUPPORTED,
         "steering": NOT_SUPPORTED, "few_directions": SUPPORTED, "few_neurons": NOT_SUPPORTED,
-        "circuit_minimal": NOT_SUPPORTED, "circuit_complete": SUPPORTED, "published_heads": NOT_TESTABLE,
+        "circuit_minimal": NOT_SUPPORTED, "circuit_complete": SUPPORTED, "circuit_beats_random": SUPPORTED,
+        "circuit_beats_recovery": NOT_SUPPORTED, "attribution_queries": SUPPORTED, "published_heads": NOT_TESTABLE,
         "rule_or": SUPPORTED, "rule_additive": NOT_SUPPORTED, "rule_and": NOT_SUPPORTED, "odd_one_out": NOT_TESTABLE,
     }  # fmt: skip
     assert {name: own[name].verdict for name in expected} == expected
@@ -231,7 +241,7 @@ def emptied(value):
     if isinstance(value, list):
         return [emptied(item) for item in value]
     if isinstance(value, dict):
-        gone = ("low", "high", "p", "met", "ratio_low", "ratio_high", "share_low", "share_high")
+        gone = ("low", "high", "p", "met", "ratio_low", "ratio_high", "share_low", "share_high", "minus_low")
         return {key: None if key in gone else emptied(item) for key, item in value.items()}
     return value
 
