@@ -86,10 +86,10 @@ def auc_interval(rows: pd.DataFrame, values: np.ndarray, superset: str, params: 
     """An AUC with its interval over quads, from each prompt's part in it (DeLong et al. 1988, summed over quads)."""
     own = (rows["superset"] == superset).to_numpy()
     above = (values[own][:, None] > values[~own]) + 0.5 * (values[own][:, None] == values[~own])
-    parts = np.zeros(len(rows))
-    parts[own], parts[~own] = above.mean(1) / own.sum(), (above.mean(0) - above.mean()) / (~own).sum()
+    area, parts = above.mean(), np.zeros(len(rows))
+    parts[own], parts[~own] = (above.mean(1) - area) / own.sum(), (above.mean(0) - area) / (~own).sum()
     sums = pd.Series(parts).groupby(rows["quad_id"].to_numpy()).sum().to_numpy()
-    return stats.mean_interval(len(sums) * sums, params.level, params.resamples, params.seed)
+    return stats.mean_interval(area + len(sums) * sums, params.level, params.resamples, params.seed)
 
 
 def selective(rows: pd.DataFrame, column: str, params: Neurons) -> pd.DataFrame:
@@ -189,7 +189,7 @@ def map_table(rows: pd.DataFrame, params: Neurons, pairs: pd.DataFrame) -> pd.Da
         row |= {"estimate": np.nan, "low": np.nan, "high": np.nan, "fires": np.nan, "fires elsewhere": np.nan}
         if 0 < mine.sum() < len(mine):
             span = columns([auc_interval(own, column, superset, params)])
-            row |= {key: value[0] for key, value in span.items()}
+            row |= {key: value[0] and min(value[0], 1.0) for key, value in span.items()}
             row |= {"fires": (column[mine] > 0).mean(), "fires elsewhere": (column[~mine] > 0).mean()}
         top = [" and ".join(slots[index]) for index in np.argsort(-column, kind="stable")[:3] if column[index] > 0]
         out.append(row | {"top pairs of names": "; ".join(dict.fromkeys(top))})

@@ -210,6 +210,7 @@ def train(samples: Float[Tensor, "samples width"], features: int, active: int, e
         from sparsify import SparseCoder, SparseCoderConfig
     width = samples.shape[1]
     scale = math.sqrt(width) / samples.norm(dim=1).mean()
+    spread = (samples * scale).var(0, correction=0).sum()  # of all: a last batch of one sample has none
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         coder = SparseCoder(width, SparseCoderConfig(num_latents=features, k=min(active, features)))
@@ -221,7 +222,7 @@ def train(samples: Float[Tensor, "samples width"], features: int, active: int, e
         for _ in range(epochs):
             for chosen in torch.randperm(len(samples)).split(BATCH):
                 coder.set_decoder_norm_to_unit_norm()
-                coder(samples[chosen] * scale).fvu.backward()
+                coder(samples[chosen] * scale, total_variance=spread * len(chosen)).fvu.backward()
                 coder.remove_gradient_parallel_to_decoder_directions()
                 optimiser.step()
                 optimiser.zero_grad()

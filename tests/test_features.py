@@ -214,7 +214,7 @@ def test_auc_and_selectivity():
     many = reads(80)
     values = np.stack(list(many["features"]))[:, 3]
     span = feature_report.auc_interval(many, values, "artist", PARAMS)
-    assert span.low < 0.5 < span.high and span.estimate == pytest.approx(
+    assert span.low < 0.5 < span.high < span.low + 0.35 and span.estimate == pytest.approx(
         roc_auc_score(many["superset"] == "artist", values)
     )
     assert feature_report.selective(reads(classes=("artist",)), "features", PARAMS).empty
