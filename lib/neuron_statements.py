@@ -55,7 +55,8 @@ def few(table: pd.DataFrame) -> str:
         n = int(sure.index.min())
         return (
             f"{n} neuron{'s' * (n > 1)} carr{'y' if n > 1 else 'ies'} more than half of what the MLPs do together "
-            "(lower ends of the intervals of damage and recovery), and more than random neurons that write as much."
+            "(lower ends of the intervals of damage and recovery), and more than random neurons that write as much. "
+            "That is a share of a net effect, which neurons that oppose the answer have already lowered."
         )
     last = own[own["n_sites"] == most]
     best = listed(f"{row.quantity} {interval(row.estimate, row.low, row.high)}" for row in last.itertuples())
