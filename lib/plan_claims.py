@@ -40,7 +40,7 @@ JOINT = "joint effect of the slice (share of the clean-to-corrupt gap)"
 RULE = ("generality.rule", "n_a + n_b > 0")
 GROUPS = "receivers == '{}' and mlps == '{}' and half == 'confirmation'"
 PROBE = "kind == '{}' and target == '{}' and position == '{}' and folds == 'people'"
-CIRCUIT = ("story", "half == 'confirmation'")
+CIRCUIT = ("story.circuits", "half == 'confirmation'")
 SHARE = "share of the clean-to-corrupt gap"
 
 
@@ -96,7 +96,7 @@ def order(name: str, text: str) -> Claim:
     """A claim about the area under the circuit's curve of faithfulness against size beside another order's."""
     return Claim(
         f"circuit_beats_{name}", "4, outcome", text, "story", "area under faithfulness against size, the circuit's "
-        "less the other's (share)", "above", f"circuit.areas[order={name}]", "fig-circuit-size", CIRCUIT,
+        "less the other's (share)", "above", f"circuit.areas[order={name}]", "fig-circuit-curves", CIRCUIT,
         columns=("minus_estimate", "minus_low", "minus_high"),
     )  # fmt: skip
 
@@ -106,7 +106,7 @@ def attributed(nodes: str, method: str, whose: str) -> Claim:
     return Claim(
         f"attribution_{nodes}", "4, outcome", f"Gradient attribution ranks {whose} effects as exact patching does.",
         "story", "Spearman's correlation over nodes", "above", f"attribution.methods[nodes={nodes},method={method}]",
-        "fig-attribution", ("story.attribution", "half == 'confirmation'"),
+        "fig-attribution", ("story.attribution", "pair_id.notna()"),
     )  # fmt: skip
 
 
@@ -240,15 +240,17 @@ CLAIMS = (
     features("random features", "SAE features do more than random ones of equal norm, whatever their number."),
     # --- 4, outcome: the circuit ---
     Claim("circuit_faithful", "4, outcome", "A small circuit keeps the task when all else is resampled.", "story",
-          "what it keeps of the model's logit_diff (share)", "above", "circuit.faithfulness", "fig-circuit", CIRCUIT),
+          "what it keeps of the model's logit_diff (share)", "above", "circuit.faithfulness", "fig-circuit-curves",
+          CIRCUIT),
     Claim("circuit_necessary", "4, outcome", "Without the circuit the task is lost.", "story",
-          "what the model keeps of its logit_diff (share)", "below", "circuit.necessity", "fig-circuit", CIRCUIT),
+          "what the model keeps of its logit_diff (share)", "below", "circuit.necessity", "fig-circuit-curves",
+          CIRCUIT),
     Claim("circuit_minimal", "4, outcome", "Every member of the circuit matters.", "story",
-          "what leaving out the member of least cost costs (logits)", "above", "circuit.members", "fig-circuit",
+          "what leaving out the member of least cost costs (logits)", "above", "circuit.members", "fig-circuit-members",
           CIRCUIT, pick="weakest", p="p"),
     Claim("circuit_complete", "4, outcome", "The circuit leaves nothing behind: cut by any of its parts, it does what "
           "the model does without them.", "story", "largest difference over sampled parts (share)", "below",
-          "circuit.incompleteness", "fig-circuit", CIRCUIT),
+          "circuit.incompleteness", "fig-circuit-completeness", CIRCUIT),
     order("random", "The circuit found is better than random ones of its size."),
     order("recovery", "The circuit found is better than the sites of largest single effect, as many of them."),
     attributed("sites", "atp", "heads' and MLPs'"),
