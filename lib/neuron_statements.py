@@ -144,6 +144,8 @@ def class_sentence(told: pd.DataFrame, swapped: pd.DataFrame, chosen: pd.DataFra
     own = told.merge(chosen[NEURON], on=NEURON)
     numbers = {"selective": int(told["selective"].sum()), "selective_swapped": int(swapped["selective"].sum())}
     numbers |= {"top_selective": int(own["selective"].sum())}
+    for name, rows in (("area", told), ("top_area", own)):
+        numbers[name] = float((rows["confirmation"] - 0.5).abs().median())
     higher = own[own["confirmation"] > 0.5]
     for name in ("promoted", "suppressed"):
         numbers[name] = int((higher["superset"] == higher[name]).sum())
@@ -154,8 +156,9 @@ def class_sentence(told: pd.DataFrame, swapped: pd.DataFrame, chosen: pd.DataFra
         f"By its activation at `last`, {numbers['selective']:,} of {len(told):,} neurons tell a superset from the "
         "others (significant over neurons and supersets on discovery, again on confirmation with the same side; "
         f"{numbers['selective_swapped']:,} when the labels within each quad are exchanged at random), of the "
-        f"{len(own)} top ones {numbers['top_selective']}. Of the {numbers['higher']} top neurons that are higher "
-        f"for their superset, {numbers['promoted']} raise its own logit most, of all supersets, and "
+        f"{len(own)} top ones {numbers['top_selective']}; "
+        f"the area's median distance from 0.5 is {numbers['area']:.2f} over all and {numbers['top_area']:.2f} over the "
+        f"top ones. Of the {numbers['higher']} top neurons that are higher for their superset, {numbers['promoted']} raise its own logit most, of all supersets, and "
         f"{numbers['suppressed']} lower it most.",
         numbers,
     )
