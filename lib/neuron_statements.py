@@ -158,8 +158,8 @@ def class_sentence(told: pd.DataFrame, swapped: pd.DataFrame, chosen: pd.DataFra
         f"{numbers['selective_swapped']:,} when the labels within each quad are exchanged at random), of the "
         f"{len(own)} top ones {numbers['top_selective']}; "
         f"the area's median distance from 0.5 is {numbers['area']:.2f} over all and {numbers['top_area']:.2f} over the "
-        f"top ones. Of the {numbers['higher']} top neurons that are higher for their superset, {numbers['promoted']} raise its own logit most, of all supersets, and "
-        f"{numbers['suppressed']} lower it most.",
+        f"top ones. Of the {numbers['higher']} top neurons that are higher for their superset, {numbers['promoted']} "
+        f"raise its own logit most, of all supersets, and {numbers['suppressed']} lower it most.",
         numbers,
     )
 
