@@ -1,7 +1,7 @@
 """Circuits at the last token: what is left of the task when every head and MLP outside a set is resampled there?
 
 F(C) is the clean prompt's logit_diff when each head and MLP at `last` keeps what it computes, in that very run, if
-it is in C, and otherwise has the value of another prompt (Wang et al. 2022, section 3; Chan et al. 2022, causal scrubbing).
+it is in C, and otherwise has the value of another prompt (Wang et al. 2022, section 3).
 All tokens before the last one stay as they are. F(everything) is the model; F(nothing) is that other prompt's.
 
 1. The clean prompts are run plainly and lend their KV cache; the other prompts' activations at the last token are kept.
@@ -30,8 +30,10 @@ from lib.hooks import site_of
 from lib.models import Model, materialised
 from lib.pools import Pool, group_of, grouped, lenders, token_ids
 from lib.single_pass import Activations, BaseRun, SharedPrefix, SweepError, base_run, joiner, row_limit
+from lib.steps import Step
 from lib.sweep import SHARED_ROW_TOKENS
 from lib.tasks import Pair
+from lib.units import Unit
 
 
 class Circuit(NamedTuple):
@@ -91,6 +93,16 @@ class Ready:
     base: BaseRun
     sources: Activations  # (kinds x pairs, 1, width)
     alike: Bool[Tensor, " lent"]  # whether the lending prompt ends in the same token
+
+
+def tester(step: Step, pool: Sequence[Pair]) -> Callable[[Unit], pd.DataFrame]:
+    """What `Step.table` computes units of `search` (their options name `sites`) and of `run` with."""
+
+    def compute(unit: Unit) -> pd.DataFrame:
+        how = {"pool": pool, "seed": step.params.seed, "memory": step.memory}
+        return (search if "sites" in unit.options else run)(step.model, unit.pairs, **unit.options, **how)
+
+    return compute
 
 
 def of_one_kind(pairs: Sequence[Pair], pool: Sequence[Pair]) -> tuple[list[Pair], str]:
