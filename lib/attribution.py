@@ -207,6 +207,8 @@ def differentiate(
         wanted = {key: value for key, value in nodes.items() if key[0] in KINDS}
         found = torch.autograd.grad((logits[:, 0] - logits[:, 1]).sum(), list(wanted.values()))
     gradients = {key: value.unflatten(0, (times, count)) for key, value in zip(wanted, found, strict=True)}
+    for layer in range(model.n_layers):
+        gradients["mlp", layer][1 + layer] = 0  # what is asked for is taken before it is dropped
     return (
         {key: value[:count].detach() for key, value in wanted.items()},
         {key: value[0] for key, value in gradients.items()},

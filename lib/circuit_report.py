@@ -34,7 +34,7 @@ from scipy import stats as scipy_stats
 
 from lib import stats
 from lib.circuits import Circuit
-from lib.findings import HALVES, columns, interval, listed, named, reported, site_name  # noqa: F401: for the page
+from lib.findings import HALVES, columns, interval, listed, named
 from lib.generality_report import jaccard
 from lib.step_params import Story
 
