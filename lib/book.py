@@ -29,9 +29,10 @@ import yaml
 from markdown_it import MarkdownIt
 
 from lib import params
+from lib.step_params import STEPS
 
 ROOT = Path(__file__).resolve().parent.parent
-ANSWERS = ("coarse_sweep", "necessity", "sufficiency", "hydra", "retrieval_heads", "generality")
+ANSWERS = ("story", *list(STEPS)[1:-1])
 """The steps whose sentences and first figures make up the answer on the landing page, in this order."""
 
 
@@ -133,11 +134,20 @@ def landing(results: Path, steps: Mapping[str, str], to: Path) -> dict[str, str]
     return {
         "model": short(model["name"]),
         "answer": "\n".join(answer),
+        "claims": verdicts(results),
         "figures": "\n\n".join(figures),
         "able": "\n\n".join(able),
         "measured": table(facts, head=("model", code(model["name"]))),
         "pages": "\n".join(["| page | task | this model |", "| --- | --- | --- |", *rows]),
     }
+
+
+def verdicts(results: Path) -> str:
+    """The claims ledger of step 10 (claims.json; no rows where it is not there) as a MyST table."""
+    path, keys = results / "claims.json", ("claim", "verdict", "reason")
+    claims = json.loads(path.read_text(encoding="utf-8"))["claims"] if path.is_file() else []
+    rows = [" | ".join(claim[key].replace("|", "\\|") for key in keys) for claim in claims]
+    return "\n".join(["| claim | verdict | why |", "| --- | --- | --- |", *(f"| {row} |" for row in rows)])
 
 
 def short(model: str) -> str:
@@ -337,14 +347,11 @@ def assemble(profile: str, source: Path, executed: Path, results: Path, to: Path
     for name, fields in generated.items():
         page = to / f"{name}.md"
         page.write_text(Template(page.read_text(encoding="utf-8")).substitute(fields), encoding="utf-8")
-    unknown = [page for page in toc_files(to) if not list(to.glob(f"{page}.*"))]
+    toc = yaml.safe_load((to / "_toc.yml").read_text(encoding="utf-8"))
+    listed = [toc["root"], *(entry["file"] for part in toc["parts"] for entry in part["chapters"])]
+    unknown = [page for page in listed if not list(to.glob(f"{page}.*"))]
     if unknown:
         raise BookError(f"{source / '_toc.yml'} names pages that do not exist: {', '.join(unknown)}")
-
-
-def toc_files(source: Path) -> list[str]:
-    toc = yaml.safe_load((source / "_toc.yml").read_text(encoding="utf-8"))
-    return [toc["root"], *(entry["file"] for part in toc["parts"] for entry in part["chapters"])]
 
 
 def build(folder: Path) -> Path:

@@ -59,20 +59,22 @@ PAGE = (*(f"lib/{name}.py" for name in DRAWING), "lib/superset.mplstyle")
 # Shared keys that reach a step's data. `memory` does: what shares a pass changes the last bits.
 _MODEL_KEYS = ("model", "model_sha256", "dtype", "device", "device_map", "quantisation", "max_memory")
 _DATA_KEYS = ("profile", *_MODEL_KEYS, "chat_template", "task", "template", "attributes", "seed", "memory")
-DATA_KEYS = {step: _DATA_KEYS if step == "baselines" else (*_DATA_KEYS, "layers") for step in STEPS}
+# The steps that go through the model's layers; the others take those of the slice.
+LAYERED = ("coarse_sweep", "necessity", "sufficiency", "generality", "subspace", "story")
+DATA_KEYS = {step: (*_DATA_KEYS, "layers") if step in LAYERED else _DATA_KEYS for step in STEPS}
 # Keys that reach nothing: where files lie. (What lies there is hashed.)
 PLACES = ("results_dir", "pairs_file", "people_file", "offload_folder", "overwrite")
 # Findings of earlier steps that a step's data rest on: step -> {earlier step: keys}.
 READS = {step: {"sufficiency": ("critical_slice",)} for step in list(STEPS)[4:]}
 # Earlier steps whose tables a step reads, known by their data keys.
-TABLES = {"generality": ("sufficiency",), "neurons": ("subspace",), "story": ("sufficiency", "necessity")}
+TABLES = {"generality": ("sufficiency",), "story": ("sufficiency", "necessity")}
 # Files beside the pairs that a step's data rest on: keys of the parameters, or paths in the repository.
 FILES = {
     "baselines": ("people_file",),
     "retrieval_heads": ("people_file",),
     "generality": ("people_file", "data/controls.csv"),
-    "subspace": ("people_file",),
-    "neurons": ("people_file",),
+    "subspace": ("people_file", "data/controls.csv"),
+    "neurons": ("people_file", "data/controls.csv", "data/sentences.csv", "sae_file"),
 }
 # Keys of a step's own section that only its page depends on.
 PAGE_ONLY = {"story": ("claims",)}
@@ -100,6 +102,13 @@ def input_file(name: str) -> Path:
 def hash_file(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_place(name: str) -> Any:
+    """Hash of an input file, or of each file in a folder."""
+    if Path(name).is_dir():
+        return {path.name: hash_file(path) for path in sorted(Path(name).iterdir()) if path.is_file()}
+    return hash_file(input_file(name))
 
 
 def hash_json(value: Any) -> str:
@@ -232,7 +241,7 @@ def ingredients(step: str, params: Shared) -> dict[str, Any]:
             inputs["pairs"] = hash_file(input_file(params.pairs_file))
     else:
         inputs["pairs"] = hash_file(find_pairs(step, params))
-        if params.layers == "auto":
+        if params.layers == "auto" and step in LAYERED:
             inputs["critical_layers"] = (find_findings("coarse_sweep", params) or {}).get("critical_layers")
         for earlier, names in READS.get(step, {}).items():
             found = find_findings(earlier, params) or {}
@@ -241,7 +250,8 @@ def ingredients(step: str, params: Shared) -> dict[str, Any]:
             there = (path for path in sources(params) if (path / f"{earlier}.parquet").is_file())
             inputs[f"{earlier} table"] = next((stored_key(path, earlier) for path in there), None)
     if "able" not in inputs:
-        inputs |= {name: hash_file(input_file(getattr(params, name, name))) for name in FILES.get(step, ())}
+        named = {name: getattr(params, name, name) for name in FILES.get(step, ())}
+        inputs |= {name: hash_place(file) for name, file in named.items() if file is not None}
     return {
         "parameters": {
             key: given[key] for key in (*DATA_KEYS[step], *section_keys(step)) if key not in PAGE_ONLY.get(step, ())

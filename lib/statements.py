@@ -6,9 +6,12 @@ positive one.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import pandas as pd
 
-from lib import effects, findings, stats
+from lib import effects, findings, plots, stats
 from lib.ability import CHANCE
 from lib.effects import CriticalLayers, CriticalSlice
 from lib.findings import in_halves, interval, listed, picked, reported
@@ -47,6 +50,32 @@ def not_done(step: Step) -> dict:
     sentence = f"Nothing was computed for the task `{step.params.task}`: {step.able().why}"
     subject = {"model": {"name": step.params.model}, "task": step.params.task}
     return {**subject, "able": False, "sentences": [sentence], "figures": []}
+
+
+def joined(step: Step, parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The findings of a step of several parts, their figures saved.
+
+    A part has `sentences`, `figures` by name, `captions` of those that are saved, perhaps a `headline`, and its numbers
+    as mappings under names of its own.
+    """
+    own = {"figures", "captions"}
+    numbers = {
+        key: value for part in parts for key, value in part.items() if isinstance(value, Mapping) and key not in own
+    }
+    return {
+        "model": about_model(step),
+        "task": step.params.task,
+        "able": True,
+        **numbers,
+        "sentences": [sentence for part in parts for sentence in part["sentences"]],
+        "headline": [sentence for part in parts for sentence in part.get("headline", part["sentences"][:1])],
+        "figures": [
+            {"file": plots.save(figure, step.results, step.name, name), "caption": part["captions"][name]}
+            for part in parts
+            for name, figure in part["figures"].items()
+            if name in part["captions"]
+        ],
+    }
 
 
 def accuracies(frame: pd.DataFrame, params: Shared, by: list[str]) -> pd.DataFrame:

@@ -38,6 +38,7 @@ def house(tmp_path, monkeypatch):
     (tmp_path / "data").mkdir(exist_ok=True)
     (tmp_path / "data" / "people.csv").write_text("name,profession\n")
     (tmp_path / "data" / "controls.csv").write_text("kind,name\n")
+    (tmp_path / "data" / "sentences.csv").write_text("kind,text\n")
     (tmp_path / "notebooks").mkdir()
     for path in keys.NOTEBOOKS.values():
         (tmp_path / path).write_text(json.dumps(NOTEBOOK))
@@ -87,6 +88,7 @@ ASKING = {
     "subspace",
     "neurons",
 }  # the steps that ask about people by name
+CONTROLLED = {"generality", "subspace", "neurons"}  # those that read the prompts without a superset
 NONE: set[str] = set()
 EDITS = {
     "a sentence in a notebook": (
@@ -118,7 +120,7 @@ EDITS = {
     ),
     "the layers": (
         lambda house: edit(house / "params/smoke.yaml", "layers: [0, ", "layers: ["),
-        SWEEPING,
+        {"coarse_sweep", "necessity", "sufficiency", "generality", "subspace", "story"},
         set(STEPS),
     ),
     "the seed": (lambda house: edit(house / "params/smoke.yaml", "seed: 0", "seed: 1"), set(STEPS), set(STEPS)),
@@ -128,7 +130,7 @@ EDITS = {
         set(STEPS),
     ),
     "people": (lambda house: append(house / "data/people.csv", "x,y\n"), ASKING, ASKING),
-    "controls": (lambda house: append(house / "data/controls.csv", "thing,X Y\n"), {"generality"}, {"generality"}),
+    "controls": (lambda house: append(house / "data/controls.csv", "thing,X Y\n"), CONTROLLED, CONTROLLED),
     "the threshold of a claim": (
         lambda house: edit(house / "params/smoke.yaml", "task_done: 0.05", "task_done: 0.06"),
         NONE,
