@@ -67,11 +67,11 @@ def subsets_of(sites: Sequence[str], count: int, rng: np.random.Generator) -> li
     return [tuple(sites[index] for index in sorted(own)) for own in drawn]
 
 
-def ranked(table: pd.DataFrame, value: str) -> list[str]:
-    """Sites by their mean on the discovery half (or the only one), largest first."""
-    own = table[table["component"].isin(["head", "mlp"])]
-    own = own[own["half"] == (HALVES[0] if (own["half"] == HALVES[0]).any() else own["half"].iloc[0])]
-    return own.assign(site=named(own)).groupby("site", sort=False)[value].mean().nlargest(len(own)).index.tolist()
+def ranked(table: pd.DataFrame, value: str, sites: Sequence[str]) -> list[str]:
+    """Those of the sites that are in a table by their mean on the discovery half (or the only one), largest first."""
+    own = table[table["half"] == (HALVES[0] if (table["half"] == HALVES[0]).any() else table["half"].iloc[0])]
+    own = own.assign(site=named(own))
+    return own[own["site"].isin(sites)].groupby("site")[value].mean().sort_values(ascending=False).index.tolist()
 
 
 def sizes_of(limit: int, own: int) -> list[int]:
@@ -147,7 +147,8 @@ def curves(frame: pd.DataFrame, params: Story) -> tuple[pd.DataFrame, pd.DataFra
     areas = pd.DataFrame(areas, index=wide.index)
     minus = shares(areas.rsub(areas["circuit"], axis=0), wide["everything"], params).add_prefix("minus_")
     table = shares(areas, wide["everything"], params).join(minus).rename_axis("order").reset_index()
-    return out.assign(name=out["order"].map(ORDERS)), table
+    out = out.assign(name=out["order"].map(ORDERS)).sort_values("order", key=lambda order: order.map([*ORDERS].index))
+    return out, table
 
 
 def members(frame: pd.DataFrame, params: Story) -> pd.DataFrame:

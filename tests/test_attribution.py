@@ -139,6 +139,15 @@ def test_curves_areas_members_and_completeness_by_hand():
     assert "No circuit was searched for" in circuit_report.circuit_sentences(none, P)[0]
 
 
+def test_a_ranking_takes_the_discovery_half_and_the_sites_asked_for():
+    table = pd.DataFrame(
+        [("confirmation", 0, "head", 1, 9.0), ("discovery", 0, "head", 1, 1.0), ("discovery", 0, "query", 1, 8.0)]
+        + [("discovery", 1, "mlp", -1, 3.0), ("discovery", 1, "mlp", -1, 0.0), ("discovery", 2, "mlp", -1, 7.0)],
+        columns=["half", "layer", "component", "head", "exact"],
+    )
+    assert circuit_report.ranked(table, "exact", ["0.1", "mlp 1", "0.0"]) == ["mlp 1", "0.1"]
+
+
 def test_what_attribution_finds_and_costs():
     rng, rows = np.random.default_rng(1), []
     truth = np.linspace(-1, 2, 30)
