@@ -1,7 +1,7 @@
 # The dependency graph of the report. Every step is a notebook; its executed page depends on one small file, the step's
 # key (lib/keys.py), which is rewritten only when its content changes. What reruns is decided by keys, never by dates.
 #
-#   notebooks, params, data, lib -> keys/<step>.key -> executed/NN_<step>.ipynb -> keys/<next step>.key -> ... -> book
+#   notebooks, params, data, lib, report -> keys/<step>.key -> executed/NN_<step>.ipynb -> keys/<next step>.key -> ... -> book
 
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -146,10 +146,10 @@ $(foreach n,$(NOTEBOOKS),\
 
 # ---- book -----------------------------------------------------------------------------------------------------------
 
-# Folders are listed too: their dates tell that a file was taken away. The library page is made from lib's sources.
+# Folders are listed too: their dates tell that a file was taken away. The library page is made from the sources of lib and report.
 # (`book/.`, because `book` is a target.)
-BOOK_SOURCES := $(shell find book/. -name _build -prune -o -print 2>/dev/null) $(wildcard lib/*.py)
+BOOK_SOURCES := $(shell find book/. -name _build -prune -o -print 2>/dev/null) $(wildcard lib/*.py report/*.py)
 
 $(BUILD)/book/.stamp: $(PAGES) $(BOOK_SOURCES) | $(READY)
 	@echo "==> book ($(PROFILE))"
-	@$(PY) -m lib.book --profile $(PROFILE) --results $(RESULTS) >/dev/null
+	@$(PY) -m report.book --profile $(PROFILE) --results $(RESULTS) >/dev/null

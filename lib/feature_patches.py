@@ -1,7 +1,7 @@
 """What an SAE's features do on the pairs: read, patched like any site, and what they promote.
 
 1. `reader` writes what every prompt of the pairs makes the site, its features and its neurons do, with the first-order
-   effect of patching each; `lib.feature_report` picks from that.
+   effect of patching each; `report.feature_report` picks from that.
 2. `patcher` replaces the site by base + the change that chosen features, neurons or directions make between the two
    runs of a pair (the error term stays that of the base run), beside random ones of equal norm.
 3. `promoter` gives the tokens that a feature's decoder row promotes.

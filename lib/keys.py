@@ -48,13 +48,8 @@ COMPUTE = {
     "neurons": (*SWEEPS, "readout", "directions", "neurons", "features", "feature_patches"),
     "story": (*SWEEPS, "paths", "circuits", "attribution"),
 }
-DRAWING = (
-    "stats", "effects", "findings", "statements", "plots", "hydra_report", "hydra_statements", "retrieval_report",
-    "retrieval_statements", "generality_report", "rule", "generality_statements", "control_report", "class_tests",
-    "circuit_plots", "probe_report", "direction_report", "neuron_report", "feature_report", "circuit_report",
-    "plan_claims", "claims", "story", "direction_statements", "neuron_statements", "steps", "tokens",
-)  # fmt: skip
-PAGE = (*(f"lib/{name}.py" for name in DRAWING), "lib/superset.mplstyle")
+# All of `report` but the book itself draws pages, too.
+DRAWING = ("stats", "effects", "findings", "rule", "class_tests", "steps", "tokens")
 
 # Shared keys that reach a step's data. `memory` does: what shares a pass changes the last bits.
 _MODEL_KEYS = ("model", "model_sha256", "dtype", "device", "device_map", "quantisation", "max_memory")
@@ -266,6 +261,13 @@ def data_key(parts: Mapping[str, Any]) -> str:
     return hash_json(parts)
 
 
+def drawing() -> list[Path]:
+    """The modules and styles that pages are drawn with."""
+    report = (path for path in (parameters.ROOT / "report").iterdir() if path.suffix in (".py", ".mplstyle"))
+    own = [parameters.ROOT / "lib" / f"{name}.py" for name in DRAWING]
+    return own + sorted(path for path in report if path.name != "book.py")
+
+
 def page_key(step: str, params: Shared, data: str) -> str:
     """The data key with everything that only the page depends on."""
     earlier = list(STEPS)[: list(STEPS).index(step)]
@@ -275,7 +277,7 @@ def page_key(step: str, params: Shared, data: str) -> str:
             data,
             given,
             hash_notebook(parameters.ROOT / NOTEBOOKS[step]),
-            {name: hash_source(parameters.ROOT / name) for name in PAGE},
+            {path.name: hash_source(path) for path in drawing()},
             {name: find_findings(name, params) for name in earlier},
         ]
     )

@@ -7,9 +7,10 @@ import torch
 from test_hydra import norm64
 from test_sweep import PAIRS
 
-from lib import attribution, circuit_report, hooks, params, records
+from lib import attribution, hooks, params, records
 from lib.circuits import SEARCH_SCHEMA, Circuit
 from lib.single_pass import base_run
+from report import circuit_report
 
 P = params.validate("story", params.load_profile("smoke") | {"random_sets": 2, "circuit_limit": 4})
 IDENTITY = ["pair_id", "layer", "component", "head"]

@@ -11,7 +11,8 @@ import nbformat
 import papermill
 import pytest
 
-from lib import book, params, plots
+from lib import params
+from report import book, plots
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = book.pages(ROOT / "book")
@@ -127,7 +128,7 @@ def execute(made: nbformat.NotebookNode, path: Path) -> None:
 
 
 FIGURE = """import pandas as pd
-from lib import plots
+from report import plots
 frame = pd.DataFrame({"layer": [0, 1], "position": "last", "estimate": [0.1, 0.9], "low": [0, 0.8], "high": [0.2, 1]})
 plots.layer_curve(frame, "recovery (share of logit_diff)")"""
 
@@ -249,7 +250,7 @@ def test_reproducibility_page(built):
 
 def test_library_page(built):
     words = text(built / "api.html")
-    assert "lib.plots" in words and "def save(" in words and "returns the PNG's path" in words
+    assert "report.plots" in words and "def save(" in words and "returns the PNG's path" in words
 
 
 def test_the_page_shows(built, tmp_path):

@@ -7,7 +7,7 @@ from matplotlib.collections import LineCollection, PathCollection
 from matplotlib.colors import to_hex
 from matplotlib.patches import PathPatch
 
-from lib import circuit_plots, plots
+from report import circuit_plots, plots
 
 COLUMNS = [("names", ["names"]), ("at the names", ["mlp 23 at names"]), ("slice", ["21.6", "mlp 23"]), ("", ["answer"])]
 EDGES = pd.DataFrame(

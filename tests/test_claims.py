@@ -10,9 +10,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lib import claims, keys, params, records, steps, story
-from lib.claims import NOT_SUPPORTED, NOT_TESTABLE, NOT_TESTED, SUPPORTED
-from lib.plan_claims import CLAIMS
+from lib import keys, params, records, steps
+from report import claims, story
+from report.claims import NOT_SUPPORTED, NOT_TESTABLE, NOT_TESTED, SUPPORTED
+from report.plan_claims import CLAIMS
 
 ROOT = params.ROOT
 

@@ -9,9 +9,10 @@ import pandas as pd
 import pytest
 import torch
 
-from lib import direction_report, direction_statements, direction_sweeps, directions, hooks, params, readout, records
+from lib import direction_sweeps, directions, hooks, params, readout, records
 from lib.hooks import Site
 from lib.single_pass import base_run
+from report import direction_report, direction_statements
 from tests.test_sweep import PAIRS, captured
 
 WORDS = PAIRS[0].candidates

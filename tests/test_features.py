@@ -10,9 +10,10 @@ import safetensors.torch
 import torch
 from sklearn.metrics import roc_auc_score
 
-from lib import feature_patches, feature_report, features, hooks, params, records, sweep
+from lib import feature_patches, features, hooks, params, records, sweep
 from lib.hooks import Site
 from lib.steps import StepError
+from report import feature_report
 from tests.test_sweep import PAIRS, captured, plain
 
 SITE = Site(1, "mlp")

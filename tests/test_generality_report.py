@@ -8,13 +8,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lib import circuit_plots, control_report, rule
-from lib import generality_report as report
-from lib import generality_statements as statements
+from lib import rule
 from lib.grid import Circuit
 from lib.hooks import Site
 from lib.step_params import Generality
 from lib.tasks import SUPERSETS
+from report import circuit_plots, control_report
+from report import generality_report as report
+from report import generality_statements as statements
 
 PARAMS = Generality(model="config:none", resamples=200, flips=200)
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from lib import controls, data, grid, hooks, params, pools, records, steps, sweep, tasks
-from lib import generality_report as report
 from lib.hooks import Site
 from lib.params import ROOT
 from lib.quads import pairs_of
 from lib.tasks import SUPERSETS
 from lib.units import Unit
+from report import generality_report as report
 from tests.test_sweep import PAIRS, plain
 
 # --- mirrors

@@ -8,20 +8,9 @@ import pytest
 import torch
 from test_sweep import PAIRS, pair_of
 
-from lib import (
-    circuit_plots,
-    findings,
-    hooks,
-    hydra,
-    hydra_report,
-    hydra_statements,
-    models,
-    params,
-    records,
-    single_pass,
-    sweep,
-)
+from lib import findings, hooks, hydra, models, params, records, single_pass, sweep
 from lib.hooks import Site
+from report import circuit_plots, hydra_report, hydra_statements
 
 SLICE = [Site(0, "mlp"), Site(1, "head", 2), Site(1, "mlp"), Site(1, "head", 0)]
 P = params.validate("hydra", params.load_profile("smoke") | {"ablations": ["zero", "resample"], "candidates": 3})

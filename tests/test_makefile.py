@@ -23,7 +23,7 @@ papermill) name=$(basename "$3" .ipynb); echo "page $name" >> log; cp "$3" "$4"
     if [ -e "fail/$name" ]; then echo "ValueError: no" >&2; exit 1; fi
     to=$(sed -n 's/results_dir: \\([^ ]*\\).*/\\1/p' "$6"); to=${to:-results/$(basename "$6" .yaml)}
     mkdir -p "$to"; touch "$to/${name#*_}.run.json" ;;
-lib.book) echo book >> log; echo noise; mkdir -p "build/$4/book"
+report.book) echo book >> log; echo noise; mkdir -p "build/$4/book"
     echo _build/html/index.html > "build/$4/book/.stamp" ;;
 -) ;;
 *) echo "$*" >> log ;;
@@ -37,12 +37,12 @@ class Project:
     def __init__(self, folder: Path):
         self.folder = folder
         shutil.copy(ROOT / "Makefile", folder)
-        for name in ("notebooks", "params", "book", "lib", "wanted", "fail"):
+        for name in ("notebooks", "params", "book", "lib", "report", "wanted", "fail"):
             (folder / name).mkdir()
         for page, step in zip(PAGES, STEPS, strict=True):
             (folder / "notebooks" / f"{page}.ipynb").write_text("{}")
             (folder / "wanted" / step).write_text("1")
-        for path in ("params/smollm2-135m.yaml", "params/smoke.yaml", "book/index.md", "lib/book.py", "log"):
+        for path in ("params/smollm2-135m.yaml", "params/smoke.yaml", "book/index.md", "report/book.py", "log"):
             (folder / path).touch()
         (folder / "python").write_text(STAND_IN)
         (folder / "python").chmod(0o755)
@@ -107,7 +107,7 @@ def test_a_date_alone_reruns_nothing(built):
     assert executed(built.make("book")[0]) == []
 
 
-@pytest.mark.parametrize("change", ["book/index.md", "book/new.md", "lib/book.py"])
+@pytest.mark.parametrize("change", ["book/index.md", "book/new.md", "report/book.py"])
 def test_a_changed_page_of_the_book_builds_the_book_alone(built, change):
     (built.folder / change).write_text("new")
     assert executed(built.make("book")[0]) == ["book"]

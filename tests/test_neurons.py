@@ -10,10 +10,11 @@ import torch
 from sklearn.metrics import roc_auc_score
 from test_sweep import PAIRS, pair_of
 
-from lib import effects, findings, hooks, neuron_report, neuron_statements, neurons, records, single_pass, sweep
+from lib import effects, findings, hooks, neurons, records, single_pass, sweep
 from lib.findings import HALVES
 from lib.hooks import Site
 from lib.step_params import Neurons
+from report import neuron_report, neuron_statements
 
 P = Neurons(model="config:none", resamples=200, flips=200, top_neurons=6, budgets=(1, 2), random_sets=2, cards=2)
 SPREAD = [

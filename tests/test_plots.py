@@ -7,7 +7,7 @@ import pytest
 from matplotlib.collections import LineCollection, PathCollection, PolyCollection
 from matplotlib.colors import to_hex, to_rgb
 
-from lib import plots
+from report import plots
 
 
 def intervals(estimate, reach=0.1, **columns):

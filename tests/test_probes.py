@@ -8,9 +8,10 @@ import pytest
 import torch
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
-from lib import hooks, params, probe_report, probes
+from lib import hooks, params, probes
 from lib.steps import StepError
 from lib.tasks import Prompt
+from report import probe_report
 
 P = params.validate("subspace", params.load_profile("smoke") | {"permutations": 19, "resamples": 300})
 CLASSES = ("artist", "athlete", "politician", "scientist", "writer")

@@ -150,9 +150,11 @@ def test_patterns_leave_ordinary_text_alone():
         assert not any(re.search(pattern, text) for pattern in (*SECRETS.values(), MACHINE_PATHS, REGISTRIES)), text
 
 
-def test_lib_is_thin():
+def test_modules_are_short():
     lines = {
-        path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in FILES if path.parent.name == "lib"
+        path.name: len(path.read_text(encoding="utf-8").splitlines())
+        for path in FILES
+        if path.parent.name in ("lib", "report")
     }
     assert len(lines) >= 5
     assert not {name: count for name, count in lines.items() if count > MAX_LINES}

@@ -1,4 +1,4 @@
-"""lib.retrieval_report, lib.retrieval_statements and lib.hops: evidence counted by hand, and what follows from it."""
+"""Retrieval heads, their report and sentences: evidence counted by hand, and what follows from it."""
 
 from itertools import product
 
@@ -7,10 +7,10 @@ import pandas as pd
 import pytest
 
 from lib import hops, params
-from lib import retrieval_report as report
-from lib import retrieval_statements as statements
 from lib.hooks import EMBED, Site
 from lib.params import ParameterError
+from report import retrieval_report as report
+from report import retrieval_statements as statements
 
 P = params.validate("retrieval_heads", {"model": "config:none.json", "resamples": 500, "flips": 500})
 SLICE = [Site(21, "head", 6), Site(23, "mlp"), Site(27, "head", 1)]

@@ -188,7 +188,7 @@ def test_findings_are_plain_rounded_and_stable(here):
 
 def test_findings_come_from_results_dir_first_then_from_the_profile(here, monkeypatch):
     monkeypatch.setattr(params, "ROOT", here)
-    for name in ("lib", "params", "data"):
+    for name in ("lib", "report", "params", "data"):
         (here / name).symlink_to(ROOT / name)
     assert begin().find("coarse_sweep") is None
     assert begin(layers="auto", memory=1).layers_from.startswith("all layers: step 02")

@@ -11,13 +11,14 @@ from typing import Any
 
 import pandas as pd
 
-from lib import effects, findings, plots, stats
+from lib import effects, findings, stats
 from lib.ability import CHANCE
 from lib.effects import CriticalLayers, CriticalSlice
 from lib.findings import in_halves, interval, listed, picked, reported
 from lib.stats import Interval
 from lib.step_params import Shared
 from lib.steps import Step
+from report import plots
 
 ONE_HALF = (
     " The pairs form a single half here: what is said of discovery and confirmation is about the same pairs, so the "

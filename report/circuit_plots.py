@@ -1,4 +1,4 @@
-"""Figures of the steps on the circuit (05 to 07), beside those of `lib.plots` and in the same style and conventions."""
+"""Figures of the steps on the circuit (05 to 07), beside those of `report.plots` and in the same style."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from matplotlib import style
 from matplotlib.patches import PathPatch
 from matplotlib.path import Path
 
-from lib.plots import (
+from report.plots import (
     BLACK,
     BLUE,
     GREEN,

@@ -1,4 +1,4 @@
-"""The part of step 08's findings about directions: sentences built from the tables of `lib.direction_report`."""
+"""The part of step 08's findings about directions: sentences built from the tables of `report.direction_report`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ from typing import Any
 import pandas as pd
 
 from lib import effects, findings, stats
-from lib.direction_report import (
+from lib.findings import interval, listed
+from lib.step_params import Subspace
+from lib.steps import Step
+from lib.tasks import Pair
+from report.direction_report import (
     ONE,
     against_random,
     by_number,
@@ -19,12 +23,8 @@ from lib.direction_report import (
     slopes,
     split_parts,
 )
-from lib.findings import interval, listed
-from lib.plots import Figure
-from lib.statements import ONE_HALF, OVER_QUADS
-from lib.step_params import Subspace
-from lib.steps import Step
-from lib.tasks import Pair
+from report.plots import Figure
+from report.statements import ONE_HALF, OVER_QUADS
 
 
 def value(row: Any, prefix: str = "", digits: int = 2) -> str:

@@ -3,7 +3,7 @@
 1. `top` ranks neurons on the discovery half; `roster` lists what is then replaced in more pairs: each of them alone,
    growing sets, random neurons of the same layers that write as much, and the whole MLPs.
 2. `singles` and `shares` report both on the confirmation half; `selective` says whom the activations tell apart.
-`lib.neuron_statements` puts the numbers into sentences.
+`report.neuron_statements` puts the numbers into sentences.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ import pandas as pd
 from matplotlib import style
 from scipy import stats as tests
 
-from lib import effects, findings, plots, stats
+from lib import effects, findings, stats
 from lib.findings import in_halves
 from lib.hooks import Site
-from lib.plots import BLUE, STYLE, VERMILION, WIDTH, Figure
 from lib.step_params import Neurons
+from report import plots
+from report.plots import BLUE, STYLE, VERMILION, WIDTH, Figure
 
 NEURON = ["layer", "head"]
 NEAREST = 20  # random neurons are drawn from as many that write about as much

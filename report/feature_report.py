@@ -14,10 +14,11 @@ from matplotlib.figure import Figure
 from scipy import stats as scipy_stats
 from scipy.optimize import linear_sum_assignment
 
-from lib import plots, stats
+from lib import stats
 from lib.effects import quad_matrix
 from lib.findings import columns, in_halves, interval
 from lib.step_params import Neurons
+from report import plots
 
 KINDS = ("features", "neurons", "directions", "random features", "random directions")
 MATCHED = 0.7  # cosine from which two decoder rows count as one feature (Paulo and Belrose 2025, arXiv 2501.16615)
@@ -210,7 +211,7 @@ def cards(found: pd.DataFrame, promoted: pd.DataFrame, candidates: Sequence[str]
 
 def map_figure(rows: pd.DataFrame, units: Sequence[int]) -> Figure:
     """AUC of the features for every superset, both halves."""
-    from lib.circuit_plots import class_matrices
+    from report.circuit_plots import class_matrices
 
     tables = {half: aucs(part, "features").loc[list(units)] for half, part in in_halves(rows)}
     return class_matrices(tables, "area under the curve", "superset", "feature")

@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from lib.class_tests import Interaction
-from lib.control_report import EXPECTATIONS
 from lib.findings import interval, listed
 from lib.rule import RuleResult
-from lib.statements import about_model
 from lib.step_params import Generality
 from lib.steps import Step
+from report.control_report import EXPECTATIONS
+from report.statements import about_model
 
 CAPTIONS = {
     "forest": "Joint damage and recovery of the critical slice by group of pairs, with 95% studentised bootstrap "

@@ -1,4 +1,4 @@
-"""Assemble and build the book of one profile: `python -m lib.book --profile smollm2-135m`.
+"""Assemble and build the book of one profile: `python -m report.book --profile smollm2-135m`.
 
 1. Read the table of contents: each page `executed/NN_step` in it is a step whose executed notebook, findings and run
    record must be there.
@@ -264,11 +264,11 @@ def block(kind: str, text: str) -> str:
 
 
 def library(folder: Path) -> str:
-    """Every public, documented function and class in `folder`, as MyST, from the sources and without importing them."""
+    """Every public, documented function and class of a package, as MyST, from its sources; nothing is imported."""
     parts = []
     for path in sorted(folder.glob("[a-z]*.py")):
         module = ast.parse(path.read_text(encoding="utf-8"))
-        parts += [f"## lib.{path.stem}", described(module)]
+        parts += [f"## {folder.name}.{path.stem}", described(module)]
         for node in public(module):
             parts += [f"### {node.name}", block("python", signature(node)), described(node)]
             for method in public(node) if isinstance(node, ast.ClassDef) else ():
@@ -326,7 +326,7 @@ def parameter(argument: ast.arg, default: ast.expr | None) -> str:
     return f"{text} = {ast.unparse(default)}" if argument.annotation else f"{text}={ast.unparse(default)}"
 
 
-def assemble(profile: str, source: Path, executed: Path, results: Path, to: Path, folder: Path = ROOT / "lib") -> None:
+def assemble(profile: str, source: Path, executed: Path, results: Path, to: Path, root: Path = ROOT) -> None:
     """Write the complete sources of a profile's book to `to`, which is replaced."""
     steps = pages(source)
     notes = quick_notes(results, steps)
@@ -342,7 +342,7 @@ def assemble(profile: str, source: Path, executed: Path, results: Path, to: Path
     generated = {
         "index": landing(results, steps, to) | {"quick": notes.get("index", "")},
         "reproducibility": {"profile": profile, "runs": reproducibility(results, steps)},
-        "api": {"modules": library(folder)},
+        "api": {name: library(root / name) for name in ("lib", "report")},
     }
     for name, fields in generated.items():
         page = to / f"{name}.md"
@@ -373,7 +373,7 @@ def build(folder: Path) -> Path:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; prints the path of the book's first page as its last line, returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m lib.book", description="Build the book of one profile.")
+    parser = argparse.ArgumentParser(prog="python -m report.book", description="Build the book of one profile.")
     parser.add_argument("--profile", required=True, help="name of the profile, or the path of its YAML")
     parser.add_argument("--source", type=Path, default=Path("book"), help="sources of the book")
     parser.add_argument("--executed", type=Path, help="executed notebooks (build/PROFILE/executed)")

@@ -19,8 +19,8 @@ from sklearn.metrics import adjusted_rand_score
 
 from lib import stats
 from lib.findings import columns, interval, listed
-from lib.plots import BLACK, BLUE, GREY, WIDTH, Figure, _canvas, _legend, _points, layer_curve
 from lib.step_params import Subspace
+from report.plots import BLACK, BLUE, GREY, WIDTH, Figure, _canvas, _legend, _points, layer_curve
 
 WHOLE = -1  # the rank of a probe that is not reduced
 CURVE = ["kind", "target", "position"]

@@ -25,8 +25,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from lib import keys
 from lib.findings import interval
 from lib.params import ParameterError
-from lib.plan_claims import CLAIMS, Claim
 from lib.step_params import Shared, Story
+from report.plan_claims import CLAIMS, Claim
 
 SUPPORTED, NOT_SUPPORTED, NOT_TESTABLE, NOT_TESTED = VERDICTS = (
     "supported", "not supported", "not testable here", "not tested")  # fmt: skip
@@ -176,7 +176,7 @@ def numbers_of(claim: Claim, found: Mapping[str, Any], params: Shared) -> Number
     except KeyError as error:
         raise ClaimError(
             f"claim {claim.id}: the findings of step {claim.step} have no {error.args[0]}: run the step again, or "
-            "correct the claim's path in lib/plan_claims.py"
+            "correct the claim's path in report/plan_claims.py"
         ) from None
     if claim.columns[0]:  # a number that is not defined is null
         read = [n for n in read if n.estimate is not None] or [Numbers(why="its numbers are not defined here")]
@@ -288,7 +288,7 @@ def decided(
 def ledger(
     found: Mapping[str, Mapping[str, Any] | None], params: Story, claims: Sequence[Claim] = CLAIMS
 ) -> list[Entry]:
-    """Every claim's entry, in the plan's order; `found` are the findings by step (`lib.story.gather`)."""
+    """Every claim's entry, in the plan's order; `found` are the findings by step (`report.story.gather`)."""
     held = thresholds(params, claims)
     entries = [judge(claim, found.get(claim.step), *held[claim.id], params) for claim in claims]
     tested = [entry for entry in entries if entry.p is not None and entry.verdict in (SUPPORTED, NOT_SUPPORTED)]

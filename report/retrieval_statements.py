@@ -1,4 +1,4 @@
-"""Step 06 in sentences, built from the tables of `lib.retrieval_report`.
+"""Step 06 in sentences, built from the tables of `report.retrieval_report`.
 
 `verdicts` answers the step's question; `findings_of` gathers every number and sentence that is handed on.
 """
@@ -12,10 +12,10 @@ import pandas as pd
 from lib import findings, stats
 from lib.findings import interval, listed, picked, reported
 from lib.hooks import Site
-from lib.retrieval_report import TESTS, one_table, passing
-from lib.statements import ONE_HALF, about_model
 from lib.step_params import RetrievalHeads
 from lib.steps import Step
+from report.retrieval_report import TESTS, one_table, passing
+from report.statements import ONE_HALF, about_model
 
 CAPTIONS = {
     "two-hop": "From the names to the answer: the width of an edge is the effect of its path on "

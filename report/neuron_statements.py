@@ -1,4 +1,4 @@
-"""Sentences of step 09 on single neurons, from the tables of `lib.neuron_report`, and the numbers handed on."""
+"""Sentences of step 09 on single neurons, from the tables of `report.neuron_report`, and the numbers handed on."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from scipy import stats as tests
 
 from lib import stats
 from lib.findings import in_halves, interval, listed, reported
-from lib.neuron_report import NEURON, QUANTITY, added_up, means, selective, significant
-from lib.plots import Figure
 from lib.step_params import Neurons
+from report.neuron_report import NEURON, QUANTITY, added_up, means, selective, significant
+from report.plots import Figure
 
 HALF = 0.5  # "carry" means more than half of the MLPs' joint effect
 CAPTIONS = {

@@ -4,7 +4,7 @@
 2. `sums` gathers a table's changes per quad; every share here is a ratio of such sums (`ratios`): recovery over the
    gap between clean and corrupt, over the whole residual stream's effect, or over another direction's.
 3. `layer_table` and `chosen_layer`, `by_number`, `against_random`, `single_classes`, `split_parts`, `dose_table` and
-   `slopes`, `transfer_table` answer one question each; figures follow. `lib.direction_statements` has the sentences.
+   `slopes`, `transfer_table` answer one question each; figures follow. `report.direction_statements` has the sentences.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lib import circuit_plots, effects, findings, plots, records, stats
+from lib import effects, findings, records, stats
 from lib.findings import in_halves
-from lib.plots import Figure
 from lib.step_params import Subspace
 from lib.tasks import Pair
+from report import circuit_plots, plots
+from report.plots import Figure
 
 ONE = ("class difference", 1)
 KINDS = ("mixed", "invented names", "things")

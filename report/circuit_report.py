@@ -35,8 +35,8 @@ from scipy import stats as scipy_stats
 from lib import stats
 from lib.circuits import Circuit
 from lib.findings import HALVES, columns, interval, listed, named
-from lib.generality_report import jaccard
 from lib.step_params import Story
+from report.generality_report import jaccard
 
 METHODS = {"atp": "AtP", "atp_qk": "AtP with QK fix", "grad_drop": "AtP with QK fix and GradDrop"}
 ORDERS = {

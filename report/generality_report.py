@@ -3,7 +3,7 @@
 1. `groups` puts damage and recovery of the slice side by side for every superset, profession, template and order.
 2. `ranks` and `interaction` ask whether the same sites carry every class, and equally.
 3. `circuit_table` and `transfer` test circuits picked without a superset, or on it alone.
-4. `rule_lines` draws the rules of `lib.rule`. The controls: `lib.control_report`; sentences: `generality_statements`.
+4. `rule_lines` draws the rules of `lib.rule`. Controls: `control_report`; sentences: `generality_statements`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Every claim of the plan, in its order: the step it rests on, its numbers, its rule, the figure and the rows under it.
 
-Thresholds stand in the profile, verdicts are `lib.claims`'s. A claim says nothing of any model. `measured` in a path
-is what step 10 itself computes from an earlier step's table (`lib.story.measured`).
+Thresholds stand in the profile, verdicts are `report.claims`'s. A claim says nothing of any model. `measured` in a path
+is what step 10 itself computes from an earlier step's table (`report.story.measured`).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ class Claim:
     text: str
     step: str
     quantity: str  # what is estimated, with its unit
-    rule: Literal["above", "below", "within", "p", "count", "most", "own"]  # see lib.claims.RULES
-    path: str  # of its numbers in the step's findings; see lib.claims.at
+    rule: Literal["above", "below", "within", "p", "count", "most", "own"]  # see report.claims.RULES
+    path: str  # of its numbers in the step's findings; see report.claims.at
     figure: str  # a figure of the step's page
     rows: tuple[str, str] | None  # table in the results folder, and the rows of it
     threshold_from: str | None = None  # the parameter that is its threshold, `step.key` or a shared key; else `claims`

@@ -1,4 +1,4 @@
-"""The findings of step 05: sentences built from the tables of `lib.hydra_report`, and the numbers handed on."""
+"""The findings of step 05: sentences built from the tables of `report.hydra_report`, and the numbers handed on."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import pandas as pd
 
 from lib import findings, stats
 from lib.findings import in_halves, interval, listed, reported
-from lib.hydra_report import WORDS, Round, backups_of, candidates, changes, lead_of, missed, rounds_table
-from lib.statements import OVER_QUADS, about_model
 from lib.step_params import Hydra
 from lib.steps import Step
+from report.hydra_report import WORDS, Round, backups_of, candidates, changes, lead_of, missed, rounds_table
+from report.statements import OVER_QUADS, about_model
 
 KINDS = {"head": "a head", "mlp": "an MLP"}
 CAPTIONS = {

@@ -21,12 +21,13 @@ import pandas as pd
 from pandas.io.formats.style import Styler
 from scipy.stats import hypergeom
 
-from lib import claims, keys, plots, records, stats
-from lib.claims import NOT_SUPPORTED, NOT_TESTABLE, NOT_TESTED, SUPPORTED, VERDICTS, Entry, Ledger, leaves
+from lib import keys, records, stats
 from lib.effects import quad_matrix
 from lib.findings import in_halves, interval, listed
 from lib.step_params import STEPS, Shared, Story
 from lib.steps import Step, plain
+from report import claims, plots
+from report.claims import NOT_SUPPORTED, NOT_TESTABLE, NOT_TESTED, SUPPORTED, VERDICTS, Entry, Ledger, leaves
 
 PUBLISHED = "data/filter_heads_llama-3.3-70b.csv"
 COLOURS = dict(zip(VERDICTS, ("#cfe8dc", "#f6d5c6", "#e6e6e6", "#ffffff"), strict=True))
