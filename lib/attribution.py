@@ -31,7 +31,9 @@ from lib.models import Model
 from lib.paths import projection
 from lib.pools import grouped, token_ids
 from lib.single_pass import Activations, BaseRun, SharedPrefix, SweepError, base_run
+from lib.steps import Step
 from lib.tasks import Pair
+from lib.units import Unit
 
 BATCH = 8  # pairs that share a pass: with a row for every layer each
 KINDS = ("head", "mlp", "query")
@@ -228,3 +230,12 @@ def exact(model: Model, pairs: Sequence[Pair], memory: float = 2.0) -> pd.DataFr
     queries = sweep.run_variants(model, pairs, sets, ("query",), values, **how).assign(component="query")
     both = pd.concat([sites, queries], ignore_index=True)
     return both.assign(exact=both["logit_diff_before"] - both["logit_diff_after"])[list(EXACT_SCHEMA.columns)]
+
+
+def measured(step: Step, pairs: Sequence[Pair]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The step's tables of `attribute` and of `exact`."""
+    chunks = [tuple(group[at : at + 8]) for group in grouped(pairs) for at in range(0, len(group), 8)]
+    plan = [Unit(f"pairs-{index:04d}", chunk) for index, chunk in enumerate(chunks)]
+    estimated = step.table("attribution", plan, lambda unit: attribute(step.model, unit.pairs), schema=SCHEMA)
+    swept = step.table("exact", plan, lambda unit: exact(step.model, unit.pairs, step.memory), schema=EXACT_SCHEMA)
+    return estimated, swept

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from lib import hooks, metrics
 from lib.hooks import site_of
 from lib.models import Model, materialised
-from lib.pools import Pool, group_of, grouped, lenders, token_ids
+from lib.pools import Pool, group_of, grouped, lenders, spread, token_ids
 from lib.single_pass import Activations, BaseRun, SharedPrefix, SweepError, base_run, joiner, row_limit
 from lib.steps import Step
 from lib.sweep import SHARED_ROW_TOKENS
@@ -103,6 +103,28 @@ def tester(step: Step, pool: Sequence[Pair]) -> Callable[[Unit], pd.DataFrame]:
         return (search if "sites" in unit.options else run)(step.model, unit.pairs, **unit.options, **how)
 
     return compute
+
+
+def searched(step: Step, prompts: Sequence[Pair], sites: Sequence[str]) -> tuple[pd.DataFrame, str]:
+    """The step's table of the search, on pairs of the discovery half (or the only one), and its kind of ablation."""
+    p = step.params
+    first = [pair for pair in prompts if pair.half == "discovery"] or prompts
+    own, kind = of_one_kind(spread(first, p.search_pairs), prompts)
+    options = {"sites": sites, "share": p.faithful_share, "limit": p.circuit_limit, "ablation": kind}
+    plan = [Unit("search", tuple(own), options)]
+    return step.table("search", plan, tester(step, prompts), schema=SEARCH_SCHEMA), kind
+
+
+def tested(step: Step, prompts: Sequence[Pair], tests: Mapping[str, Circuit], kind: str) -> pd.DataFrame:
+    """The step's table of circuits: all of them under this kind of ablation, `circuit` also from the corrupt prompt."""
+    own, _ = of_one_kind(spread(prompts, step.params.pairs), prompts)
+    chunks = [tuple(group[at : at + 8]) for group in grouped(own) for at in range(0, len(group), 8)]
+    plan = [
+        Unit(f"{how}-{index:04d}", chunk, {"tests": tests if how == kind else which, "ablations": [how]})
+        for how, which in {kind: tests, "counterfactual": {"circuit": tests["circuit"]}}.items()
+        for index, chunk in enumerate(chunks)
+    ]
+    return step.table("circuits", plan, tester(step, prompts), schema=SCHEMA)
 
 
 def of_one_kind(pairs: Sequence[Pair], pool: Sequence[Pair]) -> tuple[list[Pair], str]:

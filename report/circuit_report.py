@@ -74,6 +74,17 @@ def ranked(table: pd.DataFrame, value: str, sites: Sequence[str]) -> list[str]:
     return own[own["site"].isin(sites)].groupby("site")[value].mean().sort_values(ascending=False).index.tolist()
 
 
+def orders_of(
+    exact: pd.DataFrame, gradients: pd.DataFrame, recovery: pd.DataFrame, sites: Sequence[str]
+) -> dict[str, list[str]]:
+    """The sites by single effects: recovery of step 04 (where it left a table), exact damage and attribution."""
+    out = {"damage": ranked(exact, "exact", sites), "attribution": ranked(gradients, "atp", sites)}
+    if recovery.empty:
+        return out
+    rise = recovery["logit_diff_after"] - recovery["logit_diff_before"]
+    return {"recovery": ranked(recovery.assign(rise=rise), "rise", sites)} | out
+
+
 def sizes_of(limit: int, own: int) -> list[int]:
     """Sizes at which circuits are compared."""
     return sorted({1, 2, own, *range(max(1, limit // 10), limit + 1, max(1, limit // 10))})
