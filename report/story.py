@@ -14,6 +14,7 @@ from __future__ import annotations
 import html
 import re
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -230,7 +231,11 @@ def sentence(entries: Sequence[Entry], found: Mapping[str, Any], parts: Sequence
         links[own.verdict].append(f"that {part.plan} ({own.reason}){instead}")
     words = {NOT_SUPPORTED: "The evidence does not support", NOT_TESTABLE: "Not testable here is",
              NOT_TESTED: "Not tested is"}  # fmt: skip
-    said = [f"The names → {' → '.join(chain)} → the answer."]
+    if set(chain) == {OPEN}:
+        said = ["No link of the plan's chain from the names to the answer is supported here."]
+    else:
+        linked = [link for link, _ in groupby(chain)]  # a gap of several open links is said once
+        said = [f"The names → {' → '.join(linked)} → the answer."]
     return said + [f"{words[verdict]} {own}." for verdict, each in links.items() for own in each]
 
 

@@ -209,7 +209,7 @@ def test_a_task_the_model_cannot_do_is_not_testable(tmp_path):
     own = judged(tmp_path, what)
     assert {entry.verdict for entry in own.values() if entry.step != "baselines"} == {NOT_TESTABLE}
     assert own["no_repair"].reason == "Nothing was computed."
-    assert story.sentence(list(own.values()), what)[0].count(story.OPEN) == len(story.PARTS)
+    assert story.sentence(list(own.values()), what)[0].startswith("No link of the plan's chain")
 
 
 @pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: claim.id)
