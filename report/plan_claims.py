@@ -227,9 +227,9 @@ CLAIMS = (
     Claim("steering", "4.2", "Adding a superset's direction to a prompt of two supersets raises its logit.", "subspace",
           "slope, the weakest superset's (logits per dose)", "above", "directions.slopes[kind=mixed,added!=random]",
           "fig-subspace-doses", ("subspace.steering", "variant.notna()"), pick="weakest"),
-    Claim("few_neurons", "4.3", "A few MLP neurons do the work of the slice's MLPs.", "neurons", "damage by the top "
-          "ten neurons together (share of the MLPs' joint damage)", "above",
-          "neurons.shares[quantity=damage,kind=top,n_sites=10]", "fig-neurons-joint",
+    Claim("few_neurons", "4.3", "A few MLP neurons do the work of the slice's MLPs.", "neurons", "damage by the ten "
+          "neurons that help most, together (share of the MLPs' joint damage)", "above",
+          "neurons.shares[quantity=damage,kind=helping,n_sites=10]", "fig-neurons-joint",
           ("neurons.top", "half == 'confirmation'")),
     Claim("feature_per_superset", "4.3", "For every superset there is a feature of a sparse autoencoder that tells it "
           "from the others.", "neurons", "area under the ROC curve of the weakest superset's best feature (share)",
