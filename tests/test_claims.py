@@ -82,7 +82,7 @@ def found():
             "map": [span(value, superset="artist") for value in (0.95, 0.99)],
             "compared": [span(value, other=other, quantity="recovery") for other, value in
                          (("neurons", 1.0), ("neurons", -1.0), ("directions", -1.0), ("random features", 1.0))],
-        }, "neurons": {"shares": [span(value, quantity="damage", kind="top", n_sites=n) for n, value in
+        }, "neurons": {"shares": [span(value, quantity="damage", kind="helping", n_sites=n) for n, value in
                                            ((1, 0.1), (10, 0.3))]}},
         "story": {
             "circuit": {"faithfulness": span(0.9), "necessity": span(0.1), "incompleteness": span(0.1),
