@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +30,7 @@ from lib.hooks import Site
 from lib.models import Model
 
 Activations = Mapping[tuple[str, int], Float[Tensor, "sources positions width"]]  # by (component, layer)
+MOST_ROWS = 2**15  # of a pass: CUDA's attention kernels take a batch of fewer than 2**16
 
 
 class SweepError(RuntimeError):
@@ -109,45 +111,64 @@ def base_run(
     """Run the prompts plainly; keep the KV cache and the components' activations at the positions, every layer."""
     kept: dict[tuple[str, int], Tensor] = {}
     handles: list = []
+    at = torch.tensor(list(positions), device=ids.device)
     with hooks.removing(handles):
-        for component in components:
-            for layer in range(model.n_layers) if component != "embed" else (-1,):
-
-                def keep(activation: Tensor, key: tuple[str, int] = (component, layer)) -> None:
-                    kept[key] = activation[:, list(positions)].clone()
-
-                handles.append(hooks.on_activation(model, layer, component, keep))
+        for layer in range(-1, model.n_layers):
+            handles += keeping(model, kept, layer, components, at)
         cache = DynamicCache()
         hidden = model.body(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
     kv = [(layer.keys, layer.values) for layer in cache.layers]
     return BaseRun(ids, tuple(positions), hidden, kept, kv)
 
 
+def keeping(
+    model: Model, kept: dict, layer: int, components: Sequence[str], at: Int[Tensor, " positions"]
+) -> list[RemovableHandle]:
+    """The hooks of a layer that put its components' activations at the positions into `kept`; layer -1 has `embed`."""
+
+    def keep(activation: Tensor, key: tuple[str, int]) -> None:
+        kept[key] = activation[:, at.to(activation.device)]
+
+    own = [component for component in components if (component == "embed") == (layer < 0)]
+    return [hooks.on_activation(model, layer, c, partial(keep, key=(c, layer))) for c in own]
+
+
 @torch.no_grad()
 def grow(model: Model, base: BaseRun, rows: Sequence[Row], sources: Activations) -> Grown:
     """Run every row in one growing pass. `sources[component, layer]` is (sources, positions, width)."""
-    start = min(base.positions)
-    batch = Batch([min(site.layer for site in row.sites) for row in rows], [row.owner for row in rows], base, model)
-    edits = edits_by_module(rows, batch.place)
-    offsets = torch.tensor(base.positions, device=base.ids.device) - start
-    proof = Proof(rows, batch)
+    growing = Growing(model, base, rows, sources)
     handles: list = []
     with hooks.removing(handles):
         for layer in range(model.n_layers):
-            handles.append(batch.joining(model, layer))
-            for component in hooks.EVERY_COMPONENT:
-                if (component, layer) not in edits:
-                    continue
-                edit = Edit(model, component, edits[component, layer], offsets, sources[component, layer])
-                plain = base.activations[component, layer]
-                handles.append(hooks.on_activation(model, layer, component, edit.write))
+            handles += growing.layer_hooks(layer)
+        return growing.grown(growing.batch.run(model, base, growing.start))
 
-                def observe(activation: Tensor, edit: Edit = edit, plain: Tensor = plain) -> None:
-                    proof.observe(edit, activation, plain)
 
-                handles.append(hooks.on_activation(model, layer, component, observe))
-        hidden = batch.run(model, base, start)
-    return Grown(hidden[: batch.prompts], hidden[batch.at.to(hidden.device)], *proof.of_rows())
+class Growing:
+    """A growing pass by its layers, so that it can wait at each (`lib.layerwise`)."""
+
+    def __init__(self, model: Model, base: BaseRun, rows: Sequence[Row], sources: Activations) -> None:
+        self.model, self.base, self.sources, self.start = model, base, sources, min(base.positions)
+        first = [min(site.layer for site in row.sites) for row in rows]
+        self.batch = Batch(first, [row.owner for row in rows], base, model)
+        self.edits, self.proof = edits_by_module(rows, self.batch.place), Proof(rows, self.batch)
+        self.offsets = torch.tensor(base.positions, device=base.ids.device) - self.start
+
+    def layer_hooks(self, layer: int) -> list[RemovableHandle]:
+        """Append, edit and prove the rows of a layer, whose sources and plain activations must be there by now."""
+        model, handles = self.model, [self.batch.joining(self.model, layer)]
+        for component in hooks.EVERY_COMPONENT:
+            if (key := (component, layer)) not in self.edits:
+                continue
+            edit = Edit(model, component, self.edits[key], self.offsets, self.sources[key])
+            observe = partial(self.proof.observe, edit, plain=self.base.activations[key])
+            handles += [hooks.on_activation(model, layer, component, visit) for visit in (edit.write, observe)]
+        return handles
+
+    def grown(self, hidden: Float[Tensor, "batch hidden"]) -> Grown:
+        """The rows' numbers, from the final hidden states."""
+        own = hidden[self.batch.at.to(hidden.device)]
+        return Grown(hidden[: self.batch.prompts], own, *self.proof.of_rows())
 
 
 class Batch:
@@ -166,37 +187,50 @@ class Batch:
         new = self.owner[self.size[layer - 1] if layer else self.prompts : self.size[layer]]
         return model.blocks[layer].register_forward_pre_hook(joiner(new, self.prompts), with_kwargs=True)
 
+    def inputs(self, base: BaseRun, start: int) -> dict[str, Any]:
+        """What the decoder is given: the base prompts from token `start` on, behind their cached prefix."""
+        return {
+            "input_ids": base.ids[:, start:],
+            "past_key_values": SharedPrefix(base.cache, start, self.owner),
+            "position_ids": torch.arange(start, base.ids.shape[1], device=base.ids.device)[None],
+            "use_cache": True,
+        }
+
     def run(self, model: Model, base: BaseRun, start: int) -> Float[Tensor, "batch hidden"]:
-        """Run the base prompts from token `start` on behind their cached prefix; final hidden states at the last."""
-        return model.body(
-            input_ids=base.ids[:, start:],
-            past_key_values=SharedPrefix(base.cache, start, self.owner),
-            position_ids=torch.arange(start, base.ids.shape[1], device=base.ids.device)[None],
-            use_cache=True,
-        ).last_hidden_state[:, -1]
+        """Run the batch; final hidden states at the last token."""
+        return model.body(**self.inputs(base, start)).last_hidden_state[:, -1]
 
 
 class Proof:
-    """What the rows of a growing pass show of themselves: how often they fired and how far their sites moved."""
+    """What the rows of a growing pass show of themselves: how often they fired and how far their sites moved.
+
+    It stays on the device that computed it until the pass is over: to ask for a number is to wait for the device.
+    """
 
     def __init__(self, rows: Sequence[Row], batch: Batch) -> None:
         self.batch, self.spare = batch, torch.tensor([len(row.sites) - 1 for row in rows], dtype=torch.int64)
-        self.squares = torch.zeros(2, len(batch.owner), dtype=torch.float64)  # row to plain run, source to plain run
-        self.fired = torch.zeros(len(batch.owner), dtype=torch.int64)
+        self.seen: list[tuple[Tensor, Tensor, Tensor]] = []  # rows; squares row to plain run, source to plain run
 
     def observe(self, edit: Edit, activation: Tensor, plain: Tensor) -> None:
         """Take note of what is at an edit's sites once it has been made."""
         target = edit.of_source(plain, self.batch.owner[edit.rows.to(self.batch.owner.device)])
         moved = (edit.read(activation) - target).double().flatten(1).square().sum(1)
         wanted = (edit.values - target).double().flatten(1).square().sum(1)
-        self.squares[0].index_add_(0, edit.rows, moved.cpu())
-        self.squares[1].index_add_(0, edit.rows, wanted.cpu())
-        self.fired.index_add_(0, edit.rows, torch.ones(len(edit.rows), dtype=torch.int64))
+        self.seen.append((edit.rows, moved, wanted))
 
     def of_rows(self) -> tuple[Tensor, Tensor, Tensor]:
         """`fired`, `site_delta` and `expected` of a Grown, in the order of the rows."""
-        distances = self.squares.sqrt()
-        return self.fired[self.batch.at] - self.spare, distances[0, self.batch.at], distances[1, self.batch.at]
+        squares = torch.zeros(2, len(self.batch.owner), dtype=torch.float64)
+        fired = torch.zeros(len(self.batch.owner), dtype=torch.int64)
+        if self.seen:
+            rows, *both = (
+                torch.cat([part.to(self.batch.owner.device) for part in parts]).cpu()
+                for parts in zip(*self.seen, strict=True)
+            )
+            squares.index_add_(1, rows, torch.stack(both))
+            fired.index_add_(0, rows, torch.ones_like(rows))
+        distances = squares.sqrt()
+        return fired[self.batch.at] - self.spare, distances[0, self.batch.at], distances[1, self.batch.at]
 
 
 def edits_by_module(rows: Sequence[Row], place: Mapping[int, int]) -> dict[tuple[str, int], list[tuple[int, int, int]]]:
@@ -239,7 +273,7 @@ class Edit:
         source: Float[Tensor, "sources positions width"],
     ) -> None:
         self.size = hooks.part_size(model, component)
-        self.rows, self.head, index = torch.tensor(edits).T
+        self.rows, self.head, index = torch.tensor(edits, device=source.device).T
         self.offsets = offsets
         self.values = self.of_source(source, index)
 
@@ -268,16 +302,23 @@ class Edit:
         return view[index].to(self.values.device)
 
 
-def row_limit(model: Model, base: BaseRun, memory: float) -> int:
-    """How many rows of a pass fit into `memory` GB: a pure function of the model's sizes and the prompt's length."""
+def row_bytes(model: Model, tokens: int, suffix: int) -> int:
+    """What a row of a pass takes at most, the logits apart: a pure function of the model's sizes and the prompt's.
+
+    At its fullest an MLP holds its hidden units three times over, and attention the keys and values of all tokens: as
+    cached, joined to the row's own, and repeated for every query head.
+    """
     config = model.model.config.get_text_config()
-    tokens, hidden = base.ids.shape[1], config.hidden_size
-    suffix = tokens - min(base.positions)
-    inner = getattr(config, "intermediate_size", None) or 4 * hidden
-    per_token = 10 * hidden + 4 * inner + 4 * model.n_heads * model.head_size
+    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    per_token = 10 * config.hidden_size + 4 * inner + 4 * model.n_heads * model.head_size
     cached = 4 * (model.n_heads + model.n_kv_heads) * model.head_size * tokens + model.n_heads * suffix * tokens
-    size = torch.finfo(model.dtype).bits // 8
-    return max(1, int(memory * 1e9 / (size * (per_token * suffix + cached))))
+    return torch.finfo(model.dtype).bits // 8 * (per_token * suffix + cached)
+
+
+def row_limit(model: Model, base: BaseRun, memory: float) -> int:
+    """How many rows of a pass fit into `memory` GB, at most MOST_ROWS."""
+    tokens = base.ids.shape[1]
+    return max(1, min(MOST_ROWS, int(memory * 1e9 / row_bytes(model, tokens, tokens - min(base.positions)))))
 
 
 def prove_rows(model: Model, grown: Grown, describe: Any) -> None:
