@@ -41,12 +41,13 @@ class OneByOne:
     """Two forward passes per sender, as they are usually written for a Llama, with what can be cached cached."""
 
     def __init__(self, model: Model, pair: Pair, role: str, receivers: Sequence[Receiver]) -> None:
-        self.model, self.ids = model, torch.tensor([pair.corrupt.ids])
+        self.model, self.ids = model, torch.tensor([pair.corrupt.ids], device=model.device)
         self.positions = list(pair.corrupt.roles[role])
         self.receivers = [(receiver, list(pair.corrupt.roles[receiver.role])) for receiver in receivers]
         everywhere = range(len(pair.clean.ids))
         self.base = base_run(model, self.ids, everywhere, ("head",)).activations
-        self.source = base_run(model, torch.tensor([pair.clean.ids]), self.positions, COMPONENTS).activations
+        source = torch.tensor([pair.clean.ids], device=model.device)
+        self.source = base_run(model, source, self.positions, COMPONENTS).activations
 
     def module(self, receiver: Receiver) -> torch.nn.Module:
         """The module at whose output (MLPs: input) a receiver is."""
@@ -106,7 +107,7 @@ class OneByOne:
                     return activation
 
                 handles.append(self.visit(receiver, put))
-            return self.model.model(self.ids, use_cache=False, logits_to_keep=1).logits[0, -1]
+            return self.model.logits(self.model.body(self.ids, use_cache=False).last_hidden_state[0, -1])
 
     @torch.no_grad()
     def run(self, senders: Sequence[Site]) -> Tensor:

@@ -26,6 +26,8 @@ from lib.tasks import Pair
 
 # Rows of full-vocabulary logits held at once: larger blocks go back to the system and are faulted in anew each time.
 LOGIT_ROWS = 128
+# How torch and CUDA's libraries say that memory has run out, where they do not raise OutOfMemoryError.
+SHORT = ("not enough memory", "out of memory", "ALLOC_FAILED")
 
 Grow = Callable[[Model, BaseRun, Sequence[Row], Activations], Grown]
 # From the pairs, their base runs and their other runs: for each variant, what the sites are replaced by.
@@ -113,7 +115,7 @@ class Job:
         try:
             return [self.one_pass(base, rows, sources)]
         except (torch.OutOfMemoryError, RuntimeError) as error:
-            short = isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)
+            short = isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in SHORT)
             if not short or len(rows) == 1:
                 raise
         line = f"out of memory: {len(rows)} rows of pairs {self.pairs[0].pair_id} ... halved and retried"
@@ -147,10 +149,10 @@ class Job:
         return out
 
     def metrics_of_rows(self, grown: Grown, base_logits: Tensor, owner: np.ndarray, rows: list[Row]) -> dict:
-        """Metrics of the patched rows, a few hundred rows of logits at a time."""
-        parts = []
-        for at in range(0, len(rows), LOGIT_ROWS):
-            chunk = slice(at, at + LOGIT_ROWS)
+        """Metrics of the patched rows, a block of rows of logits at a time."""
+        parts, block = [], logit_rows(self.model)
+        for at in range(0, len(rows), block):
+            chunk = slice(at, at + block)
             logits = self.model.logits(grown.hidden[chunk])
             try:
                 parts.append(self.metrics(logits, base_logits, owner[chunk]))
@@ -234,6 +236,13 @@ class Job:
         columns |= {key: scored[key] for key in ("site_delta", "fired", "arrived") if key in scored}
         columns["site_set"] = np.tile(np.arange(len(self.sets)), count // len(self.sets))
         return pd.DataFrame(columns)
+
+
+def logit_rows(model: Model) -> int:
+    """LOGIT_ROWS for fp32 on a CPU; more where the unembedding is cast to fp32 for each block, or a device keeps its
+    memory."""
+    weight = model.unembed.weight
+    return LOGIT_ROWS if weight.dtype == torch.float32 and weight.device.type == "cpu" else 8 * LOGIT_ROWS
 
 
 def answers_of(pairs: Sequence[Pair], tokens: Sequence[Sequence[int]]) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -94,5 +95,10 @@ def pass_memory(model: Any | None) -> float:
         return round(min(2.0, memory_gb() / 8), 3)
     torch = sys.modules["torch"]
     cards = [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
-    free = sum(cards) - model.model.get_memory_footprint()
-    return round(max(0.5, 0.6 * free / len(cards) / 1e9), 3)
+    return card_memory(cards, model.model.get_memory_footprint())
+
+
+def card_memory(cards: Sequence[float], weights: float) -> float:
+    """GB that one pass may take on cards of so many bytes that hold so many bytes of weights between them: 60% of what
+    is left of each, at least 0.5. The rest is for a layer's dequantised weights, a block of logits, and gaps."""
+    return round(max(0.5, 0.6 * (sum(cards) - weights) / len(cards) / 1e9), 3)

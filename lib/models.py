@@ -99,7 +99,10 @@ class Model:
         if weight.dtype == wide:
             out = hidden @ weight.T
         else:  # a 70B unembedding is 4 GB in fp32: cast it a slice of the vocabulary at a time
-            out = torch.cat([hidden @ part.to(wide).T for part in weight.split(16384)], dim=-1)
+            out = hidden.new_empty(*hidden.shape[:-1], len(weight))
+            for start in range(0, len(weight), 16384):
+                part = weight[start : start + 16384]
+                out[..., start : start + len(part)] = hidden @ part.to(wide).T
         bias = getattr(self.unembed, "bias", None)
         out = out if bias is None else out + bias.to(wide)
         return out if self.softcap is None else self.softcap * torch.tanh(out / self.softcap)
