@@ -60,22 +60,38 @@ class Job:
 
     def run(self, pool: Callable[[], Pool], halved: list[str]) -> pd.DataFrame:
         """Every set of sites x kind x pair, proved and scored. `pool` makes the pool when a kind needs it."""
-        model, pairs = self.model, self.pairs
-        positions = pairs[0].clean.roles[self.role]
-        # one run for both sides: the weights are read once
-        ids = [pair.clean.ids for pair in pairs] + [pair.corrupt.ids for pair in pairs]
-        plain = base_run(model, token_ids(model, ids), positions, sorted({*self.components, *self.needs}))
-        clean, corrupt = plain.part(0, len(pairs)), plain.part(len(pairs), 2 * len(pairs))
-        base, other = (clean, corrupt) if self.direction == "noise" else (corrupt, clean)
+        count = len(self.pairs)
+        plain = base_run(self.model, self.ids, self.positions, self.kept)
+        runs = {"clean": plain.part(0, count), "corrupt": plain.part(count, 2 * count)}
+        base, other = self.sides(runs)
         sources = self.of_variants(base, other) if self.variants else self.sources(other, pool)
-        rows = [
-            Row(sites, owner, kind * len(pairs) + owner)
-            for owner in range(len(pairs))
-            for kind in range(len(self.kinds))
-            for sites in self.sets
-        ]
-        scored = self.scored(base, rows, sources, halved)
-        return self.frame(rows, scored, {"clean": clean, "corrupt": corrupt})
+        rows = self.rows()
+        return self.frame(rows, self.scored(base, rows, sources, halved), runs)
+
+    @property
+    def ids(self) -> Tensor:
+        """Both prompts of each pair, clean ones first: one plain run for both sides, so the weights are read once."""
+        prompts = [pair.clean.ids for pair in self.pairs] + [pair.corrupt.ids for pair in self.pairs]
+        return token_ids(self.model, prompts)
+
+    @property
+    def positions(self) -> tuple[int, ...]:
+        """The tokens of the role."""
+        return self.pairs[0].clean.roles[self.role]
+
+    @property
+    def kept(self) -> list[str]:
+        """Components whose plain activations are kept."""
+        return sorted({*self.components, *self.needs})
+
+    def sides(self, runs: Mapping[str, BaseRun]) -> tuple[BaseRun, BaseRun]:
+        """The run that is edited and the other one of the pairs."""
+        return (runs["clean"], runs["corrupt"]) if self.direction == "noise" else (runs["corrupt"], runs["clean"])
+
+    def rows(self) -> list[Row]:
+        """Every pair x kind x set of sites, in this order."""
+        owners, kinds = range(len(self.pairs)), range(len(self.kinds))
+        return [Row(s, owner, kind * len(owners) + owner) for owner in owners for kind in kinds for s in self.sets]
 
     def sources(self, other: BaseRun, pool: Callable[[], Pool]) -> Activations:
         """(kinds x pairs, positions, width) for each component of the sites and layer."""
@@ -89,7 +105,7 @@ class Job:
             else:
                 lent = pool()
                 weights = torch.tensor(np.stack([lent.weights(pair, kind, self.seed) for pair in self.pairs]))
-                parts.append({key: weighted(weights, value) for key, value in lent.activations.items()})
+                parts.append({key: weighted(weights, lent.activations[key]) for key in own})
         return {key: torch.cat([part[key] for part in parts]) for key in own}
 
     def of_variants(self, base: BaseRun, other: BaseRun) -> Activations:
@@ -115,8 +131,7 @@ class Job:
         try:
             return [self.one_pass(base, rows, sources)]
         except (torch.OutOfMemoryError, RuntimeError) as error:
-            short = isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in SHORT)
-            if not short or len(rows) == 1:
+            if not is_short(error) or len(rows) == 1:
                 raise
         line = f"out of memory: {len(rows)} rows of pairs {self.pairs[0].pair_id} ... halved and retried"
         log.warning(line)
@@ -127,8 +142,13 @@ class Job:
         return [part for half in (rows[:middle], rows[middle:]) for part in self.passes(base, half, sources, halved)]
 
     def one_pass(self, base: BaseRun, rows: list[Row], sources: Activations) -> dict[str, np.ndarray]:
-        """Grow, prove and score one pass."""
+        """Grow, prove and score one pass; where candidates have two tokens, one more for each of them."""
         grown = self.grow(self.model, base, rows, sources)
+        runs = (base_run(self.model, ids, base.positions, self.kept) for ids in self.said(base.ids))
+        return self.numbers(base, rows, grown, [self.grow(self.model, run, rows, sources) for run in runs])
+
+    def numbers(self, base: BaseRun, rows: list[Row], grown: Grown, said: Sequence[Grown]) -> dict[str, np.ndarray]:
+        """Prove and score a pass. `said` has the same rows after the first token of each candidate of two."""
         prove_rows(self.model, grown, lambda index: self.describe(rows[index]))
         prove_base_rows(self.model, base, grown, lambda index: f"pair {self.pairs[index].pair_id}")
         owner = np.array([row.owner for row in rows])
@@ -140,8 +160,8 @@ class Job:
         out |= {"site_delta": grown.site_delta.numpy(), "fired": grown.fired.numpy()}
         if grown.arrived is not None:
             out["arrived"] = grown.arrived.numpy()
-        if self.pairs[0].clean_seconds:
-            second = self.second_tokens(base, rows, sources)
+        if said:
+            second = self.second_tokens(rows, said)
             for when, chosen in (("before", owner), ("after", len(self.pairs) + np.arange(len(rows)))):
                 both = out[f"candidate_logits_{when}"] + second[chosen]
                 answers = np.array([self.pairs[index].answer for index in owner])
@@ -169,19 +189,20 @@ class Job:
         tokens = [pair.clean_tokens if self.direction == "noise" else pair.corrupt_tokens for pair in self.pairs]
         return vars(metrics.from_logits(logits, base_logits, torch.tensor(owner), **answers_of(self.pairs, tokens)))
 
-    def second_tokens(self, base: BaseRun, rows: list[Row], sources: Activations) -> np.ndarray:
-        """Logits of each candidate's second token after its first, (pairs + rows, candidates): base rows lead.
+    def said(self, ids: Tensor) -> list[Tensor]:
+        """The base prompts with each candidate's first token appended, as if it had been said; where candidates have
+        two tokens."""
+        if not self.pairs[0].clean_seconds:
+            return []
+        tokens = [pair.clean_tokens if self.direction == "noise" else pair.corrupt_tokens for pair in self.pairs]
+        return [torch.cat([ids, first[:, None]], dim=1) for first in torch.tensor(tokens, device=ids.device).T]
 
-        The prompt is run once per candidate with that candidate's first token appended, as if it had been said.
-        """
+    def second_tokens(self, rows: list[Row], said: Sequence[Grown]) -> np.ndarray:
+        """Logits of each candidate's second token after its first, (pairs + rows, candidates): base rows lead."""
         columns = []
-        for index in range(len(self.pairs[0].candidates)):
-            noise = self.direction == "noise"
-            first = [(p.clean_tokens if noise else p.corrupt_tokens)[index] for p in self.pairs]
-            second = [(p.clean_seconds if noise else p.corrupt_seconds)[index] for p in self.pairs]
-            ids = torch.cat([base.ids, torch.tensor(first, device=base.ids.device)[:, None]], dim=1)
-            said = base_run(self.model, ids, base.positions, sorted({*self.components, *self.needs}))
-            grown = self.grow(self.model, said, rows, sources)
+        for index, grown in enumerate(said):
+            own = (pair.clean_seconds if self.direction == "noise" else pair.corrupt_seconds for pair in self.pairs)
+            second = [tokens[index] for tokens in own]
             wanted = torch.tensor(second + [second[row.owner] for row in rows])
             logits = self.model.logits(torch.cat([grown.base, grown.hidden])).cpu()
             columns.append(logits[torch.arange(len(logits)), wanted].numpy())
@@ -236,6 +257,11 @@ class Job:
         columns |= {key: scored[key] for key in ("site_delta", "fired", "arrived") if key in scored}
         columns["site_set"] = np.tile(np.arange(len(self.sets)), count // len(self.sets))
         return pd.DataFrame(columns)
+
+
+def is_short(error: Exception) -> bool:
+    """Whether an error says that memory has run out."""
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in SHORT)
 
 
 def logit_rows(model: Model) -> int:

@@ -33,8 +33,8 @@ NOTEBOOKS = {step: f"notebooks/{number:02d}_{step}.ipynb" for number, step in en
 
 # Which modules of lib make a step's data, and which only draw its page.
 SWEEPS = (
-    "models", "weights", "hooks", "single_pass", "pools", "jobs", "sweep", "tasks", "data", "quads", "metrics",
-    "records", "units",
+    "models", "weights", "hooks", "single_pass", "pools", "jobs", "layerwise", "sweep", "tasks", "data", "quads",
+    "metrics", "records", "units",
 )  # fmt: skip
 COMPUTE = {
     "baselines": ("ability", "models", "weights", "tasks", "data", "quads", "metrics", "records", "units"),

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -40,6 +40,7 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.f
 # 0.02 in fp16, 0.125 in bf16, 0.14 in 4 bits; a factor of ten or so is left for deeper models).
 NOISE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 0.25, torch.bfloat16: 1.0}
 QUANTISED_NOISE = 2.0
+SHARED_TOKENS = 512  # fewest tokens that running a shared prefix by itself must spare
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,9 +68,10 @@ class Model:
 
     @property
     def device(self) -> torch.device:
-        """Where token ids go: the embedding's device (an offloaded one runs on the first device)."""
-        device = self.model.get_input_embeddings().weight.device
-        return torch.device(self.model.device) if device.type == "meta" else device
+        """Where token ids go: the embedding's device, that on which it runs where its weights are offloaded."""
+        embedding = self.model.get_input_embeddings()
+        device = embedding.weight.device
+        return torch.device(embedding._hf_hook.execution_device) if device.type == "meta" else device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -314,11 +316,26 @@ def next_logits(
         for start in range(0, len(indices), size):
             chunk = indices[start : start + size]
             ids = torch.tensor([list(prompts[index]) for index in chunk], device=model.device)
-            hidden = model.body(input_ids=ids, use_cache=False).last_hidden_state[:, -1]
-            logits = model.logits(hidden).float().cpu().numpy()
+            logits = model.logits(final_states(model, ids)).float().cpu().numpy()
             if out is None:
                 out = np.empty((len(prompts), logits.shape[-1]), dtype=np.float32)
             out[chunk] = logits
     if out is None:
         raise ValueError("no prompts to score")
     return out
+
+
+def final_states(model: Model, ids: Int[Tensor, "prompts tokens"]) -> Float[Tensor, "prompts hidden"]:
+    """Final hidden states at the last token; a long beginning that all prompts share (worked examples) is run once."""
+    from lib import single_pass  # which is built on this module
+
+    shared = ((ids == ids[0]).all(0).tolist()[:-1] + [False]).index(False)
+    if shared * (len(ids) - 1) < SHARED_TOKENS:
+        return model.body(input_ids=ids, use_cache=False).last_hidden_state[:, -1]
+    prefix = single_pass.base_run(model, ids[:1, :shared], (), ())
+    return model.body(
+        input_ids=ids[:, shared:],
+        past_key_values=single_pass.SharedPrefix(prefix.cache, shared, ids.new_zeros(len(ids))),
+        position_ids=torch.arange(shared, ids.shape[1], device=ids.device)[None],
+        use_cache=True,
+    ).last_hidden_state[:, -1]

@@ -103,24 +103,31 @@ def pooled(
     model: Model, kept: dict[tuple, Pool], pairs: Sequence[Pair], like: Pair, role: str, sets: Sequence[Sequence[Site]]
 ) -> Pool:
     """The pool of the group that `like` is in, from the prompts of `pairs`; only the last one is kept."""
-    components = tuple(sorted({site.component for sites in sets for site in sites}))
-    key = (group_of(like), role, components)
+    key = pool_key(like, role, sets)
     if key not in kept:
         kept.clear()
-        prompts: dict[tuple[int, ...], tuple[str, str]] = {}
-        for pair in pairs:
-            if group_of(pair) == group_of(like):
-                prompts.setdefault(pair.clean.ids, (pair.candidates[pair.answer], pair.quad_id))
-                prompts.setdefault(pair.corrupt.ids, (pair.candidates[pair.corrupt_answer], pair.quad_id))
-        ids, positions = list(prompts), like.clean.roles[role]
-        parts = [
-            base_run(model, token_ids(model, ids[at : at + 16]), positions, components).activations
-            for at in range(0, len(ids), 16)
-        ]
-        activations = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
-        supersets, quads = (np.array(column) for column in zip(*prompts.values(), strict=True))
-        kept[key] = Pool(activations, supersets, quads)
+        pool, batches = unfilled(model, pairs, like)
+        parts = [base_run(model, ids, like.clean.roles[role], key[-1]).activations for ids in batches]
+        pool.activations.update({key: torch.cat([part[key] for part in parts]) for key in parts[0]})
+        kept[key] = pool
     return kept[key]
+
+
+def pool_key(like: Pair, role: str, sets: Sequence[Sequence[Site]]) -> tuple:
+    """What tells the pools of a sweep apart: the group, the role and, last, the components."""
+    return group_of(like), role, tuple(sorted({site.component for sites in sets for site in sites}))
+
+
+def unfilled(model: Model, pairs: Sequence[Pair], like: Pair) -> tuple[Pool, list[Tensor]]:
+    """The pool of the group that `like` is in without its activations, and the batches of prompts that give them."""
+    prompts: dict[tuple[int, ...], tuple[str, str]] = {}
+    for pair in pairs:
+        if group_of(pair) == group_of(like):
+            prompts.setdefault(pair.clean.ids, (pair.candidates[pair.answer], pair.quad_id))
+            prompts.setdefault(pair.corrupt.ids, (pair.candidates[pair.corrupt_answer], pair.quad_id))
+    supersets, quads = (np.array(column) for column in zip(*prompts.values(), strict=True))
+    ids = list(prompts)
+    return Pool({}, supersets, quads), [token_ids(model, ids[at : at + 16]) for at in range(0, len(ids), 16)]
 
 
 def weighted(weights: Tensor, values: Tensor) -> Tensor:

@@ -21,12 +21,13 @@ Ten lines sweep any model on any two prompts, without a profile::
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from lib import hooks
+from lib import hooks, layerwise
 from lib.hooks import Site
 from lib.jobs import Grow, Job, Variants
 from lib.models import Model
@@ -87,7 +88,9 @@ def run(
                `frame.attrs["log"]`.
     pools      a dict kept by the caller between calls, so that the pool of one group is run once.
 
-    `frame.attrs["facts"]` has the candidates and labels, in the order of the columns that list their logits.
+    `frame.attrs["facts"]` has the candidates and labels, in the order of the columns that list their logits. Where
+    weights are offloaded, all passes go through the model in lock step (`lib.layerwise`), so that each layer is read
+    once, and `frame.attrs["loads"]` says how often each was.
 
     Raises ValueError for unknown words and sites, SweepError when a row does not prove itself.
     """
@@ -138,13 +141,14 @@ def run_sets(
     memory: float,
     profile: str,
     pools: dict | None,
-    grower: Callable[[Mapping[str, tuple[int, ...]]], Grow] = lambda roles: grow,
+    grower: Callable[[Mapping[str, tuple[int, ...]]], Grow] | None = None,
     needs: Sequence[str] = (),
     variants: Variants | None = None,
 ) -> pd.DataFrame:
     """`run` for sets of sites. `grower` makes, from the roles' tokens, the pass that replaces a row's sites, and
     `needs` names the components whose plain activations it uses beside those of the sites. With `variants`,
-    `ablations` are their names (see `run_variants`)."""
+    `ablations` are their names (see `run_variants`). Passes of a `grower` do not go in lock step: of an offloaded
+    model they read every layer anew."""
     check_words(direction, role, () if variants else ablations, pairs)
     if not ablations and direction == "noise":
         raise ValueError(f"no ablations to run; give some of {', '.join(ABLATIONS)}")
@@ -153,17 +157,22 @@ def run_sets(
     for site in {site for sites in sets for site in sites}:
         hooks.check_site(model, site)
     kinds = ("clean",) if direction == "denoise" and not variants else tuple(ablations)
-    kept, halved, frames = {} if pools is None else pools, [], []
+    kept, halved, loads, jobs = {} if pools is None else pools, [], {}, []
     for group in grouped(pairs):
         for packed in packs(group, len(sets) * len(kinds), role):
-            own_grow = grower(packed[0].clean.roles)
+            own_grow = grower(packed[0].clean.roles) if grower else grow
             how = (direction, role, sets, kinds, seed, memory, profile, own_grow, tuple(needs), variants)
-            job = Job(model, packed, *how)
-            frames.append(job.run(lambda own=group: pooled(model, kept, pool or pairs, own[0], role, sets), halved))
+            jobs.append(Job(model, packed, *how))
+    if grower is None and layerwise.offloaded(model):
+        frames, loads = layerwise.run(jobs, kept, pool or pairs, halved)
+    else:
+        lend = lambda job: pooled(model, kept, pool or pairs, job.pairs[0], role, sets)  # noqa: E731
+        frames = [job.run(partial(lend, job), halved) for job in jobs]
     order = {pair.pair_id: index for index, pair in enumerate(pairs)}
     out = pd.concat(frames, ignore_index=True)
     out = out.iloc[np.argsort(out["pair_id"].map(order).to_numpy(), kind="stable")].reset_index(drop=True)
-    out.attrs = {"log": halved, "facts": {"candidates": list(pairs[0].candidates), "labels": list(pairs[0].labels)}}
+    facts = {"candidates": list(pairs[0].candidates), "labels": list(pairs[0].labels)}
+    out.attrs = {"log": halved, "facts": facts} | ({"loads": loads} if loads else {})
     return out
 
 

@@ -8,7 +8,9 @@ import json
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
+import transformers
 
 from lib import models
 
@@ -64,6 +66,17 @@ def tiny(config_file):
         return made[name, dtype]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory, config_file):
+    """A local folder with a small Llama (fp32) and a tokenizer of 101 words."""
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    models.load(f"config:{config_file('llama')}", device="cpu").model.save_pretrained(folder)
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(101)}, unk_token="w0"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

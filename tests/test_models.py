@@ -9,7 +9,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import tokenizers
 import torch
 import transformers
 from accelerate.utils import OffloadedWeightsLoader
@@ -28,17 +27,6 @@ def write_config(folder, **config):
     path = folder / "config.json"
     path.write_text(json.dumps(config))
     return f"config:{path}"
-
-
-@pytest.fixture(scope="session")
-def tiny_folder(tmp_path_factory, config_file):
-    """A local folder with a small Llama (fp32) and a tokenizer of 101 words."""
-    folder = tmp_path_factory.mktemp("tiny-llama")
-    models.load(f"config:{config_file('llama')}", device="cpu").model.save_pretrained(folder)
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(101)}, unk_token="w0"))
-    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture
@@ -331,6 +319,20 @@ def test_next_logits_equal_plain_runs_in_the_order_given(smollm, batch_tokens):
     assert got.dtype == np.float32 and np.abs(got - plain).max() < 1e-4
     # the prompts differ by more than that, so an order mixed up would show
     assert min(np.abs(plain[i] - plain[j]).max() for i in range(6) for j in range(i)) > 0.1
+
+
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_a_beginning_that_prompts_share_is_run_once(tiny, name, monkeypatch):
+    model, draw = tiny(name), np.random.default_rng(0)
+    start = draw.integers(1, 101, 20).tolist()
+    prompts = [start + draw.integers(1, 101, length).tolist() for length in (5, 5, 5, 5, 3, 3)]
+    monkeypatch.setattr(models, "SHARED_TOKENS", 50)  # the two short ones share 20 tokens: not worth it
+    seen = []
+    with hooks.removing([hooks.on_activation(model, 1, "mlp", lambda value: seen.append(tuple(value.shape[:2])))]):
+        got = models.next_logits(model, prompts)
+    assert seen == [(2, 23), (1, 20), (4, 5)]
+    plain = torch.stack([model.model(torch.tensor([ids])).logits[0, -1] for ids in prompts]).numpy()
+    assert np.abs(got - plain).max() < 1e-5 and min(np.ptp(plain, 0).max(), plain.std()) > 0.1
 
 
 def test_next_logits_of_no_prompts_is_an_error(tiny):
