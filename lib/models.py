@@ -41,7 +41,6 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.f
 NOISE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 0.25, torch.bfloat16: 1.0}
 QUANTISED_NOISE = 2.0
 SHARED_TOKENS = 512  # fewest tokens that running a shared prefix by itself must spare
-SHARED_TOKENS = 512  # fewest tokens that running a shared prefix by itself must spare
 
 
 @dataclass(frozen=True, eq=False)
@@ -324,22 +323,6 @@ def next_logits(
     if out is None:
         raise ValueError("no prompts to score")
     return out
-
-
-def final_states(model: Model, ids: Int[Tensor, "prompts tokens"]) -> Float[Tensor, "prompts hidden"]:
-    """Final hidden states at the last token; a long beginning that all prompts share (worked examples) is run once."""
-    from lib import single_pass  # which is built on this module
-
-    shared = ((ids == ids[0]).all(0).tolist()[:-1] + [False]).index(False)
-    if shared * (len(ids) - 1) < SHARED_TOKENS:
-        return model.body(input_ids=ids, use_cache=False).last_hidden_state[:, -1]
-    prefix = single_pass.base_run(model, ids[:1, :shared], (), ())
-    return model.body(
-        input_ids=ids[:, shared:],
-        past_key_values=single_pass.SharedPrefix(prefix.cache, shared, ids.new_zeros(len(ids))),
-        position_ids=torch.arange(shared, ids.shape[1], device=ids.device)[None],
-        use_cache=True,
-    ).last_hidden_state[:, -1]
 
 
 def final_states(model: Model, ids: Int[Tensor, "prompts tokens"]) -> Float[Tensor, "prompts hidden"]:

@@ -335,20 +335,6 @@ def test_a_beginning_that_prompts_share_is_run_once(tiny, name, monkeypatch):
     assert np.abs(got - plain).max() < 1e-5 and min(np.ptp(plain, 0).max(), plain.std()) > 0.1
 
 
-@pytest.mark.parametrize("name", list(CONFIGS))
-def test_a_beginning_that_prompts_share_is_run_once(tiny, name, monkeypatch):
-    model, draw = tiny(name), np.random.default_rng(0)
-    start = draw.integers(1, 101, 20).tolist()
-    prompts = [start + draw.integers(1, 101, length).tolist() for length in (5, 5, 5, 5, 3, 3)]
-    monkeypatch.setattr(models, "SHARED_TOKENS", 50)  # the two short ones share 20 tokens: not worth it
-    seen = []
-    with hooks.removing([hooks.on_activation(model, 1, "mlp", lambda value: seen.append(tuple(value.shape[:2])))]):
-        got = models.next_logits(model, prompts)
-    assert seen == [(2, 23), (1, 20), (4, 5)]
-    plain = torch.stack([model.model(torch.tensor([ids])).logits[0, -1] for ids in prompts]).numpy()
-    assert np.abs(got - plain).max() < 1e-5 and min(np.ptp(plain, 0).max(), plain.std()) > 0.1
-
-
 def test_next_logits_of_no_prompts_is_an_error(tiny):
     with pytest.raises(ValueError, match="no prompts to score"):
         models.next_logits(tiny("llama"), [])
