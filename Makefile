@@ -43,12 +43,12 @@ export JUPYTER_PREFER_ENV_PATH := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help book test bench lint format clean conda-ready FORCE
+.PHONY: help book test bench bench-peers lint format clean conda-ready FORCE
 
 help: ## list the targets
 	@echo "make <target> [PROFILE=$(PROFILE)]"
 	@echo
-	@sed -nE 's/^([a-z]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r target text; do \
+	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r target text; do \
 		printf '  %-22s %s\n' "$$target" "$$text"; done
 	@for step in $(STEPS); do \
 		printf '  %-22s %s\n' "step-$$step" "run the steps up to $$step, as far as they are not up to date"; done
@@ -69,10 +69,14 @@ test: $(READY) ## lint, then all tests; they build the book of the profile "smok
 	$(PY) -m ruff format --check .
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
-bench: $(READY) ## sweeps of heads and of neurons, and path patching, against one-by-one patching: written to bench/
+bench: $(READY) ## sweeps of heads and of neurons, path patching, and how cost grows: written to bench/results/
 	$(PY) -m bench.sweep
 	$(PY) -m bench.neurons
 	$(PY) -m bench.paths
+	$(PY) -m bench.growth
+
+bench-peers: .venv-peers/.stamp ## the same work by TransformerLens, nnsight, pyvene and plain hooks, in an environment of their own
+	.venv-peers/bin/python -m bench.peers
 
 lint: $(READY) ## check the style of code and notebooks
 	$(PY) -m ruff check .
@@ -96,6 +100,13 @@ clean: ## delete the pages and the book of the profile; its results stay, so tha
 	$(PYTHON) -m venv --clear .venv
 	.venv/bin/python -m pip install --quiet -r requirements.lock
 	.venv/bin/python -m pip install --quiet --no-deps -r requirements-no-deps.lock
+	@touch $@
+
+# The peers' tools bring packages that the report does not want.
+.venv-peers/.stamp: bench/peers/requirements.lock requirements-no-deps.lock
+	$(PYTHON) -m venv --clear .venv-peers
+	.venv-peers/bin/python -m pip install --quiet -r bench/peers/requirements.lock
+	.venv-peers/bin/python -m pip install --quiet --no-deps -r requirements-no-deps.lock
 	@touch $@
 
 # The environment of environment.yml has everything but the default model.
@@ -148,7 +159,8 @@ $(foreach n,$(NOTEBOOKS),\
 
 # Folders are listed too: their dates tell that a file was taken away. The library page is made from the sources of lib and report.
 # (`book/.`, because `book` is a target.)
-BOOK_SOURCES := $(shell find book/. -name _build -prune -o -print 2>/dev/null) $(wildcard lib/*.py report/*.py)
+BOOK_SOURCES := $(shell find book/. -name _build -prune -o -print 2>/dev/null) \
+	$(wildcard lib/*.py report/*.py bench/results/*.json)
 
 $(BUILD)/book/.stamp: $(PAGES) $(BOOK_SOURCES) | $(READY)
 	@echo "==> book ($(PROFILE))"

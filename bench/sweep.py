@@ -16,7 +16,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -50,23 +50,23 @@ def matrix_product_rate(repeats: int, size: int = 2048) -> float:
     return 2 * size**3 / median(lambda: a @ b, 4 * repeats)
 
 
-def operations(model: Model, pair: Pair, role: str) -> dict[str, float]:
-    """Operations that a sweep of all heads cannot do without, given that rows share everything before their site.
+def operations(model: Model, tokens: int, suffix: int, joins: Sequence[int], pairs: int = 1) -> dict[str, float]:
+    """Operations that a sweep cannot do without, given that rows share everything before their site.
 
-    Two plain runs, each row's remaining layers and tokens, and full-vocabulary logits of every row's last token.
+    Two plain runs of each pair of prompts of `tokens` tokens; the last `suffix` tokens of each pair's base row and of
+    its patched rows, of which `joins` has the layers, from that layer on; and full-vocabulary logits of every row's
+    last token.
     """
     config = model.model.config
-    tokens = len(pair.clean.ids)
-    suffix = tokens - min(pair.clean.roles[role])
     hidden, inner, size = config.hidden_size, config.intermediate_size, model.head_size
     weights = 2 * hidden * model.n_heads * size + 2 * hidden * model.n_kv_heads * size + 3 * hidden * inner
     layers, heads = model.n_layers, model.n_heads
-    row_layers = sum(1 + heads * (layer + 1) for layer in range(layers))
+    row_layers = layers + sum(layers - layer for layer in joins)
     seen = sum(range(tokens - suffix + 1, tokens + 1))  # keys that the remaining tokens attend to
     return {
-        "plain runs": 2 * layers * (2 * tokens * weights + 4 * heads * size * tokens * (tokens + 1) / 2),
-        "rows": row_layers * (2 * suffix * weights + 4 * heads * size * seen),
-        "logits": 2 * (1 + layers * heads) * hidden * config.vocab_size,
+        "plain runs": pairs * 2 * layers * (2 * tokens * weights + 4 * heads * size * tokens * (tokens + 1) / 2),
+        "rows": pairs * row_layers * (2 * suffix * weights + 4 * heads * size * seen),
+        "logits": pairs * 2 * (1 + len(joins)) * hidden * config.vocab_size,
     }
 
 
@@ -115,13 +115,14 @@ def measure(model: Model, pair: Pair, role: str, rate: float, repeats: int) -> d
     plain = model.logits(base.hidden)
     fast_logits = torch.cat([model.logits(hidden) for hidden in grown.hidden.split(jobs.LOGIT_ROWS)])
     largest = (slow_logits - plain).abs().amax(1).clamp_min(1)
-    counted = operations(model, pair, role)
+    tokens = len(pair.clean.ids)
+    counted = operations(model, tokens, tokens - min(positions), [site.layer for site in sites])
     limit = (counted["rows"] + counted["logits"]) / rate
     whole_limit = sum(counted.values()) / rate
     return {
         "role": role,
-        "tokens": len(pair.clean.ids),
-        "tokens run again": len(pair.clean.ids) - min(positions),
+        "tokens": tokens,
+        "tokens run again": tokens - min(positions),
         "heads": len(sites),
         "one by one, s": round(min(slow), 4),
         "single pass, s": round(fast, 4),
