@@ -98,13 +98,11 @@ class Model:
         weight = materialised(self.unembed)
         wide = torch.promote_types(hidden.dtype, torch.float32)
         hidden = hidden.to(weight.device, wide)
-        if weight.dtype == wide:
-            out = hidden @ weight.T
-        else:  # a 70B unembedding is 4 GB in fp32: cast it a slice of the vocabulary at a time
-            out = hidden.new_empty(*hidden.shape[:-1], len(weight))
-            for start in range(0, len(weight), 16384):
-                part = weight[start : start + 16384]
-                out[..., start : start + len(part)] = hidden @ part.to(wide).T
+        out = hidden.new_empty(*hidden.shape[:-1], len(weight))
+        # a slice of the vocabulary at a time: it stays in a CPU's cache, and a 70B unembedding is 4 GB in fp32
+        size = 1024 if weight.device.type == "cpu" else 16384
+        for start in range(0, len(weight), size):
+            out[..., start : start + size] = hidden @ weight[start : start + size].to(wide).T
         bias = getattr(self.unembed, "bias", None)
         out = out if bias is None else out + bias.to(wide)
         return out if self.softcap is None else self.softcap * torch.tanh(out / self.softcap)
@@ -143,12 +141,15 @@ def load(
 
     `spec` is `package:name/file.gguf`, a folder, a hub id, or `config:file.json` (random weights from `seed`, for
     shape tests; without a tokenizer). `quantisation` is None, "nf4" or "int8" (bitsandbytes). `device_map`,
-    `max_memory` (GB per device) and `offload_folder` are accelerate's. `attention` overrides the attention kernel.
-    `sha256` is checked where the weights are a single local file, and refused elsewhere. Raises ModelError with what
-    was wrong and what to do.
+    `max_memory` (GB per device) and `offload_folder` (for weights on disk that cannot be read where they lie) are
+    accelerate's. `attention` overrides the attention kernel. `sha256` is checked where
+    the weights are a single local file, and refused elsewhere. Raises ModelError with what was wrong and what to do.
     """
     if dtype not in DTYPES:
         raise ModelError(f"dtype {dtype!r} is unknown; allowed are {', '.join(DTYPES)}")
+    if device_map is None and (max_memory or offload_folder):
+        idle = "max_memory" if max_memory else "offload_folder"
+        raise ModelError(f"{idle} is for models on several devices: give device_map: auto with it, or leave it out")
     placed = device_map or pick_device(device)
     transformers.logging.disable_progress_bar()
     where, actual, local = resolve(spec, sha256)
