@@ -1,0 +1,449 @@
+"""Every site of a 70B-shaped model on one GPU: growing passes against one forward pass per site. Nothing is downloaded.
+
+    python -m bench.scale_70b [--shape 70b|quarter|small] [--quantisation nf4|int8|none] [--dtype bfloat16|float32]
+
+1. The model is random, in the shape of Llama-3.3-70B. Weights are made on the device one matrix at a time, quantised by
+   bitsandbytes at once, and never exist together in 16 bits: 40 GB in nf4. Their size is that of a trained model's, so
+   that no activation saturates. Without a CUDA device the shape is a quarter in every width, a fifth in depth.
+2. `sweep.run` replaces every site of every layer for one pair, at `last` and at a name, and `paths.run` sends from all
+   senders into one layer; the same is done one by one for a sample, and estimated for the rest.
+3. Full-vocabulary fp32 logits of the sampled sites are compared. fp32 must agree to 1e-4 x max(1, effect); other
+   formats are set beside the noise floor: how far the logits of a prompt, the base prompt and others, lie from its own
+   in batches of other sizes.
+4. What the device can do is measured in the same run: matrix products of the model's dtype and of fp32, and a copy.
+
+Formats other than the chosen one are compared on the small shape (`others`).
+
+Written to bench/results/scale_70b.json:
+{"shape", "device", "machine", "versions", "commit", "dirty", "threads", "scaled_down", "quantisation", "dtype",
+ "tokens", "parameters", "weights_seconds", "sanity": {"hidden_rms", "logit_std", "top_probability"},
+ "memory_gb": {"weights", "peak", "pass_budget", "row_mb": {role}, "expected_peak": {role}},
+ "plain_forward_s",
+ "limits": {"matrix_product_tflops", "fp32_matrix_product_tflops", "bandwidth_gb_s", "weights_gb", "dequantised_gb"},
+ "sweeps": [{"role", "sites", "tokens_run_again", "seconds", "passes", "one_by_one_per_site_s", "one_by_one_sampled",
+             "one_by_one_s_estimated", "times_faster", "arithmetic_limit_s", "times_arithmetic_limit",
+             "bandwidth_limit_s", "times_bandwidth_limit"}],
+ "paths": {"receivers", "layer", "senders", "seconds", "one_by_one_per_site_s", "one_by_one_sampled",
+           "one_by_one_s_estimated", "times_faster", "largest_difference", "largest_effect"},
+ "exactness": {"sites", "largest_difference", "largest_difference_over_effect", "largest_effect", "noise_floor"},
+ "others": [{"shape", "quantisation", "dtype", "exactness"}]}
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import math
+import os
+import resource
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import numpy as np
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from bench.paths import OneByOne
+from bench.sweep import operations
+from lib import hooks, jobs, machine, models, paths, single_pass, sweep
+from lib.hooks import Site
+from lib.models import Model
+from lib.single_pass import BaseRun, Grown, Row
+from lib.tasks import Pair, Prompt
+
+RESULT = Path(__file__).parent / "results" / "scale_70b.json"
+SHAPES = {  # layers, heads, key-value heads, head size, hidden, MLP, vocabulary
+    "70b": (80, 64, 8, 128, 8192, 28672, 128256),
+    "quarter": (16, 16, 2, 128, 2048, 7168, 32064),
+    "small": (6, 4, 1, 128, 512, 1792, 8016),
+}
+KEYS = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size",
+        "intermediate_size", "vocab_size")  # fmt: skip
+FORMATS = (("none", "float32"), ("none", "bfloat16"), ("int8", "bfloat16"), ("nf4", "bfloat16"))
+ROLES = {"name_a": (5, 6), "name_b": (8, 9), "names": (5, 6, 8, 9), "last": (17,), "all": tuple(range(18))}
+RECEIVING = 37 / 80  # the paper's layer, as a share of the depth
+SAMPLE = 6  # sites of each component that are run one by one
+BATCHES = (2, 7, 24)  # prompts run together, for the noise floor
+
+
+# --- the model -------------------------------------------------------------------------------------------------------
+
+
+def build(shape: str, quantisation: str, dtype: torch.dtype, device: str, seed: int = 0) -> Model:
+    """A random Llama of that shape: rms 1 in every projection's output, logits with a standard deviation of 2."""
+    config = LlamaConfig(**dict(zip(KEYS, SHAPES[shape], strict=True)), tie_word_embeddings=False)
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    draw = torch.Generator(device).manual_seed(seed)
+
+    def normal(size: Sequence[int], scale: float) -> Tensor:
+        return torch.randn(size, generator=draw, device=device, dtype=dtype).mul_(scale)
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and module is not model.lm_head:
+            weight = normal(module.weight.shape, module.in_features**-0.5)
+            model.set_submodule(name, packed(weight, quantisation, dtype))
+        elif isinstance(module, nn.Linear | nn.Embedding):
+            module.weight = nn.Parameter(normal(module.weight.shape, 2 * config.hidden_size**-0.5))
+        elif "weight" in module._parameters:  # a norm
+            module.weight = nn.Parameter(torch.ones(config.hidden_size, device=device, dtype=dtype))
+    model.model.rotary_emb.to(device)
+    kind = None if quantisation == "none" else quantisation
+    found = models.find_handles(model.eval().requires_grad_(False), None, f"random {shape}", None, kind)
+    models.prove(found)
+    return found
+
+
+def packed(weight: Tensor, quantisation: str, dtype: torch.dtype) -> nn.Module:
+    """A linear layer of that weight, in nf4 or int8 as `models.load` asks for them."""
+    width, how = weight.shape[::-1], {"bias": False, "device": "meta"}
+    if quantisation == "none":
+        layer = nn.Linear(*width, **how)
+        layer.weight = nn.Parameter(weight)
+        return layer
+    import bitsandbytes as bnb
+
+    if quantisation == "nf4":
+        kind = {"quant_type": "nf4", "compress_statistics": True}
+        layer = bnb.nn.Linear4bit(*width, compute_dtype=dtype, **kind, **how)
+        layer.weight = bnb.nn.Params4bit(weight, requires_grad=False, module=layer, **kind).to(weight.device)
+        return layer
+    layer = bnb.nn.Linear8bitLt(*width, has_fp16_weights=False, threshold=6.0, **how)
+    eight, scale, _ = bnb.functional.int8_vectorwise_quant(weight.half())
+    layer.weight = bnb.nn.Int8Params(eight, requires_grad=False, CB=eight, SCB=scale)
+    return layer
+
+
+def made_up_pair(vocab: int, seed: int = 0) -> Pair:
+    """Two prompts of random tokens that differ in two names of two tokens, as long as the paper's."""
+    draw = np.random.default_rng(seed)
+    clean = draw.integers(10, vocab, 18)
+    corrupt = clean.copy()
+    corrupt[list(ROLES["names"])] = draw.integers(10, vocab, 4)
+    prompts = [Prompt("", tuple(map(int, ids)), ROLES | {"swapped": ROLES["names"]}) for ids in (clean, corrupt)]
+    words, tokens = tuple("vwxyz"), tuple(map(int, draw.choice(vocab, 5, replace=False)))
+    kind = ("bench", "bench", "discovery", "superset", "random")
+    return Pair(*kind, *prompts, words, 0, 1, tokens, tokens, (), (), (), ())
+
+
+# --- clocks ----------------------------------------------------------------------------------------------------------
+
+
+def waited(device: str) -> None:
+    """Wait for the device to finish."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds(run: Callable[[], Any], device: str, repeats: int = 1, spare: int = 0) -> float:
+    """Median seconds of a run, after `spare` that are not counted."""
+    times = []
+    for _ in range(spare + repeats):
+        waited(device)
+        start = time.perf_counter()
+        run()
+        waited(device)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[spare:])
+
+
+def product_rate(dtype: torch.dtype, device: str) -> float:
+    """Floating-point operations per second of a plain matrix product."""
+    size = 8192 if device == "cuda" else 2048
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    return 2 * size**3 / seconds(lambda: a @ b, device, 10, 3)
+
+
+def bandwidth(device: str) -> float:
+    """Bytes per second of a large copy, read and write."""
+    source = torch.ones(2**30 if device == "cuda" else 2**27, device=device)
+    target = torch.empty_like(source)
+    return 2 * 4 * source.numel() / seconds(lambda: target.copy_(source), device, 5, 2)
+
+
+def peak_gb(device: str) -> float:
+    """The most memory that was in use so far: allocated on the device, or resident."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+# --- both ways -------------------------------------------------------------------------------------------------------
+
+
+class Ways:
+    """A pair's sweeps, in growing passes and one by one, denoise."""
+
+    def __init__(self, model: Model, pair: Pair, device: str) -> None:
+        self.model, self.pair, self.device, self.memory = model, pair, device, machine.pass_memory(model)
+        self.clean, self.corrupt = (
+            torch.tensor([prompt.ids], device=model.device) for prompt in (pair.clean, pair.corrupt)
+        )
+        self.sites = hooks.all_sites(model)
+        self.grown: list[tuple[list[Row], BaseRun, Grown]] = []  # the passes of the last sweep
+
+    def sweep(self, role: str) -> None:
+        """Every site through `sweep.run`'s own way, the passes kept."""
+        self.grown = []
+
+        def kept(model: Model, base: BaseRun, rows: list[Row], sources: single_pass.Activations) -> Grown:
+            out = single_pass.grow(model, base, rows, sources)
+            self.grown.append((rows, base, out))
+            return out
+
+        frame = sweep.run_sets(
+            self.model, [self.pair], [(site,) for site in self.sites], direction="denoise", role=role, ablations=(),
+            pool=None, seed=0, memory=self.memory, profile="", pools=None, grower=lambda roles: kept,
+        )  # fmt: skip
+        assert len(frame) == len(self.sites) and not frame.attrs["log"], frame.attrs["log"]
+
+    def sample(self, seed: int = 0) -> list[Site]:
+        """A few sites of each component."""
+        draw = np.random.default_rng(seed)
+        out = []
+        for component in hooks.COMPONENTS:
+            own = [site for site in self.sites if site.component == component]
+            out += [own[i] for i in sorted(draw.choice(len(own), min(SAMPLE, len(own)), replace=False))]
+        return out
+
+    @torch.no_grad()
+    def one_by_one(self, sites: Sequence[Site], role: str) -> tuple[float, Tensor]:
+        """Median seconds of a full forward pass with one site replaced, and fp32 logits, (sites, vocab)."""
+        positions = self.pair.clean.roles[role]
+        with hooks.capture(self.model, sites, positions) as values:
+            self.model.body(input_ids=self.clean, use_cache=False)
+        times, hidden = [], []
+        for site in sites:
+            with hooks.patch(self.model, {site: values[site]}, positions):
+                times.append(seconds(lambda: hidden.append(self.plain(self.corrupt)), self.device))
+        return statistics.median(times), self.model.logits(torch.cat(hidden))
+
+    def plain(self, ids: Tensor) -> Tensor:
+        """A plain forward pass: final hidden states at the last token, whose logits are computed too."""
+        hidden = self.model.body(input_ids=ids, use_cache=False).last_hidden_state[:, -1]
+        self.model.unembed(hidden)
+        return hidden
+
+    @torch.no_grad()
+    def exactness(self, sites: Sequence[Site], wanted: Tensor) -> dict[str, float]:
+        """The sampled rows of the last sweep against the same runs one by one, and the noise floor."""
+        places = {row.sites[0]: (grown, at) for rows, _, grown in self.grown for at, row in enumerate(rows)}
+        got = self.model.logits(torch.stack([places[site][0].hidden[places[site][1]] for site in sites]))
+        base = self.model.logits(self.plain(self.corrupt))
+        effect, off = (wanted - base).abs().amax(1), (got - wanted).abs().amax(1)
+        return {
+            "sites": len(sites),
+            "largest_difference": float(off.max()),
+            "largest_difference_over_effect": float((off / effect.clamp_min(1)).max()),
+            "largest_effect": float(effect.max()),
+            "noise_floor": self.noise_floor,
+        }
+
+    @functools.cached_property
+    def noise_floor(self) -> float:
+        """The largest difference of a logit between a prompt alone and in batches of other sizes, with and without a
+        cached prefix: of the base prompt, repeated, and of as many random prompts as sites are sampled."""
+        draw = torch.Generator().manual_seed(1)
+        ids = torch.randint(10, self.model.unembed.out_features, (max(BATCHES), self.corrupt.shape[1]), generator=draw)
+        ids = torch.cat([self.corrupt.expand(max(BATCHES), -1), ids.to(self.corrupt)])
+        base, *alone = (self.plain(one[None]) for one in ids[max(BATCHES) - 1 :])
+        wanted = self.model.logits(torch.cat([base.expand(max(BATCHES), -1), *alone]))
+        together = [torch.cat([self.plain(part) for part in ids.split(size)]) for size in BATCHES]
+        for role in ("last", "name_a"):
+            cached = single_pass.base_run(self.model, ids, ROLES[role], ())
+            together.append(single_pass.grow(self.model, cached, [], {}).base)
+        return max(float((self.model.logits(hidden) - wanted).abs().max()) for hidden in together)
+
+    def paths(self) -> dict[str, Any]:
+        """All senders at `last` into one layer's queries and MLP, both ways."""
+        model, layer = self.model, round(RECEIVING * self.model.n_layers)
+        into = [Site(layer, "attn"), Site(layer, "mlp")]
+        receivers = paths.receivers_of(model, into, {"q": "last", "mlp": "last"})
+        senders = [site for (site,) in paths.senders_before(model, receivers)]
+        how = {"receivers": receivers, "direction": "denoise", "memory": self.memory}
+        frames = []
+        took = seconds(lambda: frames.append(paths.run(model, [self.pair], **how)), self.device, spare=1)
+        sampled = [senders[i] for i in np.linspace(0, len(senders) - 1, SAMPLE).astype(int)]
+        one_by_one, tokens = OneByOne(model, self.pair, "last", receivers), list(self.pair.corrupt_tokens)
+        wanted: list[Tensor] = []
+        with torch.no_grad():
+            times = [
+                seconds(lambda site=site: wanted.append(one_by_one.logits(site)[tokens].cpu()), self.device)
+                for site in sampled
+            ]
+        rows = frames[-1].set_index(["layer", "sender", "head"]).loc[[tuple(site) for site in sampled]]
+        got = torch.tensor(np.stack(rows["logits_after"]))
+        before = torch.tensor(np.stack(rows["logits_before"]))
+        each = statistics.median(times)
+        return {
+            "receivers": f"{model.n_heads} queries and the MLP of layer {layer}, at last",
+            "layer": layer,
+            "senders": len(senders),
+            "seconds": round(took, 3),
+            "one_by_one_per_site_s": round(each, 4),
+            "one_by_one_sampled": len(sampled),
+            "one_by_one_s_estimated": round(each * len(senders), 1),
+            "times_faster": round(each * len(senders) / took, 1),
+            "largest_difference": float((got - torch.stack(wanted)).abs().max()),
+            "largest_effect": float((got - before).abs().max()),
+        }
+
+
+# --- what is reported ------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def sanity(ways: Ways) -> dict[str, float]:
+    """Size of the last block's output, spread of the logits, and the top token's probability in a plain run."""
+    last = Site(ways.model.n_layers - 1, "resid")
+    with hooks.capture(ways.model, [last]) as seen:
+        logits = ways.model.logits(ways.plain(ways.corrupt))[0]
+    out = {
+        "hidden_rms": float(seen[last].float().square().mean().sqrt()),
+        "logit_std": float(logits.std()),
+        "top_probability": float(logits.softmax(-1).max()),
+    }
+    if not all(map(math.isfinite, out.values())) or out["top_probability"] > 0.9:
+        raise SystemExit(f"the random model is not sane: {out}")
+    return out
+
+
+def limits(model: Model, dtype: torch.dtype, device: str) -> dict[str, float]:
+    """What the device can do, and the bytes that a pass reads at least."""
+    kept = model.model.get_memory_footprint() - model.model.get_input_embeddings().weight.nbytes
+    linears = sum(math.prod(weight_shape(m)) for m in model.model.modules() if hasattr(m, "in_features"))
+    wide = 0 if model.quantisation != "nf4" else 2 * dtype.itemsize * (linears - model.unembed.weight.numel())
+    return {
+        "matrix_product_tflops": round(product_rate(dtype, device) / 1e12, 3),
+        "fp32_matrix_product_tflops": round(product_rate(torch.float32, device) / 1e12, 3),
+        "bandwidth_gb_s": round(bandwidth(device) / 1e9, 1),
+        "weights_gb": round(kept / 1e9, 3),
+        "dequantised_gb": round(wide / 1e9, 3),  # written and read again beside the weights, once a pass
+    }
+
+
+def weight_shape(linear: nn.Module) -> tuple[int, int]:
+    """Outputs and inputs of a linear layer, packed or not."""
+    return linear.out_features, linear.in_features
+
+
+def compared(ways: Ways, role: str, bounds: dict[str, float], repeats: int) -> tuple[dict, list[Site], Tensor]:
+    """Both ways at one role; the sampled sites and their logits one by one."""
+    model, sampled = ways.model, ways.sample()
+    warm = ways.device == "cuda"
+    took = seconds(lambda: ways.sweep(role), ways.device, repeats if warm or role == "last" else 1, warm)
+    each, logits = ways.one_by_one(sampled, role)
+    tokens = ways.corrupt.shape[1]
+    suffix = tokens - min(ROLES[role])
+    joins = [site.layer + (site.component == "resid") for site in ways.sites]  # nothing of its own layer is needed
+    work = operations(model, tokens, suffix, joins)
+    arithmetic = (work["plain runs"] + work["rows"]) / bounds["matrix_product_tflops"] / 1e12
+    arithmetic += work["logits"] / bounds["fp32_matrix_product_tflops"] / 1e12
+    reading = (1 + len(ways.grown)) * bounds["weights_gb"] / bounds["bandwidth_gb_s"]
+    row = {
+        "role": role,
+        "sites": len(ways.sites),
+        "tokens_run_again": suffix,
+        "seconds": round(took, 3),
+        "passes": len(ways.grown),
+        "one_by_one_per_site_s": round(each, 4),
+        "one_by_one_sampled": len(sampled),
+        "one_by_one_s_estimated": round(each * len(ways.sites), 1),
+        "times_faster": round(each * len(ways.sites) / took, 1),
+        "arithmetic_limit_s": round(arithmetic, 4),
+        "times_arithmetic_limit": round(took / arithmetic, 2),
+        "bandwidth_limit_s": round(reading, 4),
+        "times_bandwidth_limit": round(took / reading, 2),
+    }
+    return row, sampled, logits
+
+
+def expected_peak(ways: Ways, role: str) -> float:
+    """GB: weights, the rows of a pass, one matrix in 16 bits, and a block of logits three times over."""
+    model, tokens = ways.model, ways.corrupt.shape[1]
+    row = single_pass.row_bytes(model, tokens, tokens - min(ROLES[role]))
+    rows = min(len(ways.sites), int(ways.memory * 1e9 / row))
+    config = model.model.config
+    matrix = config.hidden_size * config.intermediate_size * model.dtype.itemsize
+    logits = 3 * 4 * jobs.logit_rows(model) * config.vocab_size
+    return (model.model.get_memory_footprint() + rows * row + matrix + logits) / 1e9
+
+
+def small_exactness(quantisation: str, dtype: str, device: str) -> dict[str, Any]:
+    """Another format on the small shape: exactness of the sweep at `last` and at a name."""
+    model = build("small", quantisation, models.DTYPES[dtype], device)
+    ways = Ways(model, made_up_pair(SHAPES["small"][-1]), device)
+    out = []
+    for role in ("last", "name_a"):
+        ways.sweep(role)
+        sites = ways.sample()
+        out.append(ways.exactness(sites, ways.one_by_one(sites, role)[1]))
+    worst = {key: max(one[key] for one in out) for key in out[0]} | {"sites": sum(one["sites"] for one in out)}
+    return {"shape": "small", "quantisation": quantisation, "dtype": dtype, "exactness": worst}
+
+
+def main() -> None:
+    """Measure, print and write the result."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=("auto", *SHAPES), default="auto")
+    parser.add_argument("--quantisation", choices=("nf4", "int8", "none"), default="nf4")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--repeats", type=int, default=3)
+    asked = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    shape = asked.shape if asked.shape != "auto" else "70b" if device == "cuda" else "quarter"
+    dtype = models.DTYPES[asked.dtype]
+    start = time.perf_counter()
+    model = build(shape, asked.quantisation, dtype, device)
+    result: dict[str, Any] = {
+        "shape": dict(zip(KEYS, SHAPES[shape], strict=True)),
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "machine": machine.facts(),
+        "versions": machine.versions(),
+        **machine.commit(),
+        "threads": torch.get_num_threads(),
+        "scaled_down": shape != "70b",
+        "quantisation": asked.quantisation,
+        "dtype": asked.dtype,
+        "weights_seconds": round(time.perf_counter() - start, 1),
+    }
+    ways = Ways(model, made_up_pair(SHAPES[shape][-1]), device)
+    roles, tokens = ("last", "name_a"), ways.corrupt.shape[1]
+    result |= {"tokens": tokens, "sanity": sanity(ways)}
+    memory = {
+        "weights": round(model.model.get_memory_footprint() / 1e9, 3),
+        "pass_budget": ways.memory,
+        "row_mb": {r: round(single_pass.row_bytes(model, tokens, tokens - min(ROLES[r])) / 1e6, 3) for r in roles},
+        "expected_peak": {role: round(expected_peak(ways, role), 2) for role in roles},
+    }
+    print(json.dumps(result | {"memory_gb": memory}, indent=1), flush=True)
+    result["limits"] = bounds = limits(model, dtype, device)
+    with torch.no_grad():
+        result["plain_forward_s"] = round(seconds(lambda: ways.plain(ways.corrupt), device, asked.repeats, 1), 4)
+    sweeps, exact = [], []
+    for role in roles:
+        row, sites, logits = compared(ways, role, bounds, asked.repeats)
+        sweeps.append(row)
+        exact.append(ways.exactness(sites, logits))
+        print(json.dumps([row, exact[-1]], indent=1), flush=True)
+    result |= {"sweeps": sweeps, "paths": ways.paths()}
+    result["exactness"] = {key: max(one[key] for one in exact) for key in exact[0]}
+    result["exactness"]["sites"] = sum(one["sites"] for one in exact)
+    result["memory_gb"] = memory | {"peak": round(peak_gb(device), 2)}
+    ways = model = None  # make room
+    result["others"] = [small_exactness(*each, device) for each in FORMATS if each != (asked.quantisation, asked.dtype)]
+    print(json.dumps({key: result[key] for key in ("paths", "memory_gb", "exactness", "others")}, indent=1))
+    RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(RESULT.relative_to(Path.cwd()) if RESULT.is_relative_to(Path.cwd()) else RESULT.name)
+
+
+if __name__ == "__main__":
+    main()
