@@ -19,9 +19,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import DynamicCache
 
@@ -91,8 +92,10 @@ class SharedPrefix(DynamicCache):
         if self.n == 0:
             return new
         prefix = prefix[:, :, : self.n].to(new.device)
-        old = prefix.expand(len(new), -1, -1, -1) if len(prefix) == 1 else prefix[owner]
-        return torch.cat([old, new], dim=2)
+        # gathered once, with room for the rows' own
+        whole = nn.functional.pad(prefix, (0, 0, 0, new.shape[2])).index_select(0, owner)
+        whole[:, :, self.n :] = new
+        return whole
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.n
@@ -180,7 +183,8 @@ class Batch:
         self.place = {index: self.prompts + rank for rank, index in enumerate(order)}
         self.at = torch.tensor([self.place[index] for index in range(len(first))], dtype=torch.long)
         self.owner = torch.tensor([*range(self.prompts), *(owners[index] for index in order)], device=base.ids.device)
-        self.size = [self.prompts + sum(1 for layer in first if layer <= l) for l in range(model.n_layers)]  # noqa: E741
+        joined = np.searchsorted(np.sort(first), range(model.n_layers), side="right")
+        self.size = [self.prompts + int(count) for count in joined]  # rows of the batch in each layer
 
     def joining(self, model: Model, layer: int) -> RemovableHandle:
         """The hook of a block that appends the rows joining there."""
