@@ -10,7 +10,8 @@ layers would read P x L layers. Here every pass waits at every layer:
 3. The final norm gives the final hidden states.
 
 The blocks see what they would see otherwise, so the numbers are the same to the bit. A waiting pass costs its hidden
-states, rows x tokens x hidden; beside an accelerator they wait in the machine's memory.
+states, rows x tokens x hidden; beside an accelerator they wait in the machine's memory. (A 70B model in bf16, eight
+pairs, all 5,360 sites at `last`: 0.7 GB; twelve tokens from the end: 8.4 GB.)
 
 `run` takes all jobs of a sweep (`lib.jobs`) through like this. At each layer the pools' plain runs go first, then the
 jobs' plain runs, which make the layer's sources, then the growing passes, which use them; then the layer is forgotten.
@@ -185,6 +186,8 @@ def run(
         line = f"out of memory: {len(jobs)} jobs in lock step done again with {memory / 2:g} GB for a pass"
         log.warning(line)
         halved.append(line)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
         return run([replace(job, memory=memory / 2) for job in jobs], kept, lenders, halved)
     layers = [loads.get(f"layer {layer}", 0) for layer in offloaded(model)]
     log.info("%d layers offloaded, %d layer loads for %d jobs", len(layers), sum(layers), len(jobs))

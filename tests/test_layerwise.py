@@ -92,6 +92,21 @@ def test_variants_may_use_any_layer_so_their_sweep_reads_each_twice(both):
     assert [frames[1].attrs["loads"][f"layer {layer}"] for layer in range(3)] == [2, 2, 2]
 
 
+def test_loads_are_counted_and_logged(both, caplog):
+    model, ids = both[1], torch.tensor([PAIRS[0].clean.ids])
+    with layerwise.counted(model) as loads:
+        plain = [model.model(ids).logits for _ in range(2)]
+        with layerwise.loaded(model.blocks[1], model.unembed):
+            held = model.model(ids).logits
+    assert torch.equal(plain[0], held) and torch.equal(plain[0], both[0].model(ids).logits)
+    assert loads == {f"layer {layer}": 3 for layer in range(3)} | dict.fromkeys(
+        ("model.embed_tokens", "lm_head"), 3
+    ) | {"model.norm": 3}
+    with caplog.at_level("INFO", "lib.layerwise"):
+        sweep.run(model, PAIRS, components=["mlp"])
+    assert "3 layers offloaded, 3 layer loads for 2 jobs" in caplog.text
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_lock_step_changes_no_bit_on_any_architecture(tiny, monkeypatch, name):
     model, options = tiny(name, "float32"), {"role": "names", "ablations": ["counterfactual", "mean"]}
