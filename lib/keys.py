@@ -48,7 +48,8 @@ COMPUTE = {
     "neurons": (*SWEEPS, "readout", "directions", "neurons", "features", "feature_patches"),
     "story": (*SWEEPS, "paths", "circuits", "attribution"),
 }
-# All of `report` but the book itself draws pages, too.
+# All of `report` but the book itself and its page on cost draws pages, too.
+NOT_DRAWING = ("book.py", "scale_report.py", "speed_report.py")
 DRAWING = ("stats", "effects", "findings", "rule", "class_tests", "steps", "tokens")
 
 # Shared keys that reach a step's data. `memory` does: what shares a pass changes the last bits.
@@ -265,7 +266,7 @@ def drawing() -> list[Path]:
     """The modules and styles that pages are drawn with."""
     report = (path for path in (parameters.ROOT / "report").iterdir() if path.suffix in (".py", ".mplstyle"))
     own = [parameters.ROOT / "lib" / f"{name}.py" for name in DRAWING]
-    return own + sorted(path for path in report if path.name != "book.py")
+    return own + sorted(path for path in report if path.name not in NOT_DRAWING)
 
 
 def page_key(step: str, params: Shared, data: str) -> str:

@@ -5,7 +5,8 @@
 2. Copy the sources of `book/` and the executed notebooks, each checked for having run to its end. The pages of a
    profile that is a quicker form of another begin with what they leave out.
 3. Fill the generated pages: the landing page from the findings, the reproducibility page from the run records, the
-   library page from the sources of `lib`. Their prose stands in `book/*.md`, with `$names` where generated text goes.
+   page on cost from the results of `bench/`, the library page from the sources of `lib`. Their prose stands in
+   `book/*.md`, with `$names` where generated text goes.
 4. Build the HTML with Jupyter Book, warnings as errors, write `.stamp` and print the path of its first page.
 
 Nothing here knows a model or a number: what a page says was written by a step.
@@ -30,6 +31,7 @@ from markdown_it import MarkdownIt
 
 from lib import params
 from lib.step_params import STEPS
+from report import scale_report
 
 ROOT = Path(__file__).resolve().parent.parent
 ANSWERS = ("story", *list(STEPS)[1:-1])
@@ -341,6 +343,7 @@ def assemble(profile: str, source: Path, executed: Path, results: Path, to: Path
         (to / f"{page}.ipynb").write_text(text, encoding="utf-8")
     generated = {
         "index": landing(results, steps, to) | {"quick": notes.get("index", "")},
+        "scale": scale_report.fields(root / "bench" / "results", to),
         "reproducibility": {"profile": profile, "runs": reproducibility(results, steps)},
         "api": {name: library(root / name) for name in ("lib", "report")},
     }
