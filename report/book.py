@@ -4,9 +4,8 @@
    record must be there.
 2. Copy the sources of `book/` and the executed notebooks, each checked for having run to its end. The pages of a
    profile that is a quicker form of another begin with what they leave out.
-3. Fill the generated pages: the landing page from the findings, the reproducibility page from the run records, the
-   page on cost from the results of `bench/`, the library page from the sources of `lib`. Their prose stands in
-   `book/*.md`, with `$names` where generated text goes.
+3. Fill the generated pages: the landing page from the findings, reproducibility from the run records, cost from the
+   results of `bench/`, the library from its sources. Their prose is in `book/*.md`, with `$names` for generated text.
 4. Build the HTML with Jupyter Book, warnings as errors, write `.stamp` and print the path of its first page.
 
 Nothing here knows a model or a number: what a page says was written by a step.
