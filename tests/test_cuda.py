@@ -1,0 +1,100 @@
+"""bf16, nf4 and int8 against one forward pass per site: on a CUDA device where there is one, and on the CPU."""
+
+import pytest
+import torch
+from conftest import SMOLLM
+
+from bench import scale_70b
+from lib import hooks, models, single_pass, sweep
+from lib.hooks import Site
+
+FORMATS = [("none", "float32"), ("none", "bfloat16"), ("nf4", "bfloat16"), ("int8", "bfloat16")]
+NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device on this machine")
+ON_CUDA = [pytest.mark.cuda, NO_CUDA]
+DEVICES = ["cpu", pytest.param("cuda", marks=ON_CUDA)]
+
+
+def check(exact):
+    """fp32 to 1e-4 of the effect; other formats to twice the noise, which is never finer than a step of the dtype."""
+    noise = max(exact["noise_floor"], exact["dtype_step"])
+    assert exact["largest_difference"] <= 2 * noise, exact
+    assert exact["largest_effect"] > 10 * noise, "the interventions are lost in the noise: this test sees nothing"
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("quantisation,dtype", FORMATS)
+def test_every_format_equals_one_by_one(quantisation, dtype, device):
+    exact = scale_70b.exactness("tiny", quantisation, dtype, device)["exactness"]
+    assert exact["sites"] >= 30
+    if dtype == "float32":
+        assert exact["largest_difference_over_effect"] <= 1e-4 and exact["largest_effect"] > 1
+    else:
+        check(exact)
+
+
+@pytest.mark.parametrize(
+    "device,quantisation,dtype",
+    [("cpu", "nf4", "bfloat16")]
+    + [
+        pytest.param("cuda", *each, marks=ON_CUDA)
+        for each in ((None, "bfloat16"), ("nf4", "bfloat16"), ("int8", "bfloat16"))
+    ],
+)
+def test_smollm_in_few_bits_equals_one_by_one(two_pairs, device, quantisation, dtype):
+    """As the 70B profile loads: quantised, in bf16, `device_map: auto`."""
+    model = models.load(SMOLLM, dtype=dtype, quantisation=quantisation, device_map="auto")
+    assert model.device.type == device and model.dtype == torch.bfloat16
+    ways = scale_70b.Ways(model, two_pairs[0], device)
+    ways.sites = hooks.all_sites(model, layers=[0, 12, 23, 29])
+    check(scale_70b.both_roles(ways))
+
+
+def test_the_random_model_is_as_large_in_its_layers_as_a_trained_one():
+    model = scale_70b.build("tiny", "nf4", torch.bfloat16, "cpu")
+    kinds = {type(module).__name__ for module in (*model.o_projs, *model.down_projs)}
+    assert kinds == {"Linear4bit"} and type(model.unembed) is torch.nn.Linear
+    found = scale_70b.sanity(scale_70b.Ways(model, scale_70b.made_up_pair(512), "cpu"))
+    assert 0.3 < found["hidden_rms"] < 30 and 1 < found["logit_std"] < 4
+    again = scale_70b.build("tiny", "nf4", torch.bfloat16, "cpu")
+    assert torch.equal(model.model.lm_head.weight, again.model.lm_head.weight)
+
+
+@pytest.mark.cuda
+@NO_CUDA
+@pytest.mark.parametrize("role", ["last", "name_a"])
+@pytest.mark.parametrize(
+    "quantisation,dtype", FORMATS[:3]
+)  # bitsandbytes itself asks, in int8, which columns stand out
+def test_nothing_is_asked_of_the_device_inside_a_pass(quantisation, dtype, role, monkeypatch):
+    model = scale_70b.build("tiny", quantisation, models.DTYPES[dtype], "cuda")
+    ways, real = scale_70b.Ways(model, scale_70b.made_up_pair(512), "cuda"), single_pass.Batch.run
+
+    def strict(*args):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return real(*args)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(single_pass.Batch, "run", strict)
+    ways.sweep(role)
+    assert len(ways.grown) == 1
+
+
+@pytest.mark.cuda
+@NO_CUDA
+def test_a_pass_that_runs_out_of_device_memory_is_halved(monkeypatch):
+    model = scale_70b.build("small", "none", torch.float32, "cuda")
+    pair, sets = scale_70b.made_up_pair(8016), [(Site(layer % 6, "mlp"),) for layer in range(6000)]
+    torch.cuda.reset_peak_memory_stats()
+    wanted = sweep.run(model, [pair], role="last", site_sets=sets, memory=1e3)
+    needed, kept = torch.cuda.max_memory_reserved(), torch.cuda.memory_allocated()
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    try:
+        torch.cuda.set_per_process_memory_fraction((kept + 0.6 * (needed - kept)) / total)
+        frame = sweep.run(model, [pair], role="last", site_sets=sets, memory=1e3)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert wanted.attrs["log"] == [] and "halved and retried" in frame.attrs["log"][0]
+    assert (frame.metric_after - wanted.metric_after).abs().max() < 1e-3
