@@ -198,7 +198,8 @@ def grow_paths(
     first = [min([joins[r] for r in deltas if any(before(s, r) for s in row.sites)], default=last) for row in rows]
     batch = Batch(first, [row.owner for row in rows], base, model)
     start = min(position for _, positions in deltas.values() for position in positions)
-    fired: dict[Receiver, int] = {}
+    fired: dict[Receiver, list[Tensor]] = {}  # asked only when the pass is over: an answer waits for the device
+    device, places = batch.owner.device, batch.at.to(batch.owner.device)
     handles: list = []
     with hooks.removing(handles):
         for layer in range(model.n_layers):
@@ -206,25 +207,28 @@ def grow_paths(
         for receiver in receivers:
             # all tokens of its role, also those that no sender changed; before the first one nothing differs
             tokens = [token for token in roles[receiver.role] if token >= start]
-            here = torch.tensor([index for index, layer in enumerate(first) if layer <= joins[receiver]], dtype=int)
-            if not tokens or not len(here):
+            here = [index for index, layer in enumerate(first) if layer <= joins[receiver]]
+            if not tokens or not here:
                 continue
-            at, fired[receiver] = input_of(model, receiver), 0
+            at, fired[receiver] = input_of(model, receiver), []
             delta, heard = deltas.get(receiver, (None, []))
-            arrived = delta if delta is None else delta[here]
-            row = RowInput(batch.at[here], batch.owner[batch.at[here]], tokens, start, arrived, heard, at.columns)
+            told = torch.tensor([tokens.index(token) for token in heard], dtype=torch.long, device=device)
+            here = torch.tensor(here, device=device)
+            rows_at, offsets = places[here], torch.tensor(tokens, device=device) - start
+            arrived = None if delta is None else delta[here.to(delta.device)]
+            row = RowInput(rows_at, batch.owner[rows_at], offsets, arrived, told, at.columns)
 
-            def observe(value: Tensor, receiver: Receiver = receiver, row: RowInput = row) -> None:
-                fired[receiver] += row.is_set(value)
+            def observe(value: Tensor, seen: list[Tensor] = fired[receiver], row: RowInput = row) -> None:
+                seen.append(row.is_set(value))
 
             handles += [at.on(row.set), at.on(observe)]
         hidden = batch.run(model, base, start)
-    for receiver, times in fired.items():
-        if times != 1:
+    for receiver, seen in fired.items():
+        if (times := sum(map(bool, seen))) != 1:
             raise SweepError(f"receiver {receiver}: its input was set {times} times in a pass, not once")
-    squares = [delta.double().flatten(1).square().sum(1).cpu() for delta, _ in deltas.values()]
+    squares = [delta.double().flatten(1).square().sum(1).to(device) for delta, _ in deltas.values()]
     grown = Grown(hidden[: batch.prompts], hidden[batch.at.to(hidden.device)], *proof.of_rows())
-    return replace(grown, arrived=torch.stack(squares).sum(0).sqrt())
+    return replace(grown, arrived=torch.stack(squares).sum(0).sqrt().cpu())
 
 
 class RowInput(NamedTuple):
@@ -232,21 +236,19 @@ class RowInput(NamedTuple):
 
     rows: Tensor  # places in the batch of the rows that hear it
     owner: Tensor  # of each, the place of its base row
-    tokens: list[int]  # of the receiver's role
-    start: int  # the pass's first token
+    offsets: Tensor  # of the receiver's tokens, from the pass's first
     delta: Float[Tensor, "rows heard width"] | None
-    heard: list[int]  # the tokens at which something arrives
+    heard: Tensor  # which of these tokens something arrives at
     columns: slice
 
     def of(self, value: Tensor, rows: Tensor) -> tuple[Tensor, tuple]:
-        offsets = torch.tensor(self.tokens, device=value.device)[None] - self.start
-        return value[..., self.columns], (rows.to(value.device)[:, None], offsets)
+        return value[..., self.columns], (rows.to(value.device)[:, None], self.offsets.to(value.device)[None])
 
     def wanted(self, value: Tensor) -> Float[Tensor, "rows tokens width"]:
         view, index = self.of(value, self.owner)
         own = view[index]
         if self.delta is not None:
-            own[:, [self.tokens.index(token) for token in self.heard]] += self.delta.to(own)
+            own[:, self.heard.to(own.device)] += self.delta.to(own)
         return own
 
     def set(self, value: Tensor) -> Tensor:
@@ -255,9 +257,9 @@ class RowInput(NamedTuple):
         view[index] = self.wanted(value)
         return value
 
-    def is_set(self, value: Tensor) -> bool:
+    def is_set(self, value: Tensor) -> Tensor:
         view, index = self.of(value, self.rows)
-        return torch.equal(view[index], self.wanted(value))
+        return (view[index] == self.wanted(value)).all()
 
 
 @torch.no_grad()
@@ -274,18 +276,18 @@ def record(
     row's, for each row, and the tokens; and the proof that the senders were replaced."""
     batch = Batch([max(0, min(s.layer for s in row.sites)) for row in rows], [r.owner for r in rows], base, model)
     proof, edits = Proof(rows, batch), edits_by_module(rows, batch.place)
+    places = batch.at.to(base.ids.device)
+    heads = {layer: {row for row, _, _ in own} for (component, layer), own in edits.items() if component == "head"}
+    edited = {layer: torch.tensor(sorted(own), device=base.ids.device) for layer, own in heads.items()}
     every = torch.arange(len(base.positions), device=base.ids.device)
     deltas: dict[Receiver, tuple[Tensor, list[int]] | None] = {}
     forwards: list[tuple[nn.Module, Callable]] = []
     handles: list = []
 
-    def edit_of(component: str, layer: int) -> Edit | None:
-        own = edits.get((component, layer))
-        return own and Edit(model, component, own, every, sources[component, layer])
-
     def replaced(activation: Tensor, component: str, layer: int) -> None:
         """Put the senders' values into an activation that this pass made."""
-        if edit := edit_of(component, layer):
+        if own := edits.get((component, layer)):
+            edit = Edit(model, component, own, every, sources[component, layer])
             edit.write(activation)
             proof.observe(edit, activation, base.activations[component, layer])
 
@@ -294,11 +296,11 @@ def record(
         owner = batch.owner[: len(hidden)]
         value = base.activations[component, layer][owner]
         replaced(value, component, layer)
-        if component == "attn" and (edit := edit_of("head", layer)):
+        if component == "attn" and layer in edited:
             plain = base.activations["head", layer][owner]
             heads = plain.clone()
             replaced(heads, "head", layer)
-            own = edit.rows.unique().to(hidden.device)
+            own = edited[layer].to(hidden.device)
             # both through one call of o_proj: what the kernel's shape does to the last bits cancels
             new, old = model.o_projs[layer](torch.cat([heads[own], plain[own]])).chunk(2)
             value[own] += new - old
@@ -320,21 +322,21 @@ def record(
             handles.append(batch.joining(model, layer))
         handles.append(hooks.on_activation(model, -1, "embed", lambda value: replaced(value, "embed", -1)))
         for receiver in receivers:
-            shared = [place for place, token in enumerate(base.positions) if token in roles[receiver.role]]
-            if not shared:
+            own = [place for place, token in enumerate(base.positions) if token in roles[receiver.role]]
+            if not own:
                 continue
-            at = input_of(model, receiver)
+            at, heard = input_of(model, receiver), [base.positions[place] for place in own]
 
             def listen(
-                value: Tensor, receiver: Receiver = receiver, shared: list[int] = shared,
+                value: Tensor, receiver: Receiver = receiver, heard: list[int] = heard,
+                shared: Tensor = torch.tensor(own, device=base.ids.device),  # noqa: B008
                 told: Callable = at.told, columns: slice = at.columns,
             ) -> None:  # fmt: skip
-                value = told(value[:, shared])[..., columns]
-                delta = value.new_zeros(len(rows), *value.shape[1:])
-                here = batch.at < len(value)
-                own = batch.at[here].to(value.device)
-                delta[here.to(value.device)] = value[own] - value[batch.owner[own].to(value.device)]
-                deltas[receiver] = delta, [base.positions[place] for place in shared]
+                value = told(value[:, shared.to(value.device)])[..., columns]
+                own = places.to(value.device)
+                own = torch.where(own < len(value), own, 0)  # a row that has not joined yet: base row 0, no difference
+                delta = value[own] - value[batch.owner.to(value.device)[own]]
+                deltas[receiver] = delta, heard
 
             handles.append(hooks.on_input(at.listened, listen))
             deltas[receiver] = None  # until it is heard
