@@ -293,7 +293,7 @@ def record(
 
     def held(component: str, layer: int, hidden: Tensor) -> Tensor:
         """The base values of a module for each row of the batch, the senders' own in theirs."""
-        owner = batch.owner[: len(hidden)]
+        owner = batch.owner[: len(hidden)].to(hidden.device)
         value = base.activations[component, layer][owner]
         replaced(value, component, layer)
         if component == "attn" and layer in edited:
