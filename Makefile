@@ -43,7 +43,7 @@ export JUPYTER_PREFER_ENV_PATH := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help book test bench bench-peers lint format clean conda-ready FORCE
+.PHONY: help book plan test bench bench-peers lint format clean conda-ready FORCE
 
 help: ## list the targets
 	@echo "make <target> [PROFILE=$(PROFILE)]"
@@ -62,6 +62,9 @@ help: ## list the targets
 
 book: $(BUILD)/book/.stamp ## sweep what has to be swept, execute the notebooks, build the book, print its path
 	@echo "$(BUILD)/book/$$(cat $<)"
+
+plan: $(READY) ## what the profile costs, step by step, before it is run; DEVICE="NVIDIA H100 80GB": on that card
+	$(PY) -m lib.plan --profile $(PROFILE) $(if $(DEVICE),--device "$(DEVICE)",--against)
 
 # Two processes of one thread each: one builds the smoke book and asks about it, the other does the rest.
 test: $(READY) ## lint, then all tests; they build the book of the profile "smoke"
