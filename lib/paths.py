@@ -275,19 +275,19 @@ def record(
     """The first run. For each receiver that shares tokens with the senders: how far its input lies from the base
     row's, for each row, and the tokens; and the proof that the senders were replaced."""
     batch = Batch([max(0, min(s.layer for s in row.sites)) for row in rows], [r.owner for r in rows], base, model)
-    proof, edits = Proof(rows, batch), edits_by_module(rows, batch.place)
-    places = batch.at.to(base.ids.device)
-    heads = {layer: {row for row, _, _ in own} for (component, layer), own in edits.items() if component == "head"}
-    edited = {layer: torch.tensor(sorted(own), device=base.ids.device) for layer, own in heads.items()}
+    proof, places = Proof(rows, batch), batch.at.to(base.ids.device)
     every = torch.arange(len(base.positions), device=base.ids.device)
+    by_module = edits_by_module(rows, batch.place)
+    edits = {key: Edit(model, key[0], own, every, sources[key]) for key, own in by_module.items()}
+    heads = {layer: {row for row, _, _ in own} for (component, layer), own in by_module.items() if component == "head"}
+    edited = {layer: torch.tensor(sorted(own), device=base.ids.device) for layer, own in heads.items()}
     deltas: dict[Receiver, tuple[Tensor, list[int]] | None] = {}
     forwards: list[tuple[nn.Module, Callable]] = []
     handles: list = []
 
     def replaced(activation: Tensor, component: str, layer: int) -> None:
         """Put the senders' values into an activation that this pass made."""
-        if own := edits.get((component, layer)):
-            edit = Edit(model, component, own, every, sources[component, layer])
+        if edit := edits.get((component, layer)):
             edit.write(activation)
             proof.observe(edit, activation, base.activations[component, layer])
 
