@@ -166,7 +166,7 @@ def product_rate(dtype: torch.dtype, device: str) -> float:
 
 def bandwidth(device: str) -> float:
     """Bytes per second of a large copy, read and write."""
-    source = torch.ones(2**30 if device == "cuda" else 2**27, device=device)
+    source = torch.ones(2**28 if device == "cuda" else 2**26, device=device)
     target = torch.empty_like(source)
     return 2 * 4 * source.numel() / seconds(lambda: target.copy_(source), device, 5, 2)
 
