@@ -93,10 +93,10 @@ def curves(repeats: int) -> Iterator[dict]:
         points = [point(default, repeats, size, **{key: of(size) for key, of in given.items()}) for size in sizes]
         return {"name": name, "unit": unit, "model": "SmolLM2-135M", "points": points}
 
-    yield of_model("sites", "heads swept", [every // step for step in (30, 10, 5, 3, 2, 1)], step=lambda n: every // n)
-    yield of_model("tokens run again", "tokens", (1, 2, 4, 8, 16), again=int)
-    yield of_model("prompt", "tokens in the prompt, all but the last shared", (16, 32, 64, 128, 256), tokens=int)
-    yield of_model("pairs", "pairs sharing the pass", (1, 2, 4, 8), pairs=int)
+    yield of_model("sites", "heads swept", [every // step for step in (30, 10, 3, 1)], step=lambda n: every // n)
+    yield of_model("tokens run again", "tokens run again", (1, 2, 4, 8, 16), again=int)
+    yield of_model("prompt", "tokens in the prompt", (16, 32, 64, 128, 256), tokens=int)
+    yield of_model("pairs", "pairs sharing a pass", (1, 2, 4, 8), pairs=int)
     layers = [point(llama(576, layers), repeats, layers) for layers in (6, 12, 24, 48)]
     yield {"name": "layers", "unit": "layers", "model": "random Llama, width 576", "points": layers}
     widths = [point(llama(width, 8), repeats, width) for width in (192, 384, 768, 1536)]

@@ -26,13 +26,14 @@ from report.speed_report import (
     times,
 )  # fmt: skip
 
+PLAN = "python -m lib.plan --profile"
 COMMANDS = {
     "peers": "make bench-peers",
     "growth": "python -m bench.growth",
     "scale_70b": "python -m bench.scale_70b",
     "offload": "python -m bench.offload",
-    "plan_70b": "make plan PROFILE=llama-3.3-70b",
-    "plan_smollm2": "make plan PROFILE=smollm2-135m",
+    "plan_70b": f"{PLAN} llama-3.3-70b --device 'NVIDIA H100 80GB' --json bench/results/plan_70b.json",
+    "plan_smollm2": f"{PLAN} smollm2-135m --against --json bench/results/plan_smollm2.json",
 }
 SECONDS, GIGABYTES, TIMES = 10, 75, 100
 """What was aimed at for the 70B shape on one card, at `last`: time, memory, times as fast as one by one."""
@@ -140,7 +141,7 @@ def offload(found: Found, to: Path) -> str:
     same = all(disk[name]["same rows as in memory"] for name in ("one pair", "many pairs"))
     return joined(
         paragraph(f"""{room} With all its modules on disk it sweeps with at most {disk["peak resident, GB"]:.3g} GB
-            resident. A sweep of one pair makes {once} loads of {layers} layers:
+            resident, libraries included. A sweep of one pair makes {once} loads of {layers} layers:
             {"each layer is loaded once" if once == layers else "**not once each**"}, whatever the number of sites. One
             by one, a site takes {times(disk["one by one"]["layer loads per site"])} loads."""),
         table(
@@ -190,7 +191,7 @@ def plan_smollm2(found: Found, to: Path) -> str:
     """The plan beside what was measured."""
     known = [step for step in found["steps"] if step["ratio"] is not None]
     if not known:
-        return f"Planned, but not yet beside a run: run `{COMMANDS['plan_smollm2']}` where the profile's results are."
+        return f"Planned, but not yet beside a run: run the book, then `{COMMANDS['plan_smollm2']}`."
     off = [step["step"].replace("_", " ") for step in known if abs(step["ratio"] - 1) > WITHIN]
     lines = [
         [

@@ -181,10 +181,16 @@ def growth(found: Found, to: Path) -> str:
         first, last = curve["points"][0], curve["points"][-1]
         grown = [times(last[key] / first[key]) for key in ("seconds", "predicted")]
         off = [times(point["seconds"] / point["predicted"]) for point in (first, last)]
-        lines.append([curve["name"], f"{first['size']} to {last['size']}", seconds(last["seconds"]), *grown, *off])
+        lines.append(
+            [curve["name"], f"{first['size']}&nbsp;to&nbsp;{last['size']}", seconds(last["seconds"]), *grown, *off]
+        )
     points = [point for curve in found["curves"] for point in curve["points"]]
     rates = [point["gflop_per_s"] for point in points]
     ratios = [point["seconds"] / point["predicted"] for point in points]
+    where = [
+        f"{model}: {', '.join(curve['name'] for curve in found['curves'] if curve['model'] == model)}"
+        for model in dict.fromkeys(curve["model"] for curve in found["curves"])
+    ]
     head = ["what grows", "from, to", "time of the largest", "times the time", "times the operations"]
     return joined(
         paragraph(f"""{measured_on(found)} Each point is one sweep of heads from token ids to logits, with its plain
@@ -198,8 +204,7 @@ def growth(found: Found, to: Path) -> str:
             to,
             "growth",
             f"""Time of a sweep as one size grows, both axes logarithmic: measured (dots, whiskers from the fastest to
-            the slowest of the repeats) and predicted from the operations (dashed). The models:
-            {", ".join(f"{curve['name']} on {curve['model']}" for curve in found["curves"])}.""",
+            the slowest of the repeats) and predicted from the operations (dashed). {"; ".join(where)}.""",
         ),
     )
 

@@ -192,7 +192,7 @@ def test_a_changed_figure_changes_the_sentence(tmp_path):
 
 def test_growth_is_told_as_measured(tmp_path):
     text = told(tmp_path, "growth")
-    assert cells(text)["width"] == ["9 to 270", "2.7 s", "30", "30", "2.5", "2.5"]
+    assert cells(text)["width"] == ["9&nbsp;to&nbsp;270", "2.7 s", "30", "30", "2.5", "2.5"]
     assert "2.5 to 2.5 times its prediction" in text and "(180 to 180 GFLOP/s)" in text
 
 
