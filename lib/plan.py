@@ -6,7 +6,7 @@
 
 1. The model's shape comes from its config; a profile that does not fit is refused (`lib.fit`).
 2. `lib.planned` counts every table's work from the parameters; `lib.rates` says how long that takes here or on a card.
-2. `lib.planned` counts the work of every table from the parameters, `lib.rates` says how long it takes here or on a card.
+2. `lib.planned` counts the work of every table from the parameters, `lib.rates` says how long it takes.
    kernel, imports, statistics and figures of its notebook beside them.
 
 `--json FILE` writes {profile, device, machine, versions, layers, rates, assumptions: [text], total_seconds,
