@@ -6,9 +6,10 @@
 2. "in memory, limited": the same in a process that may add no more than `room` MB to its data (RLIMIT_DATA, set once
    the libraries are loaded) - less than the weights take, so it should fail; what it says is kept.
 3. "on disk, limited": every module on disk under that limit, set after loading, which maps every file (but keeps
-   nothing of them). Each time reading comes to another file of weights (18 MB), the page cache is told to drop that
-   file (POSIX_FADV_DONTNEED), so that weights come from the disk; `read_bytes` of /proc/self/io says how much did. A
-   sweep of one pair, one of many, and, for the ratio, single sites in a forward pass each.
+   nothing of them). Each time reading comes to another module, the page cache is told to drop the files its weights are
+   in (POSIX_FADV_DONTNEED), so that they come from the disk; `read_bytes` of /proc/self/io says how much did: whole
+   pages and what the kernel reads ahead. A sweep of one pair, one of many, and, for the ratio, single sites in a
+   forward pass each.
 
 Rows of 1 and 3 must be the same to the bit. Written to bench/results/offload.json.
 """
@@ -78,13 +79,17 @@ def from_disk() -> int:
 
 def cold(reads: Counter[str]) -> None:
     """Have every offloaded weight read from the disk, not from the page cache; count the reads."""
-    real, last = OffloadedWeightsLoader.__getitem__, [""]
+    real, dropped, last = OffloadedWeightsLoader.__getitem__, set(), [""]
 
     def read(self: OffloadedWeightsLoader, key: str) -> torch.Tensor:
         reads[key] += 1
-        name = self.index[key]["safetensors_file"]
-        if name != last[0]:
-            last[0], file = name, os.open(name, os.O_RDONLY)
+        name, owner = self.index[key]["safetensors_file"], key.split(".")[:3]
+        if owner != last[0]:
+            last[0] = owner
+            dropped.clear()
+        if name not in dropped:
+            dropped.add(name)
+            file = os.open(name, os.O_RDONLY)
             os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
             os.close(file)
         return real(self, key)
