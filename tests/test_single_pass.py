@@ -1,11 +1,14 @@
 """The growing pass by itself: order of rows, prefixes, several prompts, sliding windows, and its proofs."""
 
+import contextlib
+
 import numpy as np
 import pytest
 import torch
 from conftest import CONFIGS
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from lib import hooks, single_pass
+from lib import hooks, paths, single_pass
 from lib.hooks import Site
 from lib.single_pass import Row, SweepError
 
@@ -224,3 +227,49 @@ def test_hooks_are_removed_when_a_pass_fails(tiny, monkeypatch):
     with pytest.raises(IndexError):
         single_pass.base_run(model, prompts(1), [99])
     assert [(*m._forward_hooks, *m._forward_pre_hooks) for m in model.model.modules()] == before
+
+
+class Waits(TorchDispatchMode):
+    """Notes what makes a host wait for its device: numbers read, sizes that depend on values."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name, index = func.overloadpacket.__name__, args[1] if len(args) > 1 else ()
+        masked = name.startswith("index") and any(
+            getattr(one, "dtype", None) == torch.bool for one in (index if isinstance(index, list | tuple) else [index])
+        )
+        if masked or name in ("_local_scalar_dense", "nonzero", "equal", "_unique2", "masked_select"):
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def waits_between_blocks(model):
+    """What waits from the first block of each pass to its final norm."""
+    waits = Waits()
+    begin = model.blocks[0].register_forward_pre_hook(lambda *_: waits.__enter__() and None)
+    end = model.final_norm.register_forward_pre_hook(lambda *_: waits.__exit__(None, None, None))
+    with hooks.removing([begin, end]):
+        yield waits.seen
+
+
+def test_no_layer_of_a_pass_waits_for_the_device(tiny):
+    model, where = tiny("llama"), [2, 9, 11]
+    with waits_between_blocks(model) as seen:
+        handle = model.blocks[1].register_forward_hook(lambda _, __, out: out * float(out.max()) * 0)
+        with hooks.removing([handle]):
+            model.model(prompts(1))
+    assert seen == ["_local_scalar_dense"]  # it is seen if it happens
+    with waits_between_blocks(model) as seen:
+        runs = single_pass.base_run(model, prompts(4), where)
+        base, source = runs.part(0, 2), runs.part(2, 4)
+        single_pass.grow(model, base, rows_for(model, 2, 2), source.activations)
+    assert seen == []
+    receivers = [paths.Receiver(2, kind, head) for kind, head in (("q", 1), ("k", 0), ("v", 1), ("mlp", -1))]
+    rows = [Row((site,), site.layer, 1) for site in hooks.all_sites(model, ("head", "mlp"), [0, 1])]
+    with waits_between_blocks(model) as seen:
+        paths.grow_paths(model, base, rows, source.activations, receivers, {"last": (11,)}, "recomputed")
+    assert len(seen) <= 1  # the proof of the base rows, behind the last block of the first run
