@@ -32,6 +32,16 @@ def test_every_format_equals_one_by_one(quantisation, dtype, device):
         check(exact)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("quantisation", ["nf4", "int8"])
+def test_paths_in_few_bits_equal_two_passes_per_sender(quantisation, device):
+    model = scale_70b.build("tiny", quantisation, torch.bfloat16, device)
+    ways = scale_70b.Ways(model, scale_70b.made_up_pair(512), device)
+    found = ways.paths()
+    assert found["senders"] == 1 + 5 + 4 and found["one_by_one_sampled"] == scale_70b.SAMPLE
+    assert found["largest_difference"] <= 2 * max(ways.noise_floor, 2**-5) < found["largest_effect"]
+
+
 @pytest.mark.parametrize(
     "device,quantisation,dtype",
     [("cpu", "nf4", "bfloat16")]
