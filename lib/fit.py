@@ -68,7 +68,7 @@ def config_of(spec: str, offline: bool = True) -> PretrainedConfig | None:
         where = spec.removeprefix("config:")
         local = offline or spec.startswith("config:") or Path(spec).is_dir()
         return AutoConfig.from_pretrained(where, local_files_only=local, trust_remote_code=False)
-    except (OSError, ValueError, KeyError):
+    except Exception:  # whatever is wrong with the file, loading says it
         return None
 
 
