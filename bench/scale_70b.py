@@ -118,7 +118,7 @@ def packed(weight: Tensor, quantisation: str, dtype: torch.dtype) -> nn.Module:
         layer = bnb.nn.Linear4bit(*width, compute_dtype=dtype, **kind, **how)
         layer.weight = bnb.nn.Params4bit(weight, requires_grad=False, module=layer, **kind).to(weight.device)
         return layer
-    layer = bnb.nn.Linear8bitLt(*width, has_fp16_weights=False, threshold=6.0, **how)
+    layer = bnb.nn.Linear8bitLt(*width, has_fp16_weights=False, threshold=0.0, **how)
     eight, scale, _ = bnb.functional.int8_vectorwise_quant(weight.half())
     layer.weight = bnb.nn.Int8Params(eight, requires_grad=False, CB=eight, SCB=scale)
     return layer

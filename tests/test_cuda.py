@@ -39,7 +39,7 @@ def test_paths_in_few_bits_equal_two_passes_per_sender(quantisation, device):
     ways = scale_70b.Ways(model, scale_70b.made_up_pair(512), device)
     found = ways.paths()
     assert found["senders"] == 1 + 5 + 4 and found["one_by_one_sampled"] == scale_70b.SAMPLE
-    assert found["largest_difference"] <= 2 * max(ways.noise_floor, 2**-5) < found["largest_effect"]
+    assert found["largest_difference"] <= 2 * max(ways.noise_floor, 2**-4) < found["largest_effect"]
 
 
 @pytest.mark.parametrize(
@@ -72,9 +72,7 @@ def test_the_random_model_is_as_large_in_its_layers_as_a_trained_one():
 @pytest.mark.cuda
 @NO_CUDA
 @pytest.mark.parametrize("role", ["last", "name_a"])
-@pytest.mark.parametrize(
-    "quantisation,dtype", FORMATS[:3]
-)  # bitsandbytes itself asks, in int8, which columns stand out
+@pytest.mark.parametrize("quantisation,dtype", FORMATS)
 def test_nothing_is_asked_of_the_device_inside_a_pass(quantisation, dtype, role, monkeypatch):
     model = scale_70b.build("tiny", quantisation, models.DTYPES[dtype], "cuda")
     ways, real = scale_70b.Ways(model, scale_70b.made_up_pair(512), "cuda"), single_pass.Batch.run
