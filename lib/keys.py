@@ -59,7 +59,7 @@ _DATA_KEYS = ("profile", *_MODEL_KEYS, "chat_template", "task", "template", "att
 LAYERED = ("coarse_sweep", "necessity", "sufficiency", "generality", "subspace", "story")
 DATA_KEYS = {step: (*_DATA_KEYS, "layers") if step in LAYERED else _DATA_KEYS for step in STEPS}
 # Keys that reach nothing: where files lie. (What lies there is hashed.)
-PLACES = ("results_dir", "pairs_file", "people_file", "offload_folder", "overwrite")
+PLACES = ("results_dir", "pairs_file", "people_file", "offload_folder", "overwrite", "workers")
 # Findings of earlier steps that a step's data rest on: step -> {earlier step: keys}.
 READS = {step: {"sufficiency": ("critical_slice",)} for step in list(STEPS)[4:]}
 # Earlier steps whose tables a step reads, known by their data keys.

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -288,3 +290,24 @@ def _open(path: Path) -> pq.ParquetFile:
         raise RecordError(f"there is no {path}") from None
     except pa.ArrowInvalid as error:
         raise RecordError(f"{path} is not a Parquet file: {error}") from None
+
+
+def plain(value: Any) -> Any:
+    """Findings as JSON takes them: numpy and dataclasses unpacked, floats to 12 significant digits, NaN as None."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return plain(asdict(value))
+    if hasattr(value, "_asdict"):
+        return plain(value._asdict())
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, np.ndarray, pd.Series)):
+        return [plain(item) for item in value]
+    if isinstance(value, np.generic):
+        return plain(value.item())
+    if isinstance(value, float):
+        if math.isinf(value):
+            raise ValueError("a finding is infinite; check the numbers it was made from")
+        return None if math.isnan(value) else float(f"{value:.12g}")
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    raise TypeError(f"a finding of type {type(value).__name__} cannot be written: {value!r}")

@@ -68,6 +68,17 @@ Doses = Annotated[tuple[float, ...], Field(min_length=1), BeforeValidator(_numbe
 SaeSite = Annotated[str, Field(pattern=r"^(mlp|resid) \d+$")]
 
 
+class Workers(BaseModel):
+    """Who does the work units: this process, or actors on a Ray cluster that each hold the model."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    engine: Literal["local", "ray"] = Field("local", description="local: this process; ray: actors on a Ray cluster")
+    address: str = Field("auto", description="auto: the cluster this machine belongs to; local: start one; host:port")
+    replicas: int = Field(1, ge=1, description="actors that each hold the model")
+    gpus_per_replica: float = Field(0, ge=0, description="GPUs of each")
+
+
 class Shared(BaseModel):
     """The keys that every step takes."""
 
@@ -116,6 +127,7 @@ class Shared(BaseModel):
     memory: Literal["auto"] | Annotated[float, Field(gt=0)] = Field(
         "auto", description="GB that one pass may take; auto: from the machine's size"
     )
+    workers: Workers = Field(Workers(), description="who does the work: engine, address, replicas, gpus_per_replica")
     overwrite: Flag = Field(False, description="replace results that other parameters wrote")
     level: float = Field(0.95, gt=0.5, lt=1, description="confidence level of intervals")
     resamples: int = Field(2000, ge=100, description="bootstrap resamples over quads")

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +26,7 @@ import numpy as np
 import pandas as pd
 from pandera.pandas import DataFrameSchema
 
-from lib import keys, machine, params, records, tokens, units
+from lib import keys, machine, params, records, tokens, units, workers
 from lib.params import ParameterError
 from lib.step_params import Shared
 from lib.units import Unit
@@ -59,6 +59,10 @@ class Step:
 
     name: str
     params: Shared
+
+    def __reduce__(self) -> tuple:
+        """A step travels to workers as its name and parameters; what it has loaded stays where it is."""
+        return workers.resident, (self.name, self.params)
 
     @property
     def results(self) -> Path:
@@ -110,19 +114,31 @@ class Step:
         load = lambda: self.model.tokenizer if "model" in here else models.tokenizer(p.model, p.model_sha256)  # noqa: E731
         return tokens.Remembered(load, self.path("tokens") if self.fresh else None)
 
-    @cached_property
+    @property
     def n_layers(self) -> int:
-        """Layers of the model; from the run record where there is one, so that a redrawn page loads no model."""
-        return self._shape("n_layers")
+        """Layers of the model."""
+        return self.shape["n_layers"]
+
+    @property
+    def n_heads(self) -> int:
+        """Heads per layer of the model."""
+        return self.shape["n_heads"]
 
     @cached_property
-    def n_heads(self) -> int:
-        """Heads per layer of the model, as `n_layers`."""
-        return self._shape("n_heads")
-
-    def _shape(self, key: str) -> int:
+    def shape(self) -> dict[str, int]:
+        """From the run record where there is one, so that a redrawn page loads no model."""
         stored = self.record.get("model", {}) if self.fresh else {}
-        return stored.get(key) or getattr(self.model, key)
+        return stored if {"n_layers", "n_heads"} <= stored.keys() else self.model_facts
+
+    @cached_property
+    def model_facts(self) -> dict[str, Any]:
+        """What the model is, once it has been loaded, here or by the workers."""
+        if self.params.workers.engine == "ray" and "model" not in self.__dict__:
+            return workers.first_answer(self)["model"]
+        own = self.model
+        shape = {"n_layers": own.n_layers, "n_heads": own.n_heads, "noise": own.noise}
+        kind = {"dtype": str(own.dtype).removeprefix("torch."), "device": str(own.device)}
+        return {"name": self.params.model, "sha256": own.sha256, **kind, **shape}
 
     @property
     def layers(self) -> list[int]:
@@ -216,7 +232,7 @@ class Step:
                 )
             named = [site["site"] for site in found["critical_slice"]]
         if not named:
-            raise StepError("the critical slice has no sites: step 04 found none; name some with slice_sites")
+            raise StepError("the critical slice is empty: step 04 found no site; name some with slice_sites")
         sites = [site_of(name) for name in named]
         for name, site in zip(named, sites, strict=True):
             if site.layer >= self.n_layers or site.head >= self.n_heads:
@@ -262,7 +278,8 @@ class Step:
             "memory_gb": self.memory,
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        parts = units.run_units(folder, plan, compute, plan=intent, label=path.stem, schema=schema)
+        engine = workers.spread(self, self.memory) if self.params.workers.engine == "ray" else units.one_by_one
+        parts = units.run_units(folder, plan, compute, plan=intent, label=path.stem, schema=schema, engine=engine)
         begun = units.read_plan(folder)
         metadata = self._facts() | {"plan": planned, "memory_gb": begun["memory_gb"], "started": begun["started"]}
         units.assemble(path, parts, metadata, schema)
@@ -276,6 +293,8 @@ class Step:
         for stored in (*plans, self.record):
             if stored and stored.get("data_key") == self.data_key and stored.get("memory_gb"):
                 return stored["memory_gb"]
+        if self.params.workers.engine == "ray":
+            return workers.first_answer(self)["memory"]
         return machine.pass_memory(None if self.params.device == "cpu" else self.model)
 
     @property
@@ -306,10 +325,8 @@ class Step:
         """What every table and the run record say of how they were made."""
         p = self.params
         model: dict[str, Any] = {"name": p.model, "sha256": p.model_sha256, "dtype": p.dtype, "device": p.device}
-        if "model" in self.__dict__:  # loaded: say what it is, not what was asked
-            own = self.model
-            model |= {"sha256": own.sha256, "dtype": str(own.dtype).removeprefix("torch."), "device": str(own.device)}
-            model |= {"n_layers": own.n_layers, "n_heads": own.n_heads, "noise": own.noise}
+        if {"model", "replicas"} & self.__dict__.keys():  # loaded: say what it is, not what was asked
+            model = self.model_facts
         return {
             "step": self.name,
             "profile": p.profile,
@@ -355,7 +372,7 @@ class Step:
         self.write_record()
         if "tokenizer" in self.__dict__:
             self.tokenizer.keep(self.path("tokens"))
-        out = {**plain(findings), "about": keys.about(self.params)}
+        out = {**records.plain(findings), "about": keys.about(self.params)}
         records.write_json(self.results / f"{self.name}.findings.json", out)
         return out
 
@@ -368,29 +385,8 @@ class Step:
         self._clear_stale()
         self.write_record()
         table = isinstance(extra, pd.DataFrame)
-        records.write(path, extra, {}, schema=None) if table else records.write_json(path, plain(extra))
+        records.write(path, extra, {}, schema=None) if table else records.write_json(path, records.plain(extra))
         return path
-
-
-def plain(value: Any) -> Any:
-    """Findings as JSON takes them: numpy and dataclasses unpacked, floats to 12 significant digits, NaN as None."""
-    if is_dataclass(value) and not isinstance(value, type):
-        return plain(asdict(value))
-    if hasattr(value, "_asdict"):
-        return plain(value._asdict())
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple, np.ndarray, pd.Series)):
-        return [plain(item) for item in value]
-    if isinstance(value, np.generic):
-        return plain(value.item())
-    if isinstance(value, float):
-        if math.isinf(value):
-            raise ValueError("a finding is infinite; check the numbers it was made from")
-        return None if math.isnan(value) else float(f"{value:.12g}")
-    if value is None or isinstance(value, (bool, int, str)):
-        return value
-    raise TypeError(f"a finding of type {type(value).__name__} cannot be written: {value!r}")
 
 
 def begin(step: str, namespace: Mapping[str, Any]) -> Step:

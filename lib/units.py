@@ -1,7 +1,7 @@
 """Work units: a step's work in pieces that are done whole, kept on disk and never repeated.
 
 1. A `Unit` says what is asked of which pairs; its id is a pure function of that.
-2. `run_units` computes the units whose Parquet file is missing, one after another, with a progress bar.
+2. `run_units` computes the units whose Parquet file is missing, here or elsewhere (`engine`), with a progress bar.
 3. `assemble` joins the files in unit order into the step's table: the same data as an undisturbed run, bit for bit.
 4. `remove_units` clears the folder.
 
@@ -16,10 +16,10 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import pandas as pd
 import pandera.pandas as pa_schema
@@ -60,6 +60,25 @@ def plan_id(units: Sequence[Unit]) -> str:
     return hashlib.sha256("\n".join(map(content_id, units)).encode()).hexdigest()[:16]
 
 
+class Done(NamedTuple):
+    """A unit that was computed."""
+
+    unit: Unit
+    frame: pd.DataFrame
+    seconds: float
+
+
+def done(unit: Unit, compute: Callable[[Unit], pd.DataFrame]) -> Done:
+    """Compute a unit."""
+    begun = time.perf_counter()
+    return Done(unit, compute(unit), time.perf_counter() - begun)
+
+
+def one_by_one(todo: Sequence[Unit], compute: Callable[[Unit], pd.DataFrame]) -> Iterator[Done]:
+    """The engine of a run in this process."""
+    return (done(unit, compute) for unit in todo)
+
+
 def run_units(
     folder: Path,
     units: Sequence[Unit],
@@ -68,8 +87,11 @@ def run_units(
     plan: Mapping[str, Any],
     label: str,
     schema: pa_schema.DataFrameSchema | None = SCHEMA,
+    engine: Callable[[Sequence[Unit], Callable], Iterator[Done]] = one_by_one,
 ) -> list[Path]:
     """Compute the units that are not on disk; return their files in unit order.
+
+    `engine` takes the units to do and `compute`, and gives them back as they are finished, in any order.
 
     `plan` (the data key first, then what decided it, the resolved memory budget) is stored in plan.json; a folder whose
     plan has another "data_key" is refused. A computed frame may carry `frame.attrs["log"]`, a list of lines such as
@@ -92,19 +114,17 @@ def run_units(
         )
     for left in folder.glob(".*.tmp"):  # of a run that was killed while writing
         left.unlink()
-    paths = [folder / f"{name}.parquet" for name in ids]
-    todo = [(unit, path) for unit, path in zip(units, paths, strict=True) if not path.exists()]
+    paths = {name: folder / f"{name}.parquet" for name in ids}
+    todo = [unit for unit, path in zip(units, paths.values(), strict=True) if not path.exists()]
     with progress(label, total=len(units), done=len(units) - len(todo)) as bar:
-        for unit, path in todo:
-            begun = time.perf_counter()
-            frame = compute(unit)
-            about = {"unit": unit.id, "seconds": time.perf_counter() - begun}
+        for unit, frame, seconds in engine(todo, compute):
+            about = {"unit": unit.id, "seconds": seconds}
             about |= {"log": list(frame.attrs.get("log", [])), "facts": dict(frame.attrs.get("facts", {}))}
-            write(path, frame, about, schema)
+            write(paths[content_id(unit)], frame, about, schema)
             for line in about["log"]:
                 bar.write(line, file=sys.stderr)
             bar.update()
-    return paths
+    return list(paths.values())
 
 
 def read_plan(folder: Path) -> dict[str, Any] | None:

@@ -343,7 +343,7 @@ def test_every_module_of_lib_is_in_a_key_or_known_to_be_in_none():
     page = set(keys.DRAWING)
     # keys and params decide by value; machine gives facts about a run; fit only refuses, and the others count costs
     neither = {"__init__", "keys", "params", "step_params", "machine"}
-    neither |= {"fit", "costs", "standins", "planned", "rates", "plan"}
+    neither |= {"fit", "costs", "standins", "planned", "rates", "plan", "workers"}
     assert {path.stem for path in (ROOT / "lib").glob("*.py")} == compute | page | neither
     assert not compute & page
 

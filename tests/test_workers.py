@@ -1,0 +1,167 @@
+"""Work units on a real Ray cluster of several nodes on this machine: the same rows, also when a node is lost."""
+
+import os
+import threading
+import time
+from collections import Counter
+from itertools import islice, permutations
+from pathlib import Path
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import ray
+import torch
+from ray.cluster_utils import Cluster
+
+from lib import machine, params, steps, units, workers
+from lib.workers import WorkersError
+
+PEOPLE = {
+    "scientist": ["Isaac Newton", "Albert Einstein", "Marie Curie", "Charles Darwin"],
+    "artist": ["Brad Pitt", "Pablo Picasso", "Bob Dylan", "Claude Monet"],
+}
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A head without work and two nodes with room for one replica each."""
+    own = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    own.workers = [own.add_node(num_cpus=1) for _ in range(2)]
+    own.wait_for_nodes()
+    yield own
+    ray.shutdown()
+    own.shutdown()
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A working folder with a file of pairs."""
+    monkeypatch.chdir(tmp_path)
+    both = islice(zip(*(permutations(names, 2) for names in PEOPLE.values()), strict=True), 8)
+    rows = [[f"p{index}", a, b, c, d, "scientist", "artist"] for index, ((a, b), (c, d)) in enumerate(both)]
+    columns = ["pair_id", "clean_a", "clean_b", "corrupt_a", "corrupt_b", "answer", "corrupt_answer"]
+    pd.DataFrame(rows, columns=columns).to_csv("mine.csv", index=False)
+    return tmp_path
+
+
+def begin(folder: str, address: str | None = None, replicas: int = 2) -> steps.Step:
+    who = {"engine": "ray", "address": address, "replicas": replicas} if address else {}
+    own = {"pairs_file": "mine.csv", "results_dir": folder, "layers": [21, 23], "workers": who}
+    return steps.Step("necessity", params.validate("necessity", params.load_profile("smoke") | own))
+
+
+def planned(step: steps.Step) -> tuple[list[units.Unit], object]:
+    """A unit per pair, and what computes it; which units were computed is written to a file, wherever it happened."""
+    pairs, computed = step.prompts(), Path("computed").resolve()
+    options = {"direction": "noise", "role": "names", "layers": [21, 23], "components": ["head"], "ablations": ["zero"]}
+    inner = step.sweeper(pairs)
+
+    def compute(unit: units.Unit) -> pd.DataFrame:
+        with computed.open("a") as file:
+            file.write(f"{unit.id}\n")
+        return inner(unit)
+
+    return [units.Unit(f"u-{index:02d}", (pair,), options) for index, pair in enumerate(pairs)], compute
+
+
+def swept(step: steps.Step) -> pa.Table:
+    """The step's table as it lies on disk."""
+    step.table("necessity", *planned(step))
+    return pq.read_table(step.path())
+
+
+def test_an_address_that_does_not_answer_is_one_sentence(here):
+    with pytest.raises(WorkersError, match=r"no Ray cluster answers at '127.0.0.1:1'.*ray start --head.*engine: local"):
+        swept(begin("out", "127.0.0.1:1"))
+
+
+def test_more_replicas_than_the_cluster_has_room_for(cluster, here):
+    with pytest.raises(WorkersError, match="3 replicas with 1 CPU each ask for 3; the Ray cluster has 2"):
+        swept(begin("out", cluster.address, replicas=3))
+
+
+def test_replicas_of_other_code_libraries_or_weights_are_refused(cluster, here, monkeypatch):
+    step = begin("out", cluster.address, replicas=1)
+    with monkeypatch.context() as patched, pytest.raises(WorkersError, match="another code of lib"):
+        patched.setattr(workers, "code_hash", lambda: "0" * 64)
+        swept(step)
+    with monkeypatch.context() as patched, pytest.raises(WorkersError, match=r"another library torch \(.*, not 0.1"):
+        here_too = machine.versions() | {"torch": "0.1"}
+        patched.setattr(machine, "versions", lambda: here_too)
+        swept(step)
+    step.model.final_norm.weight[3] += 1  # the driver's own
+    with pytest.raises(WorkersError, match="another weights"):
+        swept(step)
+    assert not Path("computed").exists() and not list(Path("out").glob("*.parquet"))
+
+
+def test_a_unit_that_kills_every_replica_ends_the_run(cluster, here, monkeypatch):
+    monkeypatch.setattr(workers, "DEATHS", 1)
+    plan = [units.Unit("deadly")]
+    with pytest.raises(WorkersError, match="2 replicas died of deadly"):
+        begin("out", cluster.address).table("necessity", plan, lambda _: os._exit(1), schema=None)
+
+
+def test_an_error_in_the_work_is_the_one_that_was_raised(cluster, here):
+    def compute(unit: units.Unit) -> pd.DataFrame:
+        raise ValueError(f"{unit.id} has no rows")
+
+    with pytest.raises(ValueError, match="^u has no rows$"):
+        begin("out", cluster.address, replicas=1).table("necessity", [units.Unit("u")], compute, schema=None)
+
+
+def test_a_unit_short_of_memory_is_done_again_with_half(cluster, here):
+    step = begin("out", cluster.address, replicas=1)
+
+    def pretended_shortage(unit: units.Unit) -> pd.DataFrame:
+        if unit.id == "large" and step.memory > 0.3:
+            raise torch.OutOfMemoryError("pretended")
+        return pd.DataFrame({"memory": [step.memory]})
+
+    frame = step.table("necessity", [units.Unit("large"), units.Unit("small")], pretended_shortage, schema=None)
+    full = step.record["memory_gb"]
+    halvings = next(n for n in range(20) if full / 2**n <= 0.3)
+    assert list(frame["memory"]) == [full / 2**halvings, full]
+    assert step.record["log"] == [
+        f"unit large ran out of memory and was done again with {full / 2**halvings:g} GB for a pass"
+    ]
+
+
+def test_a_lost_node_costs_its_units_alone_and_the_rows_are_those_of_a_local_run(cluster, here, caplog):
+    local = swept(begin("local"))
+    Path("computed").unlink()
+
+    def lose_a_node() -> None:
+        while len(list(here.glob("ray/necessity.units/*.parquet"))) < 2:
+            time.sleep(0.02)
+        cluster.remove_node(cluster.workers[1], allow_graceful=False)
+
+    losing = threading.Thread(target=lose_a_node)
+    losing.start()
+    step = begin("ray", cluster.address)
+    assert swept(step).equals(local)
+    losing.join()
+    assert "a replica died" in caplog.text
+    computed = Counter(Path("computed").read_text().split())
+    assert len(computed) == 8 and 8 < computed.total() <= 9
+    about, alone = step.record, begin("local").record
+    assert about["model"] == alone["model"] and about["data_key"] == alone["data_key"]
+    assert about["tables"]["necessity"]["rows"] == len(local)
+
+
+def test_a_run_goes_on_with_other_workers(cluster, here):
+    step = begin("out")
+    plan, compute = planned(step)
+
+    def interrupted(unit: units.Unit) -> pd.DataFrame:
+        if unit.id == "u-03":
+            raise KeyboardInterrupt
+        return compute(unit)
+
+    with pytest.raises(KeyboardInterrupt):
+        step.table("necessity", plan, interrupted)
+    mixed = swept(begin("out", cluster.address, replicas=1))
+    assert Counter(Path("computed").read_text().split()) == {unit.id: 1 for unit in plan}
+    assert mixed.equals(swept(begin("local")))
