@@ -6,8 +6,7 @@
 
 1. The model's shape comes from its config; a profile that does not fit is refused (`lib.fit`).
 2. `lib.planned` counts every table's work from the parameters; `lib.rates` says how long that takes here or on a card.
-2. `lib.planned` counts the work of every table from the parameters, `lib.rates` says how long it takes.
-   kernel, imports, statistics and figures of its notebook beside them.
+3. A step's time is that of its tables; the kernel, imports, statistics and figures of its notebook stand beside it.
 
 `--json FILE` writes {profile, device, machine, versions, layers, rates, assumptions: [text], total_seconds,
 measured_total_seconds, steps: [{step, passes, operations, rows, memory_gb, disk_gb, seconds, page_seconds,
