@@ -47,7 +47,6 @@ def prepare(work: Work) -> dict[str, Run]:
 
 NOTE = (
     "an `IntervenableModel` per site, `logits_to_keep=1`; the clean values collected once and given as constant "
-    "sources, which spares it a run of the source per site. Its recipe for path patching is another computation: it "
-    "restores every module between two layers in one run"
+    "sources, which spares it a run of the source per site. Its tutorial has a recipe for path patching, not measured here"
 )
 TOOLS = [Tool("pyvene", "pyvene", NOTE, prepare)]
