@@ -47,6 +47,7 @@ def prepare(work: Work) -> dict[str, Run]:
 
 NOTE = (
     "an `IntervenableModel` per site, `logits_to_keep=1`; the clean values collected once and given as constant "
-    "sources, which spares it a run of the source per site. Its tutorial has a recipe for path patching, not measured here"
+    "sources, which spares it a run of the source per site. Its tutorial has a recipe for path patching, which was not "
+    "measured"
 )
 TOOLS = [Tool("pyvene", "pyvene", NOTE, prepare)]
