@@ -106,6 +106,8 @@ class Replica:
 def connect(address: str) -> None:
     """Join the Ray cluster at the address (`auto`: the one of this machine; `local`: start one here), unless joined."""
     os.environ |= SETTINGS
+    if address != "local":  # one try, of 41 s, at an address where something else listens; Ray's own 20 take 820 s
+        os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "1")
     import ray
 
     if ray.is_initialized():
