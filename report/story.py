@@ -25,8 +25,8 @@ from scipy.stats import hypergeom
 from lib import keys, records, stats
 from lib.effects import quad_matrix
 from lib.findings import in_halves, interval, listed
-from lib.step_params import STEPS, Shared, Story
 from lib.records import plain
+from lib.step_params import STEPS, Shared, Story
 from lib.steps import Step
 from report import claims, plots
 from report.claims import NOT_SUPPORTED, NOT_TESTABLE, NOT_TESTED, SUPPORTED, VERDICTS, Entry, Ledger, leaves
