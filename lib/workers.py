@@ -211,7 +211,7 @@ def spread(step: Step, memory: float) -> Callable[[Sequence[Unit], Callable], It
                 if deaths[name] > DEATHS or not (dead or (unit and short)):
                     if not dead:
                         raise (cause or error) from None
-                    raise WorkersError(f"workers: {deaths[name]} replicas died of {name}: {error}") from error
+                    raise WorkersError(f"workers: {name} took {deaths[name]} replicas with it: {error}") from error
                 log.warning("a replica %s; %s goes to the next one", "died" if dead else "ran out of memory", name)
                 if unit:
                     halvings[name] += short
