@@ -125,7 +125,7 @@ def test_the_default_model_is_installed_alone():
     assert not set(alone) & (set(lock()) | set(declared()) | set(conda()))
     lines = [line for line in (ROOT / "Makefile").read_text().splitlines() if "requirements-no-deps.lock" in line]
     installs = [line for line in lines if "pip install" in line]
-    assert len(installs) == 2 and all("--no-deps" in line for line in installs)
+    assert len(installs) == 3 and all("--no-deps" in line for line in installs)
 
 
 @needs_venv
