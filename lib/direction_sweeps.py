@@ -136,7 +136,7 @@ def run(step: Step, name: str, plan: Sequence[Unit], sets: Sequence, names: Sequ
     def compute(unit: Unit) -> pd.DataFrame:
         how = {"seed": step.params.seed, "memory": step.memory, "profile": step.params.profile}
         frame = sweep.run_variants(step.model, unit.pairs, sets, names, make, direction=direction, **how)
-        if unit is plan[0] and name == "direction_layers":
+        if unit.id == plan[0].id and name == "direction_layers":
             frame.attrs["log"] = sweep.prove(step.model, unit.pairs[0]) + frame.attrs["log"]
         return frame
 
