@@ -33,7 +33,7 @@ COMMANDS = {
     "scale_70b": "python -m bench.scale_70b",
     "offload": "python -m bench.offload",
     "plan_70b": f"{PLAN} llama-3.3-70b --device 'NVIDIA H100 80GB' --json bench/results/plan_70b.json",
-    "plan_smollm2": f"{PLAN} smollm2-135m --against --json bench/results/plan_smollm2.json",
+    "plan_smollm2": f"{PLAN} smollm2-135m-quick --against --json bench/results/plan_smollm2.json",
 }
 SECONDS, GIGABYTES, TIMES = 10, 75, 100
 """What was aimed at for the 70B shape on one card, at `last`: time, memory, times as fast as one by one."""
