@@ -26,8 +26,8 @@ from lib.tasks import Pair
 
 # Rows of full-vocabulary logits held at once: larger blocks go back to the system and are faulted in anew each time.
 LOGIT_ROWS = 128
-# How torch and CUDA's libraries say that memory has run out, where they do not raise OutOfMemoryError.
-SHORT = ("not enough memory", "out of memory", "ALLOC_FAILED")
+# How torch, CUDA's libraries and the system itself say that memory has run out, where torch raises no OutOfMemoryError.
+SHORT = ("not enough memory", "out of memory", "ALLOC_FAILED", "Cannot allocate memory")
 
 Grow = Callable[[Model, BaseRun, Sequence[Row], Activations], Grown]
 # From the pairs, their base runs and their other runs: for each variant, what the sites are replaced by.

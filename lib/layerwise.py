@@ -19,6 +19,7 @@ jobs' plain runs, which make the layer's sources, then the growing passes, which
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -41,6 +42,8 @@ from lib.models import Model
 from lib.pools import Pool, pool_key, unfilled
 from lib.single_pass import BaseRun, Growing, keeping, row_limit
 from lib.tasks import Pair
+
+HALVINGS = 2  # of the memory for a pass, before the jobs are parted
 
 log = logging.getLogger(__name__)
 
@@ -165,30 +168,39 @@ def counted(model: Model) -> Iterator[dict[str, int]]:
 
 
 def run(
-    jobs: Sequence[Job], kept: dict[tuple, Pool], lenders: Sequence[Pair], halved: list[str]
+    jobs: Sequence[Job], kept: dict[tuple, Pool], lenders: Sequence[Pair], halved: list[str], tries: int = 0
 ) -> tuple[list[pd.DataFrame], dict[str, int]]:
     """`Job.run` for all jobs of a sweep in lock step, and the loads (see `counted`).
 
     `kept` and `lenders` are the pools at hand and the pairs to make others from. With variants, which may use any layer
     of the plain runs, these go first and every layer is read twice. When memory runs out, all is done again with half
-    of it for a pass, with a line in `halved`.
+    of it for a pass, which reads no more; when that has been tried HALVINGS times, in two parts, each of which reads
+    every layer: the waiting passes take memory, too. Each leaves a line in `halved`.
     """
     model, memory = jobs[0].model, jobs[0].memory
+    parted = len(jobs) > 1 and tries >= HALVINGS
     with counted(model) as loads:
         try:
             frames = attempt(jobs, kept, lenders)
         except RuntimeError as error:
             limit = max(row_limit(model, blank(job.ids, job), memory) for job in jobs)
-            if not is_short(error) or limit == 1:
+            if not is_short(error) or (limit == 1 and len(jobs) == 1):
                 raise
             frames = None
     if frames is None:  # outside of the except block, which holds on to the failed passes
-        line = f"out of memory: {len(jobs)} jobs in lock step done again with {memory / 2:g} GB for a pass"
+        how = "in two parts" if parted else f"with {memory / 2:g} GB for a pass"
+        line = f"out of memory: {len(jobs)} jobs in lock step done again {how}"
         log.warning(line)
         halved.append(line)
+        gc.collect()  # passes and what they hand each other refer to one another
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        return run([replace(job, memory=memory / 2) for job in jobs], kept, lenders, halved)
+        if not parted:
+            return run([replace(job, memory=memory / 2) for job in jobs], kept, lenders, halved, tries + 1)
+        (first, one), (second, two) = (
+            run(part, kept, lenders, halved, tries) for part in (jobs[: len(jobs) // 2], jobs[len(jobs) // 2 :])
+        )
+        return first + second, dict(Counter(one) + Counter(two))
     layers = [loads.get(f"layer {layer}", 0) for layer in offloaded(model)]
     log.info("%d layers offloaded, %d layer loads for %d jobs", len(layers), sum(layers), len(jobs))
     return frames, loads

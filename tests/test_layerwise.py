@@ -142,15 +142,7 @@ def test_an_error_surfaces_and_leaves_nothing_behind(both, monkeypatch, error):
 
 
 def test_when_memory_runs_out_all_is_done_again_with_half_of_it(both, monkeypatch):
-    through, calls = layerwise.through, []
-
-    def short(model, passes):
-        calls.append(len(passes))
-        if len(calls) == 1:
-            raise torch.OutOfMemoryError("simulated")
-        return through(model, passes)
-
-    monkeypatch.setattr(layerwise, "through", short)
+    calls = run_short(monkeypatch, 1)
     frame = sweep.run(both[1], PAIRS, memory=LITTLE)
     assert (
         calls[1] > calls[0]
@@ -158,6 +150,35 @@ def test_when_memory_runs_out_all_is_done_again_with_half_of_it(both, monkeypatc
         and f"{LITTLE / 2:g} GB" in frame.attrs["log"][0]
     )
     same(frame, sweep.run(both[0], PAIRS, memory=LITTLE / 2))
+
+
+def test_when_halving_does_not_help_the_jobs_are_parted(both, monkeypatch):
+    run_short(monkeypatch, 3)
+    frame = sweep.run(both[1], PAIRS, memory=LITTLE)
+    assert ["in two parts" in line for line in frame.attrs["log"]] == [False, False, True]
+    assert [frame.attrs["loads"][f"layer {layer}"] for layer in range(3)] == [2, 2, 2]
+    same(frame, sweep.run(both[0], PAIRS, memory=LITTLE / 4))
+
+
+def test_memory_that_one_pair_alone_does_not_find_is_an_error(both, monkeypatch):
+    calls = run_short(monkeypatch, 1000)
+    with pytest.raises(RuntimeError, match="t allocate memory"):
+        sweep.run(both[1], PAIRS[:1], memory=LITTLE)
+    assert len(calls) > 3 and untouched(both[1])
+
+
+def run_short(monkeypatch, times):
+    """Have memory run out at the first `times` passes through the model; what torch says is torch's own."""
+    through, calls = layerwise.through, []
+
+    def short(model, passes):
+        calls.append(len(passes))
+        if len(calls) <= times:
+            torch.empty(2**60, dtype=torch.uint8)
+        return through(model, passes)
+
+    monkeypatch.setattr(layerwise, "through", short)
+    return calls
 
 
 def test_path_patching_and_the_proofs_run_offloaded(both):
