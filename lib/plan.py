@@ -8,10 +8,10 @@
 2. `lib.planned` counts every table's work from the parameters; `lib.rates` says how long that takes here or on a card.
 3. A step's time is that of its tables; the kernel, imports, statistics and figures of its notebook stand beside it.
 
-`--json FILE` writes {profile, device, machine, versions, layers, rates, assumptions: [text], total_seconds,
-measured_total_seconds, steps: [{step, passes, operations, rows, memory_gb, disk_gb, seconds, page_seconds,
-measured_seconds, ratio, tables: [{table, passes, operations, rows, disk_gb, seconds, measured_seconds}]}]}; what was
-not measured is null. Ratios are planned over measured.
+`--json FILE` writes {profile, device, machine, versions, commit, dirty, layers, rates, assumptions,
+total_seconds, measured_total_seconds, steps: [{step, passes, operations, rows, memory_gb, disk_gb, seconds,
+page_seconds, measured_seconds, ratio, tables: [{table, passes, operations, rows, disk_gb, seconds,
+measured_seconds}]}]}; what was not measured is null. Ratios are planned over measured.
 """
 
 from __future__ import annotations
@@ -96,6 +96,7 @@ def plan(profile: str, device: str | None = None, against: bool = False, results
         "device": device or f"{facts['cores']} cores of {facts['cpu']}",
         "machine": facts,
         "versions": machine.versions(),
+        **machine.commit(),
         "layers": shape.n_layers,
         "rates": dict(own),
         "assumptions": assumed,

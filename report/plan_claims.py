@@ -36,7 +36,6 @@ class Claim:
 
 COARSE = ("coarse_sweep", "direction == 'denoise' and position == 'last' and half == 'confirmation'")
 GRID = ("generality.joint", "site_set == 0")
-JOINT = "joint effect of the slice (share of the clean-to-corrupt gap)"
 RULE = ("generality.rule", "n_a + n_b > 0")
 GROUPS = "receivers == '{}' and mlps == '{}' and half == 'confirmation'"
 PROBE = "kind == '{}' and target == '{}' and position == '{}' and folds == 'people'"

@@ -1,6 +1,7 @@
 """The page on cost and scale: tables, figures and sentences from the committed results of `bench/`. No model, no torch.
 
-1. `fields` hands each result to the function that writes its section of `book/scale.md`; `report.speed_report` has two.
+1. `fields` hands each result to the function that writes its section of `book/scale.md`, four of them in
+   `report.speed_report`.
 2. A section is a sentence on where it was measured, a table, a figure, and what follows from the numbers; bounds that
    were aimed at are named whether they were reached or not.
 3. A result that is not there gives the command that makes it, and nothing else.
@@ -20,8 +21,10 @@ from report.speed_report import (
     measured_on,
     paragraph,
     peers,
+    profile,
     seconds,
     small,
+    sweep,
     table,
     times,
 )  # fmt: skip
@@ -33,7 +36,9 @@ COMMANDS = {
     "scale_70b": "python -m bench.scale_70b",
     "offload": "python -m bench.offload",
     "plan_70b": f"{PLAN} llama-3.3-70b --device 'NVIDIA H100 80GB' --json bench/results/plan_70b.json",
-    "plan_smollm2": f"{PLAN} smollm2-135m-quick --against --json bench/results/plan_smollm2.json",
+    "sweep": "python -m bench.sweep",
+    "profile": "python -m bench.profile_steps",
+    "plan_smollm2": f"{PLAN} smollm2-135m --against --json bench/results/plan_smollm2.json",
 }
 SECONDS, GIGABYTES, TIMES = 10, 75, 100
 """What was aimed at for the 70B shape on one card, at `last`: time, memory, times as fast as one by one."""
@@ -219,4 +224,6 @@ SECTIONS: dict[str, Callable[[Found, Path], str]] = {
     "offload": offload,
     "plan_70b": plan_70b,
     "plan_smollm2": plan_smollm2,
+    "sweep": sweep,
+    "profile": profile,
 }

@@ -1,6 +1,7 @@
-"""Speed beside other tools and how cost grows: their sections of the page on cost, and the words all its sections use.
+"""Speed beside other tools, against the arithmetic and over a book: sections of the page on cost, and its words.
 
-`peers` is made from bench/results/peers.json, `growth` from growth.json, both without a model and without torch.
+`peers`, `growth`, `sweep` and `profile` are made from the results of those names in bench/results/, without a model and
+without torch.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from report import plots
 
 AIMS = {"TransformerLens": 60, "nnsight, batched": 20}
 """How many times as fast as these the sweep of all heads at `last` was meant to be."""
+LIMITS = {"last": 1.3, "name_a": 1.4}
+"""How many times the arithmetic limit the sweep of all heads was meant to take at most, by role."""
 BATCHED = "plain hooks, batched"
 Found = Mapping[str, Any]
 
@@ -234,3 +237,50 @@ def growth_figure(found: Found) -> plots.Figure:
         drawn.supylabel("time of a sweep (s)", fontsize=10)
         drawn.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=2)
     return drawn
+
+
+# --- where the time goes ---------------------------------------------------------------------------------------------
+
+
+def sweep(found: Found, to: Path) -> str:
+    """The sweep of all heads against its arithmetic."""
+    rows = found["sweeps"]
+    rates = [row["matrix product, GFLOP/s"] for row in rows]
+    said = " and ".join(
+        f"at {coded(row['role'])} {row['times the limit']:.2f} "
+        f"(at most {aim} was aimed at, and {'reached' if row['times the limit'] <= aim else 'missed'})"
+        for row in rows
+        if (aim := LIMITS.get(row["role"]))
+    )
+    lines = [
+        [f"{coded(row['role'])}, {counted(row['heads'], 'head')}", str(row["tokens run again"])]
+        + [seconds(row[key]) for key in ("one by one, s", "single pass, s", "arithmetic limit, s")]
+        + [times(row["times faster"]), small(row["largest logit difference"])]
+        for row in rows
+    ]
+    head = ["role", "tokens run again", "one by one", "single pass", "arithmetic limit", "times faster"]
+    return joined(
+        paragraph(f"""{measured_on(found)} The arithmetic limit is the operations that a sweep cannot do without, at the
+            rate of a plain matrix product in the same process ({min(rates):.0f} to {max(rates):.0f} GFLOP/s). The
+            single pass takes {said} times that limit. The plain runs, which both ways need, are left out on both
+            sides."""),
+        table([*head, "largest difference of a logit"], lines),
+    )
+
+
+def profile(found: Found, to: Path) -> str:
+    """What the steps of a whole book spend their time on."""
+    steps = found["seconds"]
+    parts = ("starting", "computing", "the rest")
+    lines = [
+        [name.replace("_", " "), seconds(row["all"]), *(f"{row[f'{part}, share']:.0%}" for part in parts)]
+        for name, row in steps.items()
+    ]
+    whole = steps["all steps"]
+    return joined(
+        paragraph(f"""The book of profile `{found["profile"]}`, step by step, from its executed notebooks and run
+            records. {measured_on(found)} Starting is the kernel, the imports and the keys; computing is the work units;
+            the rest is prompts, tables, statistics and figures. One kernel for all notebooks would save at most
+            {whole["starting, share"]:.1%} of the whole, so each page keeps its own."""),
+        table(["step", "time", *parts], lines),
+    )

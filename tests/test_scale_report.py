@@ -144,6 +144,21 @@ def of_plan() -> dict:
     return PLACE | {"profile": "p", "device": "some card", "assumptions": ["a"], "total_seconds": 295.0, "steps": steps}
 
 
+def of_sweep() -> dict:
+    row = {"heads": 270, "one by one, s": 16.5, "times faster": 50.6, "largest logit difference": 3.8e-5}
+    row |= {"single pass, s": 0.33, "arithmetic limit, s": 0.22, "matrix product, GFLOP/s": 201.0}
+    rows = [
+        row | {"role": "last", "tokens run again": 1, "times the limit": 1.45},
+        row | {"role": "name_a", "tokens run again": 10, "times the limit": 1.22},
+    ]
+    return PLACE | {"sweeps": rows}
+
+
+def of_profile() -> dict:
+    row = {"all": 240.0, "starting, share": 0.029, "computing, share": 0.9, "the rest, share": 0.071}
+    return PLACE | {"profile": "p", "seconds": {"03_necessity": row, "all steps": row | {"all": 2400.0}}}
+
+
 MADE = {
     "peers": of_peers,
     "growth": of_growth,
@@ -151,6 +166,8 @@ MADE = {
     "offload": of_offload,
     "plan_70b": of_plan,
     "plan_smollm2": of_plan,
+    "sweep": of_sweep,
+    "profile": of_profile,
 }
 
 
@@ -229,6 +246,19 @@ def test_the_plan_beside_the_run(tmp_path):
     rows = cells(text)
     assert rows["baselines"] == ["110 s", "100 s", "1.1"] and rows["together"] == ["4.33 min", "3.33 min", "1.3"]
     assert "story" not in rows and "missed by coarse sweep." in text
+
+
+def test_the_sweep_against_its_limit(tmp_path):
+    text = told(tmp_path, "sweep")
+    assert "at `last` 1.45 (at most 1.3 was aimed at, and missed)" in text
+    assert "at `name_a` 1.22 (at most 1.4 was aimed at, and reached)" in text
+    assert cells(text)["`last`, 270 heads"] == ["1", "16.5 s", "0.33 s", "0.22 s", "51", "0.000038"]
+
+
+def test_where_a_book_spends_its_time(tmp_path):
+    text = told(tmp_path, "profile")
+    assert cells(text)["03 necessity"] == ["4 min", "3%", "90%", "7%"] and cells(text)["all steps"][0] == "40 min"
+    assert "would save at most 2.9% of the whole" in text
 
 
 def test_what_is_missing_is_said(tmp_path):
