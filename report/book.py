@@ -14,7 +14,6 @@ Nothing here knows a model or a number: what a page says was written by a step.
 from __future__ import annotations
 
 import argparse
-import ast
 import json
 import re
 import shutil
@@ -26,11 +25,11 @@ from string import Template
 from typing import Any
 
 import yaml
-from markdown_it import MarkdownIt
 
 from lib import params
 from lib.step_params import STEPS
 from report import scale_report
+from report.library import block, library
 
 ROOT = Path(__file__).resolve().parent.parent
 ANSWERS = ("story", *list(STEPS)[1:-1])
@@ -121,12 +120,13 @@ def landing(results: Path, steps: Mapping[str, str], to: Path) -> dict[str, str]
     figures, answer = [], []
     for step in (step for step in ANSWERS if step in findings):
         found = findings[step]
-        answer.append(f"- [{title(step)}]({steps[step]}.ipynb): {sentences(step, found)}")
+        link, said = f"[{title(step)}]({steps[step]}.ipynb)", sentences(step, found)
+        answer.append(item(link, said) if answer else f"{link}: {' '.join(said)}")
         for figure in found.get("figures", ())[:1]:
             figures.append(figure_block(results, to, step, figure))
     model = findings[next(iter(findings))]["model"]
     facts = {key: value for key, value in model.items() if key != "name"}
-    able = [sentences(step, found) for step, found in findings.items() if step not in ANSWERS]
+    able = [" ".join(sentences(step, found)) for step, found in findings.items() if step not in ANSWERS]
     rows = [
         f"| [{title(step)}]({page}.ipynb) | `{findings[step].get('task', '')}` | "
         f"{'measured' if findings[step].get('able', True) else 'not measured: the model cannot do this task'} |"
@@ -134,7 +134,7 @@ def landing(results: Path, steps: Mapping[str, str], to: Path) -> dict[str, str]
     ]
     return {
         "model": short(model["name"]),
-        "answer": "\n".join(answer),
+        "answer": "\n\n".join(answer),
         "claims": verdicts(results),
         "figures": "\n\n".join(figures),
         "able": "\n\n".join(able),
@@ -160,12 +160,18 @@ def title(step: str) -> str:
     return step.replace("_", " ").capitalize()
 
 
-def sentences(step: str, found: Mapping[str, Any]) -> str:
+def item(link: str, said: Sequence[str]) -> str:
+    """A step in the list on the landing page: its first sentence, and the others folded away behind it."""
+    more = f"\n\n  ```{{dropdown}} more\n  {' '.join(said[1:])}\n  ```" if said[1:] else ""
+    return f"- {link}: {said[0]}{more}"
+
+
+def sentences(step: str, found: Mapping[str, Any]) -> Sequence[str]:
     """What a step found, for the landing page; a step without a sentence is a BookError."""
-    said = " ".join(found.get("headline") or found.get("sentences") or ())
+    said = found.get("headline") or found.get("sentences") or ()
     if not said and found.get("able", True) is False:
-        said = f"This model cannot do the task `{found.get('task')}`, so nothing was measured."
-    if not said:
+        said = [f"This model cannot do the task `{found.get('task')}`, so nothing was measured."]
+    if not any(said):
         raise BookError(f"the findings of step {step} hold no sentences: run the step again")
     return said
 
@@ -256,75 +262,6 @@ def as_text(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def block(kind: str, text: str) -> str:
-    """A MyST block ("text", "python": code; "{raw} html": HTML as it is) with a fence longer than any in the text."""
-    fence = "`" * (max([2, *map(len, re.findall(r"`+", text))]) + 1)
-    return f"{fence}{kind}\n{text}\n{fence}"
-
-
-def library(folder: Path) -> str:
-    """Every public, documented function and class of a package, as MyST, from its sources; nothing is imported."""
-    parts = []
-    for path in sorted(folder.glob("[a-z]*.py")):
-        module = ast.parse(path.read_text(encoding="utf-8"))
-        parts += [f"## {folder.name}.{path.stem}", described(module)]
-        for node in public(module):
-            parts += [f"### {node.name}", block("python", signature(node)), described(node)]
-            for method in public(node) if isinstance(node, ast.ClassDef) else ():
-                parts += [block("python", signature(method)), described(method)]
-    return "\n\n".join(part for part in parts if part)
-
-
-def public(parent: ast.Module | ast.ClassDef) -> list[ast.FunctionDef | ast.ClassDef]:
-    return [
-        node
-        for node in parent.body
-        if isinstance(node, ast.FunctionDef | ast.ClassDef)
-        and not node.name.startswith("_")
-        and ast.get_docstring(node)
-    ]
-
-
-def described(node: ast.Module | ast.ClassDef | ast.FunctionDef) -> str:
-    """A docstring as HTML. Plain Markdown and not MyST: a brace or bracket in a docstring must not break the book."""
-    # Lines set in under a paragraph ("Args:", a table of names) keep their lines: made a block of their own.
-    text = re.sub(r"(?m)^(?! |[-*] |\d+\. )(.+)\n(?=    )", r"\1\n\n", ast.get_docstring(node) or "")
-    html = MarkdownIt("commonmark", {"html": False}).render(text)
-    return block("{raw} html", f'<div class="docstring">\n{html}</div>') if text else ""
-
-
-def signature(node: ast.ClassDef | ast.FunctionDef) -> str:
-    """A function's `def` line, or a class line with its annotated fields; one argument a line where it is long."""
-    if isinstance(node, ast.ClassDef):
-        bases = ", ".join(ast.unparse(base) for base in node.bases)
-        fields = [f"    {ast.unparse(sub)}" for sub in node.body if isinstance(sub, ast.AnnAssign)]
-        return "\n".join([f"class {node.name}({bases}):" if bases else f"class {node.name}:", *fields])
-    returns = f" -> {ast.unparse(node.returns)}" if node.returns else ""
-    line = f"def {node.name}({ast.unparse(node.args)}){returns}"
-    if len(line) <= 96:
-        return line
-    # ast.unparse writes arguments on one line; split only at the commas between them, by unparsing each apart.
-    spec, arguments = node.args, []
-    positional = [*spec.posonlyargs, *spec.args]
-    defaults = [None] * (len(positional) - len(spec.defaults)) + list(spec.defaults)
-    for argument, default in zip(positional, defaults, strict=True):
-        arguments.append(parameter(argument, default))
-    if spec.vararg or spec.kwonlyargs:
-        arguments.append(f"*{ast.unparse(spec.vararg)}" if spec.vararg else "*")
-    for argument, default in zip(spec.kwonlyargs, spec.kw_defaults, strict=True):
-        arguments.append(parameter(argument, default))
-    if spec.kwarg:
-        arguments.append(f"**{ast.unparse(spec.kwarg)}")
-    return "\n".join([f"def {node.name}(", *(f"    {argument}," for argument in arguments), f"){returns}"])
-
-
-def parameter(argument: ast.arg, default: ast.expr | None) -> str:
-    text = ast.unparse(argument)
-    if default is None:
-        return text
-    return f"{text} = {ast.unparse(default)}" if argument.annotation else f"{text}={ast.unparse(default)}"
 
 
 def assemble(profile: str, source: Path, executed: Path, results: Path, to: Path, root: Path = ROOT) -> None:

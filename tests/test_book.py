@@ -12,7 +12,7 @@ import papermill
 import pytest
 
 from lib import params
-from report import book, plots
+from report import book, library, plots
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = book.pages(ROOT / "book")
@@ -400,7 +400,7 @@ class Value(tuple):
     x: int = 1
     def method(self): "Does."
 ''')
-    found = book.library(tmp_path)
+    found = library.library(tmp_path)
     assert "undocumented" not in found and "_Hidden" not in found
     assert "def short(a, *, b=1) -> int" in found
     assert (
