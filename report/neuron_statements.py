@@ -205,7 +205,7 @@ def part(own: Tables, params: Neurons, figures: dict[str, Figure]) -> dict:
     return {
         "sentences": [*swept, *leading, *joint, verdict, direct_sentence(own.frame, own.chosen), about_class]
         + [card_sentence(told, own.words, own.tables["counterfactual"])],
-        "headline": [leading[0], verdict],
+        "headline": [verdict, leading[0]],
         "figures": figures,
         "captions": {name: CAPTIONS[name] for name in figures},
         "neurons": numbers

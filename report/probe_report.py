@@ -377,8 +377,7 @@ def part(
     sentences = [
         f"Probes were read from {sizes.loc['pair', 'item']} pair prompts of {sizes.loc['pair', 'unit']} quads, whose "
         "people the model tells apart by selection (an accuracy near 1 at the last token of the last layers is built "
-        f"in), and from one-name prompts about {sizes.loc['one-name', 'item']} other people, drawn before any "
-        "selection.",
+        f"in), and from one-name prompts about {sizes.loc['one-name', 'item']} other people, unselected.",
         *dropped,
         *accuracy_sentences(curve, null, layers, frame["permutation"].max() + 1),
         *selectivity_sentence(select, layer),
@@ -387,6 +386,7 @@ def part(
     ]
     return {
         "sentences": sentences,
+        "headline": [],  # what its directions can do says more
         "figures": figures,
         "captions": CAPTIONS,
         "verdicts": table,

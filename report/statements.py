@@ -214,7 +214,7 @@ def coarse(step: Step, records: pd.DataFrame, curves: pd.DataFrame, critical: Cr
         "critical_share_confirmation": confirmed_rises,
         "first_flip_layer": flips,
         "sentences": sentences,
-        "headline": [*(moves[role] for role in ("names", "swapped", "last") if role in moves), critical_text],
+        "headline": [critical_text, *(moves[role] for role in ("names", "swapped", "last") if role in moves)],
     }
 
 

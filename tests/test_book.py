@@ -219,7 +219,7 @@ def test_the_book_loads_nothing_from_outside(built, made):
 
 def test_landing_page(built):
     words = text(built / "index.html")
-    assert "The answer so far, for Tiny-Model" in words
+    assert "The answer, for Tiny-Model" in words
     for number in (number for number, step in enumerate(STEPS) if step != "sufficiency"):
         assert f"Sentence {number} with {0.25 * number:.2f}" in words
     assert "Sufficiency: This model cannot do the task superset, so nothing was measured." in words
@@ -283,7 +283,7 @@ def test_a_quick_profile_says_on_every_page_what_it_leaves_out(copy, built):
     assert notes["necessity"].count("instead of") == 2 and "`last`: all instead of 200" in notes["sufficiency"]
     assert "- nothing but what the steps before it left out" in notes["baselines"]
     landing = (copy / "book" / "index.md").read_text()
-    assert landing.index("The full report: `make book PROFILE=smollm2-135m`") < landing.index("## The answer so far")
+    assert landing.index("The full report: `make book PROFILE=smollm2-135m`") < landing.index("## The answer")
 
 
 def test_the_quick_profile_differs_from_the_full_one_in_sizes_alone():
