@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import book_checks
+import numpy as np
+import pandas as pd
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -68,6 +70,38 @@ def test_every_finding_stands_on_its_page_and_the_undoable_task_is_named(tree):
     assert baselines["able"]["superset"]["able"] is True
     assert baselines["able"]["odd_one_out"]["able"] is False
     assert "cannot do `odd_one_out`" in " ".join(baselines["sentences"])
+
+
+def test_directions_of_the_book_agree_with_each_other_and_with_the_coarse_sweep(tree):
+    def table(name: str) -> pd.DataFrame:
+        return pd.read_parquet(tree / f"results/smoke/{name}.parquet")
+
+    every, template = table("subspace.directions"), "profession_both"
+    own = every[every["method"] != "class mean"]
+    bases = {key: np.stack(list(rows["vector"])) for key, rows in own.groupby(["method", "k"])}
+    assert {"class means", "profession means", "probe", "rotation"} <= {method for method, _ in bases}
+    for (method, _), basis in bases.items():
+        np.testing.assert_allclose(np.linalg.norm(basis, axis=1), 1, atol=1e-5)
+        if method in ("class means", "profession means", "rotation"):
+            np.testing.assert_allclose(basis @ basis.T, np.eye(len(basis)), atol=1e-4)
+    assert own["between"].between(0, 1).all() and (own["variance"] > 0).all()
+
+    layer = own["layer"].iloc[0]
+    means = every[(every["method"] == "class mean") & (every["template"] == template) & (every["layer"] == layer)]
+    apart = np.stack(list(means["vector"])) - np.stack(list(means["vector"])).mean(0)
+    basis = bases["class means", 0]
+    assert len(basis) == len(means) - 1
+    np.testing.assert_allclose(apart @ basis.T @ basis, apart, atol=1e-3 * np.abs(apart).max())
+
+    moved = table("subspace.direction_transfer")
+    variants = moved.groupby("template")["variant"].agg(set)
+    assert all(names == variants[template] for names in variants) and len(variants[template]) > 3
+    whole = moved[(moved["variant"] == "whole|0|") & (moved["template"] == template)].set_index("pair_id")
+    coarse = table("coarse_sweep").query("direction == 'denoise' and position == 'last' and component == 'resid'")
+    coarse = coarse[coarse["layer"] == layer].set_index("pair_id")
+    both = whole.index.intersection(coarse.index)
+    assert len(both)
+    np.testing.assert_allclose(whole.loc[both, "logit_diff_after"], coarse.loc[both, "logit_diff_after"], atol=1e-3)
 
 
 def test_nothing_runs_twice_and_a_sentence_redraws_without_sweeping(tree):
