@@ -201,7 +201,7 @@ def growth(found: Found, to: Path) -> str:
             that a matrix product reached next to it ({min(rates):.0f} to {max(rates):.0f} GFLOP/s)."""),
         table([*head, "measured / predicted, smallest", "largest"], lines),
         paragraph(f"""Over all points a sweep took {times(min(ratios))} to {times(max(ratios))} times its prediction.
-            What small sweeps take beyond it is no arithmetic: starting kernels, copying caches, hooks."""),
+            What a sweep takes beyond it is not arithmetic."""),
         figure(
             growth_figure(found),
             to,
@@ -281,6 +281,6 @@ def profile(found: Found, to: Path) -> str:
         paragraph(f"""The book of profile `{found["profile"]}`, step by step, from its executed notebooks and run
             records. {measured_on(found)} Starting is the kernel, the imports and the keys; computing is the work units;
             the rest is prompts, tables, statistics and figures. One kernel for all notebooks would save at most
-            {whole["starting, share"]:.1%} of the whole, so each page keeps its own."""),
+            {whole["starting, share"]:.1%} of the whole."""),
         table(["step", "time", *parts], lines),
     )
