@@ -1,5 +1,5 @@
 # The dependency graph of the report. Every step is a notebook; its executed page depends on one small file, the step's
-# key (lib/keys.py), which is rewritten only when its content changes. What reruns is decided by keys, never by dates.
+# key (pipeline/keys.py), which is rewritten only when its content changes. What reruns is decided by keys, never by dates.
 #
 #   notebooks, params, data, lib, report -> keys/<step>.key -> executed/NN_<step>.ipynb -> keys/<next step>.key -> ... -> book
 
@@ -64,7 +64,7 @@ book: $(BUILD)/book/.stamp ## sweep what has to be swept, execute the notebooks,
 	@echo "$(BUILD)/book/$$(cat $<)"
 
 plan: $(READY) ## what the profile costs, step by step, before it is run; DEVICE="NVIDIA H100 80GB": on that card
-	$(PY) -m lib.plan --profile $(PROFILE) $(if $(DEVICE),--device "$(DEVICE)",--against)
+	$(PY) -m steps.plan --profile $(PROFILE) $(if $(DEVICE),--device "$(DEVICE)",--against)
 
 # Two processes of one thread each: one builds the smoke book and asks about it, the other does the rest.
 test: $(READY) ## lint, then all tests; they build the book of the profile "smoke"
@@ -132,7 +132,7 @@ params/%.yaml:
 define STEP
 $(BUILD)/keys/$1.key: FORCE $3 | $(PARAMS) $(READY)
 	@mkdir -p $$(@D)
-	@$(PY) -m lib.keys $1 --profile $(PROFILE) --output $$@
+	@$(PY) -m pipeline.keys $1 --profile $(PROFILE) --output $$@
 
 $(BUILD)/executed/$2.ipynb: $(BUILD)/keys/$1.key $(if $(wildcard $(RESULTS)/$1.run.json),,FORCE)
 	@mkdir -p $(BUILD)/executed $(BUILD)/running $(BUILD)/failed
@@ -150,7 +150,7 @@ step-$1: $(BUILD)/executed/$2.ipynb
 
 clean-$1: | $(PARAMS) $(READY)
 	@rm -f $(BUILD)/keys/$1.key $(foreach d,executed running failed,$(BUILD)/$d/$2.ipynb)
-	@$(PY) -m lib.keys $1 --profile $(PROFILE) --clean
+	@$(PY) -m pipeline.keys $1 --profile $(PROFILE) --clean
 endef
 
 previous :=

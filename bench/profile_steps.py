@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from lib import keys, params
+from pipeline import keys, params
 
 RESULT = Path(__file__).parent / "results" / "profile.json"
 

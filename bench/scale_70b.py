@@ -54,11 +54,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from bench.paths import OneByOne
 from bench.sweep import operations
-from lib import hooks, jobs, machine, models, paths, single_pass, sweep
+from lib import batches, hooks, models, paths, single_pass, sweep
 from lib.hooks import Site
 from lib.models import Model
 from lib.single_pass import BaseRun, Grown, Row
 from lib.tasks import Pair, Prompt
+from pipeline import machine
 
 RESULT = Path(__file__).parent / "results" / "scale_70b.json"
 SHAPES = {  # layers, heads, key-value heads, head size, hidden, MLP, vocabulary
@@ -384,7 +385,7 @@ def expected_peak(ways: Ways, role: str) -> float:
     rows = min(len(ways.sites), int(ways.memory * 1e9 / row))
     config = model.model.config
     matrix = config.hidden_size * config.intermediate_size * model.dtype.itemsize
-    logits = 3 * 4 * jobs.logit_rows(model) * config.vocab_size
+    logits = 3 * 4 * batches.logit_rows(model) * config.vocab_size
     return (model.model.get_memory_footprint() + rows * row + matrix + logits) / 1e9
 
 

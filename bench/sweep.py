@@ -23,10 +23,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 
-from lib import hooks, jobs, machine, metrics, models, single_pass, tasks
+from lib import batches, hooks, metrics, models, single_pass, tasks
 from lib.models import Model
 from lib.single_pass import Row, base_run, grow
 from lib.tasks import Pair
+from pipeline import machine
 
 RESULT = Path(__file__).parent / "results" / "sweep.json"
 ROW = {"pair_id": "bench", "quad_id": "bench", "half": "discovery", "task": "superset", "template": "profession_both"}
@@ -78,7 +79,7 @@ def measure(model: Model, pair: Pair, role: str, rate: float, repeats: int) -> d
 
     def score(logits: torch.Tensor, base: torch.Tensor) -> metrics.RowMetrics:
         owner = torch.zeros(len(logits), dtype=torch.long)
-        return metrics.from_logits(logits, base, owner, **jobs.answers_of([pair], [pair.corrupt_tokens]))
+        return metrics.from_logits(logits, base, owner, **batches.answers_of([pair], [pair.corrupt_tokens]))
 
     def plain_runs() -> single_pass.BaseRun:
         return base_run(model, torch.cat([clean, corrupt]), positions, ("head",))
@@ -87,7 +88,7 @@ def measure(model: Model, pair: Pair, role: str, rate: float, repeats: int) -> d
         source, base = runs.part(0, 1), runs.part(1, 2)
         grown = grow(model, base, rows, source.activations)
         plain = model.logits(grown.base)
-        return [score(model.logits(hidden), plain) for hidden in grown.hidden.split(jobs.LOGIT_ROWS)]
+        return [score(model.logits(hidden), plain) for hidden in grown.hidden.split(batches.LOGIT_ROWS)]
 
     with torch.no_grad(), hooks.capture(model, sites, positions) as values:
         model.model(clean, logits_to_keep=1)
@@ -113,7 +114,7 @@ def measure(model: Model, pair: Pair, role: str, rate: float, repeats: int) -> d
     base = runs.part(1, 2)
     grown = grow(model, base, rows, runs.part(0, 1).activations)
     plain = model.logits(base.hidden)
-    fast_logits = torch.cat([model.logits(hidden) for hidden in grown.hidden.split(jobs.LOGIT_ROWS)])
+    fast_logits = torch.cat([model.logits(hidden) for hidden in grown.hidden.split(batches.LOGIT_ROWS)])
     largest = (slow_logits - plain).abs().amax(1).clamp_min(1)
     tokens = len(pair.clean.ids)
     counted = operations(model, tokens, tokens - min(positions), [site.layer for site in sites])

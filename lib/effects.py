@@ -17,9 +17,13 @@ from typing import Literal, NamedTuple
 import numpy as np
 import pandas as pd
 
-from lib.stats import Interval
+from lib import stats
+from lib.data import HALVES
+from lib.hooks import site_name
+from lib.stats import Interval, Settings
 
-SITE = ("layer", "component", "head", "position")
+SITE = ["layer", "component", "head"]
+SITE_AND_POSITION = ("layer", "component", "head", "position")
 # What a set of records must agree on before it is averaged, unless the caller groups by it.
 CONSTANT = ("profile", "task", "template", "direction", "ablation", "position")
 
@@ -111,7 +115,7 @@ class QuadMatrix(NamedTuple):
 def quad_matrix(
     frame: pd.DataFrame,
     value: str = "effect",
-    sites: Sequence[str] = SITE,
+    sites: Sequence[str] = SITE_AND_POSITION,
     reduce: Literal["mean", "sum"] = "mean",
 ) -> QuadMatrix:
     """Records as a matrix of quads x sites: the mean (or sum) over a quad's pairs.
@@ -149,7 +153,7 @@ def quad_matrix(
     return QuadMatrix(total / count if reduce == "mean" else total, np.asarray(quads), keys)
 
 
-def by_site(frame: pd.DataFrame, by: Sequence[str] = SITE) -> pd.DataFrame:
+def by_site(frame: pd.DataFrame, by: Sequence[str] = SITE_AND_POSITION) -> pd.DataFrame:
     """One row per site: mean raw effects in logits, the ratio of sums, and what they rest on.
 
     Columns: `by`, `effect` and `margin_effect` (means over quads of the quads' means, as in `quad_matrix`), `damage`
@@ -272,3 +276,112 @@ def critical_slice(
     both = np.minimum(joint_recovery, joint_damage)[:limit] >= share
     size = int(np.argmax(both)) + 1 if both.any() else limit
     return CriticalSlice(size, float(joint_recovery[size - 1]), float(joint_damage[size - 1]), bool(both.any()))
+
+
+# --- tables of sites by half ---
+
+
+def columns(intervals: Sequence[Interval], prefix: str = "") -> dict[str, list]:
+    """Estimates and ends of intervals as columns of a table."""
+    return {f"{prefix}{key}": [getattr(i, key) for i in intervals] for key in ("estimate", "low", "high")}
+
+
+def named(table: pd.DataFrame) -> pd.Series:
+    """`site_name` of each row."""
+    return pd.Series([site_name(*site) for site in table[SITE].itertuples(index=False)], index=table.index)
+
+
+def in_halves(frame: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """The records of each half that has any, discovery first."""
+    return [(half, part) for half in HALVES if len(part := frame[frame["half"] == half])]
+
+
+def curve(frame: pd.DataFrame, settings: Settings, by: Sequence[str] = ("layer",)) -> pd.DataFrame:
+    """Damage or recovery (a ratio of sums, with its own interval) for each combination of `by`; one direction."""
+    by = list(by)
+    change = quad_matrix(frame, "effect", by, reduce="sum")
+    gap = quad_matrix(frame, "gap", by, reduce="sum")
+    ratios = stats.ratio_intervals(change.values, gap.values, settings.level, settings.resamples, settings.seed)
+    return change.sites.assign(**columns(ratios), quads=len(change.quads))
+
+
+def site_effects(frame: pd.DataFrame, settings: Settings, by: Sequence[str] = tuple(SITE)) -> pd.DataFrame:
+    """The sites of one half, direction and ablation: mean raw effect on logit_diff (logits) with familywise intervals
+    and p values (max-T over all sites of the frame), and the ratio of sums with an interval of its own."""
+    by = list(by)
+    matrix = quad_matrix(frame, "effect", by)
+    together = stats.simultaneous(matrix.values, settings.level, settings.resamples, settings.seed)
+    test = stats.max_t(matrix.values, settings.flips, settings.seed)
+    margin = quad_matrix(frame, "margin_effect", by).values.mean(0)
+    out = matrix.sites.assign(**columns(together), p=test.p, t=test.t, margin_effect=margin, quads=len(matrix.quads))
+    ratios = curve(frame, settings, by)
+    return out.assign(ratio=ratios["estimate"], ratio_low=ratios["low"], ratio_high=ratios["high"])
+
+
+def both_halves(frame: pd.DataFrame, settings: Settings) -> pd.DataFrame:
+    """`site_effects` of each half, one above the other, with the column `half` and the site's name."""
+    parts = [site_effects(part, settings).assign(half=half) for half, part in in_halves(frame)]
+    out = pd.concat(parts, ignore_index=True)
+    return out.assign(site=named(out))
+
+
+def picked(table: pd.DataFrame, count: int) -> pd.DataFrame:
+    """The `count` sites of largest discovery effect, each with its rows of both halves, in that order."""
+    order = table[table["half"] == table["half"].iloc[0]].nlargest(count, "estimate")["site"]
+    return pd.concat([table[table["site"] == site] for site in order], ignore_index=True)
+
+
+def reported(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the confirmation half; where there is only one half, that one."""
+    half = HALVES[1] if (table["half"] == HALVES[1]).any() else table["half"].iloc[0]
+    return table[table["half"] == half]
+
+
+def confirmed(table: pd.DataFrame, settings: Settings) -> pd.DataFrame:
+    """Sites with a positive effect that is familywise significant on discovery and again on confirmation."""
+    alpha = 1 - settings.level
+    good = table[(table["p"] <= alpha) & (table["estimate"] > 0)]
+    both = good.groupby("site")["half"].nunique() == table["half"].nunique()
+    out = reported(table)
+    return out[out["site"].isin(both[both].index)].sort_values("estimate", ascending=False)
+
+
+def heads_matrix(table: pd.DataFrame, value: str = "estimate") -> np.ndarray:
+    """(layers, heads) of a column of one half's table of heads; NaN (False) where not measured."""
+    return table[table["component"] == "head"].pivot(index="layer", columns="head", values=value).to_numpy()
+
+
+def ablation_tables(records: pd.DataFrame, settings: Settings) -> dict[str, pd.DataFrame]:
+    """`both_halves` for each ablation (denoise: "clean") at `last`, without `resid`: one family of tests each."""
+    own = records[(records["position"] == "last") & (records["component"] != "resid")]
+    return {kind: both_halves(rows, settings) for kind, rows in own.groupby("ablation", sort=False)}
+
+
+def layer_table(records: pd.DataFrame, settings: Settings, components: Sequence[str] = ("attn", "mlp")) -> pd.DataFrame:
+    """Damage or recovery per layer and component, confirmation half, for each position; whole components only."""
+    own = in_halves(records[records["component"].isin(components)])[-1][1]
+    parts = [curve(rows, settings, SITE).assign(position=role) for role, rows in own.groupby("position", sort=False)]
+    return pd.concat(parts, ignore_index=True)
+
+
+def answer_and_foil(
+    records: pd.DataFrame, sites: Sequence[str], candidates: Sequence[str], settings: Settings
+) -> pd.DataFrame:
+    """Change of the answer's and of the foil's logit at each of the sites (names), confirmation half."""
+    own = in_halves(records)[-1][1]
+    own = own[own["position"] == "last"].assign(site=lambda frame: named(frame))
+    own = own[own["site"].isin(sites)]
+    own = own.join(logit_changes(own, candidates))
+    parts = []
+    for logit in ("answer", "foil"):
+        matrix = quad_matrix(own, f"{logit}_change", ["site"])
+        means = stats.mean_intervals(matrix.values, settings.level, settings.resamples, settings.seed)
+        parts.append(matrix.sites.assign(logit=logit, **columns(means)))
+    out = pd.concat(parts)
+    order = {site: index for index, site in enumerate(sites)}
+    return out.sort_values("site", key=lambda column: column.map(order), kind="stable").reset_index(drop=True)
+
+
+def side_by_side(table: pd.DataFrame, column: str, value: str = "estimate") -> pd.DataFrame:
+    """One row per site, a column for each value of `column`, for a scatter."""
+    return table.pivot(index=["site", *SITE], columns=column, values=value).reset_index()

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from lib import fit, hooks
+from lib import hooks, weights
 from lib.weights import ModelError, load_error, resolve
 
 # Where each architecture keeps its parts; the first name that exists is taken. (path from the causal model, path from
@@ -151,7 +151,7 @@ def load(
         idle = "max_memory" if max_memory else "offload_folder"
         raise ModelError(f"{idle} is for models on several devices: give device_map: auto with it, or leave it out")
     placed = device_map or pick_device(device)
-    fit.check(spec, dtype, placed, quantisation, max_memory, offload_folder)
+    weights.check(spec, dtype, placed, quantisation, max_memory, offload_folder)
     transformers.logging.disable_progress_bar()
     where, actual, local = resolve(spec, sha256)
     random = spec.startswith("config:")

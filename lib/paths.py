@@ -28,9 +28,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lib import hooks, sweep
+from lib.batches import grouped
 from lib.hooks import EMBED, Site
 from lib.models import Model, ModelError
-from lib.pools import grouped
 from lib.single_pass import Activations, BaseRun, Batch, Edit, Grown, Proof, Row, SweepError, edits_by_module
 from lib.tasks import Pair
 

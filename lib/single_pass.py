@@ -148,7 +148,7 @@ def grow(model: Model, base: BaseRun, rows: Sequence[Row], sources: Activations)
 
 
 class Growing:
-    """A growing pass by its layers, so that it can wait at each (`lib.layerwise`)."""
+    """A growing pass by its layers, so that it can wait at each (`lib.offload`)."""
 
     def __init__(self, model: Model, base: BaseRun, rows: Sequence[Row], sources: Activations) -> None:
         self.model, self.base, self.sources, self.start = model, base, sources, min(base.positions)

@@ -56,6 +56,16 @@ class Interval:
         return format(self, "")
 
 
+@dataclass(frozen=True)
+class Settings:
+    """How intervals and tests are made; the parameters of a step, which hold the same four, stand in for it."""
+
+    level: float = 0.95  # confidence of intervals
+    resamples: int = 2000  # of the bootstrap
+    flips: int = 2000  # of the signs of whole quads
+    seed: int = 0
+
+
 class MaxT(NamedTuple):
     """A test of every site by flipping signs of quads."""
 

@@ -22,40 +22,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from lib import hooks, layerwise
+from lib import hooks, offload
+from lib.batches import Grow, Job, Variants, grouped, pooled, token_ids
 from lib.hooks import Site
-from lib.jobs import Grow, Job, Variants
 from lib.models import Model
-from lib.pools import grouped, lenders, pooled, token_ids
 from lib.single_pass import base_run, grow, prove_identity, prove_whole_residual
 from lib.tasks import Pair
-from lib.units import Unit
 
 ABLATIONS = ("zero", "mean", "resample", "counterfactual")
 DIRECTIONS = ("noise", "denoise")
 # Pairs share a pass up to this many row-tokens: beyond it a pass is bound by arithmetic and sharing gains nothing.
 SHARED_ROW_TOKENS = 4096
-
-
-def plan(label: str, pairs: Sequence[Pair], /, size: int = 8, **options: Any) -> list[Unit]:
-    """The work units of one sweep: a pure function of the pair list and the options of `run`.
-
-    Means and resamples are left out for pairs whose group has no other quad to take them from (`lenders`).
-    """
-    chunks = [group[at : at + size] for group in grouped(pairs) for at in range(0, len(group), size)]
-    units = []
-    for index, chunk in enumerate(chunks):
-        own = dict(options)
-        if "ablations" in own and not lenders(chunk[0], pairs):
-            own["ablations"] = [kind for kind in own["ablations"] if kind not in ("mean", "resample")]
-        if own.get("ablations", True):
-            units.append(Unit(f"{label}-{index:04d}", tuple(chunk), own))
-    return units
 
 
 def run(
@@ -89,7 +70,7 @@ def run(
     pools      a dict kept by the caller between calls, so that the pool of one group is run once.
 
     `frame.attrs["facts"]` has the candidates and labels, in the order of the columns that list their logits. Where
-    weights are offloaded, all passes go through the model in lock step (`lib.layerwise`), so that each layer is read
+    weights are offloaded, all passes go through the model in lock step (`lib.offload`), so that each layer is read
     once, and `frame.attrs["loads"]` says how often each was.
 
     Raises ValueError for unknown words and sites, SweepError when a row does not prove itself.
@@ -163,8 +144,8 @@ def run_sets(
             own_grow = grower(packed[0].clean.roles) if grower else grow
             how = (direction, role, sets, kinds, seed, memory, profile, own_grow, tuple(needs), variants)
             jobs.append(Job(model, packed, *how))
-    if grower is None and layerwise.offloaded(model):
-        frames, loads = layerwise.run(jobs, kept, pool or pairs, halved)
+    if grower is None and offload.offloaded(model):
+        frames, loads = offload.run(jobs, kept, pool or pairs, halved)
     else:
         lend = lambda job: pooled(model, kept, pool or pairs, job.pairs[0], role, sets)  # noqa: E731
         frames = [job.run(partial(lend, job), halved) for job in jobs]

@@ -8,14 +8,18 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from transformers.pytorch_utils import Conv1D
 
 
 class ModelError(ValueError):
@@ -108,3 +112,182 @@ def load_error(spec: str, where: str, error: Exception) -> ModelError:
     if spec.startswith("package:"):
         text += f" (if its converted weights were damaged: delete the folder {where} and run again)"
     return ModelError(text)
+
+
+# --- what they weigh, and where they fit ---
+
+
+SHAPES = Path(__file__).with_name("shapes.json")
+BYTES = {"float64": 8.0, "float32": 4.0, "float16": 2.0, "bfloat16": 2.0}
+# of a linear layer's weight: nf4 has half a byte and its double-quantised scales (Dettmers et al. 2023, 2305.14314)
+QUANTISED = {"nf4": 0.5 + 0.127 / 8, "int8": 1.0}
+MAPS = ("auto", "balanced", "balanced_low_0", "sequential")  # accelerate's words
+PROMPT, SLICE = 32, 16384  # tokens of the prompt of a minimal pass; vocabulary cast to fp32 at a time (lib.models)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What sizes and costs depend on. Counts of weights; `linear` are those that a quantisation packs."""
+
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_size: int
+    hidden: int
+    inner: int  # neurons of an MLP
+    vocabulary: int
+    attention: int  # weights of one block's attention
+    mlp: int  # and of its MLP
+    linear: int  # of all blocks' linear layers
+    other: int  # embeddings, unembedding, norms
+
+    @property
+    def parameters(self) -> int:
+        return self.linear + self.other
+
+    @property
+    def n_neurons(self) -> int:
+        return self.inner
+
+
+def config_of(spec: str, offline: bool = True) -> PretrainedConfig | None:
+    """The config behind a model string; None where it cannot be had. Downloads no more than the config."""
+    try:
+        if spec.startswith("package:"):
+            file = package_file(spec)
+            folder = cache_folder() / sha256_of(file)  # its converted weights, if they have been made
+            if folder.is_dir():
+                return AutoConfig.from_pretrained(folder, local_files_only=True)
+            return AutoConfig.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
+        if (known := json.loads(SHAPES.read_text()).get(spec)) is not None:
+            return AutoConfig.for_model(**known)
+        where = spec.removeprefix("config:")
+        local = offline or spec.startswith("config:") or Path(spec).is_dir()
+        return AutoConfig.from_pretrained(where, local_files_only=local, trust_remote_code=False)
+    except Exception:  # whatever is wrong with the file, loading says it
+        return None
+
+
+def shape_of(config: PretrainedConfig) -> Shape:
+    """Counted on the empty model: exact for every architecture that transformers knows."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    text = config.get_text_config()
+    ends = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
+    linear = {
+        name: module.weight.numel()
+        for name, module in model.named_modules()
+        if isinstance(module, (torch.nn.Linear, Conv1D)) and id(module.weight) not in ends
+    }
+    heads, layers = text.num_attention_heads, text.num_hidden_layers
+    attention = sum(size for name, size in linear.items() if "attn" in name)
+    return Shape(
+        n_layers=layers,
+        n_heads=heads,
+        n_kv_heads=getattr(text, "num_key_value_heads", None) or heads,
+        head_size=getattr(text, "head_dim", None) or text.hidden_size // heads,
+        hidden=text.hidden_size,
+        inner=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+        vocabulary=text.vocab_size,
+        attention=attention // layers,
+        mlp=(sum(linear.values()) - attention) // layers,
+        linear=sum(linear.values()),
+        other=sum(parameter.numel() for parameter in model.parameters()) - sum(linear.values()),
+    )
+
+
+def weight_gb(shape: Shape, dtype: str, quantisation: str | None = None) -> float:
+    """GB of the weights; what is not a block's linear layer stays in `dtype`."""
+    return (shape.linear * QUANTISED.get(quantisation, BYTES[dtype]) + shape.other * BYTES[dtype]) / 1e9
+
+
+def pass_gb(shape: Shape, dtype: str, rows: int = 2) -> float:
+    """GB that the smallest pass takes: two prompts, their cache, logits, a slice of the unembedding in fp32."""
+    cache = 2 * shape.n_layers * shape.n_kv_heads * shape.head_size
+    block = 10 * shape.hidden + 4 * shape.inner + 4 * shape.n_heads * shape.head_size
+    logits = 4 * (rows * shape.vocabulary + min(SLICE, shape.vocabulary) * shape.hidden)
+    return (rows * PROMPT * (cache + block) * BYTES[dtype] + logits) / 1e9
+
+
+def device_gb(device: str) -> float:
+    """GB of one device: a card's memory, the machine's for the CPU and for Apple's MPS."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_properties(torch.device(device)).total_memory / 1e9
+    return memory_gb()
+
+
+def room_gb(placed: str | Mapping | None, quantisation: str | None, max_memory: Mapping | None, disk: bool) -> float:
+    """GB that weights may take: one device's, or what a device map spreads them over; infinite with the disk."""
+    cards = {f"cuda:{i}": device_gb(f"cuda:{i}") for i in range(torch.cuda.device_count())}
+    places = cards | {"cpu": memory_gb()}
+    name = lambda key: f"cuda:{key}" if str(key).isdigit() else "cuda:0" if key == "cuda" else str(key)  # noqa: E731
+    if isinstance(placed, Mapping):
+        used = {name(key) for key in placed.values()}
+    elif placed in MAPS:
+        used = {*places, *(["disk"] if disk else [])}
+        if quantisation and cards:  # bitsandbytes keeps packed weights on the cards alone
+            used = set(cards)
+    else:
+        return device_gb(placed)
+    if "disk" in used:
+        return float("inf")
+    limits = {name(key): value * 2**30 / 1e9 for key, value in (max_memory or {}).items()}
+    unnamed = 0.0 if limits else float("inf")  # accelerate uses no device that max_memory leaves out
+    return sum(min(places.get(key, 0.0), limits.get(key, unnamed)) for key in used)
+
+
+def check(
+    spec: str,
+    dtype: str,
+    placed: str | Mapping,
+    quantisation: str | None = None,
+    max_memory: Mapping | None = None,
+    offload_folder: str | None = None,
+    room: float | None = None,
+) -> None:
+    """ModelError where the weights and one small pass need more memory than there is. Needs no weights.
+
+    `placed` is a device ("cpu", "cuda:0") or accelerate's device map; `room` the memory (GB) of a device that is not
+    here. Where no config can be had nothing is said: loading will say what is wrong with it.
+    """
+    if room is None:
+        room = room_gb(placed, quantisation, max_memory, offload_folder is not None)
+    config = config_of(spec, offline=False) if room < float("inf") else None
+    if config is None:
+        return
+    try:
+        shape = shape_of(config)
+    except (ValueError, AttributeError):  # no causal model: loading says so
+        return
+    own, work = weight_gb(shape, dtype, quantisation), pass_gb(shape, dtype)
+    if own + work <= room:
+        return
+    where = placed if isinstance(placed, str) and placed not in MAPS else "what device_map names"
+    raise ModelError(
+        f"model {spec!r} does not fit: {shape.parameters / 1e9:.1f} billion weights in {quantisation or dtype} take "
+        f"{own:.1f} GB and one small pass {work:.1f} GB, but {where} has {room:.1f} GB; "
+        f"{ways_out(shape, dtype, quantisation)}"
+    )
+
+
+def ways_out(shape: Shape, dtype: str, quantisation: str | None) -> str:
+    """Two ways in which the model can be run, with what each needs."""
+    half = dtype if BYTES[dtype] < 4 else "bfloat16"
+    plain = weight_gb(shape, half)
+    disk = f"device_map: auto with an offload_folder, dtype {half} and no quantisation ({plain:.0f} GB on disk)"
+    if quantisation == "nf4":
+        first = "device_map: auto over cards that have as much together"
+    else:
+        first = f"quantisation: nf4 ({weight_gb(shape, half, 'nf4') + pass_gb(shape, half):.0f} GB, dtype {half})"
+    return f"use {first}, or {disk}"
+
+
+def memory_gb() -> float:
+    """GB of memory that this process may use: the machine's, or its control group's limit where that is lower."""
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            limits.append(int(Path(path).read_text()))
+        except (OSError, ValueError):  # no control groups here, or "max"
+            continue
+    return min(limits) / 1e9

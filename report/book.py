@@ -26,10 +26,10 @@ from typing import Any
 
 import yaml
 
-from lib import params
-from lib.step_params import STEPS
-from report import scale_report
+from pipeline import params
+from report import scale
 from report.library import block, library
+from steps.parameters import STEPS
 
 ROOT = Path(__file__).resolve().parent.parent
 ANSWERS = ("story", *list(STEPS)[1:-1])
@@ -279,7 +279,7 @@ def assemble(profile: str, source: Path, executed: Path, results: Path, to: Path
         (to / f"{page}.ipynb").write_text(text, encoding="utf-8")
     generated = {
         "index": landing(results, steps, to) | {"quick": notes.get("index", "")},
-        "scale": scale_report.fields(root / "bench" / "results", to),
+        "scale": scale.fields(root / "bench" / "results", to),
         "reproducibility": {"profile": profile, "runs": reproducibility(results, steps)},
         "api": {name: library(root / name) for name in ("lib", "report")},
     }

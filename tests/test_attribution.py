@@ -7,10 +7,11 @@ import torch
 from test_hydra import norm64
 from test_sweep import PAIRS
 
-from lib import attribution, hooks, params, records
-from lib.circuits import SEARCH_SCHEMA, Circuit
+from lib import hooks, records
 from lib.single_pass import base_run
-from report import circuit_report
+from pipeline import params
+from steps.story import attribution, circuits_page
+from steps.story.circuits import SEARCH_SCHEMA, Circuit
 
 P = params.validate("story", params.load_profile("smoke") | {"random_sets": 2, "circuit_limit": 4})
 IDENTITY = ["pair_id", "layer", "component", "head"]
@@ -99,11 +100,11 @@ def test_curves_areas_members_and_completeness_by_hand():
     tested = [("grow", i, site, sum(list(worth.values())[: i + 1]), True) for i, site in enumerate(sites)]
     tested += [("prune", 0, "0.2", 1.0, True), ("prune", 1, "mlp 0", 0.8, False)]
     search = pd.DataFrame(tested, columns=list(SEARCH_SCHEMA.columns))
-    assert circuit_report.circuit_of(search) == sites[:3] and circuit_report.grown(search) == sites
-    subsets = circuit_report.subsets_of(sites[:3], 3, rng)
+    assert circuits_page.circuit_of(search) == sites[:3] and circuits_page.grown(search) == sites
+    subsets = circuits_page.subsets_of(sites[:3], 3, rng)
     assert all(0 < len(own) < 3 for own in subsets)
     orders = {"damage": sites[::-1]}
-    tests = circuit_report.tests_of(search, orders, sites, subsets, P, rng)
+    tests = circuits_page.tests_of(search, orders, sites, subsets, P, rng)
     tests |= {"everything": Circuit(False, ()), "nothing": Circuit(True, ())}
     rows = []
     for quad in range(24):
@@ -114,14 +115,14 @@ def test_curves_areas_members_and_completeness_by_hand():
             about = {"half": "confirmation", "quad_id": f"q{quad}", "pair_id": f"p{quad}", "ablation": "resample"}
             rows.append(about | {"test": name, "logit_diff": value, "metric": value - 2})
     frame = pd.DataFrame(rows)
-    curve, areas = circuit_report.curves(frame, P)
+    curve, areas = circuits_page.curves(frame, P)
     found = curve[curve["order"] == "circuit"].set_index("n_sites")["estimate"]
     assert found.to_dict() == pytest.approx({1: 0.5, 2: 0.8, 3: 1.0, 4: 1.0})
     area = areas.set_index("order")["estimate"]
     assert area["circuit"] == pytest.approx((0.25 + 0.65 + 0.9 + 1.0) / 4)
     assert area["damage"] == pytest.approx((0 + 0.1 + 0.35 + 0.75) / 4)
     assert areas.set_index("order")["minus_estimate"]["damage"] == pytest.approx(area["circuit"] - area["damage"])
-    numbers = circuit_report.circuit_numbers(search, frame, subsets, ["0.0", "0.3"], sites, P)
+    numbers = circuits_page.circuit_numbers(search, frame, subsets, ["0.0", "0.3"], sites, P)
     assert numbers["size"] == 3 and numbers["grown"] == 4 and numbers["reached"]
     assert numbers["faithfulness"]["estimate"] == pytest.approx(1) and numbers["necessity"]["estimate"] == 0
     assert numbers["weakest"]["site"] == "mlp 0" and numbers["weakest"]["share"] == pytest.approx(0.2)
@@ -129,15 +130,15 @@ def test_curves_areas_members_and_completeness_by_hand():
     assert numbers["overlap"]["sites"] == ["0.0"] and numbers["faithfulness_counterfactual"] is None
     # a backup: without any member the model keeps 0.3 more than the circuit does
     backed = frame.assign(logit_diff=frame["logit_diff"] + 0.3 * frame["test"].str.startswith("model "))
-    worst, _ = circuit_report.incompleteness(backed, P)
+    worst, _ = circuits_page.incompleteness(backed, P)
     assert worst["estimate"] == pytest.approx(0.3 / (2 + 0.1 * 11.5)) and worst["low"] <= worst["estimate"]
-    text = " ".join(circuit_report.circuit_sentences(numbers, P))
+    text = " ".join(circuits_page.circuit_sentences(numbers, P))
     assert "0.0, 0.1 and mlp 0" in text and "Less than half is left: shown" in text and "nan" not in text
     few = frame[frame["quad_id"].isin(["q0", "q1"])]
-    numbers = circuit_report.circuit_numbers(search, few, subsets, ["0.0"], sites, P)
-    assert "too few quads" in " ".join(circuit_report.circuit_sentences(numbers, P))
-    none = circuit_report.circuit_numbers(search.head(0), few, [], ["0.0"], sites, P)
-    assert "No circuit was searched for" in circuit_report.circuit_sentences(none, P)[0]
+    numbers = circuits_page.circuit_numbers(search, few, subsets, ["0.0"], sites, P)
+    assert "too few quads" in " ".join(circuits_page.circuit_sentences(numbers, P))
+    none = circuits_page.circuit_numbers(search.head(0), few, [], ["0.0"], sites, P)
+    assert "No circuit was searched for" in circuits_page.circuit_sentences(none, P)[0]
 
 
 def test_a_ranking_takes_the_discovery_half_and_the_sites_asked_for():
@@ -146,7 +147,7 @@ def test_a_ranking_takes_the_discovery_half_and_the_sites_asked_for():
         + [("discovery", 1, "mlp", -1, 3.0), ("discovery", 1, "mlp", -1, 0.0), ("discovery", 2, "mlp", -1, 7.0)],
         columns=["half", "layer", "component", "head", "exact"],
     )
-    assert circuit_report.ranked(table, "exact", ["0.1", "mlp 1", "0.0"]) == ["mlp 1", "0.1"]
+    assert circuits_page.ranked(table, "exact", ["0.1", "mlp 1", "0.0"]) == ["mlp 1", "0.1"]
 
 
 def test_what_attribution_finds_and_costs():
@@ -159,13 +160,13 @@ def test_what_attribution_finds_and_costs():
             guess = {"atp": 0.0 if head == 29 else real, "atp_qk": real, "grad_drop": abs(real)}
             rows += [about | {"component": kind, "exact": real, **guess} for kind in ("head", "query")]
     both = pd.DataFrame(rows)
-    table, means = circuit_report.compared(both.drop(columns="exact"), both[[*IDENTITY, "quad_id", "half", "exact"]], P)
+    table, means = circuits_page.compared(both.drop(columns="exact"), both[[*IDENTITY, "quad_id", "half", "exact"]], P)
     found = table.set_index(["nodes", "method"])
     assert len(means) == 60 and ("sites", "atp_qk") not in found.index
     assert found.loc[("queries", "atp"), "missed"] == ["0.29"] and found.loc[("queries", "atp"), "top10"] == 0.9
     fixed = found.loc[("queries", "atp_qk")]
     assert fixed["estimate"] > 0.99 > found.loc[("queries", "atp"), "estimate"] and fixed["signs"] == 1
-    costs = circuit_report.cost(30, 9, 20).set_index("method")
+    costs = circuits_page.cost(30, 9, 20).set_index("method")
     assert costs.loc["exact", "token_layers"] == 4650 and costs.loc["atp", "ratio"] == 77.5
-    text = " ".join(circuit_report.attribution_sentences(table, costs.reset_index(), 24))
+    text = " ".join(circuits_page.attribution_sentences(table, costs.reset_index(), 24))
     assert "missed: 0.29" in text and "78 times" in text

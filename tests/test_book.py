@@ -11,7 +11,7 @@ import nbformat
 import papermill
 import pytest
 
-from lib import params
+from pipeline import params
 from report import book, library, plots
 
 ROOT = Path(__file__).resolve().parent.parent

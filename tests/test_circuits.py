@@ -6,8 +6,9 @@ import pytest
 import torch
 from test_sweep import PAIRS
 
-from lib import circuits, hooks, records, single_pass, sweep
-from lib.circuits import ALL, NOTHING, Circuit
+from lib import hooks, records, single_pass, sweep
+from steps.story import circuits
+from steps.story.circuits import ALL, NOTHING, Circuit
 
 TESTS = {
     "two": Circuit(True, ("1.2", "mlp 2")),

@@ -10,10 +10,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lib import keys, params, records, steps
-from report import claims, story
-from report.claims import NOT_SUPPORTED, NOT_TESTABLE, NOT_TESTED, SUPPORTED
-from report.plan_claims import CLAIMS
+from lib import records
+from pipeline import keys, params
+from pipeline import step as steps
+from steps.story import claims
+from steps.story import page as story
+from steps.story.claims import NOT_SUPPORTED, NOT_TESTABLE, NOT_TESTED, SUPPORTED
+from steps.story.plan_claims import CLAIMS
 
 ROOT = params.ROOT
 

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from scipy import stats as reference
 
-from lib import class_tests, stats
+from lib import stats
+from steps.generality import class_tests
 
 # --- equivalence
 

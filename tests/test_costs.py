@@ -5,13 +5,18 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from lib import attribution, circuits, costs, fit, hooks, hops, hydra, models, neurons, paths, standins, sweep, tasks
+from lib import hooks, models, paths, sweep, tasks, weights
+from lib.data import HALVES
 from lib.hooks import Site
-from lib.quads import HALVES
+from pipeline import assumed, costs
+from steps.hydra import measure as hydra
+from steps.neurons import neurons
+from steps.retrieval_heads import measure as hops
+from steps.story import attribution, circuits
 
 TEMPLATE = tasks.TEMPLATES["profession_both"]
-PAIRS = [standins.pair_of(TEMPLATE, q, 0, HALVES[q % 2], [2, 2], 0) for q in range(4)]
-LONGER = [standins.pair_of(TEMPLATE, q, 0, HALVES[q % 2], [3, 4], 0) for q in range(4, 6)]
+PAIRS = [assumed.pair_of(TEMPLATE, q, 0, HALVES[q % 2], [2, 2], 0) for q in range(4)]
+LONGER = [assumed.pair_of(TEMPLATE, q, 0, HALVES[q % 2], [3, 4], 0) for q in range(4, 6)]
 SLICE = [Site(1, "head", 2), Site(1, "mlp"), Site(2, "head", 0)]
 PLACE = costs.Machine(2.0, "float32")
 
@@ -20,7 +25,7 @@ PLACE = costs.Machine(2.0, "float32")
 def both(tiny):
     """A small model in fp32 and its shape."""
     model = tiny("llama", "float32")
-    return model, fit.shape_of(model.model.config)
+    return model, weights.shape_of(model.model.config)
 
 
 def counted(run) -> float:
@@ -46,7 +51,7 @@ def test_sweeps(both, role, direction):
 
 def test_another_architecture(tiny):
     model = tiny("gpt2", "float32")
-    work = costs.sweep_unit(fit.shape_of(model.model.config), PAIRS, {"role": "name_b"}, PLACE)
+    work = costs.sweep_unit(weights.shape_of(model.model.config), PAIRS, {"role": "name_b"}, PLACE)
     agrees(work, lambda: sweep.run(model, PAIRS, role="name_b"))
 
 
@@ -112,10 +117,10 @@ def test_work_adds_up():
 
 
 def test_stand_ins_have_the_roles_of_real_pairs(two_pairs):
-    made = standins.pair_of(TEMPLATE, 0, 0, "discovery", [len(two_pairs[0].clean.roles[f"name_{s}"]) for s in "ab"])
+    made = assumed.pair_of(TEMPLATE, 0, 0, "discovery", [len(two_pairs[0].clean.roles[f"name_{s}"]) for s in "ab"])
     assert made.clean.roles == two_pairs[0].clean.roles
     assert len(made.clean.ids) == len(two_pairs[0].clean.ids)
-    quad = [standins.pair_of(TEMPLATE, 3, n, "confirmation", [2, 2]) for n in range(4)]
+    quad = [assumed.pair_of(TEMPLATE, 3, n, "confirmation", [2, 2]) for n in range(4)]
     assert quad[2].clean.ids == quad[0].corrupt.ids and quad[2].answer == quad[0].corrupt_answer
     assert len({side.ids for pair in quad for side in (pair.clean, pair.corrupt)}) == 4
     assert np.ptp([len(pair.clean.ids) for pair in quad]) == 0 and hooks.COMPONENTS

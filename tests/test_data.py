@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lib import data, models, quads, tasks
+from lib import data, models, tasks
 from lib.tasks import SUPERSETS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -149,7 +149,7 @@ def test_quads_keep_their_promises(people, smollm_tokenizer, seed, skill, per_qu
     assert (made.a.map(superset) == made.superset).all() and (made.b.map(superset) == made.superset).all()
     assert (made.c.map(superset) == made.other).all() and (made.d.map(superset) == made.other).all()
     assert (made.superset != made.other).all()
-    assert made.quad_id.is_unique and set(made.half) <= set(quads.HALVES)
+    assert made.quad_id.is_unique and set(made.half) <= set(data.HALVES)
     assert ((made.fame_a - made.fame_c).abs() <= tolerance).all()
     assert ((made.fame_b - made.fame_d).abs() <= tolerance).all()
     assert made.groupby(["half", "bucket"]).size().min() >= 2
@@ -157,11 +157,11 @@ def test_quads_keep_their_promises(people, smollm_tokenizer, seed, skill, per_qu
     sides = Counter(frozenset(pair) for pair in zip(made.superset, made.other, strict=True))
     assert max(sides.values()) <= 2 and len(made) <= 20
     # every pair of every quad lines up, both orders and both sides; the pairs used are solved
-    for row in quads.pairs_of(made, 4).to_dict("records"):
+    for row in data.pairs_of(made, 4).to_dict("records"):
         pair = tasks.make_pair(smollm_tokenizer, row)
         assert len(pair.clean.roles["name_a"]) == row["n_tokens_a"]
         assert row["bucket"] == f"{template}|{row['n_tokens_a']}|{row['n_tokens_b']}"
-    used = data.add_margins(quads.pairs_of(made, per_quad), smollm_tokenizer, score)
+    used = data.add_margins(data.pairs_of(made, per_quad), smollm_tokenizer, score)
     assert (used.metric_clean > 0).all() and (used.metric_corrupt < 0).all()
     # the report adds up
     assert drops[0]["left"] + drops[0]["dropped"] == len(few)
@@ -186,7 +186,7 @@ def test_choose_serves_superset_pairs_evenly_and_no_one_twice(seed, sizes, wante
     ]
     people = pd.DataFrame(rows, columns=["superset", "n_tokens", "fame"])
     pairs = list(combinations(SUPERSETS, 2))
-    planned = quads.choose(people, dict.fromkeys(pairs, wanted), 0.5, np.random.default_rng(seed))
+    planned = data.choose(people, dict.fromkeys(pairs, wanted), 0.5, np.random.default_rng(seed))
     used = [quad[slot] for quad in planned for slot in "abcd"]
     assert len(set(used)) == len(used)
     for quad in planned:
@@ -201,7 +201,7 @@ def test_choose_serves_superset_pairs_evenly_and_no_one_twice(seed, sizes, wante
 def test_plenty_of_people_give_exactly_what_is_wanted():
     rows = [{"superset": s, "n_tokens": (2, 2), "fame": -0.01 * i} for s in SUPERSETS for i in range(40)]
     pairs = list(combinations(SUPERSETS, 2))
-    planned = quads.choose(pd.DataFrame(rows), dict.fromkeys(pairs, 5), 1.0, np.random.default_rng(0))
+    planned = data.choose(pd.DataFrame(rows), dict.fromkeys(pairs, 5), 1.0, np.random.default_rng(0))
     counts = Counter(frozenset((quad["superset"], quad["other"])) for quad in planned)
     assert counts == dict.fromkeys(map(frozenset, pairs), 5)
     first_sides = Counter(quad["superset"] for quad in planned)
@@ -211,7 +211,7 @@ def test_plenty_of_people_give_exactly_what_is_wanted():
 @settings(max_examples=50, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), strata=st.lists(st.tuples(st.sampled_from("xyz"), st.sampled_from("12"))))
 def test_halves_are_even_in_every_stratum(seed, strata):
-    chosen = quads.halves(strata, np.random.default_rng(seed))
+    chosen = data.halves(strata, np.random.default_rng(seed))
     for stratum in set(strata):
         own = Counter(half for half, place in zip(chosen, strata, strict=True) if place == stratum)
         assert abs(own["discovery"] - own["confirmation"]) <= 1
@@ -222,7 +222,7 @@ def test_a_quad_gives_either_side_and_either_order():
     quad |= {"superset": "artist", "other": "writer", "n_tokens_a": 2, "n_tokens_b": 2}
     quad |= {s: s.upper() for s in "abcd"} | {f"profession_{s}": f"job {s}" for s in "abcd"}
     quad |= {f"fame_{s}": -float(i) for i, s in enumerate("abcd")}
-    pairs = quads.pairs_of(pd.DataFrame([quad]), 4)
+    pairs = data.pairs_of(pd.DataFrame([quad]), 4)
     names = pairs[["clean_a", "clean_b", "corrupt_a", "corrupt_b"]].agg("".join, axis=1)
     assert list(names) == ["ABCD", "DCBA", "CDAB", "BADC"]
     assert list(pairs.answer) == ["artist", "writer", "writer", "artist"]
@@ -231,7 +231,7 @@ def test_a_quad_gives_either_side_and_either_order():
     assert list(pairs.clean_profession_a) == ["job a", "job d", "job c", "job b"]
     assert list(pairs.pair_id) == ["q0.0", "q0.1", "q0.2", "q0.3"]
     with pytest.raises(ValueError, match="1 to 4, got 5"):
-        quads.pairs_of(pd.DataFrame([quad]), 5)
+        data.pairs_of(pd.DataFrame([quad]), 5)
 
 
 def test_nothing_left_is_an_error_with_the_counts(people, smollm_tokenizer):
@@ -324,7 +324,7 @@ def test_pairs_that_share_a_name_are_one_cluster(tmp_path, suffix):
     table.to_csv(path, index=False) if suffix == ".csv" else table.to_parquet(path)
     read = data.load_pairs_file(path)
     assert [list(read.quad_id).index(quad) for quad in read.quad_id] == [0, 0, 2, 2, 4]
-    assert read.groupby("quad_id").half.nunique().max() == 1 and set(read.half) == set(quads.HALVES)
+    assert read.groupby("quad_id").half.nunique().max() == 1 and set(read.half) == set(data.HALVES)
     assert set(read.task) == {"superset"} and set(read.template) == {"profession_both"} and read.pair_id.is_unique
     pd.testing.assert_frame_equal(read, data.load_pairs_file(path))
 
@@ -390,8 +390,8 @@ def test_the_bundled_model_gives_solved_quads(people, smollm):
 
     options = {"quads_per_half": 4, "min_bucket": 2, "people_per_superset": 60}
     made, drops = data.build_quads(people, smollm.tokenizer, score, **options)
-    assert len(made) >= 6 and set(made.half) == set(quads.HALVES)
-    used = data.add_margins(quads.pairs_of(made), smollm.tokenizer, score)
+    assert len(made) >= 6 and set(made.half) == set(data.HALVES)
+    used = data.add_margins(data.pairs_of(made), smollm.tokenizer, score)
     assert (used.metric_clean > 0).all() and (used.metric_corrupt < 0).all()
     assert len(data.keep_solved(used)) == len(used)
     known = next(drop for drop in drops if drop["filter"] == "not known by the model")

@@ -10,8 +10,10 @@ from conftest import SMOLLM
 from test_layerwise import longer
 from test_sweep import pair_of
 
-from lib import layerwise, models, params, paths, steps, sweep
+from lib import models, offload, paths, sweep
 from lib.models import ModelError
+from pipeline import params
+from pipeline import step as steps
 
 PAIRS = [pair_of(0), pair_of(2), longer(pair_of(0))]
 WHOLE = {"role": "names", "ablations": ("zero", "counterfactual")}
@@ -64,7 +66,7 @@ def test_auto_with_max_memory_spills_to_the_disk(tiny_folder, tmp_path, plain):
     folder = str(tmp_path / "offload")
     own = {"device_map": "auto", "max_memory": {"cpu": 0.6 * size}, "offload_folder": folder}
     model = from_profile(tiny_folder, tmp_path, **own)
-    spilt = layerwise.offloaded(model)
+    spilt = offload.offloaded(model)
     assert spilt and set(model.model.hf_device_map.values()) == {"cpu", "disk"}
     frame = sweep.run(model, PAIRS, direction="denoise")
     assert {key: frame.attrs["loads"][key] for key in frame.attrs["loads"] if key.startswith("layer")} == {
@@ -100,8 +102,8 @@ def test_two_devices_give_the_rows_of_one(tiny_folder, plain, places):
 def test_layers_kept_in_the_machines_memory_are_sent_to_the_device_once(smollm, two_pairs):
     places = dict.fromkeys(REST, 0) | {f"model.layers.{layer}": "cpu" if layer % 3 else 0 for layer in range(30)}
     model = models.load(SMOLLM, device_map=places)
-    assert model.device.type == "cuda" and len(layerwise.offloaded(model)) == 20
+    assert model.device.type == "cuda" and len(offload.offloaded(model)) == 20
     options = {"direction": "denoise", "components": ["head"], "memory": 0.02}
     frame = sweep.run(model, two_pairs, **options)
-    assert [frame.attrs["loads"][f"layer {layer}"] for layer in layerwise.offloaded(model)] == [1] * 20
+    assert [frame.attrs["loads"][f"layer {layer}"] for layer in offload.offloaded(model)] == [1] * 20
     agree(frame, sweep.run(smollm, two_pairs, **options), 2e-3)

@@ -9,10 +9,11 @@ import pandas as pd
 import pytest
 import torch
 
-from lib import direction_sweeps, directions, hooks, params, readout, records
+from lib import hooks, readout, records
 from lib.hooks import Site
 from lib.single_pass import base_run
-from report import direction_report, direction_statements
+from pipeline import params
+from steps.subspace import direction_statements, direction_sweeps, directions, directions_page
 from tests.test_sweep import PAIRS, captured
 
 WORDS = PAIRS[0].candidates
@@ -237,20 +238,20 @@ def part(quads):
     scan = pd.concat([synthetic(quads, RECOVERY, site_set=at) for at in (0, 1)], ignore_index=True)
     moved = synthetic(quads, {"t|1|": 0.8, "u|1|": 0.4, "t|2|": 0.8, "u|2|": 0.8, "random|1|0": 0.1, "whole|0|": 1.0})
     frame, kinds = steering(quads)
-    doses = direction_report.dose_table(frame, kinds, ("artist", "writer", "x"))
+    doses = directions_page.dose_table(frame, kinds, ("artist", "writer", "x"))
     known = pd.DataFrame({"method": ["class means", "component", "rotation"], "k": [0, 0, 1], "layer": 21,
                           "variance": 2.0, "between": 0.5, "prompts": 80, "half": "discovery"})  # fmt: skip
     by_layer, transfer = (
-        direction_report.layer_table(scan, [21], PARAMS),
-        direction_report.transfer_table(moved, PARAMS),
+        directions_page.layer_table(scan, [21], PARAMS),
+        directions_page.transfer_table(moved, PARAMS),
     )
-    numbers, band = direction_report.by_number(patches, PARAMS), direction_report.random_band(patches, PARAMS)
+    numbers, band = directions_page.by_number(patches, PARAMS), directions_page.random_band(patches, PARAMS)
     figures = [
-        direction_report.layer_figure(by_layer),
-        direction_report.number_figure(numbers, band),
-        direction_report.split_figure(direction_report.split_parts(patches, PARAMS)),
-        direction_report.dose_figure(direction_report.dose_curves(doses, PARAMS)),
-        direction_report.transfer_figure(transfer),
+        directions_page.layer_figure(by_layer),
+        directions_page.number_figure(numbers, band),
+        directions_page.split_figure(directions_page.split_parts(patches, PARAMS)),
+        directions_page.dose_figure(directions_page.dose_curves(doses, PARAMS)),
+        directions_page.transfer_figure(transfer),
     ]
     for figure in figures:
         figure._repr_mimebundle_()
@@ -295,9 +296,9 @@ def test_the_first_layer_that_reaches_the_share_is_chosen():
     rows = [("discovery", "class difference", layer, value) for layer, value in ((21, 0.5), (23, 0.85), (29, 0.95))]
     rows += [("confirmation", "class difference", 21, 0.99), ("discovery", "whole", 21, 1.0)]
     table = pd.DataFrame(rows, columns=["half", "method", "layer", "estimate"])
-    assert direction_report.chosen_layer(table, PARAMS) == 23
+    assert directions_page.chosen_layer(table, PARAMS) == 23
     low = table.assign(estimate=table["estimate"] / 2)
-    assert direction_report.chosen_layer(low, PARAMS) == 29
+    assert directions_page.chosen_layer(low, PARAMS) == 29
 
 
 def test_directions_are_read_without_torch(tmp_path):
@@ -305,9 +306,9 @@ def test_directions_are_read_without_torch(tmp_path):
     frame = pd.DataFrame({"method": ["class means", "class means", "rotation", "class mean"], "k": [0, 0, 1, 0],
                           "index": [0, 1, 0, 0], "vector": vectors})  # fmt: skip
     records.write(tmp_path / "subspace.directions.parquet", frame, {}, schema=None)
-    table = direction_report.load(tmp_path)
-    assert np.array_equal(direction_report.basis(table, "class means", 2), np.eye(4)[:2])
-    assert np.array_equal(direction_report.basis(table, "rotation", 1), np.eye(4)[2:3])
+    table = directions_page.load(tmp_path)
+    assert np.array_equal(directions_page.basis(table, "class means", 2), np.eye(4)[:2])
+    assert np.array_equal(directions_page.basis(table, "rotation", 1), np.eye(4)[2:3])
     for method, k in (("class means", 3), ("class mean", 1)):
         with pytest.raises(ValueError, match="were fitted together or nested"):
-            direction_report.basis(table, method, k)
+            directions_page.basis(table, method, k)

@@ -10,10 +10,12 @@ import safetensors.torch
 import torch
 from sklearn.metrics import roc_auc_score
 
-from lib import feature_patches, features, hooks, params, records, sweep
+from lib import hooks, records
 from lib.hooks import Site
-from lib.steps import StepError
-from report import feature_report
+from pipeline import params
+from pipeline.step import StepError
+from pipeline.units import sweep_units
+from steps.neurons import feature_patches, features, features_page
 from tests.test_sweep import PAIRS, captured, plain
 
 SITE = Site(1, "mlp")
@@ -123,7 +125,7 @@ def test_patches_equal_full_forward_passes(tiny, component, direction):
     coder, basis = coder_for(32), np.linalg.qr(np.random.default_rng(0).standard_normal((32, 3)))[0].T
     chosen = {"features": [3, 0, 5, 7]} | ({"neurons": [4, 1, 9]} if component == "mlp" else {})
     options = {"direction": direction, "chosen": chosen, "budgets": [1, 3], "draws": 1}
-    unit = sweep.plan("x", [pair], **options)[0]
+    unit = sweep_units("x", [pair], **options)[0]
     frame = feature_patches.patcher(step_of(model), coder, site, basis)(unit)
     frame = records.conform(frame, records.VARIANT_SCHEMA).set_index("variant")
     base, other = (pair.clean, pair.corrupt) if direction == "noise" else (pair.corrupt, pair.clean)
@@ -148,7 +150,7 @@ def test_patches_equal_full_forward_passes(tiny, component, direction):
         for kind in ("random features", "random directions"):
             assert frame.loc[f"{kind} {k}.0", "site_delta"] == pytest.approx(frame.loc[f"features {k}", "site_delta"], rel=1e-3)  # fmt: skip # noqa: E501
     assert "neurons 1" in frame.index or component == "resid"
-    unit = sweep.plan("x", [pair], direction=direction, chosen=chosen)[0]
+    unit = sweep_units("x", [pair], direction=direction, chosen=chosen)[0]
     alone = feature_patches.patcher(step_of(model), coder, site, basis)(unit).set_index("variant")
     assert np.allclose(alone.loc["features 3", "logits_after"], frame.loc["features 1", "logits_after"], atol=1e-5)
     assert len(alone) == sum(map(len, chosen.values()))
@@ -156,7 +158,7 @@ def test_patches_equal_full_forward_passes(tiny, component, direction):
 
 def test_attributions_are_the_slope_of_the_patch(tiny):
     model, pairs, coder = tiny("llama", "float64"), PAIRS[:2], coder_for(32)
-    unit = sweep.plan("x", pairs)[0]
+    unit = sweep_units("x", pairs)[0]
     rows = feature_patches.reader(step_of(model), coder, SITE)(unit).set_index(["pair_id", "side"])
     row, pair, step = rows.loc[("p0", "corrupt")], pairs[0], 1e-4
     own, before = captured(model, pair.corrupt.ids), plain(model, pair.corrupt.ids)
@@ -206,20 +208,20 @@ def reads(quads=30, seed=0, classes=("artist", "scientist")):
 
 def test_auc_and_selectivity():
     rows = reads()
-    table = feature_report.aucs(rows, "features")
+    table = features_page.aucs(rows, "features")
     for unit in (0, 3):
         wanted = roc_auc_score(rows["superset"] == "artist", [value[unit] for value in rows["features"]])
         assert table.loc[unit, "artist"] == pytest.approx(wanted)
-    own = feature_report.selective(rows, "features", PARAMS)
+    own = features_page.selective(rows, "features", PARAMS)
     assert own.iloc[0].to_dict() == {"unit": 0, "superset": "artist", "discovery": 1.0, "confirmation": 1.0}
     many = reads(80)
     values = np.stack(list(many["features"]))[:, 3]
-    span = feature_report.auc_interval(many, values, "artist", PARAMS)
+    span = features_page.auc_interval(many, values, "artist", PARAMS)
     assert span.low < 0.5 < span.high < span.low + 0.35 and span.estimate == pytest.approx(
         roc_auc_score(many["superset"] == "artist", values)
     )
-    assert feature_report.selective(reads(classes=("artist",)), "features", PARAMS).empty
-    assert feature_report.shortlist(rows, PARAMS) == {"features": [1, 3, 4, 0, 5, 2], "neurons": [5, 0, 1, 2, 3, 4]}
+    assert features_page.selective(reads(classes=("artist",)), "features", PARAMS).empty
+    assert features_page.shortlist(rows, PARAMS) == {"features": [1, 3, 4, 0, 5, 2], "neurons": [5, 0, 1, 2, 3, 4]}
 
 
 def test_stability_sees_permuted_features_and_not_random_ones():
@@ -232,14 +234,14 @@ def test_stability_sees_permuted_features_and_not_random_ones():
     def sae(*decoders):
         return pd.DataFrame([{"features": 40, "width": 64, "decoder": d.ravel(), "fires": f} for d, f in decoders])
 
-    same = feature_report.stability(sae((decoder, fires), (decoder[order], fires[order])), [2, 3, 35], rng)
+    same = features_page.stability(sae((decoder, fires), (decoder[order], fires[order])), [2, 3, 35], rng)
     same = same.set_index("features")
     assert same.loc["alive", "matched"] == 1 and same.loc["alive", "cosine"] == pytest.approx(1, abs=1e-5)
     assert same.loc["class-selective", "count"] == 2 and same.loc["class-selective", "matched"] == 1
     assert same.loc["shuffled", "cosine"] < 0.6 and same.loc["shuffled", "matched"] == 0
-    other = feature_report.stability(sae((decoder, fires), (rng.standard_normal((40, 64)) / 8, fires)), [], rng)
+    other = features_page.stability(sae((decoder, fires), (rng.standard_normal((40, 64)) / 8, fires)), [], rng)
     assert other.set_index("features").loc["alive", "matched"] == 0
-    assert feature_report.stability(sae((decoder, fires)), [], rng).empty
+    assert features_page.stability(sae((decoder, fires)), [], rng).empty
 
 
 def patches(better, quads=30):
@@ -247,9 +249,9 @@ def patches(better, quads=30):
     rows, rng = [], np.random.default_rng(0)
     sizes = {"whole": 4, "reconstruction": 3, "error": 1}
     sizes |= {
-        f"{kind} {k}": 1 + better * (kind == "features" and k == 3) for kind in feature_report.KINDS[:3] for k in (1, 3)
+        f"{kind} {k}": 1 + better * (kind == "features" and k == 3) for kind in features_page.KINDS[:3] for k in (1, 3)
     }
-    sizes |= {f"{kind} {k}.{n}": 0.1 for kind in feature_report.KINDS[3:] for k in (1, 3) for n in range(2)}
+    sizes |= {f"{kind} {k}.{n}": 0.1 for kind in features_page.KINDS[3:] for k in (1, 3) for n in range(2)}
     for quad in range(quads):
         for variant, size in sizes.items():
             row = {
@@ -269,25 +271,25 @@ def patches(better, quads=30):
 )
 def test_the_verdict_follows_the_numbers(better, wanted):
     own = patches(better)
-    table = feature_report.budget_table(own, PARAMS)
-    assert feature_report.part_of(table, "recovery", "reconstruction")["estimate"] == pytest.approx(0.75, abs=0.02)
-    assert feature_report.part_of(table, "recovery", "features", 3)["estimate"] == pytest.approx(
+    table = features_page.budget_table(own, PARAMS)
+    assert features_page.part_of(table, "recovery", "reconstruction")["estimate"] == pytest.approx(0.75, abs=0.02)
+    assert features_page.part_of(table, "recovery", "features", 3)["estimate"] == pytest.approx(
         (1 + better) / 4, abs=0.02
     )
-    gaps = feature_report.compared(own, PARAMS)
+    gaps = features_page.compared(own, PARAMS)
     row = gaps[(gaps["other"] == "neurons") & (gaps["k"] == 3)].iloc[0]
     assert row["estimate"] == pytest.approx(better, abs=0.1) and row["low"] < better < row["high"]
-    assert wanted in feature_report.effect_sentences(table, gaps, PARAMS)[-1]
-    assert len(feature_report.budget_curves(table).axes) == 1
+    assert wanted in features_page.effect_sentences(table, gaps, PARAMS)[-1]
+    assert len(features_page.budget_curves(table).axes) == 1
 
 
 def test_too_few_quads_and_a_site_without_effect_are_said():
     own = patches(1, quads=3)
     own.loc[own["variant"] == "whole", "logit_diff_after"] = -1.0
-    table, gaps = feature_report.budget_table(own, PARAMS), feature_report.compared(own, PARAMS)
-    said = feature_report.effect_sentences(table, gaps, PARAMS)
+    table, gaps = features_page.budget_table(own, PARAMS), features_page.compared(own, PARAMS)
+    said = features_page.effect_sentences(table, gaps, PARAMS)
     assert "too few quads" in said[-1] and "not defined" in said[0]
-    feature_report.budget_curves(table)
+    features_page.budget_curves(table)
 
 
 def test_sentences_leave_out_the_people_of_the_confirmation_half(smollm_tokenizer):

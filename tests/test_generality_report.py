@@ -8,14 +8,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lib import rule
-from lib.grid import Circuit
 from lib.hooks import Site
-from lib.step_params import Generality
 from lib.tasks import SUPERSETS
-from report import circuit_plots, control_report
-from report import generality_report as report
-from report import generality_statements as statements
+from report import circuit_plots
+from steps.generality import controls_page as control_report
+from steps.generality import page as report
+from steps.generality import rule, statements
+from steps.generality.measure import Circuit
+from steps.parameters import Generality
 
 PARAMS = Generality(model="config:none", resamples=200, flips=200)
 

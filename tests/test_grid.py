@@ -9,13 +9,17 @@ import pandas as pd
 import pytest
 import torch
 
-from lib import controls, data, grid, hooks, params, pools, records, steps, sweep, tasks
+from lib import batches, data, hooks, records, sweep, tasks
+from lib.data import pairs_of
 from lib.hooks import Site
-from lib.params import ROOT
-from lib.quads import pairs_of
 from lib.tasks import SUPERSETS
-from lib.units import Unit
-from report import generality_report as report
+from pipeline import params
+from pipeline import step as steps
+from pipeline.params import ROOT
+from pipeline.units import Unit
+from steps.generality import controls
+from steps.generality import measure as grid
+from steps.generality import page as report
 from tests.test_sweep import PAIRS, plain
 
 # --- mirrors
@@ -276,8 +280,8 @@ def test_a_control_prompt_is_ablated_by_the_mean_of_ordinary_prompts_balanced_ov
     ordinary = controls.poolable(prompts)
     rows, pairs = controls.control_prompts(step, ordinary, table)
     assert len(rows) == len(pairs) and {"invented names", "things", "mixed"} <= set(rows["control"])
-    groups = {pools.group_of(pair) for pair in ordinary}
-    assert {pools.group_of(pair) for pair in pairs} <= groups
+    groups = {batches.group_of(pair) for pair in ordinary}
+    assert {batches.group_of(pair) for pair in pairs} <= groups
     sites = [Site(21, "head", 6), Site(23, "mlp")]
     changed = controls.ablated(step, sites, ordinary, pairs[:3])
     place = [len(pairs[0].clean.ids) - 1]

@@ -8,9 +8,13 @@ import pytest
 import torch
 from test_sweep import PAIRS, pair_of
 
-from lib import findings, hooks, hydra, models, params, records, single_pass, sweep
+from lib import effects, hooks, models, records, single_pass, sweep
 from lib.hooks import Site
-from report import circuit_plots, hydra_report, hydra_statements
+from pipeline import params
+from report import circuit_plots
+from steps.hydra import measure as hydra
+from steps.hydra import page as hydra_report
+from steps.hydra import statements as hydra_statements
 
 SLICE = [Site(0, "mlp"), Site(1, "head", 2), Site(1, "mlp"), Site(1, "head", 0)]
 P = params.validate("hydra", params.load_profile("smoke") | {"ablations": ["zero", "resample"], "candidates": 3})
@@ -104,8 +108,8 @@ def test_parts_add_up_to_the_total_and_are_direct_effects_by_definition(exact, n
     later = own[own["part"].isin(["heads", "mlps"])]
     beside = [Site(1, "head", 1), Site(1, "head", 3)]
     wanted = [*beside, *(Site(2, "head", head) for head in range(4)), Site(2, "mlp")]
-    assert sorted(later[findings.SITE].itertuples(index=False, name=None)) == sorted(wanted)
-    assert set(own.loc[own["part"] == "direct", findings.SITE].itertuples(index=False, name=None)) == set(SLICE)
+    assert sorted(later[effects.SITE].itertuples(index=False, name=None)) == sorted(wanted)
+    assert set(own.loc[own["part"] == "direct", effects.SITE].itertuples(index=False, name=None)) == set(SLICE)
     for row in own[own["component"] != ""].itertuples():
         for when in ("before", "after"):
             assert getattr(row, when) == pytest.approx(direct(when, Site(row.layer, row.component, row.head)), abs=1e-9)
@@ -214,7 +218,7 @@ def test_a_planted_backup_is_found_and_confirmed(planted):
         replace(
             pair_of(index, half=half), quad_id=f"{half}{index}", pair_id=f"{half}{index}", answer=0, corrupt_answer=1
         )
-        for half in findings.HALVES
+        for half in effects.HALVES
         for index in range(24)
     ]
     sites, chosen = [Site(0, "mlp")], {"ablations": ("zero",)}
@@ -251,7 +255,7 @@ def split_rows(pair, half, changes, ablation="zero", name="slice"):
     return sites + [about | {"part": part, **Site(-1, "")._asdict(), "before": 0.0, "after": c} for part, c in rest]
 
 
-def fabricated(rise, loss=-0.3, quads=30, half=findings.HALVES):
+def fabricated(rise, loss=-0.3, quads=30, half=effects.HALVES):
     """A table in which the slice loses 2 logits, an MLP loses with it and head 5.1 rises by `rise`, all with noise."""
     rng, rows = np.random.default_rng(0), []
     for which in half:
@@ -274,7 +278,7 @@ def test_a_table_without_repair_is_reported_as_unique_with_its_bound():
     assert none.empty
     once = hydra_report.Round([Site(3, "mlp")], frame, table, none)
     head, mlp = hydra_report.missed(once, P)
-    own = findings.reported(table)
+    own = effects.reported(table)
     assert head["logits"] == own.loc[own["component"] == "head", "high"].max() and 0 < head["logits"] < 0.15
     assert mlp["logits"] == own.loc[own["site"] == "mlp 5", "high"].item() < 0
     assert head["share"] == pytest.approx(head["logits"] / 2, rel=0.1)
@@ -294,7 +298,7 @@ def test_a_rise_without_a_joint_cost_is_no_backup():
     verdicts = {}
     for extra in (0.0, 0.5):
         rng, rows = np.random.default_rng(1), []
-        for which in findings.HALVES:
+        for which in effects.HALVES:
             for index in range(30):
                 for site_set, cost in enumerate((2.0, 2.3 + extra * (which == "confirmation"), 0.3)):
                     after = -cost + rng.normal(0, 0.1)

@@ -13,10 +13,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from lib import keys, params, records, steps
-from lib.params import ParameterError
-from lib.step_params import STEPS
-from lib.units import Unit
+from lib import records
+from pipeline import keys, params
+from pipeline import step as steps
+from pipeline.params import ParameterError
+from pipeline.units import Unit
+from steps.parameters import STEPS
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOK = {

@@ -10,7 +10,7 @@ from accelerate.utils import OffloadedWeightsLoader
 from conftest import CONFIGS
 from test_sweep import pair_of
 
-from lib import layerwise, models, paths, single_pass, sweep
+from lib import models, offload, paths, single_pass, sweep
 from lib.hooks import Site
 from lib.tasks import Prompt
 
@@ -45,7 +45,7 @@ def both(tiny_folder, tmp_path_factory):
     """A small Llama in memory and offloaded to disk."""
     folder = str(tmp_path_factory.mktemp("offload"))
     there = models.load(str(tiny_folder), device_map=PLACES, offload_folder=folder)
-    assert layerwise.offloaded(there) == [0, 1, 2] and there.unembed.weight.is_meta
+    assert offload.offloaded(there) == [0, 1, 2] and there.unembed.weight.is_meta
     return models.load(str(tiny_folder), device="cpu"), there
 
 
@@ -56,7 +56,7 @@ def same(one, other):
 def untouched(model):
     """Whether nothing is hooked and no offloaded weight is left behind."""
     modules = list(model.model.modules())
-    resting = all(hook.offload for module in modules for hook in layerwise.offloading(module))
+    resting = all(hook.offload for module in modules for hook in offload.offloading(module))
     bare = not any((*module._forward_hooks, *module._forward_pre_hooks) for module in modules)
     return bare and resting and all(weight.is_meta for weight in model.model.parameters())
 
@@ -64,14 +64,14 @@ def untouched(model):
 @pytest.mark.parametrize("name", SWEEPS)
 def test_a_sweep_reads_each_layer_once_and_gives_the_rows_of_the_model_in_memory(both, monkeypatch, name):
     options = {"pairs": PAIRS, "memory": LITTLE} | SWEEPS[name]
-    real, reads, passes, through = OffloadedWeightsLoader.__getitem__, Counter(), [], layerwise.through
+    real, reads, passes, through = OffloadedWeightsLoader.__getitem__, Counter(), [], offload.through
 
     def read(self, key):
         reads[key] += 1
         return real(self, key)
 
     monkeypatch.setattr(OffloadedWeightsLoader, "__getitem__", read)
-    monkeypatch.setattr(layerwise, "through", lambda model, own: passes.append(len(own)) or through(model, own))
+    monkeypatch.setattr(offload, "through", lambda model, own: passes.append(len(own)) or through(model, own))
     frame = sweep.run(both[1], **options)
     assert reads == dict.fromkeys([name for name, _ in both[1].model.named_parameters()], 1)
     assert sum(passes) >= 8  # of both lengths, and several where memory is short
@@ -94,14 +94,14 @@ def test_variants_may_use_any_layer_so_their_sweep_reads_each_twice(both):
 
 def test_loads_are_counted_and_logged(both, caplog):
     model, ids = both[1], torch.tensor([PAIRS[0].clean.ids])
-    with layerwise.counted(model) as loads:
+    with offload.counted(model) as loads:
         plain = [model.model(ids).logits for _ in range(2)]
-        with layerwise.loaded(model.blocks[1], model.unembed):
+        with offload.loaded(model.blocks[1], model.unembed):
             held = model.model(ids).logits
     assert torch.equal(plain[0], held) and torch.equal(plain[0], both[0].model(ids).logits)
     every = [*(f"layer {layer}" for layer in range(3)), "model.embed_tokens", "model.norm", "lm_head"]
     assert loads == dict.fromkeys(every, 3)
-    with caplog.at_level("INFO", "lib.layerwise"):
+    with caplog.at_level("INFO", "lib.offload"):
         sweep.run(model, PAIRS, components=["mlp"])
     assert "3 layers offloaded, 3 layer loads for 2 jobs" in caplog.text
 
@@ -110,14 +110,14 @@ def test_loads_are_counted_and_logged(both, caplog):
 def test_lock_step_changes_no_bit_on_any_architecture(tiny, monkeypatch, name):
     model, options = tiny(name, "float32"), {"role": "names", "ablations": ["counterfactual", "mean"]}
     ordinary = sweep.run(model, PAIRS, memory=LITTLE, **options)
-    monkeypatch.setattr(layerwise, "offloaded", lambda model: [0])
+    monkeypatch.setattr(offload, "offloaded", lambda model: [0])
     same(sweep.run(model, PAIRS, memory=LITTLE, **options), ordinary)
 
 
 def test_the_last_pool_serves_the_next_call(both, monkeypatch):
     options = {"components": ["mlp"], "ablations": ["mean"], "pool": PAIRS}
-    batches, fill = [], layerwise.lent
-    monkeypatch.setattr(layerwise, "lent", lambda *parts: batches.append(parts) or fill(*parts))
+    batches, fill = [], offload.lent
+    monkeypatch.setattr(offload, "lent", lambda *parts: batches.append(parts) or fill(*parts))
     pools = {}
     frames = [sweep.run(both[1], PAIRS[first::4], pools=pools, **options) for first in (0, 2)]
     assert len(batches) == len(pools) == 1
@@ -169,7 +169,7 @@ def test_memory_that_one_pair_alone_does_not_find_is_an_error(both, monkeypatch)
 
 def run_short(monkeypatch, times):
     """Have memory run out at the first `times` passes through the model; what torch says is torch's own."""
-    through, calls = layerwise.through, []
+    through, calls = offload.through, []
 
     def short(model, passes):
         calls.append(len(passes))
@@ -177,7 +177,7 @@ def run_short(monkeypatch, times):
             torch.empty(2**60, dtype=torch.uint8)
         return through(model, passes)
 
-    monkeypatch.setattr(layerwise, "through", short)
+    monkeypatch.setattr(offload, "through", short)
     return calls
 
 

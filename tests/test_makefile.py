@@ -12,12 +12,12 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = ("baselines", "coarse_sweep", "necessity", "sufficiency")
 PAGES = tuple(f"{i:02}_{step}" for i, step in enumerate(STEPS, 1))
-# `python -m lib.keys STEP --profile P --output FILE`: the key is the content of the file wanted/STEP.
+# `python -m pipeline.keys STEP --profile P --output FILE`: the key is the content of the file wanted/STEP.
 # `python -m papermill IN OUT -f params/P.yaml ...`: fails after having written OUT if the file fail/NN_STEP is there.
 STAND_IN = """#!/usr/bin/env bash
 set -eu
 case "$2" in
-lib.keys) if [ "$6" = --clean ]; then rm results/$5/$3.*; exit; fi
+pipeline.keys) if [ "$6" = --clean ]; then rm results/$5/$3.*; exit; fi
     echo "key $3" >> log; cmp -s "wanted/$3" "$7" || cp "wanted/$3" "$7" ;;
 papermill) name=$(basename "$3" .ipynb); echo "page $name" >> log; cp "$3" "$4"
     if [ -e "fail/$name" ]; then echo "ValueError: no" >&2; exit 1; fi

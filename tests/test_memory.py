@@ -10,8 +10,9 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from bench.scale_70b import KEYS, ROLES, SHAPES
-from lib import hooks, jobs, machine, models, single_pass
+from lib import batches, hooks, models, single_pass
 from lib.single_pass import Row
+from pipeline import machine
 
 TOKENS = 18
 CARD = 85.0e9  # an 80 GB card says that it has 79.2 GiB
@@ -102,7 +103,7 @@ def test_passes_of_the_70b_shape_fit_an_80_gb_card(shape, role, nf4, int8):
         memory = machine.card_memory([CARD], weights)
         limit = single_pass.row_limit(shape, base, memory)
         assert limit == pytest.approx(rows, abs=2)
-        logits = 3 * 4 * jobs.logit_rows(shape) * 128256  # a block, its centred copy, and one of them being made
+        logits = 3 * 4 * batches.logit_rows(shape) * 128256  # a block, its centred copy, and one of them being made
         matrix = 2 * 8192 * 28672  # one at a time is dequantised
         one_pass = min(limit, sites) * single_pass.row_bytes(shape, TOKENS, TOKENS - min(ROLES[role]))
         assert weights + one_pass + logits + matrix < 0.98 * CARD

@@ -15,7 +15,7 @@ from accelerate.utils import OffloadedWeightsLoader
 from conftest import CONFIGS, SMOLLM, TINY
 from huggingface_hub.errors import GatedRepoError
 
-from lib import hooks, jobs, models, single_pass, sweep, weights
+from lib import batches, hooks, models, single_pass, sweep, weights
 from lib.hooks import Site
 
 NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -358,11 +358,11 @@ def test_logits_of_a_bf16_model_are_fp32(smollm_bf16, smollm):
 
 
 def test_logits_depend_neither_on_the_block_of_rows_nor_on_the_slice_of_the_vocabulary(smollm_bf16, smollm):
-    assert [jobs.logit_rows(model) for model in (smollm, smollm_bf16)] == [128, 1024]
+    assert [batches.logit_rows(model) for model in (smollm, smollm_bf16)] == [128, 1024]
     for model in (smollm, smollm_bf16):
         hidden = torch.randn(300, 576, generator=torch.Generator().manual_seed(0)).to(model.dtype)
         whole = model.logits(hidden)
-        parts = torch.cat([model.logits(part) for part in hidden.split(jobs.LOGIT_ROWS)])
+        parts = torch.cat([model.logits(part) for part in hidden.split(batches.LOGIT_ROWS)])
         exact = hidden.double() @ model.unembed.weight.double().T
         assert whole.dtype == torch.float32 and whole.shape == (300, 49152)
         assert (whole - parts).abs().max() < 1e-4 and (whole - exact).abs().max() < 1e-4 < exact.std()

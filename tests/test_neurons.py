@@ -10,11 +10,12 @@ import torch
 from sklearn.metrics import roc_auc_score
 from test_sweep import PAIRS, pair_of
 
-from lib import effects, findings, hooks, neurons, records, single_pass, sweep
-from lib.findings import HALVES
+from lib import effects, hooks, records, single_pass, sweep
+from lib.effects import HALVES
 from lib.hooks import Site
-from lib.step_params import Neurons
-from report import neuron_report, neuron_statements
+from report import words
+from steps.neurons import neuron_statements, neurons, neurons_page
+from steps.parameters import Neurons
 
 P = Neurons(model="config:none", resamples=200, flips=200, top_neurons=6, budgets=(1, 2), random_sets=2, cards=2)
 SPREAD = [
@@ -137,10 +138,10 @@ def test_neurons_are_picked_on_discovery_by_size_either_way():
     first[[3, 25, 30]], last[[3, 25, 30, 7]] = [0.5, -0.9, 0.2], [0.4, -0.3, -0.2, 5.0]
     written = np.linspace(1, 2, 40)
     frame = made({"confirmation": last, "discovery": first}, written=written)
-    chosen = neuron_report.top(frame, P.model_copy(update={"top_neurons": 3}))
+    chosen = neurons_page.top(frame, P.model_copy(update={"top_neurons": 3}))
     assert chosen["site"].tolist() == ["neuron 1.5", "neuron 0.3", "neuron 1.10"]
     assert chosen["effect"].tolist() == pytest.approx([-0.9, 0.5, 0.2]) and chosen["direct"][0] == pytest.approx(-0.45)
-    sets = neuron_report.roster(frame, chosen, P, np.random.default_rng(0))
+    sets = neurons_page.roster(frame, chosen, P, np.random.default_rng(0))
     kinds = [(one.kind, one.n_sites) for one in sets]
     assert kinds == [("single", 1)] * 3 + [("helping", 1), ("helping", 2)] + [("random", 1), ("random", 2)] * 2 + [
         ("opposing", 1), ("MLPs", 2)
@@ -153,18 +154,18 @@ def test_neurons_are_picked_on_discovery_by_size_either_way():
     text, numbers = neuron_statements.scope_sentences(frame, chosen)
     assert numbers["kept"] == pytest.approx((0.3 + 0.4 - 0.2) / 1.6) and "keep 31% of it" in text[1]
     assert "help on discovery reach +0.20 logits, half of it after 1 of 2" in text[2]
-    drawn = neuron_report.concentration(frame).axes[0].lines
+    drawn = neurons_page.concentration(frame).axes[0].lines
     assert drawn[0].get_ydata()[-1] == pytest.approx(0.4 - 0.2) and drawn[1].get_ydata()[-1] == pytest.approx(-0.3)
 
 
 def test_random_neurons_write_as_much():
     written = np.tile(np.linspace(0, 1, 100), 2)
     frame = made({"discovery": np.eye(200)[20] + np.eye(200)[180] / 2}, quads=2, written=written)
-    chosen = neuron_report.top(frame, P.model_copy(update={"top_neurons": 2}))
+    chosen = neurons_page.top(frame, P.model_copy(update={"top_neurons": 2}))
     for seed in range(5):
-        first, second = neuron_report.matched(frame, chosen, chosen, np.random.default_rng(seed))
+        first, second = neurons_page.matched(frame, chosen, chosen, np.random.default_rng(seed))
         assert (first.layer, second.layer) == (0, 1)
-        assert 0 < abs(first.head - 20) <= neuron_report.NEAREST and 0 < abs(second.head - 80) <= neuron_report.NEAREST
+        assert 0 < abs(first.head - 20) <= neurons_page.NEAREST and 0 < abs(second.head - 80) <= neurons_page.NEAREST
 
 
 def replaced(sets, cost: dict[tuple[str, int], float], quads: int = 24, noise: float = 0.05) -> pd.DataFrame:
@@ -184,17 +185,17 @@ def replaced(sets, cost: dict[tuple[str, int], float], quads: int = 24, noise: f
     return pd.DataFrame(rows)
 
 
-SETS = [neuron_report.Set("single", 1, (Site(1, "neuron", n),)) for n in range(3)]
-SETS += [neuron_report.Set("helping", n, tuple(one.sites[0] for one in SETS[:n])) for n in (1, 2)]
-SETS += [neuron_report.Set("random", n, tuple(Site(1, "neuron", 9 - i) for i in range(n))) for n in (1, 2, 1, 2)]
-SETS += [neuron_report.Set("opposing", 1, SETS[2].sites), neuron_report.Set("MLPs", 1, (Site(1, "mlp"),))]
+SETS = [neurons_page.Set("single", 1, (Site(1, "neuron", n),)) for n in range(3)]
+SETS += [neurons_page.Set("helping", n, tuple(one.sites[0] for one in SETS[:n])) for n in (1, 2)]
+SETS += [neurons_page.Set("random", n, tuple(Site(1, "neuron", 9 - i) for i in range(n))) for n in (1, 2, 1, 2)]
+SETS += [neurons_page.Set("opposing", 1, SETS[2].sites), neurons_page.Set("MLPs", 1, (Site(1, "mlp"),))]
 COST = {("single", 1): 0.5, ("helping", 1): 0.5, ("helping", 2): 1.5, ("opposing", 1): -0.5, ("MLPs", 1): 2.0}
 COST |= {("random", 1): 0.1, ("random", 2): 0.2}
 
 
 def test_shares_of_the_mlps_effect_and_whether_a_few_carry_it():
     table = replaced(SETS, COST)
-    carried = neuron_report.shares(table, SETS, P)
+    carried = neurons_page.shares(table, SETS, P)
     assert len(carried) == 2 * (2 + 2 + 2 + 1 + 1)
     shown = carried[carried["quantity"] == "recovery"].set_index(["kind", "n_sites"])["estimate"]
     expected = {("helping", 2): 0.75, ("helping, summed", 2): 0.5, ("random", 2): 0.1, ("opposing", 1): -0.25}
@@ -203,18 +204,18 @@ def test_shares_of_the_mlps_effect_and_whether_a_few_carry_it():
     helping = carried[(carried["kind"] == "helping") & (carried["n_sites"] == 2)]
     assert helping["above_random"].between(1.2, 1.3).all() and carried["mlps"].between(1.9, 2.1).all()
     assert "2 neurons carry more than half" in neuron_statements.few(carried)
-    small = neuron_report.shares(replaced(SETS, COST | {("helping", 2): 0.9}), SETS, P)
+    small = neurons_page.shares(replaced(SETS, COST | {("helping", 2): 0.9}), SETS, P)
     assert "is not supported: the 2 that help" in neuron_statements.few(small)
-    random = neuron_report.shares(replaced(SETS, COST | {("random", 2): 1.6}), SETS, P)
+    random = neurons_page.shares(replaced(SETS, COST | {("random", 2): 1.6}), SETS, P)
     assert "is not supported" in neuron_statements.few(random)
     text = neuron_statements.share_sentence(carried, "damage")
     damage = carried[carried["quantity"] == "damage"].set_index(["kind", "n_sites"])
     first, second = (
-        findings.interval(*damage.loc[key, ["estimate", "low", "high"]]) for key in (("helping", 2), ("random", 2))
+        words.interval(*damage.loc[key, ["estimate", "low", "high"]]) for key in (("helping", 2), ("random", 2))
     )
     assert f"joint damage of {damage['mlps'].iloc[0]:.2f}" in text and f"{first} (2)" in text
     assert f"2 random neurons that write as much: {second}." in text
-    assert neuron_report.shares(replaced(SETS, COST | {("MLPs", 1): -1.0}), SETS, P).empty
+    assert neurons_page.shares(replaced(SETS, COST | {("MLPs", 1): -1.0}), SETS, P).empty
 
 
 def test_top_neurons_are_significant_in_both_halves_with_one_sign():
@@ -222,9 +223,9 @@ def test_top_neurons_are_significant_in_both_halves_with_one_sign():
     rows = table["site_set"] == 2
     table.loc[rows & (table["half"] == "confirmation"), "logit_diff_after"] *= -1
     table.loc[table["site_set"] == 1, "logit_diff_after"] *= -1
-    tables = neuron_report.singles(table, SETS, P)
+    tables = neurons_page.singles(table, SETS, P)
     assert list(tables) == ["counterfactual", "mean", "clean"] and all(len(own) == 6 for own in tables.values())
-    assert neuron_report.significant(tables["clean"], P).to_dict() == {"neuron 1.0": 1.0, "neuron 1.1": -1.0}
+    assert neurons_page.significant(tables["clean"], P).to_dict() == {"neuron 1.0": 1.0, "neuron 1.1": -1.0}
     text, _ = neuron_statements.top_sentences(tables, table, P)
     assert "neuron 1.0 (0.5" in text[0] and "1 that help and 1 that oppose the answer under the mean" in text[1]
 
@@ -246,8 +247,8 @@ def test_selective_neurons_and_what_they_promote():
     areas[4, 1], areas[9, 2], areas[12, 0] = 0.9, 0.1, 0.55
     weights[4], weights[9] = [0.1, 0.5, -0.2], [0.0, 0.3, 0.6]
     table = classes_of(areas, weights)
-    told = neuron_report.selective(table, P).set_index("head")
-    assert told.index[told["selective"]].tolist() == [4, 9] and not neuron_report.selective(
+    told = neurons_page.selective(table, P).set_index("head")
+    assert told.index[told["selective"]].tolist() == [4, 9] and not neurons_page.selective(
         table, P, "auc_swapped"
     )["selective"].any()  # fmt: skip
     assert told.loc[[4, 9], "superset"].tolist() == ["athlete", "writer"]
@@ -255,9 +256,9 @@ def test_selective_neurons_and_what_they_promote():
     assert told.loc[[4, 9], "suppressed"].tolist() == ["writer", "writer"]
     other_side = table.copy()
     other_side.loc[(table["half"] == "confirmation") & (table["head"] == 4), "auc"] = 0.1
-    assert neuron_report.selective(other_side, P).set_index("head")["selective"].sum() == 1
+    assert neurons_page.selective(other_side, P).set_index("head")["selective"].sum() == 1
     chosen = pd.DataFrame({"layer": 1, "head": [4], "site": ["neuron 1.4"]})
-    direct = neuron_report.direct_by_class(table, chosen)
+    direct = neurons_page.direct_by_class(table, chosen)
     assert direct.loc["neuron 1.4", "athlete"] == pytest.approx(0.4 * 0.5)
 
 
@@ -279,29 +280,29 @@ def test_few_quads_and_one_half_go_through(tiny, halves):
     reading = neurons.reading_of(model, [1, 2])
     how = {"layers": [1, 2], "reading": reading}
     frame = pd.concat([neurons.run(model, pairs, direction=way, **how) for way in sweep.DIRECTIONS])
-    chosen = neuron_report.top(frame.reset_index(drop=True), P)
-    sets = neuron_report.roster(frame, chosen, P, np.random.default_rng(0))
+    chosen = neurons_page.top(frame.reset_index(drop=True), P)
+    sets = neurons_page.roster(frame, chosen, P, np.random.default_rng(0))
     sites = [one.sites for one in sets]
     noise = sweep.run(model, pairs, site_sets=sites, ablations=("counterfactual", "mean"), pool=pairs)
     table = pd.concat([noise, sweep.run(model, pairs, site_sets=sites, direction="denoise")], ignore_index=True)
     found = neurons.harvest(model, pairs, [1, 2], reading)
     tokens = dict(zip(pairs[0].candidates, pairs[0].clean_tokens, strict=True))
     classes = neurons.of_classes(model, found, [1, 2], reading, tokens, 0)
-    which, cards = list(chosen[neuron_report.NEURON].itertuples(index=False, name=None)), chosen.head(P.cards)
+    which, cards = list(chosen[neurons_page.NEURON].itertuples(index=False, name=None)), chosen.head(P.cards)
     people = [
         {"pair_id": p.pair_id} | {f"{s}_{x}": f"{s}{x}" for s in ("clean", "corrupt") for x in "ab"} for p in pairs
     ]
-    activations = neuron_report.named_prompts(neurons.of_prompts(found, which), pd.DataFrame(people))
-    words = neuron_report.card_table(activations, neurons.of_tokens(model, found, reading, which), cards)
+    activations = neurons_page.named_prompts(neurons.of_prompts(found, which), pd.DataFrame(people))
+    words = neurons_page.card_table(activations, neurons.of_tokens(model, found, reading, which), cards)
     assert words.index.tolist() == cards["site"].tolist() and words["highest"].str.contains("cleana, cleanb").any()
-    single, carried = neuron_report.singles(table, sets, P), neuron_report.shares(table, sets, P)
+    single, carried = neurons_page.singles(table, sets, P), neurons_page.shares(table, sets, P)
     made = neuron_statements.Tables(frame, chosen, table, single, carried, classes, words)
     part = neuron_statements.part(made, P, {})
     text = " ".join(part["sentences"])
     assert "nan" not in text.lower() and "None" not in text and "was not tested (no interval" in text
     assert part["neurons"]["top"][0]["site"] == chosen["site"][0] and part["figures"] == {}
-    spans = neuron_report.by_class(activations, cards, P)
-    panels = neuron_report.cards_figure(spans).axes
+    spans = neurons_page.by_class(activations, cards, P)
+    panels = neurons_page.cards_figure(spans).axes
     assert [axes.get_title(loc="left") for axes in panels if axes.get_visible()] == cards["site"].tolist()
-    assert len(neuron_report.direct_figure(frame, chosen).axes) == 1
-    assert len(neuron_report.concentration(frame).axes) == 1
+    assert len(neurons_page.direct_figure(frame, chosen).axes) == 1
+    assert len(neurons_page.concentration(frame).axes) == 1

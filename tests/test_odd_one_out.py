@@ -19,7 +19,7 @@ import yaml
 
 from lib import data, effects, hooks, models, records, sweep, tasks
 from lib.hooks import Site
-from lib.params import ROOT
+from pipeline.params import ROOT
 
 NOTEBOOKS = ("02_coarse_sweep", "03_necessity", "04_sufficiency")
 NECESSITY = ("zero", "mean", "resample", "counterfactual")

@@ -6,9 +6,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lib import data, models, one_name, records, tasks
-from lib.params import ROOT
+from lib import data, models, records, tasks
 from lib.tasks import SUPERSETS, TEMPLATES
+from pipeline.params import ROOT
+from steps.retrieval_heads import one_name
 
 IS = TEMPLATES["profession_is"]
 IS_A = tasks.find_template("{a} is a", "one_name", "singular")

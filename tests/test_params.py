@@ -5,9 +5,9 @@ import re
 
 import pytest
 
-from lib import params
-from lib.params import ParameterError, load_profile, validate
-from lib.step_params import STEPS
+from pipeline import params
+from pipeline.params import ParameterError, load_profile, validate
+from steps.parameters import STEPS
 
 BASE = {"model": "./m", "profile": "mine"}
 

@@ -4,10 +4,12 @@ import json
 
 import pytest
 
-from lib import costs, fit, keys, models, params, plan, planned, rates, records, standins
-from lib.params import ParameterError
-from lib.step_params import STEPS
+from lib import models, records, weights
 from lib.weights import ModelError
+from pipeline import assumed, costs, keys, params, rates
+from pipeline.params import ParameterError
+from steps import plan, planned
+from steps.parameters import STEPS
 from tests.conftest import CONFIGS, SMOLLM
 
 LLAMA = "meta-llama/Llama-3.3-70B-Instruct"
@@ -16,20 +18,20 @@ CARD = "NVIDIA H100 80GB"
 
 @pytest.fixture(scope="module")
 def seventy():
-    return fit.shape_of(fit.config_of(LLAMA))
+    return weights.shape_of(weights.config_of(LLAMA))
 
 
 def test_the_70b_shape_without_the_network(seventy):
     assert seventy.parameters == pytest.approx(70.55e9, rel=1e-3)  # as its model card says: 70.6B
-    assert fit.weight_gb(seventy, "bfloat16") == pytest.approx(141.1, abs=0.1)
-    assert 38 < fit.weight_gb(seventy, "bfloat16", "nf4") < 41
-    assert 71 < fit.weight_gb(seventy, "bfloat16", "int8") < 75
+    assert weights.weight_gb(seventy, "bfloat16") == pytest.approx(141.1, abs=0.1)
+    assert 38 < weights.weight_gb(seventy, "bfloat16", "nf4") < 41
+    assert 71 < weights.weight_gb(seventy, "bfloat16", "int8") < 75
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_weights_are_those_of_the_model(tiny, name):
     model = tiny(name, "float32")
-    shape = fit.shape_of(model.model.config)
+    shape = weights.shape_of(model.model.config)
     assert shape.parameters == sum(own.numel() for own in model.model.parameters())
     own = (shape.n_layers, shape.n_heads, shape.n_kv_heads, shape.head_size, shape.n_neurons)
     assert own == (model.n_layers, model.n_heads, model.n_kv_heads, model.head_size, model.n_neurons)
@@ -37,8 +39,8 @@ def test_weights_are_those_of_the_model(tiny, name):
 
 def test_a_model_that_cannot_fit_is_refused_before_it_is_loaded(tmp_path, monkeypatch):
     file = tmp_path / "config.json"
-    file.write_text(json.dumps(json.loads(fit.SHAPES.read_text())[LLAMA]))
-    monkeypatch.setattr(fit.machine, "memory_gb", lambda: 25.3)
+    file.write_text(json.dumps(json.loads(weights.SHAPES.read_text())[LLAMA]))
+    monkeypatch.setattr(weights.machine, "memory_gb", lambda: 25.3)
     monkeypatch.setattr(models, "AutoModelForCausalLM", None)  # which would make the weights
     said = r"70\.6 billion weights in bfloat16 take 141\.1 GB and one small pass 0\.6 GB, but cpu has 25\.3 GB; "
     ways = r"use quantisation: nf4 \(40 GB.*\), or device_map: auto with an offload_folder.*\(141 GB on disk\)"
@@ -47,15 +49,15 @@ def test_a_model_that_cannot_fit_is_refused_before_it_is_loaded(tmp_path, monkey
 
 
 def test_what_works_is_not_refused(monkeypatch):
-    monkeypatch.setattr(fit.machine, "memory_gb", lambda: 24.0)
-    fit.check(SMOLLM, "float32", "cpu")
-    fit.check(LLAMA, "bfloat16", "auto", offload_folder="anywhere")
-    fit.check(LLAMA, "bfloat16", {"": "disk"})
-    fit.check(LLAMA, "bfloat16", CARD, "nf4", room=80.0)
+    monkeypatch.setattr(weights.machine, "memory_gb", lambda: 24.0)
+    weights.check(SMOLLM, "float32", "cpu")
+    weights.check(LLAMA, "bfloat16", "auto", offload_folder="anywhere")
+    weights.check(LLAMA, "bfloat16", {"": "disk"})
+    weights.check(LLAMA, "bfloat16", CARD, "nf4", room=80.0)
     with pytest.raises(ModelError, match="device_map names has 24.0 GB"):
-        fit.check(LLAMA, "bfloat16", "auto", "nf4")
+        weights.check(LLAMA, "bfloat16", "auto", "nf4")
     with pytest.raises(ModelError, match="has 8.6 GB"):  # max_memory is in GiB
-        fit.check(LLAMA, "bfloat16", "auto", max_memory={"cpu": 8})
+        weights.check(LLAMA, "bfloat16", "auto", max_memory={"cpu": 8})
 
 
 def test_the_plan_of_the_70b_profile(tmp_path, capsys):
@@ -73,7 +75,7 @@ def test_the_plan_of_the_70b_profile(tmp_path, capsys):
 
 
 def test_the_plan_of_a_profile_that_cannot_fit_says_so(capsys, monkeypatch):
-    monkeypatch.setattr(fit.machine, "memory_gb", lambda: 25.3)
+    monkeypatch.setattr(weights.machine, "memory_gb", lambda: 25.3)
     assert plan.main(["--profile", "llama-3.3-70b"]) == 1
     assert "does not fit" in capsys.readouterr().err
     assert plan.main(["--profile", "llama-3.3-70b", "--device", "abacus"]) == 1
@@ -90,11 +92,11 @@ def test_rates_are_found_again():
 
 def test_more_pairs_cost_more_and_rows_are_counted(tmp_path):
     given = params.load_profile("smollm2-135m") | {"results_dir": str(tmp_path)}
-    shape, place = fit.shape_of(fit.config_of(SMOLLM)), costs.Machine(2.0, "float32")
+    shape, place = weights.shape_of(weights.config_of(SMOLLM)), costs.Machine(2.0, "float32")
     counts = {}
     for pairs in (100, 200):
         given = given | {"coarse_sweep": given["coarse_sweep"] | {"pairs": pairs}}
-        ((_, work),) = planned.coarse_sweep(standins.case_of("coarse_sweep", given, shape, place))
+        ((_, work),) = planned.coarse_sweep(assumed.case_of("coarse_sweep", given, shape, place))
         counts[pairs] = work
         assert work.rows == 30 * 2 * (pairs + 3 * 40)
     assert counts[100].operations < counts[200].operations < 2 * counts[100].operations
@@ -106,7 +108,7 @@ def test_against_a_run(tmp_path, monkeypatch):
     tables = {"necessity": {"seconds": 3.0}, "necessity.more": {"seconds": 1.0}}
     records.write_json(keys.results_folder(p) / "necessity.run.json", {"tables": tables})
     assert plan.measured("necessity", p) == {"necessity": 3.0, "more": 1.0}
-    shape, place = fit.shape_of(fit.config_of(p.model)), costs.Machine(2.0, "float32")
+    shape, place = weights.shape_of(weights.config_of(p.model)), costs.Machine(2.0, "float32")
     given = params.load_profile("smoke") | {"results_dir": str(tmp_path)}
     own = plan.step_plan("necessity", given, shape, place, {"passes": 0.01, "grown": 1e-11}, True)
     assert own["measured_seconds"] == 4.0 and own["ratio"] == pytest.approx(own["seconds"] / 4)

@@ -8,10 +8,11 @@ import pytest
 import torch
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
-from lib import hooks, params, probes
-from lib.steps import StepError
+from lib import hooks
 from lib.tasks import Prompt
-from report import probe_report
+from pipeline import params
+from pipeline.step import StepError
+from steps.subspace import probes, probes_page
 
 P = params.validate("subspace", params.load_profile("smoke") | {"permutations": 19, "resamples": 300})
 CLASSES = ("artist", "athlete", "politician", "scientist", "writer")
@@ -156,7 +157,7 @@ def test_the_control_task_is_learned_by_heart_only_where_people_are_shared():
     frame = tabled(pairs, pairs, by_heart, by_heart, ranks=())
     means = frame[frame["template"] != "second"].groupby(["folds", "labels"])["score"].mean()
     assert means["prompts", "control"] > 0.6 and means["people", "permuted"] < 0.3
-    table = probe_report.selectivity(frame, P)
+    table = probes_page.selectivity(frame, P)
     assert table["estimate"].iloc[0] == pytest.approx(means["prompts", "true"] - means["prompts", "control"])
     no_person = activations(codes, 4, width=120, noise=1.0)
     other = tabled(pairs, pairs, no_person, no_person, ranks=())
@@ -175,17 +176,17 @@ def test_low_rank_can_be_found_and_can_fail(rank, low, tiny):
     means = probes.spectrum(model, x["last"][0, 0], one)
     means = means.fillna({"permutation": -1}).assign(kind="pair", target="superset", position="last", layer=3)
     frame = frame[frame["kind"] == "pair"]
-    verdict = probe_report.verdicts(probe_report.rank_table(frame, P), probe_report.spectra(means)).iloc[0]
+    verdict = probes_page.verdicts(probes_page.rank_table(frame, P), probes_page.spectra(means)).iloc[0]
     assert bool(verdict["low rank"]) is low and verdict["cap"] == 4
     assert verdict["rank needed"] == 1 if low else verdict["rank needed"] > 2
-    said = probe_report.rank_sentence(verdict)
+    said = probes_page.rank_sentence(verdict)
     assert ("is of low rank" in said) is low and ("is not of low rank" in said) is not low
-    ends = probe_report.ends(means, ("pair", "superset", "last"), 3)
+    ends = probes_page.ends(means, ("pair", "superset", "last"), 3)
     assert sum(own["share"] for own in ends) == pytest.approx(1) and (ends[0]["share"] > 0.9) is low
     nothing = activations(np.random.default_rng(1).permutation(one.codes[0]), rank, width=32)
     frame = tabled(pairs, pairs, nothing, nothing, ranks=(1, 2))
-    verdict = probe_report.verdicts(probe_report.rank_table(frame, P), probe_report.spectra(means)).iloc[0]
-    assert verdict["low rank"] is None and "not decided" in probe_report.rank_sentence(verdict)
+    verdict = probes_page.verdicts(probes_page.rank_table(frame, P), probes_page.spectra(means)).iloc[0]
+    assert verdict["low rank"] is None and "not decided" in probes_page.rank_sentence(verdict)
 
 
 class Words:
@@ -223,9 +224,9 @@ def test_readings_are_block_outputs_at_the_names_and_the_last_token(tiny):
 def test_threshold_is_the_highest_permuted_accuracy_of_any_layer_and_first_layer_stays_above():
     about = {"folds": "people", "rank": -1, "kind": "pair", "target": "superset", "position": "last"}
     null = pd.DataFrame({"layer": [0, 0, 1, 1], "score": [0.1, 0.3, 0.4, 0.2], "labels": "permuted"} | about)
-    assert (probe_report.nulls(null)["threshold"] == 0.4).all()
+    assert (probes_page.nulls(null)["threshold"] == 0.4).all()
     curve = pd.DataFrame({"layer": [0, 1, 2, 3], "estimate": [0.6, 0.3, 0.5, 0.9]})
-    assert probe_report.first_above(curve, 0.4) == 2 and probe_report.first_above(curve, 0.95) is None
+    assert probes_page.first_above(curve, 0.4) == 2 and probes_page.first_above(curve, 0.95) is None
 
 
 def test_clusters_follow_supersets_only_if_they_do():
@@ -233,9 +234,9 @@ def test_clusters_follow_supersets_only_if_they_do():
     superset_of = {name: name[0] for name in professions}
     rng, centres = np.random.default_rng(0), np.repeat(10 * np.eye(3), 4, axis=0)
     grouped = pd.DataFrame(centres + rng.normal(size=(12, 3)), index=professions)
-    found = probe_report.clusters(grouped, superset_of, 500, 0)
+    found = probes_page.clusters(grouped, superset_of, 500, 0)
     assert (
-        found["rand"] == 1 and found["p"] < 0.01 and "follow the supersets" in probe_report.cluster_sentence(found, "x")
+        found["rand"] == 1 and found["p"] < 0.01 and "follow the supersets" in probes_page.cluster_sentence(found, "x")
     )
-    mixed = probe_report.clusters(grouped.set_axis(rng.permutation(professions)), superset_of, 500, 0)
-    assert mixed["p"] > 0.05 and "not shown to follow" in probe_report.cluster_sentence(mixed, "x")
+    mixed = probes_page.clusters(grouped.set_axis(rng.permutation(professions)), superset_of, 500, 0)
+    assert mixed["p"] > 0.05 and "not shown to follow" in probes_page.cluster_sentence(mixed, "x")

@@ -17,9 +17,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lib import records, units
+from lib import records
 from lib.records import RecordError
-from lib.units import Unit
+from pipeline import units
+from pipeline.units import Unit
 
 ROOT = Path(__file__).resolve().parents[1]
 

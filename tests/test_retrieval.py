@@ -9,12 +9,13 @@ import pandas as pd
 import pytest
 import torch
 
-from lib import models, records, retrieval, tasks
+from lib import models, records, tasks
 from lib.models import ModelError
-from lib.one_name import FIRST, NOT, WHOLE, Labels
 from lib.readout import post_norms, readout
 from lib.single_pass import SweepError, base_run
 from lib.tasks import Pair, Prompt
+from steps.retrieval_heads import values as retrieval
+from steps.retrieval_heads.one_name import FIRST, NOT, WHOLE, Labels
 
 ROLES = {"name_a": (3, 4), "name_b": (6,), "names": (3, 4, 6), "swapped": (3, 4, 6), "last": (8,), "all": range(9)}
 ROLES = {role: tuple(positions) for role, positions in ROLES.items()}

@@ -6,11 +6,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lib import hops, params
 from lib.hooks import EMBED, Site
-from lib.params import ParameterError
-from report import retrieval_report as report
-from report import retrieval_statements as statements
+from pipeline import params
+from pipeline.params import ParameterError
+from steps.retrieval_heads import measure as hops
+from steps.retrieval_heads import page as report
+from steps.retrieval_heads import statements
 
 P = params.validate("retrieval_heads", {"model": "config:none.json", "resamples": 500, "flips": 500})
 SLICE = [Site(21, "head", 6), Site(23, "mlp"), Site(27, "head", 1)]

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lib import rule
+from steps.generality import rule
 
 CLASSES = ("artist", "athlete", "politician", "scientist", "writer")
 STEPS = {"additive": (1.0, 2.0), "OR": (1.0, 1.0), "AND": (0.0, 1.0), "none": (0.0, 0.0), "neither": (1.0, 4.0)}

@@ -4,8 +4,8 @@ import json
 import re
 from pathlib import Path
 
-from report import scale_report
-from report.speed_report import seconds, small, times
+from report import scale
+from report.speed import seconds, small, times
 
 ROOT = Path(__file__).resolve().parent.parent
 PLACE = {
@@ -71,7 +71,7 @@ def of_scale(device: str = "cpu", less: bool = True) -> dict:
         "times_bandwidth_limit": 9.9,
     }
     return PLACE | {
-        "shape": dict.fromkeys(scale_report.SHAPE, 64),
+        "shape": dict.fromkeys(scale.SHAPE, 64),
         "device": device,
         "scaled_down": less,
         "quantisation": "nf4",
@@ -174,7 +174,7 @@ MADE = {
 def told(folder: Path, name: str, found: dict | None = None) -> str:
     """The section made of a file."""
     (folder / f"{name}.json").write_text(json.dumps(found or MADE[name]()))
-    return scale_report.fields(folder, folder)[name]
+    return scale.fields(folder, folder)[name]
 
 
 def cells(text: str) -> dict[str, list[str]]:
@@ -262,17 +262,17 @@ def test_where_a_book_spends_its_time(tmp_path):
 
 
 def test_what_is_missing_is_said(tmp_path):
-    assert set(scale_report.SECTIONS) == set(MADE)
-    missing = {name: f"Not measured yet: run `{scale_report.COMMANDS[name]}`." for name in MADE}
-    assert scale_report.fields(tmp_path, tmp_path) == missing
+    assert set(scale.SECTIONS) == set(MADE)
+    missing = {name: f"Not measured yet: run `{scale.COMMANDS[name]}`." for name in MADE}
+    assert scale.fields(tmp_path, tmp_path) == missing
     assert "planned and not measured" in told(tmp_path, "plan_70b")
-    out = scale_report.fields(tmp_path, tmp_path)
+    out = scale.fields(tmp_path, tmp_path)
     assert all(out[name] == said for name, said in missing.items() if name != "plan_70b")
 
 
 def test_the_committed_results_make_the_page(tmp_path):
     """Whatever is committed has the layout that the page reads, and the page has a place for every section."""
-    out = scale_report.fields(ROOT / "bench" / "results", tmp_path)
+    out = scale.fields(ROOT / "bench" / "results", tmp_path)
     assert set(re.findall(r"\$(\w+)", (ROOT / "book" / "scale.md").read_text())) == set(out)
 
 

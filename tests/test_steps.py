@@ -12,10 +12,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lib import keys, params, records, steps, units
-from lib.params import ParameterError
-from lib.steps import StepError
-from lib.units import Unit
+from lib import records
+from pipeline import keys, params, units
+from pipeline import step as steps
+from pipeline.params import ParameterError
+from pipeline.step import StepError
+from pipeline.units import Unit
 from tests.test_records import fake_compute, fake_plan
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -10,6 +10,7 @@ import torch
 from lib import hooks, records, single_pass, sweep
 from lib.hooks import Site
 from lib.tasks import Pair, Prompt
+from pipeline.units import sweep_units
 
 ROLES = {"name_a": (3, 4), "name_b": (6,), "names": (3, 4, 6), "swapped": (4, 6), "last": (9,), "all": tuple(range(10))}
 FP32_TOLERANCE = 1e-4  # x max(1, the row's largest logit change)
@@ -318,7 +319,7 @@ def test_no_pairs_is_an_error(tiny):
 
 
 def test_units_are_a_pure_function_of_the_pairs():
-    first, again = (sweep.plan("noise", PAIRS, size=3, role="last") for _ in range(2))
+    first, again = (sweep_units("noise", PAIRS, size=3, role="last") for _ in range(2))
     assert [unit.id for unit in first] == [unit.id for unit in again]
     assert [pair.pair_id for unit in first for pair in unit.pairs] == [pair.pair_id for pair in PAIRS]
     assert [len(unit.pairs) for unit in first] == [3, 3, 2]

@@ -2,7 +2,8 @@
 
 import pytest
 
-from lib import records, tasks, tokens
+from lib import records, tasks
+from pipeline import tokens
 
 ROW = {"pair_id": "p", "quad_id": "q", "half": "discovery", "answer": "artist", "corrupt_answer": "scientist"}
 NAMES = {

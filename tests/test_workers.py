@@ -15,8 +15,9 @@ import ray
 import torch
 from ray.cluster_utils import Cluster
 
-from lib import machine, params, steps, units, workers
-from lib.workers import WorkersError
+from pipeline import machine, params, units, workers
+from pipeline import step as steps
+from pipeline.workers import WorkersError
 
 PEOPLE = {
     "scientist": ["Isaac Newton", "Albert Einstein", "Marie Curie", "Charles Darwin"],

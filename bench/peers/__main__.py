@@ -28,7 +28,7 @@ import torch
 
 from bench.peers import work as peers_work
 from bench.peers.work import PATHS, TASKS, Run, Tool
-from lib import machine
+from pipeline import machine
 
 RESULT = Path(__file__).parent.parent / "results" / "peers.json"
 MODULES = ("library", "plain_hooks", "with_transformer_lens", "with_nnsight", "with_pyvene")

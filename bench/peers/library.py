@@ -7,7 +7,7 @@ from torch import Tensor
 
 from bench.paths import COMPONENTS
 from bench.peers.work import PATHS, TASKS, Run, Task, Tool, Work
-from lib import jobs, paths
+from lib import batches, paths
 from lib.single_pass import Row, base_run, grow
 
 
@@ -16,7 +16,7 @@ def prepare(work: Work) -> dict[str, Run]:
     model = work.model
 
     def logits(hidden: Tensor) -> Tensor:
-        return torch.cat([model.logits(part) for part in hidden.split(jobs.LOGIT_ROWS)])
+        return torch.cat([model.logits(part) for part in hidden.split(batches.LOGIT_ROWS)])
 
     def sweep(task: Task) -> Tensor:
         ids = work.base(task) if task.zero else torch.cat([work.source(), work.base(task)])

@@ -1,0 +1,192 @@
+"""What a plan counts with before anything has run: pairs without names, and the default book's findings.
+
+1. `pair_of` makes a stand-in: only its half, quad, length and roles matter to the work units. `case_of` gives a step as
+   many as step 01 left, or would leave, with the token counts of its pairs, else the default book's (`LENGTHS`).
+2. What rests on findings is taken from the findings where they are there, else from the default book: the slice
+   (`SLICE`), how long the search for a circuit goes on, ... `ASSUMED` says so in words.
+3. `Case` counts the work of a step's tables from its units.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from lib import batches, records, tasks
+from lib.data import HALVES
+from lib.hooks import Site, site_of
+from lib.tasks import SUPERSETS, Pair, Prompt, Template
+from lib.weights import Shape
+from pipeline import costs, keys, params
+from pipeline.costs import Machine, Work, next_logits, path_unit, sweep_unit, total
+from pipeline.params import ParameterError
+from pipeline.units import Unit
+from steps.parameters import Shared
+
+# What the default book found (SmolLM2-135M, 30 layers of 9 heads); layers stand for their depth.
+SLICE = ("21.6", "mlp 23", "27.1", "23.5", "27.2", "mlp 29", "mlp 24", "27.0", "22.6")
+DEPTH, HEADS = 30, 9
+LENGTHS = {3: 0.42, 4: 0.29, 2: 0.22, 5: 0.07}  # tokens of a name, and the share of the quads with such names
+KEPT, ASKED, TRIED = 0.98, 3000, 1.66  # quads found of those wanted; people asked about; quads tried for one found
+MOVED = 0.75  # share of a quad's pairs that the model solves in another template
+GROWN, CIRCUITS, REACH = 17, 3.25, 0.6  # sites of the circuit; step 07's growing sets over slice_limit; their depth
+RISING = 7, 5  # step 05: candidates for a backup in the first round and in the second
+SENDERS = 6  # step 06: sites at the names whose paths are followed edge by edge
+PROFESSIONS = 70  # that have enough people for a probe
+ASSUMED = (
+    "the slice, the circuit's size and how many backups are tried are those that the default book found, at the same "
+    "depth of the model: nine heads and MLPs from 70% of the layers on",
+    "names have 2 to 5 tokens, as in the default book; a template's text counts a token a word",
+    f"{KEPT:.0%} of the quads asked for are found, and {MOVED:.0%} of their pairs are solved in another template",
+)
+# Bytes of a record in Parquet (measured in the default book): with the labels' logits, without, a path's, others'.
+LABELLED, SHORT, DIRECT, VALUE, NEURON = 245, 62, 10, 15, 51
+
+
+@dataclass(frozen=True)
+class Case:
+    """A step of a profile with what its work is counted from."""
+
+    params: Shared
+    shape: Shape
+    machine: Machine
+    pairs: list[Pair]  # of step 01
+    slice: list[Site]
+
+    @property
+    def layers(self) -> list[int]:
+        chosen = self.params.layers
+        return list(range(self.shape.n_layers)) if chosen in ("all", "auto") else list(chosen)
+
+    @property
+    def slice_layers(self) -> list[int]:
+        return sorted({site.layer for site in self.slice})
+
+    def spread(self, count: int | None, pairs: Sequence[Pair] | None = None) -> list[Pair]:
+        return batches.spread(self.pairs if pairs is None else pairs, count)
+
+    def half(self, number: int, pairs: Sequence[Pair] | None = None) -> list[Pair]:
+        own = self.pairs if pairs is None else pairs
+        return [pair for pair in own if pair.half == HALVES[number]] or list(own)
+
+    # --- tables ---
+
+    def swept(self, units: Sequence[Unit], pool: Sequence[Pair] | None = None) -> Work:
+        """A table of `sweep_units` units and the step's proofs; `pool` lends means and resamples."""
+        each = [sweep_unit(self.shape, unit.pairs, unit.options, self.machine) for unit in units]
+        sizes = [one.times(0) + Work(table=size(one.rows, unit)) for one, unit in zip(each, units, strict=True)]
+        return total([*each, *sizes, self.pool(units, pool), costs.proofs(self.shape, self.pairs[0])])
+
+    def pathed(self, units: Sequence[Unit]) -> Work:
+        each = [path_unit(self.shape, unit.pairs, unit.options, self.machine) for unit in units]
+        bytes_ = sum(one.rows for one in each) * (LABELLED + 15)
+        return total([*each, self.pool(units, self.pairs), costs.proofs(self.shape, self.pairs[0]), Work(table=bytes_)])
+
+    def pool(self, units: Sequence[Unit], pool: Sequence[Pair] | None) -> Work:
+        """Each group that is lent means or resamples has its prompts run once, for each plan that comes to it."""
+        groups = {
+            (unit.id.rpartition("-")[0], batches.group_of(unit.pairs[0]))
+            for unit in units
+            if {*unit.options.get("ablations", ())} & {*costs.POOLED}
+        }
+        lenders = [[pair for pair in pool or self.pairs if batches.group_of(pair) == group] for _, group in groups]
+        return total(costs.pool(self.shape, own) for own in lenders)
+
+    def asked(self, prompts: int, template: Template, chunk: int = 64) -> Work:
+        """Prompts of a template asked for their next token, with names of three tokens."""
+        tokens, roles = tokens_of(template, [3] * len(template.slots))
+        return next_logits(self.shape, prompts, tokens, roles["names"][0], chunk) + Work(table=160 * prompts)
+
+
+def size(rows: int, unit: Unit) -> int:
+    """Bytes of the rows of a sweep."""
+    return rows * (LABELLED if unit.pairs[0].label_tokens else SHORT)
+
+
+# --- stand-ins ------------------------------------------------------------------------------------------------------
+
+
+def words(text: str) -> int:
+    """Tokens of a template's text, nearly: words, signs and line ends."""
+    return len(re.findall(r"\w+|[^\w\s]|\n", text))
+
+
+def tokens_of(template: Template, names: Sequence[int]) -> tuple[int, dict[str, tuple[int, ...]]]:
+    """Length of a prompt with names of so many tokens, and where its roles stand."""
+    own = dict(zip(template.slots, names, strict=False))
+    text, spans = tasks._fill(template, list(own), tasks.DEFAULT_ATTRIBUTES)
+    at, before, roles = 0, 0, {}
+    for (slot, count), (start, end) in zip(own.items(), spans, strict=True):
+        at += words(text[before:start])
+        roles[f"name_{slot}"] = tuple(range(at, at + count))
+        at, before = at + count, end
+    every = tuple(token for tokens in roles.values() for token in tokens)
+    length = at + words(text[before:] + template.answer_prefix)
+    return length, roles | {"names": every, "swapped": every, "last": (length - 1,), "all": tuple(range(length))}
+
+
+def pair_of(template: Template, quad: int, number: int, half: str, names: Sequence[int], labels: int = 50) -> Pair:
+    """One of a quad's pairs. The third and fourth are the mirrors of the first two, as `quads.pairs_of` has them."""
+    length, roles = tokens_of(template, names)
+    answers = list(combinations(range(len(SUPERSETS)), 2))[quad % 10]
+
+    def prompt(side: int) -> Prompt:
+        which = 4 * quad + 2 * (number % 2) + side
+        ids = (which % 90, which // 90 % 90, which // 8100 % 90, *range(3, length))[:length]
+        return Prompt("", tuple(1 + one for one in ids), roles)
+
+    turn = number // 2
+    own = (tuple(SUPERSETS), answers[turn], answers[1 - turn], tuple(range(5)), tuple(range(5)), (), ())
+    label = ("word",) * labels, tuple(range(5, 5 + labels))
+    name = f"q{quad:03d}-{number}"
+    return Pair(name, f"q{quad:03d}", half, template.task, template.name, prompt(turn), prompt(1 - turn), *own, *label)
+
+
+def quads_of(p: Shared) -> list[tuple[str, list[int]]]:
+    """The half and the names' token counts of each quad: of step 01's pairs, else of the default book's lengths."""
+    base = params.validate("baselines", params.load_profile(p.profile)) if p.pairs_file is None else None
+    try:
+        table = records.read(keys.find_pairs("coarse_sweep", p)) if p.pairs_file is None else pd.read_csv(p.pairs_file)
+    except ParameterError:
+        table = None
+    if table is not None and {"n_tokens_a", "n_tokens_b", "half"} <= {*table}:
+        rows = table.drop_duplicates("quad_id").to_dict("records")
+        return [(row["half"], [int(row["n_tokens_a"]), int(row["n_tokens_b"])]) for row in rows]
+    count = max(4, round(KEPT * base.quads_per_half)) if base else len(table)
+    edges = np.cumsum(list(LENGTHS.values()))
+    drawn = [list(LENGTHS)[int(np.searchsorted(edges, (i + 0.5) / count))] for i in range(count)]
+    return [(half, [n, n]) for half in HALVES for n in drawn]
+
+
+def case_of(step: str, profile: Mapping[str, Any], shape: Shape, machine: Machine) -> Case:
+    """A step of a profile's content, ready to be counted."""
+    p = params.validate(step, profile)
+    each = params.validate("baselines", profile).pairs_per_quad
+    template = tasks.find_template(p.template, p.task)
+    numbered = enumerate(quads_of(p))
+    pairs = [pair_of(template, q, n, half, names) for q, (half, names) in numbered for n in range(each)]
+    found = keys.find_findings("sufficiency", p) or {}
+    named = getattr(p, "slice_sites", None) or [site["site"] for site in found.get("critical_slice", ())] or None
+    sites = [site_of(name) for name in named or SLICE]
+    if named is None:
+        sites = [at_depth(site, shape) for site in sites]
+    return Case(p, shape, machine, pairs, list(dict.fromkeys(sites)))
+
+
+def at_depth(site: Site, shape: Shape) -> Site:
+    """A site of the default book's model at the same depth of another."""
+    layer = min(shape.n_layers - 1, site.layer * shape.n_layers // DEPTH)
+    return Site(layer, site.component, site.head * shape.n_heads // HEADS if site.head >= 0 else -1)
+
+
+def order_of(case: Case, count: int) -> list[Site]:
+    """The slice, and after it other heads from `REACH` of the depth on: what recovers anything."""
+    layers = range(int(REACH * case.shape.n_layers), case.shape.n_layers)
+    more = [Site(layer, "head", head) for head in range(case.shape.n_heads) for layer in layers]
+    return [*case.slice, *(site for site in more if site not in case.slice)][:count]

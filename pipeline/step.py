@@ -1,0 +1,397 @@
+"""What a notebook's first cell calls: parameters checked, results found, work resumed, findings handed on.
+
+1. `begin` reads the notebook's variables and refuses a results folder that other parameters wrote.
+2. `Step.able` says whether the model can do the task; `Step.find` reads an earlier step's findings, `Step.pairs` pairs.
+3. `Step.table` gives a finished table, or computes the work units that are missing. The model is loaded only then:
+   a page that is merely redrawn does not need it.
+4. `Step.write_findings` hands on what was found, and the run record says how.
+
+    from lib import steps
+    step = steps.begin("necessity", globals())
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from zlib import crc32
+
+import numpy as np
+import pandas as pd
+from pandera.pandas import DataFrameSchema
+
+from lib import records
+from pipeline import keys, machine, params, tokens, units, workers
+from pipeline.params import ParameterError
+from pipeline.units import Unit
+from steps.parameters import Shared
+
+if TYPE_CHECKING:
+    from lib.hooks import Site
+    from lib.models import Model
+    from lib.tasks import Pair
+
+
+class StepError(ParameterError):
+    """A step that cannot go on; shown in a notebook as one sentence."""
+
+
+@dataclass(frozen=True)
+class Ability:
+    """Whether the model does the task (true as a truth value), why, and whether step 01 has asked at all."""
+
+    able: bool
+    why: str
+    known: bool = True
+
+    def __bool__(self) -> bool:
+        return self.able
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of the plan with its parameters: where it reads, where it writes, how it computes."""
+
+    name: str
+    params: Shared
+
+    def __reduce__(self) -> tuple:
+        """A step travels to workers as its name and parameters; what it has loaded stays where it is."""
+        return workers.resident, (self.name, self.params)
+
+    @property
+    def results(self) -> Path:
+        """The folder that this step writes to."""
+        return keys.results_folder(self.params)
+
+    @cached_property
+    def ingredients(self) -> dict[str, Any]:
+        """Everything the step's data depends on (see `pipeline.keys`)."""
+        return keys.ingredients(self.name, self.params)
+
+    @property
+    def data_key(self) -> str:
+        return keys.data_key(self.ingredients)
+
+    @property
+    def people_file(self) -> Path:
+        """The table of people: from the working directory, else from the repository."""
+        return keys.input_file(self.params.people_file)
+
+    def rng(self, purpose: str = "") -> np.random.Generator:
+        """A generator from the profile's seed, of its own for each purpose."""
+        return np.random.default_rng([self.params.seed, crc32(f"{self.name}:{purpose}".encode())])
+
+    # --- the model ---
+
+    @cached_property
+    def model(self) -> Model:
+        """The model, loaded and proved when it is first asked for; layers in the parameters are checked against it."""
+        from lib import models  # torch and transformers: only for steps that compute
+
+        p = self.params
+        try:
+            model = models.load(
+                p.model, sha256=p.model_sha256, dtype=p.dtype, device=p.device, device_map=p.device_map, seed=p.seed,
+                quantisation=p.quantisation, max_memory=p.max_memory, offload_folder=p.offload_folder,
+            )  # fmt: skip
+        except ValueError as error:
+            raise StepError(str(error)) from None
+        params.check_layers(p, model.n_layers)
+        return model
+
+    @cached_property
+    def tokenizer(self) -> tokens.Remembered:
+        """The model's tokenizer; loaded only for texts that the step's finished results do not hold."""
+        from lib import models
+
+        p, here = self.params, self.__dict__  # which holds the model if it has been loaded
+        load = lambda: self.model.tokenizer if "model" in here else models.tokenizer(p.model, p.model_sha256)  # noqa: E731
+        return tokens.Remembered(load, self.path("tokens") if self.fresh else None)
+
+    @property
+    def n_layers(self) -> int:
+        """Layers of the model."""
+        return self.shape["n_layers"]
+
+    @property
+    def n_heads(self) -> int:
+        """Heads per layer of the model."""
+        return self.shape["n_heads"]
+
+    @cached_property
+    def shape(self) -> dict[str, int]:
+        """From the run record where there is one, so that a redrawn page loads no model."""
+        stored = self.record.get("model", {}) if self.fresh else {}
+        return stored if {"n_layers", "n_heads"} <= stored.keys() else self.model_facts
+
+    @cached_property
+    def model_facts(self) -> dict[str, Any]:
+        """What the model is, once it has been loaded, here or by the workers."""
+        if self.params.workers.engine == "ray" and "model" not in self.__dict__:
+            return workers.first_answer(self)["model"]
+        own = self.model
+        shape = {"n_layers": own.n_layers, "n_heads": own.n_heads, "noise": own.noise}
+        kind = {"dtype": str(own.dtype).removeprefix("torch."), "device": str(own.device)}
+        return {"name": self.params.model, "sha256": own.sha256, **kind, **shape}
+
+    @property
+    def layers(self) -> list[int]:
+        """The layers that are swept: all, those listed, or the critical layers of step 02 (all if there are none)."""
+        chosen = self.params.layers
+        if chosen == "auto":
+            chosen = (self.find("coarse_sweep") or {}).get("critical_layers") or "all"
+        return list(range(self.n_layers)) if chosen == "all" else list(chosen)
+
+    @property
+    def layers_from(self) -> str:
+        """How `layers` was chosen, for the page."""
+        if self.params.layers != "auto":
+            return "all layers, by the profile" if self.params.layers == "all" else "the layers named in the parameters"
+        found = (self.find("coarse_sweep") or {}).get("critical_layers")
+        return "the critical layers of step 02" if found else "all layers: step 02 has left no critical layers here"
+
+    # --- what earlier steps left ---
+
+    def find(self, step: str) -> dict[str, Any] | None:
+        """Findings of an earlier step about this model and task, from results_dir, then results/<profile>; or None."""
+        params.step_model(step)
+        return keys.find_findings(step, self.params)
+
+    def able(self) -> Ability:
+        """Whether the model does the task, by the findings of step 01. Where that was not asked, work goes on."""
+        found = keys.ability(self.params)
+        if found is None:
+            return Ability(True, f"step 01 has not measured whether this model does {self.params.task}", known=False)
+        return Ability(found["able"], found["why"])
+
+    def pairs(self) -> pd.DataFrame:
+        """The pairs table: `pairs_file`, or the pairs of step 01. StepError when there are none."""
+        path = keys.find_pairs(self.name, self.params)
+        if self.params.pairs_file is None:
+            return records.read(path)
+        from lib import data
+
+        try:
+            return data.load_pairs_file(path)
+        except ValueError as error:
+            raise StepError(str(error)) from None
+
+    def prompts(self, table: pd.DataFrame | None = None) -> list[Pair]:
+        """The pairs (default: of `pairs`) as prompts, tokenised and checked. StepError names the pair that is wrong."""
+        from lib import tasks
+
+        p, rows = self.params, (self.pairs() if table is None else table).to_dict("records")
+        try:
+            return [tasks.make_pair(self.tokenizer, row, p.chat_template, p.attributes) for row in rows]
+        except ValueError as error:
+            raise StepError(str(error)) from None
+
+    def sweeper(self, pairs: Sequence[Pair]) -> Callable[[Unit], pd.DataFrame]:
+        """What `table` computes units of `sweep_units` and `hops.paths` with; means and resamples come from `pairs`.
+
+        The first unit of a sitting also makes the step's two proofs, the identity patch and the whole-residual patch;
+        their numbers go into the log.
+        """
+        pools: dict = {}
+        proofs: list[str] = []
+
+        def compute(unit: Unit) -> pd.DataFrame:
+            from lib import paths, sweep
+
+            own = [] if proofs else sweep.prove(self.model, pairs[0])
+            proofs.extend(own)
+            run, options = sweep.run, dict(unit.options)
+            if "into" in options:
+                run, options["receivers"] = paths.run, paths.receivers_of(self.model, *options.pop("into"))
+            frame = run(
+                self.model, unit.pairs, pool=pairs, pools=pools, memory=self.memory, seed=self.params.seed,
+                profile=self.params.profile, **options,
+            )  # fmt: skip
+            frame.attrs["log"] = own + frame.attrs["log"]
+            return frame
+
+        return compute
+
+    def slice(self) -> list[Site]:
+        """The critical slice: `slice_sites` of the parameters, else what step 04 found. StepError when it is empty."""
+        from lib.hooks import site_of
+
+        named = self.params.slice_sites
+        if named is None:
+            found = self.find("sufficiency")
+            if found is None:
+                raise StepError(
+                    "step 04 has left no critical slice for this model and task: run it first (make does), or name "
+                    "the slice: -p slice_sites 21.6,mlp 23"
+                )
+            named = [site["site"] for site in found["critical_slice"]]
+        if not named:
+            raise StepError("the critical slice is empty: step 04 found no site; name some with slice_sites")
+        sites = [site_of(name) for name in named]
+        for name, site in zip(named, sites, strict=True):
+            if site.layer >= self.n_layers or site.head >= self.n_heads:
+                shape = f"{self.n_layers} layers of {self.n_heads} heads"
+                raise StepError(f"slice_sites: {name} is not in {self.params.model}, which has {shape}")
+        return sites
+
+    # --- tables ---
+
+    def path(self, name: str | None = None) -> Path:
+        """The file of a table: <step>.parquet for the step's own, <step>.<name>.parquet for another."""
+        return self.results / (f"{self.name}.parquet" if name in (None, self.name) else f"{self.name}.{name}.parquet")
+
+    def table(
+        self,
+        name: str,
+        plan: Sequence[Unit],
+        compute: Callable[[Unit], pd.DataFrame],
+        *,
+        schema: DataFrameSchema | None = records.SCHEMA,
+        columns: Sequence[str] | None = None,
+    ) -> pd.DataFrame:
+        """A table of the step: read if it is done, else its missing work units are computed and joined.
+
+        `plan` is the units in order, a pure function of the parameters and the pairs. `compute` may use `self.model`
+        and `self.memory`; for `frame.attrs` see `pipeline.units.run_units`. `schema=None` takes any columns.
+        """
+        self._clear_stale()
+        path, planned = self.path(name), units.plan_id(plan)
+        if not (path.exists() and records.read_metadata(path)["plan"] == planned):
+            self._compute(path, plan, planned, compute, schema)
+        self.write_record()
+        units.remove_units(path.with_suffix(".units"))  # once the table and its record are safe
+        return records.read(path, columns)
+
+    def _compute(
+        self, path: Path, plan: Sequence[Unit], planned: str, compute: Callable, schema: DataFrameSchema | None
+    ) -> None:
+        folder = path.with_suffix(".units")
+        intent = {
+            "data_key": self.data_key,
+            "ingredients": self.ingredients,
+            "memory_gb": self.memory,
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        engine = workers.spread(self, self.memory) if self.params.workers.engine == "ray" else units.one_by_one
+        parts = units.run_units(folder, plan, compute, plan=intent, label=path.stem, schema=schema, engine=engine)
+        begun = units.read_plan(folder)
+        metadata = self._facts() | {"plan": planned, "memory_gb": begun["memory_gb"], "started": begun["started"]}
+        units.assemble(path, parts, metadata, schema)
+
+    @cached_property
+    def memory(self) -> float:
+        """GB that one pass may take. `auto` is resolved once: work of this key, finished or not, keeps its value."""
+        if self.params.memory != "auto":
+            return float(self.params.memory)
+        plans = [units.read_plan(folder) for folder in sorted(self.results.glob(f"{self.name}.*units"))]
+        for stored in (*plans, self.record):
+            if stored and stored.get("data_key") == self.data_key and stored.get("memory_gb"):
+                return stored["memory_gb"]
+        if self.params.workers.engine == "ray":
+            return workers.first_answer(self)["memory"]
+        return machine.pass_memory(None if self.params.device == "cpu" else self.model)
+
+    @property
+    def fresh(self) -> bool:
+        """Whether the results in the folder are of this data key."""
+        return keys.stored_key(self.results, self.name) == self.data_key
+
+    def refuse_stale(self) -> None:
+        """StepError when the folder holds results that other parameters, inputs or code made, unless `overwrite`."""
+        key = self.data_key  # first of all: a step whose inputs are not there is an error in any case
+        stored = keys.stored_ingredients(self.results, self.name)
+        if stored is None or self.params.overwrite or keys.data_key(stored) == key:
+            return
+        changed = "; ".join(keys.differences(stored, self.ingredients)) if stored else "they do not say which"
+        raise StepError(
+            f"{keys.shown(self.results)} holds results of {self.name} made otherwise: {changed}. "
+            "Run with -p overwrite true to replace them, or with another results_dir"
+        )
+
+    def _clear_stale(self) -> None:
+        self.refuse_stale()
+        if not self.fresh:
+            keys.remove(self.results, self.name)
+
+    # --- what this step leaves ---
+
+    def _facts(self) -> dict[str, Any]:
+        """What every table and the run record say of how they were made."""
+        p = self.params
+        model: dict[str, Any] = {"name": p.model, "sha256": p.model_sha256, "dtype": p.dtype, "device": p.device}
+        if {"model", "replicas"} & self.__dict__.keys():  # loaded: say what it is, not what was asked
+            model = self.model_facts
+        return {
+            "step": self.name,
+            "profile": p.profile,
+            "data_key": self.data_key,
+            "parameters": p.model_dump(mode="json", exclude=set(keys.PLACES)),
+            "seed": p.seed,
+            "quantisation": p.quantisation,
+            "model": model,
+            **machine.commit(),
+            "versions": machine.versions(),
+            "machine": machine.facts(),
+        }
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """The run record, {} where there is none."""
+        path = self.results / f"{self.name}.run.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+    def write_record(self) -> None:
+        """Bring <step>.run.json up to the tables that are there: facts of the first one, and each one's own below."""
+        order = [self.path(), *sorted({*self.results.glob(f"{self.name}.*.parquet")} - {self.path("tokens")})]
+        tables = {path.stem: records.read_metadata(path) for path in order if path.exists()}
+        first = next(iter(tables.values()), None) or self._facts()
+        record = first | {
+            "ingredients": self.ingredients,
+            "seconds": round(math.fsum(table["seconds"] for table in tables.values()), 3),
+            "log": [line for table in tables.values() for line in table["log"]],
+            "tables": {
+                name: {key: table[key] for key in ("rows", "units", "seconds", "started", "memory_gb", "commit", "log")}
+                for name, table in tables.items()
+            },
+        }
+        if record != self.record and (tables or not self.fresh):
+            records.write_json(self.results / f"{self.name}.run.json", record)
+
+    def write_findings(self, findings: Mapping[str, Any]) -> dict[str, Any]:
+        """Write <step>.findings.json, headed by what it is about; returns it as later steps will read it.
+
+        Numbers are kept to 12 significant digits, NaN becomes null. Equal findings give equal bytes.
+        """
+        self._clear_stale()
+        self.write_record()
+        if "tokenizer" in self.__dict__:
+            self.tokenizer.keep(self.path("tokens"))
+        out = {**records.plain(findings), "about": keys.about(self.params)}
+        records.write_json(self.results / f"{self.name}.findings.json", out)
+        return out
+
+    def write_extra(self, name: str, extra: pd.DataFrame | Mapping[str, Any]) -> Path:
+        """Write pairs.parquet (step 01) or claims.json (step 10). Equal contents give equal bytes, which keys hash."""
+        allowed, path = keys.EXTRA_FILES.get(self.name, ()), self.results / name
+        if name not in allowed:
+            may = ", ".join(allowed) or "nothing more"
+            raise StepError(f"step {self.name} does not write {name!r}; it may write {may}")
+        self._clear_stale()
+        self.write_record()
+        table = isinstance(extra, pd.DataFrame)
+        records.write(path, extra, {}, schema=None) if table else records.write_json(path, records.plain(extra))
+        return path
+
+
+def begin(step: str, namespace: Mapping[str, Any]) -> Step:
+    """The step of a notebook, from its `globals()`. ParameterError or StepError in one sentence if it cannot run."""
+    own = Step(step, params.from_notebook(step, namespace))
+    own.refuse_stale()
+    return own

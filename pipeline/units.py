@@ -1,0 +1,232 @@
+"""Work units: a step's work in pieces that are done whole, kept on disk and never repeated.
+
+1. A `Unit` says what is asked of which pairs; its id is a pure function of that.
+2. `run_units` computes the units whose Parquet file is missing, here or elsewhere (`engine`), with a progress bar.
+3. `assemble` joins the files in unit order into the step's table: the same data as an undisturbed run, bit for bit.
+4. `remove_units` clears the folder.
+
+Rows that share a pass change each other's last bits, so a killed step repeats or keeps whole units, never parts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import pandas as pd
+import pandera.pandas as pa_schema
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from lib.batches import grouped, lenders
+from lib.records import METADATA_KEY, SCHEMA, RecordError, write, write_json, write_table
+from lib.tasks import Pair
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A piece of work that is done whole, whoever runs it: what is asked of which pairs.
+
+    `id` is readable and unique within a table ("last-0003"), `pairs` are pairs or their ids, in order, `options` any
+    JSON-able values.
+    """
+
+    id: str
+    pairs: tuple[Any, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def content_id(unit: Unit) -> str:
+    """The unit's id and a hash of what it asks: a pure function of the parameters and the pair list."""
+
+    def plain(value: Any) -> Any:
+        if hasattr(value, "pair_id"):
+            return value.pair_id
+        raise TypeError(f"work unit {unit.id}: {value!r} in its options is not plain data, so it has no stable id")
+
+    text = json.dumps([unit.id, list(unit.pairs), dict(unit.options)], sort_keys=True, default=plain)
+    return f"{unit.id}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
+def plan_id(units: Sequence[Unit]) -> str:
+    """One id for a sequence of units, in order."""
+    return hashlib.sha256("\n".join(map(content_id, units)).encode()).hexdigest()[:16]
+
+
+def sweep_units(label: str, pairs: Sequence[Pair], /, size: int = 8, **options: Any) -> list[Unit]:
+    """The work units of one sweep: a pure function of the pair list and the options of `run`.
+
+    Means and resamples are left out for pairs whose group has no other quad to take them from (`lenders`).
+    """
+    chunks = [group[at : at + size] for group in grouped(pairs) for at in range(0, len(group), size)]
+    units = []
+    for index, chunk in enumerate(chunks):
+        own = dict(options)
+        if "ablations" in own and not lenders(chunk[0], pairs):
+            own["ablations"] = [kind for kind in own["ablations"] if kind not in ("mean", "resample")]
+        if own.get("ablations", True):
+            units.append(Unit(f"{label}-{index:04d}", tuple(chunk), own))
+    return units
+
+
+class Done(NamedTuple):
+    """A unit that was computed."""
+
+    unit: Unit
+    frame: pd.DataFrame
+    seconds: float
+
+
+def done(unit: Unit, compute: Callable[[Unit], pd.DataFrame]) -> Done:
+    """Compute a unit."""
+    begun = time.perf_counter()
+    return Done(unit, compute(unit), time.perf_counter() - begun)
+
+
+def one_by_one(todo: Sequence[Unit], compute: Callable[[Unit], pd.DataFrame]) -> Iterator[Done]:
+    """The engine of a run in this process."""
+    return (done(unit, compute) for unit in todo)
+
+
+def run_units(
+    folder: Path,
+    units: Sequence[Unit],
+    compute: Callable[[Unit], pd.DataFrame],
+    *,
+    plan: Mapping[str, Any],
+    label: str,
+    schema: pa_schema.DataFrameSchema | None = SCHEMA,
+    engine: Callable[[Sequence[Unit], Callable], Iterator[Done]] = one_by_one,
+) -> list[Path]:
+    """Compute the units that are not on disk; return their files in unit order.
+
+    `engine` takes the units to do and `compute`, and gives them back as they are finished, in any order.
+
+    `plan` (the data key first, then what decided it, the resolved memory budget) is stored in plan.json; a folder whose
+    plan has another "data_key" is refused. A computed frame may carry `frame.attrs["log"]`, a list of lines such as
+    "halved for memory", and `frame.attrs["facts"]`, a dict for the table's metadata (the candidates' names, say); both
+    are kept in the unit's metadata. Raises RecordError on an empty or repeated plan.
+    """
+    ids = [content_id(unit) for unit in units]
+    if not units:
+        raise RecordError(f"{label}: there is nothing to compute (no work units); check the pairs and the layers")
+    if len(set(ids)) < len(ids):
+        raise RecordError(f"{label}: two work units are the same; each unit must ask for other work")
+    stored = read_plan(folder)
+    if stored is None:
+        remove_units(folder)  # parts without a plan are of no known key
+        write_json(folder / "plan.json", dict(plan))
+    elif stored["data_key"] != plan["data_key"]:
+        raise RecordError(
+            f"{folder.name} holds work units of another run (key {stored['data_key'][:8]}, not "
+            f"{plan['data_key'][:8]}); use -p overwrite true, or another results_dir"
+        )
+    for left in folder.glob(".*.tmp"):  # of a run that was killed while writing
+        left.unlink()
+    paths = {name: folder / f"{name}.parquet" for name in ids}
+    todo = [unit for unit, path in zip(units, paths.values(), strict=True) if not path.exists()]
+    with progress(label, total=len(units), done=len(units) - len(todo)) as bar:
+        for unit, frame, seconds in engine(todo, compute):
+            about = {"unit": unit.id, "seconds": seconds}
+            about |= {"log": list(frame.attrs.get("log", [])), "facts": dict(frame.attrs.get("facts", {}))}
+            write(paths[content_id(unit)], frame, about, schema)
+            for line in about["log"]:
+                bar.write(line, file=sys.stderr)
+            bar.update()
+    return list(paths.values())
+
+
+def read_plan(folder: Path) -> dict[str, Any] | None:
+    """The plan of a folder of work units, None where there is none."""
+    path = folder / "plan.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def assemble(
+    path: Path,
+    parts: Sequence[Path],
+    metadata: Mapping[str, Any],
+    schema: pa_schema.DataFrameSchema | None = SCHEMA,
+) -> dict[str, Any]:
+    """Join the units' tables in the order given into one file, values untouched; return the metadata written.
+
+    To `metadata` are added: units, rows, seconds (computing, over all sittings), log (the units' lines, in order) and
+    the units' facts. Raises RecordError when two units give the same row or different facts of one name.
+    """
+    tables = [pq.read_table(part) for part in parts]
+    about = [json.loads(table.schema.metadata[METADATA_KEY]) for table in tables]
+    table = pa.concat_tables([table.replace_schema_metadata(None) for table in tables], promote_options="permissive")
+    if schema is not None and schema.unique:
+        identity = table.select(schema.unique).to_pandas()
+        if identity.duplicated().any():
+            row = identity[identity.duplicated()].iloc[0].to_dict()
+            raise RecordError(f"{path.name}: two work units give the same row: {row}")
+    facts: dict[str, Any] = {}
+    for unit in about:
+        for name, value in unit["facts"].items():
+            if facts.setdefault(name, value) != value:
+                raise RecordError(f"{path.name}: unit {unit['unit']} has {name} {value}, an earlier one {facts[name]}")
+    full = {
+        **metadata,
+        **facts,
+        "units": len(parts),
+        "rows": table.num_rows,
+        "seconds": round(math.fsum(unit["seconds"] for unit in about), 3),
+        "log": [line for unit in about for line in unit["log"]],
+    }
+    text = json.dumps(full, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    write_table(path, table.replace_schema_metadata({METADATA_KEY: text.encode()}))
+    return full
+
+
+def remove_units(folder: Path) -> None:
+    """Delete a folder of work units, the plan last, so that a half-deleted folder is still known by its key."""
+    for part in folder.glob("*.parquet"):
+        part.unlink()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+class _Lines:
+    """Gives tqdm a log file: each refresh a line of its own instead of a carriage return."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> None:
+        text = text.strip("\r\n ")
+        if text:
+            self.stream.write(text + "\n")
+
+    def flush(self) -> None:
+        self.stream.flush()
+
+
+def progress(label: str, total: int, done: int = 0) -> tqdm:
+    """A plain progress bar on stderr with rate and time left.
+
+    A terminal gets the usual bar; a log file a line every 10 s; a notebook a line that is rewritten every 20 s (plain
+    text: widgets in a saved notebook load scripts from the network).
+    """
+    stream = sys.stderr
+    if stream.isatty():
+        return tqdm(total=total, initial=done, desc=label, unit=" units", file=stream, dynamic_ncols=True)
+    in_notebook = type(stream).__module__.startswith("ipykernel")
+    return tqdm(
+        total=total,
+        initial=done,
+        desc=label,
+        unit=" units",
+        file=stream if in_notebook else _Lines(stream),
+        mininterval=20 if in_notebook else 10,
+        maxinterval=30,
+        bar_format="{desc}: {percentage:3.0f}% {n_fmt} of {total_fmt}, {rate_fmt}, {remaining} left",
+    )

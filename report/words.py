@@ -1,0 +1,128 @@
+"""What sentences and findings of all pages share: lists and intervals in words, the head of findings, leading sites."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from lib import effects
+from lib.effects import picked, reported
+from pipeline.step import Step
+from report import plots
+from steps.parameters import Shared
+
+ONE_HALF = (
+    " The pairs form a single half here: what is said of discovery and confirmation is about the same pairs, so the "
+    "leading sites are picked and reported on the same data."
+)
+
+
+OVER_QUADS = "confirmation half, 95% studentised bootstrap intervals over quads"
+
+
+KINDS = {"heads": "head", "MLPs": "mlp", "attention modules": "attn"}
+
+
+def listed(words: Iterable[object]) -> str:
+    """Words as a sentence lists them: "a", "a and b", "a, b and c"; "none" for nothing."""
+    words = [str(word) for word in words]
+    return " and ".join([", ".join(words[:-1])] * (len(words) > 1) + words[-1:]) or "none"
+
+
+def interval(estimate: float, low: float | None, high: float | None, digits: int = 2) -> str:
+    """An estimate with its interval, "0.33 [0.28, 0.38]", or alone where there is none."""
+    bare = low is None or high is None or np.isnan(low) or np.isnan(high)
+    shown = [round(value, digits) + 0.0 for value in ((estimate,) if bare else (estimate, low, high))]  # no "-0.00"
+    texts = [f"{value:.{digits}f}" for value in shown]
+    return texts[0] + ("" if bare else f" [{texts[1]}, {texts[2]}]")
+
+
+def about_model(step: Step) -> dict:
+    """What a findings file says of the model."""
+    record = step.record.get("model", {})
+    return {"name": step.params.model, **{key: value for key, value in record.items() if key != "name"}}
+
+
+def not_done(step: Step) -> dict:
+    """The findings of a step whose task the model cannot do."""
+    sentence = f"Nothing was computed for the task `{step.params.task}`: {step.able().why}"
+    subject = {"model": {"name": step.params.model}, "task": step.params.task}
+    return {**subject, "able": False, "sentences": [sentence], "figures": []}
+
+
+def joined(step: Step, parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The findings of a step of several parts, their figures saved.
+
+    A part has `sentences`, `figures` by name, `captions` of those that are saved, perhaps a `headline`, and its numbers
+    as mappings under names of its own.
+    """
+    own = {"figures", "captions"}
+    numbers = {
+        key: value for part in parts for key, value in part.items() if isinstance(value, Mapping) and key not in own
+    }
+    return {
+        "model": about_model(step),
+        "task": step.params.task,
+        "able": True,
+        **numbers,
+        "sentences": [sentence for part in parts for sentence in part["sentences"]],
+        "headline": [sentence for part in parts for sentence in part.get("headline", part["sentences"][:1])],
+        "figures": [
+            {"file": plots.save(figure, step.results, step.name, name), "caption": part["captions"][name]}
+            for part in parts
+            for name, figure in part["figures"].items()
+            if name in part["captions"]
+        ],
+    }
+
+
+def top_sites(table: pd.DataFrame, count: int) -> str:
+    """The leading sites, picked on discovery, with their confirmation effects in logits."""
+    top = reported(picked(table, count))
+    return listed(f"{row.site} ({interval(row.estimate, row.low, row.high)})" for row in top.itertuples())
+
+
+def top_sites_sentence(table: pd.DataFrame, params: Shared, count: int, what: str) -> str:
+    """The leading sites, picked on discovery, with their confirmation effects."""
+    top = reported(picked(table, count))
+    each = [f"{row.site} ({interval(row.estimate, row.low, row.high)})" for row in top.itertuples()]
+    found = len(effects.confirmed(table, params))
+    return (
+        f"The {count} sites of largest {what} on the discovery half are, with their effect on logit_diff on the "
+        f"confirmation half (logits, familywise {params.level:.0%} intervals): {listed(each)}. "
+        f"Of {table['site'].nunique()} sites, {found} are significant familywise in both halves with a positive effect."
+        + ONE_HALF
+        * (table["half"].nunique() == 1)
+    )
+
+
+def heads_or_mlps(table: pd.DataFrame, params: Shared, what: str) -> str:
+    """How the confirmed sites divide into heads, MLPs and whole attention modules."""
+    sure = effects.confirmed(table, params)
+    counts = {name: int((sure["component"] == component).sum()) for name, component in KINDS.items()}
+    best = []
+    for name, component in KINDS.items():
+        rows = picked(table[table["component"] == component], 1) if (table["component"] == component).any() else None
+        if rows is not None:
+            row = reported(rows).iloc[0]
+            share = interval(row["ratio"], row["ratio_low"], row["ratio_high"])
+            best.append(f"{row['site']} among {name} ({share} of logit_diff)")
+    return (
+        f"Significant in both halves are {listed(f'{count} {name}' for name, count in counts.items())}; "
+        f"the largest {what} is that of {listed(best)}."
+    )
+
+
+def site_rows(table: pd.DataFrame) -> list[dict]:
+    """The confirmation rows of a table, for steps that follow."""
+    keep = ["site", "layer", "component", "head", "estimate", "low", "high", "p", "ratio", "ratio_low", "ratio_high"]
+    return reported(table)[keep].to_dict("records")
+
+
+def shares(words: pd.Series, count: int) -> str:
+    """The commonest words with their shares, for a table."""
+    top = words.value_counts(normalize=True).head(count)
+    return ", ".join(f'"{word}" {share:.0%}' for word, share in top.items())

@@ -1,0 +1,174 @@
+"""Does the model do the task at all? Accuracy on people drawn before any selection, for every task and template.
+
+One row per prompt: what was asked, what the model chose among the candidates, and what it would have said itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+from scipy.special import logsumexp
+
+from lib import data, models, records, tasks
+from lib.data import pairs_of
+from lib.models import Model
+from lib.tasks import Template
+from pipeline.params import ROOT
+from pipeline.units import Unit
+from steps.parameters import Baselines
+
+if TYPE_CHECKING:
+    from pipeline.step import Step
+
+BUILT_FROM = ("quads_per_half", "pairs_per_quad", "fame_tolerance", "min_bucket", "odd_one_out_items", "seed")
+CHANCE = {"superset": 1 / 5, "bi_association": 1 / 5, "one_name": 1 / 5, "odd_one_out": 1 / 3}
+
+
+def score(model: Model) -> Callable[[Sequence[Sequence[int]]], np.ndarray]:
+    """What `lib.data` asks a model with: token ids to fp32 next-token logits."""
+    return lambda prompts: models.next_logits(model, prompts)
+
+
+def asked(params: Baselines) -> list[Template]:
+    """The templates whose accuracy is measured: those of the profile, its own task's, one name, odd one out."""
+    names = dict.fromkeys([*params.templates, params.template, "profession_is", "odd_one_out"])
+    return [tasks.find_template(name, params.task) for name in names]
+
+
+def plan(params: Baselines) -> list[Unit]:
+    """One work unit per template."""
+    options = {"seed": params.seed, "pairs": params.accuracy_pairs, "items": params.odd_one_out_items}
+    return [Unit(template.name, (), options | {"task": template.task}) for template in asked(params)]
+
+
+def items(people: pd.DataFrame, tokenizer: object, template: Template, params: Baselines) -> pd.DataFrame:
+    """What is asked with one template: `names` (a tuple), `answer`, `superset`, `professions`, `item`.
+
+    Pairs and single names are drawn at random, each person once; odd-one-out has the plan's items and generated ones.
+    """
+    if template.task == "odd_one_out":
+        pairs = odd_pairs(people, tokenizer, params)
+        rows = [
+            {"names": tuple(row[f"{side}_{slot}"] for slot in "abc"), "answer": row[answer], "item": row["quad_id"]}
+            for row in pairs.to_dict("records")
+            for side, answer in (("clean", "answer"), ("corrupt", "corrupt_answer"))
+        ]
+        return pd.DataFrame(rows).assign(superset="", professions="")
+    drawn = data.sample_pairs(people, params.accuracy_pairs, params.seed)
+    rows = []
+    for index, row in enumerate(drawn.to_dict("records")):
+        subject = {"answer": row["superset"], "superset": row["superset"]}
+        if template.task == "one_name":
+            each = [((row[slot],), row[f"profession_{slot}"], f"{index}{slot}") for slot in "ab"]
+        else:
+            each = [((row["a"], row["b"]), f"{row['profession_a']}, {row['profession_b']}", str(index))]
+        rows += [subject | {"names": names, "professions": own, "item": item} for names, own, item in each]
+    return pd.DataFrame(rows)
+
+
+def odd_pairs(people: pd.DataFrame, tokenizer: object, params: Baselines) -> pd.DataFrame:
+    """Odd-one-out items: the plan's own, then generated ones of other people."""
+    own = data.load_pairs_file(ROOT / "data" / "odd_one_out.csv")
+    if not params.odd_one_out_items:
+        return own
+    taken = {name for side in ("clean", "corrupt") for slot in tasks.SLOTS for name in own[f"{side}_{slot}"]}
+    others = people[~people["name"].isin(taken)].reset_index(drop=True)
+    options = {"chat_template": params.chat_template}
+    made = data.generate_odd_one_out(others, tokenizer, params.odd_one_out_items, params.seed, **options)
+    return pd.concat([own, made], ignore_index=True)
+
+
+def measure(model: Model, people: pd.DataFrame, template: Template, params: Baselines) -> pd.DataFrame:
+    """One row per prompt of a template: the model's choice among the candidates and its own top token."""
+    words = model.tokenizer
+    table = items(people, words, template, params)
+    prompts = [
+        tasks.make_prompt(words, template, names, params.chat_template, params.attributes) for names in table["names"]
+    ]
+    if template.task == "odd_one_out":
+        names = np.array([tasks.SLOTS] * len(table))
+        tokens = np.array([[p.ids[p.roles[f"name_{slot}"][0]] for slot in tasks.SLOTS] for p in prompts])
+        labels: tuple[str, ...] = ()
+    else:
+        candidates, ids = tasks.candidates(words, template)
+        names, tokens = np.array([candidates] * len(table)), np.array([ids] * len(table))
+        labels, label_ids = tasks.labels(words, template)
+    parts = []
+    for at in range(0, len(prompts), 128):
+        logits = score(model)([prompt.ids for prompt in prompts[at : at + 128]])
+        own = np.take_along_axis(logits, tokens[at : at + 128], 1)
+        total = logsumexp(logits, axis=1, keepdims=True)
+        part = {"candidates": own, "top": logits.argmax(1), "candidate_probability": np.exp(own - total).sum(1)}
+        chance = np.exp(logits[:, list(label_ids)] - total).sum(1) if labels else np.full(len(own), np.nan)
+        parts.append(part | {"label_probability": chance})
+    scored = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+    answer = np.array([row.tolist().index(word) for row, word in zip(names, table["answer"], strict=True)])
+    others = scored["candidates"].copy()
+    np.put_along_axis(others, answer[:, None], -np.inf, 1)
+    margin = np.take_along_axis(scored["candidates"], answer[:, None], 1)[:, 0] - others.max(1)
+    return table.assign(
+        task=template.task,
+        template=template.name,
+        names=table["names"].map(", ".join),
+        chosen=np.take_along_axis(names, scored["candidates"].argmax(1)[:, None], 1)[:, 0],
+        correct=margin > 0,
+        margin=margin.astype(float),
+        logits=list(scored["candidates"].astype(np.float32)),
+        candidate_probability=scored["candidate_probability"].astype(float),
+        label_probability=scored["label_probability"].astype(float),
+        top_token=[words.decode([index]) for index in scored["top"].tolist()],
+    )
+
+
+def make_quads(model: Model, people: pd.DataFrame, params: Baselines) -> pd.DataFrame:
+    """The quads of the profile's task; what each filter dropped is in `attrs["facts"]["drops"]`."""
+    quads, drops = data.build_quads(
+        people,
+        model.tokenizer,
+        score(model),
+        params.template,
+        quads_per_half=params.quads_per_half,
+        pairs_per_quad=params.pairs_per_quad,
+        fame_tolerance=params.fame_tolerance,
+        min_bucket=params.min_bucket,
+        seed=params.seed,
+        chat_template=params.chat_template,
+        attributes=params.attributes,
+    )
+    quads.attrs["facts"] = {"drops": drops}
+    return quads
+
+
+def make_pairs(model: Model, people: pd.DataFrame, quads: pd.DataFrame | None, params: Baselines) -> pd.DataFrame:
+    """The pairs that every later step sweeps, with their margins: of the quads, or the solved odd-one-out pairs."""
+    options = {"chat_template": params.chat_template, "attributes": params.attributes}
+    if quads is not None:
+        return data.add_margins(pairs_of(quads, params.pairs_per_quad), model.tokenizer, score(model), **options)
+    pairs, _ = data.aligned(odd_pairs(people, model.tokenizer, params), model.tokenizer)
+    return data.keep_solved(data.add_margins(pairs, model.tokenizer, score(model), **options))
+
+
+def build(step: Step, people: pd.DataFrame, accuracy: pd.DataFrame) -> tuple[pd.DataFrame | None, list[dict], str]:
+    """The pairs, what each filter dropped, and why there are no pairs (empty if there are). Writes pairs.parquet.
+
+    With a `pairs_file` there is nothing to build, and on a task that the model answers no better than chance nothing is
+    built. ValueError with every filter's counts when the filters leave nothing.
+    """
+    params = step.params
+    if params.pairs_file is not None:
+        return None, [], f"The pairs are those of `{Path(params.pairs_file).name}`; none were built."
+    own = accuracy[(accuracy["task"] == params.task) & (accuracy["template"] == params.template)]
+    if not own["above"].all():
+        return None, [], f"No pairs were built: the model does not do `{params.task}`."
+    unit, drops = Unit("all", (), params.model_dump(mode="json", include=set(BUILT_FROM))), []
+    quads = None
+    if params.task != "odd_one_out":
+        quads = step.table("quads", [unit], lambda _: make_quads(step.model, people, params), schema=None)
+        drops = records.read_metadata(step.path("quads"))["drops"]
+    pairs = step.table("pairs", [unit], lambda _: make_pairs(step.model, people, quads, params), schema=None)
+    step.write_extra("pairs.parquet", pairs)
+    return pairs, drops, ""

@@ -1,0 +1,86 @@
+"""Step 02 on its page: where the signal leaves the names and arrives at the last token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pandas as pd
+
+from lib import effects
+from lib.effects import CriticalLayers, in_halves, reported
+from pipeline.step import Step
+from report.words import OVER_QUADS, about_model, interval, listed
+
+CAPTIONS = {
+    "coarse-curves": "Recovery (denoise) and damage (noise) when the residual stream at one role is replaced after "
+    f"each layer; {OVER_QUADS}. Shaded: the critical layers, picked on the discovery half.",
+}
+
+
+def crossing(curves: pd.DataFrame, position: str, direction: str = "denoise") -> tuple[int | None, pd.Series | None]:
+    """Where the confirmation curve at a role crosses one half: upwards at `last`, downwards at the names. The layer
+    after which it stays on the far side, and its row; None if it never does."""
+    own = reported(curves)
+    own = own[(own["direction"] == direction) & (own["position"] == position)].sort_values("layer")
+    far = own["estimate"] > 0.5 if position == "last" else own["estimate"] < 0.5
+    stays = far[::-1].cummin()[::-1]
+    return (None, None) if not stays.any() else (int(own.loc[stays.idxmax(), "layer"]), own.loc[stays.idxmax()])
+
+
+def rises_of(curves: pd.DataFrame, layers: Sequence[int]) -> float:
+    """What the rises at these layers make up of the confirmation curve at `last`."""
+    own = reported(curves)
+    own = own[(own["direction"] == "denoise") & (own["position"] == "last")].set_index("layer")["estimate"].sort_index()
+    rises = own.diff().fillna(own.iloc[0])
+    return float(rises[list(layers)].sum() / own.iloc[-1])
+
+
+def coarse(step: Step, records: pd.DataFrame, curves: pd.DataFrame, critical: CriticalLayers) -> dict:
+    """The findings of step 02."""
+    params, sentences, moves = step.params, [], {}
+    confirmation = in_halves(records)[-1][1]
+    denoise = confirmation[confirmation["direction"] == "denoise"]
+    for position in dict.fromkeys(records["position"]):
+        layer, row = effects.crossing(curves, position)
+        rows = denoise[denoise["position"] == position]
+        sample = f"{rows['pair_id'].nunique()} pairs of {rows['quad_id'].nunique()} quads, confirmation half"
+        verb = "rises above" if position == "last" else "falls below"
+        if layer is None:
+            moves[position] = f"At `{position}` recovery never {verb} one half for good ({sample})."
+        else:
+            value = interval(row["estimate"], row["low"], row["high"])
+            moves[position] = f"At `{position}` recovery {verb} one half after layer {layer}: {value} ({sample})."
+    sentences += moves.values()
+    rises = [f"{layer} ({rise:+.2f})" for layer, rise in zip(critical.layers, critical.rises, strict=True)]
+    critical_text = (
+        f"The critical layers, the fewest whose rises of the denoise curve at `last` make up "
+        f"{params.critical_share:.0%} of it on the discovery half, are {listed(rises)}; "
+        f"together {critical.share:.0%} of the curve."
+    )
+    confirmed_rises = effects.rises_of(curves, critical.layers)
+    sentences += [critical_text, f"On the confirmation half the same layers make up {confirmed_rises:.0%}."]
+    flips = {
+        direction: effects.first_flip_layer(rows, params.restores_share)
+        for direction, rows in confirmation[confirmation["position"] == "last"].groupby("direction", sort=False)
+    }
+    for direction, layer in flips.items():
+        what = "gives the clean answer" if direction == "denoise" else "takes the clean answer away"
+        where = f"layer {layer} is the first that" if layer is not None else "no layer"
+        sentences.append(
+            f"Replacing the residual stream at `last` ({direction}): {where} {what} in at least "
+            f"{params.restores_share:.0%} of the pairs."
+        )
+    if params.aggregator_layer != "auto":
+        inside = "is" if params.aggregator_layer in critical.layers else "is not"
+        sentences.append(f"The hypothesis of the profile, layer {params.aggregator_layer}, {inside} among them.")
+    return {
+        "model": about_model(step),
+        "task": params.task,
+        "able": True,
+        "critical_layers": critical.layers,
+        "critical_rises": critical.rises,
+        "critical_share_confirmation": confirmed_rises,
+        "first_flip_layer": flips,
+        "sentences": sentences,
+        "headline": [critical_text, *(moves[role] for role in ("names", "swapped", "last") if role in moves)],
+    }

@@ -1,0 +1,168 @@
+"""What an SAE's features do on the pairs: read, patched like any site, and what they promote.
+
+1. `reader` writes what every prompt of the pairs makes the site, its features and its neurons do, with the first-order
+   effect of patching each; `steps.neurons.features_page` picks from that.
+2. `patcher` replaces the site by base + the change that chosen features, neurons or directions make between the two
+   runs of a pair (the error term stays that of the base run), beside random ones of equal norm.
+3. `promoter` gives the tokens that a feature's decoder row promotes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from zlib import crc32
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lib import hooks, sweep
+from lib.batches import grouped, token_ids
+from lib.hooks import Site
+from lib.models import Model
+from lib.readout import post_norms, readout
+from lib.single_pass import BaseRun
+from lib.tasks import Pair
+from pipeline.step import Step
+from pipeline.units import Unit
+from steps.neurons.features import Coder
+
+
+def reader(step: Step, coder: Coder, site: Site) -> Callable[[Unit], pd.DataFrame]:
+    """What `Step.table` computes with what each prompt of the pairs makes the site do at `last`: a row per prompt with
+    `activation`, `features`, `neurons` (of an MLP), and their attributions: (other prompt's value - own value) x
+    gradient of logit_diff, the first-order effect of patching each one alone (Nanda 2023, attribution patching)."""
+
+    def compute(unit: Unit) -> pd.DataFrame:
+        rows = []
+        for pairs in grouped(unit.pairs):
+            sides = {side: read(step.model, site, pairs, side) for side in ("clean", "corrupt")}
+            values = {side: coder.encode(own["activation"]) for side, own in sides.items()}
+            for side, other in (("clean", "corrupt"), ("corrupt", "clean")):
+                own = sides[side] | {"features": values[side]}
+                own["feature_attribution"] = (values[other] - values[side]) * (own.pop("gradient") @ coder.decoder.T)
+                if "neurons" in own:
+                    change = sides[other]["neurons"] - own["neurons"]
+                    own["neuron_attribution"] = change * own.pop("neuron_gradient")
+                for index, pair in enumerate(pairs):
+                    label = pair.answer if side == "clean" else pair.corrupt_answer
+                    row = {"pair_id": pair.pair_id, "quad_id": pair.quad_id, "half": pair.half, "side": side}
+                    row |= {"superset": pair.candidates[label]}
+                    rows.append(row | {name: value[index].numpy() for name, value in own.items()})
+        return pd.DataFrame(rows)
+
+    return compute
+
+
+def read(model: Model, site: Site, pairs: Sequence[Pair], side: str) -> dict[str, Float[Tensor, "pairs width"]]:
+    """`activation` and `gradient` of the site at `last`, and those of its neurons where it is an MLP; fp32, CPU."""
+    ids = token_ids(model, [getattr(pair, side).ids for pair in pairs])
+    kept: dict[str, Tensor] = {}
+
+    def visit(activation: Tensor, name: str) -> Tensor:
+        kept[name] = activation if activation.requires_grad else activation.detach().requires_grad_()
+        return kept[name]
+
+    handles: list = []
+    with hooks.removing(handles), torch.enable_grad():
+        if site.component == "mlp" and model.down_projs:
+            handles.append(hooks.on_activation(model, site.layer, "neuron", lambda x: visit(x, "neurons")))
+        handles.append(hooks.on_activation(model, site.layer, site.component, lambda x: visit(x, "activation")))
+        logits = model.logits(model.body(input_ids=ids, use_cache=False).last_hidden_state[:, -1])
+        tokens = torch.tensor([[getattr(p, f"{side}_tokens")[i] for i in (p.answer, p.corrupt_answer)] for p in pairs])
+        both = logits.gather(1, tokens.to(logits.device))
+        gradients = torch.autograd.grad((both[:, 0] - both[:, 1]).sum(), list(kept.values()))
+    names = {"neurons": "neuron_gradient", "activation": "gradient"}
+    out = kept | {names[name]: gradient for name, gradient in zip(kept, gradients, strict=True)}
+    return {name: value[:, -1].detach().float().cpu() for name, value in out.items()}
+
+
+def patcher(step: Step, coder: Coder, site: Site, directions: np.ndarray) -> Callable[[Unit], pd.DataFrame]:
+    """What `Step.table` computes tables of patches with (`records.VARIANT_SCHEMA`), the site patched at `last`.
+
+    Options of a unit: `direction`; `chosen`, lists of "features" and "neurons" from the best on; `budgets`, how many of
+    them (and of the rows of `directions`, orthonormal) are patched together, beside `draws` random ones; no budgets:
+    each one alone. Variants: "whole", "reconstruction" (all features), "error" (what they leave), "features 4", ...
+    """
+    down = lambda x: step.model.down_projs[site.layer](x) - step.model.down_projs[site.layer](torch.zeros_like(x))  # noqa: E731, E501
+    seed, key = step.params.seed, (site.component, site.layer)
+
+    def compute(unit: Unit) -> pd.DataFrame:
+        options = unit.options
+        budgets, neurons = options.get("budgets"), options["chosen"].get("neurons")
+        if budgets is None:
+            names = [f"{kind} {one}" for kind, own in options["chosen"].items() for one in own]
+        else:
+            kinds = ["features", "directions", *(["neurons"] if neurons else [])]
+            draws = [
+                f"{kind} {{}}.{n}" for kind in ("random features", "random directions") for n in range(options["draws"])
+            ]
+            names = ["whole", "reconstruction", "error"]
+            names += [name.format(k) for k in budgets for name in (*(f"{kind} {{}}" for kind in kinds), *draws)]
+
+        def variants(pairs: Sequence[Pair], base: BaseRun, other: BaseRun) -> dict[str, dict]:
+            own, gap = base.activations[key], (other.activations[key] - base.activations[key]).float().cpu()
+            change = coder.encode(other.activations[key]) - coder.encode(base.activations[key])
+            hidden = other.activations["neuron", site.layer] - base.activations["neuron", site.layer] if neurons else 0
+            rest = change @ coder.decoder
+
+            def moved(name: str) -> Tensor:
+                kind, _, number = name.rpartition(" ")
+                if not kind:
+                    return {"whole": gap, "reconstruction": rest, "error": gap - rest}[name]
+                number, _, draw = number.partition(".")
+                k = int(number)
+                top = options["chosen"]["features"][:k]
+                if kind in ("features", "neurons"):
+                    some = [k] if budgets is None else options["chosen"][kind][:k]
+                    values = change if kind == "features" else hidden
+                    alone = torch.zeros_like(values)
+                    alone[..., some] = values[..., some]
+                    return alone @ coder.decoder if kind == "features" else down(alone).float().cpu()
+                if kind == "directions":
+                    basis = torch.tensor(directions[:k]).float()
+                    return gap @ basis.T @ basis
+                wanted = (change[..., top] @ coder.decoder[top]).norm(dim=-1, keepdim=True)
+                made = torch.stack([at_random(kind, k, f"{name}|{p.pair_id}", g, c, top) for p, g, c in zip(pairs, gap, change, strict=True)])  # fmt: skip # noqa: E501
+                return made * (wanted / made.norm(dim=-1, keepdim=True).clamp(min=1e-9))
+
+            return {name: {key: own + moved(name).to(own)} for name in names}
+
+        def at_random(kind: str, k: int, purpose: str, gap: Tensor, change: Tensor, top: list[int]) -> Tensor:
+            """Random features among those that change in the pair, or the gap along random directions; (1, width)."""
+            rng = np.random.default_rng([seed, crc32(purpose.encode())])
+            if kind == "random directions":
+                basis = np.linalg.qr(rng.standard_normal((gap.shape[-1], k)))[0]
+                return gap @ torch.tensor(basis @ basis.T).float()
+            free = np.setdiff1d(np.flatnonzero(change.abs().sum(0).numpy()), top)
+            some = rng.permutation(free)[:k]
+            return change[:, some] @ coder.decoder[some]
+
+        return sweep.run_variants(
+            step.model, unit.pairs, [(site,)], names, variants, direction=options["direction"], role="last",
+            needs=("neuron",) if neurons else (), seed=seed, memory=step.memory, profile=step.params.profile,
+        )  # fmt: skip
+
+    return compute
+
+
+def promoter(step: Step, coder: Coder, site: Site, count: int = 8) -> Callable[[Unit], pd.DataFrame]:
+    """What `Step.table` computes the tokens with that features promote: each decoder row through the final norm and the
+    unembedding (the MLP's post norm before, where there is one). `logits` are those of the candidates, at scale 1."""
+
+    def compute(unit: Unit) -> pd.DataFrame:
+        model, chosen = step.model, list(unit.options["features"])
+        out, post = readout(model), post_norms(model)[site.layer].mlp if site.component == "mlp" else None
+        rows = coder.decoder[chosen].double()
+        rows = rows if post is None else post.gain * post.centred(rows)
+        towards = (out.norm.gain * out.norm.centred(rows)).to(out.unembed)
+        logits = towards @ out.unembed.T
+        candidates = logits[:, list(unit.pairs[0].clean_tokens)].float().cpu()
+        words = [[model.tokenizer.decode([i]) for i in own.tolist()] for own in logits.topk(count).indices]
+        return pd.DataFrame({"feature": chosen, "promotes": [", ".join(map(repr, own)) for own in words]}).assign(
+            logits=list(candidates.numpy())
+        )
+
+    return compute

@@ -1,0 +1,304 @@
+"""Features of a sparse autoencoder (SAE) at one site: trained or loaded, read on the pairs, and patched like any site.
+
+1. `sentences` gives the prompts that activations are harvested from: pairs of the discovery half in every template,
+   people (none of the confirmation half) and other things. `harvest` reads the site at every token after the first.
+2. `train` fits eai-sparsify's top-k SAE to them (Gao et al. 2024, arXiv 2406.04093). Its trainer runs the model once an
+   epoch, on sequences packed to one length, and cannot take harvested activations; so its `SparseCoder` and loss are
+   used in a plain loop, on the CPU in fp32 whatever the model runs in: same seed, same SAE, same bytes.
+3. `load` reads a published SAE instead; `Coder` is what all of them come to: f = relu(W (x - c) + b), of which the k
+   largest are kept where the SAE is a top-k one, and x = f D + c + error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import safetensors.torch
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from lib import batches, data, hooks, tasks
+from lib.batches import token_ids
+from lib.hooks import Site
+from lib.models import Model
+from pipeline.params import ROOT
+from pipeline.step import Step, StepError
+from pipeline.units import Unit
+
+BATCH, WARM_UP, RATE = 256, 20, 3e-3  # samples of a step; steps until the rate is full; Adam's rate
+# tensors by the names they have in each format: ours, and whether they are stored transposed
+FORMATS = {
+    "eai-sparsify": {"encoder.weight": "encoder", "encoder.bias": "bias", "W_dec": "decoder", "b_dec": "centre"},
+    "sae-lens": {"W_enc": "encoder.T", "b_enc": "bias", "W_dec": "decoder", "b_dec": "centre"},
+    "goodfire": {
+        "encoder_linear.weight": "encoder",
+        "encoder_linear.bias": "bias",
+        "decoder_linear.weight": "decoder.T",
+        "decoder_linear.bias": "centre",
+    },
+}
+
+
+@dataclass(frozen=True)
+class Coder:
+    """An SAE of any origin, in fp32 on the CPU."""
+
+    encoder: Float[Tensor, "features width"]
+    bias: Float[Tensor, " features"]
+    decoder: Float[Tensor, "features width"]
+    centre: Float[Tensor, " width"]
+    active: int | None = None  # k of a top-k SAE; None: every feature above 0 counts
+    centred: bool = True  # whether the centre is taken off before encoding
+
+    def encode(self, x: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows features"]:
+        """Activations of all features, most of them 0."""
+        x = x.detach().cpu().float()
+        values = torch.relu((x - self.centre if self.centred else x) @ self.encoder.T + self.bias)
+        if self.active is None or self.active >= values.shape[-1]:
+            return values
+        top = values.topk(self.active, dim=-1)
+        return torch.zeros_like(values).scatter(-1, top.indices, top.values)
+
+    def decode(self, values: Float[Tensor, "*rows features"]) -> Float[Tensor, "*rows width"]:
+        """What the features put together."""
+        return values @ self.decoder + self.centre
+
+
+def load(path: str | Path, width: int) -> Coder:
+    """A published SAE for activations of `width`, from a safetensors file or a folder that holds one.
+
+    Known by the names of their tensors: eai-sparsify (cfg.json, sae.safetensors), sae-lens' standard and top-k ones
+    (cfg.json, sae_weights.safetensors) and the ReLU SAEs of Goodfire (Llama 3.3 70B, layer 50), converted from their
+    .pt file. The formats were taken from the libraries' code; the 70B file itself was not tried.
+
+    Raises StepError for no file, an unknown or pickled one, and one of another width.
+    """
+    path = Path(path)
+    found = sorted(path.glob("*.safetensors")) if path.is_dir() else [path] * path.is_file()
+    if path.suffix in (".pt", ".pth", ".bin"):
+        raise StepError(
+            f"sae_file {path} is pickled, and nothing is unpickled here; convert it once: "
+            'safetensors.torch.save_file(torch.load("file.pt", weights_only=True), "file.safetensors")'
+        )
+    if len(found) != 1:
+        raise StepError(f"sae_file {path}: expected one .safetensors file there, found {len(found)}")
+    tensors = safetensors.torch.load_file(found[0])
+    names = next((names for names in FORMATS.values() if names.keys() <= tensors.keys()), None)
+    if names is None:
+        known = "; ".join(f"{name}: {', '.join(keys)}" for name, keys in FORMATS.items())
+        raise StepError(f"sae_file {path} has tensors {', '.join(tensors)}, which is none of the known kinds ({known})")
+    own = {ours: tensors[theirs].float() for theirs, ours in names.items()}
+    own |= {key[:-2]: own.pop(key).T.contiguous() for key in list(own) if key.endswith(".T")}
+    if own["encoder"].shape[1] != width:
+        raise StepError(
+            f"sae_file {path} is for activations of width {own['encoder'].shape[1]}; those of this site have {width}"
+        )
+    about = found[0].with_name("cfg.json")
+    config = json.loads(about.read_text()) if about.exists() else {}
+    kind = config.get("architecture", config.get("activation", "standard" if "W_enc" in names else ""))
+    if kind not in ("", "standard", "topk") or config.get("normalize_activations", "none") != "none":
+        raise StepError(f"sae_file {path} is of kind {kind!r}, which cannot be read; standard and topk ones can")
+    centred = config.get("apply_b_dec_to_input", "encoder_linear.weight" not in names)
+    return Coder(**own, active=config.get("k") if kind in ("", "topk") else None, centred=centred)
+
+
+def site_of(step: Step) -> Site:
+    """Where features are read: `sae_site`, else the slice's MLP of most recovery, else its first layer's stream."""
+    if step.params.sae_site:
+        return hooks.site_of(step.params.sae_site)
+    sites = step.slice()
+    first = next((site for site in sites if site.component == "mlp"), None)
+    return first or Site(sites[0].layer, "resid")
+
+
+# --- harvest ---
+
+
+class Samples(NamedTuple):
+    """Activations of a site, one row per token that follows a beginning of its own."""
+
+    values: Float[Tensor, "samples width"]
+    last: Bool[Tensor, " samples"]  # at a prompt's last token
+    first_norm: float  # mean norm at the first tokens, which are left out
+
+
+class _Enough(Exception):
+    """Ends a forward pass whose rest is not needed."""
+
+
+@torch.no_grad()
+def harvest(model: Model, site: Site, prompts: Sequence[Sequence[int]], batch: int = 32) -> Samples:
+    """The site at every token after the first, in fp32 on the CPU; a beginning that prompts share is read once.
+
+    The first token is left out: attention rests on it, and its activation is of another size (`first_norm` says).
+    """
+    by_length: dict[int, list[tuple[int, ...]]] = {}
+    for ids in dict.fromkeys(map(tuple, prompts)):
+        by_length.setdefault(len(ids), []).append(ids)
+    seen: set[tuple[int, ...]] = set()
+    kept: list[Tensor] = []
+
+    def visit(activation: Tensor) -> None:
+        kept.append(activation.float().cpu())
+        raise _Enough
+
+    handles, values, last, first = [hooks.on_activation(model, site.layer, site.component, visit)], [], [], []
+    with hooks.removing(handles):
+        for length, own in sorted(by_length.items()):
+            for at in range(0, len(own), batch):
+                rows = own[at : at + batch]
+                starts = [[ids[: end + 1] for end in range(length)] for ids in rows]
+                new = torch.tensor([[end > 0 and s not in seen and not seen.add(s) for end, s in enumerate(r)] for r in starts])  # fmt: skip # noqa: E501
+                with contextlib.suppress(_Enough):
+                    model.body(input_ids=token_ids(model, rows), use_cache=False)
+                values.append(kept[-1][new])
+                first.append(kept[-1][:, 0].norm(dim=-1))
+                last.append((torch.arange(length) == length - 1).expand(new.shape)[new])
+                kept.clear()
+    return Samples(torch.cat(values), torch.cat(last), float(torch.cat(first).mean()))
+
+
+def sentences(step: Step) -> list[tuple[int, ...]]:
+    """Token ids of `sae_prompts` prompts: a third pairs of the discovery half, in every template of the task; a third
+    sentences about people who are in no pair of the confirmation half; a third about things and about anything."""
+    tokenizer, table, rng = step.model.tokenizer, step.pairs(), step.rng("sentences")
+    third = -(-step.params.sae_prompts // 3)
+    texts = pd.read_csv(ROOT / "data" / "sentences.csv").groupby("kind")["text"].apply(list)
+    names = pd.read_csv(ROOT / "data" / "controls.csv").query("kind == 'thing'")["name"].str.lower()
+    own = table[table["half"] == "discovery"]
+    templates = [t for t in tasks.TEMPLATES.values() if t.task == step.params.task]
+    sides = [
+        (template, [row[f"{side}_{slot}"] for slot in template.slots])
+        for template in templates
+        for row in own.to_dict("records")
+        for side in ("clean", "corrupt")
+    ]
+    chosen = [sides[index] for index in rng.permutation(len(sides))[:third]]
+    out = [tasks.make_prompt(tokenizer, *side, step.params.chat_template).ids for side in chosen]
+    held = table.loc[table["half"] == "confirmation", [c for c in table if c.startswith(("clean_", "corrupt_")) and c[-2:] in ("_a", "_b", "_c")]]  # fmt: skip # noqa: E501
+    people = data.load_people(step.people_file)["name"]
+    people = rng.permutation(people[~people.isin(held.to_numpy().ravel())])
+    about = ["The profession of {a} is", *texts["person"]]
+    lines = [text.replace("{a}", name) for text, name in islice(zip(cycle(about), cycle(people)), third)]
+    things = [text.replace("{a}", name) for name in names for text in texts["thing"]]
+    lines += [*texts["general"], *rng.permutation(things)][:third]
+    return [*out, *(tuple(tokenizer(line).input_ids) for line in lines)]
+
+
+# --- training ---
+
+
+def train(samples: Float[Tensor, "samples width"], features: int, active: int, epochs: int, seed: int) -> Any:
+    """A SparseCoder of eai-sparsify, fitted with its loss (fraction of variance unexplained) by Adam.
+
+    Samples are scaled to a mean norm of sqrt(width) while training; the scale is folded into the biases afterwards.
+    """
+    with contextlib.redirect_stdout(io.StringIO()):  # which says that it has no Triton
+        from sparsify import SparseCoder, SparseCoderConfig
+    width = samples.shape[1]
+    scale = math.sqrt(width) / samples.norm(dim=1).mean()
+    spread = (samples * scale).var(0, correction=0).sum()  # of all: a last batch of one sample has none
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        coder = SparseCoder(width, SparseCoderConfig(num_latents=features, k=min(active, features)))
+        coder.b_dec.data = samples.mean(0) * scale
+        optimiser = torch.optim.Adam(coder.parameters(), lr=RATE)
+        total = epochs * -(-len(samples) // BATCH)
+        rate = lambda step: min(1, (step + 1) / WARM_UP, 3 * (1 - step / total))  # noqa: E731
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, rate)
+        for _ in range(epochs):
+            for chosen in torch.randperm(len(samples)).split(BATCH):
+                coder.set_decoder_norm_to_unit_norm()
+                coder(samples[chosen] * scale, total_variance=spread * len(chosen)).fvu.backward()
+                coder.remove_gradient_parallel_to_decoder_directions()
+                optimiser.step()
+                optimiser.zero_grad()
+                schedule.step()
+        coder.set_decoder_norm_to_unit_norm()
+    coder.b_dec.data /= scale
+    coder.encoder.bias.data /= scale
+    return coder.requires_grad_(False)
+
+
+def coder_of(coder: Any) -> Coder:
+    """A trained SparseCoder as a Coder."""
+    own = (coder.encoder.weight, coder.encoder.bias, coder.W_dec, coder.b_dec)
+    return Coder(*(value.data for value in own), active=coder.cfg.k)
+
+
+def quality(coder: Coder, x: Float[Tensor, "samples width"]) -> dict[str, Any]:
+    """Variance explained, mean number of features that fire (L0), share that never does, share of samples for each."""
+    fires, left = torch.zeros(len(coder.bias)), 0.0
+    for part in x.split(1024):
+        values = coder.encode(part)
+        left += float((coder.decode(values) - part).square().sum())
+        fires += (values > 0).sum(0)
+    fires /= len(x)
+    total = float((x - x.mean(0)).square().sum())
+    explained = 1 - left / total if total > 0 else float("nan")
+    return {
+        "explained": explained,
+        "l0": float(fires.sum()),
+        "dead": float((fires == 0).float().mean()),
+        "fires": fires,
+    }
+
+
+WEIGHTS = ("encoder", "bias", "decoder", "centre")
+
+
+def trainer(step: Step, site: Site) -> Callable[[Unit], pd.DataFrame]:
+    """What `Step.table` computes the table of SAEs with: a row per seed (or one for `sae_file`) with the weights of a
+    trained one, the SHA-256 of its safetensors bytes, and its quality on prompts of the confirmation half."""
+
+    @cache
+    def harvested() -> tuple[Samples, Samples]:
+        own = [pair for pair in step.prompts() if pair.half == "confirmation"] or step.prompts()
+        own = batches.spread(own, step.params.top_pairs)
+        held = [prompt.ids for pair in own for prompt in (pair.clean, pair.corrupt)]
+        return tuple(harvest(step.model, site, prompts) for prompts in (sentences(step), held))
+
+    def compute(unit: Unit) -> pd.DataFrame:
+        samples, held = harvested()
+        width = samples.values.shape[1]
+        row: dict[str, Any] = {"seed": unit.options["seed"], "site": hooks.site_name(*site), "width": width}
+        if step.params.sae_file:
+            coder = load(step.params.sae_file, width)
+            row |= dict.fromkeys(("sha256", *WEIGHTS))
+        else:
+            own = {key: unit.options[key] for key in ("features", "active", "epochs", "seed")}
+            trained = train(samples.values, **own)
+            coder = coder_of(trained)
+            row["sha256"] = hashlib.sha256(safetensors.torch.save(trained.state_dict())).hexdigest()
+            row |= {name: getattr(coder, name).flatten().numpy() for name in WEIGHTS}
+        every, last = quality(coder, held.values), quality(coder, held.values[held.last])
+        row |= {"features": len(coder.bias), "active": coder.active or 0, "fires": every.pop("fires").numpy(), **every}
+        row |= {"explained_train": quality(coder, samples.values)["explained"], "explained_last": last["explained"]}
+        row |= {"l0_last": last["l0"], "samples": len(samples.values), "held_samples": len(held.values)}
+        row |= {"norm": float(samples.values.norm(dim=1).mean()), "first_norm": samples.first_norm}
+        return pd.DataFrame([row])
+
+    return compute
+
+
+def of_table(step: Step, table: pd.DataFrame) -> Coder:
+    """The SAE that features are read with: the published one, or that of the first seed."""
+    row = table.iloc[0]
+    if step.params.sae_file:
+        return load(step.params.sae_file, row["width"])
+    own = {name: torch.tensor(np.asarray(row[name], dtype=np.float32)) for name in WEIGHTS}
+    own |= {name: own[name].unflatten(0, (-1, row["width"])) for name in ("encoder", "decoder")}
+    return Coder(**own, active=row["active"])

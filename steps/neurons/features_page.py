@@ -1,0 +1,366 @@
+"""From the tables of SAE features to numbers: quality, stability, what features mean, and what they do; no torch.
+
+Features and neurons are picked on the discovery half by the same measure, and reported on the confirmation half.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import combinations
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from scipy import stats as scipy_stats
+from scipy.optimize import linear_sum_assignment
+
+from lib import stats
+from lib.effects import columns, in_halves, quad_matrix
+from report import plots
+from report.words import interval
+from steps.parameters import Neurons
+
+KINDS = ("features", "neurons", "directions", "random features", "random directions")
+MATCHED = 0.7  # cosine from which two decoder rows count as one feature (Paulo and Belrose 2025, arXiv 2501.16615)
+
+
+def stacked(rows: pd.DataFrame, column: str) -> np.ndarray:
+    """A column of lists as a matrix."""
+    return np.stack(list(rows[column])).astype(np.float32)
+
+
+# --- the autoencoders ---
+
+
+def quality_table(sae: pd.DataFrame) -> pd.DataFrame:
+    """One row per SAE for the page."""
+    names = {"explained_train": "training", "explained": "held out", "explained_last": "held out, `last`"}
+    shown = sae[["seed", *names, "l0", "dead"]].rename(columns={k: f"explained, {v}" for k, v in names.items()})
+    return shown.round(3).assign(sha256=sae["sha256"].fillna("published").str[:16])
+
+
+def stability(sae: pd.DataFrame, selective: Sequence[int], rng: np.random.Generator) -> pd.DataFrame:
+    """How well decoder rows of two seeds match, over pairs of seeds: the mean largest cosine, and the share matched
+    one to one (Hungarian) with a cosine of at least `MATCHED`.
+
+    Rows: features alive on held-out prompts; the class-selective ones of the first seed, matched into the others; and a
+    control, the alive features against those of the other seed with their coordinates shuffled.
+    """
+    if len(sae) < 2 or sae["decoder"].isna().any() or not all(np.any(fires) for fires in sae["fires"]):
+        return pd.DataFrame()
+    decoders = [np.reshape(row.decoder, (row.features, row.width)) for row in sae.itertuples()]
+    alive = [np.flatnonzero(fires) for fires in sae["fires"]]
+    parts = []
+    for a, b in combinations(range(len(sae)), 2):
+        cosines = decoders[a][alive[a]] @ decoders[b][alive[b]].T
+        chance = decoders[a][alive[a]] @ decoders[b][alive[b]][:, rng.permutation(decoders[b].shape[1])].T
+        for kind, own in (("alive", cosines), ("shuffled", chance)):
+            parts.append({"features": kind} | matched(own, np.arange(len(own))))
+        if a == 0 and len(chosen := np.flatnonzero(np.isin(alive[a], selective))):
+            parts.append({"features": "class-selective"} | matched(cosines, chosen))
+    return pd.DataFrame(parts).groupby("features", sort=False).mean().reset_index()
+
+
+def matched(cosines: np.ndarray, chosen: np.ndarray) -> dict[str, float]:
+    """The chosen rows' mean largest cosine and the share of them matched one to one."""
+    rows, others = linear_sum_assignment(-cosines)
+    kept = np.isin(rows, chosen)
+    pairs = (cosines[rows, others] >= MATCHED)[kept]
+    return {"cosine": cosines[chosen].max(1).mean(), "matched": pairs.sum() / len(chosen), "count": len(chosen)}
+
+
+# --- what features mean ---
+
+
+def aucs(rows: pd.DataFrame, column: str) -> pd.DataFrame:
+    """Area under the curve of each feature or neuron for each superset against the rest, over the prompts of a half."""
+    values, labels = stacked(rows, column), rows["superset"].to_numpy()
+    ranks, out = scipy_stats.rankdata(values, axis=0), {}
+    for superset in sorted(set(labels)):
+        own = labels == superset
+        if 0 < own.sum() < len(own):
+            out[superset] = (ranks[own].sum(0) - own.sum() * (own.sum() + 1) / 2) / (own.sum() * (~own).sum())
+    return pd.DataFrame(out)
+
+
+def auc_interval(rows: pd.DataFrame, values: np.ndarray, superset: str, params: Neurons) -> stats.Interval:
+    """An AUC with its interval over quads, from each prompt's part in it (DeLong et al. 1988, summed over quads)."""
+    own = (rows["superset"] == superset).to_numpy()
+    above = (values[own][:, None] > values[~own]) + 0.5 * (values[own][:, None] == values[~own])
+    area, parts = above.mean(), np.zeros(len(rows))
+    parts[own], parts[~own] = (above.mean(1) - area) / own.sum(), (above.mean(0) - area) / (~own).sum()
+    sums = pd.Series(parts).groupby(rows["quad_id"].to_numpy()).sum().to_numpy()
+    return stats.mean_interval(area + len(sums) * sums, params.level, params.resamples, params.seed)
+
+
+def selective(rows: pd.DataFrame, column: str, params: Neurons) -> pd.DataFrame:
+    """Features or neurons with an AUC of at least `sae_selective` for a superset on discovery: unit, superset, AUC in
+    both halves, from the best on."""
+    halves = [aucs(part, column) for _, part in in_halves(rows)]
+    if halves[0].empty or halves[-1].empty:
+        return pd.DataFrame(columns=["unit", "superset", "discovery", "confirmation"])
+    best, classes = halves[0].max(axis=1), halves[0].idxmax(axis=1)
+    units = best[best >= params.sae_selective].sort_values(ascending=False, kind="stable").index
+    later = [halves[-1].get(classes[unit], pd.Series(np.nan, halves[-1].index))[unit] for unit in units]
+    frame = {"unit": units, "superset": classes[units].to_numpy(), "discovery": best[units].to_numpy()}
+    return pd.DataFrame(frame | {"confirmation": later})
+
+
+# --- what features do ---
+
+
+def shortlist(rows: pd.DataFrame, params: Neurons) -> dict[str, list[int]]:
+    """Features and neurons of largest attributed effect (clean into corrupt, mean over quads, discovery half), twice as
+    many as the largest budget, from the best on."""
+    own = in_halves(rows)[0][1].query("side == 'corrupt'")
+    out = {}
+    for kind, column in (("features", "feature_attribution"), ("neurons", "neuron_attribution")):
+        if column in own:
+            mean = pd.DataFrame(stacked(own, column)).groupby(own["quad_id"].to_numpy()).mean().mean()
+            out[kind] = [int(unit) for unit in mean.nlargest(2 * max(params.budgets)).index]
+    return out
+
+
+def ranked(records: pd.DataFrame, listed: dict[str, list[int]]) -> dict[str, list[int]]:
+    """The shortlist in order of what each one recovers when it is patched alone; ties in the shortlist's order."""
+    matrix = quad_matrix(records, "effect", ["variant"])
+    mean = pd.Series(matrix.values.mean(0), matrix.sites["variant"])
+    return {kind: sorted(own, key=lambda unit: -mean[f"{kind} {unit}"]) for kind, own in listed.items()}
+
+
+def class_directions(rows: pd.DataFrame) -> np.ndarray:
+    """Orthonormal directions that the class means of the site's activations vary in on the discovery half, from the
+    largest on; one fewer than there are supersets. Empty where there is a single class."""
+    own = in_halves(rows)[0][1]
+    means = pd.DataFrame(stacked(own, "activation").astype(float)).groupby(own["superset"].to_numpy()).mean().to_numpy()
+    _, sizes, directions = np.linalg.svd(means - means.mean(0), full_matrices=False)
+    return directions[: len(means) - 1][sizes[: len(means) - 1] > 1e-9]
+
+
+def parsed(records: pd.DataFrame) -> pd.DataFrame:
+    """The columns `kind` and `k` (0: no budget), out of "random features 4.2"."""
+    parts = records["variant"].str.extract(r"^(?P<kind>.*?)(?: (?P<k>\d+)(?:\.\d+)?)?$")
+    return records.assign(kind=parts["kind"], k=parts["k"].fillna("0").astype(int))
+
+
+def budget_table(records: pd.DataFrame, params: Neurons) -> pd.DataFrame:
+    """Each kind's effect at each budget as a share of the whole site's own, confirmation half, with its interval over
+    quads; the random draws of a pair are averaged. NaN where the whole site has no effect in the right direction."""
+    parts = []
+    for direction, rows in parsed(in_halves(records)[-1][1]).groupby("direction", sort=False):
+        matrix = quad_matrix(rows, "effect", ["kind", "k"])
+        whole = matrix.values[:, matrix.sites["kind"] == "whole"]
+        out = matrix.sites.assign(quantity="recovery" if direction == "denoise" else "damage", quads=len(whole))
+        logits = stats.mean_intervals(matrix.values, params.level, params.resamples, params.seed)
+        spans = columns(logits, "logits_") | dict.fromkeys(("estimate", "low", "high"), np.nan)
+        if whole.mean() > 0:
+            spans |= columns(stats.ratio_intervals(matrix.values, whole, params.level, params.resamples, params.seed))
+        parts.append(out.assign(**spans, moved=rows.groupby(["kind", "k"])["site_delta"].mean().to_numpy()))
+    return pd.concat(parts, ignore_index=True)
+
+
+def compared(records: pd.DataFrame, params: Neurons) -> pd.DataFrame:
+    """SAE features less each other kind at equal budget (logits, confirmation half): paired over quads, intervals that
+    hold for all budgets and kinds of one direction together."""
+    parts = []
+    for direction, rows in parsed(in_halves(records)[-1][1]).groupby("direction", sort=False):
+        matrix = quad_matrix(rows[rows["k"] > 0], "effect", ["kind", "k"])
+        values = pd.DataFrame(matrix.values, columns=pd.MultiIndex.from_frame(matrix.sites))
+        others = [kind for kind in KINDS[1:] if kind in values]
+        keys = [(kind, k) for kind in others for k in params.budgets]
+        gaps = np.stack([values["features"][k] - values[kind][k] for kind, k in keys], axis=1)
+        spans = stats.simultaneous(gaps, params.level, params.resamples, params.seed)
+        frame = pd.DataFrame(keys, columns=["other", "k"]).assign(**columns(spans))
+        parts.append(frame.assign(quantity="recovery" if direction == "denoise" else "damage"))
+    return pd.concat(parts, ignore_index=True)
+
+
+def map_table(rows: pd.DataFrame, params: Neurons, pairs: pd.DataFrame) -> pd.DataFrame:
+    """For every superset, the feature of largest AUC on discovery: its AUC with interval on confirmation, the share of
+    the superset's and of other prompts on which it fires, and the names on which it fires most."""
+    (_, first), (_, own) = in_halves(rows)[0], in_halves(rows)[-1]
+    picked, values = aucs(first, "features"), stacked(own, "features")
+    names = own[["pair_id", "side"]].merge(pairs, on="pair_id", how="left")
+    slots = [[row[f"{row['side']}_{slot}"] for slot in "ab"] for _, row in names.iterrows()]
+    out = []
+    for superset in picked:
+        feature, mine = int(picked[superset].idxmax()), (own["superset"] == superset).to_numpy()
+        column = values[:, feature]
+        row = {"superset": superset, "feature": feature, "discovery": picked[superset].max(), "n": int(mine.sum())}
+        row |= {"estimate": np.nan, "low": np.nan, "high": np.nan, "fires": np.nan, "fires elsewhere": np.nan}
+        if 0 < mine.sum() < len(mine):
+            span = columns([auc_interval(own, column, superset, params)])
+            row |= {key: value[0] and min(value[0], 1.0) for key, value in span.items()}
+            row |= {"fires": (column[mine] > 0).mean(), "fires elsewhere": (column[~mine] > 0).mean()}
+        top = [" and ".join(slots[index]) for index in np.argsort(-column, kind="stable")[:3] if column[index] > 0]
+        out.append(row | {"top pairs of names": "; ".join(dict.fromkeys(top))})
+    return pd.DataFrame(out)
+
+
+def cards(found: pd.DataFrame, promoted: pd.DataFrame, candidates: Sequence[str]) -> pd.DataFrame:
+    """`map_table` with what each feature's decoder row promotes, for the page."""
+    most = [candidates[int(np.argmax(logits))] for logits in promoted["logits"]]
+    own = promoted.assign(**{"candidate promoted most": most})[["feature", "candidate promoted most", "promotes"]]
+    spans = [interval(*row) for row in found[["estimate", "low", "high"]].to_numpy(dtype=float)]
+    shown = found.round(2).assign(**{"AUC, confirmation": spans}).rename(columns={"discovery": "AUC, discovery"})
+    return shown.drop(columns=["estimate", "low", "high", "n"]).merge(own.drop_duplicates("feature"), on="feature")
+
+
+# --- figures ---
+
+
+def map_figure(rows: pd.DataFrame, units: Sequence[int]) -> Figure:
+    """AUC of the features for every superset, both halves."""
+    from report.circuit_plots import class_matrices
+
+    tables = {half: aucs(part, "features").loc[list(units)] for half, part in in_halves(rows)}
+    return class_matrices(tables, "area under the curve", "superset", "feature")
+
+
+def budget_curves(table: pd.DataFrame) -> Figure:
+    """Effect against the number of features, neurons or directions patched together, a panel per quantity."""
+    own = table[table["k"] > 0]
+    order = {k: place for place, k in enumerate(sorted(own["k"].unique()))}
+    with plots._panels(own, "quantity", 2.8) as (figure, panels):
+        groups = plots._groups(pd.DataFrame({"kind": [kind for kind in KINDS if kind in set(own["kind"])]}), "kind")
+        for axes, part in panels:
+            for index, (kind, (colour, marker)) in enumerate(groups.items()):
+                line = part[part["kind"] == kind].sort_values("k")
+                at = line["k"].map(order).to_numpy(dtype=float) + (index - (len(groups) - 1) / 2) * 0.1
+                axes.plot(at, line["estimate"], color=colour, lw=1, alpha=0.6)
+                plots._points(axes, at, line, colour, marker, label=kind)
+            rest = part_of(table, part["quantity"].iloc[0], "reconstruction")
+            axes.axhline(rest["estimate"], color=plots.BLACK, lw=1, ls="--", label="all features")
+            plots._zero(axes)
+            axes.set_xticks(list(order.values()), [str(k) for k in order])
+        axes.set_xlabel("features, neurons or directions patched together")
+        plots._ylabel(figure, "share of the whole site's effect")
+        plots._legend(figure, panels[0][0])
+    return figure
+
+
+def part_of(table: pd.DataFrame, quantity: str, kind: str, k: int = 0) -> pd.Series:
+    """One row of `budget_table`."""
+    return table[(table["quantity"] == quantity) & (table["kind"] == kind) & (table["k"] == k)].iloc[0]
+
+
+# --- what is said ---
+
+
+def sae_sentences(sae: pd.DataFrame, stable: pd.DataFrame, params: Neurons) -> list[str]:
+    """How the autoencoders are, and how alike."""
+    row, mean = sae.iloc[0], sae.mean(numeric_only=True)
+    what = f"{len(sae)} SAEs of {row['features']} features were trained from different seeds"
+    what = f"The published SAE `{params.sae_file}` ({row['features']} features) was read" if params.sae_file else what
+    out = [
+        f"{what} at {row['site']}, on {row['samples']} activations. On {row['held_samples']} held-out ones (prompts of "
+        f"the confirmation half) the variance explained is {mean['explained']:.2f} ({mean['explained_last']:.2f} at "
+        f"`last`; {mean['explained_train']:.2f} in training), {mean['l0']:.1f} features fire on average (L0), and "
+        f"{mean['dead']:.0%} never do. First tokens were left out: their mean norm is {row['first_norm']:.0f}, that of "
+        f"the others {row['norm']:.0f}."
+    ]
+    if stable.empty:
+        return [*out, "Stability over seeds cannot be measured on a single SAE."]
+    own = stable.set_index("features")
+    alive = own.loc["alive"]
+    text = (
+        f"Between two seeds, a feature's decoder row has a largest cosine of {alive['cosine']:.2f} on average, and "
+        f"{alive['matched']:.0%} of the features are matched one to one at {MATCHED:g} or more (shuffled rows: "
+        f"{own.loc['shuffled', 'cosine']:.2f} and {own.loc['shuffled', 'matched']:.0%})"
+    )
+    if "class-selective" in own.index:
+        some = own.loc["class-selective"]
+        text += f"; for the {some['count']:.0f} class-selective ones {some['cosine']:.2f} and {some['matched']:.0%}"
+    verdict = "most features come back" if alive["matched"] >= 0.5 else "most features belong to their seed"
+    return [*out, f"{text}: {verdict}."]
+
+
+def map_sentences(rows: pd.DataFrame, found: pd.DataFrame, params: Neurons) -> list[str]:
+    """How many features and neurons are selective for a superset, and the best feature of each."""
+    parts = []
+    for kind in ("features", "neurons"):
+        if kind in rows:
+            own = selective(rows, kind, params)
+            again, total = int((own["confirmation"] >= params.sae_selective).sum()), len(rows[kind].iloc[0])
+            parts.append(f"{len(own)} of {total} {kind} on discovery, {again} of them again on confirmation")
+    best = [f"{r.superset}: {r.feature} ({interval(r.estimate, r.low, r.high)})" for r in found.itertuples()]
+    return [
+        f"Selective for a superset (AUC of at least {params.sae_selective:g}, one against the rest, at `last`) are "
+        f"{'; '.join(parts)}.",
+        f"The best feature of each superset by discovery, with its AUC on confirmation: {', '.join(best) or 'none'}.",
+    ]
+
+
+def effect_sentences(table: pd.DataFrame, gaps: pd.DataFrame, params: Neurons) -> list[str]:
+    """What features do at equal budget beside neurons, directions and random ones; the verdict comes last."""
+    out, verdicts = [], []
+    for quantity, own in table.groupby("quantity", sort=False):
+        whole = part_of(own, quantity, "whole")
+        text = interval(whole["logits_estimate"], whole["logits_low"], whole["logits_high"])
+        each = []
+        for k in dict.fromkeys((min(params.budgets), max(params.budgets))):
+            shares = [(kind, part_of(own, quantity, kind, k)) for kind in KINDS if kind in set(own["kind"])]
+            each.append(f"{k}: " + ", ".join(f"{kind} {shown(row)}" for kind, row in shares))
+        rest, error = (shown(part_of(own, quantity, kind)) for kind in ("reconstruction", "error"))
+        out.append(
+            f"Patching the whole site gives a {quantity} of {text} logits. Shares of it at a budget of "
+            f"{'; of '.join(each)}. All features together: {rest}; the error that they leave: {error}."
+        )
+        for other, part in gaps[gaps["quantity"] == quantity].groupby("other", sort=False):
+            low, high = part["low"].astype(float), part["high"].astype(float)
+            if low.isna().all():
+                continue
+            more, less = part["k"][low > 0].tolist(), part["k"][high < 0].tolist()
+            said = [f"more than {other} at {more}"] * bool(more) + [f"less than {other} at {less}"] * bool(less)
+            verdicts.append(
+                (quantity, " and ".join(said) or f"neither more nor less than {other} at any budget", other, more)
+            )
+    if not verdicts:
+        return [*out, "There are too few quads to compare SAE features with neurons and directions."]
+    for quantity in dict.fromkeys(table["quantity"]):
+        said = "; ".join(text for which, text, *_ in verdicts if which == quantity)
+        out.append(f"In {quantity}, SAE features do {said} (familywise over kinds and budgets).")
+    better = {other for _, _, other, more in verdicts if more and other in ("neurons", "directions")}
+    rivals = [other for other in ("neurons", "directions") if any(other == own for _, _, own, _ in verdicts)]
+    beaten = [other for other in rivals if other in better]
+    end = f"SAE features are better than {' and '.join(beaten)} at some budget here" if beaten else ""
+    left = [other for other in rivals if other not in better]
+    worse = f"SAE features are no better than {' or '.join(left)} at any budget here" if left else ""
+    return [*out, "; ".join(filter(None, (end, worse))) + "."]
+
+
+def shown(row: pd.Series) -> str:
+    """A share with its interval."""
+    bare = np.isnan(float(row["estimate"]))
+    return "not defined" if bare else interval(row["estimate"], row["low"], row["high"])
+
+
+CAPTIONS = {
+    "feature-budgets": "What SAE features, neurons and class directions recover and damage when the most effective of "
+    "them are patched together, as a share of patching the whole site, beside random features and directions of the "
+    "same norm as the features' change; confirmation half, 95% studentised bootstrap intervals over quads. Dashed: all "
+    "features.",
+}
+
+
+def part(
+    sae: pd.DataFrame, stable: pd.DataFrame, rows: pd.DataFrame, found: pd.DataFrame, records: pd.DataFrame,
+    params: Neurons,
+) -> dict:  # fmt: skip
+    """What the page says of features, its figure, and the numbers handed on under `features`."""
+    table, gaps = budget_table(records, params), compared(records, params)
+    effects = effect_sentences(table, gaps, params)
+    about = ["seed", "site", "sha256", "features", "active", "samples", "explained", "explained_last", "l0", "dead"]
+    numbers = {"saes": sae[about].to_dict("records"), "stability": stable.to_dict("records")}
+    numbers |= {
+        "map": found.to_dict("records"),
+        "budgets": table.to_dict("records"),
+        "compared": gaps.to_dict("records"),
+    }
+    return {
+        "sentences": [*sae_sentences(sae, stable, params), *map_sentences(rows, found, params), *effects],
+        "headline": effects[-1:],
+        "figures": {"feature-budgets": budget_curves(table)},
+        "captions": CAPTIONS,
+        "features": numbers,
+    }

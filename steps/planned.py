@@ -1,0 +1,349 @@
+"""The tables of every step with their work, counted from a profile's parameters.
+
+`TABLES` has a function for each step. It goes through the step as its notebook does and yields the name and the work of
+each table, by the functions that plan the step's units themselves, on stand-ins (`pipeline.assumed`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from lib import batches, sweep, tasks
+from lib.data import HALVES
+from lib.hooks import Site
+from lib.tasks import SUPERSETS, Pair
+from pipeline import costs, params
+from pipeline.assumed import (  # fmt: skip
+    ASKED,
+    CIRCUITS,
+    DIRECT,
+    GROWN,
+    MOVED,
+    NEURON,
+    RISING,
+    SENDERS,
+    TRIED,
+    VALUE,
+    Case,
+    order_of,
+    pair_of,
+    tokens_of,
+)
+from pipeline.costs import Work, plain, sweep_unit, total
+from pipeline.units import Unit, sweep_units
+from steps.baselines import measure as ability
+from steps.hydra import measure as hydra
+from steps.retrieval_heads import measure as hops
+from steps.story.circuits import QUEUE, REFRESH
+
+
+def baselines(case: Case) -> Iterator[tuple[str, Work]]:
+    """01: every template asked; everyone asked about alone; the prompts of the quads that are tried."""
+    p, out = case.params, Work()
+    for template in ability.asked(p):
+        count = {"one_name": 2 * p.accuracy_pairs, "odd_one_out": 2 * (p.odd_one_out_items + 3)}
+        out += case.asked(count.get(template.task, p.accuracy_pairs), template, 128)
+    yield "baselines", out
+    if p.pairs_file is not None:
+        return
+    one, own = tasks.TEMPLATES["profession_is"], tasks.find_template(p.template, p.task)
+    tried = round(TRIED * 2 * len(case.pairs))
+    yield "quads", case.asked(min(ASKED, 25 * p.quads_per_half * len(SUPERSETS)), one) + case.asked(tried, own)
+    yield "pairs", case.asked(2 * len(case.pairs), own)
+
+
+def coarse_sweep(case: Case) -> Iterator[tuple[str, Work]]:
+    """02: the residual stream of every layer at each role, both ways."""
+    p = case.params
+    last, names = case.spread(p.pairs), case.spread(p.name_pairs)
+    plan = [
+        unit
+        for role in p.roles
+        for way in sweep.DIRECTIONS
+        for unit in sweep_units(role, last if role == "last" else names, role=role, direction=way, components=["resid"])
+    ]
+    yield "coarse_sweep", case.swept(plan)
+
+
+def necessity(case: Case) -> Iterator[tuple[str, Work]]:
+    """03: every site under each ablation at `last`, the names' under one."""
+    p = case.params
+    plan = sweep_units("last", case.spread(p.pairs), components=p.components, ablations=p.ablations, layers=case.layers)
+    for role in p.name_roles:
+        plan += sweep_units(
+            role, case.spread(p.name_pairs), role=role, components=p.name_components, layers=case.layers
+        )
+    yield "necessity", case.swept(plan)
+
+
+def sufficiency(case: Case) -> Iterator[tuple[str, Work]]:
+    """04: every site from clean into corrupt; then the growing sets, both ways."""
+    p, last = case.params, case.spread(case.params.pairs)
+    how = {"components": p.components, "layers": case.layers}
+    yield "sufficiency", case.swept(sweep_units("last", last, direction="denoise", **how))
+    order = order_of(case, p.slice_limit)
+    sets = [order[: count + 1] for count in range(len(order))]
+    yield (
+        "slice",
+        case.swept([u for way in sweep.DIRECTIONS for u in sweep_units(way, last, direction=way, site_sets=sets)]),
+    )
+
+
+def hydra_step(case: Case) -> Iterator[tuple[str, Work]]:
+    """05: the slice and three random ones ablated, then the slice widened once; the joint ablations."""
+    p, own, rng = case.params, case.spread(case.params.pairs), np.random.default_rng(0)
+    controls = hydra.random_slices(case.shape.n_layers, case.shape.n_heads, case.slice, rng)
+    for number, count in enumerate(RISING[: p.rounds]):
+        slices = [case.slice, *(controls.values() if number == 0 else ())]
+        units = sweep_units("split", own, ablations=p.ablations)
+        first = min(site.layer for sites in slices for site in sites)
+        work = [costs.split_unit(case.shape, u.pairs, slices, len(u.options["ablations"]), first) for u in units]
+        after = (case.shape.n_layers - first) * (case.shape.n_heads + 1)
+        rows = len(own) * len(p.ablations) * len(slices) * after
+        yield (
+            f"round{number}",
+            total([*work, case.pool(units, case.pairs), Work(table=DIRECT * rows, other={"parts": rows})]),
+        )
+        more = order_of(case, len(case.slice) + min(count, p.candidates))[len(case.slice) :]
+        sets = [case.slice, *([*case.slice, site] for site in more), *([site] for site in more)]
+        yield f"joint{number}", case.swept(sweep_units("joint", own, ablations=p.ablations[:1], site_sets=sets))
+
+
+def retrieval_heads(case: Case) -> Iterator[tuple[str, Work]]:
+    """06: one-name probes; paths into the slice; value vectors and attention; ablated paths; edges."""
+    p, shape, sites = case.params, case.shape, case.slice
+    single = tasks.TEMPLATES["profession_is"]
+    yield "probes", case.asked(len(hops.PROBES) * p.probe_people, single, 256)
+    some, last = case.spread(p.name_pairs), case.spread(p.pairs)
+    heads = hops.sites_that_read(sites)
+    alone = [pair_of(single, int(x.quad_id[1:]), 0, x.half, [len(x.clean.roles["name_a"])]) for x in some]
+    plan = hops.paths("slice at names", some, heads, hops.NAMES, p.mlps)
+    plan += hops.paths("slice at last", last, sites, hops.LAST, p.mlps)
+    plan += hops.paths("slice in one-name prompts", alone, heads, hops.NAMES, p.mlps)
+    yield "retrieval_heads", case.pathed(plan)
+    yield "groups", case.pathed(hops.group_units(some, sites, shape.n_heads))
+    prompts, tokens = 2 * len(last), len(last[0].clean.ids)
+    parts = shape.n_layers * (shape.n_heads + 1)
+    said = {"table": VALUE * prompts * parts * 3, "other": {"values": prompts * parts * 3}}
+    yield "values", plain(shape, prompts, tokens, -(-prompts // 16)) + Work(**said)
+    seen = len(last) * shape.n_layers * shape.n_heads * 4
+    own = plain(shape, prompts, tokens, 2 * -(-len(last) // 16)) + costs.vocabulary(shape, prompts)
+    yield "attention", own + Work(table=6 * seen, other={"values": seen / 2})
+    rng, plan = np.random.default_rng(0), []
+    before = min(site.layer for site in heads)
+    reading = [Site(before * (2 + n) // (p.candidates + 2), "head", 0) for n in range(p.candidates)]
+    for role, chosen in (("names", reading), ("last", order_of(case, len(sites) + 2)[len(sites) :])):
+        sets = hops.ablation_sets(list(dict.fromkeys(chosen)), sites, role, shape.n_heads, p.random_sets, rng)
+        plan += hops.ablation_units(role, sets, some, sites, p.mlps)
+    yield "ablation", case.pathed(plan)
+    senders = [Site(layer, "mlp") for layer in range(min(SENDERS, before))]
+    fewer = case.spread(2 * p.name_pairs // 3)
+    yield "edges", case.pathed(hops.edge_units(fewer, senders, sites, p.mlps))
+
+
+def generality(case: Case) -> Iterator[tuple[str, Work]]:
+    """07: the grid, circuits class by class, controls, the rule."""
+    p = case.params
+    own = tasks.find_template(p.template, p.task)
+    quads = {x.quad_id: [len(x.clean.roles[f"name_{s}"]) for s in "ab"] for x in case.half(1)}
+    grid, checked = [], Work()
+    for name in dict.fromkeys([p.template, *p.templates]):
+        template = tasks.find_template(name, p.task)
+        each = p.pairs_per_quad if name == p.template else p.template_pairs
+        turn = [n for n in (0, 2, 1, 3)][:each]
+        made = [pair_of(template, int(q[1:]), n, HALVES[1], t, 0) for q, t in quads.items() for n in turn]
+        checked += case.asked(len({s.ids for pair in made for s in (pair.clean, pair.corrupt)}), template)
+        left = made if name == p.template else made[: round(MOVED * len(made))]
+        grid += [replace(pair, pair_id=f"{pair.pair_id}@{name}") for pair in batches.spread(left, p.pairs)]
+    yield "grid", checked + Work(other={"tokenised": 3 * len(grid)})
+    searched = case.half(0, case.spread(params.validate("sufficiency", params.load_profile(p.profile)).pairs))
+    searched = [replace(pair, labels=(), label_tokens=()) for pair in searched]
+    order, sets = order_of(case, p.slice_limit), round(CIRCUITS * p.slice_limit)
+    growing = [order[: 1 + count % len(order)] for count in range(sets)]
+    classes: dict[tuple[int, ...], list[Pair]] = {}
+    for pair in searched:
+        classes.setdefault(tuple(sorted((pair.answer, pair.corrupt_answer))), []).append(pair)
+    plan = [
+        unit
+        for pairs in classes.values()
+        for way in sweep.DIRECTIONS
+        for unit in sweep_units(way, pairs, direction=way, site_sets=growing)
+    ]
+    yield "circuits", case.swept(plan)
+    joint = [case.slice, *(order[: 4 + count] for count in range(10)), *([site] for site in case.slice)]
+    yield "joint", case.swept(sweep_units("noise", grid, direction="noise", site_sets=joint))
+    leading = [pair for pair in grid if pair.template == own.name]
+    how = {"components": ["head", "mlp"], "layers": case.layers}
+    yield "generality", case.swept(sweep_units("noise", leading, direction="noise", **how))
+    controls = [replace(pair, pair_id=f"{pair.pair_id}c{n}") for n in range(4) for pair in leading[: p.control_prompts]]
+    heads = [site for site in case.slice if site.component == "head"]
+    sets = [case.slice, heads, *[heads] * p.random_sets]
+    plan = sweep_units("controls", [*leading, *controls], direction="noise", ablations=["mean", "zero"], site_sets=sets)
+    yield "controls", case.swept(plan, leading) + Work(other={"tokenised": 2000})
+    yield "rule", case.asked(4 * p.rule_prompts, tasks.TEMPLATES["profession_is"]) + case.asked(p.rule_prompts, own)
+
+
+def subspace(case: Case) -> Iterator[tuple[str, Work]]:
+    """08: probes of every layer; directions fitted, patched, moved and added."""
+    p, shape, layers = case.params, case.shape, case.slice_layers
+    tokens, one = len(case.pairs[0].clean.ids), tokens_of(tasks.TEMPLATES["profession_is"], [3])[0]
+    couples = len(case.pairs)
+    read = plain(shape, 2 * couples, tokens, 2 * -(-couples // 16))
+    read += plain(shape, 2 * p.probe_people, one, 2 * -(-p.probe_people // 16))
+    fits = len(case.layers) * 2 * (p.probe_folds + 2)
+    rows = len(case.layers) * (p.permutations + 1) * 700
+    yield "probes", read + Work(table=2 * rows, other={"pair probes": fits, "people probes": fits})
+    yield "spectra", Work(table=20000 * len(layers), other={"spectra": len(layers)})
+    fit = case.half(0)
+    templates = [*dict.fromkeys([p.template, *p.templates]), "profession_is"]
+    means = plain(shape, 2 * len(fit), tokens, -(-2 * len(fit) // 32)).times(len(templates) - 1)
+    yield (
+        "class_means",
+        means
+        + plain(shape, 2 * len(fit), one, -(-len(fit) // 16))
+        + Work(table=7 * shape.hidden * 5 * len(layers) * len(templates)),
+    )
+    patched = [replace(pair, labels=(), label_tokens=()) for pair in case.spread(p.pairs)]
+    count = 1 + 1 + 3 + 1  # one direction, all of them, random ones, everything
+    how = {"direction": "denoise", "variants": range(count)}
+    sets = [*([Site(layer, "resid")] for layer in layers), case.slice]
+    yield "direction_layers", case.swept(sweep_units("direction_layers", patched, site_sets=sets, **how))
+    late, shown = layers[len(layers) // 2], case.half(1, patched)
+    steps = 2 * p.rotation_steps
+    rows = 32 * (shape.n_layers - late)
+    learned = Work(passes=2 * steps, grown=2.0 * steps * costs.block(shape, rows, tokens), other={"rotations": steps})
+    yield "directions", plain(shape, 4 * len(shown), tokens, 8) + learned + Work(table=4 * shape.hidden * 220)
+    variants = 2 + len(SUPERSETS) + 4 * len(p.dimensions) + 8 + p.random_directions * len(p.dimensions)
+    best = [[Site(late, "resid")]]
+    how = {"site_sets": best, "direction": "denoise"}
+    yield "direction_patches", case.swept(sweep_units("patches", shown, variants=range(variants), **how))
+    every = shown + [
+        replace(x, pair_id=x.pair_id + name) for name in p.templates[1:] for x in shown[: len(shown) * 3 // 4]
+    ]
+    yield "direction_transfer", case.swept(sweep_units("moved", every, variants=range(15), **how))
+    steered = [replace(x, pair_id=f"{x.pair_id}s{n}") for n in range(3) for x in (case.half(1) * 3)[: p.steering_pairs]]
+    steered = [replace(pair, labels=(), label_tokens=()) for pair in steered]
+    doses = range((len(SUPERSETS) + 3) * len(p.doses))
+    yield "steering", case.swept(sweep_units("steering", steered, variants=doses, site_sets=best, direction="noise"))
+
+
+def neurons(case: Case) -> Iterator[tuple[str, Work]]:
+    """09: every neuron of the slice's layers; sets of them; features of autoencoders."""
+    p, shape, layers = case.params, case.shape, case.slice_layers
+    few, more = case.spread(p.pairs), case.spread(p.top_pairs)
+    each = total(costs.neuron_unit(shape, [pair], layers, case.machine) for pair in few).times(2)
+    yield (
+        "neurons",
+        each + costs.proofs(shape, few[0]) + Work(table=round(NEURON * each.light), other={"readings": len(layers)}),
+    )
+    bare = [replace(pair, labels=(), label_tokens=()) for pair in more]
+    site = lambda n: Site(layers[n % len(layers)], "neuron", n)  # noqa: E731
+    helping = p.top_neurons // 2
+    sizes = sorted({n for n in (1, 10, *p.budgets) if n < helping} | {helping})
+    sets = [[site(n)] for n in range(p.top_neurons)]
+    sets += [[site(n) for n in range(k)] for _ in range(2 + p.random_sets) for k in sizes]
+    sets += [[Site(layer, "mlp") for layer in layers]]
+    plan = sweep_units("noise", bare, direction="noise", ablations=["counterfactual", "mean"], site_sets=sets)
+    plan += sweep_units("denoise", bare, direction="denoise", site_sets=sets)
+    yield "top", case.swept(plan)
+    prompts, tokens = 2 * len(more), len(more[0].clean.ids)
+    areas = len(layers) * shape.inner * prompts
+    yield (
+        "classes",
+        plain(shape, prompts, tokens, -(-prompts // 16))
+        + Work(table=20 * 10 * len(layers) * shape.inner, other={"areas": areas}),
+    )
+    place = next((s for s in case.slice if s.component == "mlp"), case.slice[0]).layer + 1
+    held = case.half(1, more)
+    samples = 8.6 * p.sae_prompts  # tokens that are new, measured in the default book
+    steps = 0 if p.sae_file else p.sae_seeds * p.sae_epochs * samples / 256
+    read = plain(shape, p.sae_prompts, 12, p.sae_prompts // 24, place) + plain(
+        shape, 2 * len(held), tokens, len(held) // 12, place
+    )
+    yield (
+        "sae",
+        read
+        + Work(table=0 if p.sae_file else 8 * p.sae_seeds * p.sae_features * shape.hidden, other={"sae steps": steps}),
+    )
+    units = sweep_units("read", more, size=16)
+    width = 2 * p.sae_features + 2 * shape.inner + shape.hidden
+    read = total(plain(shape, 4 * len(unit.pairs), tokens, 4) for unit in units) + costs.vocabulary(shape, prompts)
+    yield "feature_reads", read + Work(table=4 * prompts * width)
+    best = [[Site(place - 1, "mlp")]]
+    chosen = range(4 * max(p.budgets))
+    ranking = case.spread(2 * p.pairs, case.half(0, more))
+    yield (
+        "feature_ranks",
+        case.swept(sweep_units("rank", ranking, direction="denoise", variants=chosen, site_sets=best)),
+    )
+    names = range(3 + 7 * len(p.budgets))
+    plan = [
+        u for way in ("denoise", "noise") for u in sweep_units(way, held, direction=way, variants=names, site_sets=best)
+    ]
+    work = case.swept(plan)
+    yield "features", work + Work(other={"random features": 4 / 7 * work.rows})
+
+
+def story(case: Case) -> Iterator[tuple[str, Work]]:
+    """10: the search for the circuit, attribution beside the exact sweep, and the circuits tested."""
+    p, shape, rng = case.params, case.shape, np.random.default_rng(0)
+    sites = np.array([(layer, part) for layer in case.layers for part in range(shape.n_heads + 1)])
+    drawn = [tuple(site) for site in rng.permutation(sites)]
+    size = min(GROWN, p.circuit_limit, len(drawn) - 1)
+
+    def kept(circuits: Sequence[Sequence[tuple]], without: int = 0) -> np.ndarray:
+        """Everything, nothing, circuits that keep these sites only, and some that keep all but a few."""
+        out = np.zeros((2 + len(circuits) + without, shape.n_layers, shape.n_heads + 1), dtype=bool)
+        out[0] = out[2 + len(circuits) :] = True
+        for own, members in zip(out[2:], circuits, strict=False):
+            own[tuple(np.array(members, dtype=int).reshape(-1, 2).T)] = True
+        for own in out[2 + len(circuits) :]:
+            own[tuple(np.array(drawn[:size:2]).T)] = False
+        return out
+
+    searched, work = case.spread(p.search_pairs, case.half(0)), Work()
+    test = lambda masks, pairs, ready=False: costs.circuit_unit(shape, pairs, masks, case.machine, ready)  # noqa: E731
+    for members in range(size):
+        asked = len(drawn) - members if members in REFRESH else min(QUEUE, len(drawn) - members)
+        queue = kept([[*drawn[:members], site] for site in drawn[members : members + QUEUE]])
+        work += test(queue, searched).times(asked / min(QUEUE, len(drawn) - members))
+    work += test(kept([drawn[:size]] * size), searched) + test(kept([]), searched, True)
+    yield "search", work + Work(table=20 * 100 * size)
+    few = case.spread(p.attribution_pairs)
+    nodes = shape.n_layers * (2 * shape.n_heads + 1) * len(few)
+    eights = [Unit("", tuple(few[at : at + 8])) for at in range(0, len(few), 8)]
+    yield "attribution", total(costs.attribution_unit(shape, u.pairs) for u in eights) + Work(table=27 * nodes)
+    exact = sweep_units("sites", few, components=["head", "mlp"])
+    queries = sweep_units("queries", few, components=["head"])
+    yield (
+        "exact",
+        total(sweep_unit(shape, u.pairs, u.options, case.machine) for u in [*exact, *queries]) + Work(table=5 * nodes),
+    )
+    step = max(1, p.circuit_limit // 10)
+    sizes = sorted({1, 2, size, *range(step, p.circuit_limit + 1, step)})
+    path = [n for n in sizes if n <= size]
+    tests = [drawn[:n] for n in path] + [
+        list(rng.permutation(drawn)[:n]) for n in sizes for _ in range(3 + p.random_sets)
+    ]
+    tests += [drawn[: size - 1]] * size + [drawn[: size // 2]] * p.subsets
+    whole = case.spread(p.pairs)
+    chunks = [group[at : at + 8] for group in batches.grouped(whole) for at in range(0, len(group), 8)]
+    own = total(test(kept(tests, 1 + p.subsets), chunk, True) + test(kept(tests[:1]), chunk, True) for chunk in chunks)
+    yield "circuits", own + Work(table=39 * len(whole) * len(tests))
+
+
+TABLES: dict[str, Callable[[Case], Iterator[tuple[str, Work]]]] = {
+    "baselines": baselines,
+    "coarse_sweep": coarse_sweep,
+    "necessity": necessity,
+    "sufficiency": sufficiency,
+    "hydra": hydra_step,
+    "retrieval_heads": retrieval_heads,
+    "generality": generality,
+    "subspace": subspace,
+    "neurons": neurons,
+    "story": story,
+}

@@ -1,0 +1,305 @@
+"""The claims ledger: what the plan claims, and the verdict that each claim's numbers earn.
+
+1. `CLAIMS` lists every claim of the plan: the step it rests on, where its numbers stand in that step's findings, the
+   rule by which they and the threshold decide, and the figure and the rows under it.
+2. `at` follows a claim's path into findings. A path that a step that ran does not have is an error.
+3. `thresholds` takes each threshold from the profile (`claims` of section `story`), or from the parameter that already
+   holds it, as the step that used it recorded it.
+4. `judge` gives one claim's entry; `ledger` all of them, p values beside Holm's correction over the ledger.
+5. `Ledger` is the model of claims.json; its JSON schema is committed as data/claims.schema.json.
+
+Words for verdicts: supported, not supported, not testable here, not tested. No number of a model stands in this file.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from pipeline import keys
+from pipeline.params import ParameterError
+from report.words import interval
+from steps.parameters import Shared, Story
+from steps.story.plan_claims import CLAIMS, Claim
+
+SUPPORTED, NOT_SUPPORTED, NOT_TESTABLE, NOT_TESTED = VERDICTS = (
+    "supported", "not supported", "not testable here", "not tested")  # fmt: skip
+CORRECTION = (
+    "Each interval holds on its own at the level given, not for all claims together. p_holm is Holm's correction over "
+    "the p values of this ledger; verdicts go by the uncorrected p."
+)
+
+
+class ClaimError(ParameterError):
+    """A claim without a threshold, a threshold without a claim, or numbers that are not where they should be."""
+
+
+class Numbers(NamedTuple):
+    """What a claim's path leads to."""
+
+    estimate: float | None = None
+    low: float | None = None
+    high: float | None = None
+    p: float | None = None
+    met: bool | None = None  # whether the step's own test meets what was expected
+    verdict: str | None = None  # in that test's words
+    why: str | None = None  # why there is nothing to judge
+
+
+class Rule(NamedTuple):
+    """How numbers and a threshold t (and a centre c) give a verdict."""
+
+    asked: str  # what must hold, in words
+    needs: tuple[str, ...]  # numbers without which it cannot be asked
+    holds: Callable[[Numbers, float, float], bool]
+
+
+RULES = {
+    "above": Rule("lower end of the interval above {t}", ("low",), lambda n, t, c: n.low > t),
+    "below": Rule("upper end of the interval below {t}", ("high",), lambda n, t, c: n.high < t),
+    "within": Rule(
+        "whole interval within {t} of {c:g}", ("low", "high"), lambda n, t, c: c - t < n.low and n.high < c + t
+    ),
+    "p": Rule("p below {t}", ("p",), lambda n, t, c: n.p < t),
+    "count": Rule("at least {t}", ("estimate",), lambda n, t, c: n.estimate >= t),
+    "most": Rule("at most {t}", ("estimate",), lambda n, t, c: n.estimate <= t),
+    "own": Rule("the step's own test, with a margin of {t}, meets what was expected", ("met",), lambda n, t, c: n.met),
+}
+
+
+class Rows(BaseModel):
+    """The rows under a claim."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    file: str = Field(description="Parquet file in the results folder")
+    filter: str = Field(description="what pandas' DataFrame.query takes")
+
+
+class Entry(BaseModel):
+    """One claim with its verdict."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    id: str
+    section: str = Field(description="section of the plan")
+    claim: str
+    step: str
+    numbers: str = Field(description="path in the step's findings; `measured`: in those of step 10")
+    quantity: str = Field(description="what is estimated, with its unit")
+    estimate: float | None
+    low: float | None
+    high: float | None
+    p: float | None
+    p_holm: float | None
+    p_reason: str | None = Field(description="why there is no p value")
+    asked: str = Field(description="what must hold for the claim to be supported")
+    threshold: float | None
+    threshold_from: str = Field(description="the parameter that holds the threshold")
+    verdict: Literal[VERDICTS]
+    reason: str
+    refuted_by: str = Field(description="what would turn the verdict")
+    figure: str | None = Field(description="page and figure, from the root of the book")
+    rows: Rows | None
+
+
+class Ledger(BaseModel):
+    """claims.json."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+    profile: str
+    model: str
+    task: str
+    level: float
+    correction: str
+    sentence: list[str] = Field(description="the plan's sentence, part by part, worded by the verdicts")
+    claims: list[Entry]
+
+
+def schema() -> str:
+    """The JSON schema of claims.json, as committed."""
+    return json.dumps(Ledger.model_json_schema(), indent=1) + "\n"
+
+
+def at(found: Mapping[str, Any], path: str, params: Shared) -> Any:
+    """What stands at a path such as `joint[quantity=recovery]` or `sites[component=head|mlp]` in findings.
+
+    A condition takes the rows of a list whose column has one of the values (`!=`: none of them); `{task}` in it is a
+    parameter. None, and a mapping that says `why` it has no numbers, end the way. KeyError names what is not there.
+    """
+    value: Any = found
+    for key, where in re.findall(r"(\w+)(?:\[([^\]]*)\])?", path):
+        if value is None or (isinstance(value, Mapping) and value.get("why") and key not in value):
+            return value
+        if not isinstance(value, Mapping) or key not in value:
+            raise KeyError(f"{key!r} of {path!r}")
+        value = value[key]
+        for condition in filter(None, where.split(",")):
+            column, sign, words = re.split("(!?=)", condition.strip(), maxsplit=1)
+            wanted = [word.format(**params.model_dump()) for word in words.split("|")]
+            if any(column not in row for row in value or ()):
+                raise KeyError(f"column {column!r} of {path!r}")
+            value = [row for row in value or () if (str(row[column]) in wanted) == (sign == "=")]
+    return value
+
+
+def leaves(value: Any) -> Iterator[Any]:
+    """What a list, or a mapping, of lists holds."""
+    for item in value.values() if isinstance(value, Mapping) else value or ():
+        yield from leaves(item) if isinstance(item, (list, tuple)) else (item,)
+
+
+def numbers_of(claim: Claim, found: Mapping[str, Any], params: Shared) -> Numbers:
+    """The numbers under a claim, from the findings of its step; `why` where there are none to judge."""
+    try:
+        value = at(found, claim.path, params)
+        if claim.pick == "count":
+            tests = at(found, claim.tests, params) if claim.tests else ()
+            if claim.tests and not any(row["low"] is not None for row in tests):
+                return Numbers(why="its tests were not made, or rest on too few quads")
+            return Numbers(estimate=len(list(leaves(value))))
+        rows = [row for row in (value if isinstance(value, list) else [value]) if row is not None]
+        if not rows:
+            return Numbers(why="the step has no such numbers here")
+        if rows[0].get("why"):
+            return Numbers(why=rows[0]["why"])
+        columns = dict(zip(("estimate", "low", "high"), claim.columns, strict=True)) | {"p": claim.p}
+        columns |= {"met": "met", "verdict": "verdict"} if claim.rule == "own" else {}
+        read = [Numbers(**{name: row[column] for name, column in columns.items() if column}) for row in rows]
+    except KeyError as error:
+        raise ClaimError(
+            f"claim {claim.id}: the findings of step {claim.step} have no {error.args[0]}: run the step again, or "
+            "correct the claim's path in steps/story/plan_claims.py"
+        ) from None
+    if claim.columns[0]:  # a number that is not defined is null
+        read = [n for n in read if n.estimate is not None] or [Numbers(why="its numbers are not defined here")]
+    if claim.pick == "largest":
+        return max(read, key=lambda n: n.estimate or 0)
+    if claim.pick == "weakest":
+        return min(read, key=lambda n: np.inf if n.low is None else n.low)
+    return read[0]
+
+
+def thresholds(params: Story, claims: Sequence[Claim] = CLAIMS) -> dict[str, tuple[float | None, str]]:
+    """Threshold of each claim and the parameter that holds it; None where the step that holds it has not run.
+
+    ClaimError for a claim without a threshold, and for a threshold that belongs to no claim.
+    """
+    own = {claim.id for claim in claims if claim.threshold_from is None}
+    for name in params.claims:
+        if name not in own:
+            held = next((claim.threshold_from for claim in claims if claim.id == name), None)
+            near = difflib.get_close_matches(name, own, n=1)
+            raise ClaimError(
+                f"claims of section story: {name} = {params.claims[name]!r}: "
+                + (f"its threshold is the parameter {held}; change that" if held else "there is no such claim")
+                + (f" (did you mean {near[0]!r}?)" if near and not held else "")
+                + ("" if held else f"; the claims are {', '.join(sorted(own))}")
+            )
+    out: dict[str, tuple[float | None, str]] = {}
+    for claim in claims:
+        step, _, key = (claim.threshold_from or "").rpartition(".")
+        if claim.threshold_from is None:
+            if claim.id not in params.claims:
+                raise ClaimError(
+                    f"claim {claim.id} ({claim.text}) has no threshold: add `{claim.id}: <number>` under `claims:` in "
+                    f"section story of the profile; it is asked of {claim.quantity}"
+                )
+            out[claim.id] = params.claims[claim.id], f"story.claims.{claim.id}"
+        else:
+            held = recorded(step, params).get(key) if step else getattr(params, key)
+            out[claim.id] = held, claim.threshold_from
+    return out
+
+
+def recorded(step: str, params: Shared) -> Mapping[str, Any]:
+    """The parameters under which a step's results were made, {} where it has not run."""
+    for folder in keys.sources(params):
+        if (folder / f"{step}.run.json").is_file():
+            return json.loads((folder / f"{step}.run.json").read_text(encoding="utf-8")).get("parameters", {})
+    return {}
+
+
+def judge(
+    claim: Claim, found: Mapping[str, Any] | None, threshold: float | None, held_by: str, params: Shared
+) -> Entry:
+    """The entry of one claim; `found` are the findings of its step, None if it has not run."""
+    rule, n = RULES[claim.rule], Numbers()
+    page = keys.NOTEBOOKS[claim.step].replace("notebooks/", "executed/")
+    if found is None:
+        verdict, reason = NOT_TESTED, f"step {page[9:11]} ({claim.step}) has not run"
+    elif found.get("able") is False:
+        verdict, reason = NOT_TESTABLE, found["sentences"][0]
+    else:
+        n = numbers_of(claim, found, params)
+        verdict, reason = decided(claim, n, found, threshold, params)
+    asked = rule.asked.format(t=held_by if threshold is None else f"{threshold:g}", c=claim.centre)
+    turned = {
+        SUPPORTED: f"Refuted, if the same measurement on new quads does not give this: {asked}.",
+        NOT_SUPPORTED: f"Supported after all, if the same measurement on new quads gives this: {asked}.",
+    }
+    there = verdict in turned
+    return Entry(
+        id=claim.id, section=claim.section, claim=claim.text, step=claim.step, numbers=claim.path,
+        quantity=claim.quantity, estimate=n.estimate, low=n.low, high=n.high, p=n.p, p_holm=None,
+        p_reason=None if n.p is not None else "the verdict rests on the interval" if n.low is not None
+        else "nothing was tested" if not there else "no test of this kind gives one",
+        asked=asked, threshold=threshold, threshold_from=held_by, verdict=verdict, reason=reason,
+        refuted_by=turned.get(verdict, f"Decided, once it can be measured, by this: {asked}."),
+        figure=f"{page}#{claim.figure}" if there and claim.figure else None,
+        rows=Rows(file=f"{claim.rows[0]}.parquet", filter=claim.rows[1].format(**params.model_dump()))
+        if there and claim.rows else None,
+    )  # fmt: skip
+
+
+def decided(
+    claim: Claim, n: Numbers, found: Mapping[str, Any], threshold: float | None, params: Shared
+) -> tuple[str, str]:
+    """Verdict and reason of a claim whose step ran."""
+    rule = RULES[claim.rule]
+    if claim.companion:
+        able = (found.get("able") or {}).get(claim.companion, {"able": False, "why": "the model was not asked"})
+        other = f"this profile is about `{params.task}`; one with `task: {claim.companion}` tests it"
+        return (NOT_TESTED, f"{able['why']}; {other}") if able["able"] else (NOT_TESTABLE, able["why"])
+    if n.why or threshold is None:
+        return NOT_TESTABLE, n.why or "the parameter that holds its threshold is not in the run record"
+    value = "" if n.estimate is None else interval(n.estimate, n.low, n.high)
+    if any(getattr(n, need) is None for need in rule.needs):
+        few = "the step's own test did not decide" if claim.rule == "own" else "too few quads for an interval or a test"
+        return NOT_TESTABLE, "; ".join(filter(None, (value, few)))
+    value = {"own": f"found {n.verdict}", "p": "; ".join(filter(None, (value, f"p = {n.p or 0:.2g}"))),
+             "count": f"{n.estimate or 0:g}"}.get(claim.rule, value)  # fmt: skip
+    reason = f"{value}; asked for: {rule.asked.format(t=f'{threshold:g}', c=claim.centre)}"
+    if not rule.holds(n, threshold, claim.centre):
+        return NOT_SUPPORTED, reason
+    for condition, good in ((claim.requires, True), (claim.excludes, False)):
+        if condition and any(leaves([at(found, condition[0], params)])) != good:
+            return NOT_SUPPORTED, f"{reason}; {condition[1]}"
+    return SUPPORTED, reason
+
+
+def ledger(
+    found: Mapping[str, Mapping[str, Any] | None], params: Story, claims: Sequence[Claim] = CLAIMS
+) -> list[Entry]:
+    """Every claim's entry, in the plan's order; `found` are the findings by step (`steps.story.page.gather`)."""
+    held = thresholds(params, claims)
+    entries = [judge(claim, found.get(claim.step), *held[claim.id], params) for claim in claims]
+    tested = [entry for entry in entries if entry.p is not None and entry.verdict in (SUPPORTED, NOT_SUPPORTED)]
+    for entry, p in zip(tested, holm([entry.p for entry in tested]), strict=True):
+        entry.p_holm = float(p)
+    return entries
+
+
+def holm(p: Sequence[float]) -> np.ndarray:
+    """p values corrected for how many they are (Holm 1979, step-down)."""
+    order = np.argsort(p)
+    out = np.empty(len(p))
+    out[order] = np.minimum(np.maximum.accumulate(np.sort(p) * np.arange(len(p), 0, -1)), 1)
+    return out

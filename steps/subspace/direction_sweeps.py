@@ -1,0 +1,247 @@
+"""Directions put into the model: patched clean into corrupt, moved to other prompts, and steered along.
+
+1. A *change* is the part along an orthonormal basis Q of what patching would change, Q Q^T (clean - corrupt)
+   (`along`). At a head it is taken in the space of the head's values: a head writes W_O z, so the least change of z
+   that keeps what is written along Q is its projection onto the span of W_O^T Q (`pulled`).
+2. `scanned`, `patched` and `moved` put changes into the corrupt run (`lib.sweep.run_variants`): by layer and in the
+   slice as a whole; by number of directions after one layer, beside random subspaces of equal norm and split into the
+   parts inside and outside the span in which the model's activations vary; with directions of other prompts.
+3. `steered` adds multiples of a class's direction to prompts that have no one class.
+
+Source: Makelov, Lange and Nanda 2023 (arXiv 2311.17030: a change along a patched direction may work through a part of
+it along which the model's own activations do not vary).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lib import data, hooks, records, sweep, tasks
+from lib.hooks import Site
+from lib.models import Model
+from lib.single_pass import Activations, BaseRun
+from lib.tasks import Pair
+from pipeline.params import ROOT
+from pipeline.step import Step
+from pipeline.units import Unit, sweep_units
+from steps.subspace.directions import Vectors, against_rest, reported, spanned, unit, vectors_of
+
+PARTS = ("inside", "outside")
+FEW = 3  # random draws where they are only a check: all of `random_directions` stand beside the numbers of directions
+
+
+class Variant(NamedTuple):
+    """A change by name: "method|number of directions|part"."""
+
+    name: str
+    basis: Callable[[Sequence[Pair], int], Float[Tensor, "#pairs width k"]] | None  # of pairs, layer; None: everything
+    like: str = ""  # the variant whose norm it is scaled to, pair by pair
+    within: Float[Tensor, "width k"] | None = None  # of an "inside" or "outside" part: the span
+
+
+def difference(vectors: Vectors, pairs: Sequence[Pair]) -> Float[Tensor, "pairs width 1"]:
+    """Unit vectors from each pair's corrupt class to its clean class."""
+    rows = np.stack([vectors[p.candidates[p.answer]] - vectors[p.candidates[p.corrupt_answer]] for p in pairs])
+    return torch.tensor(rows / np.linalg.norm(rows, axis=1, keepdims=True))[:, :, None]
+
+
+def fixed(name: str, basis: Float[np.ndarray, "k width"], like: str = "") -> Variant:
+    """A variant of one orthonormal basis for all pairs and layers."""
+    chosen = torch.tensor(np.array(basis, dtype=float).T)[None]
+    return Variant(name, lambda pairs, layer: chosen, like)
+
+
+def random_variants(step: Step, width: int, like: Mapping[int, str], draws: int) -> list[Variant]:
+    """Random subspaces of each number of dimensions; their changes get the norm of the variants `like`."""
+    rng = step.rng("random directions")
+    each = [(k, name, draw) for k, name in like.items() for draw in range(draws)]
+    return [fixed(f"random|{k}|{n}", np.linalg.qr(rng.standard_normal((width, k)))[0].T, name) for k, name, n in each]
+
+
+def along(delta: Float[Tensor, "pairs width"], basis: Float[Tensor, "#pairs width k"]) -> Float[Tensor, "pairs width"]:
+    """The part of each row along its orthonormal basis."""
+    return (basis @ (basis.mT @ delta[:, :, None]))[:, :, 0]
+
+
+def pulled(model: Model, site: Site, basis: Float[Tensor, "#pairs width k"]) -> Float[Tensor, "#pairs size k"]:
+    """An orthonormal basis of the span of W_O^T Q in the space of a head's values.
+
+    A change dz of the values writes W_O dz, whose part along Q is Q^T W_O dz. Projected onto the span of W_O^T Q, dz
+    loses only what is orthogonal to it and so writes the same along Q: the least change of the values that does. (What
+    the remaining change writes beside Q stays.) W_O is read off o_proj's gradient, whatever its kind.
+    """
+    module = model.o_projs[site.layer]
+    wanted = basis.mT.flatten(0, 1).to(model.device, model.dtype)
+    with torch.enable_grad():
+        z = torch.zeros(len(wanted), model.n_heads * model.head_size, dtype=model.dtype, device=model.device)
+        read = torch.autograd.grad(module(z.requires_grad_()), z, wanted)[0]
+    own = read[:, hooks.columns_of(model, site)].unflatten(0, (len(basis), -1)).cpu().double()
+    return torch.linalg.qr(own.mT)[0]
+
+
+def changes(
+    variants: Sequence[Variant],
+    delta: Float[Tensor, "pairs width"],
+    bases: Callable[[Variant], Float[Tensor, "#pairs width k"]],
+) -> dict[str, Float[Tensor, "pairs width"]]:
+    """What each variant changes of a site, by name. `delta` is what the whole patch would change."""
+    out: dict[str, Tensor] = {}
+    for variant in variants:
+        change = delta if variant.basis is None else along(delta, bases(variant))
+        if variant.like:
+            change = change * (out[variant.like].norm(dim=1) / change.norm(dim=1).clamp_min(1e-12))[:, None]
+        if variant.within is not None:
+            inside = along(change, variant.within[None])
+            change = inside if variant.name.endswith("inside") else change - inside
+        out[variant.name] = change
+    return out
+
+
+def patch(step: Step, name: str, pairs: Sequence[Pair], sets: Sequence, variants: Sequence[Variant]) -> pd.DataFrame:
+    """A table of the variants' changes put into the corrupt runs at the sets of sites."""
+    names, sites = [variant.name for variant in variants], sorted({site for own in sets for site in own})
+
+    def make(own: Sequence[Pair], base: BaseRun, other: BaseRun) -> dict[str, Activations]:
+        out: dict[str, dict] = {variant: {} for variant in names}
+        for site in sites:
+            key, part = (site.component, site.layer), hooks.columns_of(step.model, site)
+            before = base.activations[key]
+            delta = (other.activations[key] - before)[:, 0, part].cpu().double()
+
+            def basis(variant: Variant, site: Site = site) -> Tensor:
+                found = variant.basis(own, site.layer)
+                return pulled(step.model, site, found) if site.component == "head" else found
+
+            for variant, change in changes(variants, delta, basis).items():
+                new = out[variant].setdefault(key, before.clone())
+                new[:, 0, part] += change.to(new)
+        return out
+
+    options = {"name": name, "variants": names, "sets": [[list(site) for site in own] for own in sets]}
+    return run(step, name, sweep_units(name, pairs, **options), sets, names, make, "denoise")
+
+
+def run(step: Step, name: str, plan: Sequence[Unit], sets: Sequence, names: Sequence[str], make: sweep.Variants,
+        direction: str) -> pd.DataFrame:  # fmt: skip
+    """A table of `sweep.run_variants`; the first unit of the first one also makes the step's two proofs."""
+
+    def compute(unit: Unit) -> pd.DataFrame:
+        how = {"seed": step.params.seed, "memory": step.memory, "profile": step.params.profile}
+        frame = sweep.run_variants(step.model, unit.pairs, sets, names, make, direction=direction, **how)
+        if unit.id == plan[0].id and name == "direction_layers":
+            frame.attrs["log"] = sweep.prove(step.model, unit.pairs[0]) + frame.attrs["log"]
+        return frame
+
+    wanted = [name for name in records.VARIANT_SCHEMA.columns if "label" not in name]
+    return step.table(name, plan, compute, schema=records.VARIANT_SCHEMA, columns=wanted)
+
+
+def scanned(step: Step, pairs: Sequence[Pair], sites: Sequence[Site], means: pd.DataFrame) -> pd.DataFrame:
+    """Class directions patched in the residual stream after each layer of the slice (one set each, in order), and in
+    all of the slice's sites together (the last set): one direction, all of them, random ones, everything."""
+    layers, template = sorted({site.layer for site in sites}), step.params.template
+    vectors = {layer: vectors_of(means, template, layer) for layer in layers}
+    bases = {layer: torch.tensor(spanned(np.stack(list(own.values()))).T)[None] for layer, own in vectors.items()}
+    one = Variant("class difference|1|", lambda own, layer: difference(vectors[layer], own))
+    every = Variant(f"class means|{bases[layers[0]].shape[-1]}|", lambda own, layer: bases[layer])
+    random = random_variants(step, len(means["vector"].iloc[0]), {1: one.name}, FEW)
+    sets = [(Site(layer, "resid"),) for layer in layers] + [tuple(sites)]
+    return patch(step, "direction_layers", pairs, sets, [one, every, *random, Variant("whole|0|", None)])
+
+
+def patched(step: Step, pairs: Sequence[Pair], layer: int, table: pd.DataFrame) -> pd.DataFrame:
+    """Changes in the residual stream after `layer`, by method and number of directions, on the reported half; each
+    method's largest also split into its parts inside and outside the span of the model's principal components."""
+    p, own = step.params, table[table["layer"] == layer]
+    vectors = vectors_of(own[own["method"] == "class mean"], p.template, layer)
+    groups = own[own["method"] != "class mean"].groupby(["method", "k"])
+    bases = {key: np.stack(rows["vector"].tolist()).astype(float) for key, rows in groups}
+    within, most = torch.tensor(bases.pop(("component", 0)).T), max(p.dimensions)
+    one = Variant("class difference|1|", lambda pairs, layer: difference(vectors, pairs))
+    variants, like = [one, Variant("whole|0|", None)], {1: one.name}
+    variants += [fixed(f"{name} against the rest|1|", unit(against_rest(vectors, name))) for name in vectors]
+    for (method, k), basis in bases.items():
+        sizes = [k] if k else sorted({size for size in p.dimensions if size <= len(basis)} | {min(most, len(basis))})
+        variants += [fixed(f"{method}|{size}|", basis[:size]) for size in sizes]
+        if method.endswith("means"):  # class means come first, and lend their norms as far as they go
+            like = {size: f"{method}|{size}|" for size in sizes} | like
+    cap = min(most, len(bases["class means", 0]))
+    split = [v for v in variants if v.name in (one.name, f"class means|{cap}|", "whole|0|") or "rotation" in v.name]
+    variants += [v._replace(name=v.name + part, within=within) for v in split for part in PARTS]
+    variants += random_variants(step, len(within), like, p.random_directions)
+    return patch(step, "direction_patches", reported(pairs), [(Site(layer, "resid"),)], variants)
+
+
+def moved(step: Step, table: pd.DataFrame, pairs: Sequence[Pair], layer: int, means: pd.DataFrame) -> pd.DataFrame:
+    """Class differences and subspaces of class means of every template and of one-name prompts, each patched in pairs
+    of every template (those that line up there), beside random ones and everything; reported half, after `layer`."""
+    p, kept = step.params, [pair.pair_id for pair in reported(pairs)]
+    rows, parts = table[table["pair_id"].isin(kept)], [reported(pairs)]
+    for name in dict.fromkeys(p.templates):
+        if name != p.template:
+            other = rows.assign(template=name, task=tasks.find_template(name, p.task).task)
+            other, _ = data.aligned(other, step.tokenizer, chat_template=p.chat_template, attributes=p.attributes)
+            other = other.assign(pair_id=other["pair_id"] + f"@{name}")
+            parts.append([replace(pair, labels=(), label_tokens=()) for pair in step.prompts(other)])
+    variants, like, classes = [], {}, set(vectors_of(means, p.template, layer))
+    for name in dict.fromkeys([p.template, *means["template"]]):
+        vectors = vectors_of(means, name, layer)
+        if set(vectors) != classes:  # too few prompts line up in that template
+            continue
+        basis = spanned(np.stack(list(vectors.values())))
+        every = {len(basis): fixed(f"{name}|{len(basis)}|", basis)}
+        every[1] = Variant(f"{name}|1|", lambda own, layer, vectors=vectors: difference(vectors, own))
+        like = like or {k: variant.name for k, variant in every.items()}
+        variants += every.values()
+    variants += [*random_variants(step, basis.shape[1], like, FEW), Variant("whole|0|", None)]
+    return patch(step, "direction_transfer", sum(parts, []), [(Site(layer, "resid"),)], variants)
+
+
+def steering_prompts(step: Step, table: pd.DataFrame, pairs: Sequence[Pair]) -> tuple[list[Pair], dict[str, str]]:
+    """Prompts without one class, and the kind of each by its id: `mixed` (a quad's two classes, either first), and two
+    `invented names` or two `things` of data/controls.csv. As pairs whose two sides are equal."""
+    p, out, kinds = step.params, [], {}
+    template = tasks.find_template(p.template, p.task)
+    rows = table[table["pair_id"].isin([pair.pair_id for pair in reported(pairs)])].drop_duplicates("quad_id")
+    names = {"mixed": [(row.clean_a, row.corrupt_b) for row in rows.itertuples()]}
+    listed = pd.read_csv(ROOT / "data" / "controls.csv", dtype=str).sample(frac=1, random_state=p.seed)
+    for kind, word in (("invented names", "invented"), ("things", "thing")):
+        own = listed.loc[listed["kind"] == word, "name"].tolist()
+        names[kind] = list(zip(own[::2], own[1::2], strict=False))
+    for kind, drawn in names.items():
+        for number, both in enumerate(drawn[: p.steering_pairs]):
+            both = both if number % 2 else both[::-1]
+            name = f"{kind} {number}"
+            prompt = tasks.make_prompt(step.tokenizer, template, both, p.chat_template, p.attributes)
+            prompt = replace(prompt, roles={"last": prompt.roles["last"]})
+            out.append(replace(pairs[0], pair_id=name, quad_id=name, half="confirmation", clean=prompt, corrupt=prompt,
+                               labels=(), label_tokens=()))  # fmt: skip
+            kinds[name] = kind
+    return out, kinds
+
+
+def steered(step: Step, prompts: Sequence[Pair], layer: int, means: pd.DataFrame) -> pd.DataFrame:
+    """Each dose of each class's direction (class mean - mean of the class means) added to the residual stream after
+    `layer`, and of random directions of the first class's length. Variants: "class|dose|", "random|dose|number"."""
+    p, vectors = step.params, vectors_of(means, step.params.template, layer)
+    grand, rng = np.mean(list(vectors.values()), axis=0), step.rng("random steering")
+    added = {(name, ""): vector - grand for name, vector in vectors.items()}
+    length = np.linalg.norm(next(iter(added.values())))
+    width = len(grand)
+    added |= {("random", n): length * unit(rng.standard_normal(width))[0] for n in range(FEW)}
+    doses = {f"{name}|{dose:g}|{n}": dose * vector for (name, n), vector in added.items() for dose in p.doses}
+
+    def make(own: Sequence[Pair], base: BaseRun, other: BaseRun) -> dict[str, Activations]:
+        before = base.activations["resid", layer]
+        return {name: {("resid", layer): before + torch.tensor(v).to(before)} for name, v in doses.items()}
+
+    plan = sweep_units("steering", prompts, layer=layer, variants=list(doses))
+    return run(step, "steering", plan, [(Site(layer, "resid"),)], list(doses), make, "noise")

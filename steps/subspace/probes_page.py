@@ -1,0 +1,401 @@
+"""Step 08, probes: from the tables of `steps.subspace.probes` to curves, ranks, figures and sentences.
+
+1. `curves`, `nulls` and `selectivity`: balanced accuracy over layers with intervals over quads or people, beside
+   permuted labels (a threshold is the highest accuracy at any layer under any of them) and the control task.
+2. `rank_table` and `spectra`: accuracy against rank, and the spectrum of the class means, each beside permuted labels;
+   `verdicts` says whether the map is of low rank, by rules that it can fail.
+3. `ends` names the leading directions, `clusters` groups class means.
+4. `findings_of` says it all in sentences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from scipy.cluster.hierarchy import dendrogram, fcluster, linkage
+from sklearn.metrics import adjusted_rand_score
+
+from lib import stats
+from lib.effects import columns
+from report.plots import BLACK, BLUE, GREY, WIDTH, Figure, _canvas, _legend, _points, layer_curve
+from report.words import interval, listed
+from steps.parameters import Subspace
+
+WHOLE = -1  # the rank of a probe that is not reduced
+CURVE = ["kind", "target", "position"]
+MOVED = [*CURVE, "trained", "template"]
+LEADS = (("pair", "superset", "last"), ("one-name", "profession", "last"))  # the two maps whose rank is asked for
+ENOUGH = 0.9  # share of the accuracy above chance that a low-rank probe must keep
+HOME = "a probe has on the tested kind of prompts when it is trained on them, in their first template"
+LOW = 0.5  # share of its cap that a low rank may have at most
+CAPTIONS = {
+    "probes": "Balanced accuracy of linear probes of the residual stream after each layer, on people that the probe "
+    "has not seen, at the names and at the last token; 95% studentised bootstrap intervals over quads or people. "
+    "Beside it the range under permuted labels.",
+    "rank": "Accuracy of reduced-rank probes at the slice's layer on people that the probe has not seen; the last rank "
+    "is the cap. Grey: the range under permuted labels.",
+}
+
+
+def estimates(frame: pd.DataFrame, params: Subspace, by: Sequence[str]) -> pd.DataFrame:
+    """Mean score with an interval over units for each combination of `by`; units that are in all of them."""
+    keys = list(by)
+    sums = frame.groupby(["unit", *keys])["score"].agg(["sum", "count"]).unstack(keys).dropna()
+    total, count = sums["sum"], sums["count"]
+    spans = stats.ratio_intervals(total.to_numpy(), count.to_numpy(), params.level, params.resamples, params.seed)
+    least = min(0, frame["score"].min())  # accuracies are not below 0; differences of them are
+    ends = {name: pd.Series(own, dtype=float).clip(least, 1) for name, own in columns(spans).items()}
+    return total.columns.to_frame(index=False).assign(**ends, units=len(total))
+
+
+def of_people(frame: pd.DataFrame, labels: str = "true") -> pd.DataFrame:
+    """Rows on unseen people, whole probes."""
+    return frame[(frame["folds"] == "people") & (frame["labels"] == labels) & (frame["rank"] == WHOLE)]
+
+
+def curves(frame: pd.DataFrame, params: Subspace) -> pd.DataFrame:
+    """Accuracy over layers by kind, target, position, template trained on, and template tested on (`own`: the same)."""
+    parts = [estimates(rows, params, [*MOVED, "layer"]) for _, rows in of_people(frame).groupby(MOVED, sort=False)]
+    out = pd.concat(parts, ignore_index=True)
+    return out.assign(own=out["trained"] == out["template"])
+
+
+def nulls(frame: pd.DataFrame) -> pd.DataFrame:
+    """Mean and range over permutations by kind, target, position and layer, and the curve's familywise threshold."""
+    rows = of_people(frame, "permuted")
+    out = rows.groupby([*CURVE, "layer"], sort=False)["score"].agg(estimate="mean", low="min", high="max")
+    return out.reset_index().assign(threshold=lambda table: table.groupby(CURVE)["high"].transform("max"))
+
+
+def selectivity(frame: pd.DataFrame, params: Subspace) -> pd.DataFrame:
+    """Task accuracy, control accuracy and their difference (with intervals) over layers, on folds by prompt."""
+    rows = frame[frame["folds"] == "prompts"]
+    parts = []
+    for _, own in rows.groupby(CURVE, sort=False):
+        wide = own.pivot(index=["unit", "item", "layer"], columns="labels", values="score").reset_index()
+        differences = wide.assign(score=wide["true"] - wide["control"], **own.iloc[0][CURVE])
+        means = wide.groupby("layer")[["true", "control"]].mean().reset_index()
+        parts.append(estimates(differences, params, [*CURVE, "layer"]).merge(means, on="layer"))
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=[*CURVE, "layer"])
+
+
+def titled(table: pd.DataFrame) -> pd.Series:
+    """A panel's title: the target and the kind of prompts."""
+    return table["target"] + " (" + table["kind"] + " prompts)"
+
+
+def accuracy_figure(curve: pd.DataFrame, null: pd.DataFrame) -> Figure:
+    """Accuracy over layers at both positions, and the range of permuted labels."""
+    both = null.groupby(["kind", "target", "layer"], sort=False).agg(
+        estimate=("estimate", "mean"), low=("low", "min"), high=("high", "max")
+    )
+    frame = pd.concat([curve[curve["own"]], both.reset_index().assign(position="permuted labels")])
+    return layer_curve(frame.assign(panel=titled(frame)), "balanced accuracy", "position", "panel")
+
+
+def selectivity_figure(table: pd.DataFrame) -> Figure:
+    """Selectivity over layers at both positions."""
+    return layer_curve(table.assign(panel=titled(table)), "selectivity (difference of accuracy)", "position", "panel")
+
+
+def rank_table(frame: pd.DataFrame, params: Subspace) -> pd.DataFrame:
+    """Accuracy against rank by kind, target, position and layer: `labels` true with intervals over units, or permuted
+    with its range. The largest rank is the cap, classes less one."""
+    rows = frame[(frame["folds"] == "people") & (frame["rank"] != WHOLE)]
+    by = [*CURVE, "layer"]
+    true = rows[rows["labels"] == "true"]
+    parts = [estimates(own, params, [*by, "rank"]).assign(labels="true") for _, own in true.groupby(by, sort=False)]
+    null = rows[rows["labels"] == "permuted"].groupby([*by, "rank"])["score"]
+    null = null.agg(estimate="mean", low="min", high="max").reset_index()
+    return pd.concat([*parts, null.assign(labels="permuted")], ignore_index=True)
+
+
+def effective_rank(values: np.ndarray) -> float:
+    """exp of the entropy of the shares of variance (Roy and Vetterli 2007, with variances for singular values)."""
+    shares = values**2 / (values**2).sum()
+    return float(np.exp(-(shares[shares > 0] * np.log(shares[shares > 0])).sum()))
+
+
+def spectra(means: pd.DataFrame) -> pd.DataFrame:
+    """Effective rank of the class means, and the share of their variance in the first k directions (`explained`, a
+    list), for the true labels (permutation -1) and each permutation."""
+    rows = means[means["what"] == "singular values"]
+    variances = [np.asarray(values, dtype=float) ** 2 for values in rows["values"]]
+    return rows[[*CURVE, "layer", "permutation"]].assign(
+        effective=[effective_rank(np.sqrt(own)) for own in variances],
+        explained=[np.cumsum(own) / own.sum() for own in variances],
+    )
+
+
+def verdicts(ranks: pd.DataFrame, spectrum: pd.DataFrame) -> pd.DataFrame:
+    """Whether each map (kind, target, position) is of low rank at each layer, and the numbers that say so.
+
+    Low rank: a probe of at most half the cap keeps ENOUGH of the accuracy above chance (`rank needed`), and the class
+    means' effective rank is below that of every permutation of the labels. `low rank` is None, not decided, where the
+    probe at the cap is not above every permutation. `explained`: share of the class means' variance in the first half
+    of the cap's directions; `permuted ...`: the least effective rank and the largest share under permuted labels.
+    """
+    out = []
+    for key, own in ranks.groupby([*CURVE, "layer"], sort=False):
+        true = own[own["labels"] == "true"].set_index("rank")["estimate"].sort_index()
+        cap, tops = int(true.index.max()), own[own["labels"] == "permuted"].set_index("rank")["high"]
+        chance, half, accuracy = 1 / (cap + 1), max(1, int(cap * LOW)), float(true[cap])
+        needed = int(true.index[true >= min(accuracy, chance + ENOUGH * (accuracy - chance))].min())
+        there = spectrum[(spectrum[[*CURVE, "layer"]] == list(key)).all(axis=1)]
+        (effective, *others), (first, *rest) = there["effective"], [values[half - 1] for values in there["explained"]]
+        low = bool(needed <= half and effective < min(others)) if accuracy > tops[cap] else None
+        numbers = {"cap": cap, "chance": chance, "accuracy": accuracy, "at rank 1": float(true.iloc[0])}
+        numbers |= {"rank needed": needed, "effective rank": effective, "permuted effective rank": min(others)}
+        numbers |= {"explained": float(first), "permuted explained": float(max(rest)), "low rank": low}
+        out.append(dict(zip([*CURVE, "layer"], key, strict=True)) | numbers)
+    return pd.DataFrame(out)
+
+
+def only(table: pd.DataFrame, lead: tuple[str, str, str], layer: int) -> pd.DataFrame:
+    """The rows of one map at one layer."""
+    return table[(table[[*CURVE, "layer"]] == [*lead, layer]).all(axis=1)]
+
+
+def rank_figure(ranks: pd.DataFrame, layer: int) -> Figure:
+    """Accuracy against rank for the two leading maps, a panel each; grey: the range of permuted labels."""
+    with _canvas((WIDTH, 5.2), len(LEADS)) as (figure, panels):
+        for axes, lead in zip(panels, LEADS, strict=True):
+            own = only(ranks, lead, layer).sort_values("rank")
+            true, null = own[own["labels"] == "true"], own[own["labels"] == "permuted"]
+            look = {"color": GREY, "alpha": 0.3, "lw": 0, "label": "permuted labels"}
+            axes.fill_between(null["rank"], null["low"], null["high"], **look)
+            axes.plot(true["rank"], true["estimate"], color=BLUE, lw=1, alpha=0.6)
+            _points(axes, true["rank"].to_numpy(), true, BLUE, "o", "true labels")
+            axes.axhline(1 / (true["rank"].max() + 1), color=BLACK, lw=1, ls="--", label="chance")
+            axes.set(title=f"{lead[1]} ({lead[0]} prompts, {lead[2]})", ylabel="balanced accuracy", xscale="log")
+        every = np.unique(ranks["rank"])
+        axes.set_xticks(every, [str(rank) for rank in every])
+        axes.set_xticks([], minor=True)
+        axes.set_xlabel("rank of the probe")
+        _legend(figure, panels[0])
+    return figure
+
+
+def coordinates(means: pd.DataFrame, lead: tuple[str, str, str], layer: int) -> pd.DataFrame:
+    """Class means in their singular directions: classes x directions."""
+    rows = only(means[means["what"] == "class mean"], lead, layer)
+    return pd.DataFrame([np.asarray(v, dtype=float) for v in rows["values"]], index=rows["name"].tolist())
+
+
+def ends(means: pd.DataFrame, lead: tuple[str, str, str], layer: int) -> list[dict]:
+    """For each leading direction: its share of the class means' variance, the classes at its ends, and their words."""
+    places = coordinates(means, lead, layer)
+    said = only(means[means["what"] == "words"], lead, layer).set_index("name")["words"]
+    shares = (places**2).sum() / (places**2).to_numpy().sum()
+    return [
+        {"direction": k + 1, "share": float(shares[k]), "high": places[k].idxmax(), "low": places[k].idxmin()}
+        | {f"{end}_words": said[f"{k + 1} {end}"] for end in ("high", "low")}
+        for k in range(min(places.shape[1], len(said) // 2))
+    ]
+
+
+def clusters(places: pd.DataFrame, superset_of: dict[str, str], permutations: int, seed: int) -> dict:
+    """Average linkage on the correlation of class means, cut into as many clusters as supersets; its adjusted Rand
+    index with these, and p by permutation."""
+    tree = linkage(places.to_numpy(), "average", metric="correlation")
+    own = [superset_of[name] for name in places.index]
+    cut = fcluster(tree, len(set(own)), "maxclust")
+    index, rng = adjusted_rand_score(own, cut), np.random.default_rng(seed)
+    chance = [adjusted_rand_score(rng.permutation(own), cut) for _ in range(permutations)]
+    groups = pd.Series(places.index).groupby(cut).agg(list).tolist()
+    p = (1 + sum(value >= index for value in chance)) / (1 + permutations)
+    return {"tree": tree.tolist(), "names": list(places.index), "groups": groups, "rand": float(index), "p": float(p)}
+
+
+def means_figure(places: pd.DataFrame) -> Figure:
+    """Class means along their first two directions."""
+    with _canvas((WIDTH, 3.6)) as (figure, (axes,)):
+        y = places[1] if places.shape[1] > 1 else places[0] * 0
+        axes.scatter(places[0], y, color=BLUE)
+        for turn, name in enumerate(y.sort_values().index):  # below and above in turn: neighbours do not overlap
+            axes.annotate(name, (places[0][name], y[name]), (5, 4 if turn % 2 else -12), textcoords="offset points")
+        axes.margins(0.15)
+        axes.set(xlabel="first direction (spreads within classes)", ylabel="second direction")
+    return figure
+
+
+def cluster_figure(found: dict, superset_of: dict[str, str]) -> Figure:
+    """The tree of class means, each named with its superset."""
+    with _canvas((WIDTH, 1.0 + 0.17 * len(found["names"]))) as (figure, (axes,)):
+        names = [f"{name} ({superset_of[name]})" for name in found["names"]]
+        tree = np.array(found["tree"])
+        dendrogram(tree, labels=names, orientation="right", ax=axes, color_threshold=0, above_threshold_color=BLUE)
+        axes.grid(False)
+        axes.tick_params(axis="y", labelsize=8)
+        axes.set_xlabel("1 - correlation of class means")
+    return figure
+
+
+def shown(row: pd.Series) -> str:
+    return interval(row["estimate"], row["low"], row["high"])
+
+
+def first_above(curve: pd.DataFrame, threshold: float) -> int | None:
+    """The first layer from which the accuracy stays above the threshold."""
+    own = curve.sort_values("layer")
+    stays = (own["estimate"] > threshold)[::-1].cummin()[::-1]
+    return int(own.loc[stays.idxmax(), "layer"]) if stays.any() else None
+
+
+def accuracy_sentences(curve: pd.DataFrame, null: pd.DataFrame, layers: Sequence[int], permutations: int) -> list[str]:
+    """For each target, kind and position: where it rises above permuted labels, the best layer, the slice's ends."""
+    out = []
+    for key, own in curve[curve["own"]].groupby(CURVE, sort=False):
+        threshold = null[(null[CURVE] == list(key)).all(axis=1)]["threshold"].iloc[0]
+        best, first = own.loc[own["estimate"].idxmax()], first_above(own, threshold)
+        at = own.set_index("layer").sort_index()
+        slices = [f"{shown(at.loc[layer])} at layer {layer}" for layer in dict.fromkeys((min(layers), max(layers)))]
+        above = (
+            f"is above the threshold of permuted labels ({threshold:.2f}) from layer {first} on"
+            if first is not None
+            else f"does not stay above the threshold of permuted labels ({threshold:.2f})"
+        )
+        out.append(
+            f"{key[1].capitalize()} from {key[0]} prompts at `{key[2]}`, people not seen: balanced accuracy {above}; "
+            f"it is {shown(at.iloc[0])} at layer {at.index[0]}, highest after layer {best['layer']} ({shown(best)}), "
+            f"and {listed(slices)}, where the slice begins and ends."
+            + (
+                " After that first layer little more than the spelling of the names can be read."
+                if first == at.index[0]
+                else ""
+            )
+        )
+    return [
+        f"The threshold is the highest accuracy at any layer under any of {permutations} permutations of the labels "
+        f"(familywise p = {1 / (permutations + 1):.3f} for what exceeds it).",
+        *out,
+    ]
+
+
+def selectivity_sentence(table: pd.DataFrame, layer: int) -> list[str]:
+    """Task, control and selectivity at the slice's layer."""
+    rows = table[table["layer"] == layer]
+    each = [
+        f"{row['target']} from {row['kind']} prompts at `{row['position']}` {row['true']:.2f} - {row['control']:.2f} = "
+        f"{shown(row)}"
+        + ("" if row["low"] is None or np.isnan(row["low"]) or row["low"] > 0 else " (not shown to be above 0)")
+        for _, row in rows.iterrows()
+    ]
+    return [
+        f"Selectivity after layer {layer}, with every person on both sides of the folds (accuracy on the task less "
+        f"accuracy on random labels per person): {listed(each)}."
+    ] * bool(each)
+
+
+def rank_sentence(one: pd.Series) -> str:
+    """The verdict on one map."""
+    where = f"{one['target']} ({one['kind']} prompts, `{one['position']}`, layer {one['layer']}; cap {one['cap']})"
+    verdict, effective = "of low rank" if one["low rank"] else "not of low rank", one["permuted effective rank"]
+    if one["low rank"] is None:
+        return f"The rank of the map to {where} is not decided: the probe is not above every permutation of the labels."
+    return (
+        f"The map to {where} is {verdict}: rank {one['rank needed']} keeps {ENOUGH:.0%} of the accuracy above chance "
+        f"({one['accuracy']:.2f} at the cap, {one['at rank 1']:.2f} for a single direction, chance "
+        f"{one['chance']:.2f}); the class means' effective rank is {one['effective rank']:.1f}, at least "
+        f"{effective:.1f} under permuted labels; half the cap's directions hold {one['explained']:.0%} of their "
+        f"variance, at most {one['permuted explained']:.0%} under permuted labels."
+    )
+
+
+def direction_sentence(found: Sequence[dict], target: str) -> str:
+    each = [
+        f"{own['direction']} ({own['share']:.0%} of the class means' variance) from {own['low']} (near the words "
+        f"{own['low_words']}) to {own['high']} ({own['high_words']})"
+        for own in found
+    ]
+    return f"The leading directions of the {target} means run: {'; '.join(each)}."
+
+
+def cluster_sentence(found: dict, target: str) -> str:
+    groups = "; ".join(listed(group) for group in found["groups"])
+    alike = "follow the supersets" if found["p"] <= 0.05 else "are not shown to follow the supersets"
+    return (
+        f"Clusters of the {target} means: {groups}. They {alike} (adjusted Rand index {found['rand']:.2f}, "
+        f"p = {found['p']:.2g} by permutation)."
+    )
+
+
+def transfer_table(curve: pd.DataFrame, null: pd.DataFrame, layer: int) -> pd.DataFrame:
+    """Every probe at one layer on prompts unlike its own, about other people, with the own probe of those beside it."""
+    rows = curve[curve["layer"] == layer]
+    own = rows[rows["own"]].set_index(CURVE)["estimate"].rename("own probe")
+    tops = null.groupby(CURVE)["threshold"].first()
+    return rows[~rows["own"]].join(own, on=CURVE).join(tops, on=CURVE).drop(columns="own")
+
+
+def transfer_sentence(table: pd.DataFrame, layer: int) -> list[str]:
+    """How probes do on prompts that they were not trained on."""
+    each = [
+        f"{row['target']} at `{row['position']}` from `{row['trained']}` to `{row['template']}` {shown(row)} "
+        f"(beside {row['own probe']:.2f})"
+        for _, row in table.iterrows()
+    ]
+    good = int((table["estimate"] > table["threshold"]).sum())
+    return [
+        f"Probes moved to other prompts about other people, after layer {layer} (beside the accuracy that {HOME}): "
+        f"{listed(each)}. {good} of {len(table)} are above the threshold of permuted labels."
+    ] * bool(each)
+
+
+def superset_of(frame: pd.DataFrame) -> dict[str, str]:
+    """The superset of each profession, by the people who were asked about."""
+    rows = frame[(frame["kind"] == "one-name") & (frame["label"] != "")]
+    labels = rows.drop_duplicates(["item", "target"]).pivot(index="item", columns="target", values="label")
+    return dict(labels.dropna()[["profession", "superset"]].itertuples(index=False, name=None))
+
+
+def part(
+    frame: pd.DataFrame, means: pd.DataFrame, layers: Sequence[int], dropped: Sequence[str], params: Subspace
+) -> dict:
+    """Everything that the page says and hands on; `layers` are the slice's, its leading site's first."""
+    layer, curve, null, select = layers[0], curves(frame, params), nulls(frame), selectivity(frame, params)
+    ranks = rank_table(frame, params)
+    table, moved = verdicts(ranks, spectra(means)), transfer_table(curve, null, layer)
+    named, groups, said = {}, None, []
+    for lead in LEADS:
+        one = only(table, lead, layer)
+        said += [rank_sentence(row) for _, row in one.iterrows()]
+        if lead[1] == "superset" or one["low rank"].eq(True).any():
+            named[lead[1]] = ends(means, lead, layer)
+            said.append(direction_sentence(named[lead[1]], lead[1]))
+        if lead[1] == "profession":
+            groups = clusters(coordinates(means, lead, layer), superset_of(frame), params.flips, params.seed)
+            said.append(cluster_sentence(groups, lead[1]))
+    figures = {
+        "probes": accuracy_figure(curve, null),
+        "rank": rank_figure(ranks, layer),
+        "means": means_figure(coordinates(means, LEADS[0], layer)),
+        "clusters": cluster_figure(groups, superset_of(frame)),
+    } | ({"selectivity": selectivity_figure(select)} if len(select) else {})
+    sizes = frame[frame["labels"] == "true"].groupby("kind")[["unit", "item"]].nunique()
+    sentences = [
+        f"Probes were read from {sizes.loc['pair', 'item']} pair prompts of {sizes.loc['pair', 'unit']} quads, whose "
+        "people the model tells apart by selection (an accuracy near 1 at the last token of the last layers is built "
+        f"in), and from one-name prompts about {sizes.loc['one-name', 'item']} other people, unselected.",
+        *dropped,
+        *accuracy_sentences(curve, null, layers, frame["permutation"].max() + 1),
+        *selectivity_sentence(select, layer),
+        *said,
+        *transfer_sentence(moved, layer),
+    ]
+    return {
+        "sentences": sentences,
+        "headline": [],  # what its directions can do says more
+        "figures": figures,
+        "captions": CAPTIONS,
+        "verdicts": table,
+        "probes": {
+            "accuracy": curve[curve["own"]].drop(columns="own").to_dict("records"),
+            "thresholds": null.drop_duplicates(CURVE)[[*CURVE, "threshold"]].to_dict("records"),
+            "selectivity": select.to_dict("records"),
+            "transfer": moved.to_dict("records"),
+        },
+        "rank": {"layer": layer, "verdicts": table.to_dict("records"), "directions": named, "clusters": groups},
+    }
