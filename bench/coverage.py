@@ -26,6 +26,7 @@ import scipy
 from scipy.stats import t as student
 
 from lib import stats
+from lib.stats import Settings
 from steps.generality import class_tests
 
 OUT = Path(__file__).parent / "results" / "coverage.json"
@@ -51,10 +52,11 @@ def compared(rng: np.random.Generator, numerator: np.ndarray, denominator: np.nd
     """Coverage of one ratio per column: the symmetric bootstrap-t of `lib.stats`, its equal-tailed form, the mean of
     the two forms' ends, and Student's t."""
     seed = int(rng.integers(2**31))
-    made = stats.ratio_intervals(numerator, denominator, LEVEL, RESAMPLES, seed)
+    settings = Settings(LEVEL, RESAMPLES, seed=seed)
+    made = stats.ratio_intervals(numerator, denominator, settings)
     ratios = stats._Ratios.of(numerator, denominator)
     pivot = (ratios.estimate - truth) / ratios.error
-    t = np.vstack(list(ratios.t_values(RESAMPLES, seed)))
+    t = np.vstack(list(ratios.t_values(settings)))
     low, high = np.nanquantile(t, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
     reach = np.nanquantile(np.abs(t), LEVEL, axis=0)
     fixed = student.ppf((1 + LEVEL) / 2, len(numerator) - 1)
@@ -107,12 +109,12 @@ def rows_or_quads(rng: np.random.Generator, trials: int) -> list[dict]:
         quads, single = pairs.mean(1), pairs.reshape(200, trials)
         level = {}
         for unit, values in (("quads", quads), ("pairs", single)):
-            tests = [stats.max_t(values[:, [i]], FLIPS, seed=i).p[0] for i in range(min(trials, 1_000))]
+            tests = [stats.max_t(values[:, [i]], Settings(flips=FLIPS, seed=i)).p[0] for i in range(min(trials, 1_000))]
             level[unit] = round(float(np.mean(np.array(tests) <= 0.05)), 4)
         rows.append({
             "values": name, "quads": 50, "pairs_per_quad": 4,
-            "coverage_by_quads": covered(stats.mean_intervals(quads, LEVEL, RESAMPLES), 0.0),
-            "coverage_by_pairs": covered(stats.mean_intervals(single, LEVEL, RESAMPLES), 0.0),
+            "coverage_by_quads": covered(stats.mean_intervals(quads, Settings(LEVEL, RESAMPLES)), 0.0),
+            "coverage_by_pairs": covered(stats.mean_intervals(single, Settings(LEVEL, RESAMPLES)), 0.0),
             "level_by_quads": level["quads"], "level_by_pairs": level["pairs"],
         })  # fmt: skip
     return rows
@@ -127,10 +129,11 @@ def families(rng: np.random.Generator, trials: int) -> list[dict]:
                 found: dict[str, list[bool]] = {"simultaneous": [], "two-sided": [], "greater": [], "less": []}
                 for seed in range(trials):
                     matrix = draw(rng, (quads, 300)) + shared * draw(rng, (quads, 1))
-                    made = stats.simultaneous(matrix, LEVEL, RESAMPLES, seed)
+                    settings = Settings(LEVEL, RESAMPLES, FLIPS, seed)
+                    made = stats.simultaneous(matrix, settings)
                     found["simultaneous"].append(all(interval.low <= 0 <= interval.high for interval in made))
                     for tail in ("two-sided", "greater", "less"):
-                        found[tail].append(stats.max_t(matrix, FLIPS, seed, tail).p.min() <= 0.05)
+                        found[tail].append(stats.max_t(matrix, settings, tail).p.min() <= 0.05)
                 rows.append(
                     {"values": name, "sites": 300, "correlation": shared / 2, "quads": quads}
                     | {"symmetric_under_the_null": name != "lognormal"}
@@ -150,8 +153,8 @@ def proportions(rng: np.random.Generator, trials: int) -> list[dict]:
             two = np.full(50, 2)
             rows.append({
                 "truth": truth, "correlation": correlation, "quads": 50,
-                "wilson": covered([stats.proportion_interval(column, two, LEVEL) for column in hits.T], truth),
-                "bootstrap_t": covered(stats.ratio_intervals(hits.astype(float), two, LEVEL, RESAMPLES), truth),
+                "wilson": covered([stats.proportion_interval(column, two, Settings(LEVEL)) for column in hits.T], truth),
+                "bootstrap_t": covered(stats.ratio_intervals(hits.astype(float), two, Settings(LEVEL, RESAMPLES)), truth),
                 "level_above_chance": round(
                     float(np.mean([stats.above_chance(column, two, truth).above for column in hits.T])), 4
                 ),
@@ -173,7 +176,7 @@ def agreement(rng: np.random.Generator, trials: int) -> list[dict]:
                 return one, two
 
             expected = np.mean([stats._spearman(*(x.mean(0)[None] for x in draw()))[0] for _ in range(2_000)])
-            made = [stats.rank_agreement(*draw(), LEVEL, 300, seed) for seed in range(trials)]
+            made = [stats.rank_agreement(*draw(), Settings(LEVEL, 300, seed=seed)) for seed in range(trials)]
             rows.append({
                 "noise": noise, "quads": quads, "sites": 50, "coverage": covered(made, expected),
                 "true_effects": round(float(stats._spearman(means[None], other[None])[0]), 3),
@@ -198,7 +201,9 @@ def classes(rng: np.random.Generator, trials: int) -> list[dict]:
                 return float(stats._spearman(*(x.mean(0)[None] for x in drawn.values()))[0])
 
             expected = np.mean([spearman(draw()) for _ in range(2_000)])
-            made = [class_tests.between_classes(draw(), LEVEL, 300, seed).iloc[1] for seed in range(trials)]
+            made = [
+                class_tests.between_classes(draw(), Settings(LEVEL, 300, seed=seed)).iloc[1] for seed in range(trials)
+            ]
             rows.append({
                 "sites": sites, "noise": noise, "quads": [40, 25], "expected": round(float(expected), 3),
                 "coverage": share([row["low"] <= expected <= row["high"] for row in made]),

@@ -301,7 +301,7 @@ def curve(frame: pd.DataFrame, settings: Settings, by: Sequence[str] = ("layer",
     by = list(by)
     change = quad_matrix(frame, "effect", by, reduce="sum")
     gap = quad_matrix(frame, "gap", by, reduce="sum")
-    ratios = stats.ratio_intervals(change.values, gap.values, settings.level, settings.resamples, settings.seed)
+    ratios = stats.ratio_intervals(change.values, gap.values, settings)
     return change.sites.assign(**columns(ratios), quads=len(change.quads))
 
 
@@ -310,8 +310,8 @@ def site_effects(frame: pd.DataFrame, settings: Settings, by: Sequence[str] = tu
     and p values (max-T over all sites of the frame), and the ratio of sums with an interval of its own."""
     by = list(by)
     matrix = quad_matrix(frame, "effect", by)
-    together = stats.simultaneous(matrix.values, settings.level, settings.resamples, settings.seed)
-    test = stats.max_t(matrix.values, settings.flips, settings.seed)
+    together = stats.simultaneous(matrix.values, settings)
+    test = stats.max_t(matrix.values, settings)
     margin = quad_matrix(frame, "margin_effect", by).values.mean(0)
     out = matrix.sites.assign(**columns(together), p=test.p, t=test.t, margin_effect=margin, quads=len(matrix.quads))
     ratios = curve(frame, settings, by)
@@ -375,7 +375,7 @@ def answer_and_foil(
     parts = []
     for logit in ("answer", "foil"):
         matrix = quad_matrix(own, f"{logit}_change", ["site"])
-        means = stats.mean_intervals(matrix.values, settings.level, settings.resamples, settings.seed)
+        means = stats.mean_intervals(matrix.values, settings)
         parts.append(matrix.sites.assign(logit=logit, **columns(means)))
     out = pd.concat(parts)
     order = {site: index for index, site in enumerate(sites)}

@@ -17,7 +17,7 @@ product, done in chunks; a seed decides everything. `bench/coverage.py` measures
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -66,6 +66,9 @@ class Settings:
     seed: int = 0
 
 
+DEFAULTS = Settings()
+
+
 class MaxT(NamedTuple):
     """A test of every site by flipping signs of quads."""
 
@@ -92,14 +95,14 @@ def _matrix(values: ArrayLike, name: str) -> Float[np.ndarray, "quads sites"]:
     return matrix
 
 
-def _check(level: float, resamples: int) -> None:
-    if not 0 < level < 1:
-        raise ValueError(f"level must lie in (0, 1); got {level}")
-    if resamples < 100:
-        raise ValueError(f"resamples must be at least 100; got {resamples}")
+def check(settings: Settings) -> None:
+    if not 0 < settings.level < 1:
+        raise ValueError(f"level must lie in (0, 1); got {settings.level}")
+    if settings.resamples < 100:
+        raise ValueError(f"resamples must be at least 100; got {settings.resamples}")
 
 
-def _weights(n: int, sites: int, resamples: int, seed: int) -> Iterator[Float[np.ndarray, "chunk n"]]:
+def weights(n: int, sites: int, resamples: int, seed: int | Sequence[int]) -> Iterator[Float[np.ndarray, "chunk n"]]:
     """Bootstrap resamples as counts per quad, chunk by chunk; the draws depend on n, resamples and seed alone."""
     rng = np.random.default_rng(seed)
     step = max(1, CHUNK // max(n, sites))
@@ -138,14 +141,14 @@ class _Ratios(NamedTuple):
         denominator = self.denominator if shared else self.denominator[:, part]
         return _Ratios(self.estimate[part], self.error[part], self.residual[:, part], denominator)
 
-    def t_values(self, resamples: int, seed: int) -> Iterator[Float[np.ndarray, "chunk sites"]]:
+    def t_values(self, settings: Settings) -> Iterator[Float[np.ndarray, "chunk sites"]]:
         """t per resample and site: how far the ratio moved, over the resample's own standard error.
 
         With weights w, residuals e and denominators d of mean 1, the ratio moves by delta = sum(w e) / sum(w d), and
         the resample's own residuals are e - delta d. NaN where these have no spread, or sum(w d) is not positive.
         """
         n, e, d = len(self.residual), self.residual, self.denominator
-        for w in _weights(n, len(self.error), resamples, seed):
+        for w in weights(n, len(self.error), settings.resamples, settings.seed):
             total = w @ d
             total = np.where(total > 0, total, np.nan)
             delta = (w @ e) / total
@@ -156,7 +159,7 @@ class _Ratios(NamedTuple):
 
 
 def _intervals(
-    numerator: np.ndarray, denominator: np.ndarray, level: float, resamples: int, seed: int, together: bool = False
+    numerator: np.ndarray, denominator: np.ndarray, settings: Settings, together: bool = False
 ) -> list[Interval]:
     """Symmetric bootstrap-t intervals, estimate +- (quantile of |t|) x error, for each site or for all together.
 
@@ -164,18 +167,19 @@ def _intervals(
     the resamples without spread (values nearly all equal): the quantile is not determined, and Student's t stands in.
     Fewer are left out.
     """
-    _check(level, resamples)
+    check(settings)
     n, sites = numerator.shape
+    level = settings.level
     ratios = _Ratios.of(numerator, denominator)
     if reason := too_few(n):
         return [Interval(float(estimate), None, None, level, n, reason) for estimate in ratios.estimate]
     if together:
-        largest = [np.fmax.reduce(np.abs(t), axis=1, initial=0.0) for t in ratios.t_values(resamples, seed)]
+        largest = [np.fmax.reduce(np.abs(t), axis=1, initial=0.0) for t in ratios.t_values(settings)]
         critical, method = np.full(sites, np.quantile(np.concatenate(largest), level)), f"max-|t| over {sites} sites"
     else:
-        width = max(1, CHUNK // resamples)  # sites at a time, all with the same resamples
+        width = max(1, CHUNK // settings.resamples)  # sites at a time, all with the same resamples
         blocks = [ratios.columns(slice(start, start + width)) for start in range(0, sites, width)]
-        tables = (np.vstack(list(block.t_values(resamples, seed))) for block in blocks)
+        tables = (np.vstack(list(block.t_values(settings))) for block in blocks)
         critical, method = np.concatenate([_quantiles(np.abs(table), level) for table in tables]), "bootstrap-t"
     intervals = []
     for estimate, error, quantile in zip(*(x.tolist() for x in (ratios.estimate, ratios.error, critical)), strict=True):
@@ -198,25 +202,21 @@ def _quantiles(t: Float[np.ndarray, "resamples sites"], level: float) -> Float[n
     return quantiles
 
 
-def mean_intervals(
-    matrix: Float[np.ndarray, "quads sites"], level: float = 0.95, resamples: int = 10_000, seed: int = 0
-) -> list[Interval]:
+def mean_intervals(matrix: Float[np.ndarray, "quads sites"], settings: Settings = DEFAULTS) -> list[Interval]:
     """Bootstrap-t interval for the mean of each column; each holds on its own (`simultaneous`: all together)."""
     values = _matrix(matrix, "matrix")
-    return _intervals(values, np.ones((len(values), 1)), level, resamples, seed)
+    return _intervals(values, np.ones((len(values), 1)), settings)
 
 
-def mean_interval(values: ArrayLike, level: float = 0.95, resamples: int = 10_000, seed: int = 0) -> Interval:
+def mean_interval(values: ArrayLike, settings: Settings = DEFAULTS) -> Interval:
     """Bootstrap-t interval for the mean of one value per quad; for the difference of two ablations, of differences."""
-    return mean_intervals(np.ravel(values)[:, None], level, resamples, seed)[0]
+    return mean_intervals(np.ravel(values)[:, None], settings)[0]
 
 
 def ratio_intervals(
     numerators: Float[np.ndarray, "quads sites"],
     denominators: ArrayLike,
-    level: float = 0.95,
-    resamples: int = 10_000,
-    seed: int = 0,
+    settings: Settings = DEFAULTS,
 ) -> list[Interval]:
     """Bootstrap-t interval, with delta-method errors, for each column's sum(numerator) / sum(denominator).
 
@@ -226,19 +226,15 @@ def ratio_intervals(
     top, bottom = _matrix(numerators, "numerators"), _matrix(denominators, "denominators")
     if len(top) != len(bottom) or bottom.shape[1] not in (1, top.shape[1]):
         raise ValueError(f"numerators {top.shape} and denominators {bottom.shape} must have the same quads and sites")
-    return _intervals(top, bottom, level, resamples, seed)
+    return _intervals(top, bottom, settings)
 
 
-def ratio_interval(
-    numerator: ArrayLike, denominator: ArrayLike, level: float = 0.95, resamples: int = 10_000, seed: int = 0
-) -> Interval:
+def ratio_interval(numerator: ArrayLike, denominator: ArrayLike, settings: Settings = DEFAULTS) -> Interval:
     """`ratio_intervals` for one ratio; one numerator and one denominator per quad."""
-    return ratio_intervals(np.ravel(numerator)[:, None], denominator, level, resamples, seed)[0]
+    return ratio_intervals(np.ravel(numerator)[:, None], denominator, settings)[0]
 
 
-def simultaneous(
-    matrix: Float[np.ndarray, "quads sites"], level: float = 0.95, resamples: int = 10_000, seed: int = 0
-) -> list[Interval]:
+def simultaneous(matrix: Float[np.ndarray, "quads sites"], settings: Settings = DEFAULTS) -> list[Interval]:
     """Intervals for the mean of each column that cover all of them together with probability `level` (familywise).
 
     Each is estimate +- c standard errors, where c is the quantile of the largest |t| over sites in resamples of whole
@@ -246,13 +242,12 @@ def simultaneous(
     in a resample in which it has no spread.
     """
     values = _matrix(matrix, "matrix")
-    return _intervals(values, np.ones((len(values), 1)), level, resamples, seed, together=True)
+    return _intervals(values, np.ones((len(values), 1)), settings, together=True)
 
 
 def max_t(
     matrix: Float[np.ndarray, "quads sites"],
-    flips: int = 10_000,
-    seed: int = 0,
+    settings: Settings = DEFAULTS,
     tail: Literal["two-sided", "greater", "less"] = "two-sided",
 ) -> MaxT:
     """Familywise p values for "this site's mean effect is 0", by flipping the sign of whole quads (single step).
@@ -268,6 +263,7 @@ def max_t(
     """
     values = _matrix(matrix, "matrix")
     n, sites = values.shape
+    flips = settings.flips
     if flips < 1:
         raise ValueError(f"flips must be at least 1; got {flips}")
     if tail not in ("two-sided", "greater", "less"):
@@ -283,7 +279,7 @@ def max_t(
     exact = n <= 60 and 2**n <= flips
     count = 2**n if exact else flips
     familywise, alone = np.zeros(sites), np.zeros(sites)
-    for signs in _signs(n, sites, count, exact, seed):
+    for signs in _signs(n, sites, count, exact, settings.seed):
         flipped = reshape(signs @ scaled)
         alone += (flipped >= reached).sum(0)
         familywise += len(signs) - np.searchsorted(np.sort(flipped.max(1)), reached)
@@ -312,9 +308,7 @@ def benjamini_hochberg(p: ArrayLike) -> Float[np.ndarray, " sites"]:
 def rank_agreement(
     first: Float[np.ndarray, "quads sites"],
     second: Float[np.ndarray, "quads sites"],
-    level: float = 0.95,
-    resamples: int = 2_000,
-    seed: int = 0,
+    settings: Settings = DEFAULTS,
 ) -> Interval:
     """Spearman's correlation between the sites' mean effects under two ablations, the same quads and sites in both.
 
@@ -322,7 +316,8 @@ def rank_agreement(
     quads in both. It is about the correlation to be expected with this many quads: where noise rivals the differences
     between sites, that lies below the correlation of the true effects, and no resampling of quads can tell how far.
     """
-    _check(level, resamples)
+    check(settings)
+    level = settings.level
     a, b = _matrix(first, "first"), _matrix(second, "second")
     if a.shape != b.shape or a.shape[1] < 3:
         raise ValueError(f"rank agreement needs the same quads and at least 3 sites; got {a.shape} and {b.shape}")
@@ -331,7 +326,7 @@ def rank_agreement(
     reason = too_few(n)
     if reason or np.isnan(estimate):
         return Interval(estimate, None, None, level, n, reason or "no interval: all sites have equal effects")
-    drawn = [_spearman(w @ a, w @ b) for w in _weights(n, a.shape[1], resamples, seed)]
+    drawn = [_spearman(w @ a, w @ b) for w in weights(n, a.shape[1], settings.resamples, settings.seed)]
     # z of 1 is infinite: clip
     z, middle = (np.arctanh(np.clip(value, -1 + 1e-12, 1 - 1e-12)) for value in (np.concatenate(drawn), estimate))
     reach = stats.t.ppf((1 + level) / 2, n - 1) * np.nanstd(z)
@@ -366,7 +361,7 @@ def effective_trials(successes: ArrayLike, n: ArrayLike) -> tuple[float, float]:
     return float(p * effective), float(effective)
 
 
-def proportion_interval(successes: ArrayLike, n: ArrayLike, level: float = 0.95) -> Interval:
+def proportion_interval(successes: ArrayLike, n: ArrayLike, settings: Settings = DEFAULTS) -> Interval:
     """Wilson's interval for a proportion, from successes and trials per unit (two arrays, one entry per quad).
 
     Units of several trials enter with their `effective_trials`. (A cluster bootstrap covers 85 to 88% at a true
@@ -374,7 +369,8 @@ def proportion_interval(successes: ArrayLike, n: ArrayLike, level: float = 0.95)
     """
     k, trials = effective_trials(successes, n)
     units, p = len(np.atleast_1d(successes)), k / trials
-    _check(level, 100)
+    check(settings)
+    level = settings.level
     if reason := too_few(units):
         return Interval(p, None, None, level, units, reason)
     z = float(stats.norm.ppf((1 + level) / 2))

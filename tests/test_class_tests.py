@@ -5,6 +5,7 @@ import pytest
 from scipy import stats as reference
 
 from lib import stats
+from lib.stats import Settings
 from steps.generality import class_tests
 
 # --- equivalence
@@ -202,7 +203,7 @@ def ranked(classes: int = 3, quads: int = 40, sites: int = 20, noise: float = 1.
 
 def test_agreement_of_classes_and_of_their_halves():
     effects = ranked(2)
-    table = class_tests.between_classes(effects, resamples=300).set_index(["class_a", "class_b"])
+    table = class_tests.between_classes(effects, Settings(resamples=300)).set_index(["class_a", "class_b"])
     assert list(table.index) == [("A", "A"), ("A", "B"), ("B", "B")]
     between = table.loc[("A", "B")]
     expected = reference.spearmanr(effects["A"].mean(0), effects["B"].mean(0)).statistic
@@ -218,7 +219,7 @@ def test_agreement_of_classes_and_of_their_halves():
 def test_classes_that_rank_sites_the_other_way():
     effects = ranked(2, noise=0.3)
     effects["B"] = -effects["B"]
-    table = class_tests.between_classes(effects, resamples=300).set_index(["class_a", "class_b"])
+    table = class_tests.between_classes(effects, Settings(resamples=300)).set_index(["class_a", "class_b"])
     assert table.loc[("A", "B"), "high"] < -0.8 and table.loc[("B", "B"), "estimate"] > 0.9
 
 
@@ -233,14 +234,14 @@ def test_agreement_covers_the_correlation_to_be_expected():
 
     means = ({name: x.mean(0) for name, x in draw(10_000 + seed).items()} for seed in range(2_000))
     expected = np.mean([reference.spearmanr(x["A"], x["B"]).statistic for x in means])
-    rows = [class_tests.between_classes(draw(seed), resamples=200).iloc[1] for seed in range(200)]
+    rows = [class_tests.between_classes(draw(seed), Settings(resamples=200)).iloc[1] for seed in range(200)]
     assert np.mean([row["low"] <= expected <= row["high"] for row in rows]) >= 0.95 - 3 * 0.0154
 
 
 def test_small_classes_have_estimates_without_intervals():
     effects = ranked(3)
     effects["B"], effects["C"] = effects["B"][:19], effects["C"][:1]
-    table = class_tests.between_classes(effects, resamples=100).set_index(["class_a", "class_b"])
+    table = class_tests.between_classes(effects, Settings(resamples=100)).set_index(["class_a", "class_b"])
     assert np.isnan(table.loc[("A", "B"), "low"]) and table.loc[("A", "B"), "estimate"] > 0
     assert np.isnan(table.loc[("C", "C"), "estimate"]) and table.loc[("A", "C"), "n_b"] == 1
     with pytest.raises(ValueError, match="same sites, at least 3"):

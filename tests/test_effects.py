@@ -68,7 +68,7 @@ def test_quad_matrix():
     matrix = effects.quad_matrix(shuffled)
     assert matrix.values.tolist() == [[1.5, -0.5], [3.0, 6.0]]
     assert matrix.quads.tolist() == ["q1", "q2"]
-    assert list(matrix.sites.columns) == list(effects.SITE) and matrix.sites["head"].tolist() == [0, 1]
+    assert list(matrix.sites.columns) == list(effects.SITE_AND_POSITION) and matrix.sites["head"].tolist() == [0, 1]
     assert effects.quad_matrix(shuffled, "metric_after").values.tolist() == [[-0.5, 1.5], [-2.0, -5.0]]
     numerator, denominator = (effects.quad_matrix(shuffled, name, reduce="sum").values for name in ("effect", "gap"))
     assert numerator.tolist() == [[3, -1], [3, 6]] and denominator.tolist() == [[6, 6], [10, 10]]

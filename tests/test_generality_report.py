@@ -349,7 +349,7 @@ def test_the_rule_is_said_with_its_numbers():
             n_a, n_b = int(classes[0] == index), int(classes[1] == index)
             rows.append({"prompt": number, "name_a": f"a{number}", "name_b": f"b{number}", "superset_class": word,
                          "n_a": n_a, "n_b": n_b, "y": 2 * (n_a + n_b) + 0.1 * rng.standard_normal()})  # fmt: skip
-    fit = rule.compare(pd.DataFrame(rows), resamples=200)
+    fit = rule.compare(pd.DataFrame(rows), PARAMS)
     text = " ".join(statements.rule_sentences(fit))
     assert "additive fits" in text and "two names by 4.0" in text
     lines = report.rule_lines(fit, pd.DataFrame(rows))

@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from lib.stats import Settings
 from steps.generality import rule
 
 CLASSES = ("artist", "athlete", "politician", "scientist", "writer")
@@ -39,7 +40,7 @@ def prompts(
 @pytest.mark.parametrize("truth", STEPS)
 def test_the_rule_that_made_the_data_is_picked(truth):
     for seed in range(3):
-        result = rule.compare(prompts(*STEPS[truth], seed=seed), resamples=500)
+        result = rule.compare(prompts(*STEPS[truth], seed=seed), Settings(resamples=500))
         assert result.verdict == {"number": truth}
         errors = result.errors.set_index("rule")
         if truth in rule.RULES:
@@ -62,7 +63,7 @@ def test_fitted_steps_and_their_ratio():
 
 
 def test_without_noise_the_steps_are_exact():
-    result = rule.compare(prompts(0.75, 1.25, count=60, noise=0), folds=3, resamples=200)
+    result = rule.compare(prompts(0.75, 1.25, count=60, noise=0), Settings(resamples=200), folds=3)
     fitted = result.fitted.set_index("term")["estimate"]
     assert fitted[["one name", "two names", "second step"]].tolist() == pytest.approx([0.75, 1.25, 0.5])
     errors = result.errors.set_index("rule")["error"]
@@ -71,7 +72,7 @@ def test_without_noise_the_steps_are_exact():
 
 
 def test_slots_are_told_apart():
-    same, other = (rule.compare(prompts(1, 2, slots=slots), resamples=500) for slots in (0.0, 0.6))
+    same, other = (rule.compare(prompts(1, 2, slots=slots), Settings(resamples=500)) for slots in (0.0, 0.6))
     contrast = [result.fitted.set_index("term").loc["second slot - first"] for result in (same, other)]
     assert contrast[0]["low"] < 0 < contrast[0]["high"]
     assert 0 < contrast[1]["low"] < 0.6 < contrast[1]["high"]
@@ -91,7 +92,7 @@ def test_a_group_is_whoever_is_linked_by_people():
 def test_folds_share_no_people(monkeypatch):
     frame, seen = prompts(1, 2, count=60, people=200), []
     monkeypatch.setattr(rule, "_out_of_fold", lambda design, y, fold: seen.append(fold) or np.ones_like(y))
-    result = rule.compare(frame, folds=5, resamples=100)
+    result = rule.compare(frame, Settings(resamples=100), folds=5)
     people = frame.assign(fold=seen[0]).melt(id_vars="fold", value_vars=["name_a", "name_b"], value_name="person")
     assert (people.groupby("person")["fold"].nunique() == 1).all()
     assert set(seen[0]) == set(range(5)) and result.folds == 5 and result.groups < result.prompts == 60
@@ -100,7 +101,7 @@ def test_folds_share_no_people(monkeypatch):
 def test_errors_are_those_of_prompts_left_out():
     """By hand, for the additive rule: fit on the other folds, mean squared error over the classes of a prompt."""
     frame = prompts(1, 2, count=30)
-    result = rule.compare(frame, folds=3, seed=4, resamples=100)
+    result = rule.compare(frame, Settings(resamples=100, seed=4), folds=3)
     fold = np.random.default_rng(4).permutation(30) % 3
     errors = []
     for held in range(3):
@@ -124,19 +125,19 @@ def test_rules_of_evidence(truth, combine):
     for slot in ("a", "b"):
         frame[f"evidence_{slot}"] = 2 * frame[f"n_{slot}"] + rng.normal(size=len(frame))
     frame["y"] += 0.8 * combine(frame["evidence_a"], frame["evidence_b"])
-    result = rule.compare(frame, resamples=500)
+    result = rule.compare(frame, Settings(resamples=500))
     assert result.verdict["evidence"] == truth
     by_basis = result.errors.set_index(["basis", "rule"])["error"]
     assert by_basis["evidence", truth] < by_basis["number", truth]
 
 
 def test_few_prompts_give_numbers_without_a_verdict():
-    result = rule.compare(prompts(1, 2, count=12), folds=20, resamples=100)
+    result = rule.compare(prompts(1, 2, count=12), Settings(resamples=100), folds=20)
     assert result.verdict == {"number": None} and "12 groups of prompts, fewer than 20" in result.reason
     assert result.folds == 12 and result.errors["low"].isna().all() and result.fitted["estimate"].notna().all()
     mixed = prompts(1, 2, count=60)
     mixed = mixed[~mixed["prompt"].isin(mixed["prompt"][mixed["n_a"] + mixed["n_b"] == 2])]
-    result = rule.compare(mixed, resamples=100)
+    result = rule.compare(mixed, Settings(resamples=100))
     assert result.verdict == {"number": None} and "classes of both" in result.reason and result.ratio is None
 
 
@@ -153,4 +154,4 @@ def test_few_prompts_give_numbers_without_a_verdict():
 )
 def test_bad_frames_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
-        rule.compare(change(prompts(1, 2, count=30)), resamples=100)
+        rule.compare(change(prompts(1, 2, count=30)), Settings(resamples=100))

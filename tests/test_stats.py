@@ -13,6 +13,7 @@ from hypothesis.extra.numpy import arrays
 from scipy import stats as reference
 
 from lib import stats
+from lib.stats import Settings
 
 QUADS = 30
 VALUES = arrays(float, QUADS, elements=st.floats(-100, 100, allow_subnormal=False).map(lambda x: round(x, 3)))
@@ -61,7 +62,7 @@ def test_too_few_clusters_give_estimates_without_intervals():
 
 def test_a_mean_interval_equals_the_bootstrap_written_out():
     values = np.random.default_rng(3).standard_t(3, 25)
-    got = stats.mean_interval(values, level=0.9, resamples=500, seed=7)
+    got = stats.mean_interval(values, Settings(0.9, 500, seed=7))
     drawn = np.random.default_rng(7).integers(25, size=(500, 25))
     t = [
         abs(resample.mean() - values.mean()) / (resample.std(ddof=1) / 5)
@@ -83,42 +84,43 @@ def test_a_ratio_interval_equals_the_bootstrap_written_out():
     drawn = np.random.default_rng(1).integers(25, size=(400, 25))
     t = [abs(r - estimate) / s for r, s in (ratio(effect[indices], gap[indices]) for indices in drawn)]
     reach = np.quantile(t, 0.95) * error
-    got = stats.ratio_interval(effect, gap, resamples=400, seed=1)
+    got = stats.ratio_interval(effect, gap, Settings(resamples=400, seed=1))
     assert ends(got) == pytest.approx((estimate - reach, estimate, estimate + reach), rel=1e-9)
 
 
 @settings(max_examples=25, deadline=None)
 @given(values=VALUES, scale=st.sampled_from([1e-3, 2.0, 1e4]), shift=st.floats(-10, 10))
 def test_scale_and_shift_carry_over(values, scale, shift):
-    before = stats.mean_interval(values, resamples=200)
-    after = stats.mean_interval(values * scale + shift, resamples=200)
+    before = stats.mean_interval(values, Settings(resamples=200))
+    after = stats.mean_interval(values * scale + shift, Settings(resamples=200))
     size = np.abs(values * scale).max() + abs(shift) + 1e-9
     if before.method == "bootstrap-t":  # others sit at the edge of what counts as spread
         np.testing.assert_allclose(ends(after), np.array(ends(before)) * scale + shift, atol=1e-6 * size)
-    ratio = stats.ratio_interval(values, np.full(QUADS, 4.0), resamples=200)
+    ratio = stats.ratio_interval(values, np.full(QUADS, 4.0), Settings(resamples=200))
     np.testing.assert_allclose(np.array(ends(ratio)) * 4, ends(before), atol=1e-9 * (np.abs(values).max() + 1))
 
 
 def test_the_order_of_quads_moves_an_interval_by_simulation_error_only():
     values = heavy_tailed(60, 1)[0][:, 0]
-    first = stats.mean_interval(values, resamples=20_000)
-    second = stats.mean_interval(values[::-1], resamples=20_000)
+    first = stats.mean_interval(values, Settings(resamples=20_000))
+    second = stats.mean_interval(values[::-1], Settings(resamples=20_000))
     width = first.high - first.low
     np.testing.assert_allclose(ends(first), ends(second), atol=0.03 * width)
-    assert first == stats.mean_interval(values, resamples=20_000)
+    assert first == stats.mean_interval(values, Settings(resamples=20_000))
 
 
 def test_columns_share_resamples_and_chunks_do_not_show(monkeypatch):
     effect, gap = heavy_tailed(40, 7)
-    whole = stats.ratio_intervals(effect, gap, resamples=300), stats.simultaneous(effect, resamples=300)
-    tests = stats.max_t(effect, 500)
-    alone = stats.ratio_interval(effect[:, 4], gap[:, 4], resamples=300)
+    few = Settings(resamples=300)
+    whole = stats.ratio_intervals(effect, gap, few), stats.simultaneous(effect, few)
+    tests = stats.max_t(effect, Settings(flips=500))
+    alone = stats.ratio_interval(effect[:, 4], gap[:, 4], few)
     assert ends(whole[0][4]) == pytest.approx(ends(alone), rel=1e-12)
     monkeypatch.setattr(stats, "CHUNK", 700)
-    pieces = stats.ratio_intervals(effect, gap, resamples=300), stats.simultaneous(effect, resamples=300)
+    pieces = stats.ratio_intervals(effect, gap, few), stats.simultaneous(effect, few)
     for one, other in zip(sum(whole, []), sum(pieces, []), strict=True):
         assert ends(one) == pytest.approx(ends(other), rel=1e-12)
-    again = stats.max_t(effect, 500)
+    again = stats.max_t(effect, Settings(flips=500))
     assert again.p.tolist() == tests.p.tolist() and again.p_raw.tolist() == tests.p_raw.tolist()
 
 
@@ -142,8 +144,8 @@ def test_coverage_with_heavy_tails():
     """4,000 trials: the standard error of a coverage of 95% is 0.35%."""
     effect, gap = heavy_tailed(50, 4_000, seed=5)
     for intervals, truth in (
-        (stats.ratio_intervals(effect, gap, resamples=400), 0.3),
-        (stats.mean_intervals(effect, resamples=400), 0.3 * 6),
+        (stats.ratio_intervals(effect, gap, Settings(resamples=400)), 0.3),
+        (stats.mean_intervals(effect, Settings(resamples=400)), 0.3 * 6),
     ):
         covered = np.mean([interval.low <= truth <= interval.high for interval in intervals])
         assert 0.93 <= covered <= 0.97
@@ -155,8 +157,8 @@ def test_simultaneous_intervals_cover_all_sites_together():
     for trial in range(300):
         shared = rng.standard_t(4, (60, 1))  # sites of one quad go together
         sites = rng.standard_t(4, (60, 25)) + shared
-        together += all(i.low <= 0 <= i.high for i in stats.simultaneous(sites, resamples=200, seed=trial))
-        alone += all(i.low <= 0 <= i.high for i in stats.mean_intervals(sites, resamples=200, seed=trial))
+        together += all(i.low <= 0 <= i.high for i in stats.simultaneous(sites, Settings(resamples=200, seed=trial)))
+        alone += all(i.low <= 0 <= i.high for i in stats.mean_intervals(sites, Settings(resamples=200, seed=trial)))
     assert 0.92 <= together / 300 <= 0.99
     assert alone / 300 < 0.75  # what intervals that hold one by one would do
 
@@ -188,7 +190,7 @@ def brute_force(values: np.ndarray, tail: str) -> tuple[np.ndarray, np.ndarray]:
 def test_enumerated_flips_equal_brute_force(tail):
     rng = np.random.default_rng(2)
     values = rng.standard_t(3, (9, 5)) + [0, 0.5, 1, -1, 2]
-    got = stats.max_t(values, flips=512, tail=tail)
+    got = stats.max_t(values, Settings(flips=512), tail=tail)
     familywise, alone = brute_force(values, tail)
     assert got.exact and got.flips == 512
     np.testing.assert_allclose(got.p, familywise)
@@ -199,22 +201,22 @@ def test_enumerated_flips_equal_brute_force(tail):
 def test_three_quads_by_hand():
     """Signs of (1, 2, 3): |sum| is 6 for the identity and its mirror image; sum is 6 for the identity alone."""
     values = np.array([[1.0], [2.0], [3.0]])
-    assert stats.max_t(values, 8).p.tolist() == [2 / 8]
-    assert stats.max_t(values, 8, tail="greater").p.tolist() == [1 / 8]
-    assert stats.max_t(values, 8, tail="less").p.tolist() == [1.0]
+    assert stats.max_t(values, Settings(flips=8)).p.tolist() == [2 / 8]
+    assert stats.max_t(values, Settings(flips=8), tail="greater").p.tolist() == [1 / 8]
+    assert stats.max_t(values, Settings(flips=8), tail="less").p.tolist() == [1.0]
     # a site that is 0 everywhere never counts, and the other site's p is what it was
-    assert stats.max_t(np.hstack([values, 0 * values]), 8).p.tolist() == [2 / 8, 1.0]
+    assert stats.max_t(np.hstack([values, 0 * values]), Settings(flips=8)).p.tolist() == [2 / 8, 1.0]
 
 
 def test_random_flips_estimate_the_enumeration_and_count_the_identity():
     values = np.random.default_rng(4).standard_t(3, (12, 6)) + 0.4
-    exact, drawn = stats.max_t(values, 4096), stats.max_t(values, 4095, seed=1)
+    exact, drawn = stats.max_t(values, Settings(flips=4096)), stats.max_t(values, Settings(flips=4095, seed=1))
     assert exact.exact and not drawn.exact
     np.testing.assert_allclose(drawn.p, exact.p, atol=4 * 0.5 / np.sqrt(4095))
     huge = np.full((40, 2), 1.0) + 0.01 * np.random.default_rng(0).normal(size=(40, 2))
-    assert stats.max_t(huge, 999).p.tolist() == [1 / 999] * 2
-    assert stats.max_t(values, 500, seed=3).p.tolist() == stats.max_t(values, 500, seed=3).p.tolist()
-    assert stats.max_t(values, 500, seed=3).p.tolist() != stats.max_t(values, 500, seed=4).p.tolist()
+    assert stats.max_t(huge, Settings(flips=999)).p.tolist() == [1 / 999] * 2
+    one, again, other = (stats.max_t(values, Settings(flips=500, seed=seed)).p.tolist() for seed in (3, 3, 4))
+    assert one == again != other
 
 
 @settings(max_examples=25, deadline=None)
@@ -224,10 +226,11 @@ def test_random_flips_estimate_the_enumeration_and_count_the_identity():
     order=st.permutations(range(8)),
 )
 def test_flips_do_not_mind_scale_or_order(values, scales, order):
-    before = stats.max_t(values, 256)
-    after = stats.max_t(values[list(order)] * scales, 256)
+    before = stats.max_t(values, Settings(flips=256))
+    after = stats.max_t(values[list(order)] * scales, Settings(flips=256))
     assert after.p.tolist() == before.p.tolist()
-    assert stats.max_t(-values, 256, tail="less").p.tolist() == stats.max_t(values, 256, tail="greater").p.tolist()
+    less = stats.max_t(-values, Settings(flips=256), tail="less")
+    assert less.p.tolist() == stats.max_t(values, Settings(flips=256), tail="greater").p.tolist()
     assert (before.p >= before.p_raw).all()
 
 
@@ -235,7 +238,8 @@ def test_the_familywise_level_holds():
     """600 families of 20 sites without effect, heavy-tailed and correlated: 5% +- 4 standard errors."""
     rng = np.random.default_rng(6)
     rejected = sum(
-        stats.max_t(rng.standard_t(3, (40, 20)) + rng.standard_t(3, (40, 1)), 200, seed=trial).p.min() <= 0.05
+        stats.max_t(rng.standard_t(3, (40, 20)) + rng.standard_t(3, (40, 1)), Settings(flips=200, seed=trial)).p.min()
+        <= 0.05
         for trial in range(600)
     )
     assert abs(rejected / 600 - 0.05) < 4 * np.sqrt(0.05 * 0.95 / 600)
@@ -252,11 +256,11 @@ def test_rank_agreement():
     rng = np.random.default_rng(0)
     means, noise = np.linspace(-2, 2, 30), rng.normal(size=(50, 30))
     first, second = means + noise, 0.5 * means + rng.normal(size=(50, 30))
-    got = stats.rank_agreement(first, second, resamples=500)
+    got = stats.rank_agreement(first, second, Settings(resamples=500))
     assert got.estimate == pytest.approx(reference.spearmanr(first.mean(0), second.mean(0)).statistic)
     assert got.low < got.estimate < got.high < 1
-    assert stats.rank_agreement(second, first, resamples=500) == got
-    same = stats.rank_agreement(first, np.exp(1) * first, resamples=500)
+    assert stats.rank_agreement(second, first, Settings(resamples=500)) == got
+    same = stats.rank_agreement(first, np.exp(1) * first, Settings(resamples=500))
     assert ends(same) == pytest.approx((1, 1, 1), abs=1e-6)
     assert "equal effects" in stats.rank_agreement(first, np.zeros_like(first)).method
     with pytest.raises(ValueError, match="same quads and at least 3 sites"):
@@ -270,7 +274,7 @@ def test_rank_agreement():
 def test_single_trials_give_wilson_and_the_binomial_test(successes, n):
     hits = np.arange(n) < successes
     wanted = reference.binomtest(successes, n).proportion_ci(0.9, "wilson")
-    got = stats.proportion_interval(hits, np.ones(n), 0.9)
+    got = stats.proportion_interval(hits, np.ones(n), Settings(0.9))
     assert (got.low, got.high) == pytest.approx((wanted.low, wanted.high), abs=1e-12)
     for chance in (0.2, 0.9):
         p = reference.binomtest(successes, n, chance, alternative="greater").pvalue
@@ -309,12 +313,12 @@ def test_coverage_of_proportions_of_quads():
     [
         (lambda: stats.mean_interval([1.0, np.nan] * 15), r"NaN or infinite values in quads \[ *1 "),
         (lambda: stats.mean_interval([]), "one row per quad"),
-        (lambda: stats.mean_interval(np.ones(30), level=95), "level"),
-        (lambda: stats.mean_interval(np.ones(30), resamples=10), "resamples"),
+        (lambda: stats.mean_interval(np.ones(30), Settings(level=95)), "level"),
+        (lambda: stats.mean_interval(np.ones(30), Settings(resamples=10)), "resamples"),
         (lambda: stats.ratio_interval(np.ones(30), -np.ones(30)), "not defined"),
         (lambda: stats.ratio_interval(np.ones(30), np.ones(29)), "same quads"),
         (lambda: stats.max_t(np.ones((30, 2)), tail="up"), "tail"),
-        (lambda: stats.max_t(np.ones((30, 2)), flips=0), "flips"),
+        (lambda: stats.max_t(np.ones((30, 2)), Settings(flips=0)), "flips"),
         (lambda: stats.proportion_interval([3], [2]), "successes"),
         (lambda: stats.above_chance(3, 5, 0), "chance"),
     ],

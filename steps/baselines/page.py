@@ -23,7 +23,7 @@ def accuracies(frame: pd.DataFrame, params: Shared, by: list[str]) -> pd.DataFra
     rows = []
     for key, part in frame.groupby(by, sort=False):
         units = part.groupby("item")["correct"].agg(["sum", "count"])
-        span = stats.proportion_interval(units["sum"], units["count"], params.level)
+        span = stats.proportion_interval(units["sum"], units["count"], params)
         chance = CHANCE[part["task"].iloc[0]]
         test = stats.above_chance(units["sum"], units["count"], chance, params.level)
         numbers = {"estimate": span.estimate, "low": span.low, "high": span.high, "prompts": len(part)}

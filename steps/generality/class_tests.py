@@ -23,6 +23,7 @@ from numpy.typing import ArrayLike
 from scipy import stats as reference
 
 from lib import stats
+from lib.stats import DEFAULTS, Settings
 
 MINIMUM_UNITS = 10  # units of a class that takes part in the test of interaction
 SPLITS = 100  # random halves behind each agreement of halves
@@ -201,7 +202,7 @@ def _spread(
 
 
 def between_classes(
-    effects: Mapping[str, Float[np.ndarray, "quads sites"]], level: float = 0.95, resamples: int = 2_000, seed: int = 0
+    effects: Mapping[str, Float[np.ndarray, "quads sites"]], settings: Settings = DEFAULTS
 ) -> pd.DataFrame:
     """Spearman's correlation of the sites' mean effects between classes, and between halves of one class.
 
@@ -212,15 +213,15 @@ def between_classes(
     correction is applied, so it lies below what two samples of full size would reach; `halves` of two classes compare
     like with like. Where a quad has sides of both classes, noise that they share raises their agreement a little.
     """
-    stats._check(level, resamples)
+    stats.check(settings)
     values = {name: stats._matrix(matrix, name) for name, matrix in effects.items()}
     shapes = {name: matrix.shape for name, matrix in values.items()}
     if len({sites for _, sites in shapes.values()}) != 1 or min(sites for _, sites in shapes.values()) < 3:
         raise ValueError(f"agreement needs the same sites, at least 3, in all classes; got {shapes}")
     drawn, halves = {}, {}
     for number, (name, matrix) in enumerate(values.items()):
-        n, rng = len(matrix), np.random.default_rng([seed, 1, number])
-        weights = stats._weights(n, matrix.shape[1], resamples, [seed, 0, number])
+        n, rng = len(matrix), np.random.default_rng([settings.seed, 1, number])
+        weights = stats.weights(n, matrix.shape[1], settings.resamples, [settings.seed, 0, number])
         drawn[name] = np.vstack([w @ matrix for w in weights]) if n >= stats.MINIMUM_CLUSTERS else None
         orders = rng.permuted(np.tile(np.arange(n), (SPLITS, 1)), axis=1)
         parts = (orders[:, : n // 2], orders[:, n // 2 : n // 2 * 2])
@@ -238,7 +239,7 @@ def between_classes(
                 both = (stats._spearman(drawn[a], drawn[b]), estimate)
                 z, middle = (np.arctanh(np.clip(value, -most, most)) for value in both)
                 degrees = min(len(values[a]), len(values[b])) - 1
-                reach = reference.t.ppf((1 + level) / 2, degrees) * np.nanstd(z)
+                reach = reference.t.ppf((1 + settings.level) / 2, degrees) * np.nanstd(z)
                 low, high = min(estimate, np.tanh(middle - reach)), max(estimate, np.tanh(middle + reach))
         rows.append((a, b, estimate, low, high, len(values[a]), len(values[b]), between_halves))
     return pd.DataFrame(rows, columns=["class_a", "class_b", "estimate", "low", "high", "n_a", "n_b", "halves"])

@@ -89,7 +89,7 @@ def scored(
             if control in ("ordinary", "slice's heads"):
                 fall[control] = -float(matrix["answer"].mean())
             whole = fall["slice's heads" if control == "random heads" else "ordinary"]
-            spans = stats.simultaneous(matrix.to_numpy(), params.level, params.resamples, params.seed)
+            spans = stats.simultaneous(matrix.to_numpy(), params)
             table = pd.DataFrame({"control": control, "candidate": list(matrix)} | columns(spans)).astype(
                 {"low": float, "high": float}
             )
@@ -153,6 +153,6 @@ def leaders(frame: pd.DataFrame, prompts: pd.DataFrame, grid: pd.DataFrame, para
     rows["fall"] = change.mean(1) - change[np.arange(len(rows)), (before - prior).argmax(1)]
     out = []
     for control, part in rows.groupby("control", sort=False):
-        span = stats.mean_interval(part.groupby("quad_id")["fall"].mean(), params.level, params.resamples, params.seed)
+        span = stats.mean_interval(part.groupby("quad_id")["fall"].mean(), params)
         out.append({"control": control, "estimate": span.estimate, "low": span.low, "high": span.high})
     return pd.DataFrame(out)

@@ -131,7 +131,7 @@ def ranks(frame: pd.DataFrame, grid: pd.DataFrame, params: Generality) -> pd.Dat
     enough = {name: matrix.values for name, matrix in heads.items() if len(matrix.values) > 1}
     if len(enough) < 2:
         return pd.DataFrame()
-    return class_tests.between_classes(enough, params.level, params.resamples, params.seed)
+    return class_tests.between_classes(enough, params)
 
 
 def square(ranks: pd.DataFrame, value: str) -> pd.DataFrame:

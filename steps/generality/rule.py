@@ -24,7 +24,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from lib import stats
-from lib.stats import Interval
+from lib.stats import DEFAULTS, Interval, Settings
 
 COLUMNS = ("prompt", "name_a", "name_b", "superset_class", "y", "n_a", "n_b")
 RULES = ("additive", "OR", "AND")
@@ -46,9 +46,7 @@ class RuleResult:
     reason: str | None = None
 
 
-def compare(
-    frame: pd.DataFrame, folds: int = 10, seed: int = 0, level: float = 0.95, resamples: int = 10_000
-) -> RuleResult:
+def compare(frame: pd.DataFrame, settings: Settings = DEFAULTS, folds: int = 10) -> RuleResult:
     """Compare the rules by cross-validation over people.
 
     `frame` has one row per prompt and class with the columns of COLUMNS: `y` in logits, `n_a` and `n_b` 1 where that
@@ -76,7 +74,7 @@ def compare(
     if groups < 2 or folds < 2:
         raise ValueError(f"{groups} group(s) of prompts that share no person and {folds} folds: need 2 of each")
     folds = min(folds, groups)
-    fold = (np.random.default_rng(seed).permutation(groups) % folds)[group[prompt]]
+    fold = (np.random.default_rng(settings.seed).permutation(groups) % folds)[group[prompt]]
     y = _centred(frame["y"].to_numpy(float)[:, None], frame, prompt)[:, 0]
     tables, verdict, fitting = [], {}, {}
     n = frame["n_a"] + frame["n_b"]
@@ -90,15 +88,15 @@ def compare(
         losses = np.stack([_out_of_fold(design, y, fold) for design in designs.values()], axis=1)
         rows = np.bincount(prompt)
         losses = np.stack([np.bincount(prompt, column) / rows for column in losses.T], axis=1)  # per prompt
-        table = _errors(list(designs), losses, group, level, resamples, seed)
+        table = _errors(list(designs), losses, group, settings)
         worse = table.set_index("rule")
         passing = [rule for rule in worse["error"].loc[list(RULES)].sort_values().index if worse.loc[rule, "low"] <= 0]
         nothing = not worse.loc["none", "low"] > 0
         verdict[basis] = None if reason else "none" if nothing else passing[0] if passing else "neither"
         fitting[basis] = () if reason else tuple(passing)
         tables.append(table.assign(basis=basis))
-    spans, ratio = _fitted(_designs(frame, prompt, *frame[["n_a", "n_b"]].to_numpy(float).T), y, group[prompt], level,
-                           resamples, seed)  # fmt: skip
+    numbers = _designs(frame, prompt, *frame[["n_a", "n_b"]].to_numpy(float).T)
+    spans, ratio = _fitted(numbers, y, group[prompt], settings)
     return RuleResult(
         pd.concat(tables, ignore_index=True), verdict, fitting, spans, ratio, len(group), groups, folds, reason
     )
@@ -162,13 +160,12 @@ def _out_of_fold(design: np.ndarray, y: np.ndarray, fold: np.ndarray) -> Float[n
 
 
 def _errors(
-    rules: list[str], losses: Float[np.ndarray, "prompts rules"], group: np.ndarray, level: float, resamples: int,
-    seed: int,
-) -> pd.DataFrame:  # fmt: skip
+    rules: list[str], losses: Float[np.ndarray, "prompts rules"], group: np.ndarray, settings: Settings
+) -> pd.DataFrame:
     """Each rule's error, and by how much it is worse than `free`'s, with an interval over groups."""
     worse = losses - losses[:, [rules.index("free")]]
     sums = np.stack([np.bincount(group, column) for column in worse.T], axis=1)
-    spans = stats.ratio_intervals(sums, np.bincount(group).astype(float), level, resamples, seed)
+    spans = stats.ratio_intervals(sums, np.bincount(group).astype(float), settings)
     error = losses.mean(0)
     columns = {
         "rule": rules, "error": error, "explained": 1 - error / error[rules.index("none")],
@@ -179,7 +176,7 @@ def _errors(
 
 
 def _fitted(
-    designs: Mapping[str, np.ndarray], y: np.ndarray, group: np.ndarray, level: float, resamples: int, seed: int
+    designs: Mapping[str, np.ndarray], y: np.ndarray, group: np.ndarray, settings: Settings
 ) -> tuple[pd.DataFrame, Interval | None]:
     """What one name, either slot's, and two names add in logits; and the second step over the first."""
 
@@ -199,11 +196,11 @@ def _fitted(
         "one name": first, "first slot": a + either, "second slot": b + either, "second slot - first": b - a,
         "two names": first + second, "second step": second,
     }  # fmt: skip
-    spans = stats.mean_intervals(np.column_stack(list(terms.values())), level, resamples, seed)
+    spans = stats.mean_intervals(np.column_stack(list(terms.values())), settings)
     table = pd.DataFrame({"term": list(terms)}).assign(
         **{key: pd.Series([getattr(span, key) for span in spans], dtype=float) for key in ("estimate", "low", "high")}
     )
     low = table["low"].fillna(table["estimate"])[0]  # of one name
     if np.linalg.matrix_rank(designs["free"]) < designs["free"].shape[1] or not low > 0:
         return table, None
-    return table, stats.ratio_interval(second, first, level, resamples, seed)
+    return table, stats.ratio_interval(second, first, settings)

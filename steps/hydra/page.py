@@ -61,7 +61,7 @@ def split_table(frame: pd.DataFrame, params: Hydra) -> pd.DataFrame:
         if rows.empty:
             continue
         quads = rows.groupby("quad_id")[list(WORDS)].mean()
-        spans = stats.mean_intervals(quads.to_numpy(), params.level, params.resamples, params.seed)
+        spans = stats.mean_intervals(quads.to_numpy(), params)
         parts.append(pd.DataFrame({"part": list(WORDS)} | columns(spans)).assign(slice=name, ablation=ablation))
     out = pd.concat(parts, ignore_index=True)
     return out.assign(name=out["part"].map(WORDS))
@@ -80,7 +80,7 @@ def compensation(frame: pd.DataFrame, params: Hydra) -> pd.DataFrame:
             gains = np.stack([quads[later].sum(axis=1) for later in LATER.values()], axis=1)
             spans = [stats.Interval(float("nan"), None, None, params.level, len(quads), "no loss")] * len(LATER)
             if quads["direct"].sum() < 0:
-                spans = stats.ratio_intervals(gains, -quads["direct"], params.level, params.resamples, params.seed)
+                spans = stats.ratio_intervals(gains, -quads["direct"], params)
             parts.append(pd.DataFrame({"later": list(LATER)} | columns(spans)).assign(ablation=ablation, half=half))
     return pd.concat(parts, ignore_index=True)
 
@@ -99,7 +99,7 @@ def distribution(ratios: pd.DataFrame, params: Hydra) -> list[dict]:
         shares = {}
         for name, above in (("repaired", 0), ("overshot", 1)):
             units = (rows["ratio"] > above).groupby(rows["quad_id"]).agg(["sum", "count"])
-            shares[name] = stats.proportion_interval(units["sum"], units["count"], params.level)
+            shares[name] = stats.proportion_interval(units["sum"], units["count"], params)
         quantiles = {f"{q:.2f}": value for q, value in rows["ratio"].quantile(QUANTILES).items()}
         out.append({"ablation": ablation, "pairs": len(rows), **shares, "quantiles": quantiles})
     return out
@@ -119,8 +119,8 @@ def rises(frame: pd.DataFrame, params: Hydra) -> pd.DataFrame:
     parts = []
     for half, rows in in_halves(own):
         matrix = quad_matrix(rows, "change", SITE)
-        together = stats.simultaneous(matrix.values, params.level, params.resamples, params.seed)
-        test = stats.max_t(matrix.values, params.flips, params.seed, tail="greater")
+        together = stats.simultaneous(matrix.values, params)
+        test = stats.max_t(matrix.values, params, tail="greater")
         means = {when: quad_matrix(rows, when, SITE).values.mean(0) for when in ("before", "after")}
         parts.append(matrix.sites.assign(half=half, **columns(together), p=test.p, **means, quads=len(matrix.quads)))
     if not parts:  # the slice's last site is the model's last: nothing comes after
@@ -173,7 +173,7 @@ def joint_tests(joint: pd.DataFrame, rising: pd.DataFrame, params: Hydra) -> pd.
     count, spans = len(rising), {}
     whole, together, alone = matrix[:, :1], matrix[:, 1 : 1 + count], matrix[:, 1 + count :]
     for name, values in {"": together - whole - alone, "gone_": together - whole, "alone_": alone}.items():
-        spans |= columns(stats.simultaneous(values, params.level, params.resamples, params.seed), name)
+        spans |= columns(stats.simultaneous(values, params), name)
     names = {"before": "intact", "after": "ablated", "estimate": "rise", "low": "rise_low", "high": "rise_high"}
     out = rising[["site", *SITE, *names]].rename(columns=names).assign(**spans)
     above = {"backup": "low", "stands_in": "gone_low"}
@@ -207,7 +207,7 @@ def rounds_table(rounds: Sequence[Round], params: Hydra) -> pd.DataFrame:
         ratios = compensation(frame, params)
         for half, rows in in_halves(changes(frame)):
             damage = -rows.groupby("quad_id")["total"].mean().to_numpy()
-            span = stats.mean_interval(damage, params.level, params.resamples, params.seed)
+            span = stats.mean_interval(damage, params)
             ratio = ratios[(ratios["half"] == half) & (ratios["later"] == "heads and MLPs")]
             parts.append(pd.DataFrame(columns([span])).assign(quantity="joint damage (logits)", half=half, **about))
             ratio = ratio[["estimate", "low", "high"]]

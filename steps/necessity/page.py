@@ -40,10 +40,7 @@ def agreement(records: pd.DataFrame, kinds: Sequence[str], params: Shared) -> di
         return {}
     matrices = {kind: quad_matrix(own[own["ablation"] == kind], "effect", SITE).values for kind in kinds}
     first = matrices[kinds[0]]
-    return {
-        kind: stats.rank_agreement(first, matrices[kind], params.level, params.resamples, params.seed)
-        for kind in kinds[1:]
-    }
+    return {kind: stats.rank_agreement(first, matrices[kind], params) for kind in kinds[1:]}
 
 
 def by_kind(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:

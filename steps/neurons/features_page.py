@@ -90,7 +90,7 @@ def auc_interval(rows: pd.DataFrame, values: np.ndarray, superset: str, params: 
     area, parts = above.mean(), np.zeros(len(rows))
     parts[own], parts[~own] = (above.mean(1) - area) / own.sum(), (above.mean(0) - area) / (~own).sum()
     sums = pd.Series(parts).groupby(rows["quad_id"].to_numpy()).sum().to_numpy()
-    return stats.mean_interval(area + len(sums) * sums, params.level, params.resamples, params.seed)
+    return stats.mean_interval(area + len(sums) * sums, params)
 
 
 def selective(rows: pd.DataFrame, column: str, params: Neurons) -> pd.DataFrame:
@@ -151,10 +151,10 @@ def budget_table(records: pd.DataFrame, params: Neurons) -> pd.DataFrame:
         matrix = quad_matrix(rows, "effect", ["kind", "k"])
         whole = matrix.values[:, matrix.sites["kind"] == "whole"]
         out = matrix.sites.assign(quantity="recovery" if direction == "denoise" else "damage", quads=len(whole))
-        logits = stats.mean_intervals(matrix.values, params.level, params.resamples, params.seed)
+        logits = stats.mean_intervals(matrix.values, params)
         spans = columns(logits, "logits_") | dict.fromkeys(("estimate", "low", "high"), np.nan)
         if whole.mean() > 0:
-            spans |= columns(stats.ratio_intervals(matrix.values, whole, params.level, params.resamples, params.seed))
+            spans |= columns(stats.ratio_intervals(matrix.values, whole, params))
         parts.append(out.assign(**spans, moved=rows.groupby(["kind", "k"])["site_delta"].mean().to_numpy()))
     return pd.concat(parts, ignore_index=True)
 
@@ -169,7 +169,7 @@ def compared(records: pd.DataFrame, params: Neurons) -> pd.DataFrame:
         others = [kind for kind in KINDS[1:] if kind in values]
         keys = [(kind, k) for kind in others for k in params.budgets]
         gaps = np.stack([values["features"][k] - values[kind][k] for kind, k in keys], axis=1)
-        spans = stats.simultaneous(gaps, params.level, params.resamples, params.seed)
+        spans = stats.simultaneous(gaps, params)
         frame = pd.DataFrame(keys, columns=["other", "k"]).assign(**columns(spans))
         parts.append(frame.assign(quantity="recovery" if direction == "denoise" else "damage"))
     return pd.concat(parts, ignore_index=True)

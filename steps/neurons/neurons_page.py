@@ -156,13 +156,13 @@ def shares(table: pd.DataFrame, sets: Sequence[Set], params: Neurons) -> pd.Data
         if not sums:
             continue
         matrix = np.stack(list(sums.values()), axis=1)
-        spans = stats.ratio_intervals(matrix, whole.to_numpy(), params.level, params.resamples, params.seed)
+        spans = stats.ratio_intervals(matrix, whole.to_numpy(), params)
         for ((kind, n), column), span in zip(sums.items(), spans, strict=True):
             row = {"quantity": quantity, "kind": kind, "n_sites": n, "logits": float((column / pairs).mean())}
             row |= {"estimate": span.estimate, "low": span.low, "high": span.high}
             if kind == "helping" and ("random", n) in sums:
                 beyond = ((column - sums["random", n]) / pairs).to_numpy()
-                row["above_random"] = stats.mean_interval(beyond, params.level, params.resamples, params.seed).low
+                row["above_random"] = stats.mean_interval(beyond, params).low
             out.append(row | {"mlps": float((whole / pairs).mean()), "quads": len(whole)})
     return pd.DataFrame(out)
 
@@ -235,7 +235,7 @@ def by_class(activations: pd.DataFrame, cards: pd.DataFrame, params: Neurons) ->
         mine = own[(own["layer"] == card.layer) & (own["head"] == card.head)]
         for superset, part in mine.groupby("superset"):
             values = part.groupby("quad_id")["activation"].mean().to_numpy(dtype=float)
-            span = stats.mean_interval(values, params.level, params.resamples, params.seed)
+            span = stats.mean_interval(values, params)
             rows.append({"site": card.site, "superset": superset, **effects.columns([span])})
     return pd.DataFrame(rows).explode(["estimate", "low", "high"], ignore_index=True)
 

@@ -49,7 +49,7 @@ def shares(records: pd.DataFrame, names: Sequence[str], params: RetrievalHeads) 
 def difference(records: pd.DataFrame, one: int, other: int, params: RetrievalHeads) -> stats.Interval:
     """The effect of one set of senders less that of another, per quad (logits), confirmation half."""
     matrix = quad_matrix(in_halves(records)[-1][1], "effect", ["site_set"]).values
-    return stats.mean_interval(matrix[:, one] - matrix[:, other], params.level, params.resamples, params.seed)
+    return stats.mean_interval(matrix[:, one] - matrix[:, other], params)
 
 
 def tested(records: pd.DataFrame, value: str, params: RetrievalHeads) -> pd.DataFrame:
@@ -57,8 +57,8 @@ def tested(records: pd.DataFrame, value: str, params: RetrievalHeads) -> pd.Data
     parts = []
     for half, own in in_halves(records.dropna(subset=[value])):
         matrix = quad_matrix(own, value, SITE)
-        spans = stats.simultaneous(matrix.values, params.level, params.resamples, params.seed)
-        test = stats.max_t(matrix.values, params.flips, params.seed)
+        spans = stats.simultaneous(matrix.values, params)
+        test = stats.max_t(matrix.values, params)
         parts.append(matrix.sites.assign(**effects.columns(spans), p=test.p, quads=len(matrix.quads), half=half))
     out = pd.concat(parts, ignore_index=True)
     return out.assign(site=effects.named(out))
@@ -108,7 +108,7 @@ def verification_table(
     """
     own = in_halves(records)[-1][1]
     matrix = quad_matrix(own, "margin_effect", ["site_set"])
-    spans = stats.mean_intervals(matrix.values, params.level, params.resamples, params.seed)
+    spans = stats.mean_intervals(matrix.values, params)
     flipped = (own["metric_before"] > 0) & (own["metric_after"] < 0)
     out = matrix.sites.assign(**effects.columns(spans), flips=flipped.groupby(own["site_set"]).mean().to_numpy())
     out = out.assign(
@@ -184,7 +184,7 @@ def edges_table(records: pd.DataFrame, params: RetrievalHeads) -> pd.DataFrame:
     parts = []
     for _, rows in own.groupby(["position", "mlps"], sort=False):
         matrix = quad_matrix(rows, "effect", ["source", "target"])
-        sure = stats.max_t(matrix.values, params.flips, params.seed).p <= 1 - params.level
+        sure = stats.max_t(matrix.values, params).p <= 1 - params.level
         few = stats.too_few(len(matrix.quads)) is not None
         parts.append(matrix.sites.assign(estimate=matrix.values.mean(0), significant=sure & (not few)))
     return pd.concat(parts, ignore_index=True)
@@ -199,7 +199,7 @@ def probe_table(probes: pd.DataFrame, params: RetrievalHeads) -> pd.DataFrame:
                 right = own[f"{kind}_right{how}"].dropna()
                 if right.empty:
                     continue
-                span = stats.proportion_interval(right.to_numpy(), np.ones(len(right)), params.level)
+                span = stats.proportion_interval(right.to_numpy(), np.ones(len(right)), params)
                 chance = float(own.loc[right.index, f"{kind}_chance"].mean())
                 about = {"template": template, "label": kind, "centred": bool(how), "people": len(right)}
                 ends = {key: getattr(span, key) for key in ("estimate", "low", "high")}

@@ -134,7 +134,7 @@ def shares(values: pd.DataFrame, whole: pd.Series, params: Story) -> pd.DataFram
     """Each column's share of what the model has over nothing: `estimate`, `low`, `high`."""
     if not whole.sum() > 0 or values.empty:
         return pd.DataFrame({key: np.nan for key in ("estimate", "low", "high")}, index=values.columns)
-    spans = stats.ratio_intervals(values.to_numpy(), whole.to_numpy(), params.level, params.resamples, params.seed)
+    spans = stats.ratio_intervals(values.to_numpy(), whole.to_numpy(), params)
     return pd.DataFrame(columns(spans), index=values.columns)
 
 
@@ -168,8 +168,8 @@ def members(frame: pd.DataFrame, params: Story) -> pd.DataFrame:
     own = frame[frame["test"].str.startswith(("member ", "circuit")) & ~frame["test"].str.match(r"circuit \d")]
     wide = own.pivot(index=["quad_id", "pair_id"], columns="test", values="logit_diff").groupby("quad_id").mean()
     cost = wide.drop(columns="circuit").rsub(wide["circuit"], axis=0)
-    spans = stats.simultaneous(cost.to_numpy(), params.level, params.resamples, params.seed)
-    test = stats.max_t(cost.to_numpy(), params.flips, params.seed, tail="greater")
+    spans = stats.simultaneous(cost.to_numpy(), params)
+    test = stats.max_t(cost.to_numpy(), params, tail="greater")
     out = pd.DataFrame(columns(spans)).assign(site=cost.columns.str.removeprefix("member "), p=test.p)
     whole = sums(frame)["everything"]
     pairs = frame[frame["test"] == "everything"].groupby("quad_id").size()
@@ -186,7 +186,7 @@ def incompleteness(frame: pd.DataFrame, params: Story) -> tuple[dict[str, Any], 
         return {"estimate": None, "low": None, "high": None, "subsets": 0, "worst": None}, pd.DataFrame()
     kept, left = (wide[[f"{which} {number}" for number in numbers]] for which in ("kept", "model"))
     apart = pd.DataFrame(kept.to_numpy() - left.to_numpy(), index=wide.index)
-    spans = stats.simultaneous(apart.to_numpy(), params.level, params.resamples, params.seed)
+    spans = stats.simultaneous(apart.to_numpy(), params)
     scale = wide["everything"].mean()
     table = pd.DataFrame(columns(spans)).astype(float) / scale
     table = table.assign(
@@ -222,7 +222,7 @@ def circuit_numbers(
     _, areas = curves(own, params)
     leads = own[own["test"] == "circuit"].assign(hit=lambda rows: rows["metric"] > 0).groupby("quad_id")["hit"]
     hits = leads.agg(["sum", "count"])
-    span = stats.proportion_interval(hits["sum"], hits["count"], params.level)
+    span = stats.proportion_interval(hits["sum"], hits["count"], params)
     shared = [site for site in sites if site in slice_]
     chance = scipy_stats.hypergeom.sf(len(shared) - 1, len(everything), len(slice_), len(sites))
     reached = search.loc[search["chosen"] & (search["phase"] == "grow"), "faithfulness"].max()
@@ -267,9 +267,7 @@ def compared(attribution: pd.DataFrame, exact: pd.DataFrame, params: Story) -> t
                 truth, span = truth.abs(), None
                 rank = scipy_stats.spearmanr(guess, truth).statistic
             else:
-                span = stats.rank_agreement(
-                    wide["exact"].to_numpy(), wide[method].to_numpy(), params.level, params.resamples, params.seed
-                )
+                span = stats.rank_agreement(wide["exact"].to_numpy(), wide[method].to_numpy(), params)
                 rank = span.estimate
             top = guess.abs().nlargest(20).index
             rows.append(

@@ -106,7 +106,7 @@ def fame(step: Step, found: Mapping[str, Any]) -> dict[str, Any]:
     if pairs is None or pairs.empty or not {"fame_clean", "fame_corrupt"} <= set(pairs):
         return {"fame": {"why": "the fame of these pairs was not measured"}}
     gaps = (pairs["fame_clean"] - pairs["fame_corrupt"]).abs().groupby(pairs["quad_id"]).mean()
-    return {"fame": stats.mean_interval(gaps, **spread(step.params))}
+    return {"fame": stats.mean_interval(gaps, step.params)}
 
 
 def layers(step: Step, found: Mapping[str, Any]) -> dict[str, Any]:
@@ -128,7 +128,7 @@ def layers(step: Step, found: Mapping[str, Any]) -> dict[str, Any]:
         return dict.fromkeys(parts, {"why": "patching the last layer brings nothing back"})
     out = {
         name: {"why": "the layer was not swept"} if part is None
-        else stats.ratio_interval(part, curve.iloc[:, -1], **spread(p))
+        else stats.ratio_interval(part, curve.iloc[:, -1], p)
         for name, part in parts.items()
     }  # fmt: skip
     return out | {"layer": one}
@@ -147,7 +147,7 @@ def flips(step: Step, found: Mapping[str, Any]) -> dict[str, Any]:
     own = in_halves(own)[-1][1]
     flipped = (own["metric_before"] > 0) & (own["metric_after"] < 0)
     counts = flipped.groupby(own["quad_id"]).agg(["sum", "count"])
-    return {"path_ablation": stats.proportion_interval(counts["sum"], counts["count"], step.params.level)}
+    return {"path_ablation": stats.proportion_interval(counts["sum"], counts["count"], step.params)}
 
 
 def probes(step: Step, found: Mapping[str, Any]) -> dict[str, Any]:
@@ -173,11 +173,6 @@ def probes(step: Step, found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 MEASURED = {"baselines": fame, "coarse_sweep": layers, "retrieval_heads": flips, "subspace": probes}
-
-
-def spread(params: Shared) -> dict[str, Any]:
-    """How intervals are made, for `lib.stats`."""
-    return {"level": params.level, "resamples": params.resamples, "seed": params.seed}
 
 
 def overlap(circuit: Mapping[str, Any], slice_found: Mapping[str, Any] | None, params: Shared) -> dict[str, Any]:

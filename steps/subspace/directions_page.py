@@ -85,7 +85,7 @@ def ratios(top: pd.DataFrame, bottom: pd.DataFrame | pd.Series, params: Subspace
     top, under = top.loc[:, kept], under.loc[:, kept]
     if not kept.any():
         return pd.DataFrame(columns=[*top.columns.names, "estimate", "low", "high", "quads"])
-    spans = stats.ratio_intervals(top.to_numpy(), under.to_numpy(), params.level, params.resamples, params.seed)
+    spans = stats.ratio_intervals(top.to_numpy(), under.to_numpy(), params)
     return top.columns.to_frame(index=False).assign(**effects.columns(spans), quads=len(top))
 
 
@@ -207,7 +207,7 @@ def dose_curves(doses: pd.DataFrame, params: Subspace) -> pd.DataFrame:
     parts = []
     for (kind, added), rows in doses.groupby(["kind", "added"], sort=False):
         wide = rows.pivot(index="prompt", columns="dose", values="y")
-        spans = stats.mean_intervals(wide.to_numpy(), params.level, params.resamples, params.seed)
+        spans = stats.mean_intervals(wide.to_numpy(), params)
         top = rows.groupby("dose")["top"].mean().to_numpy()
         parts.append(
             pd.DataFrame({"dose": wide.columns, **effects.columns(spans), "top": top}).assign(kind=kind, added=added)
@@ -223,7 +223,7 @@ def slopes(doses: pd.DataFrame, params: Subspace) -> pd.DataFrame:
         wide = rows.pivot(index="prompt", columns="dose", values="y")
         dose = wide.columns.to_numpy() - wide.columns.to_numpy().mean()
         slope = wide.to_numpy() @ dose / max((dose**2).sum(), 1e-12)
-        span = stats.mean_interval(slope, params.level, params.resamples, params.seed)
+        span = stats.mean_interval(slope, params)
         rising = (wide.diff(axis=1).iloc[:, 1:] > 0).all(axis=1).mean()
         parts.append({"kind": kind, "added": added, "monotone": rising, "prompts": len(wide), "estimate": span.estimate,
                       "low": span.low, "high": span.high})  # fmt: skip

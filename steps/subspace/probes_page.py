@@ -44,7 +44,7 @@ def estimates(frame: pd.DataFrame, params: Subspace, by: Sequence[str]) -> pd.Da
     keys = list(by)
     sums = frame.groupby(["unit", *keys])["score"].agg(["sum", "count"]).unstack(keys).dropna()
     total, count = sums["sum"], sums["count"]
-    spans = stats.ratio_intervals(total.to_numpy(), count.to_numpy(), params.level, params.resamples, params.seed)
+    spans = stats.ratio_intervals(total.to_numpy(), count.to_numpy(), params)
     least = min(0, frame["score"].min())  # accuracies are not below 0; differences of them are
     ends = {name: pd.Series(own, dtype=float).clip(least, 1) for name, own in columns(spans).items()}
     return total.columns.to_frame(index=False).assign(**ends, units=len(total))
