@@ -39,13 +39,13 @@ def grouped(pairs: Iterable[Pair]) -> list[list[Pair]]:
     return list(groups.values())
 
 
-def lenders(pair: Pair, pairs: Iterable[Pair]) -> bool:
+def has_donors(pair: Pair, pairs: Iterable[Pair]) -> bool:
     """Whether another quad of the pair's group is there to take a mean or a resample from."""
     own = group_of(pair)
     return any(other.quad_id != pair.quad_id and group_of(other) == own for other in pairs)
 
 
-def spread(pairs: Sequence[Pair], count: int | None) -> list[Pair]:
+def subsample(pairs: Sequence[Pair], count: int | None) -> list[Pair]:
     """At most `count` pairs (None: all), from both halves alike and from as many quads as possible, in their order.
 
     A subset of evenly spaced quads of each half; a quad gives a second pair only after every quad has given one, and
@@ -155,7 +155,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Job:
+class PairBatch:
     """Pairs that share their passes, and what is done to them."""
 
     model: Model

@@ -37,7 +37,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import DynamicCache
 
 from lib import hooks
-from lib.batches import Job, Pool, is_short, pool_key, unfilled
+from lib.batches import PairBatch, Pool, is_short, pool_key, unfilled
 from lib.models import Model
 from lib.single_pass import BaseRun, Growing, keeping, row_limit
 from lib.tasks import Pair
@@ -167,11 +167,11 @@ def counted(model: Model) -> Iterator[dict[str, int]]:
 
 
 def run(
-    jobs: Sequence[Job], kept: dict[tuple, Pool], lenders: Sequence[Pair], halved: list[str], tries: int = 0
+    jobs: Sequence[PairBatch], kept: dict[tuple, Pool], donors: Sequence[Pair], halved: list[str], tries: int = 0
 ) -> tuple[list[pd.DataFrame], dict[str, int]]:
-    """`Job.run` for all jobs of a sweep in lock step, and the loads (see `counted`).
+    """`PairBatch.run` for all jobs of a sweep in lock step, and the loads (see `counted`).
 
-    `kept` and `lenders` are the pools at hand and the pairs to make others from. With variants, which may use any layer
+    `kept` and `donors` are the pools at hand and the pairs to make others from. With variants, which may use any layer
     of the plain runs, these go first and every layer is read twice. When memory runs out, all is done again with half
     of it for a pass, which reads no more; when that has been tried HALVINGS times, in two parts, each of which reads
     every layer: the waiting passes take memory, too. Each leaves a line in `halved`.
@@ -180,7 +180,7 @@ def run(
     parted = len(jobs) > 1 and tries >= HALVINGS
     with counted(model) as loads:
         try:
-            frames = attempt(jobs, kept, lenders)
+            frames = attempt(jobs, kept, donors)
         except RuntimeError as error:
             limit = max(row_limit(model, blank(job.ids, job), memory) for job in jobs)
             if not is_short(error) or (limit == 1 and len(jobs) == 1):
@@ -195,9 +195,9 @@ def run(
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         if not parted:
-            return run([replace(job, memory=memory / 2) for job in jobs], kept, lenders, halved, tries + 1)
+            return run([replace(job, memory=memory / 2) for job in jobs], kept, donors, halved, tries + 1)
         (first, one), (second, two) = (
-            run(part, kept, lenders, halved, tries) for part in (jobs[: len(jobs) // 2], jobs[len(jobs) // 2 :])
+            run(part, kept, donors, halved, tries) for part in (jobs[: len(jobs) // 2], jobs[len(jobs) // 2 :])
         )
         return first + second, dict(Counter(one) + Counter(two))
     layers = [loads.get(f"layer {layer}", 0) for layer in offloaded(model)]
@@ -205,13 +205,13 @@ def run(
     return frames, loads
 
 
-def attempt(jobs: Sequence[Job], kept: dict[tuple, Pool], lenders: Sequence[Pair]) -> list[pd.DataFrame]:
+def attempt(jobs: Sequence[PairBatch], kept: dict[tuple, Pool], donors: Sequence[Pair]) -> list[pd.DataFrame]:
     """All passes of the jobs, proved and scored."""
     model, pools, lending = jobs[0].model, dict(kept), []
     for job in jobs:
         key = pool_key(job.pairs[0], job.role, job.sets)
         if {"mean", "resample"} & {*job.kinds} and not job.variants and key not in pools:
-            pools[key], batches = unfilled(model, lenders, job.pairs[0])
+            pools[key], batches = unfilled(model, donors, job.pairs[0])
             lending += lent(model, pools[key], batches, job.positions, key[-1])
     staged = [Staged(job, pools.get(pool_key(job.pairs[0], job.role, job.sets))) for job in jobs]
     growing = [each for own in staged for each in own.growing]
@@ -234,7 +234,7 @@ def attempt(jobs: Sequence[Job], kept: dict[tuple, Pool], lenders: Sequence[Pair
 class Staged:
     """A job's passes, and what they hand each other at each layer."""
 
-    def __init__(self, job: Job, pool: Pool | None) -> None:
+    def __init__(self, job: PairBatch, pool: Pool | None) -> None:
         self.job, self.pool, self.sources = job, pool, {}
         clean, corrupt = (blank(ids, job) for ids in job.ids.split(len(job.pairs)))
         self.runs = {"clean": clean, "corrupt": corrupt}
@@ -288,7 +288,7 @@ class Staged:
         return self.job.frame([row for rows in parts for row in rows], together, runs)
 
 
-def blank(ids: Tensor, job: Job) -> BaseRun:
+def blank(ids: Tensor, job: PairBatch) -> BaseRun:
     """A plain run that has not been made yet."""
     return BaseRun(ids, tuple(job.positions), torch.empty(0), {}, [])
 

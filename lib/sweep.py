@@ -27,7 +27,7 @@ import numpy as np
 import pandas as pd
 
 from lib import hooks, offload
-from lib.batches import Grow, Job, Variants, grouped, pooled, token_ids
+from lib.batches import Grow, PairBatch, Variants, grouped, pooled, token_ids
 from lib.hooks import Site
 from lib.models import Model
 from lib.single_pass import base_run, grow, prove_identity, prove_whole_residual
@@ -143,7 +143,7 @@ def run_sets(
         for packed in packs(group, len(sets) * len(kinds), role):
             own_grow = grower(packed[0].clean.roles) if grower else grow
             how = (direction, role, sets, kinds, seed, memory, profile, own_grow, tuple(needs), variants)
-            jobs.append(Job(model, packed, *how))
+            jobs.append(PairBatch(model, packed, *how))
     if grower is None and offload.offloaded(model):
         frames, loads = offload.run(jobs, kept, pool or pairs, halved)
     else:

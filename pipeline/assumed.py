@@ -69,7 +69,7 @@ class Case:
         return sorted({site.layer for site in self.slice})
 
     def spread(self, count: int | None, pairs: Sequence[Pair] | None = None) -> list[Pair]:
-        return batches.spread(self.pairs if pairs is None else pairs, count)
+        return batches.subsample(self.pairs if pairs is None else pairs, count)
 
     def half(self, number: int, pairs: Sequence[Pair] | None = None) -> list[Pair]:
         own = self.pairs if pairs is None else pairs
@@ -95,8 +95,8 @@ class Case:
             for unit in units
             if {*unit.options.get("ablations", ())} & {*costs.POOLED}
         }
-        lenders = [[pair for pair in pool or self.pairs if batches.group_of(pair) == group] for _, group in groups]
-        return total(costs.pool(self.shape, own) for own in lenders)
+        donors = [[pair for pair in pool or self.pairs if batches.group_of(pair) == group] for _, group in groups]
+        return total(costs.pool(self.shape, own) for own in donors)
 
     def asked(self, prompts: int, template: Template, chunk: int = 64) -> Work:
         """Prompts of a template asked for their next token, with names of three tokens."""

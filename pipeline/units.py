@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from lib.batches import grouped, lenders
+from lib.batches import grouped, has_donors
 from lib.records import METADATA_KEY, SCHEMA, RecordError, write, write_json, write_table
 from lib.tasks import Pair
 
@@ -65,13 +65,13 @@ def plan_id(units: Sequence[Unit]) -> str:
 def sweep_units(label: str, pairs: Sequence[Pair], /, size: int = 8, **options: Any) -> list[Unit]:
     """The work units of one sweep: a pure function of the pair list and the options of `run`.
 
-    Means and resamples are left out for pairs whose group has no other quad to take them from (`lenders`).
+    Means and resamples are left out for pairs whose group has no other quad to take them from (`has_donors`).
     """
     chunks = [group[at : at + size] for group in grouped(pairs) for at in range(0, len(group), size)]
     units = []
     for index, chunk in enumerate(chunks):
         own = dict(options)
-        if "ablations" in own and not lenders(chunk[0], pairs):
+        if "ablations" in own and not has_donors(chunk[0], pairs):
             own["ablations"] = [kind for kind in own["ablations"] if kind not in ("mean", "resample")]
         if own.get("ablations", True):
             units.append(Unit(f"{label}-{index:04d}", tuple(chunk), own))

@@ -157,7 +157,7 @@ def generality(case: Case) -> Iterator[tuple[str, Work]]:
         made = [pair_of(template, int(q[1:]), n, HALVES[1], t, 0) for q, t in quads.items() for n in turn]
         checked += case.asked(len({s.ids for pair in made for s in (pair.clean, pair.corrupt)}), template)
         left = made if name == p.template else made[: round(MOVED * len(made))]
-        grid += [replace(pair, pair_id=f"{pair.pair_id}@{name}") for pair in batches.spread(left, p.pairs)]
+        grid += [replace(pair, pair_id=f"{pair.pair_id}@{name}") for pair in batches.subsample(left, p.pairs)]
     yield "grid", checked + Work(other={"tokenised": 3 * len(grid)})
     searched = case.half(0, case.spread(params.validate("sufficiency", params.load_profile(p.profile)).pairs))
     searched = [replace(pair, labels=(), label_tokens=()) for pair in searched]

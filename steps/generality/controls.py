@@ -29,7 +29,7 @@ LISTED = {"invented names": "invented", "things": "thing"}  # controls and their
 
 def poolable(pairs: Sequence[Pair]) -> list[Pair]:
     """The pairs whose group has another quad, so that a mean can be taken in it."""
-    return [pair for pair in pairs if batches.lenders(pair, pairs)]
+    return [pair for pair in pairs if batches.has_donors(pair, pairs)]
 
 
 def control_prompts(step: Step, ordinary: Sequence[Pair], table: pd.DataFrame) -> tuple[pd.DataFrame, list[Pair]]:

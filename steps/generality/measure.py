@@ -102,7 +102,7 @@ def solved_pairs(step: Step, source: pd.DataFrame) -> pd.DataFrame:
             score = lambda prompts: models.next_logits(step.model, prompts)  # noqa: E731
             scored = data.add_margins(asked, words, score, **prompt_options(p))
             left = scored[(scored["metric_clean"] > 0) & (scored["metric_corrupt"] < 0)]
-        left = pd.DataFrame(batches.spread(list(left.itertuples(index=False)), p.pairs), columns=left.columns)
+        left = pd.DataFrame(batches.subsample(list(left.itertuples(index=False)), p.pairs), columns=left.columns)
         kept.append(left)
         counts.append(
             {"template": name, "possible": len(source), "aligned": len(rows), "asked": len(asked), "left": len(left)}

@@ -27,7 +27,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lib import hooks
-from lib.batches import Job, grouped, pooled, token_ids
+from lib.batches import PairBatch, grouped, pooled, token_ids
 from lib.hooks import Site
 from lib.models import NOISE, Model, materialised
 from lib.readout import PostNorms, Readout, head_outputs, post_norms, readout
@@ -184,7 +184,7 @@ def split(
     other = base  # of which only the shapes are read, unless it is the source
     if "counterfactual" in kinds:
         other = base_run(model, token_ids(model, [pair.corrupt.ids for pair in pairs]), where, components)
-    job = Job(model, pairs, "noise", "last", sets, kinds, seed, memory=0.0, profile="", grow=grow, needs=())
+    job = PairBatch(model, pairs, "noise", "last", sets, kinds, seed, memory=0.0, profile="", grow=grow, needs=())
     sources = job.sources(other, lambda: pooled(model, pools, pool, pairs[0], "last", sets))
     rows = [
         Row(sites, owner, kind * len(pairs) + owner)

@@ -267,7 +267,7 @@ def trainer(step: Step, site: Site) -> Callable[[Unit], pd.DataFrame]:
     @cache
     def harvested() -> tuple[Samples, Samples]:
         own = [pair for pair in step.prompts() if pair.half == "confirmation"] or step.prompts()
-        own = batches.spread(own, step.params.top_pairs)
+        own = batches.subsample(own, step.params.top_pairs)
         held = [prompt.ids for pair in own for prompt in (pair.clean, pair.corrupt)]
         return tuple(harvest(step.model, site, prompts) for prompts in (sentences(step), held))
 

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from lib import tasks
-from lib.batches import lenders
+from lib.batches import has_donors
 from lib.hooks import EMBED, Site, site_name
 from lib.tasks import Pair
 from pipeline.params import ParameterError
@@ -154,7 +154,7 @@ def ablation_units(
     """The paths of these sets from a role into the slice, resampled; counterfactual where no pair has another quad of
     its half and token counts to take a resample from."""
     route, into = (NAMES, sites_that_read(sites)) if role == "names" else (LAST, sites)
-    lent, senders = any(lenders(pair, pairs) for pair in pairs), [own for _, own in sets]
+    lent, senders = any(has_donors(pair, pairs) for pair in pairs), [own for _, own in sets]
     kinds = ("resample",) if lent else ("counterfactual",)
     return paths(f"slice at {role}", pairs, into, route, mlps, senders, ablations=kinds) if senders else []
 

@@ -26,7 +26,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from lib import hooks, metrics
-from lib.batches import Pool, group_of, grouped, lenders, spread, token_ids
+from lib.batches import Pool, group_of, grouped, has_donors, subsample, token_ids
 from lib.hooks import site_of
 from lib.models import Model, materialised
 from lib.single_pass import Activations, BaseRun, SharedPrefix, SweepError, base_run, joiner, row_limit
@@ -109,7 +109,7 @@ def searched(step: Step, prompts: Sequence[Pair], sites: Sequence[str]) -> tuple
     """The step's table of the search, on pairs of the discovery half (or the only one), and its kind of ablation."""
     p = step.params
     first = [pair for pair in prompts if pair.half == "discovery"] or prompts
-    own, kind = of_one_kind(spread(first, p.search_pairs), prompts)
+    own, kind = of_one_kind(subsample(first, p.search_pairs), prompts)
     options = {"sites": sites, "share": p.faithful_share, "limit": p.circuit_limit, "ablation": kind}
     plan = [Unit("search", tuple(own), options)]
     return step.table("search", plan, tester(step, prompts), schema=SEARCH_SCHEMA), kind
@@ -117,7 +117,7 @@ def searched(step: Step, prompts: Sequence[Pair], sites: Sequence[str]) -> tuple
 
 def tested(step: Step, prompts: Sequence[Pair], tests: Mapping[str, Circuit], kind: str) -> pd.DataFrame:
     """The step's table of circuits: all of them under this kind of ablation, `circuit` also from the corrupt prompt."""
-    own, _ = of_one_kind(spread(prompts, step.params.pairs), prompts)
+    own, _ = of_one_kind(subsample(prompts, step.params.pairs), prompts)
     chunks = [tuple(group[at : at + 8]) for group in grouped(own) for at in range(0, len(group), 8)]
     plan = [
         Unit(f"{how}-{index:04d}", chunk, {"tests": tests if how == kind else which, "ablations": [how]})
@@ -130,7 +130,7 @@ def tested(step: Step, prompts: Sequence[Pair], tests: Mapping[str, Circuit], ki
 def of_one_kind(pairs: Sequence[Pair], pool: Sequence[Pair]) -> tuple[list[Pair], str]:
     """The pairs to which other quads of the pool can lend values, and `resample`; where none can, all pairs and
     `counterfactual`."""
-    able = [pair for pair in pairs if lenders(pair, pool)]
+    able = [pair for pair in pairs if has_donors(pair, pool)]
     return (able, "resample") if able else (list(pairs), "counterfactual")
 
 

@@ -48,7 +48,7 @@ def halves(step: Step, table: pd.DataFrame) -> tuple[pd.DataFrame, list[Pair]]:
     own = own if len(own) else table
     classes = {*own["answer"], *own["corrupt_answer"]}
     there = table[table["answer"].isin(classes) & table["corrupt_answer"].isin(classes)]
-    pairs = batches.spread(step.prompts(there), step.params.pairs)
+    pairs = batches.subsample(step.prompts(there), step.params.pairs)
     return own, [replace(pair, labels=(), label_tokens=()) for pair in pairs]
 
 
@@ -170,7 +170,7 @@ def found(
         professions = prompts["names"].map(lambda names: [profession.get(name) for name in names])
         bases = subspaces(values, prompts["superset"], professions)
         sizes = {1, min(len(bases["class means", 0]), max(p.dimensions))}
-        training = batches.spread(step.prompts(fit), p.pairs)
+        training = batches.subsample(step.prompts(fit), p.pairs)
         learned = rotations(step.model, training, layer, sorted(sizes), p.rotation_steps, p.seed)
         bases |= {("rotation", k): basis for k, basis in learned.items()}
         seen = {side.ids: pair.candidates[answer] for pair in own
