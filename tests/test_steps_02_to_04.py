@@ -1,0 +1,698 @@
+"""The numbers of steps 02 to 04, from tables small enough to work out by hand: a fixed table in, the number out."""
+
+import itertools
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from lib import effects, stats
+from lib.effects import SITE
+from lib.hooks import Site
+from report import words
+from steps.coarse_sweep import measure as coarse_measure
+from steps.coarse_sweep import page as coarse_page
+from steps.necessity import page as necessity_page
+from steps.parameters import Shared
+from steps.sufficiency import measure as sufficiency_measure
+from steps.sufficiency import page as sufficiency_page
+
+# Every setting differs from its default and from the others, so that none can stand in for another unseen.
+SETTINGS = {"model": "m", "level": 0.9, "resamples": 300, "flips": 256, "seed": 7}
+PARAMS = Shared(**SETTINGS)
+OWN = stats.Settings(level=0.9, resamples=300, flips=256, seed=7)
+MANY = 20  # quads: the fewest with an interval
+
+
+def profile(**other: float) -> Shared:
+    """The parameters with some settings of another value."""
+    return Shared(**SETTINGS | other)
+
+
+def record(effect: float, gap: float = 4.0, quad: str = "q1", **more: object) -> dict:
+    """A row of a sweep's table in which a site moves logit_diff by `effect` of a gap between clean and corrupt.
+
+    `margin` is the same for the margin (default: ten times the effect, so that the two cannot be taken for each other).
+    """
+    row = {
+        "profile": "test", "task": "superset", "template": "default", "half": "confirmation", "direction": "denoise",
+        "layer": 0, "component": "resid", "head": -1, "position": "last", "quad_id": quad, "pair_id": f"{quad}p",
+    } | more  # fmt: skip
+    denoise = row["direction"] == "denoise"
+    row.setdefault("ablation", "clean" if denoise else "counterfactual")
+    margin = row.pop("margin", 10 * effect)
+    sign = 1 if denoise else -1
+    return row | {
+        "logit_diff_clean": gap + 1, "logit_diff_corrupt": 1.0,
+        "logit_diff_before": 2.0, "logit_diff_after": 2.0 + sign * effect,
+        "metric_before": -1.0 * sign, "metric_after": sign * (margin - 1.0),
+    }  # fmt: skip
+
+
+def table(rows: list[dict]) -> pd.DataFrame:
+    return pd.DataFrame(rows)
+
+
+def two_quads(**more: object) -> list[dict]:
+    """Three pairs of two quads: effects 1 and 2 (gaps 4 and 2) of q1, 3 (gap 10) of q2."""
+    return [
+        record(1, 4, "q1", **more),
+        record(2, 2, "q1", **more, pair_id="other"),
+        record(3, 10, "q2", **more),
+    ]
+
+
+def many(moved: list[float], gaps: list[float], **more: object) -> list[dict]:
+    """A row for each of as many quads."""
+    return [record(e, g, f"q{i:02d}", **more) for i, (e, g) in enumerate(zip(moved, gaps, strict=True))]
+
+
+def curve_of(estimates: list[float], **more: object) -> pd.DataFrame:
+    """A curve as `coarse_curves` gives it, from its estimates by layer."""
+    shared = {"half": "confirmation", "direction": "denoise", "position": "last", "low": np.nan, "high": np.nan}
+    return pd.DataFrame({"layer": range(len(estimates)), "estimate": estimates}).assign(**shared | more)
+
+
+def sites(rows: dict[str, tuple], half: str = "confirmation", **more: object) -> pd.DataFrame:
+    """A table of sites of one half, name -> (estimate, p, ratio, ratio_low)."""
+    shared = {"half": half, "low": 0.0, "high": 9.0, "t": 1.0, "quads": 20, "ratio_high": 9.0} | more
+    own = pd.DataFrame(list(rows.values()), columns=["estimate", "p", "ratio", "ratio_low"])
+    places = [place_of(name) for name in rows]
+    return pd.DataFrame(places, columns=SITE).join(own).assign(site=list(rows), **shared)
+
+
+def place_of(name: str) -> Site:
+    component, _, place = name.rpartition(" ")
+    layer, _, head = place.partition(".")
+    return Site(int(layer), component or "head", int(head or -1))
+
+
+# --- curves
+
+
+def test_a_curve_is_a_ratio_of_sums_per_layer():
+    rows = two_quads(layer=1) + [row | {"logit_diff_after": 2.0} for row in two_quads(layer=0)]
+    curve = effects.curve(table(rows), PARAMS)
+    assert curve["layer"].tolist() == [0, 1]
+    # (1 + 2 + 3) / (4 + 2 + 10); the mean of ratios would be (1/4 + 1 + 3/10) / 3, that of quads (3/6 + 3/10) / 2
+    assert curve["estimate"].tolist() == [0.0, 6 / 16]
+    assert curve["low"].isna().all() and curve["high"].isna().all(), "two quads have no interval"
+    assert curve["quads"].tolist() == [2, 2]
+
+
+def test_a_curve_counts_damage_as_positive_and_keeps_its_own_columns():
+    rows = two_quads(direction="noise", site_set=3)
+    curve = effects.curve(table(rows), PARAMS, ["site_set"])
+    assert curve[["site_set", "estimate"]].to_dict("records") == [{"site_set": 3, "estimate": 6 / 16}]
+
+
+def test_a_curve_has_intervals_from_20_quads_on():
+    gaps = [2.0, 6.0] * 10
+    even = effects.curve(table(many([g / 2 for g in gaps], gaps)), PARAMS)
+    # every quad loses half of its own gap: the ratio is 0.5 in every resample, whatever the gaps
+    assert even.loc[0, ["estimate", "low", "high"]].tolist() == pytest.approx([0.5, 0.5, 0.5], abs=1e-9)
+    fewer = effects.curve(table(many([1.0] * (MANY - 1), gaps[1:])), PARAMS)
+    assert fewer["quads"].tolist() == [19] and fewer[["low", "high"]].isna().all(axis=None)
+
+
+def test_a_curves_intervals_are_the_profiles():
+    moved, gaps = [float(i % 5) for i in range(MANY)], [4.0 + i % 3 for i in range(MANY)]
+    curve = effects.curve(table(many(moved, gaps)), PARAMS)
+    (own,) = stats.ratio_intervals(np.array(moved)[:, None], np.array(gaps)[:, None], OWN)
+    # 20 quads of effects 0..4: 4 x 10; gaps 4, 5, 6 in turn: 6 x 15 + 4 + 5
+    assert own.estimate == pytest.approx(40 / 99)
+    assert curve.loc[0, ["estimate", "low", "high"]].tolist() == [own.estimate, own.low, own.high]
+    assert own.low < own.estimate < own.high
+
+
+def test_a_curve_without_a_gap_or_with_nan_is_an_error():
+    with pytest.raises(ValueError, match="keep pairs whose corrupt prompt lowers the answer"):
+        effects.curve(table([record(1.0, 2.0, "q1"), record(1.0, -2.0, "q2")]), PARAMS)
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        effects.curve(table([record(np.nan), record(1.0, quad="q2")]), PARAMS)
+    with pytest.raises(ValueError, match="one direction"):
+        effects.curve(table([record(1.0), record(1.0, direction="noise", ablation="clean")]), PARAMS)
+
+
+def test_coarse_curves_tell_halves_directions_and_roles_apart():
+    parts = itertools.product(("confirmation", "discovery"), ("denoise", "noise"), ("names", "last"), (1, 0))
+    keys = [dict(zip(("half", "direction", "position", "layer"), part, strict=True)) for part in parts]
+    rows = [record(index, 100.0, **key) for index, key in enumerate(keys)]
+    curves = coarse_measure.coarse_curves(table(rows), PARAMS)
+    assert len(curves) == 16
+    # the halves in order, discovery first; within them directions and roles as they come, layers by number
+    assert curves["half"].tolist() == ["discovery"] * 8 + ["confirmation"] * 8
+    assert curves["direction"].tolist()[:8] == ["denoise"] * 4 + ["noise"] * 4
+    assert curves["position"].tolist()[:4] == ["names"] * 2 + ["last"] * 2
+    assert curves["layer"].tolist() == [0, 1] * 8
+    found = curves.set_index(["half", "direction", "position", "layer"])["estimate"]
+    for index, key in enumerate(keys):
+        assert found[tuple(key.values())] == pytest.approx(index / 100)
+
+
+def test_coarse_curves_of_one_half():
+    curves = coarse_measure.coarse_curves(table([record(1.0, half="discovery")]), PARAMS)
+    assert curves[["half", "estimate"]].to_dict("records") == [{"half": "discovery", "estimate": 0.25}]
+
+
+# --- critical layers, crossings, rises
+
+
+def test_critical_layers_are_those_of_the_denoise_curve_at_last_on_discovery():
+    own = curve_of([0.1, 0.6, 1.0], half="discovery")  # rises 0.1, 0.5, 0.4; 0.5 + 0.4 >= 0.8
+    others = [
+        curve_of([0.9, 0.9, 1.0], half="discovery", direction="noise"),
+        curve_of([0.9, 0.5, 0.1], half="discovery", position="names"),
+        curve_of([0.95, 1.0, 1.0]),  # confirmation: layer 0 alone
+    ]
+    curves = pd.concat([own.iloc[::-1], *others], ignore_index=True)
+    found = coarse_measure.critical_layers(curves, PARAMS)
+    assert found.layers == (1, 2) and found.rises == pytest.approx((0.5, 0.4)) and found.share == pytest.approx(0.9)
+    half = coarse_measure.critical_layers(curves, profile(critical_share=0.5))
+    assert half.layers == (1,)
+    alone = coarse_measure.critical_layers(curves[curves["half"] == "confirmation"], PARAMS)
+    assert alone.layers == (0,) and alone.share == pytest.approx(0.95)
+
+
+def test_equal_rises_are_taken_from_the_first_layer_on():
+    found = coarse_measure.critical_layers(curve_of([0.25, 0.5, 0.75, 1.0]), profile(critical_share=0.6))
+    assert found.layers == (0, 1, 2), "0.25 each: three reach 0.6, the first three"
+
+
+def test_a_flat_or_broken_curve_has_no_critical_layers():
+    with pytest.raises(ValueError, match="not positive"):
+        coarse_measure.critical_layers(curve_of([0.5, 0.0]), PARAMS)
+    with pytest.raises(ValueError, match="every layer"):
+        coarse_measure.critical_layers(curve_of([0.5, np.nan, 1.0]), PARAMS)
+
+
+@pytest.mark.parametrize(
+    ("estimates", "position", "layer"),
+    [
+        ([0.2, 0.6, 0.4, 0.7, 0.9], "last", 3),  # above at 1, but back below at 2
+        ([0.9, 0.6, 0.3, 0.6, 0.2], "names", 4),  # below at 2, but back above at 3
+        ([0.9, 0.4, 0.3], "name_a", 1),
+        ([0.6, 0.7], "last", 0),
+        ([0.2, 0.5, 0.5], "last", None),  # one half itself is on neither side
+        ([0.9, 0.5, 0.5], "names", None),
+        ([0.9, 0.9, 0.4], "last", None),  # what counts is that it stays
+        ([0.1, 0.9, np.nan], "last", None),
+    ],
+)
+def test_where_a_curve_crosses_one_half_for_good(estimates, position, layer):
+    curves = pd.concat(
+        [
+            curve_of(estimates, position=position).iloc[::-1],
+            curve_of([0.9] * 5, position="last" if position != "last" else "names"),
+            curve_of([1 - e for e in estimates], position=position, direction="noise"),
+            curve_of([1 - e for e in estimates], position=position, half="discovery"),
+        ],
+        ignore_index=True,
+    )
+    found, row = coarse_page.crossing(curves, position)
+    assert found == layer
+    assert row is None if layer is None else row["estimate"] == estimates[layer] and row["half"] == "confirmation"
+
+
+def test_a_crossing_of_the_other_direction_and_of_one_half():
+    curves = pd.concat([curve_of([0.9, 0.9]), curve_of([0.1, 0.8], direction="noise")], ignore_index=True)
+    assert coarse_page.crossing(curves, "last", "noise")[0] == 1
+    assert coarse_page.crossing(curve_of([0.1, 0.8], half="discovery"), "last")[0] == 1
+
+
+def test_rises_are_shares_of_the_confirmation_curve():
+    curves = pd.concat(
+        [
+            curve_of([0.1, 0.3, 0.7, 0.8]).iloc[::-1],  # rises 0.1, 0.2, 0.4, 0.1
+            curve_of([0.8, 0.8, 0.8, 0.8], half="discovery"),
+            curve_of([0.0, 0.0, 0.0, 0.8], direction="noise"),
+            curve_of([0.8, 0.4, 0.2, 0.1], position="names"),
+        ],
+        ignore_index=True,
+    )
+    assert coarse_page.rises_of(curves, [0, 2]) == pytest.approx((0.1 + 0.4) / 0.8)
+    assert coarse_page.rises_of(curves, (1,)) == pytest.approx(0.2 / 0.8)
+    assert coarse_page.rises_of(curves, [0, 1, 2, 3]) == pytest.approx(1.0)
+    assert coarse_page.rises_of(curves[curves["half"] == "discovery"], [0]) == pytest.approx(1.0)
+
+
+# --- sites
+
+
+def three_quads(**more: object) -> list[dict]:
+    """Two heads in three quads: effects (1, 2, 3) and (2, -1, -1), gaps of 5, 6 and 9."""
+    return [
+        record(effect, gap, quad, **({"component": "head", "head": head} | more))
+        for head, moved in ((1, (2, -1, -1)), (0, (1, 2, 3)))
+        for quad, gap, effect in zip(("q1", "q2", "q3"), (5.0, 6.0, 9.0), moved, strict=True)
+    ]
+
+
+def test_site_effects_by_hand():
+    found = effects.site_effects(table(three_quads()), PARAMS)
+    assert found[SITE].to_numpy().tolist() == [[0, "head", 0], [0, "head", 1]]
+    assert found["estimate"].tolist() == [2.0, 0.0]  # (1 + 2 + 3) / 3 and (2 - 1 - 1) / 3
+    assert found["margin_effect"].tolist() == [20.0, 0.0]
+    assert found["ratio"].tolist() == pytest.approx([6 / 20, 0.0])
+    assert found["quads"].tolist() == [3, 3]
+    # the standard deviation of (1, 2, 3) is 1: t = 2 / (1 / sqrt(3))
+    assert found["t"].tolist() == pytest.approx([2 * np.sqrt(3), 0.0], abs=1e-9)
+    # Of the 8 sign patterns, up to a common sign +++ ++- +-+ -++, the sums over the root of the sum of squares are
+    # (6, 0, 2, 4) / sqrt(14) = 1.60, 0, 0.53, 1.07 for head 0 and (0, 2, 2, -4) / sqrt(6) = 0, 0.82, 0.82, 1.63 for
+    # head 1. Head 0's 1.60 is reached by the larger of the two in +++ and -++ (alone: in +++ only).
+    assert found["p"].tolist() == [2 / 4, 1.0]
+    assert found[["low", "high", "ratio_low", "ratio_high"]].isna().all(axis=None), "three quads have no interval"
+
+
+def test_site_effects_average_pairs_within_quads_first():
+    found = effects.site_effects(table(two_quads()), PARAMS)
+    # quads: (1 + 2) / 2 = 1.5 and 3; the mean over pairs would be 2; the ratio is that of sums over pairs
+    assert found.loc[0, ["estimate", "ratio", "quads"]].tolist() == [2.25, 6 / 16, 2]
+
+
+def test_site_effects_have_intervals_for_all_sites_together_and_ratios_with_their_own():
+    wave, other = [float(i % 5) for i in range(MANY)], [float((i * 7) % 11 - 4) for i in range(MANY)]
+    gaps = [4.0 + i % 3 for i in range(MANY)]
+    rows = many(wave, gaps, component="mlp") + many(other, gaps, component="attn")
+    found = effects.site_effects(table(rows), PARAMS)
+    assert found["component"].tolist() == ["attn", "mlp"]
+    matrix, below = np.array([other, wave]).T, np.array([gaps, gaps]).T
+    together, own = stats.simultaneous(matrix, OWN), stats.ratio_intervals(matrix, below, OWN)
+    alone = stats.mean_intervals(matrix, OWN)
+    assert found["low"].tolist() == [i.low for i in together] != [i.low for i in alone]
+    assert found["high"].tolist() == [i.high for i in together]
+    assert found["ratio_low"].tolist() == [i.low for i in own] and found["ratio_high"].tolist() == [i.high for i in own]
+    assert found["p"].tolist() == stats.max_t(matrix, OWN).p.tolist()
+
+
+def test_one_quad_less_at_one_site_is_an_error():
+    with pytest.raises(ValueError, match="1 of 6 quad x site cells have no record"):
+        effects.site_effects(table(three_quads()[:-1]), PARAMS)
+
+
+def test_both_halves_are_tested_apart():
+    rows = three_quads(half="confirmation")
+    discovery = {"q4": (3.0, 1.0), "q5": (3.0, 1.0)}
+    rows += [
+        record(effect, 5.0, quad, half="discovery", component="head", head=head)
+        for quad, moved in discovery.items()
+        for head, effect in enumerate(moved)
+    ]
+    found = effects.both_halves(table(rows), PARAMS)
+    assert found["half"].tolist() == ["discovery"] * 2 + ["confirmation"] * 2
+    assert found["site"].tolist() == ["0.0", "0.1"] * 2
+    assert found["estimate"].tolist() == [3.0, 1.0, 2.0, 0.0] and found["quads"].tolist() == [2, 2, 3, 3]
+    assert found["p"].tolist()[2:] == [0.5, 1.0], "as for the confirmation half alone"
+    one = effects.both_halves(table(three_quads(half="discovery")), PARAMS)
+    assert one["half"].tolist() == ["discovery"] * 2 and one["estimate"].tolist() == [2.0, 0.0]
+
+
+def test_reported_is_confirmation_or_the_only_half():
+    both = pd.concat([sites({"0.1": (1, 0, 0, 0)}, "discovery"), sites({"0.2": (1, 0, 0, 0)})], ignore_index=True)
+    assert effects.reported(both)["site"].tolist() == ["0.2"]
+    assert effects.reported(both[:1])["site"].tolist() == ["0.1"]
+    assert [half for half, _ in effects.in_halves(both[::-1])] == ["discovery", "confirmation"]
+    assert [half for half, _ in effects.in_halves(both[1:])] == ["confirmation"]
+
+
+def effects_of(discovery: list[float], confirmation: list[float]) -> pd.DataFrame:
+    """Sites 0.0, 0.1, ... with these effects in the two halves."""
+    halves = {"discovery": discovery, "confirmation": confirmation}
+    return pd.concat(
+        [
+            sites({f"0.{i}": (value, 0.01, value, 0.0) for i, value in enumerate(values)}, half)
+            for half, values in halves.items()
+        ],
+        ignore_index=True,
+    )
+
+
+def test_sites_are_picked_by_discovery_alone():
+    found = effects.picked(effects_of([1.0, 3.0, 2.0, -4.0], [9.0, 0.5, 7.0, 8.0]), 2)
+    assert found["site"].tolist() == ["0.1", "0.1", "0.2", "0.2"]
+    assert found["half"].tolist() == ["discovery", "confirmation"] * 2
+    assert found["estimate"].tolist() == [3.0, 0.5, 2.0, 7.0]
+
+
+@pytest.mark.parametrize(
+    ("discovery", "count", "expected"),
+    [
+        ([2.0, 3.0, 3.0, 2.0], 3, ["0.1", "0.2", "0.0"]),  # ties: in the order of the table
+        ([1.0, np.nan, 2.0], 2, ["0.2", "0.0"]),
+        ([1.0, 2.0], 5, ["0.1", "0.0"]),  # fewer than asked for
+        ([-3.0, -1.0, -2.0], 1, ["0.1"]),  # the largest, not the largest in size
+    ],
+)
+def test_picks_with_ties_nan_and_few_sites(discovery, count, expected):
+    found = effects.picked(effects_of(discovery, [0.0] * len(discovery)), count)
+    assert found["site"].drop_duplicates().tolist() == expected
+    alone = effects_of(discovery, [0.0] * len(discovery))[: len(discovery)]
+    assert effects.picked(alone, count)["site"].tolist() == expected, "one half only"
+
+
+def test_confirmed_sites_are_significant_and_positive_twice():
+    discovery = {
+        "0.0": (1.0, 0.01, 0, 0), "0.1": (1.0, 0.01, 0, 0), "0.2": (1.0, 0.2, 0, 0), "0.3": (-1.0, 0.01, 0, 0),
+        "0.4": (1.0, 0.01, 0, 0), "0.5": (5.0, 1 - PARAMS.level, 0, 0), "0.6": (0.0, 0.01, 0, 0),
+    }  # fmt: skip
+    confirmation = {
+        "0.0": (1.0, 0.01, 0, 0),  # yes
+        "0.1": (1.0, 0.2, 0, 0),  # on discovery only
+        "0.2": (1.0, 0.01, 0, 0),  # on confirmation only
+        "0.3": (-1.0, 0.01, 0, 0),  # harms
+        "0.4": (-1.0, 0.01, 0, 0),  # two signs
+        "0.5": (3.0, 0.01, 0, 0),  # just at the level: yes
+        "0.6": (1.0, 0.01, 0, 0),  # no effect on discovery
+    }
+    both = pd.concat([sites(discovery, "discovery"), sites(confirmation)], ignore_index=True)
+    found = effects.confirmed(both, PARAMS)
+    assert found["site"].tolist() == ["0.5", "0.0"], "the larger confirmation effect first"
+    assert set(found["half"]) == {"confirmation"}
+    alone = effects.confirmed(both[both["half"] == "discovery"], PARAMS)
+    assert alone["site"].tolist() == ["0.5", "0.0", "0.1", "0.4"], "one half: once is enough"
+    assert effects.confirmed(both, profile(level=0.995)).empty
+
+
+def test_ablation_tables_leave_out_resid_and_the_names():
+    rows = []
+    for ablation, effect in (("zero", 1.0), ("mean", 2.0)):
+        shared = {"direction": "noise", "ablation": ablation, "component": "mlp"}
+        rows += [record(effect, **shared), record(7.0, **shared | {"component": "resid"})]
+        rows += [record(8.0, **shared | {"position": "names"})]
+    tables = effects.ablation_tables(table(rows), PARAMS)
+    assert list(tables) == ["zero", "mean"], "in the order of the records"
+    assert [own[["site", "estimate"]].to_numpy().tolist() for own in tables.values()] == [
+        [["mlp 0", 1.0]],
+        [["mlp 0", 2.0]],
+    ]
+
+
+def test_layer_tables_hold_whole_modules_of_the_confirmation_half():
+    rows = [
+        record(1.0, component="mlp", layer=2), record(2.0, component="attn", layer=2),
+        record(3.0, component="mlp", layer=2, position="names"), record(9.0, component="head", head=0, layer=2),
+        record(9.0, component="resid", layer=2), record(9.0, component="mlp", layer=2, half="discovery"),
+        record(9.0, component="attn", layer=2, half="discovery"),
+    ]  # fmt: skip
+    found = effects.layer_table(table(rows), PARAMS)
+    kept = found[["position", "component", "estimate"]].to_numpy().tolist()
+    assert kept == [["last", "attn", 2 / 4], ["last", "mlp", 1 / 4], ["names", "mlp", 3 / 4]]
+    assert effects.layer_table(table(rows), PARAMS, ["resid"])["estimate"].tolist() == [9 / 4]
+
+
+# --- agreement of ablations, answer and foil
+
+
+def ablated(moved: dict[str, list[float]], quad: str = "q1", **more: object) -> list[dict]:
+    """A row for each ablation and MLP, with these effects by layer."""
+    shared = {"direction": "noise", "component": "mlp"} | more
+    return [
+        record(value, quad=quad, layer=layer, ablation=kind, **shared)
+        for kind, values in moved.items()
+        for layer, value in enumerate(values)
+    ]
+
+
+def test_agreement_is_spearmans_over_sites_of_the_confirmation_half():
+    own = {"zero": [1.0, 2.0, 3.0, 4.0], "mean": [2.0, 1.0, 4.0, 3.0], "resample": [4.0, 3.0, 2.0, 1.0]}
+    rows = ablated(own)
+    # a quad that lent no mean: with it the ranks under zero would be those of (50, 2, 3, 4)
+    rows += ablated({"zero": [99.0, 2.0, 3.0, 4.0]}, quad="q2")
+    rows += ablated({kind: [9.0, 1.0, 5.0, 3.0] for kind in own}, position="names")
+    rows += ablated({kind: [9.0, 1.0, 5.0, 3.0] for kind in own}, component="resid")
+    rows += ablated({kind: [9.0, 1.0, 5.0, 3.0] for kind in own}, half="discovery", quad="q3")
+    found = necessity_page.agreement(table(rows), ["zero", "mean", "resample"], PARAMS)
+    assert list(found) == ["mean", "resample"]
+    # ranks 1 2 3 4 and 2 1 4 3 differ by 1 each: 1 - 6 x 4 / (4 x (16 - 1)); the third are turned round
+    assert found["mean"].estimate == pytest.approx(0.6) and found["resample"].estimate == pytest.approx(-1.0)
+    assert found["mean"].n == 1 and found["mean"].low is None
+    turned = necessity_page.agreement(table(rows), ["mean", "resample"], PARAMS)
+    assert list(turned) == ["resample"] and turned["resample"].estimate == pytest.approx(-0.6)
+
+
+def test_agreement_with_ties_and_without_differences():
+    found = necessity_page.agreement(
+        table(ablated({"zero": [1.0, 1.0, 2.0], "mean": [1.0, 2.0, 3.0]})), ["zero", "mean"], PARAMS
+    )
+    # ranks 1.5 1.5 3 and 1 2 3: 1.5 / sqrt(1.5 x 2)
+    assert found["mean"].estimate == pytest.approx(1.5 / np.sqrt(3))
+    level = necessity_page.agreement(
+        table(ablated({"zero": [1.0, 1.0, 1.0], "mean": [1.0, 2.0, 3.0]})), ["zero", "mean"], PARAMS
+    )
+    assert np.isnan(level["mean"].estimate) and level["mean"].low is None
+
+
+def test_agreement_is_of_the_mean_over_quads_with_the_profiles_interval():
+    rng = np.random.default_rng(1)
+    values = {kind: rng.normal(size=(MANY, 4)) + np.arange(4) for kind in ("zero", "mean")}
+    rows = [
+        row
+        for quad in range(MANY)
+        for row in ablated({kind: own[quad].tolist() for kind, own in values.items()}, quad=f"q{quad:02d}")
+    ]
+    found = necessity_page.agreement(table(rows), ["zero", "mean"], PARAMS)["mean"]
+    own = stats.rank_agreement(values["zero"], values["mean"], OWN)
+    # logit_diff_after holds 2 - effect, so that effects come back but for rounding
+    assert [found.estimate, found.low, found.high] == pytest.approx([own.estimate, own.low, own.high], abs=1e-9)
+    assert found.n == MANY and found.low < found.estimate
+
+
+def test_ablations_without_a_common_quad_do_not_agree_or_disagree():
+    rows = ablated({"zero": [1.0, 2.0, 3.0]}) + ablated({"mean": [1.0, 2.0, 3.0]}, quad="q2")
+    assert necessity_page.agreement(table(rows), ["zero", "mean"], PARAMS) == {}
+
+
+def test_changes_of_answer_and_foil_at_the_sites_in_their_order():
+    def row(answer_change: float, foil_change: float, head: int, **more: object) -> dict:
+        # candidates a, b, c; the answer is b, the foil before is c, that after is a
+        answers = {"answer": "b", "foil_before": "c", "foil_after": "a"}
+        logits = {"logits_before": [5.0, 1.0, 2.0], "logits_after": [50.0, 1.0 + answer_change, 2.0 + foil_change]}
+        return record(0.0, component="head", head=head, **answers, **logits, **more)
+
+    rows = [
+        row(1.0, -1.0, 0), row(2.0, -3.0, 0, pair_id="other"), row(4.0, 0.0, 0, quad="q2"),
+        row(0.5, 0.25, 1), row(0.5, 0.25, 1, pair_id="other"), row(0.5, 0.75, 1, quad="q2"),
+        row(9.0, 9.0, 2), row(9.0, 9.0, 0, half="discovery", quad="q3"), row(9.0, 9.0, 0, position="names"),
+    ]  # fmt: skip
+    found = effects.answer_and_foil(table(rows), ["0.1", "0.0"], ["a", "b", "c"], PARAMS)
+    assert found[["site", "logit", "estimate"]].to_numpy().tolist() == [
+        ["0.1", "answer", 0.5],
+        ["0.1", "foil", 0.5],  # (0.25 + 0.75) / 2
+        ["0.0", "answer", 2.75],  # ((1 + 2) / 2 + 4) / 2
+        ["0.0", "foil", -1.0],  # ((-1 - 3) / 2 + 0) / 2
+    ]
+    assert found["low"].isna().all()
+    with pytest.raises(ValueError, match="not among the candidates"):
+        effects.answer_and_foil(table(rows), ["0.1"], ["a", "b", "d"], PARAMS)
+
+
+def test_changes_of_answer_and_foil_have_the_profiles_intervals():
+    values = [float(i % 5) for i in range(MANY)]
+    shared = {"component": "mlp", "answer": "a", "foil_before": "b"}
+    rows = [
+        record(0.0, quad=f"q{i:02d}", logits_before=[0.0, 0.0], logits_after=[value, -value], **shared)
+        for i, value in enumerate(values)
+    ]
+    found = effects.answer_and_foil(table(rows), ["mlp 0"], ["a", "b"], PARAMS)
+    (own,) = stats.mean_intervals(np.array(values)[:, None], OWN)
+    assert found.loc[0, ["logit", "estimate", "low", "high"]].tolist() == ["answer", 2.0, own.low, own.high]
+    assert found.loc[1, ["low", "high"]].tolist() == pytest.approx([-own.high, -own.low])
+
+
+# --- sites that restore, and the slice
+
+
+def test_sites_restore_by_share_of_pairs_and_by_the_intervals_lower_end():
+    after = {  # margins after patching, of the pairs of the confirmation half
+        "0.0": [1.0, -1.0],  # half of the pairs: enough
+        "0.1": [1.0, -1.0, -1.0],
+        "0.2": [1.0, 0.0, 0.0],  # zero is no answer
+        "mlp 0": [1.0, 1.0],
+        "0.3": [1.0, 1.0],
+        "0.4": [1.0, 1.0],
+        "attn 0": [1.0, 1.0],
+        "0.5": [1.0, 1.0],
+    }
+    low = {"0.3": 0.5, "0.4": None, "mlp 0": 0.6}
+    own = sites({name: (1.0, 0.01, 0.9, 0.0) for name in after})
+    own["ratio_low"] = pd.Series([low.get(name, 0.51) for name in after], dtype=object)
+    rows = [
+        record(1.0, pair_id=f"p{i}", margin=margin + 1, **place_of(name)._asdict())
+        for name, margins in after.items()
+        for i, margin in enumerate(margins)
+    ]
+    # on the discovery half nothing restores, and its table says otherwise: neither is looked at
+    rows += [record(1.0, half="discovery", margin=0.0, **place_of(name)._asdict()) for name in after]
+    both = pd.concat([own.assign(half="discovery", ratio_low=0.0), own], ignore_index=True)
+    frame = table(rows)
+    found = sufficiency_page.restoring_sites(frame, both, PARAMS)
+    assert found == ["0.0", "mlp 0", "0.5"]
+    higher = sufficiency_page.restoring_sites(frame, both, profile(restores_recovery=0.55))
+    assert higher == ["mlp 0"]
+    more = sufficiency_page.restoring_sites(frame, both, profile(restores_share=0.6))
+    assert more == ["mlp 0", "0.5"]
+    fewer = sufficiency_page.restoring_sites(frame, both, profile(restores_share=0.3))
+    assert fewer == ["0.0", "0.1", "0.2", "mlp 0", "0.5"]
+
+
+def test_nothing_restores_without_an_interval():
+    rows = three_quads(margin=9.0)
+    own = effects.both_halves(table(rows), PARAMS)
+    assert own["ratio"].tolist()[0] == pytest.approx(0.3)
+    assert sufficiency_page.restoring_sites(table(rows), own, PARAMS) == []
+
+
+def test_the_slices_order_is_by_discovery_recovery():
+    discovery = {
+        "0.0": (9.0, 0, 0.1, 0), "0.1": (1.0, 0, 0.5, 0), "mlp 0": (1.0, 0, 0.3, 0), "attn 0": (1.0, 0, 0.9, 0),
+        "0.2": (1.0, 0, 0.3, 0), "0.3": (1.0, 0, 0.0, 0), "0.4": (1.0, 0, -0.8, 0), "0.5": (1.0, 0, np.nan, 0),
+    }  # fmt: skip
+    confirmation = {name: (1.0, 0, 1.0 - values[2], 0) for name, values in discovery.items()}
+    both = pd.concat([sites(discovery, "discovery"), sites(confirmation)], ignore_index=True)
+    found = sufficiency_measure.slice_order(both, 24)
+    # by ratio, not by effect; no whole attention; ties as in the table; only what recovers anything
+    assert found["site"].tolist() == ["0.1", "mlp 0", "0.2", "0.0"] and set(found["half"]) == {"discovery"}
+    assert sufficiency_measure.slice_order(both, 2)["site"].tolist() == ["0.1", "mlp 0"]
+    only = sufficiency_measure.slice_order(both[both["half"] == "confirmation"], 1)
+    assert only["site"].tolist() == ["0.4"], "one half only: 1 + 0.8"
+    assert sufficiency_measure.growing_sets(found)[:3] == [
+        (Site(0, "head", 1),),
+        (Site(0, "head", 1), Site(0, "mlp", -1)),
+        (Site(0, "head", 1), Site(0, "mlp", -1), Site(0, "head", 2)),
+    ]
+    assert len(sufficiency_measure.growing_sets(found)) == 4
+
+
+def test_slice_curves_name_what_they_measure_and_count_sites():
+    rows = []
+    for half, direction, moved in (
+        ("confirmation", "denoise", (1.0, 2.0)),
+        ("confirmation", "noise", (0.5, 1.5)),
+        ("discovery", "denoise", (3.0, 3.5)),
+        ("discovery", "noise", (2.5, 4.0)),
+    ):
+        rows += [record(e, half=half, direction=direction, site_set=i, component="mlp") for i, e in enumerate(moved)]
+    found = sufficiency_measure.slice_curves(table(rows), PARAMS)
+    keys = ["half", "quantity", "n_sites", "estimate"]
+    assert found[keys].to_numpy().tolist() == [
+        ["discovery", "recovery", 1, 3.0 / 4],
+        ["discovery", "recovery", 2, 3.5 / 4],
+        ["discovery", "damage", 1, 2.5 / 4],
+        ["discovery", "damage", 2, 4.0 / 4],
+        ["confirmation", "recovery", 1, 1.0 / 4],
+        ["confirmation", "recovery", 2, 2.0 / 4],
+        ["confirmation", "damage", 1, 0.5 / 4],
+        ["confirmation", "damage", 2, 1.5 / 4],
+    ]
+
+
+def joint(recovery: list[float], damage: list[float], half: str = "discovery") -> pd.DataFrame:
+    """Curves of growing sets as `slice_curves` gives them, the largest set first."""
+    parts = [
+        pd.DataFrame({"n_sites": range(1, len(own) + 1), "estimate": own, "quantity": name, "half": half})
+        for name, own in (("recovery", recovery), ("damage", damage))
+    ]
+    return pd.concat(parts).iloc[::-1].assign(low=np.nan, high=np.nan).reset_index(drop=True)
+
+
+def test_the_critical_slice_is_the_first_in_which_both_reach_the_share_on_discovery():
+    curves = pd.concat([joint([0.5, 0.85, 0.9], [0.9, 0.79, 0.8]), joint([1.0] * 3, [1.0] * 3, "confirmation")])
+    found = sufficiency_measure.critical_slice(curves, PARAMS)
+    # one site: 0.5 and 0.9; two: 0.85 and 0.79; three: 0.9 and 0.8, which is enough
+    assert (found.size, found.recovery, found.damage, found.reached) == (3, 0.9, 0.8, True)
+    half = sufficiency_measure.critical_slice(curves, profile(slice_share=0.5))
+    assert (half.size, half.recovery, half.damage) == (1, 0.5, 0.9)
+    short = sufficiency_measure.critical_slice(curves, profile(slice_share=0.95))
+    assert (short.size, short.reached) == (3, False), "as many as were measured"
+    only = sufficiency_measure.critical_slice(curves[curves["half"] == "confirmation"], PARAMS)
+    assert (only.size, only.reached) == (1, True)
+
+
+# --- tables that are drawn
+
+
+def test_tables_for_the_figures():
+    both = effects_of([1.0, 2.0], [3.0, 4.0])
+    beside = effects.side_by_side(both, "half")
+    assert beside[["site", "discovery", "confirmation"]].to_numpy().tolist() == [["0.0", 1.0, 3.0], ["0.1", 2.0, 4.0]]
+    kinds = necessity_page.by_kind({"zero": both, "mean": effects_of([0.0, 0.0], [6.0, 5.0])})
+    assert kinds[["site", "zero", "other", "ablation"]].to_numpy().tolist() == [
+        ["0.0", 3.0, 6.0, "mean"],
+        ["0.1", 4.0, 5.0, "mean"],
+    ]
+    earlier = sufficiency_page.with_earlier(both, [{"site": "0.1", "estimate": 7.0}, {"site": "9.9", "estimate": 8.0}])
+    assert earlier[["site", "fall", "rise"]].to_numpy().tolist() == [["0.1", 7.0, 4.0]]
+    heads = sites({"0.1": (1.0, 0, 0, 0), "2.0": (2.0, 0, 0, 0), "mlp 1": (9.0, 0, 0, 0)})
+    np.testing.assert_array_equal(effects.heads_matrix(heads), [[np.nan, 1.0], [2.0, np.nan]])
+    assert effects.named(heads).tolist() == heads["site"].tolist()
+
+
+@pytest.mark.parametrize(
+    ("numbers", "text"),
+    [
+        ((0.333, 0.281, 0.3849), "0.33 [0.28, 0.38]"),
+        ((0.333, None, None), "0.33"),
+        ((0.333, 0.2, np.nan), "0.33"),
+        ((-0.001, -0.004, 0.004), "0.00 [0.00, 0.00]"),  # no "-0.00"
+        ((2.0, 1.5, 2.5, 1), "2.0 [1.5, 2.5]"),
+    ],
+)
+def test_an_estimate_in_a_sentence(numbers, text):
+    assert words.interval(*numbers) == text
+
+
+def test_lists_and_shares_in_sentences():
+    assert [words.listed(letters) for letters in ((), "a", "ab", "abc")] == ["none", "a", "a and b", "a, b and c"]
+    assert words.listed(number for number in (1, 2)) == "1 and 2"
+    tokens = pd.Series(["x"] * 5 + ["y"] * 3 + ["z"] * 2)
+    assert words.shares(tokens, 2) == '"x" 50%, "y" 30%'
+
+
+# --- sentences
+
+
+def step(params: Shared, **more: object) -> SimpleNamespace:
+    """What the sentences ask of a step."""
+    return SimpleNamespace(params=params, record={}, name="step", layers_from="all layers, by the profile", **more)
+
+
+def measured(half: str, moved: dict[str, float], quads: int = MANY, **more: object) -> list[dict]:
+    """Sites with the same effect in each of as many quads of a half, gaps of 4: every interval is its estimate."""
+    return [
+        record(effect, quad=f"{half}{quad:02d}", half=half, **place_of(name)._asdict(), **more)
+        for name, effect in moved.items()
+        for quad in range(quads)
+    ]
+
+
+def test_leading_sites_are_picked_on_discovery_and_told_on_confirmation():
+    rows = measured("discovery", {"0.0": 1.0, "0.1": 3.0, "mlp 0": 2.0})
+    rows += measured("confirmation", {"0.0": 4.0, "0.1": -1.0, "mlp 0": 2.5})
+    own = effects.both_halves(table(rows), PARAMS)
+    said = words.top_sites_sentence(own, PARAMS, 2, "damage")
+    assert said == (
+        "The 2 sites of largest damage on the discovery half are, with their effect on logit_diff on the confirmation "
+        "half (logits, familywise 90% intervals): 0.1 (-1.00 [-1.00, -1.00]) and mlp 0 (2.50 [2.50, 2.50]). "
+        "Of 3 sites, 2 are significant familywise in both halves with a positive effect."
+    )
+    alone = words.top_sites_sentence(own[own["half"] == "discovery"], PARAMS, 1, "damage")
+    assert alone.endswith("picked and reported on the same data.")
+    assert words.top_sites(own, 1) == "0.1 (-1.00 [-1.00, -1.00])"
+    assert words.heads_or_mlps(own, PARAMS, "damage") == (
+        "Significant in both halves are 1 heads, 1 MLPs and 0 attention modules; the largest damage is that of 0.1 "
+        "among heads (-0.25 [-0.25, -0.25] of logit_diff) and mlp 0 among MLPs (0.62 [0.62, 0.62] of logit_diff)."
+    )
+    handed = words.site_rows(own)
+    assert [row["site"] for row in handed] == ["0.0", "0.1", "mlp 0"]
+    assert handed[0] | {"p": 0, "low": 0, "high": 0, "ratio_low": 0, "ratio_high": 0} == {
+        "site": "0.0", "layer": 0, "component": "head", "head": 0, "estimate": 4.0, "ratio": 1.0,
+        "p": 0, "low": 0, "high": 0, "ratio_low": 0, "ratio_high": 0,
+    }  # fmt: skip
+
+
+def test_a_step_of_a_task_that_the_model_cannot_do_says_why():
+    able = SimpleNamespace(why="accuracy 0.20 on 20 prompts")
+    found = words.not_done(step(PARAMS, able=lambda: able))
+    assert found["able"] is False and found["figures"] == []
+    assert found["sentences"] == ["Nothing was computed for the task `superset`: accuracy 0.20 on 20 prompts"]
