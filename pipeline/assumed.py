@@ -25,9 +25,9 @@ from lib.tasks import SUPERSETS, Pair, Prompt, Template
 from lib.weights import Shape
 from pipeline import costs, keys, params
 from pipeline.costs import Machine, Work, next_logits, path_unit, sweep_unit, total
-from pipeline.params import ParameterError
+from pipeline.declaration import Plan
+from pipeline.params import ParameterError, Shared
 from pipeline.units import Unit
-from steps.parameters import Shared
 
 # What the default book found (SmolLM2-135M, 30 layers of 9 heads); layers stand for their depth.
 SLICE = ("21.6", "mlp 23", "27.1", "23.5", "27.2", "mlp 29", "mlp 24", "27.0", "22.6")
@@ -51,29 +51,49 @@ LABELLED, SHORT, DIRECT, VALUE, NEURON = 245, 62, 10, 15, 51
 
 @dataclass(frozen=True)
 class Case:
-    """A step of a profile with what its work is counted from."""
+    """A step of a profile before it is run: it answers a table's `units` as a `Step` does, with stand-ins."""
 
+    plan: Plan
+    name: str
     params: Shared
     shape: Shape
     machine: Machine
     pairs: list[Pair]  # of step 01
-    slice: list[Site]
+    sites: list[Site]  # of the slice
+
+    @property
+    def n_layers(self) -> int:
+        return self.shape.n_layers
+
+    @property
+    def n_heads(self) -> int:
+        return self.shape.n_heads
 
     @property
     def layers(self) -> list[int]:
         chosen = self.params.layers
-        return list(range(self.shape.n_layers)) if chosen in ("all", "auto") else list(chosen)
+        return list(range(self.n_layers)) if chosen in ("all", "auto") else list(chosen)
+
+    def prompts(self) -> list[Pair]:
+        return list(self.pairs)
+
+    def slice(self) -> list[Site]:
+        return list(self.sites)
+
+    def rng(self, purpose: str = "") -> np.random.Generator:
+        return np.random.default_rng(0)
 
     @property
     def slice_layers(self) -> list[int]:
-        return sorted({site.layer for site in self.slice})
-
-    def spread(self, count: int | None, pairs: Sequence[Pair] | None = None) -> list[Pair]:
-        return batches.subsample(self.pairs if pairs is None else pairs, count)
+        return sorted({site.layer for site in self.sites})
 
     def half(self, number: int, pairs: Sequence[Pair] | None = None) -> list[Pair]:
         own = self.pairs if pairs is None else pairs
         return [pair for pair in own if pair.half == HALVES[number]] or list(own)
+
+    def other(self, step: str) -> Shared:
+        """The parameters of another step of the profile."""
+        return params.validate(self.plan.sections, step, params.load_profile(self.params.profile))
 
     # --- tables ---
 
@@ -102,6 +122,16 @@ class Case:
         """Prompts of a template asked for their next token, with names of three tokens."""
         tokens, roles = tokens_of(template, [3] * len(template.slots))
         return next_logits(self.shape, prompts, tokens, roles["names"][0], chunk) + Work(table=160 * prompts)
+
+
+def of_sweep(case: Case, units: Sequence[Unit], *chosen: Any) -> Work:
+    """The cost of a table of `sweep_units`."""
+    return case.swept(units)
+
+
+def of_paths(case: Case, units: Sequence[Unit], *chosen: Any) -> Work:
+    """The cost of a table of path patching."""
+    return case.pathed(units)
 
 
 def size(rows: int, unit: Unit) -> int:
@@ -148,9 +178,9 @@ def pair_of(template: Template, quad: int, number: int, half: str, names: Sequen
     return Pair(name, f"q{quad:03d}", half, template.task, template.name, prompt(turn), prompt(1 - turn), *own, *label)
 
 
-def quads_of(p: Shared) -> list[tuple[str, list[int]]]:
+def quads_of(plan: Plan, p: Shared) -> list[tuple[str, list[int]]]:
     """The half and the names' token counts of each quad: of step 01's pairs, else of the default book's lengths."""
-    base = params.validate("baselines", params.load_profile(p.profile)) if p.pairs_file is None else None
+    base = params.validate(plan.sections, "baselines", params.load_profile(p.profile)) if p.pairs_file is None else None
     try:
         table = records.read(keys.find_pairs("coarse_sweep", p)) if p.pairs_file is None else pd.read_csv(p.pairs_file)
     except ParameterError:
@@ -164,19 +194,19 @@ def quads_of(p: Shared) -> list[tuple[str, list[int]]]:
     return [(half, [n, n]) for half in HALVES for n in drawn]
 
 
-def case_of(step: str, profile: Mapping[str, Any], shape: Shape, machine: Machine) -> Case:
+def case_of(plan: Plan, step: str, profile: Mapping[str, Any], shape: Shape, machine: Machine) -> Case:
     """A step of a profile's content, ready to be counted."""
-    p = params.validate(step, profile)
-    each = params.validate("baselines", profile).pairs_per_quad
+    p = params.validate(plan.sections, step, profile)
+    each = params.validate(plan.sections, "baselines", profile).pairs_per_quad
     template = tasks.find_template(p.template, p.task)
-    numbered = enumerate(quads_of(p))
+    numbered = enumerate(quads_of(plan, p))
     pairs = [pair_of(template, q, n, half, names) for q, (half, names) in numbered for n in range(each)]
     found = keys.find_findings("sufficiency", p) or {}
     named = getattr(p, "slice_sites", None) or [site["site"] for site in found.get("critical_slice", ())] or None
     sites = [site_of(name) for name in named or SLICE]
     if named is None:
         sites = [at_depth(site, shape) for site in sites]
-    return Case(p, shape, machine, pairs, list(dict.fromkeys(sites)))
+    return Case(plan, step, p, shape, machine, pairs, list(dict.fromkeys(sites)))
 
 
 def at_depth(site: Site, shape: Shape) -> Site:
@@ -189,4 +219,4 @@ def order_of(case: Case, count: int) -> list[Site]:
     """The slice, and after it other heads from `REACH` of the depth on: what recovers anything."""
     layers = range(int(REACH * case.shape.n_layers), case.shape.n_layers)
     more = [Site(layer, "head", head) for head in range(case.shape.n_heads) for layer in layers]
-    return [*case.slice, *(site for site in more if site not in case.slice)][:count]
+    return [*case.sites, *(site for site in more if site not in case.sites)][:count]

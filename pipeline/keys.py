@@ -1,81 +1,38 @@
-"""Keys that decide what must run again. Torch-free and quick: `make` asks for them every time.
+"""Keys that decide what must run again.
 
 1. `ingredients` lists what a step's data depends on: its parameters, input files, findings read, weights, and the
-   source of the modules that compute. Contents only, never dates or paths.
+   source of the modules that its measure file reaches by import. Contents only, never dates or paths.
 2. The *data key* is their hash. Results whose key differs are stale.
 3. The *page key* adds what only the page depends on: the notebook's cells, the modules that draw, all parameters and
    all earlier findings. A new sentence or colour changes it alone.
-
-    python -m pipeline.keys necessity --profile smoke --output build/smoke/necessity.keys
-    python -m pipeline.keys necessity --profile smoke --clean
 """
 
 from __future__ import annotations
 
-import argparse
 import ast
 import hashlib
 import json
 import os
 import shutil
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from pipeline import params as parameters
-from pipeline.params import ParameterError, section_keys
-from steps.parameters import STEPS, Shared
+from pipeline.declaration import Declaration, Plan
+from pipeline.params import ParameterError, Shared, section_keys
 
-NOTEBOOKS = {step: f"notebooks/{number:02d}_{step}.ipynb" for number, step in enumerate(STEPS, 1)}
-
-# Which modules of lib make a step's data, and which only draw its page.
-SWEEPS = (
-    "models", "weights", "hooks", "single_pass", "pools", "jobs", "layerwise", "sweep", "tasks", "data", "quads",
-    "metrics", "records", "units",
-)  # fmt: skip
-COMPUTE = {
-    "baselines": ("ability", "models", "weights", "tasks", "data", "quads", "metrics", "records", "units"),
-    "coarse_sweep": SWEEPS,
-    "necessity": SWEEPS,
-    "sufficiency": SWEEPS,
-    "hydra": (*SWEEPS, "readout", "hydra"),
-    "retrieval_heads": (*SWEEPS, "readout", "paths", "one_name", "retrieval", "hops"),
-    "generality": (*SWEEPS, "grid", "controls"),
-    "subspace": (*SWEEPS, "readout", "probes", "directions", "direction_sweeps"),
-    "neurons": (*SWEEPS, "readout", "directions", "neurons", "features", "feature_patches"),
-    "story": (*SWEEPS, "paths", "circuits", "attribution"),
-}
-# All of `report` but the book itself and its page on cost draws pages, too.
-NOT_DRAWING = ("book.py", "scale_report.py", "speed_report.py")
-DRAWING = ("stats", "effects", "findings", "rule", "class_tests", "steps", "tokens")
+# Modules of pipeline through which the imports of a measure file are followed. What else pipeline has computes nothing.
+FOLLOWED = ("pipeline.step", "pipeline.units", "pipeline.declaration")
+HASHED = ("pipeline.units",)  # of these, what a step's data depend on: how work is cut into units
 
 # Shared keys that reach a step's data. `memory` does: what shares a pass changes the last bits.
-_MODEL_KEYS = ("model", "model_sha256", "dtype", "device", "device_map", "quantisation", "max_memory")
-_DATA_KEYS = ("profile", *_MODEL_KEYS, "chat_template", "task", "template", "attributes", "seed", "memory")
-# The steps that go through the model's layers; the others take those of the slice.
-LAYERED = ("coarse_sweep", "necessity", "sufficiency", "generality", "subspace", "story")
-DATA_KEYS = {step: (*_DATA_KEYS, "layers") if step in LAYERED else _DATA_KEYS for step in STEPS}
+MODEL_KEYS = ("model", "model_sha256", "dtype", "device", "device_map", "quantisation", "max_memory")
+DATA_KEYS = ("profile", *MODEL_KEYS, "chat_template", "task", "template", "attributes", "seed", "memory")
 # Keys that reach nothing: where files lie. (What lies there is hashed.)
 PLACES = ("results_dir", "pairs_file", "people_file", "offload_folder", "overwrite", "workers")
-# Findings of earlier steps that a step's data rest on: step -> {earlier step: keys}.
-READS = {step: {"sufficiency": ("critical_slice",)} for step in list(STEPS)[4:]}
-# Earlier steps whose tables a step reads, known by their data keys.
-TABLES = {"generality": ("sufficiency",), "story": ("sufficiency", "necessity")}
-# Files beside the pairs that a step's data rest on: keys of the parameters, or paths in the repository.
-FILES = {
-    "baselines": ("people_file",),
-    "retrieval_heads": ("people_file",),
-    "generality": ("people_file", "data/controls.csv"),
-    "subspace": ("people_file", "data/controls.csv"),
-    "neurons": ("people_file", "data/controls.csv", "data/sentences.csv", "sae_file"),
-}
-# Keys of a step's own section that only its page depends on.
-PAGE_ONLY = {"story": ("claims",)}
-# What else a step leaves in its folder, beside <step>.*
-EXTRA_FILES = {"baselines": ("pairs.parquet",), "story": ("claims.json",)}
 
 
 class MissingInput(ParameterError):
@@ -125,6 +82,8 @@ def _hash_code(source: bytes) -> str:
         documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
         if documented and ast.get_docstring(node, clean=False):
             node.body = node.body[1:]
+        if isinstance(node, ast.Call):  # what a parameter means, in words
+            node.keywords = [keyword for keyword in node.keywords if keyword.arg != "description"]
     return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
 
 
@@ -195,7 +154,7 @@ def ability(params: Shared) -> dict[str, Any] | None:
 
 def about(params: Shared) -> dict[str, Any]:
     """The head of a findings file: what it is about."""
-    return params.model_dump(mode="json", include={"profile", *_MODEL_KEYS, "task", "template", "chat_template"})
+    return params.model_dump(mode="json", include={"profile", *MODEL_KEYS, "task", "template", "chat_template"})
 
 
 def find_pairs(step: str, params: Shared) -> Path:
@@ -223,38 +182,92 @@ def shown(path: Path) -> str:
 # --- the keys -----------------------------------------------------------------------------------------------------
 
 
-def ingredients(step: str, params: Shared) -> dict[str, Any]:
+def ingredients(step: Declaration, params: Shared) -> dict[str, Any]:
     """Everything a step's data depends on, by name. MissingInput when an input is not there yet.
 
     A step of a task that step 01 found the model cannot do computes nothing, and needs no pairs.
     """
     given = params.model_dump(mode="json")
     inputs: dict[str, Any] = {"weights": weights(params)}
-    if step != "baselines" and (ability(params) or {"able": True})["able"] is False:
+    if step.name != "baselines" and (ability(params) or {"able": True})["able"] is False:
         inputs["able"] = False
-    elif step == "baselines":
-        if params.pairs_file is not None:
-            inputs["pairs"] = hash_file(input_file(params.pairs_file))
     else:
-        inputs["pairs"] = hash_file(find_pairs(step, params))
-        if params.layers == "auto" and step in LAYERED:
-            inputs["critical_layers"] = (find_findings("coarse_sweep", params) or {}).get("critical_layers")
-        for earlier, names in READS.get(step, {}).items():
-            found = find_findings(earlier, params) or {}
-            inputs |= {name: found.get(name) for name in names}
-        for earlier in TABLES.get(step, ()):
-            there = (path for path in sources(params) if (path / f"{earlier}.parquet").is_file())
-            inputs[f"{earlier} table"] = next((stored_key(path, earlier) for path in there), None)
-    if "able" not in inputs:
-        named = {name: getattr(params, name, name) for name in FILES.get(step, ())}
-        inputs |= {name: hash_place(file) for name, file in named.items() if file is not None}
+        inputs |= data_inputs(step, params)
+    keys = (*DATA_KEYS, *(["layers"] if step.layered else []), *section_keys(step.params))
     return {
-        "parameters": {
-            key: given[key] for key in (*DATA_KEYS[step], *section_keys(step)) if key not in PAGE_ONLY.get(step, ())
-        },
+        "parameters": {key: given[key] for key in keys if key not in step.page_keys},
         "inputs": inputs,
-        "modules": {name: hash_source(parameters.ROOT / "lib" / f"{name}.py") for name in COMPUTE[step]},
+        "modules": {name: hash_source(path) for name, path in measuring(step).items()},
     }
+
+
+def data_inputs(step: Declaration, params: Shared) -> dict[str, Any]:
+    """What a step's data rest on beside parameters, weights and code: pairs, findings, tables and files."""
+    inputs: dict[str, Any] = {}
+    if step.name != "baselines":
+        inputs["pairs"] = hash_file(find_pairs(step.name, params))
+        if params.layers == "auto" and step.layered:
+            inputs["critical_layers"] = (find_findings("coarse_sweep", params) or {}).get("critical_layers")
+    elif params.pairs_file is not None:
+        inputs["pairs"] = hash_file(input_file(params.pairs_file))
+    for earlier, names in step.reads.items():
+        found = find_findings(earlier, params) or {}
+        inputs |= {name: found.get(name) for name in names}
+    for earlier in step.reads_tables:
+        there = (path for path in sources(params) if (path / f"{earlier}.parquet").is_file())
+        inputs[f"{earlier} table"] = next((stored_key(path, earlier) for path in there), None)
+    named = {name: getattr(params, name, name) for name in step.files}
+    return inputs | {name: hash_place(file) for name, file in named.items() if file is not None}
+
+
+# --- which code a step rests on -----------------------------------------------------------------------------------
+
+
+@cache
+def imports(source: bytes) -> frozenset[str]:
+    """The modules of the repository that a module's code imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return frozenset(name for name in found if module_file(name) is not None)
+
+
+def module_file(name: str) -> Path | None:
+    """The file of a module of the repository; None for packages and for what is not one."""
+    path = parameters.ROOT / f"{name.replace('.', '/')}.py"
+    return path if path.is_file() else None
+
+
+def reached(start: Iterable[str], follow: Callable[[str], bool]) -> dict[str, Path]:
+    """The modules that are reached by import from those of `start`, through those that `follow` admits."""
+    todo, found = list(start), {}
+    while todo:
+        name = todo.pop()
+        if name not in found and follow(name):
+            found[name] = module_file(name)
+            todo += imports(found[name].read_bytes())
+    return dict(sorted(found.items()))
+
+
+def measuring(step: Declaration) -> dict[str, Path]:
+    """The modules that make a step's data: what its measure file reaches of lib and of its own folder."""
+    own = f"steps.{step.name}."
+    through = reached([f"{own}measure"], lambda name: name.startswith(("lib.", own)) or name in FOLLOWED)
+    return {name: path for name, path in through.items() if name in HASHED or not name.startswith("pipeline.")}
+
+
+def drawing(step: Declaration) -> dict[str, Path]:
+    """The modules and styles that a step's page is drawn with: what any file of its folder reaches."""
+    own = f"steps.{step.name}."
+    start = [f"{own}{path.stem}" for path in sorted(step.folder.glob("*.py")) if path.stem != "__init__"]
+    modules = reached(start, lambda name: name.startswith(("lib.", "pipeline.", "report.", own)))
+    return modules | {path.name: path for path in sorted((parameters.ROOT / "report").glob("*.mplstyle"))}
+
+
+# --- the keys -----------------------------------------------------------------------------------------------------
 
 
 def data_key(parts: Mapping[str, Any]) -> str:
@@ -262,26 +275,18 @@ def data_key(parts: Mapping[str, Any]) -> str:
     return hash_json(parts)
 
 
-def drawing() -> list[Path]:
-    """The modules and styles that pages are drawn with."""
-    report = (path for path in (parameters.ROOT / "report").iterdir() if path.suffix in (".py", ".mplstyle"))
-    own = [parameters.ROOT / "lib" / f"{name}.py" for name in DRAWING]
-    return own + sorted(path for path in report if path.name not in NOT_DRAWING)
-
-
-def page_key(step: str, params: Shared, data: str) -> str:
+def page_key(plan: Plan, step: str, params: Shared, data: str) -> str:
     """The data key with everything that only the page depends on."""
-    earlier = list(STEPS)[: list(STEPS).index(step)]
-    given = params.model_dump(mode="json", exclude=set(PLACES))
-    return hash_json(
-        [
-            data,
-            given,
-            hash_notebook(parameters.ROOT / NOTEBOOKS[step]),
-            {path.name: hash_source(path) for path in drawing()},
-            {name: find_findings(name, params) for name in earlier},
-        ]
-    )
+    own = plan[step]
+    parts = [
+        data,
+        params.model_dump(mode="json", exclude=set(PLACES)),
+        hash_notebook(plan.notebook(step)),
+        {name: hash_source(path) for name, path in drawing(own).items()},
+        {name: hash_source(parameters.ROOT / name) for name in own.page_files},
+        {name: find_findings(name, params) for name in plan.before(step)},
+    ]
+    return hash_json(parts)
 
 
 def differences(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -295,7 +300,9 @@ def differences(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
                     out.append(f"{key} was {then.get(key)!r}, now {here.get(key)!r}")
                 else:
                     out.append(
-                        f"lib/{key}.py has changed" if group == "modules" else f"{key}: the contents have changed"
+                        f"{key.replace('.', '/')}.py has changed"
+                        if group == "modules"
+                        else f"{key}: the contents have changed"
                     )
     return out
 
@@ -303,10 +310,10 @@ def differences(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 # --- results on disk ----------------------------------------------------------------------------------------------
 
 
-def step_files(folder: Path, step: str) -> list[Path]:
+def step_files(folder: Path, step: Declaration) -> list[Path]:
     """Everything a step has left in a folder: tables, findings, run record, work units, and its extra files."""
-    extra = [folder / name for name in EXTRA_FILES.get(step, ())]
-    return sorted(folder.glob(f"{step}.*")) + [path for path in extra if path.exists()]
+    extra = [folder / name for name in step.extra_files]
+    return sorted(folder.glob(f"{step.name}.*")) + [path for path in extra if path.exists()]
 
 
 def stored_ingredients(folder: Path, step: str) -> dict[str, Any] | None:
@@ -318,7 +325,7 @@ def stored_ingredients(folder: Path, step: str) -> dict[str, Any] | None:
         if path.is_file():
             return json.loads(path.read_text(encoding="utf-8")).get("ingredients", {})
     # work units without a plan count for nothing: a run was killed as it began
-    known = [path for path in step_files(folder, step) if path.suffix != ".units"]
+    known = [path for path in folder.glob(f"{step}.*") if path.suffix != ".units"]
     return {} if known else None
 
 
@@ -328,9 +335,9 @@ def stored_key(folder: Path, step: str) -> str | None:
     return None if stored is None else data_key(stored) if stored else "unknown"
 
 
-def set_aside(folder: Path, step: str) -> Path:
+def set_aside(folder: Path, step: Declaration) -> Path:
     """Move a step's results into stale/<step>-<key>; returns that folder."""
-    target = folder / "stale" / f"{step}-{(stored_key(folder, step) or 'unknown')[:8]}"
+    target = folder / "stale" / f"{step.name}-{(stored_key(folder, step.name) or 'unknown')[:8]}"
     if target.exists():
         shutil.rmtree(target)
     target.mkdir(parents=True)
@@ -340,46 +347,9 @@ def set_aside(folder: Path, step: str) -> Path:
     return target
 
 
-def remove(folder: Path, step: str) -> list[Path]:
+def remove(folder: Path, step: Declaration) -> list[Path]:
     """Delete a step's results; returns what was deleted."""
     gone = sorted(step_files(folder, step), key=lambda path: path.name.endswith(".run.json"))
     for path in gone:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     return gone
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m pipeline.keys", description=__doc__.splitlines()[0])
-    parser.add_argument("step", help=", ".join(STEPS))
-    parser.add_argument("--profile", default=Shared.model_fields["profile"].default, help="name in params/, or a YAML")
-    parser.add_argument("--output", type=Path, help="write the keys here, if they changed or the step has no results")
-    parser.add_argument("--clean", action="store_true", help="delete the step's results instead")
-    options = parser.parse_args(arguments)
-    try:
-        params = parameters.validate(options.step, parameters.load_profile(options.profile))
-        folder = results_folder(params)
-        if options.clean:
-            gone = remove(folder, options.step)
-            print(f"{options.step}: removed {len(gone)} result files from {shown(folder)}")
-            return 0
-        data = data_key(ingredients(options.step, params))
-        stored = stored_key(folder, options.step)
-        if stored not in (None, data):
-            target = set_aside(folder, options.step)
-            print(f"{options.step}: results of other parameters, inputs or code set aside in {shown(target)}")
-        text = f"data {data}\npage {page_key(options.step, params, data)}\n"
-    except ParameterError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    if options.output is None:
-        print(text, end="")
-    elif stored is None or not options.output.is_file() or options.output.read_text() != text:
-        # a new date tells make to run the step, also when someone has deleted its results
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(text)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

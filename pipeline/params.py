@@ -1,22 +1,26 @@
-"""Profiles and notebooks as checked parameters; the models themselves are in `steps.parameters`.
+"""Parameters: the keys that every step takes, profiles, and notebooks' variables, as checked values.
 
-1. `load_profile` reads `params/<name>.yaml`: flat shared keys and one section per step.
-2. `validate` merges the two (a flat key beats the section) and turns every mistake into one sentence.
-3. `from_notebook` picks what was given out of a notebook's variables.
+1. `Shared` holds the keys of every step, with units, defaults and bounds; a step's own model adds its section's keys.
+2. `load_profile` reads `params/<name>.yaml`: flat shared keys and one section per step.
+3. `validate` merges the two (a flat key beats the section) and turns every mistake into one sentence.
+4. `from_notebook` picks what was given out of a notebook's variables.
+
+`sections` is what a plan has: each step's name with its model, in order.
 """
 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from steps.parameters import STEPS, Shared
+from lib.tasks import TEMPLATES
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -29,21 +33,183 @@ class ParameterError(ValueError):
         return [f"{type(self).__name__}: {self}"]
 
 
+Component = Literal["resid", "attn", "mlp", "head"]
+Ablation = Literal["zero", "mean", "resample", "counterfactual"]
+Role = Literal["name_a", "name_b", "name_c", "names", "swapped", "last", "all"]
+
+
+def _words(value: Any) -> Any:
+    """`-p components head,mlp` comes as text; YAML gives lists. One word alone is a list of one."""
+    if isinstance(value, str):
+        return tuple(word.strip() for word in value.split(",") if word.strip())
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _layers(value: Any) -> Any:
+    """`all`, `auto`, a number, a list, or papermill's text "21,22"."""
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, int):
+        return (value,)
+    if isinstance(value, str) and re.fullmatch(r"\s*-?\d+(\s*,\s*-?\d+)*\s*,?\s*", value):
+        return tuple(int(part) for part in value.split(",") if part.strip())
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _numbers(value: Any) -> Any:
+    """A list of numbers, one number, or papermill's text "-1,0,0.5"."""
+    if isinstance(value, str):
+        value = [float(word) if re.fullmatch(r"\s*-?\d+(\.\d+)?\s*", word) else word for word in value.split(",")]
+    value = [value] if isinstance(value, (int, float)) and not isinstance(value, bool) else value
+    return tuple(float(x) if type(x) is int else x for x in value) if isinstance(value, (list, tuple)) else value
+
+
+def _distinct(value: tuple | None) -> tuple | None:
+    if value is not None and len(set(value)) < len(value):
+        raise ValueError("names something twice")
+    return value
+
+
+Layer = Annotated[int, Field(ge=0)]
+ONCE = AfterValidator(_distinct)
+Layers = Annotated[
+    Literal["all", "auto"] | Annotated[tuple[Layer, ...], Field(min_length=1), ONCE], BeforeValidator(_layers)
+]
+Components = Annotated[tuple[Component, ...], Field(min_length=1), BeforeValidator(_words), ONCE]
+Ablations = Annotated[tuple[Ablation, ...], Field(min_length=1), BeforeValidator(_words), ONCE]
+Roles = Annotated[tuple[Role, ...], BeforeValidator(_words), ONCE]
+Words = Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(_words), ONCE]
+# papermill reads "True" as a truth value and leaves "true" a text
+Flag = Annotated[bool, BeforeValidator(lambda value: {"true": True, "false": False}.get(str(value).lower(), value))]
+Share = Annotated[float, Field(gt=0, le=1)]
+Sites = Annotated[
+    tuple[Annotated[str, Field(pattern=r"^(\d+\.\d+|(mlp|attn) \d+)$")], ...] | None, BeforeValidator(_words), ONCE
+]
+Counts = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1), BeforeValidator(_layers), ONCE]
+Doses = Annotated[tuple[float, ...], Field(min_length=1), BeforeValidator(_numbers), ONCE]
+SaeSite = Annotated[str, Field(pattern=r"^(mlp|resid) \d+$")]
+
+
+class Workers(BaseModel):
+    """Who does the work units: this process, or actors on a Ray cluster that each hold the model."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    engine: Literal["local", "ray"] = Field("local", description="local: this process; ray: actors on a Ray cluster")
+    address: str = Field("auto", description="auto: the cluster this machine belongs to; local: start one; host:port")
+    replicas: int = Field(1, ge=1, description="actors that each hold the model")
+    gpus_per_replica: float = Field(0, ge=0, description="GPUs of each")
+
+
+class Shared(BaseModel):
+    """The keys that every step takes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
+
+    profile: str = Field(
+        "smollm2-135m",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        description="name of params/<profile>.yaml and results/<profile>",
+    )
+    model: str = Field(
+        min_length=1, description="package:name/file.gguf, a folder, a hub id owner/name, or config:file.json"
+    )
+    model_sha256: str | None = Field(
+        None, pattern="^[0-9a-f]{64}$", description="SHA-256 of the weights file, checked at load"
+    )
+    dtype: Literal["float32", "float64", "float16", "bfloat16"] = Field(
+        "float32", description="type of the weights and activations"
+    )
+    device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, cuda, cuda:N or mps")
+    device_map: str | dict[str, int | str] | None = Field(
+        None, description="accelerate's device map, for models on several devices"
+    )
+    quantisation: Literal["nf4", "int8"] | None = Field(None, description="load in 4 or 8 bits through bitsandbytes")
+    max_memory: dict[int | str, float] | None = Field(None, description="GB per device, for device_map")
+    offload_folder: str | None = Field(None, description="folder for weights that fit on no device")
+    chat_template: Flag = Field(False, description="wrap prompts in the tokenizer's chat template")
+    task: Literal["superset", "bi_association", "odd_one_out", "one_name"] = Field(
+        "superset", description="what is asked"
+    )
+    template: str | None = Field(
+        None, description="a template of the task, or its text with {a} and {b}; default: the task's first"
+    )
+    attributes: Words = Field(("profession", "school"), description="attributes listed in the bi-association prompt")
+    seed: int = Field(0, ge=0, lt=2**32, description="seed of every random choice")
+    full_profile: str | None = Field(None, description="the profile that this one is a quicker form of, if it is")
+    layers: Layers = Field(
+        "all", description="all, auto (the critical layers of step 02), or a list of layers, counted from 0"
+    )
+    aggregator_layer: Literal["auto"] | Layer = Field(
+        "auto", description="a layer to test as the aggregator; auto: step 02 chooses"
+    )
+    pairs_file: str | None = Field(None, description="CSV of your own pairs, instead of those of step 01")
+    people_file: str = Field("data/people.csv", description="table of people that pairs are made of")
+    results_dir: str | None = Field(None, description="folder for results; default results/<profile>")
+    memory: Literal["auto"] | Annotated[float, Field(gt=0)] = Field(
+        "auto", description="GB that one pass may take; auto: from the machine's size"
+    )
+    workers: Workers = Field(Workers(), description="who does the work: engine, address, replicas, gpus_per_replica")
+    overwrite: Flag = Field(False, description="replace results that other parameters wrote")
+    level: float = Field(0.95, gt=0.5, lt=1, description="confidence level of intervals")
+    resamples: int = Field(2000, ge=100, description="bootstrap resamples over quads")
+    flips: int = Field(2000, ge=100, description="sign flips of whole quads in max-T tests")
+    min_pairs: int = Field(
+        40,
+        ge=1,
+        description="fewest pairs with a margin above 0 (clean) and below 0 (corrupt) for a task to count as done",
+    )
+    critical_share: Share = Field(
+        0.8, description="share of the denoise curve's rises that the critical layers add up to"
+    )
+    slice_share: Share = Field(0.8, description="joint recovery and damage that the critical slice must reach")
+    slice_limit: int = Field(24, ge=1, description="most heads and MLPs in the critical slice")
+    restores_share: Share = Field(0.5, description="share of pairs whose top candidate must become the clean answer")
+    restores_recovery: float = Field(
+        0.5, ge=0, le=1, description="what the lower end of recovery's interval must exceed"
+    )
+
+
+class OfSlice(Shared):
+    """What the steps about the critical slice share."""
+
+    slice_sites: Sites = Field(
+        None, description="the slice, as heads and modules such as 21.6,mlp 23; default: that of step 04"
+    )
+
+
 SHARED = frozenset(Shared.model_fields)
+# Shared keys that a notebook's parameters cell lists, because one gives them by hand.
+BY_HAND = (
+    "model",
+    "task",
+    "template",
+    "seed",
+    "layers",
+    "pairs_file",
+    "people_file",
+    "results_dir",
+    "memory",
+    "overwrite",
+)
 # Variables of an IPython session that no one gave as a parameter.
 _IPYTHON = {"In", "Out", "exit", "quit", "get_ipython", "open"}
 
 
-def section_keys(step: str) -> list[str]:
+Sections = Mapping[str, type[Shared]]
+
+
+def section_keys(model: type[Shared]) -> list[str]:
     """The keys of a step's own section, in order."""
-    return [key for key in step_model(step).model_fields if key not in SHARED]
+    return [key for key in model.model_fields if key not in SHARED]
 
 
-def step_model(step: str) -> type[Shared]:
+def step_model(sections: Sections, step: str) -> type[Shared]:
     """The pydantic model of a step."""
-    if step not in STEPS:
-        raise ParameterError(f"step {step!r} is unknown{_nearest(step, STEPS)}; the steps are {', '.join(STEPS)}")
-    return STEPS[step]
+    if step not in sections:
+        known = ", ".join(sections)
+        raise ParameterError(f"step {step!r} is unknown{_nearest(step, list(sections))}; the steps are {known}")
+    return sections[step]
 
 
 def _nearest(word: str, allowed: Sequence[str] | Mapping) -> str:
@@ -74,27 +240,27 @@ def load_profile(name: str) -> dict[str, Any]:
     return given
 
 
-def validate(step: str, given: Mapping[str, Any]) -> Shared:
+def validate(sections: Sections, step: str, given: Mapping[str, Any]) -> Shared:
     """The step's parameters, checked. None means "not given"; other steps' sections are left alone.
 
     Raises ParameterError naming the key, the value and what is allowed.
     """
-    model = step_model(step)
-    flat = {key: value for key, value in given.items() if key not in STEPS and value is not None}
+    model = step_model(sections, step)
+    flat = {key: value for key, value in given.items() if key not in sections and value is not None}
     section = given.get(step)
     if section is None:
         section = {}
     elif not isinstance(section, Mapping):
         raise ParameterError(
-            f"section {step} = {section!r}: must hold keys and values ({', '.join(section_keys(step))})"
+            f"section {step} = {section!r}: must hold keys and values ({', '.join(section_keys(model))})"
         )
     for key in section:
-        if key not in section_keys(step):
+        if key not in section_keys(model):
             shared = f"; {key!r} is a shared key: give it outside the section" if key in SHARED else ""
-            raise ParameterError(_unknown(key, section[key], section_keys(step), f"in section {step}") + shared)
+            raise ParameterError(_unknown(key, section[key], section_keys(model), f"in section {step}") + shared)
     for key in flat:
         if key not in model.model_fields:
-            homes = [name for name in STEPS if key in section_keys(name)]
+            homes = [name for name, other in sections.items() if key in section_keys(other)]
             elsewhere = f"; {key!r} belongs to {' and '.join(homes)}" if homes else ""
             raise ParameterError(_unknown(key, flat[key], list(model.model_fields), f"of step {step}") + elsewhere)
     if "model" not in flat:
@@ -123,13 +289,13 @@ def _sentence(step: str, model: type[Shared], error: ValidationError) -> str:
     return f"parameter {key} = {value!r} of step {step}: {'; or '.join(wanted)} ({key}: {meaning})"
 
 
-def from_notebook(step: str, namespace: Mapping[str, Any]) -> Shared:
+def from_notebook(sections: Sections, step: str, namespace: Mapping[str, Any]) -> Shared:
     """The step's parameters out of a notebook's `globals()`.
 
     Taken are plain values (text, numbers, lists, dicts) under names without a leading underscore that are not
     IPython's. Where no `model` is given (a notebook opened by hand), the profile's YAML is read beneath them.
     """
-    for name in STEPS:
+    for name in sections:
         if isinstance(namespace.get(name), ModuleType):
             raise ParameterError(f"the notebook imports a module under the name {name!r}, which hides that section")
     plain = (str, int, float, list, tuple, dict)
@@ -139,22 +305,22 @@ def from_notebook(step: str, namespace: Mapping[str, Any]) -> Shared:
         if isinstance(value, plain) and not key.startswith("_") and key not in _IPYTHON
     }
     if "model" not in given:
-        step_model(step)
+        step_model(sections, step)
         base = load_profile(given.get("profile", Shared.model_fields["profile"].default))
         own = {key: value for key, value in base.items() if key != "profile"}
         given = {"profile": base["profile"]} | own | {key: value for key, value in given.items() if key != "profile"}
     elif "profile" not in given:
         raise ParameterError("profile is not given: it names the folder of the results; run with -p profile <name>")
-    return validate(step, given)
+    return validate(sections, step, given)
 
 
-def left_out(step: str, own: Mapping[str, Any]) -> list[str]:
+def left_out(sections: Sections, step: str, own: Mapping[str, Any]) -> list[str]:
     """What a step with the parameters `own` (as JSON) does less than with its `full_profile`, one phrase each."""
 
     def said(value: Any) -> str:
         return "all" if value is None else ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
-    full = validate(step, load_profile(own["full_profile"]))
+    full = validate(sections, step, load_profile(own["full_profile"]))
     meaning = {key: field.description.split(";")[0] for key, field in type(full).model_fields.items()}
     wanted = full.model_dump(mode="json", exclude={"profile", "full_profile"}).items()
     return [
@@ -177,8 +343,6 @@ def check_layers(params: Shared, n_layers: int) -> None:
 
 def _template(params: Shared) -> str:
     """The template asked for, or the task's first."""
-    from lib.tasks import TEMPLATES  # the words of the tasks; parameters need them only here
-
     for name in getattr(params, "templates", ()):
         if name not in TEMPLATES and "{a}" not in name:
             raise ParameterError(

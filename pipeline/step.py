@@ -1,13 +1,10 @@
 """What a notebook's first cell calls: parameters checked, results found, work resumed, findings handed on.
 
-1. `begin` reads the notebook's variables and refuses a results folder that other parameters wrote.
+1. `Plan` and the notebook's variables make a `Step`; results that other parameters wrote are refused.
 2. `Step.able` says whether the model can do the task; `Step.find` reads an earlier step's findings, `Step.pairs` pairs.
 3. `Step.table` gives a finished table, or computes the work units that are missing. The model is loaded only then:
    a page that is merely redrawn does not need it.
 4. `Step.write_findings` hands on what was found, and the run record says how.
-
-    from lib import steps
-    step = steps.begin("necessity", globals())
 """
 
 from __future__ import annotations
@@ -24,18 +21,22 @@ from zlib import crc32
 
 import numpy as np
 import pandas as pd
-from pandera.pandas import DataFrameSchema
 
 from lib import records
 from pipeline import keys, machine, params, tokens, units, workers
-from pipeline.params import ParameterError
+from pipeline.declaration import Declaration, Plan, Table
+from pipeline.params import ParameterError, Shared
 from pipeline.units import Unit
-from steps.parameters import Shared
 
 if TYPE_CHECKING:
+    from pandera.pandas import DataFrameSchema
+
     from lib.hooks import Site
     from lib.models import Model
     from lib.tasks import Pair
+
+
+Run = Callable[..., pd.DataFrame]
 
 
 class StepError(ParameterError):
@@ -58,12 +59,17 @@ class Ability:
 class Step:
     """One step of the plan with its parameters: where it reads, where it writes, how it computes."""
 
+    plan: Plan
     name: str
     params: Shared
 
     def __reduce__(self) -> tuple:
         """A step travels to workers as its name and parameters; what it has loaded stays where it is."""
-        return workers.resident, (self.name, self.params)
+        return workers.resident, (self.plan.module, self.name, self.params)
+
+    @property
+    def declaration(self) -> Declaration:
+        return self.plan[self.name]
 
     @property
     def results(self) -> Path:
@@ -73,7 +79,7 @@ class Step:
     @cached_property
     def ingredients(self) -> dict[str, Any]:
         """Everything the step's data depends on (see `pipeline.keys`)."""
-        return keys.ingredients(self.name, self.params)
+        return keys.ingredients(self.declaration, self.params)
 
     @property
     def data_key(self) -> str:
@@ -98,9 +104,16 @@ class Step:
         p = self.params
         try:
             model = models.load(
-                p.model, sha256=p.model_sha256, dtype=p.dtype, device=p.device, device_map=p.device_map, seed=p.seed,
-                quantisation=p.quantisation, max_memory=p.max_memory, offload_folder=p.offload_folder,
-            )  # fmt: skip
+                p.model,
+                sha256=p.model_sha256,
+                dtype=p.dtype,
+                device=p.device,
+                device_map=p.device_map,
+                seed=p.seed,
+                quantisation=p.quantisation,
+                max_memory=p.max_memory,
+                offload_folder=p.offload_folder,
+            )
         except ValueError as error:
             raise StepError(str(error)) from None
         params.check_layers(p, model.n_layers)
@@ -109,11 +122,14 @@ class Step:
     @cached_property
     def tokenizer(self) -> tokens.Remembered:
         """The model's tokenizer; loaded only for texts that the step's finished results do not hold."""
+        return tokens.Remembered(self._load_tokenizer, self.path("tokens") if self.fresh else None)
+
+    def _load_tokenizer(self) -> Any:
+        """The real one: of the model if that has been loaded."""
         from lib import models
 
-        p, here = self.params, self.__dict__  # which holds the model if it has been loaded
-        load = lambda: self.model.tokenizer if "model" in here else models.tokenizer(p.model, p.model_sha256)  # noqa: E731
-        return tokens.Remembered(load, self.path("tokens") if self.fresh else None)
+        own = "model" in self.__dict__
+        return self.model.tokenizer if own else models.tokenizer(self.params.model, self.params.model_sha256)
 
     @property
     def n_layers(self) -> int:
@@ -161,11 +177,13 @@ class Step:
 
     def find(self, step: str) -> dict[str, Any] | None:
         """Findings of an earlier step about this model and task, from results_dir, then results/<profile>; or None."""
-        params.step_model(step)
-        return keys.find_findings(step, self.params)
+        return keys.find_findings(self.plan[step].name, self.params)
 
     def able(self) -> Ability:
         """Whether the model does the task, by the findings of step 01. Where that was not asked, work goes on."""
+        asked = self.declaration.tasks
+        if asked and self.params.task not in asked:
+            return Ability(False, f"this step asks about supersets, and the answers of `{self.params.task}` are none")
         found = keys.ability(self.params)
         if found is None:
             return Ability(True, f"step 01 has not measured whether this model does {self.params.task}", known=False)
@@ -183,18 +201,26 @@ class Step:
         except ValueError as error:
             raise StepError(str(error)) from None
 
+    @cached_property
+    def _prompts(self) -> list[Pair]:
+        return self.prompts(self.pairs())
+
     def prompts(self, table: pd.DataFrame | None = None) -> list[Pair]:
         """The pairs (default: of `pairs`) as prompts, tokenised and checked. StepError names the pair that is wrong."""
         from lib import tasks
 
-        p, rows = self.params, (self.pairs() if table is None else table).to_dict("records")
+        if table is None:
+            return list(self._prompts)
+        p = self.params
         try:
-            return [tasks.make_pair(self.tokenizer, row, p.chat_template, p.attributes) for row in rows]
+            return [
+                tasks.make_pair(self.tokenizer, row, p.chat_template, p.attributes) for row in table.to_dict("records")
+            ]
         except ValueError as error:
             raise StepError(str(error)) from None
 
-    def sweeper(self, pairs: Sequence[Pair]) -> Callable[[Unit], pd.DataFrame]:
-        """What `table` computes units of `sweep_units` and `hops.paths` with; means and resamples come from `pairs`.
+    def sweeper(self, pairs: Sequence[Pair], run: Run | None = None) -> Callable[[Unit], pd.DataFrame]:
+        """What computes units of `sweep_units`, or of what else `run` sweeps; means and resamples come from `pairs`.
 
         The first unit of a sitting also makes the step's two proofs, the identity patch and the whole-residual patch;
         their numbers go into the log.
@@ -203,17 +229,12 @@ class Step:
         proofs: list[str] = []
 
         def compute(unit: Unit) -> pd.DataFrame:
-            from lib import paths, sweep
+            from lib import sweep
 
             own = [] if proofs else sweep.prove(self.model, pairs[0])
             proofs.extend(own)
-            run, options = sweep.run, dict(unit.options)
-            if "into" in options:
-                run, options["receivers"] = paths.run, paths.receivers_of(self.model, *options.pop("into"))
-            frame = run(
-                self.model, unit.pairs, pool=pairs, pools=pools, memory=self.memory, seed=self.params.seed,
-                profile=self.params.profile, **options,
-            )  # fmt: skip
+            where = {"memory": self.memory, "seed": self.params.seed, "profile": self.params.profile}
+            frame = (run or sweep.run)(self.model, unit.pairs, pool=pairs, pools=pools, **where, **unit.options)
             frame.attrs["log"] = own + frame.attrs["log"]
             return frame
 
@@ -247,30 +268,32 @@ class Step:
         """The file of a table: <step>.parquet for the step's own, <step>.<name>.parquet for another."""
         return self.results / (f"{self.name}.parquet" if name in (None, self.name) else f"{self.name}.{name}.parquet")
 
-    def table(
-        self,
-        name: str,
-        plan: Sequence[Unit],
-        compute: Callable[[Unit], pd.DataFrame],
-        *,
-        schema: DataFrameSchema | None = records.SCHEMA,
-        columns: Sequence[str] | None = None,
-    ) -> pd.DataFrame:
+    def table(self, table: Table, *chosen: Any) -> pd.DataFrame:
         """A table of the step: read if it is done, else its missing work units are computed and joined.
 
-        `plan` is the units in order, a pure function of the parameters and the pairs. `compute` may use `self.model`
-        and `self.memory`; for `frame.attrs` see `pipeline.units.run_units`. `schema=None` takes any columns.
+        `chosen` is what was chosen from earlier tables, as the table's declaration takes it. For `frame.attrs` see
+        `pipeline.units.run_units`.
         """
         self._clear_stale()
-        path, planned = self.path(name), units.plan_id(plan)
+        path, plan = self.path(table.name), table.units(self, *chosen)
+        planned = units.plan_id(plan)
         if not (path.exists() and records.read_metadata(path)["plan"] == planned):
-            self._compute(path, plan, planned, compute, schema)
+            self._compute(path, plan, planned, table.compute(self, *chosen), table.schema)
         self.write_record()
         units.remove_units(path.with_suffix(".units"))  # once the table and its record are safe
-        return records.read(path, columns)
+        return records.read(path, table.columns)
+
+    def metadata(self, table: Table) -> dict[str, Any]:
+        """What a finished table says of itself: its candidates, rows, seconds and other facts."""
+        return records.read_metadata(self.path(table.name))
 
     def _compute(
-        self, path: Path, plan: Sequence[Unit], planned: str, compute: Callable, schema: DataFrameSchema | None
+        self,
+        path: Path,
+        plan: Sequence[Unit],
+        planned: str,
+        compute: Callable[[Unit], pd.DataFrame],
+        schema: DataFrameSchema | None,
     ) -> None:
         folder = path.with_suffix(".units")
         intent = {
@@ -318,7 +341,7 @@ class Step:
     def _clear_stale(self) -> None:
         self.refuse_stale()
         if not self.fresh:
-            keys.remove(self.results, self.name)
+            keys.remove(self.results, self.declaration)
 
     # --- what this step leaves ---
 
@@ -379,7 +402,7 @@ class Step:
 
     def write_extra(self, name: str, extra: pd.DataFrame | Mapping[str, Any]) -> Path:
         """Write pairs.parquet (step 01) or claims.json (step 10). Equal contents give equal bytes, which keys hash."""
-        allowed, path = keys.EXTRA_FILES.get(self.name, ()), self.results / name
+        allowed, path = self.declaration.extra_files, self.results / name
         if name not in allowed:
             may = ", ".join(allowed) or "nothing more"
             raise StepError(f"step {self.name} does not write {name!r}; it may write {may}")
@@ -390,8 +413,13 @@ class Step:
         return path
 
 
-def begin(step: str, namespace: Mapping[str, Any]) -> Step:
+def swept(step: Step, *chosen: Any) -> Callable[[Unit], pd.DataFrame]:
+    """`Table.compute` of a sweep whose means and resamples come from all of the step's pairs."""
+    return step.sweeper(step.prompts())
+
+
+def begin(plan: Plan, step: str, namespace: Mapping[str, Any]) -> Step:
     """The step of a notebook, from its `globals()`. ParameterError or StepError in one sentence if it cannot run."""
-    own = Step(step, params.from_notebook(step, namespace))
+    own = Step(plan, step, params.from_notebook(plan.sections, step, namespace))
     own.refuse_stale()
     return own

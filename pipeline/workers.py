@@ -16,6 +16,7 @@ from __future__ import annotations
 import copyreg
 import functools
 import hashlib
+import importlib
 import logging
 import os
 import socket
@@ -32,8 +33,8 @@ if TYPE_CHECKING:
     from ray.actor import ActorHandle
 
     from lib.models import Model
+    from pipeline.params import Shared
     from pipeline.step import Step
-    from steps.parameters import Shared
 
 SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 ANSWER_S, START_S = 10, 900  # how long a cluster may take to answer, and a replica to come up
@@ -49,8 +50,9 @@ class WorkersError(ParameterError):
 
 
 def code_hash() -> str:
-    """One hash of the sources of lib."""
-    return keys.hash_json({path.name: keys.hash_source(path) for path in sorted((ROOT / "lib").glob("*.py"))})
+    """One hash of the sources of all that computes."""
+    files = [path for room in ("lib", "pipeline", "steps") for path in sorted((ROOT / room).rglob("*.py"))]
+    return keys.hash_json({str(path.relative_to(ROOT)): keys.hash_source(path) for path in files})
 
 
 def weights_hash(model: Model) -> str:
@@ -68,11 +70,13 @@ def weights_hash(model: Model) -> str:
 RESIDENT: dict[str, Step] = {}
 
 
-def resident(step: str, given: Shared) -> Step:
-    """The step of this name and these parameters in this process: its model stays from one table to the next."""
+def resident(plan: str, step: str, given: Shared) -> Step:
+    """The step of this name and these parameters in this process: its model stays from one table to the next. `plan` is
+    the module that has the plan."""
     from pipeline.step import Step
 
-    return RESIDENT.setdefault(f"{step} {given.model_dump_json()}", Step(step, given))
+    whole = importlib.import_module(plan).PLAN
+    return RESIDENT.setdefault(f"{plan} {step} {given.model_dump_json()}", Step(whole, step, given))
 
 
 class Replica:
@@ -89,7 +93,7 @@ class Replica:
         """What this replica runs, and what its model is."""
         own, p = self.step.model, self.step.params
         told = {f"library {name}": version for name, version in machine.versions().items()}
-        told |= {"code of lib": code_hash(), "weights": weights_hash(own)}
+        told |= {"code": code_hash(), "weights": weights_hash(own)}
         memory = machine.pass_memory(None if p.device == "cpu" else own)
         return {"alike": told, "model": self.step.model_facts, "memory": memory}
 
@@ -172,7 +176,7 @@ def first_answer(step: Step) -> dict[str, Any]:
 def refuse_unlike(step: Step, told: Mapping[str, str | None], model: Mapping[str, str | None]) -> None:
     """WorkersError when a replica (`told`) runs other code or libraries than the driver, or other weights than `model`
     says."""
-    here = {f"library {name}": version for name, version in machine.versions().items()} | {"code of lib": code_hash()}
+    here = {f"library {name}": version for name, version in machine.versions().items()} | {"code": code_hash()}
     for name, own in (here | dict(model)).items():
         if told[name] != own:
             raise WorkersError(

@@ -1,4 +1,4 @@
-"""Assemble and build the book of one profile: `python -m report.book --profile smollm2-135m`.
+"""Assemble and build the book of one profile.
 
 1. Read the table of contents: each page `executed/NN_step` in it is a step whose executed notebook, findings and run
    record must be there.
@@ -6,20 +6,20 @@
    profile that is a quicker form of another begin with what they leave out.
 3. Fill the generated pages: the landing page from the findings, reproducibility from the run records, cost from the
    results of `bench/`, the library from its sources. Their prose is in `book/*.md`, with `$names` for generated text.
-4. Build the HTML with Jupyter Book, warnings as errors, write `.stamp` and print the path of its first page.
+4. Build the HTML with Jupyter Book, warnings as errors.
 
 Nothing here knows a model or a number: what a page says was written by a step.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -29,11 +29,8 @@ import yaml
 from pipeline import params
 from report import scale
 from report.library import block, library
-from steps.parameters import STEPS
 
 ROOT = Path(__file__).resolve().parent.parent
-ANSWERS = ("story", *list(STEPS)[1:-1])
-"""The steps whose sentences and first figures make up the answer on the landing page, in this order."""
 
 
 class BookError(ValueError):
@@ -60,14 +57,14 @@ def read_json(results: Path, step: str, kind: str) -> dict[str, Any]:
     return found
 
 
-def quick_notes(results: Path, steps: Mapping[str, str]) -> dict[str, str]:
+def quick_notes(sections: params.Sections, results: Path, steps: Mapping[str, str]) -> dict[str, str]:
     """For a profile that is the quick form of another: what each page and the whole ("index") leave out, as MyST."""
     notes = {}
     for step in steps:
         own = read_json(results, step, "run").get("parameters", {})
         if full := own.get("full_profile"):
             which = f"profile `{own['profile']}`, the quick form of `{full}`"
-            less = params.left_out(step, own) or ["nothing but what the steps before it left out"]
+            less = params.left_out(sections, step, own) or ["nothing but what the steps before it left out"]
             notes[step] = f"This page was made with {which}. It leaves out:\n\n- " + "\n- ".join(less)
             notes["index"] = (
                 f"This report was made with {which}: every page, from fewer prompts, so that intervals are "
@@ -118,7 +115,8 @@ def landing(results: Path, steps: Mapping[str, str], to: Path) -> dict[str, str]
     if len(set(models.values())) > 1:
         raise BookError(f"{results} mixes models {models}: run the steps of one profile into one results folder")
     figures, answer = [], []
-    for step in (step for step in ANSWERS if step in findings):
+    *others, last = list(steps)[1:]  # the last step concludes, so it leads
+    for step in (last, *others):
         found = findings[step]
         link, said = f"[{title(step)}]({steps[step]}.ipynb)", sentences(step, found)
         answer.append(item(link, said) if answer else f"{link}: {' '.join(said)}")
@@ -126,7 +124,7 @@ def landing(results: Path, steps: Mapping[str, str], to: Path) -> dict[str, str]
             figures.append(figure_block(results, to, step, figure))
     model = findings[next(iter(findings))]["model"]
     facts = {key: value for key, value in model.items() if key != "name"}
-    able = [" ".join(sentences(step, found)) for step, found in findings.items() if step not in ANSWERS]
+    able = [" ".join(sentences(step, found)) for step, found in findings.items() if step == next(iter(steps))]
     rows = [
         f"| [{title(step)}]({page}.ipynb) | `{findings[step].get('task', '')}` | "
         f"{'measured' if findings[step].get('able', True) else 'not measured: the model cannot do this task'} |"
@@ -264,12 +262,23 @@ def as_text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def assemble(profile: str, source: Path, executed: Path, results: Path, to: Path, root: Path = ROOT) -> None:
-    """Write the complete sources of a profile's book to `to`, which is replaced."""
+@dataclass(frozen=True)
+class Folders:
+    """Where a profile's book is made from, and where it is built."""
+
+    source: Path  # prose and configuration
+    executed: Path  # notebooks that have run
+    results: Path  # findings, run records, figures
+    to: Path  # replaced
+
+
+def assemble(sections: params.Sections, profile: str, folders: Folders, root: Path = ROOT) -> None:
+    """Write the complete sources of a profile's book to `folders.to`. `sections` are the plan's."""
+    source, results, to = folders.source, folders.results, folders.to
     steps = pages(source)
-    notes = quick_notes(results, steps)
+    notes = quick_notes(sections, results, steps)
     notebooks = {
-        page: clean_notebook(executed / f"{Path(page).name}.ipynb", step, notes.get(step, ""))
+        page: clean_notebook(folders.executed / f"{Path(page).name}.ipynb", step, notes.get(step, ""))
         for step, page in steps.items()
     }
     shutil.rmtree(to, ignore_errors=True)
@@ -294,7 +303,7 @@ def assemble(profile: str, source: Path, executed: Path, results: Path, to: Path
 
 
 def build(folder: Path) -> Path:
-    """Build the assembled book in `folder` with warnings as errors; returns its index.html and leaves `.stamp` last."""
+    """Build the assembled book in `folder` with warnings as errors; returns its index.html."""
     command = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()"]
     command += ["build", str(folder), "-W", "--keep-going"]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
@@ -306,32 +315,4 @@ def build(folder: Path) -> Path:
         raise BookError(f"jupyter-book stopped (all it said is in {folder / 'build.log'}):\n" + "\n".join(said[:40]))
     for template in index.parent.glob("_static/*webpack-macros.html"):
         template.unlink()  # the theme copies its templates beside its scripts; they are no pages
-    (folder / ".stamp").write_text(f"{index.relative_to(folder)}\n", encoding="utf-8")
     return index
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line; prints the path of the book's first page as its last line, returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m report.book", description="Build the book of one profile.")
-    parser.add_argument("--profile", required=True, help="name of the profile, or the path of its YAML")
-    parser.add_argument("--source", type=Path, default=Path("book"), help="sources of the book")
-    parser.add_argument("--executed", type=Path, help="executed notebooks (build/PROFILE/executed)")
-    parser.add_argument("--results", type=Path, help="findings, run records, figures (results/PROFILE)")
-    parser.add_argument("--to", type=Path, help="where to build (build/PROFILE/book); replaced")
-    given = parser.parse_args(arguments)
-    profile = Path(given.profile).stem if given.profile.endswith((".yaml", ".yml")) else given.profile
-    executed = given.executed or Path("build") / profile / "executed"
-    results = given.results or Path("results") / profile
-    to = given.to or Path("build") / profile / "book"
-    (to / ".stamp").unlink(missing_ok=True)
-    try:
-        assemble(profile, given.source, executed, results, to)
-        print(build(to))
-    except (BookError, params.ParameterError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -7,12 +7,14 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from IPython.display import Markdown
+from matplotlib.figure import Figure
 
 from lib import effects
 from lib.effects import picked, reported
+from pipeline.params import Shared
 from pipeline.step import Step
 from report import plots
-from steps.parameters import Shared
 
 ONE_HALF = (
     " The pairs form a single half here: what is said of discovery and confirmation is about the same pairs, so the "
@@ -51,6 +53,27 @@ def not_done(step: Step) -> dict:
     sentence = f"Nothing was computed for the task `{step.params.task}`: {step.able().why}"
     subject = {"model": {"name": step.params.model}, "task": step.params.task}
     return {**subject, "able": False, "sentences": [sentence], "figures": []}
+
+
+def finished(
+    step: Step, found: Mapping[str, Any], figures: Mapping[str, Figure], captions: Mapping[str, str]
+) -> dict[str, Any]:
+    """Findings with their figures saved, written for the steps that follow and for the landing page."""
+    saved = [
+        {"file": plots.save(figure, step.results, step.name, name), "caption": captions[name]}
+        for name, figure in figures.items()
+    ]
+    return step.write_findings({**found, "figures": saved})
+
+
+def answer(found: Mapping[str, Any]) -> Markdown:
+    """The answer at the head of a page: the headline of the findings, else their first sentence."""
+    return Markdown(" ".join(found.get("headline") or found["sentences"][:1]))
+
+
+def statement(found: Mapping[str, Any]) -> Markdown:
+    """Every sentence of the findings."""
+    return Markdown("\n\n".join(found["sentences"]))
 
 
 def joined(step: Step, parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -24,8 +24,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline import keys, machine, params
-from steps.parameters import STEPS, Shared
+from lib import models, weights
+from lib.weights import Shape
+from pipeline import assumed, keys, machine, params, rates
+from pipeline.costs import Machine
+from pipeline.params import Shared
+from pipeline.rates import PAGE_ROW, PAGES, PROVING, READING, seconds
+from steps.registry import PLAN
 
 OVERHEAD = 1.0  # GB of Python and its libraries
 GB = 1e9
@@ -38,26 +43,28 @@ def measured(step: str, p: Shared) -> dict[str, float]:
     return {name.removeprefix(f"{step}."): own["seconds"] for name, own in tables.items()}
 
 
-def step_plan(step: str, given: Mapping[str, Any], shape: Any, place: Any, rates: Mapping, against: bool) -> dict:
-    """One step of the plan, as the JSON has it."""
-    from lib import weights
-    from pipeline import assumed
-    from pipeline.rates import PAGE_ROW, PAGES, PROVING, READING, seconds
-    from steps import planned
-
-    case, tables, rows = assumed.case_of(step, given, shape, place), [], 0.0
-    p, taken = case.params, measured(step, params.validate(step, given)) if against else {}
-    for name, work in planned.TABLES[step](case):
-        name = {"hydra": {"round0": "hydra"}}.get(step, {}).get(name, name)
+def step_plan(
+    step: str, given: Mapping[str, Any], shape: Shape, place: Machine, rates: Mapping[str, float], against: bool
+) -> dict:
+    """One step of the plan, as the JSON has it: its declared tables, counted on stand-ins."""
+    case, tables, rows = assumed.case_of(PLAN, step, given, shape, place), [], 0.0
+    p = case.params
+    taken = measured(step, p) if against else {}
+    for table, *chosen in PLAN[step].assumed(case):
+        if isinstance(table, str):
+            name, (work,), count = {"round0": "hydra"}.get(table, table), chosen, None
+        else:
+            units = table.units(case, *chosen)
+            name, work, count = table.name, table.cost(case, units, *chosen), len(units)
         load = 0.0 if tables else PROVING + weights.weight_gb(shape, p.dtype) / rates.get("reading", READING)
         rows += work.rows
-        own = {"table": name, "passes": round(work.passes), "operations": work.operations, "rows": round(work.rows)}
-        own |= {"disk_gb": work.table / GB, "seconds": load + seconds(work, rates)}
+        own = {"table": name, "units": count, "passes": round(work.passes), "operations": work.operations}
+        own |= {"rows": round(work.rows), "disk_gb": work.table / GB, "seconds": load + seconds(work, rates)}
         tables.append(own | {"measured_seconds": taken.get(name)})
     out: dict[str, Any] = {"step": step}
     out |= {key: sum(table[key] for table in tables) for key in ("passes", "operations", "rows")}
-    weights = weights.weight_gb(shape, p.dtype, p.quantisation)
-    out |= {"memory_gb": weights + place.memory + OVERHEAD, "disk_gb": sum(table["disk_gb"] for table in tables)}
+    held = weights.weight_gb(shape, p.dtype, p.quantisation)
+    out |= {"memory_gb": held + place.memory + OVERHEAD, "disk_gb": sum(table["disk_gb"] for table in tables)}
     out |= {"seconds": sum(table["seconds"] for table in tables), "page_seconds": PAGES[step] + PAGE_ROW * rows}
     whole = sum(taken.values()) if taken else None
     return out | {"measured_seconds": whole, "ratio": out["seconds"] / whole if whole else None, "tables": tables}
@@ -66,33 +73,31 @@ def step_plan(step: str, given: Mapping[str, Any], shape: Any, place: Any, rates
 def plan(profile: str, device: str | None = None, against: bool = False, results_dir: str | None = None) -> dict:
     """The plan of a profile as the JSON has it. ParameterError or ModelError where there can be none."""
     given = params.load_profile(profile) | ({"results_dir": results_dir} if results_dir else {})
-    p = params.validate("baselines", given)
-    from lib import models, weights
-    from pipeline import assumed, rates
-    from pipeline.costs import Machine
-
+    p = params.validate(PLAN.sections, PLAN.names[0], given)
     config = weights.config_of(p.model)
     if config is None:
         raise params.ParameterError(
             f"model {p.model!r} has no config here: download it, or put its published sizes into lib/shapes.json"
         )
-    shape, assumed = weights.shape_of(config), [*assumed.ASSUMED]
-    weights = weights.weight_gb(shape, p.dtype, p.quantisation)
+    shape, assumptions = weights.shape_of(config), [*assumed.ASSUMED]
+    held = weights.weight_gb(shape, p.dtype, p.quantisation)
     if device:
         own, said = rates.of_device(device, shape, p.dtype, p.quantisation)
         room = json.loads(rates.DEVICES.read_text(encoding="utf-8"))["devices"][device]["memory_gb"]
         weights.check(p.model, p.dtype, device, p.quantisation, room=room)
-        memory = float(p.memory) if p.memory != "auto" else machine.card_memory([room * GB], weights * GB)
-        assumed += said
+        memory = float(p.memory) if p.memory != "auto" else machine.card_memory([room * GB], held * GB)
+        assumptions += said
     else:
         placed = models.pick_device(p.device)
         weights.check(p.model, p.dtype, p.device_map or placed, p.quantisation, p.max_memory, p.offload_folder)
         memory = float(p.memory) if p.memory != "auto" else machine.pass_memory(None)
         own = rates.calibrate(config, p.dtype, placed, memory)
-        assumed.append("seconds of records, value vectors and areas under curves are those of 2 cores of an AMD EPYC")
-    assumed.append(f"weights are read at {rates.READING:g} GB/s, once a step")
+        assumptions.append(
+            "seconds of records, value vectors and areas under curves are those of 2 cores of an AMD EPYC"
+        )
+    assumptions.append(f"weights are read at {rates.READING:g} GB/s, once a step")
     facts = machine.facts()
-    steps = [step_plan(step, given, shape, Machine(memory, p.dtype), own, against) for step in STEPS]
+    steps = [step_plan(step, given, shape, Machine(memory, p.dtype), own, against) for step in PLAN.names]
     whole = [step["measured_seconds"] for step in steps]
     return {
         "profile": p.profile,
@@ -102,7 +107,7 @@ def plan(profile: str, device: str | None = None, against: bool = False, results
         **machine.commit(),
         "layers": shape.n_layers,
         "rates": dict(own),
-        "assumptions": assumed,
+        "assumptions": assumptions,
         "total_seconds": sum(step["seconds"] + step["page_seconds"] for step in steps),
         "measured_total_seconds": sum(whole) if all(whole) else None,
         "steps": steps,

@@ -15,7 +15,7 @@ from lib import batches, sweep, tasks
 from lib.data import HALVES
 from lib.hooks import Site
 from lib.tasks import SUPERSETS, Pair
-from pipeline import costs, params
+from pipeline import costs
 from pipeline.assumed import (  # fmt: skip
     ASKED,
     CIRCUITS,
@@ -34,7 +34,7 @@ from pipeline.assumed import (  # fmt: skip
 )
 from pipeline.costs import Work, plain, sweep_unit, total
 from pipeline.units import Unit, sweep_units
-from steps.baselines import measure as ability
+from steps.baselines import measure as baselines_measure
 from steps.hydra import measure as hydra
 from steps.retrieval_heads import measure as hops
 from steps.story.circuits import QUEUE, REFRESH
@@ -43,7 +43,7 @@ from steps.story.circuits import QUEUE, REFRESH
 def baselines(case: Case) -> Iterator[tuple[str, Work]]:
     """01: every template asked; everyone asked about alone; the prompts of the quads that are tried."""
     p, out = case.params, Work()
-    for template in ability.asked(p):
+    for template in baselines_measure.asked(p):
         count = {"one_name": 2 * p.accuracy_pairs, "odd_one_out": 2 * (p.odd_one_out_items + 3)}
         out += case.asked(count.get(template.task, p.accuracy_pairs), template, 128)
     yield "baselines", out
@@ -58,7 +58,7 @@ def baselines(case: Case) -> Iterator[tuple[str, Work]]:
 def coarse_sweep(case: Case) -> Iterator[tuple[str, Work]]:
     """02: the residual stream of every layer at each role, both ways."""
     p = case.params
-    last, names = case.spread(p.pairs), case.spread(p.name_pairs)
+    last, names = subsampled(case, p.pairs), subsampled(case, p.name_pairs)
     plan = [
         unit
         for role in p.roles
@@ -71,17 +71,19 @@ def coarse_sweep(case: Case) -> Iterator[tuple[str, Work]]:
 def necessity(case: Case) -> Iterator[tuple[str, Work]]:
     """03: every site under each ablation at `last`, the names' under one."""
     p = case.params
-    plan = sweep_units("last", case.spread(p.pairs), components=p.components, ablations=p.ablations, layers=case.layers)
+    plan = sweep_units(
+        "last", subsampled(case, p.pairs), components=p.components, ablations=p.ablations, layers=case.layers
+    )
     for role in p.name_roles:
         plan += sweep_units(
-            role, case.spread(p.name_pairs), role=role, components=p.name_components, layers=case.layers
+            role, subsampled(case, p.name_pairs), role=role, components=p.name_components, layers=case.layers
         )
     yield "necessity", case.swept(plan)
 
 
 def sufficiency(case: Case) -> Iterator[tuple[str, Work]]:
     """04: every site from clean into corrupt; then the growing sets, both ways."""
-    p, last = case.params, case.spread(case.params.pairs)
+    p, last = case.params, subsampled(case, case.params.pairs)
     how = {"components": p.components, "layers": case.layers}
     yield "sufficiency", case.swept(sweep_units("last", last, direction="denoise", **how))
     order = order_of(case, p.slice_limit)
@@ -94,10 +96,10 @@ def sufficiency(case: Case) -> Iterator[tuple[str, Work]]:
 
 def hydra_step(case: Case) -> Iterator[tuple[str, Work]]:
     """05: the slice and three random ones ablated, then the slice widened once; the joint ablations."""
-    p, own, rng = case.params, case.spread(case.params.pairs), np.random.default_rng(0)
-    controls = hydra.random_slices(case.shape.n_layers, case.shape.n_heads, case.slice, rng)
+    p, own, rng = case.params, subsampled(case, case.params.pairs), np.random.default_rng(0)
+    controls = hydra.random_slices(case.shape.n_layers, case.shape.n_heads, case.sites, rng)
     for number, count in enumerate(RISING[: p.rounds]):
-        slices = [case.slice, *(controls.values() if number == 0 else ())]
+        slices = [case.sites, *(controls.values() if number == 0 else ())]
         units = sweep_units("split", own, ablations=p.ablations)
         first = min(site.layer for sites in slices for site in sites)
         work = [costs.split_unit(case.shape, u.pairs, slices, len(u.options["ablations"]), first) for u in units]
@@ -107,17 +109,17 @@ def hydra_step(case: Case) -> Iterator[tuple[str, Work]]:
             f"round{number}",
             total([*work, case.pool(units, case.pairs), Work(table=DIRECT * rows, other={"parts": rows})]),
         )
-        more = order_of(case, len(case.slice) + min(count, p.candidates))[len(case.slice) :]
-        sets = [case.slice, *([*case.slice, site] for site in more), *([site] for site in more)]
+        more = order_of(case, len(case.sites) + min(count, p.candidates))[len(case.sites) :]
+        sets = [case.sites, *([*case.sites, site] for site in more), *([site] for site in more)]
         yield f"joint{number}", case.swept(sweep_units("joint", own, ablations=p.ablations[:1], site_sets=sets))
 
 
 def retrieval_heads(case: Case) -> Iterator[tuple[str, Work]]:
     """06: one-name probes; paths into the slice; value vectors and attention; ablated paths; edges."""
-    p, shape, sites = case.params, case.shape, case.slice
+    p, shape, sites = case.params, case.shape, case.sites
     single = tasks.TEMPLATES["profession_is"]
     yield "probes", case.asked(len(hops.PROBES) * p.probe_people, single, 256)
-    some, last = case.spread(p.name_pairs), case.spread(p.pairs)
+    some, last = subsampled(case, p.name_pairs), subsampled(case, p.pairs)
     heads = hops.sites_that_read(sites)
     alone = [pair_of(single, int(x.quad_id[1:]), 0, x.half, [len(x.clean.roles["name_a"])]) for x in some]
     plan = hops.paths("slice at names", some, heads, hops.NAMES, p.mlps)
@@ -140,7 +142,7 @@ def retrieval_heads(case: Case) -> Iterator[tuple[str, Work]]:
         plan += hops.ablation_units(role, sets, some, sites, p.mlps)
     yield "ablation", case.pathed(plan)
     senders = [Site(layer, "mlp") for layer in range(min(SENDERS, before))]
-    fewer = case.spread(2 * p.name_pairs // 3)
+    fewer = subsampled(case, 2 * p.name_pairs // 3)
     yield "edges", case.pathed(hops.edge_units(fewer, senders, sites, p.mlps))
 
 
@@ -159,7 +161,7 @@ def generality(case: Case) -> Iterator[tuple[str, Work]]:
         left = made if name == p.template else made[: round(MOVED * len(made))]
         grid += [replace(pair, pair_id=f"{pair.pair_id}@{name}") for pair in batches.subsample(left, p.pairs)]
     yield "grid", checked + Work(other={"tokenised": 3 * len(grid)})
-    searched = case.half(0, case.spread(params.validate("sufficiency", params.load_profile(p.profile)).pairs))
+    searched = case.half(0, subsampled(case, case.other("sufficiency").pairs))
     searched = [replace(pair, labels=(), label_tokens=()) for pair in searched]
     order, sets = order_of(case, p.slice_limit), round(CIRCUITS * p.slice_limit)
     growing = [order[: 1 + count % len(order)] for count in range(sets)]
@@ -173,14 +175,14 @@ def generality(case: Case) -> Iterator[tuple[str, Work]]:
         for unit in sweep_units(way, pairs, direction=way, site_sets=growing)
     ]
     yield "circuits", case.swept(plan)
-    joint = [case.slice, *(order[: 4 + count] for count in range(10)), *([site] for site in case.slice)]
+    joint = [case.sites, *(order[: 4 + count] for count in range(10)), *([site] for site in case.sites)]
     yield "joint", case.swept(sweep_units("noise", grid, direction="noise", site_sets=joint))
     leading = [pair for pair in grid if pair.template == own.name]
     how = {"components": ["head", "mlp"], "layers": case.layers}
     yield "generality", case.swept(sweep_units("noise", leading, direction="noise", **how))
     controls = [replace(pair, pair_id=f"{pair.pair_id}c{n}") for n in range(4) for pair in leading[: p.control_prompts]]
-    heads = [site for site in case.slice if site.component == "head"]
-    sets = [case.slice, heads, *[heads] * p.random_sets]
+    heads = [site for site in case.sites if site.component == "head"]
+    sets = [case.sites, heads, *[heads] * p.random_sets]
     plan = sweep_units("controls", [*leading, *controls], direction="noise", ablations=["mean", "zero"], site_sets=sets)
     yield "controls", case.swept(plan, leading) + Work(other={"tokenised": 2000})
     yield "rule", case.asked(4 * p.rule_prompts, tasks.TEMPLATES["profession_is"]) + case.asked(p.rule_prompts, own)
@@ -206,10 +208,10 @@ def subspace(case: Case) -> Iterator[tuple[str, Work]]:
         + plain(shape, 2 * len(fit), one, -(-len(fit) // 16))
         + Work(table=7 * shape.hidden * 5 * len(layers) * len(templates)),
     )
-    patched = [replace(pair, labels=(), label_tokens=()) for pair in case.spread(p.pairs)]
+    patched = [replace(pair, labels=(), label_tokens=()) for pair in subsampled(case, p.pairs)]
     count = 1 + 1 + 3 + 1  # one direction, all of them, random ones, everything
     how = {"direction": "denoise", "variants": range(count)}
-    sets = [*([Site(layer, "resid")] for layer in layers), case.slice]
+    sets = [*([Site(layer, "resid")] for layer in layers), case.sites]
     yield "direction_layers", case.swept(sweep_units("direction_layers", patched, site_sets=sets, **how))
     late, shown = layers[len(layers) // 2], case.half(1, patched)
     steps = 2 * p.rotation_steps
@@ -233,7 +235,7 @@ def subspace(case: Case) -> Iterator[tuple[str, Work]]:
 def neurons(case: Case) -> Iterator[tuple[str, Work]]:
     """09: every neuron of the slice's layers; sets of them; features of autoencoders."""
     p, shape, layers = case.params, case.shape, case.slice_layers
-    few, more = case.spread(p.pairs), case.spread(p.top_pairs)
+    few, more = subsampled(case, p.pairs), subsampled(case, p.top_pairs)
     each = total(costs.neuron_unit(shape, [pair], layers, case.machine) for pair in few).times(2)
     yield (
         "neurons",
@@ -256,7 +258,7 @@ def neurons(case: Case) -> Iterator[tuple[str, Work]]:
         plain(shape, prompts, tokens, -(-prompts // 16))
         + Work(table=20 * 10 * len(layers) * shape.inner, other={"areas": areas}),
     )
-    place = next((s for s in case.slice if s.component == "mlp"), case.slice[0]).layer + 1
+    place = next((s for s in case.sites if s.component == "mlp"), case.sites[0]).layer + 1
     held = case.half(1, more)
     samples = 8.6 * p.sae_prompts  # tokens that are new, measured in the default book
     steps = 0 if p.sae_file else p.sae_seeds * p.sae_epochs * samples / 256
@@ -274,7 +276,7 @@ def neurons(case: Case) -> Iterator[tuple[str, Work]]:
     yield "feature_reads", read + Work(table=4 * prompts * width)
     best = [[Site(place - 1, "mlp")]]
     chosen = range(4 * max(p.budgets))
-    ranking = case.spread(2 * p.pairs, case.half(0, more))
+    ranking = subsampled(case, 2 * p.pairs, case.half(0, more))
     yield (
         "feature_ranks",
         case.swept(sweep_units("rank", ranking, direction="denoise", variants=chosen, site_sets=best)),
@@ -304,7 +306,7 @@ def story(case: Case) -> Iterator[tuple[str, Work]]:
             own[tuple(np.array(drawn[:size:2]).T)] = False
         return out
 
-    searched, work = case.spread(p.search_pairs, case.half(0)), Work()
+    searched, work = subsampled(case, p.search_pairs, case.half(0)), Work()
     test = lambda masks, pairs, ready=False: costs.circuit_unit(shape, pairs, masks, case.machine, ready)  # noqa: E731
     for members in range(size):
         asked = len(drawn) - members if members in REFRESH else min(QUEUE, len(drawn) - members)
@@ -312,7 +314,7 @@ def story(case: Case) -> Iterator[tuple[str, Work]]:
         work += test(queue, searched).times(asked / min(QUEUE, len(drawn) - members))
     work += test(kept([drawn[:size]] * size), searched) + test(kept([]), searched, True)
     yield "search", work + Work(table=20 * 100 * size)
-    few = case.spread(p.attribution_pairs)
+    few = subsampled(case, p.attribution_pairs)
     nodes = shape.n_layers * (2 * shape.n_heads + 1) * len(few)
     eights = [Unit("", tuple(few[at : at + 8])) for at in range(0, len(few), 8)]
     yield "attribution", total(costs.attribution_unit(shape, u.pairs) for u in eights) + Work(table=27 * nodes)
@@ -329,10 +331,14 @@ def story(case: Case) -> Iterator[tuple[str, Work]]:
         list(rng.permutation(drawn)[:n]) for n in sizes for _ in range(3 + p.random_sets)
     ]
     tests += [drawn[: size - 1]] * size + [drawn[: size // 2]] * p.subsets
-    whole = case.spread(p.pairs)
+    whole = subsampled(case, p.pairs)
     chunks = [group[at : at + 8] for group in batches.grouped(whole) for at in range(0, len(group), 8)]
     own = total(test(kept(tests, 1 + p.subsets), chunk, True) + test(kept(tests[:1]), chunk, True) for chunk in chunks)
     yield "circuits", own + Work(table=39 * len(whole) * len(tests))
+
+
+def subsampled(case: Case, count: int | None, pairs: Sequence[Pair] | None = None) -> list[Pair]:
+    return batches.subsample(case.pairs if pairs is None else pairs, count)
 
 
 TABLES: dict[str, Callable[[Case], Iterator[tuple[str, Work]]]] = {

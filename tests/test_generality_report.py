@@ -14,8 +14,7 @@ from report import circuit_plots
 from steps.generality import controls_page as control_report
 from steps.generality import page as report
 from steps.generality import rule, statements
-from steps.generality.measure import Circuit
-from steps.parameters import Generality
+from steps.generality.measure import Circuit, Generality
 
 PARAMS = Generality(model="config:none", resamples=200, flips=200)
 

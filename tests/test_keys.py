@@ -18,7 +18,6 @@ from pipeline import keys, params
 from pipeline import step as steps
 from pipeline.params import ParameterError
 from pipeline.units import Unit
-from steps.parameters import STEPS
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOK = {

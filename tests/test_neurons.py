@@ -15,7 +15,7 @@ from lib.effects import HALVES
 from lib.hooks import Site
 from report import words
 from steps.neurons import neuron_statements, neurons, neurons_page
-from steps.parameters import Neurons
+from steps.neurons.measure import Neurons
 
 P = Neurons(model="config:none", resamples=200, flips=200, top_neurons=6, budgets=(1, 2), random_sets=2, cards=2)
 SPREAD = [

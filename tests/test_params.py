@@ -7,7 +7,6 @@ import pytest
 
 from pipeline import params
 from pipeline.params import ParameterError, load_profile, validate
-from steps.parameters import STEPS
 
 BASE = {"model": "./m", "profile": "mine"}
 

@@ -9,7 +9,6 @@ from lib.weights import ModelError
 from pipeline import assumed, costs, keys, params, rates
 from pipeline.params import ParameterError
 from steps import plan, planned
-from steps.parameters import STEPS
 from tests.conftest import CONFIGS, SMOLLM
 
 LLAMA = "meta-llama/Llama-3.3-70B-Instruct"

@@ -19,10 +19,31 @@ from lib.models import Model
 from lib.tasks import Template
 from pipeline.params import ROOT
 from pipeline.units import Unit
-from steps.parameters import Baselines
 
 if TYPE_CHECKING:
     from pipeline.step import Step
+from pydantic import Field
+
+from pipeline.params import Shared, Words
+
+
+class Baselines(Shared):
+    """01: people, quads and pairs; does the model do the task at all?"""
+
+    templates: Words = Field(("profession_both",), description="templates whose accuracy is measured")
+    quads_per_half: int = Field(100, ge=1, description="most quads in each half")
+    pairs_per_quad: int = Field(2, ge=1, le=4, description="pairs taken from a quad")
+    fame_tolerance: float = Field(
+        0.25,
+        gt=0,
+        description="largest difference in fame between matched people, nats of log-probability",
+    )
+    min_bucket: int = Field(
+        4, ge=2, description="fewest quads of one half, template and token counts (means and resamples come from them)"
+    )
+    odd_one_out_items: int = Field(60, ge=0, description="generated odd-one-out items, beside the plan's six")
+    accuracy_pairs: int = Field(200, ge=1, description="pairs per template on which accuracy is measured")
+
 
 BUILT_FROM = ("quads_per_half", "pairs_per_quad", "fame_tolerance", "min_bucket", "odd_one_out_items", "seed")
 CHANCE = {"superset": 1 / 5, "bi_association": 1 / 5, "one_name": 1 / 5, "odd_one_out": 1 / 3}

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import pandas as pd
 
 from lib import stats
+from pipeline.params import Shared
 from pipeline.step import Step
 from report.words import about_model, interval, listed
 from steps.baselines.measure import CHANCE
-from steps.parameters import Shared
 
 CAPTIONS = {
     "baselines-accuracy": "Accuracy per template among the candidates, on people drawn before any selection; Wilson "

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import pandas as pd
+from pydantic import Field
 
 from lib import effects
 from lib.effects import CriticalLayers, curve, in_halves
-from steps.parameters import Shared
+from pipeline.params import Roles, Shared
+
+
+class CoarseSweep(Shared):
+    """02: the residual stream at the names and at the last token, every layer."""
+
+    roles: Roles = Field(("name_a", "name_b", "names", "last"), min_length=1, description="token roles that are swept")
+    pairs: int | None = Field(None, ge=1, description="pairs at `last`; default all")
+    name_pairs: int = Field(80, ge=1, description="pairs at the name roles")
 
 
 def coarse_curves(records: pd.DataFrame, params: Shared) -> pd.DataFrame:

@@ -17,7 +17,7 @@ import pandas as pd
 from lib import stats
 from lib.effects import columns
 from steps.generality import class_tests
-from steps.parameters import Generality
+from steps.generality.measure import Generality
 
 # How each control should come out; written before any was run. Silent: every candidate's logit stays within the margin.
 LISTED = ("invented names", "things")

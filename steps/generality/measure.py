@@ -15,14 +15,34 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from pydantic import Field
 
 from lib import batches, data, models, records, sweep, tasks
 from lib.data import HALVES, pairs_of
 from lib.hooks import Site
 from lib.tasks import Pair
+from pipeline.params import OfSlice, Share, Words
 from pipeline.step import Ability, Step, StepError
 from pipeline.units import Unit, sweep_units
-from steps.parameters import Generality
+
+
+class Generality(OfSlice):
+    """07: the dense grid, class by class; templates never used for picking; the rule; negative controls."""
+
+    pairs: int | None = Field(None, ge=1, description="most pairs of a template; default all")
+    templates: Words = Field(
+        ("profession_both", "both_famous", "common_both"), description="templates of the grid; the profile's own leads"
+    )
+    pairs_per_quad: int = Field(4, ge=1, le=4, description="pairs taken from a confirmation quad, own template")
+    template_pairs: int = Field(2, ge=1, le=4, description="pairs taken from a confirmation quad, other templates")
+    rule_prompts: int = Field(400, ge=1, description="prompts of two random people from which the rule is read")
+    control_prompts: int = Field(60, ge=1, description="prompts of each negative control")
+    random_sets: int = Field(5, ge=1, description="sets of random heads ablated")
+    silence_margin: Share = Field(
+        0.2, description="a control is silent if no candidate moves by this share of the ordinary effect"
+    )
+    general_floor: Share = Field(0.5, description="what joint recovery and damage must exceed in every class")
+
 
 SITE = ["layer", "component", "head"]
 LOGIT_DIFFS = ["logit_diff_before", "logit_diff_after", "logit_diff_clean", "logit_diff_corrupt"]

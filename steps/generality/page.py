@@ -23,9 +23,8 @@ from pipeline import keys
 from pipeline.step import Step
 from steps.generality import class_tests
 from steps.generality.class_tests import Interaction
-from steps.generality.measure import WITH_MARGINS, Circuit, numbered_sets
+from steps.generality.measure import WITH_MARGINS, Circuit, Generality, numbered_sets
 from steps.generality.rule import RuleResult
-from steps.parameters import Generality
 
 QUANTITY = {"noise": "damage", "denoise": "recovery"}
 

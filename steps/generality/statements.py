@@ -11,8 +11,8 @@ from pipeline.step import Step
 from report.words import about_model, interval, listed
 from steps.generality.class_tests import Interaction
 from steps.generality.controls_page import EXPECTATIONS
+from steps.generality.measure import Generality
 from steps.generality.rule import RuleResult
-from steps.parameters import Generality
 
 CAPTIONS = {
     "forest": "Joint damage and recovery of the critical slice by group of pairs, with 95% studentised bootstrap "

@@ -24,6 +24,7 @@ import pandas as pd
 import pandera.pandas as pa_schema
 import torch
 from jaxtyping import Float
+from pydantic import Field
 from torch import Tensor
 
 from lib import hooks
@@ -34,8 +35,22 @@ from lib.readout import PostNorms, Readout, head_outputs, post_norms, readout
 from lib.records import ABLATIONS
 from lib.single_pass import Activations, BaseRun, Edit, Row, SharedPrefix, SweepError, base_run, edits_by_module, grow
 from lib.tasks import Pair
+from pipeline.params import Ablations, OfSlice
 from pipeline.step import Step
 from pipeline.units import Unit
+
+
+class Hydra(OfSlice):
+    """05: the slice ablated; who stands in for it?"""
+
+    pairs: int | None = Field(None, ge=1, description="pairs on which the slice is ablated; default all")
+    ablations: Ablations = Field(
+        ("resample", "zero"), description="how the slice is ablated; the first one decides what is a backup"
+    )
+    rounds: int = Field(3, ge=1, description="most times that the slice is widened by the backups found")
+    candidates: int = Field(8, ge=1, description="most candidates whose joint ablation is measured in a round")
+    direct_floor: float = Field(0.5, gt=0, description="logits; single pairs count where the direct effect exceeds it")
+
 
 PARTS = ("total", "direct", "heads", "mlps", "scale", "residual")
 

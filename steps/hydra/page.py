@@ -19,7 +19,7 @@ from lib import effects, stats
 from lib.effects import SITE, columns, in_halves, named, quad_matrix, reported
 from lib.hooks import Site
 from report.words import interval
-from steps.parameters import Hydra
+from steps.hydra.measure import Hydra
 
 LATER = {"heads and MLPs": ["heads", "mlps"], "heads": ["heads"], "MLPs": ["mlps"]}
 WORDS = {

@@ -12,8 +12,8 @@ from lib import effects, stats
 from lib.effects import in_halves, reported
 from pipeline.step import Step
 from report.words import OVER_QUADS, about_model, interval, listed
+from steps.hydra.measure import Hydra
 from steps.hydra.page import WORDS, Round, backups_of, candidates, changes, lead_of, missed, rounds_table
-from steps.parameters import Hydra
 
 KINDS = {"head": "a head", "mlp": "an MLP"}
 CAPTIONS = {

@@ -10,6 +10,7 @@ from lib import stats
 from lib.effects import SITE, in_halves, quad_matrix, reported
 from lib.hooks import site_name
 from lib.stats import Interval
+from pipeline.params import Shared
 from pipeline.step import Step
 from report.words import (
     OVER_QUADS,
@@ -21,7 +22,6 @@ from report.words import (
     top_sites,
     top_sites_sentence,
 )
-from steps.parameters import Shared
 
 CAPTIONS = {
     "necessity-ranked": "The sites whose ablation at the last token costs most, picked on the discovery half, with "

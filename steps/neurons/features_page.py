@@ -18,7 +18,7 @@ from lib import stats
 from lib.effects import columns, in_halves, quad_matrix
 from report import plots
 from report.words import interval
-from steps.parameters import Neurons
+from steps.neurons.measure import Neurons
 
 KINDS = ("features", "neurons", "directions", "random features", "random directions")
 MATCHED = 0.7  # cosine from which two decoder rows count as one feature (Paulo and Belrose 2025, arXiv 2501.16615)

@@ -12,8 +12,8 @@ from lib import stats
 from lib.effects import in_halves, reported
 from report.plots import Figure
 from report.words import interval, listed
+from steps.neurons.measure import Neurons
 from steps.neurons.neurons_page import NEURON, QUANTITY, added_up, means, selective, significant
-from steps.parameters import Neurons
 
 HALF = 0.5  # "carry" means more than half of the MLPs' joint effect
 CAPTIONS = {

@@ -21,7 +21,7 @@ from lib.effects import in_halves
 from lib.hooks import Site
 from report import plots
 from report.plots import BLUE, STYLE, VERMILION, WIDTH, Figure
-from steps.parameters import Neurons
+from steps.neurons.measure import Neurons
 
 NEURON = ["layer", "head"]
 NEAREST = 20  # random neurons are drawn from as many that write about as much

@@ -8,10 +8,11 @@ Nothing here runs a model; `Step.sweeper` hands units with the option `into` to 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
+from pydantic import Field
 
 from lib import tasks
 from lib.batches import has_donors
@@ -22,6 +23,22 @@ from pipeline.units import Unit, sweep_units
 
 if TYPE_CHECKING:
     from pipeline.step import Step
+
+from pipeline.params import OfSlice
+
+
+class RetrievalHeads(OfSlice):
+    """06: what feeds the slice; path patching, value vectors, attention, path ablation."""
+
+    pairs: int | None = Field(None, ge=1, description="pairs on which senders at `last` are patched; default all")
+    name_pairs: int = Field(60, ge=1, description="pairs on which senders at the names are patched")
+    probe_people: int = Field(200, ge=1, description="people asked about with the one-name templates")
+    mlps: Literal["recomputed", "frozen"] = Field(
+        "recomputed", description="MLPs between sender and receiver: recomputed, or frozen at their base values"
+    )
+    candidates: int = Field(6, ge=1, description="most retrieval heads whose path is ablated")
+    random_sets: int = Field(20, ge=2, description="sets of matched random heads whose path is ablated beside them")
+
 
 NAMES = {"k": "names", "v": "names"}
 LAST = {"q": "last", "k": "last", "v": "last", "mlp": "last"}

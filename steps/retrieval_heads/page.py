@@ -18,7 +18,7 @@ from lib.effects import SITE, in_halves, quad_matrix, reported
 from lib.hooks import Site
 from lib.records import ANALYSED
 from report.words import listed
-from steps.parameters import RetrievalHeads
+from steps.retrieval_heads.measure import RetrievalHeads
 
 COLUMNS = [*ANALYSED, "site_set", "sender", "receivers", "mlps"]
 UNITS = {

@@ -14,7 +14,7 @@ from lib.effects import picked, reported
 from lib.hooks import Site
 from pipeline.step import Step
 from report.words import ONE_HALF, about_model, interval, listed
-from steps.parameters import RetrievalHeads
+from steps.retrieval_heads.measure import RetrievalHeads
 from steps.retrieval_heads.page import TESTS, one_table, passing
 
 CAPTIONS = {

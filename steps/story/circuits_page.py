@@ -36,8 +36,8 @@ from lib import stats
 from lib.effects import HALVES, columns, named
 from report.words import interval, listed
 from steps.generality.page import jaccard
-from steps.parameters import Story
 from steps.story.circuits import Circuit
+from steps.story.measure import Story
 
 METHODS = {"atp": "AtP", "atp_qk": "AtP with QK fix", "grad_drop": "AtP with QK fix and GradDrop"}
 ORDERS = {

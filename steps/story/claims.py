@@ -23,9 +23,9 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from pipeline import keys
-from pipeline.params import ParameterError
+from pipeline.params import ParameterError, Shared
 from report.words import interval
-from steps.parameters import Shared, Story
+from steps.story.measure import Story
 from steps.story.plan_claims import CLAIMS, Claim
 
 SUPPORTED, NOT_SUPPORTED, NOT_TESTABLE, NOT_TESTED = VERDICTS = (

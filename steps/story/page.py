@@ -26,12 +26,13 @@ from lib import records, stats
 from lib.effects import in_halves, quad_matrix
 from lib.records import plain
 from pipeline import keys
+from pipeline.params import Shared
 from pipeline.step import Step
 from report import plots
 from report.words import interval, listed
-from steps.parameters import STEPS, Shared, Story
 from steps.story import claims
 from steps.story.claims import NOT_SUPPORTED, NOT_TESTABLE, NOT_TESTED, SUPPORTED, VERDICTS, Entry, Ledger, leaves
+from steps.story.measure import Story
 
 PUBLISHED = "data/filter_heads_llama-3.3-70b.csv"
 COLOURS = dict(zip(VERDICTS, ("#cfe8dc", "#f6d5c6", "#e6e6e6", "#ffffff"), strict=True))
@@ -84,7 +85,7 @@ def gather(step: Step, own: Mapping[str, Any] | None) -> dict[str, dict[str, Any
 
     What `MEASURED` computes is added to a step's findings under `measured`.
     """
-    found = {name: step.find(name) for name in STEPS if name != step.name}
+    found = {name: step.find(name) for name in step.plan.names if name != step.name}
     for name, compute in MEASURED.items():
         if found[name] and found[name].get("able") is not False:
             found[name] |= {"measured": plain(compute(step, found[name]))}

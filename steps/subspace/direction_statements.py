@@ -12,7 +12,6 @@ from lib.tasks import Pair
 from pipeline.step import Step
 from report.plots import Figure
 from report.words import ONE_HALF, OVER_QUADS, interval, listed
-from steps.parameters import Subspace
 from steps.subspace.directions_page import (
     ONE,
     against_random,
@@ -24,6 +23,7 @@ from steps.subspace.directions_page import (
     slopes,
     split_parts,
 )
+from steps.subspace.measure import Subspace
 
 
 def value(row: Any, prefix: str = "", digits: int = 2) -> str:

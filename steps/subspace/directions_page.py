@@ -21,7 +21,7 @@ from lib.effects import in_halves
 from lib.tasks import Pair
 from report import circuit_plots, plots
 from report.plots import Figure
-from steps.parameters import Subspace
+from steps.subspace.measure import Subspace
 
 ONE = ("class difference", 1)
 KINDS = ("mixed", "invented names", "things")

@@ -21,7 +21,7 @@ from lib import stats
 from lib.effects import columns
 from report.plots import BLACK, BLUE, GREY, WIDTH, Figure, _canvas, _legend, _points, layer_curve
 from report.words import interval, listed
-from steps.parameters import Subspace
+from steps.subspace.measure import Subspace
 
 WHOLE = -1  # the rank of a probe that is not reduced
 CURVE = ["kind", "target", "position"]

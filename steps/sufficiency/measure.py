@@ -1,31 +1,85 @@
-"""Step 04, measured: every site patched from the clean into the corrupt run; which sites make the critical slice."""
+"""Step 04, measured: every site patched from the clean into the corrupt run, and which sites make the critical slice.
+
+1. `SITES`: each head, attention module, MLP and residual stream at `last`, one at a time.
+2. `slice_order` puts heads and MLPs in order of their recovery on the discovery half.
+3. `SETS`: the first of them, the first two, ... replaced together, in both directions.
+4. `critical_slice` says how many of them the critical slice has.
+"""
 
 from __future__ import annotations
 
-import pandas as pd
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
-from lib import effects
+import pandas as pd
+from pydantic import Field
+
+from lib import effects, records
+from lib.batches import subsample
 from lib.effects import SITE, CriticalSlice, curve, in_halves
 from lib.hooks import Site
-from steps.parameters import Shared
+from lib.tasks import Pair
+from pipeline.assumed import Case, of_sweep, order_of
+from pipeline.declaration import Declaration, Table
+from pipeline.params import Components, Shared
+from pipeline.step import Step, swept
+from pipeline.units import Unit, sweep_units
 
 
-def slice_order(table: pd.DataFrame, limit: int) -> pd.DataFrame:
+class Sufficiency(Shared):
+    """04: every site patched from the clean into the corrupt run."""
+
+    components: Components = Field(("resid", "attn", "mlp", "head"), description="components swept at `last`")
+    pairs: int | None = Field(None, ge=1, description="pairs at `last`; default all")
+
+
+# --- what is measured ---
+
+
+def pairs_at_last(step: Step | Case) -> list[Pair]:
+    """The pairs that are swept."""
+    return subsample(step.prompts(), step.params.pairs)
+
+
+def site_units(step: Step | Case) -> list[Unit]:
+    """Every site alone."""
+    how = {"direction": "denoise", "role": "last", "components": step.params.components, "layers": step.layers}
+    return sweep_units("last", pairs_at_last(step), **how)
+
+
+def set_units(step: Step | Case, order: Sequence[Site]) -> list[Unit]:
+    """The first site of an order, the first two, ... together: clean into corrupt, and corrupt into clean."""
+    sets, pairs = [tuple(order[: size + 1]) for size in range(len(order))], pairs_at_last(step)
+    denoise = sweep_units("denoise", pairs, direction="denoise", role="last", site_sets=sets)
+    return denoise + sweep_units("noise", pairs, direction="noise", role="last", site_sets=sets)
+
+
+SITES = Table("sufficiency", site_units, swept, of_sweep, columns=records.ANALYSED)
+SETS = Table("slice", set_units, swept, of_sweep, schema=records.SET_SCHEMA, columns=(*records.ANALYSED, "site_set"))
+
+
+def assumed(case: Case) -> Iterator[tuple[Any, ...]]:
+    """The tables in order; the slice is assumed to grow to its limit."""
+    yield (SITES,)
+    yield SETS, order_of(case, case.params.slice_limit)
+
+
+STEP = Declaration("sufficiency", Sufficiency, assumed, layered=True)
+
+
+# --- what is chosen ---
+
+
+def slice_order(sites: pd.DataFrame, limit: int) -> pd.DataFrame:
     """Heads and MLPs in order of discovery recovery, those that recover anything, at most `limit`."""
-    own = table[(table["half"] == table["half"].iloc[0]) & table["component"].isin(["head", "mlp"])]
+    own = sites[(sites["half"] == sites["half"].iloc[0]) & sites["component"].isin(["head", "mlp"])]
     return own[own["ratio"] > 0].nlargest(limit, "ratio")
 
 
-def growing_sets(order: pd.DataFrame) -> list[tuple[Site, ...]]:
-    """The first site, the first two, ... of an order."""
-    sites = [Site(*site) for site in order[SITE].itertuples(index=False)]
-    return [tuple(sites[: size + 1]) for size in range(len(sites))]
-
-
-def slice_curves(records: pd.DataFrame, params: Shared) -> pd.DataFrame:
+def slice_curves(joint: pd.DataFrame, params: Shared) -> pd.DataFrame:
     """Joint recovery and joint counterfactual damage of the growing sets of sites, by half; `n_sites` counts them."""
     parts = []
-    for half, own in in_halves(records):
+    for half, own in in_halves(joint):
         for direction, rows in own.groupby("direction", sort=False):
             quantity = "recovery" if direction == "denoise" else "damage"
             parts.append(curve(rows, params, ["site_set"]).assign(half=half, quantity=quantity))
@@ -33,8 +87,28 @@ def slice_curves(records: pd.DataFrame, params: Shared) -> pd.DataFrame:
     return out.assign(n_sites=out["site_set"] + 1)
 
 
-def critical_slice(curves: pd.DataFrame, params: Shared) -> CriticalSlice:
+def critical_slice(curves: pd.DataFrame, share: float) -> CriticalSlice:
     """The size of the critical slice by the discovery half (the design's definition)."""
     first = curves[curves["half"] == curves["half"].iloc[0]]
     joint = {name: rows.sort_values("n_sites")["estimate"].tolist() for name, rows in first.groupby("quantity")}
-    return effects.critical_slice(joint["recovery"], joint["damage"], params.slice_share)
+    return effects.critical_slice(joint["recovery"], joint["damage"], share)
+
+
+class Measured(NamedTuple):
+    """What step 04 has measured, and what was chosen from it."""
+
+    records: pd.DataFrame  # single sites
+    sites: pd.DataFrame  # their effects by half
+    order: pd.DataFrame  # heads and MLPs in order of discovery recovery
+    curves: pd.DataFrame  # what the growing sets do together, by half
+    critical: CriticalSlice
+
+
+def run(step: Step) -> Measured:
+    """Measure, or read what is there."""
+    p, swept_sites = step.params, step.table(SITES)
+    sites = effects.ablation_tables(swept_sites, p)["clean"]
+    order = slice_order(sites, p.slice_limit)
+    joint = step.table(SETS, [Site(*site) for site in order[SITE].itertuples(index=False)])
+    curves = slice_curves(joint, p)
+    return Measured(swept_sites, sites, order, curves, critical_slice(curves, p.slice_share))

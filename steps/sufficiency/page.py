@@ -3,29 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pandas as pd
+from matplotlib.figure import Figure
 
 from lib import effects
-from lib.effects import CriticalSlice, in_halves, picked, reported
+from lib.effects import in_halves, picked, reported
 from lib.stats import Interval
+from pipeline.params import Shared
 from pipeline.step import Step
-from report.words import about_model, heads_or_mlps, interval, listed, site_rows, top_sites_sentence
-from steps.parameters import Shared
+from report import plots
+from report.words import about_model, finished, heads_or_mlps, interval, listed, site_rows, top_sites_sentence
+from steps.sufficiency import measure
+from steps.sufficiency.measure import Measured
 
 CAPTIONS = {
-    "sufficiency-slice": "Joint recovery and joint counterfactual damage as heads and MLPs are added in order of "
+    "slice": "Joint recovery and joint counterfactual damage as heads and MLPs are added in order of "
     "discovery recovery, both halves, 95% studentised bootstrap intervals over quads.",
-    "sufficiency-ranked": "The sites whose clean activation at the last token recovers most, picked on the discovery "
+    "ranked": "The sites whose clean activation at the last token recovers most, picked on the discovery "
     "half, with their effect in both halves and intervals that hold for all sites together.",
 }
 
 
-def restoring_sites(records: pd.DataFrame, table: pd.DataFrame, params: Shared) -> list[str]:
+def restoring_sites(records: pd.DataFrame, sites: pd.DataFrame, params: Shared) -> list[str]:
     """Single heads and MLPs that restore the answer by the design's definition, on the confirmation half."""
     own = in_halves(records[records["component"].isin(["head", "mlp"])])[-1][1]
     out = []
-    for row in reported(table).itertuples():
+    for row in reported(sites).itertuples():
         if row.component == "attn" or row.ratio_low is None or not row.ratio_low > params.restores_recovery:
             continue
         site = own[(own["layer"] == row.layer) & (own["component"] == row.component) & (own["head"] == row.head)]
@@ -35,29 +40,106 @@ def restoring_sites(records: pd.DataFrame, table: pd.DataFrame, params: Shared) 
     return out
 
 
-def with_earlier(table: pd.DataFrame, sites: Sequence[dict]) -> pd.DataFrame:
+def with_earlier(sites: pd.DataFrame, ablated: Sequence[dict]) -> pd.DataFrame:
     """Each site's rise when patched beside its fall when ablated in step 03, confirmation half."""
-    fall = pd.DataFrame(sites)[["site", "estimate"]].rename(columns={"estimate": "fall"})
-    rise = reported(table)[["site", "component", "estimate"]].rename(columns={"estimate": "rise"})
+    fall = pd.DataFrame(ablated)[["site", "estimate"]].rename(columns={"estimate": "fall"})
+    rise = reported(sites)[["site", "component", "estimate"]].rename(columns={"estimate": "rise"})
     return rise.merge(fall, on="site")
 
 
-def sufficiency(
-    step: Step,
-    records: pd.DataFrame,
-    table: pd.DataFrame,
-    order: pd.DataFrame,
-    curves: pd.DataFrame,
-    critical: CriticalSlice,
-) -> dict:
+# --- figures ---
+
+
+def heads(step: Step, m: Measured) -> Figure | None:
+    """Rise of logit_diff for every head, where heads were swept; dots where it is significant familywise."""
+    if "head" not in step.params.components:
+        return None
+    own = reported(m.sites)
+    sure = effects.heads_matrix(own.assign(sure=own["p"] <= 1 - step.params.level), "sure")
+    return plots.heat_map(effects.heads_matrix(own), "rise of logit_diff (logits)", sure, layers=step.layers)
+
+
+def modules(step: Step, m: Measured) -> Figure:
+    """Recovery of whole attention and MLP modules."""
+    by_layer = effects.layer_table(m.records, step.params)
+    return plots.layer_bars(by_layer, "recovery (share of logit_diff)", panel="position")
+
+
+def ranked(m: Measured) -> Figure:
+    """The leading sites with their effect in both halves."""
+    return plots.ranked_sites(picked(m.sites, 15), "rise of logit_diff (logits)")
+
+
+def halves(m: Measured) -> Figure | None:
+    """Every site, discovery against confirmation, where there are two halves."""
+    if m.records["half"].nunique() < 2:
+        return None
+    beside = effects.side_by_side(m.sites, "half")
+    axes = ("discovery", "confirmation", "discovery (logits)", "confirmation (logits)")
+    return plots.agreement(beside, *axes, by="component")
+
+
+def against_necessity(step: Step, m: Measured) -> Figure | None:
+    """Every site's rise when patched against its fall when ablated, where step 03 has been run."""
+    earlier = step.find("necessity")
+    if not earlier:
+        return None
+    both = with_earlier(m.sites, earlier["sites"])
+    named = picked(m.sites, 6)["site"].drop_duplicates().tolist()
+    return plots.agreement(
+        both, "fall", "rise", "fall when ablated (logits)", "rise when patched (logits)", named=named
+    )
+
+
+def answer_and_foil(step: Step, m: Measured) -> Figure:
+    """Change of the answer's and of the foil's logit at the leading sites."""
+    names = picked(m.sites, 10)["site"].drop_duplicates().tolist()
+    candidates = step.metadata(measure.SITES)["candidates"]
+    return plots.answer_and_foil(effects.answer_and_foil(m.records, names, candidates, step.params))
+
+
+def slice_figure(step: Step, m: Measured) -> Figure:
+    """Joint recovery and damage of the growing sets."""
+    return plots.slice_curve(m.curves, step.params.slice_share, sites=m.order["site"].tolist())
+
+
+# --- findings ---
+
+
+def findings(step: Step, m: Measured) -> dict[str, Any]:
     """The findings of step 04: single sites, and the critical slice."""
     params = step.params
-    restoring = effects.restoring(records, table, params)
-    single = table[table["component"].isin(["head", "mlp"])]
-    best = reported(picked(single, 1)).iloc[0]
+    restoring = restoring_sites(m.records, m.sites, params)
+    best = reported(picked(m.sites[m.sites["component"].isin(["head", "mlp"])], 1)).iloc[0]
     best_text = f"{best['site']} recovers most: {interval(best['ratio'], best['ratio_low'], best['ratio_high'])}"
-    members = order["site"].tolist()[: critical.size]
-    held = curves[(curves["half"] == reported(curves)["half"].iloc[0]) & (curves["n_sites"] == critical.size)]
+    held = reported(m.curves)
+    held = held[held["n_sites"] == m.critical.size]
+    sentences = [
+        f"No single head or MLP restores the answer on its own: {best_text}."
+        if not restoring
+        else f"Single sites that restore the answer on their own: {listed(restoring)}; {best_text}.",
+        top_sites_sentence(m.sites, params, 6, "recovery"),
+        heads_or_mlps(m.sites, params, "recovery"),
+        *slice_sentences(m, held, params),
+    ]
+    found = {
+        "model": about_model(step),
+        "task": params.task,
+        "able": True,
+        "sites": site_rows(m.sites),
+        "restoring": restoring,
+        "critical_slice": m.order[["site", "layer", "component", "head"]].head(m.critical.size).to_dict("records"),
+        "critical_slice_reached": m.critical.reached,
+        "joint": held[["quantity", "estimate", "low", "high"]].to_dict("records"),
+        "sentences": sentences,
+        "headline": [sentences[0], *sentences[3:]],
+    }
+    return finished(step, found, {"slice": slice_figure(step, m), "ranked": ranked(m)}, CAPTIONS)
+
+
+def slice_sentences(m: Measured, held: pd.DataFrame, params: Shared) -> list[str]:
+    """What the critical slice is, and what it does on the confirmation half (`held`: its rows there)."""
+    critical, members = m.critical, m.order["site"].tolist()[: m.critical.size]
     joint = {row.quantity: interval(row.estimate, row.low, row.high) for row in held.itertuples()}
     reached = (
         f"reaches {params.slice_share:.0%} in both on the discovery half"
@@ -65,27 +147,9 @@ def sufficiency(
         else f"does not reach {params.slice_share:.0%} in both on the discovery half "
         f"(recovery {critical.recovery:.2f}, damage {critical.damage:.2f})"
     )
-    sentences = [
-        f"No single head or MLP restores the answer on its own: {best_text}."
-        if not restoring
-        else f"Single sites that restore the answer on their own: {listed(restoring)}; {best_text}.",
-        top_sites_sentence(table, params, 6, "recovery"),
-        heads_or_mlps(table, params, "recovery"),
+    return [
         f"The critical slice, heads and MLPs added in order of discovery recovery, has {critical.size} "
-        f"{'site' if critical.size == 1 else 'sites'} and "
-        f"{reached}: {listed(members)}.",
+        f"{'site' if critical.size == 1 else 'sites'} and {reached}: {listed(members)}.",
         f"On the confirmation half its joint recovery is {joint['recovery']} and its joint counterfactual damage "
         f"{joint['damage']}.",
     ]
-    return {
-        "model": about_model(step),
-        "task": params.task,
-        "able": True,
-        "sites": site_rows(table),
-        "restoring": restoring,
-        "critical_slice": order[["site", "layer", "component", "head"]].head(critical.size).to_dict("records"),
-        "critical_slice_reached": critical.reached,
-        "joint": held[["quantity", "estimate", "low", "high"]].to_dict("records"),
-        "sentences": sentences,
-        "headline": [sentences[0], *sentences[3:]],
-    }

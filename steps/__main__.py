@@ -1,0 +1,248 @@
+"""What make asks for: `python -m steps run --profile smoke`.
+
+run     brings the pages up to date, as far as a step or to the book: sets stale results aside, executes notebooks,
+        builds the HTML. What is up to date is decided by keys and contents, never by dates.
+key     prints a step's data key and page key
+clean   deletes a step's results and its page, or, with no step, the pages and the book of the profile
+format  writes the parameters cell of every notebook from its step's parameters
+
+The profile is the name of a file in params/, or comes from the variable PROFILE of the environment.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pipeline import keys, params
+from pipeline.params import ROOT, ParameterError, Shared
+from report import book
+from report.book import BookError, Folders
+from steps.registry import PLAN
+
+NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
+
+
+@dataclass(frozen=True)
+class Build:
+    """A profile with the folder that its pages and its book are made in."""
+
+    profile: str
+
+    @cached_property
+    def given(self) -> dict[str, Any]:
+        """The profile's content. ParameterError for a name that could lead elsewhere."""
+        if not re.fullmatch(NAME, self.profile):
+            raise ParameterError(f"profile {self.profile!r}: a name has letters, digits, dots, dashes and underscores")
+        return params.load_profile(self.profile)
+
+    def of(self, step: str) -> Shared:
+        return params.validate(PLAN.sections, step, self.given)
+
+    @property
+    def folder(self) -> Path:
+        return ROOT / "build" / self.profile
+
+    @property
+    def results(self) -> Path:
+        return keys.results_folder(self.of(PLAN.names[0]))
+
+    def page(self, step: str, kind: str = "executed") -> Path:
+        """The notebook of a step: executed, running or failed."""
+        return self.folder / kind / f"{PLAN.page(step)}.ipynb"
+
+    def key_file(self, name: str) -> Path:
+        return self.folder / "keys" / f"{name}.key"
+
+    def keys_of(self, step: str) -> str:
+        """The data key and the page key of a step, a line each."""
+        own = self.of(step)
+        data = keys.data_key(keys.ingredients(PLAN[step], own))
+        return f"data {data}\npage {keys.page_key(PLAN, step, own, data)}\n"
+
+
+# --- run ----------------------------------------------------------------------------------------------------------
+
+
+def run(build: Build, until: str | None) -> None:
+    """Every step in order, up to `until`; without it, the book as well. Prints the path of the book's first page."""
+    wanted = PLAN.names if until is None else [*PLAN.before(PLAN[until].name), until]
+    for step in wanted:
+        bring_up_to_date(build, step)
+    if until is None:
+        print(make_book(build))
+
+
+def bring_up_to_date(build: Build, step: str) -> None:
+    """Execute a step's notebook unless its page is that of the present keys."""
+    text, folder = build.keys_of(step), build.results
+    stored = keys.stored_key(folder, step)
+    if stored is not None and f"data {stored}\n" not in text:
+        aside = keys.set_aside(folder, PLAN[step])
+        print(f"{step}: results of other parameters, inputs or code set aside in {keys.shown(aside)}", flush=True)
+    page, key = build.page(step), build.key_file(step)
+    done = (folder / f"{step}.run.json").is_file() and (folder / f"{step}.findings.json").is_file()
+    if done and page.is_file() and same(key, text + content(page)):
+        return
+    key.unlink(missing_ok=True)
+    execute(build, step)
+    write(key, build.keys_of(step) + content(page))
+
+
+def content(path: Path) -> str:
+    """A line that tells whether a file is still what was made."""
+    return f"made {keys.hash_file(path)}\n"
+
+
+def same(path: Path, text: str) -> bool:
+    return path.is_file() and path.read_text(encoding="utf-8") == text
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
+def execute(build: Build, step: str) -> None:
+    """Run a step's notebook by papermill. BookError when it fails; the notebook as far as it came is kept."""
+    running, failed = build.page(step, "running"), build.page(step, "failed")
+    for path in (running, failed, build.page(step)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+    print(f"==> {PLAN.page(step)} ({build.profile})", flush=True)
+    command = [sys.executable, "-m", "papermill", str(PLAN.notebook(step)), str(running)]
+    command += ["-f", str(ROOT / "params" / f"{build.profile}.yaml"), "-k", "python3", "--log-level", "ERROR"]
+    command += ["--no-progress-bar", "--stdout-file", "-", "--stderr-file", "-"]
+    # a kernel spec in someone's home must not send the notebooks to another Python
+    variables = os.environ | {"JUPYTER_PREFER_ENV_PATH": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    status = subprocess.run(command, check=False, cwd=ROOT, env=variables).returncode
+    if status:
+        if running.exists():
+            os.replace(running, failed)
+        raise BookError(f"step {step} failed; the notebook as far as it came: {keys.shown(failed)}")
+    cut_short(running)
+    os.replace(running, build.page(step))
+
+
+def cut_short(path: Path) -> None:
+    """Take off what comes after the cell in which a notebook ended itself, where the model cannot do the task."""
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    for number, cell in enumerate(notebook["cells"]):
+        kept = [output for output in cell.get("outputs", ()) if output.get("ename") != "SystemExit"]
+        if len(kept) < len(cell.get("outputs", ())):
+            cell["outputs"] = kept
+            notebook["cells"] = notebook["cells"][: number + 1]
+            path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False), encoding="utf-8")
+            return
+
+
+def make_book(build: Build) -> str:
+    """Build the HTML unless it is that of the present pages and sources; the path of its first page."""
+    folders = Folders(ROOT / "book", build.folder / "executed", build.results, build.folder / "book")
+    index = folders.to / "_build" / "html" / "index.html"
+    key, text = build.key_file("book"), keys.hash_json(book_contents(build, folders))
+    if not (index.is_file() and same(key, text + content(index))):
+        print(f"==> book ({build.profile})", flush=True)
+        key.unlink(missing_ok=True)
+        book.assemble(PLAN.sections, build.profile, folders)
+        book.build(folders.to)
+        write(key, text + content(index))
+    return keys.shown(index)
+
+
+def book_contents(build: Build, folders: Folders) -> dict[str, Any]:
+    """What the book is made of: its sources, the code, the measurements of bench/, each step's page and results."""
+    files = [path for path in folders.source.rglob("*") if path.is_file() and "_build" not in path.parts]
+    files += [path for room in ("lib", "pipeline", "report", "steps") for path in (ROOT / room).rglob("*.py")]
+    files += (ROOT / "bench" / "results").glob("*.json")
+    for step in PLAN.names:
+        files += [build.page(step), *(folders.results / f"{step}.{kind}.json" for kind in ("findings", "run"))]
+    files += [*folders.results.glob("figures/*.png"), folders.results / "claims.json"]
+    return {str(path): keys.hash_file(path) for path in sorted(files) if path.is_file()}
+
+
+# --- clean --------------------------------------------------------------------------------------------------------
+
+
+def clean(build: Build, step: str | None) -> None:
+    """Delete a step's results and page, or the profile's pages and book. What else lies there stays."""
+    if step is None:
+        build.of(PLAN.names[0])
+        shutil.rmtree(build.folder, ignore_errors=True)
+        return
+    folder = keys.results_folder(build.of(step))
+    gone = keys.remove(folder, PLAN[step])
+    for path in (build.key_file(step), *(build.page(step, kind) for kind in ("executed", "running", "failed"))):
+        path.unlink(missing_ok=True)
+    print(f"{step}: removed {len(gone)} result files from {keys.shown(folder)}")
+
+
+# --- parameters cells ---------------------------------------------------------------------------------------------
+
+
+def parameters_cell(step: str) -> str:
+    """The parameters cell of a step's notebook: the shared keys that one gives by hand, and its whole section."""
+    model = PLAN[step].params
+    shared = [key for key in params.BY_HAND if key != "layers" or PLAN[step].layered]
+    lines = [f'profile = "{model.model_fields["profile"].default}"  # name of params/<profile>.yaml; it has the rest']
+    for key in [*shared, *params.section_keys(model)]:
+        meaning = model.model_fields[key].description
+        line = f"{key} = None  # {meaning}"
+        lines.append(line if len(line) <= 120 else f"{key} = None  # {meaning.split(';')[0]}"[:120])
+    return "\n".join(lines)
+
+
+def write_parameters(step: str) -> None:
+    """Put the parameters cell into the notebook, if it is another."""
+    path = PLAN.notebook(step)
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    for cell in notebook["cells"]:
+        if "parameters" in cell["metadata"].get("tags", ()):
+            cell["source"] = parameters_cell(step).splitlines(keepends=True)
+    text = json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
+    if text != path.read_text(encoding="utf-8"):
+        path.write_text(text, encoding="utf-8")
+
+
+# --- the command line ---------------------------------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str] | None = None, environment: Mapping[str, str] = os.environ) -> int:
+    """The exit status."""
+    parser = argparse.ArgumentParser(prog="python -m steps", description=__doc__.splitlines()[0])
+    parser.add_argument("command", choices=("run", "key", "clean", "format"))
+    parser.add_argument("step", nargs="?", help=", ".join(PLAN.names))
+    default = environment.get("PROFILE", Shared.model_fields["profile"].default)
+    parser.add_argument("--profile", default=default, help="name in params/")
+    options = parser.parse_args(arguments)
+    build = Build(options.profile)
+    try:
+        if options.step is not None:
+            PLAN[options.step]
+        if options.command == "run":
+            run(build, options.step)
+        elif options.command == "key":
+            print(build.keys_of(options.step or PLAN.names[0]), end="")
+        elif options.command == "clean":
+            clean(build, options.step)
+        else:
+            for step in PLAN.names:
+                write_parameters(step)
+    except (ParameterError, BookError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,96 @@
+"""The plan: its steps in order, and how a notebook begins one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from IPython.display import Markdown, display
+
+from pipeline import step as steps
+from pipeline.declaration import SUPERSET_TASKS, Declaration, Plan
+from pipeline.step import Step
+from report.words import not_done
+from steps import planned
+from steps.baselines.measure import Baselines
+from steps.coarse_sweep.measure import CoarseSweep
+from steps.generality.measure import Generality
+from steps.hydra.measure import Hydra
+from steps.necessity.measure import Necessity
+from steps.neurons.measure import Neurons
+from steps.retrieval_heads.measure import RetrievalHeads
+from steps.story.measure import Story
+from steps.subspace.measure import Subspace
+from steps.sufficiency import measure as sufficiency
+
+SLICE = {"sufficiency": ("critical_slice",)}
+PEOPLE = ("people_file", "data/controls.csv")
+PLAN = Plan(
+    __name__,
+    [
+        Declaration(
+            "baselines",
+            Baselines,
+            planned.baselines,
+            always=True,
+            files=("people_file", "data/odd_one_out.csv"),
+            extra_files=("pairs.parquet",),
+        ),
+        Declaration("coarse_sweep", CoarseSweep, planned.coarse_sweep, layered=True),
+        Declaration("necessity", Necessity, planned.necessity, layered=True),
+        sufficiency.STEP,
+        Declaration("hydra", Hydra, planned.hydra_step, reads=SLICE),
+        Declaration("retrieval_heads", RetrievalHeads, planned.retrieval_heads, reads=SLICE, files=("people_file",)),
+        Declaration(
+            "generality",
+            Generality,
+            planned.generality,
+            layered=True,
+            tasks=SUPERSET_TASKS,
+            reads=SLICE,
+            reads_tables=("sufficiency",),
+            files=PEOPLE,
+        ),
+        Declaration(
+            "subspace", Subspace, planned.subspace, layered=True, tasks=SUPERSET_TASKS, reads=SLICE, files=PEOPLE
+        ),
+        Declaration(
+            "neurons",
+            Neurons,
+            planned.neurons,
+            tasks=SUPERSET_TASKS,
+            reads=SLICE,
+            files=(*PEOPLE, "data/sentences.csv", "sae_file"),
+        ),
+        Declaration(
+            "story",
+            Story,
+            planned.story,
+            layered=True,
+            tasks=SUPERSET_TASKS,
+            always=True,
+            reads=SLICE,
+            reads_tables=("sufficiency", "necessity"),
+            page_keys=("claims",),
+            page_files=("data/filter_heads_llama-3.3-70b.csv", "data/claims.schema.json"),
+            extra_files=("claims.json",),
+        ),
+    ],
+)
+
+
+def begin(name: str, namespace: Mapping[str, Any]) -> Step:
+    """The step of a notebook, from its `globals()`, with a line on what it is about.
+
+    Where the model does not do the task, the page ends here: its findings say so, and the notebook stops without an
+    error (papermill takes `SystemExit(0)` for the end).
+    """
+    step = steps.begin(PLAN, name, namespace)
+    able, own = step.able(), step.declaration
+    layers = f" Swept: {step.layers_from}." if own.layered and able else ""
+    display(Markdown(f"Model `{step.params.model}`, task `{step.params.task}`: {able.why}.{layers}"))
+    if not able and not own.always:
+        found = step.write_findings(not_done(step))
+        display(Markdown("\n\n".join(found["sentences"])))
+        raise SystemExit(0)
+    return step
