@@ -1,0 +1,331 @@
+"""The numbers of step 01, worked out by hand: what is asked, how an answer is scored, accuracy, and what it means."""
+
+from math import comb, log, sqrt
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from lib import data, models, tasks
+from steps.baselines import measure, page
+from steps.parameters import Baselines
+
+ROOT = Path(__file__).resolve().parents[1]
+SETTINGS = {"model": "m", "level": 0.9, "seed": 7, "template": "profession_both", "min_pairs": 3}
+PARAMS = Baselines(**SETTINGS)
+Z = 1.6448536269514722  # of a normal, for 90% in the middle
+
+
+@pytest.fixture(scope="module")
+def people() -> pd.DataFrame:
+    return data.load_people(ROOT / "data" / "people.csv")
+
+
+# --- accuracy
+
+
+def answers(right: list[bool], item: list[int] | None = None, **more: object) -> pd.DataFrame:
+    """Prompts, one an item unless said otherwise, with whether they were answered right."""
+    shared = {"task": "superset", "template": "profession_both", "superset": "artist"} | more
+    return pd.DataFrame({"correct": right, "item": range(len(right)) if item is None else item}).assign(**shared)
+
+
+def wilson(p: float, n: float) -> list[float]:
+    """Wilson's interval at 90%, as in his formula."""
+    middle, reach = p + Z**2 / (2 * n), Z * sqrt(p * (1 - p) / n + Z**2 / (4 * n**2))
+    return [(middle - reach) / (1 + Z**2 / n), (middle + reach) / (1 + Z**2 / n)]
+
+
+def tail(k: int, n: int, chance: float) -> float:
+    """The probability of at least k of n by chance."""
+    return sum(comb(n, i) * chance**i * (1 - chance) ** (n - i) for i in range(k, n + 1))
+
+
+def test_accuracy_has_wilsons_interval_and_the_binomial_test():
+    (row,) = page.accuracies(answers([True] * 10 + [False] * 15), PARAMS, ["task", "template"]).to_dict("records")
+    assert (row["task"], row["template"], row["prompts"]) == ("superset", "profession_both", 25)
+    assert row["estimate"] == pytest.approx(10 / 25)
+    # by hand: (0.4 + 2.7055 / 50 +- 1.6449 sqrt(0.24 / 25 + 2.7055 / 2500)) / (1 + 2.7055 / 25)
+    assert wilson(0.4, 25) == pytest.approx([0.2564, 0.5632], abs=1e-4)
+    assert [row["low"], row["high"]] == pytest.approx(wilson(0.4, 25))
+    assert row["chance"] == 1 / 5 and row["p"] == pytest.approx(tail(10, 25, 0.2)) and tail(10, 25, 0.2) < 0.02
+    assert row["above"]
+
+
+def test_chance_is_a_third_where_three_names_are_asked_about():
+    frame = answers([True] * 10 + [False] * 15, task="odd_one_out", template="odd_one_out")
+    (row,) = page.accuracies(frame, PARAMS, ["task", "template"]).to_dict("records")
+    assert row["chance"] == 1 / 3 and row["p"] == pytest.approx(tail(10, 25, 1 / 3)) and not row["above"]
+    assert [measure.CHANCE[task] for task in tasks.TASKS] == [1 / 5, 1 / 5, 1 / 3, 1 / 5]
+
+
+def test_just_above_chance_depends_on_the_level():
+    frame = answers([True] * 8 + [False] * 17)
+    p = tail(8, 25, 0.2)
+    assert 0.1 < p < 0.12
+    above = [
+        page.accuracies(frame, Baselines(**SETTINGS | {"level": level}), ["task", "template"])["above"][0]
+        for level in (0.85, 0.9)
+    ]
+    assert above == [True, False]
+
+
+def test_prompts_of_one_item_count_for_what_they_add():
+    # 20 items of two prompts, both right in ten and both wrong in ten: the second adds nothing. The variance between
+    # items is 20 / 19 x 20 x 1 / 40^2 = 1 / 76, the binomial one 0.25 / 40 = 1 / 160: 40 / (160 / 76) = 19 trials
+    frame = answers([True, True] * 10 + [False, False] * 10, item=[i // 2 for i in range(40)])
+    (row,) = page.accuracies(frame, PARAMS, ["task", "template"]).to_dict("records")
+    assert (row["estimate"], row["prompts"]) == (0.5, 40)
+    assert [row["low"], row["high"]] == pytest.approx(wilson(0.5, 19))
+
+
+def test_accuracy_of_few_items_has_no_interval_and_of_all_right_a_bounded_one():
+    (few,) = page.accuracies(answers([True] * 19), PARAMS, ["task", "template"]).to_dict("records")
+    assert (few["estimate"], few["low"], few["high"], few["above"]) == (1.0, None, None, True)
+    (all_right,) = page.accuracies(answers([True] * 20), PARAMS, ["task", "template"]).to_dict("records")
+    assert [all_right["low"], all_right["high"]] == pytest.approx([1 / (1 + Z**2 / 20), 1.0])
+    (none,) = page.accuracies(answers([False] * 20), PARAMS, ["task", "template"]).to_dict("records")
+    assert (none["estimate"], none["p"], none["above"]) == (0.0, 1.0, False)
+
+
+def test_accuracies_are_told_apart_in_the_order_they_come():
+    frame = pd.concat(
+        [answers([True, False], template="both_famous"), answers([True, True], superset="writer")], ignore_index=True
+    )
+    by_template = page.accuracies(frame, PARAMS, ["task", "template"])
+    assert by_template[["template", "estimate"]].to_numpy().tolist() == [["both_famous", 0.5], ["profession_both", 1.0]]
+    by_superset = page.accuracies(frame, PARAMS, ["task", "superset"])
+    assert by_superset[["superset", "estimate", "prompts"]].to_numpy().tolist() == [
+        ["artist", 0.5, 2],
+        ["writer", 1.0, 2],
+    ]
+
+
+# --- what the model can do
+
+
+def measured(**rows: tuple) -> pd.DataFrame:
+    """Rows of accuracies: name -> (task, template, estimate, above)."""
+    keys = ["task", "template", "estimate", "above"]
+    return pd.DataFrame(list(rows.values()), columns=keys).assign(low=0.25, high=0.75, prompts=40, chance=0.2)
+
+
+def test_a_task_is_done_above_chance_and_the_profiles_own_with_enough_pairs():
+    accuracy = measured(
+        own=("superset", "profession_both", 0.5, True),
+        other=("superset", "both_famous", 0.9, False),  # not the profile's template: nothing is said of it
+        bad=("odd_one_out", "odd_one_out", 0.4, False),
+        good=("one_name", "profession_is", 0.6, True),
+    )
+    can = page.abilities(accuracy, pd.DataFrame({"pair_id": ["a", "b", "c"]}), PARAMS)
+    value = "0.50 [0.25, 0.75] on 40 prompts of template `profession_both`, chance 0.20"
+    assert can == {
+        "superset": {"able": True, "why": f"accuracy {value}; 3 solved pairs"},
+        "odd_one_out": {
+            "able": False,
+            "why": "accuracy 0.40 [0.25, 0.75] on 40 prompts of template `odd_one_out`, chance 0.20: not above chance "
+            "with 90% confidence",
+        },
+        "one_name": {
+            "able": True,
+            "why": "accuracy 0.60 [0.25, 0.75] on 40 prompts of template `profession_is`, chance 0.20",
+        },
+    }
+    few = page.abilities(accuracy, pd.DataFrame({"pair_id": ["a", "b"]}), PARAMS)["superset"]
+    assert few == {"able": False, "why": f"accuracy {value}; 2 solved pairs, fewer than the 3 asked for"}
+    none = page.abilities(accuracy, None, PARAMS)["superset"]
+    assert none["able"] is False and none["why"].endswith("; 0 solved pairs, fewer than the 3 asked for")
+    wrong = page.abilities(accuracy.assign(above=False), pd.DataFrame({"pair_id": ["a"] * 9}), PARAMS)["superset"]
+    assert wrong["able"] is False and "solved pairs" not in wrong["why"]
+
+
+@pytest.mark.parametrize(
+    ("above", "template"),
+    [
+        ([False, True], "bi_association_capitalised"),
+        ([True, False], "bi_association"),
+        ([True, True], "bi_association"),
+        ([False, False], "bi_association"),
+    ],
+)
+def test_another_task_is_known_by_the_first_template_that_works(above, template):
+    names = ("bi_association", "bi_association_capitalised")
+    rows = {name: ("bi_association", name, 0.5, good) for name, good in zip(names, above, strict=True)}
+    can = page.abilities(measured(**rows), None, PARAMS)["bi_association"]
+    assert can["able"] is any(above) and f"`{template}`" in can["why"]
+
+
+def test_what_step_01_says():
+    frame = answers([True, False, True, True]).assign(
+        top_token=[" the", " actors", " the", " a"],
+        candidate_probability=[0.1, 0.2, 0.3, 0.4],
+        label_probability=[0.0, 0.0, 0.1, 0.1],
+    )
+    others = frame.assign(template="both_famous", top_token=" elsewhere", candidate_probability=0.9)
+    accuracy = measured(own=("superset", "profession_both", 0.75, True))
+    pairs = pd.DataFrame(
+        {
+            "half": ["discovery", "discovery", "confirmation"],
+            "quad_id": ["q1", "q1", "q2"],
+            "fame_clean": [-1.0, -2.0, -3.0],
+            "fame_corrupt": [-1.1, -1.8, -3.05],
+        }
+    )
+    step = SimpleNamespace(params=PARAMS, record={"model": {"n_layers": 2}})
+    found = page.baselines(step, pd.concat([frame, others]), accuracy, pairs, [{"filter": "x"}], "")
+    assert found["sentences"] == [
+        "The model can do `superset`: accuracy 0.75 [0.25, 0.75] on 40 prompts of template `profession_both`, chance "
+        "0.20; 3 solved pairs.",
+        'Its own top tokens on `profession_both` are " the" (50%), " actors" (25%) and " a" (25%).',
+        "It gives the supersets a total probability of 0.25 and the single-token profession labels 0.05, on average "
+        "over prompts.",
+        "3 pairs in 1 confirmation quads and 1 discovery quads are left; every one has a margin above zero in the "
+        "clean prompt and below zero in the corrupt one. The fame of the two sides of a pair differs by 0.20 nats at "
+        "most.",
+    ]
+    assert found["headline"] == found["sentences"][:1] and found["pairs"] == 3
+    assert found["model"] == {"name": "m", "n_layers": 2} and found["drops"] == [{"filter": "x"}]
+    assert found["able"]["superset"]["able"] is True and found["accuracy"][0]["estimate"] == 0.75
+    without = page.baselines(step, frame.assign(label_probability=np.nan), accuracy, None, [], "None were built.")
+    assert without["sentences"][-1] == "None were built." and without["pairs"] == 0
+    assert not any("profession labels" in sentence for sentence in without["sentences"])
+    assert without["headline"] == without["sentences"], "the task is not done: all of it is the answer"
+
+
+def test_filters_are_listed_with_what_they_left():
+    drops = [{"filter": "known for two supersets", "unit": "people", "dropped": 3, "left": 7, "half": "x"}]
+    assert page.drops_table(drops).to_dict("records") == [
+        {"filter": "known for two supersets", "unit": "people", "dropped": 3, "left": 7}
+    ]
+
+
+# --- what is asked
+
+
+def test_templates_that_are_asked_about():
+    params = Baselines(**SETTINGS | {"templates": ("both_famous", "profession_both"), "template": "common_both"})
+    names = [template.name for template in measure.asked(params)]
+    assert names == ["both_famous", "profession_both", "common_both", "profession_is", "odd_one_out"]
+    twice = Baselines(**SETTINGS | {"templates": ("profession_is", "profession_both")})
+    assert [t.name for t in measure.asked(twice)] == ["profession_is", "profession_both", "odd_one_out"]
+
+
+def test_pairs_and_single_names_are_the_same_people(people, smollm_tokenizer):
+    params = Baselines(**SETTINGS | {"accuracy_pairs": 7})
+    drawn = data.sample_pairs(people, 7, 7)
+    pairs, names = (
+        measure.items(people, smollm_tokenizer, tasks.find_template(name), params)
+        for name in ("profession_both", "profession_is")
+    )
+    assert pairs["names"].tolist() == list(zip(drawn["a"], drawn["b"], strict=True))
+    assert pairs["item"].tolist() == [str(i) for i in range(7)]
+    assert pairs["answer"].tolist() == pairs["superset"].tolist() == drawn["superset"].tolist()
+    first = drawn.iloc[0]
+    assert pairs.loc[0, "professions"] == f"{first['profession_a']}, {first['profession_b']}"
+    assert names["names"].tolist()[:2] == [(first["a"],), (first["b"],)] and len(names) == 14
+    assert names["item"].tolist()[:3] == ["0a", "0b", "1a"] and names.loc[0, "answer"] == first["superset"]
+    assert names["professions"].tolist()[:2] == [first["profession_a"], first["profession_b"]]
+
+
+def test_odd_ones_out_are_the_plans_and_generated_ones_of_other_people(people, smollm_tokenizer):
+    template = tasks.find_template("odd_one_out")
+    own = data.load_pairs_file(ROOT / "data" / "odd_one_out.csv")
+    alone = measure.items(people, smollm_tokenizer, template, Baselines(**SETTINGS | {"odd_one_out_items": 0}))
+    assert len(alone) == 2 * len(own) and set(alone["superset"]) == {""}
+    # each item is asked from both of its sides, and the two count as one unit
+    row = own.iloc[0]
+    assert alone.loc[0, ["names", "answer", "item"]].tolist() == [
+        (row["clean_a"], row["clean_b"], row["clean_c"]), row["answer"], row["quad_id"],
+    ]  # fmt: skip
+    assert alone.loc[1, ["names", "answer", "item"]].tolist() == [
+        (row["corrupt_a"], row["corrupt_b"], row["corrupt_c"]), row["corrupt_answer"], row["quad_id"],
+    ]  # fmt: skip
+    pairs = measure.odd_pairs(people, smollm_tokenizer, Baselines(**SETTINGS | {"odd_one_out_items": 4}))
+    assert len(pairs) == len(own) + 4
+    names = [
+        {name for side in ("clean", "corrupt") for slot in "abc" for name in part[f"{side}_{slot}"]}
+        for part in (pairs[: len(own)], pairs[len(own) :])
+    ]
+    assert not names[0] & names[1] and len(names[1]) == 16, "four people an item, none of them in the plan's"
+
+
+# --- how an answer is scored
+
+
+def answering(monkeypatch: pytest.MonkeyPatch, tokenizer: object, logits: object) -> SimpleNamespace:
+    """A model that gives the tokens of `logits(prompt ids)`, a dict, these logits, and all others no probability."""
+
+    def next_logits(_: object, prompts: list, *__: object) -> np.ndarray:
+        out = np.full((len(prompts), len(tokenizer)), -np.inf, dtype=np.float32)
+        for row, ids in zip(out, prompts, strict=True):
+            for token, value in logits(tuple(ids)).items():
+                row[token] = value
+        return out
+
+    monkeypatch.setattr(models, "next_logits", next_logits)
+    return SimpleNamespace(tokenizer=tokenizer)
+
+
+def test_an_answer_is_scored_among_the_candidates(people, smollm_tokenizer, monkeypatch):
+    template = tasks.find_template("profession_both")
+    names, ids = tasks.candidates(smollm_tokenizer, template)
+    assert names == ("artist", "scientist", "athlete", "politician", "writer")
+    label = tasks.labels(smollm_tokenizer, template)[1][0]
+    (word,) = smollm_tokenizer(" the", add_special_tokens=False).input_ids
+    # shares of 20: artist 4, scientist and athlete 2, politician 0.25, writer 0.25; a label 1.5, " the" 10
+    shares = {**dict(zip(ids, (4.0, 2.0, 2.0, 0.25, 0.25), strict=True)), label: 1.5, word: 10.0}
+    model = answering(monkeypatch, smollm_tokenizer, lambda _: {token: log(share) for token, share in shares.items()})
+    frame = measure.measure(model, people, template, Baselines(**SETTINGS | {"accuracy_pairs": 5}))
+    assert frame["answer"].tolist() == list(names), "one pair of each superset"
+    assert frame["chosen"].tolist() == ["artist"] * 5
+    assert frame["correct"].tolist() == [True, False, False, False, False]
+    assert frame["margin"].tolist() == pytest.approx([log(4 / 2), log(2 / 4), log(2 / 4), log(0.25 / 4), log(0.25 / 4)])
+    assert frame["candidate_probability"].tolist() == pytest.approx([8.5 / 20] * 5)
+    assert frame["label_probability"].tolist() == pytest.approx([1.5 / 20] * 5)
+    assert frame["top_token"].tolist() == [" the"] * 5
+    assert set(frame["task"]) == {"superset"} and set(frame["template"]) == {"profession_both"}
+    np.testing.assert_allclose(frame["logits"][3], np.log([4, 2, 2, 0.25, 0.25]), rtol=1e-6)
+    assert frame["names"][0].count(", ") == 1
+
+
+def test_a_tie_is_not_an_answer(people, smollm_tokenizer, monkeypatch):
+    template = tasks.find_template("profession_both")
+    _, ids = tasks.candidates(smollm_tokenizer, template)
+    model = answering(monkeypatch, smollm_tokenizer, lambda _: dict(zip(ids, (1.0, 1.0, 0.0, 0.0, 0.0), strict=True)))
+    frame = measure.measure(model, people, template, Baselines(**SETTINGS | {"accuracy_pairs": 5}))
+    assert frame["margin"].tolist() == [0.0, 0.0, -1.0, -1.0, -1.0] and not frame["correct"].any()
+    assert set(frame["chosen"]) == {"artist"}, "the first of the equal ones"
+
+
+def test_more_prompts_than_a_batch_keep_their_order(people, smollm_tokenizer, monkeypatch):
+    template = tasks.find_template("profession_is")
+    _, ids = tasks.candidates(smollm_tokenizer, template)
+
+    def mark(prompt: tuple[int, ...]) -> float:
+        return float(sum(prompt) % 101)
+
+    model = answering(monkeypatch, smollm_tokenizer, lambda prompt: dict.fromkeys(ids, 0.0) | {ids[0]: mark(prompt)})
+    frame = measure.measure(model, people, template, Baselines(**SETTINGS | {"accuracy_pairs": 70}))
+    assert len(frame) == 140 and frame["item"].is_unique
+    prompts = [tasks.make_prompt(smollm_tokenizer, template, [name]) for name in frame["names"]]
+    assert [row[0] for row in frame["logits"]] == [mark(prompt.ids) for prompt in prompts]
+
+
+def test_an_odd_one_out_is_scored_among_its_names(people, smollm_tokenizer, monkeypatch):
+    template = tasks.find_template("odd_one_out")
+    params = Baselines(**SETTINGS | {"odd_one_out_items": 0})
+    asked = measure.items(people, smollm_tokenizer, template, params)
+    prompts = [tasks.make_prompt(smollm_tokenizer, template, names) for names in asked["names"]]
+    firsts = {p.ids: [p.ids[p.roles[f"name_{slot}"][0]] for slot in "abc"] for p in prompts}
+    # the first token of the second name gets 2, of the third 1, of the first 0
+    model = answering(
+        monkeypatch, smollm_tokenizer, lambda prompt: dict(zip(firsts[prompt], (0.0, 2.0, 1.0), strict=True))
+    )
+    frame = measure.measure(model, people, template, params)
+    assert set(frame["chosen"]) == {"b"} and frame["correct"].tolist() == (asked["answer"] == "b").tolist()
+    margins = {"a": 0.0 - 2.0, "b": 2.0 - 1.0, "c": 1.0 - 2.0}
+    assert frame["margin"].tolist() == [margins[answer] for answer in asked["answer"]]
+    assert set(asked["answer"]) == {"a", "b", "c"} and frame["label_probability"].isna().all()
+    assert frame["candidate_probability"].tolist() == pytest.approx([1.0] * len(frame))
