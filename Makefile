@@ -1,7 +1,4 @@
-# The dependency graph of the report. Every step is a notebook; its executed page depends on one small file, the step's
-# key (pipeline/keys.py), which is rewritten only when its content changes. What reruns is decided by keys, never by dates.
-#
-#   notebooks, params, data, lib, report -> keys/<step>.key -> executed/NN_<step>.ipynb -> keys/<next step>.key -> ... -> book
+# Short names for `python -m steps`, which decides by keys, never by dates, what must run again.
 
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -11,21 +8,31 @@ SHELL := bash
 # Steps use all cores and most of the memory; two at a time would fight over both.
 .NOTPARALLEL:
 
+# A name becomes part of paths and of recipes: whatever is not one letter, digit, dot, dash or underscore after another is
+# refused, unexpanded, before anything is done with it.
 PROFILE ?= smollm2-135m
+LETTERS := a b c d e f g h i j k l m n o p q r s t u v w x y z
+CAPITALS := A B C D E F G H I J K L M N O P Q R S T U V W X Y Z
+allowed := $(LETTERS) $(CAPITALS) 0 1 2 3 4 5 6 7 8 9 . _ -
+without = $(if $2,$(call without,$(subst $(firstword $2),,$1),$(wordlist 2,99,$2)),$1)
+wrong = $(call without,$(value $1),$(allowed))$(if $(filter . .. -%,$(value $1)),$(value $1))$(if $(value $1),,empty)
+ifneq ($(call wrong,PROFILE),)
+$(error PROFILE must be the name of a file in params/, of letters, digits, dots, dashes and underscores)
+endif
+override PROFILE := $(value PROFILE)
+# A card's name has spaces. It is read from the environment alone, never by the shell.
+ifdef DEVICE
+override DEVICE := $(value DEVICE)
+endif
+export PROFILE DEVICE
+
 PYTHON_OK := -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1
 # The interpreter that .venv is made with: the first that runs and is 3.11 or newer.
 PYTHON ?= $(firstword $(foreach p,python3.11 python3 python3.12 python3.13,$(shell $p $(PYTHON_OK) && echo $p)))
 
-BUILD := build/$(PROFILE)
-PARAMS := params/$(PROFILE).yaml
-# Where the profile keeps its results; `results_dir` is optional there.
-given := $(shell sed -nE 's/^results_dir: *([^ \#]+).*/\1/p' $(PARAMS) 2>/dev/null)
-RESULTS := $(or $(filter-out null,$(subst ",,$(subst ',,$(given)))),results/$(PROFILE))
 NOTEBOOKS := $(sort $(wildcard notebooks/[0-9][0-9]_*.ipynb))
-PAGES := $(NOTEBOOKS:notebooks/%=$(BUILD)/executed/%)
 # 03_necessity -> necessity
-step = $(shell name=$(basename $(notdir $1)); echo $${name#*_})
-STEPS := $(foreach n,$(NOTEBOOKS),$(call step,$n))
+STEPS := $(foreach n,$(NOTEBOOKS:notebooks/%.ipynb=%),$(shell name=$n; echo $${name\#*_}))
 
 # Which Python: the one named by PY=..., else that of an activated conda environment (base is not one), else .venv.
 ifeq ($(origin PY),command line)
@@ -38,12 +45,11 @@ override PY := .venv/bin/python
 READY := .venv/.stamp
 endif
 
-# A kernel spec in someone's home must not send the notebooks to another Python.
 export JUPYTER_PREFER_ENV_PATH := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help book plan test bench bench-peers lint format clean conda-ready FORCE
+.PHONY: help book plan test bench bench-peers lint format clean conda-ready
 
 help: ## list the targets
 	@echo "make <target> [PROFILE=$(PROFILE)]"
@@ -60,11 +66,11 @@ help: ## list the targets
 	@echo "          with). In an activated conda environment other than base that environment is used and .venv is never"
 	@echo "          made; PY=... on the command line uses that interpreter as it is."
 
-book: $(BUILD)/book/.stamp ## sweep what has to be swept, execute the notebooks, build the book, print its path
-	@echo "$(BUILD)/book/$$(cat $<)"
+book: $(READY) ## sweep what has to be swept, execute the notebooks, build the book, print its path
+	@$(PY) -m steps run
 
 plan: $(READY) ## what the profile costs, step by step, before it is run; DEVICE="NVIDIA H100 80GB": on that card
-	$(PY) -m steps.plan --profile $(PROFILE) $(if $(DEVICE),--device "$(DEVICE)",--against)
+	@$(PY) -m steps.plan
 
 # Two processes of one thread each: one builds the smoke book and asks about it, the other does the rest.
 test: $(READY) ## lint, then all tests; they build the book of the profile "smoke"
@@ -89,9 +95,10 @@ format: $(READY) ## put code and notebooks into that style, and strip the notebo
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 	$(PY) -m nbstripout $(NOTEBOOKS)
+	$(PY) -m steps format
 
 clean: ## delete the pages and the book of the profile; its results stay, so that nothing has to be swept again
-	rm -rf $(BUILD)
+	rm -rf build/$(PROFILE)
 
 # ---- environment ----------------------------------------------------------------------------------------------------
 
@@ -122,49 +129,11 @@ conda-ready:
 
 # ---- steps ----------------------------------------------------------------------------------------------------------
 
-# Reached only when the file is missing.
-params/%.yaml:
-	@echo "error: there is no profile $* ($@); profiles: $(patsubst params/%.yaml,%,$(sort $(wildcard params/*.yaml)))" >&2; exit 2
-
-# $1 step, $2 NN_step, $3 the page of the step before it. The key is read after that page, because it covers the
-# findings that the step reads. A page appears only when its notebook has run to the end, and is out of date when the
-# results under it are gone.
 define STEP
-$(BUILD)/keys/$1.key: FORCE $3 | $(PARAMS) $(READY)
-	@mkdir -p $$(@D)
-	@$(PY) -m pipeline.keys $1 --profile $(PROFILE) --output $$@
-
-$(BUILD)/executed/$2.ipynb: $(BUILD)/keys/$1.key $(if $(wildcard $(RESULTS)/$1.run.json),,FORCE)
-	@mkdir -p $(BUILD)/executed $(BUILD)/running $(BUILD)/failed
-	@rm -f $(BUILD)/failed/$2.ipynb
-	@echo "==> $2 ($(PROFILE))"
-	@$(PY) -m papermill notebooks/$2.ipynb $(BUILD)/running/$2.ipynb -f $(PARAMS) -k python3 \
-		--log-level ERROR --no-progress-bar --stdout-file - --stderr-file - || { status=$$$$?; \
-		if [ -e $(BUILD)/running/$2.ipynb ]; then mv $(BUILD)/running/$2.ipynb $(BUILD)/failed/$2.ipynb; \
-			echo "error: step $1 failed; the notebook as far as it came: $(BUILD)/failed/$2.ipynb" >&2; fi; \
-		exit $$$$status; }
-	@mv $(BUILD)/running/$2.ipynb $$@
-
 .PHONY: step-$1 clean-$1
-step-$1: $(BUILD)/executed/$2.ipynb
-
-clean-$1: | $(PARAMS) $(READY)
-	@rm -f $(BUILD)/keys/$1.key $(foreach d,executed running failed,$(BUILD)/$d/$2.ipynb)
-	@$(PY) -m pipeline.keys $1 --profile $(PROFILE) --clean
+step-$1: $(READY)
+	@$(PY) -m steps run $1
+clean-$1: $(READY)
+	@$(PY) -m steps clean $1
 endef
-
-previous :=
-$(foreach n,$(NOTEBOOKS),\
-	$(eval $(call STEP,$(call step,$n),$(basename $(notdir $n)),$(previous)))\
-	$(eval previous := $(BUILD)/executed/$(notdir $n)))
-
-# ---- book -----------------------------------------------------------------------------------------------------------
-
-# Folders are listed too: their dates tell that a file was taken away. The library page is made from the sources of lib and report.
-# (`book/.`, because `book` is a target.)
-BOOK_SOURCES := $(shell find book/. -name _build -prune -o -print 2>/dev/null) \
-	$(wildcard lib/*.py report/*.py bench/results/*.json)
-
-$(BUILD)/book/.stamp: $(PAGES) $(BOOK_SOURCES) | $(READY)
-	@echo "==> book ($(PROFILE))"
-	@$(PY) -m report.book --profile $(PROFILE) --results $(RESULTS) >/dev/null
+$(foreach step,$(STEPS),$(eval $(call STEP,$(step))))

@@ -3,7 +3,7 @@
 run     brings the pages up to date, as far as a step or to the book: sets stale results aside, executes notebooks,
         builds the HTML. What is up to date is decided by keys and contents, never by dates.
 key     prints a step's data key and page key
-clean   deletes a step's results and its page, or, with no step, the pages and the book of the profile
+clean   deletes a step's results and its page
 format  writes the parameters cell of every notebook from its step's parameters
 
 The profile is the name of a file in params/, or comes from the variable PROFILE of the environment.
@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -174,12 +173,8 @@ def book_contents(build: Build, folders: Folders) -> dict[str, Any]:
 # --- clean --------------------------------------------------------------------------------------------------------
 
 
-def clean(build: Build, step: str | None) -> None:
-    """Delete a step's results and page, or the profile's pages and book. What else lies there stays."""
-    if step is None:
-        build.of(PLAN.names[0])
-        shutil.rmtree(build.folder, ignore_errors=True)
-        return
+def clean(build: Build, step: str) -> None:
+    """Delete a step's results and page. What else lies there stays."""
     folder = keys.results_folder(build.of(step))
     gone = keys.remove(folder, PLAN[step])
     for path in (build.key_file(step), *(build.page(step, kind) for kind in ("executed", "running", "failed"))):
@@ -231,13 +226,15 @@ def main(arguments: Sequence[str] | None = None, environment: Mapping[str, str] 
             PLAN[options.step]
         if options.command == "run":
             run(build, options.step)
-        elif options.command == "key":
-            print(build.keys_of(options.step or PLAN.names[0]), end="")
-        elif options.command == "clean":
-            clean(build, options.step)
-        else:
+        elif options.command == "format":
             for step in PLAN.names:
                 write_parameters(step)
+        elif options.step is None:
+            parser.error(f"{options.command} which step? {', '.join(PLAN.names)}")
+        elif options.command == "key":
+            print(build.keys_of(options.step), end="")
+        else:
+            clean(build, options.step)
     except (ParameterError, BookError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -1,7 +1,6 @@
 """The price of a profile before it is run: passes, operations, memory, disk and time of every step.
 
-    python -m steps.plan --profile smollm2-135m                               # this machine, calibrated
-    python -m steps.plan --profile smollm2-135m --against                     # beside what a run has taken
+    python -m steps.plan --profile smollm2-135m                               # this machine, calibrated, beside a run
     python -m steps.plan --profile llama-3.3-70b --device "NVIDIA H100 80GB"  # from a data sheet; nothing is loaded
 
 1. The model's shape comes from its config; a profile that does not fit is refused (`lib.weights`).
@@ -70,7 +69,7 @@ def step_plan(
     return out | {"measured_seconds": whole, "ratio": out["seconds"] / whole if whole else None, "tables": tables}
 
 
-def plan(profile: str, device: str | None = None, against: bool = False, results_dir: str | None = None) -> dict:
+def plan(profile: str, device: str | None = None, results_dir: str | None = None) -> dict:
     """The plan of a profile as the JSON has it. ParameterError or ModelError where there can be none."""
     given = params.load_profile(profile) | ({"results_dir": results_dir} if results_dir else {})
     p = params.validate(PLAN.sections, PLAN.names[0], given)
@@ -97,7 +96,7 @@ def plan(profile: str, device: str | None = None, against: bool = False, results
         )
     assumptions.append(f"weights are read at {rates.READING:g} GB/s, once a step")
     facts = machine.facts()
-    steps = [step_plan(step, given, shape, Machine(memory, p.dtype), own, against) for step in PLAN.names]
+    steps = [step_plan(step, given, shape, Machine(memory, p.dtype), own, device is None) for step in PLAN.names]
     whole = [step["measured_seconds"] for step in steps]
     return {
         "profile": p.profile,
@@ -148,15 +147,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a plan asks nothing of the network
     parser = argparse.ArgumentParser(prog="python -m steps.plan", description=__doc__.splitlines()[0])
-    parser.add_argument("--profile", default=Shared.model_fields["profile"].default, help="name in params/, or a YAML")
-    parser.add_argument("--device", help="a card of data/devices.json instead of this machine")
-    parser.add_argument("--against", action="store_true", help="beside the measured seconds of a run that is there")
+    default = os.environ.get("PROFILE", Shared.model_fields["profile"].default)
+    parser.add_argument("--profile", default=default, help="name in params/, or a YAML")
+    default = os.environ.get("DEVICE") or None
+    parser.add_argument("--device", default=default, help="a card of data/devices.json instead of this machine")
     parser.add_argument("--results", help="folder of that run; default: the profile's")
     parser.add_argument("--tables", action="store_true", help="each table of each step, too")
     parser.add_argument("--json", type=Path, help="write the plan here as well")
     options = parser.parse_args(arguments)
     try:
-        made = plan(options.profile, options.device, options.against, options.results)
+        made = plan(options.profile, options.device, options.results)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
