@@ -10,7 +10,7 @@ Records are data frames with the columns of `lib.records`; effects are in logits
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -276,6 +276,12 @@ def critical_slice(
     both = np.minimum(joint_recovery, joint_damage)[:limit] >= share
     size = int(np.argmax(both)) + 1 if both.any() else limit
     return CriticalSlice(size, float(joint_recovery[size - 1]), float(joint_damage[size - 1]), bool(both.any()))
+
+
+def jaccard(one: Iterable, other: Iterable) -> float:
+    """What two sets share, of all that is in either; NaN for two empty ones."""
+    one, other = {*one}, {*other}
+    return len(one & other) / len(one | other) if one | other else np.nan
 
 
 # --- tables of sites by half ---

@@ -143,6 +143,15 @@ PATH_SCHEMA.name = "table of paths"
 ANALYSED = [name for name in SCHEMA.columns if not name.startswith("label_logits")]
 
 
+# What raw effects are read from: which site in which pair, and logit_diff; with `MARGINS`, the margin as well.
+EFFECTS = (
+    *("layer", "component", "head"),
+    *("profile", "task", "template", "pair_id", "quad_id", "half", "direction", "ablation", "position"),
+    *("logit_diff_before", "logit_diff_after", "logit_diff_clean", "logit_diff_corrupt"),
+)
+MARGINS = ("metric_before", "metric_after")
+
+
 def conform(frame: pd.DataFrame, schema: pa_schema.DataFrameSchema = SCHEMA) -> pd.DataFrame:
     """The frame in the schema's column order and types; nullable columns it lacks are added empty.
 

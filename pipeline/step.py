@@ -418,6 +418,27 @@ def swept(step: Step, *chosen: Any) -> Callable[[Unit], pd.DataFrame]:
     return step.sweeper(step.prompts())
 
 
+def single_sites(step: Step) -> pd.DataFrame:
+    """Step 04's records of heads and MLPs at `last` on the discovery half, with both answers of their pairs.
+
+    Of the first folder of earlier results that has some about this model and task, all on pairs of this step; no rows
+    where none has.
+    """
+    from lib import effects
+
+    pairs, answers = step.pairs().set_index("pair_id"), ["answer", "corrupt_answer"]
+    columns = [*records.EFFECTS, *records.MARGINS]
+    for folder in keys.sources(step.params):
+        path = folder / "sufficiency.parquet"
+        if not path.is_file() or not keys.same_subject(records.read_metadata(path)["parameters"], step.params):
+            continue
+        frame = records.read(path, columns)
+        frame = frame[frame["component"].isin(["head", "mlp"]) & (frame["position"] == "last")]
+        if len(frame) and frame["pair_id"].isin(pairs.index).all():
+            return effects.in_halves(frame)[0][1].join(pairs[answers], on="pair_id")
+    return pd.DataFrame(columns=[*columns, *answers])
+
+
 def begin(plan: Plan, step: str, namespace: Mapping[str, Any]) -> Step:
     """The step of a notebook, from its `globals()`. ParameterError or StepError in one sentence if it cannot run."""
     own = Step(plan, step, params.from_notebook(plan.sections, step, namespace))

@@ -16,14 +16,14 @@ import numpy as np
 import pandas as pd
 
 from lib import effects, records
-from lib.effects import SITE, quad_matrix, site_name
+from lib.effects import SITE, jaccard, quad_matrix, site_name
 from lib.hooks import Site
 from lib.tasks import SUPERSETS
 from pipeline import keys
-from pipeline.step import Step
+from pipeline.step import Step, single_sites  # noqa: F401
 from steps.generality import class_tests
 from steps.generality.class_tests import Interaction
-from steps.generality.measure import WITH_MARGINS, Circuit, Generality, numbered_sets
+from steps.generality.measure import Circuit, Generality, numbered_sets
 from steps.generality.rule import RuleResult
 
 QUANTITY = {"noise": "damage", "denoise": "recovery"}
@@ -171,26 +171,6 @@ def interaction(
 
 
 # --- circuits picked class by class -------------------------------------------------------------------------------
-
-
-def jaccard(one: Sequence, other: Sequence) -> float:
-    """What two sets share, of all that is in either; NaN for two empty ones."""
-    both = {*one, *other}
-    return len({*one} & {*other}) / len(both) if both else np.nan
-
-
-def single_sites(step: Step) -> pd.DataFrame:
-    """Step 04's records of heads and MLPs on the discovery half, with both answers; no rows where there are none."""
-    pairs = step.pairs().set_index("pair_id")
-    for folder in keys.sources(step.params):
-        path = folder / "sufficiency.parquet"
-        if not path.is_file() or not keys.same_subject(records.read_metadata(path)["parameters"], step.params):
-            continue
-        frame = records.read(path, WITH_MARGINS)
-        frame = frame[frame["component"].isin(["head", "mlp"]) & (frame["position"] == "last")]
-        if len(frame) and frame["pair_id"].isin(pairs.index).all():
-            return effects.in_halves(frame)[0][1].join(pairs[["answer", "corrupt_answer"]], on="pair_id")
-    return pd.DataFrame(columns=[*WITH_MARGINS, "answer", "corrupt_answer"])
 
 
 def orders(frame: pd.DataFrame, limit: int) -> list[Circuit]:
