@@ -10,7 +10,7 @@ import pytest
 
 from lib import data, models, tasks
 from steps.baselines import measure, page
-from steps.parameters import Baselines
+from steps.baselines.measure import Baselines
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = {"model": "m", "level": 0.9, "seed": 7, "template": "profession_both", "min_pairs": 3}

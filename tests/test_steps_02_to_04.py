@@ -10,11 +10,11 @@ import pytest
 from lib import effects, stats
 from lib.effects import SITE
 from lib.hooks import Site
+from pipeline.params import Shared
 from report import words
 from steps.coarse_sweep import measure as coarse_measure
 from steps.coarse_sweep import page as coarse_page
 from steps.necessity import page as necessity_page
-from steps.parameters import Shared
 from steps.sufficiency import measure as sufficiency_measure
 from steps.sufficiency import page as sufficiency_page
 
@@ -556,12 +556,17 @@ def test_the_slices_order_is_by_discovery_recovery():
     assert sufficiency_measure.slice_order(both, 2)["site"].tolist() == ["0.1", "mlp 0"]
     only = sufficiency_measure.slice_order(both[both["half"] == "confirmation"], 1)
     assert only["site"].tolist() == ["0.4"], "one half only: 1 + 0.8"
-    assert sufficiency_measure.growing_sets(found)[:3] == [
-        (Site(0, "head", 1),),
-        (Site(0, "head", 1), Site(0, "mlp", -1)),
-        (Site(0, "head", 1), Site(0, "mlp", -1), Site(0, "head", 2)),
-    ]
-    assert len(sufficiency_measure.growing_sets(found)) == 4
+
+
+def test_growing_sets_are_replaced_in_both_directions(two_pairs):
+    """The first site of an order, the first two, ...: every unit has all of them."""
+    first, second, third = order = [Site(0, "head", 1), Site(0, "mlp", -1), Site(0, "head", 2)]
+    own = SimpleNamespace(prompts=lambda: two_pairs, params=sufficiency_measure.Sufficiency(**SETTINGS))
+    units = sufficiency_measure.set_units(own, order)
+    assert [unit.options["direction"] for unit in units] == ["denoise", "noise"]
+    for unit in units:
+        assert unit.options["site_sets"] == [(first,), (first, second), (first, second, third)]
+        assert unit.options["role"] == "last" and [pair.pair_id for pair in unit.pairs] == ["p0", "p1"]
 
 
 def test_slice_curves_name_what_they_measure_and_count_sites():
@@ -598,14 +603,14 @@ def joint(recovery: list[float], damage: list[float], half: str = "discovery") -
 
 def test_the_critical_slice_is_the_first_in_which_both_reach_the_share_on_discovery():
     curves = pd.concat([joint([0.5, 0.85, 0.9], [0.9, 0.79, 0.8]), joint([1.0] * 3, [1.0] * 3, "confirmation")])
-    found = sufficiency_measure.critical_slice(curves, PARAMS)
+    found = sufficiency_measure.critical_slice(curves, 0.8)
     # one site: 0.5 and 0.9; two: 0.85 and 0.79; three: 0.9 and 0.8, which is enough
     assert (found.size, found.recovery, found.damage, found.reached) == (3, 0.9, 0.8, True)
-    half = sufficiency_measure.critical_slice(curves, profile(slice_share=0.5))
+    half = sufficiency_measure.critical_slice(curves, 0.5)
     assert (half.size, half.recovery, half.damage) == (1, 0.5, 0.9)
-    short = sufficiency_measure.critical_slice(curves, profile(slice_share=0.95))
+    short = sufficiency_measure.critical_slice(curves, 0.95)
     assert (short.size, short.reached) == (3, False), "as many as were measured"
-    only = sufficiency_measure.critical_slice(curves[curves["half"] == "confirmation"], PARAMS)
+    only = sufficiency_measure.critical_slice(curves[curves["half"] == "confirmation"], 0.8)
     assert (only.size, only.reached) == (1, True)
 
 
@@ -689,6 +694,46 @@ def test_leading_sites_are_picked_on_discovery_and_told_on_confirmation():
         "site": "0.0", "layer": 0, "component": "head", "head": 0, "estimate": 4.0, "ratio": 1.0,
         "p": 0, "low": 0, "high": 0, "ratio_low": 0, "ratio_high": 0,
     }  # fmt: skip
+
+
+def test_what_step_04_says(tmp_path):
+    moved = {"0.0": 3.0, "0.1": 0.5, "mlp 0": 1.0}
+    frame = table(measured("discovery", moved, margin=2.0) + measured("confirmation", moved, margin=2.0))
+    own = effects.ablation_tables(frame, PARAMS)["clean"]
+    order = sufficiency_measure.slice_order(own, 24)
+    assert order["site"].tolist() == ["0.0", "mlp 0", "0.1"]
+    joint = [
+        record(effect, half=half, direction=direction, site_set=i, quad=f"{half}1")
+        for half in ("discovery", "confirmation")
+        for direction, values in (("denoise", (3.0, 3.6, 3.8)), ("noise", (2.0, 3.4, 3.6)))
+        for i, effect in enumerate(values)
+    ]
+    curves = sufficiency_measure.slice_curves(table(joint), PARAMS)  # recovery 0.75 0.9 0.95, damage 0.5 0.85 0.9
+
+    def found(**other: float) -> dict:
+        params = sufficiency_measure.Sufficiency(**SETTINGS | other)
+        critical = sufficiency_measure.critical_slice(curves, params.slice_share)
+        made = sufficiency_measure.Measured(frame, own, order, curves, critical)
+        return sufficiency_page.findings(step(params, results=tmp_path, write_findings=dict), made)
+
+    good = found()
+    assert good["restoring"] == ["0.0"] and [row["site"] for row in good["critical_slice"]] == ["0.0", "mlp 0"]
+    assert good["critical_slice_reached"] and [row["quantity"] for row in good["joint"]] == ["recovery", "damage"]
+    assert [row["estimate"] for row in good["joint"]] == pytest.approx([0.9, 0.85])
+    said = good["sentences"]
+    assert said[0] == "Single sites that restore the answer on their own: 0.0; 0.0 recovers most: 0.75 [0.75, 0.75]."
+    assert said[3] == (
+        "The critical slice, heads and MLPs added in order of discovery recovery, has 2 sites and reaches 80% in both "
+        "on the discovery half: 0.0 and mlp 0."
+    )
+    assert said[4] == "On the confirmation half its joint recovery is 0.90 and its joint counterfactual damage 0.85."
+    assert good["headline"] == [said[0], *said[3:]]
+    assert [figure["file"] for figure in good["figures"]] == ["figures/step-slice.png", "figures/step-ranked.png"]
+    short = found(slice_share=0.99, restores_recovery=0.8)["sentences"]
+    assert short[0].startswith("No single head or MLP restores the answer on its own: 0.0 recovers most")
+    assert "does not reach 99% in both on the discovery half (recovery 0.95, damage 0.90)" in short[3]
+    one = found(slice_share=0.5)["sentences"]
+    assert "has 1 site and reaches 50% in both on the discovery half: 0.0." in one[3]
 
 
 def test_a_step_of_a_task_that_the_model_cannot_do_says_why():

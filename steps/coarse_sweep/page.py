@@ -41,7 +41,7 @@ def coarse(step: Step, records: pd.DataFrame, curves: pd.DataFrame, critical: Cr
     confirmation = in_halves(records)[-1][1]
     denoise = confirmation[confirmation["direction"] == "denoise"]
     for position in dict.fromkeys(records["position"]):
-        layer, row = effects.crossing(curves, position)
+        layer, row = crossing(curves, position)
         rows = denoise[denoise["position"] == position]
         sample = f"{rows['pair_id'].nunique()} pairs of {rows['quad_id'].nunique()} quads, confirmation half"
         verb = "rises above" if position == "last" else "falls below"
@@ -57,7 +57,7 @@ def coarse(step: Step, records: pd.DataFrame, curves: pd.DataFrame, critical: Cr
         f"{params.critical_share:.0%} of it on the discovery half, are {listed(rises)}; "
         f"together {critical.share:.0%} of the curve."
     )
-    confirmed_rises = effects.rises_of(curves, critical.layers)
+    confirmed_rises = rises_of(curves, critical.layers)
     sentences += [critical_text, f"On the confirmation half the same layers make up {confirmed_rises:.0%}."]
     flips = {
         direction: effects.first_flip_layer(rows, params.restores_share)
