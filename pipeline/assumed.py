@@ -33,7 +33,7 @@ from pipeline.units import Unit
 SLICE = ("21.6", "mlp 23", "27.1", "23.5", "27.2", "mlp 29", "mlp 24", "27.0", "22.6")
 DEPTH, HEADS = 30, 9
 LENGTHS = {3: 0.42, 4: 0.29, 2: 0.22, 5: 0.07}  # tokens of a name, and the share of the quads with such names
-KEPT, ASKED, TRIED = 0.98, 3000, 1.66  # quads found of those wanted; people asked about; quads tried for one found
+KEPT = 0.98  # quads found of those wanted
 MOVED = 0.75  # share of a quad's pairs that the model solves in another template
 GROWN, CIRCUITS, REACH = 17, 3.25, 0.6  # sites of the circuit; step 07's growing sets over slice_limit; their depth
 RISING = 7, 5  # step 05: candidates for a backup in the first round and in the second

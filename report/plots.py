@@ -23,6 +23,8 @@ from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm, to_rgba
 
+from lib import effects
+
 STYLE = Path(__file__).with_name("superset.mplstyle")
 WIDTH = 7.5  # inches
 BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BLACK = (
@@ -398,3 +400,11 @@ def _legend(figure: Figure, axes: Axes) -> None:
     named = [(handle, text) for handle, text in zip(*axes.get_legend_handles_labels(), strict=True) if text]
     if named:
         figure.legend(*zip(*named, strict=True), loc="outside upper left", ncols=min(len(named), 6))
+
+
+def halves(sites: pd.DataFrame) -> Figure | None:
+    """Every site of a table of both halves, discovery against confirmation; None where there is one half."""
+    if sites["half"].nunique() < 2:
+        return None
+    axes = ("discovery", "confirmation", "discovery (logits)", "confirmation (logits)")
+    return agreement(effects.side_by_side(sites, "half"), *axes, by="component")

@@ -143,9 +143,3 @@ def site_rows(table: pd.DataFrame) -> list[dict]:
     """The confirmation rows of a table, for steps that follow."""
     keep = ["site", "layer", "component", "head", "estimate", "low", "high", "p", "ratio", "ratio_low", "ratio_high"]
     return reported(table)[keep].to_dict("records")
-
-
-def shares(words: pd.Series, count: int) -> str:
-    """The commonest words with their shares, for a table."""
-    top = words.value_counts(normalize=True).head(count)
-    return ", ".join(f'"{word}" {share:.0%}' for word, share in top.items())

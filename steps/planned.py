@@ -17,7 +17,6 @@ from lib.hooks import Site
 from lib.tasks import SUPERSETS, Pair
 from pipeline import costs
 from pipeline.assumed import (  # fmt: skip
-    ASKED,
     CIRCUITS,
     DIRECT,
     GROWN,
@@ -25,7 +24,6 @@ from pipeline.assumed import (  # fmt: skip
     NEURON,
     RISING,
     SENDERS,
-    TRIED,
     VALUE,
     Case,
     order_of,
@@ -34,64 +32,9 @@ from pipeline.assumed import (  # fmt: skip
 )
 from pipeline.costs import Work, plain, sweep_unit, total
 from pipeline.units import Unit, sweep_units
-from steps.baselines import measure as baselines_measure
 from steps.hydra import measure as hydra
 from steps.retrieval_heads import measure as hops
 from steps.story.circuits import QUEUE, REFRESH
-
-
-def baselines(case: Case) -> Iterator[tuple[str, Work]]:
-    """01: every template asked; everyone asked about alone; the prompts of the quads that are tried."""
-    p, out = case.params, Work()
-    for template in baselines_measure.asked(p):
-        count = {"one_name": 2 * p.accuracy_pairs, "odd_one_out": 2 * (p.odd_one_out_items + 3)}
-        out += case.asked(count.get(template.task, p.accuracy_pairs), template, 128)
-    yield "baselines", out
-    if p.pairs_file is not None:
-        return
-    one, own = tasks.TEMPLATES["profession_is"], tasks.find_template(p.template, p.task)
-    tried = round(TRIED * 2 * len(case.pairs))
-    yield "quads", case.asked(min(ASKED, 25 * p.quads_per_half * len(SUPERSETS)), one) + case.asked(tried, own)
-    yield "pairs", case.asked(2 * len(case.pairs), own)
-
-
-def coarse_sweep(case: Case) -> Iterator[tuple[str, Work]]:
-    """02: the residual stream of every layer at each role, both ways."""
-    p = case.params
-    last, names = subsampled(case, p.pairs), subsampled(case, p.name_pairs)
-    plan = [
-        unit
-        for role in p.roles
-        for way in sweep.DIRECTIONS
-        for unit in sweep_units(role, last if role == "last" else names, role=role, direction=way, components=["resid"])
-    ]
-    yield "coarse_sweep", case.swept(plan)
-
-
-def necessity(case: Case) -> Iterator[tuple[str, Work]]:
-    """03: every site under each ablation at `last`, the names' under one."""
-    p = case.params
-    plan = sweep_units(
-        "last", subsampled(case, p.pairs), components=p.components, ablations=p.ablations, layers=case.layers
-    )
-    for role in p.name_roles:
-        plan += sweep_units(
-            role, subsampled(case, p.name_pairs), role=role, components=p.name_components, layers=case.layers
-        )
-    yield "necessity", case.swept(plan)
-
-
-def sufficiency(case: Case) -> Iterator[tuple[str, Work]]:
-    """04: every site from clean into corrupt; then the growing sets, both ways."""
-    p, last = case.params, subsampled(case, case.params.pairs)
-    how = {"components": p.components, "layers": case.layers}
-    yield "sufficiency", case.swept(sweep_units("last", last, direction="denoise", **how))
-    order = order_of(case, p.slice_limit)
-    sets = [order[: count + 1] for count in range(len(order))]
-    yield (
-        "slice",
-        case.swept([u for way in sweep.DIRECTIONS for u in sweep_units(way, last, direction=way, site_sets=sets)]),
-    )
 
 
 def hydra_step(case: Case) -> Iterator[tuple[str, Work]]:
@@ -342,10 +285,6 @@ def subsampled(case: Case, count: int | None, pairs: Sequence[Pair] | None = Non
 
 
 TABLES: dict[str, Callable[[Case], Iterator[tuple[str, Work]]]] = {
-    "baselines": baselines,
-    "coarse_sweep": coarse_sweep,
-    "necessity": necessity,
-    "sufficiency": sufficiency,
     "hydra": hydra_step,
     "retrieval_heads": retrieval_heads,
     "generality": generality,

@@ -12,11 +12,11 @@ from pipeline.declaration import SUPERSET_TASKS, Declaration, Plan
 from pipeline.step import Step
 from report.words import not_done
 from steps import planned
-from steps.baselines.measure import Baselines
-from steps.coarse_sweep.measure import CoarseSweep
+from steps.baselines import measure as baselines
+from steps.coarse_sweep import measure as coarse_sweep
 from steps.generality.measure import Generality
 from steps.hydra.measure import Hydra
-from steps.necessity.measure import Necessity
+from steps.necessity import measure as necessity
 from steps.neurons.measure import Neurons
 from steps.retrieval_heads.measure import RetrievalHeads
 from steps.story.measure import Story
@@ -28,16 +28,9 @@ PEOPLE = ("people_file", "data/controls.csv")
 PLAN = Plan(
     __name__,
     [
-        Declaration(
-            "baselines",
-            Baselines,
-            planned.baselines,
-            always=True,
-            files=("people_file", "data/odd_one_out.csv"),
-            extra_files=("pairs.parquet",),
-        ),
-        Declaration("coarse_sweep", CoarseSweep, planned.coarse_sweep, layered=True),
-        Declaration("necessity", Necessity, planned.necessity, layered=True),
+        baselines.STEP,
+        coarse_sweep.STEP,
+        necessity.STEP,
         sufficiency.STEP,
         Declaration("hydra", Hydra, planned.hydra_step, reads=SLICE),
         Declaration("retrieval_heads", RetrievalHeads, planned.retrieval_heads, reads=SLICE, files=("people_file",)),
@@ -88,6 +81,8 @@ def begin(name: str, namespace: Mapping[str, Any]) -> Step:
     step = steps.begin(PLAN, name, namespace)
     able, own = step.able(), step.declaration
     layers = f" Swept: {step.layers_from}." if own.layered and able else ""
+    if own.name == PLAN.names[0]:  # it is what the others ask
+        return step
     display(Markdown(f"Model `{step.params.model}`, task `{step.params.task}`: {able.why}.{layers}"))
     if not able and not own.always:
         found = step.write_findings(not_done(step))

@@ -1,30 +1,31 @@
-"""Does the model do the task at all? Accuracy on people drawn before any selection, for every task and template.
+"""Step 01, measured: does the model do the task at all, and which pairs of prompts are fair?
 
-One row per prompt: what was asked, what the model chose among the candidates, and what it would have said itself.
+1. `ACCURACY`: people drawn before any selection, for every task and template. One row per prompt: what was asked, what
+   the model chose among the candidates, and what it would have said itself.
+2. `QUADS`: four people each, matched; `PAIRS`: the pairs that every later step sweeps, written as pairs.parquet.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+from pydantic import Field
 from scipy.special import logsumexp
 
-from lib import data, models, records, tasks
+from lib import data, models, stats, tasks
 from lib.data import pairs_of
 from lib.models import Model
-from lib.tasks import Template
-from pipeline.params import ROOT
+from lib.tasks import SUPERSETS, Template
+from pipeline.assumed import Case
+from pipeline.costs import Work
+from pipeline.declaration import Declaration, Table
+from pipeline.params import ROOT, Shared, Words
+from pipeline.step import Step
 from pipeline.units import Unit
-
-if TYPE_CHECKING:
-    from pipeline.step import Step
-from pydantic import Field
-
-from pipeline.params import Shared, Words
 
 
 class Baselines(Shared):
@@ -45,6 +46,8 @@ class Baselines(Shared):
     accuracy_pairs: int = Field(200, ge=1, description="pairs per template on which accuracy is measured")
 
 
+# For the planner: people asked about, and quads tried for one that is found, as in the default book.
+ASKED, TRIED = 3000, 1.66
 BUILT_FROM = ("quads_per_half", "pairs_per_quad", "fame_tolerance", "min_bucket", "odd_one_out_items", "seed")
 CHANCE = {"superset": 1 / 5, "bi_association": 1 / 5, "one_name": 1 / 5, "odd_one_out": 1 / 3}
 
@@ -60,8 +63,9 @@ def asked(params: Baselines) -> list[Template]:
     return [tasks.find_template(name, params.task) for name in names]
 
 
-def plan(params: Baselines) -> list[Unit]:
+def accuracy_units(step: Step | Case) -> list[Unit]:
     """One work unit per template."""
+    params = step.params
     options = {"seed": params.seed, "pairs": params.accuracy_pairs, "items": params.odd_one_out_items}
     return [Unit(template.name, (), options | {"task": template.task}) for template in asked(params)]
 
@@ -173,23 +177,123 @@ def make_pairs(model: Model, people: pd.DataFrame, quads: pd.DataFrame | None, p
     return data.keep_solved(data.add_margins(pairs, model.tokenizer, score(model), **options))
 
 
-def build(step: Step, people: pd.DataFrame, accuracy: pd.DataFrame) -> tuple[pd.DataFrame | None, list[dict], str]:
-    """The pairs, what each filter dropped, and why there are no pairs (empty if there are). Writes pairs.parquet.
+# --- what is measured ---
+
+
+def people_of(step: Step) -> pd.DataFrame:
+    """The table of people."""
+    return data.load_people(step.people_file)
+
+
+def accuracy_of(step: Step) -> Callable[[Unit], pd.DataFrame]:
+    """What measures a template."""
+    templates, people = {template.name: template for template in asked(step.params)}, people_of(step)
+    return lambda unit: measure(step.model, people, templates[unit.id], step.params)
+
+
+def whole(step: Step | Case, *chosen: Any) -> list[Unit]:
+    """One unit: quads, and pairs, are made together."""
+    return [Unit("all", (), step.params.model_dump(mode="json", include=set(BUILT_FROM)))]
+
+
+def quads_of(step: Step) -> Callable[[Unit], pd.DataFrame]:
+    """What makes the quads."""
+    return lambda _: make_quads(step.model, people_of(step), step.params)
+
+
+def pairs_from(step: Step, quads: pd.DataFrame | None) -> Callable[[Unit], pd.DataFrame]:
+    """What makes the pairs."""
+    return lambda _: make_pairs(step.model, people_of(step), quads, step.params)
+
+
+def accuracy_cost(case: Case, units: Sequence[Unit]) -> Work:
+    """Every template asked."""
+    p, work = case.params, Work()
+    counts = {"one_name": 2 * p.accuracy_pairs, "odd_one_out": 2 * (p.odd_one_out_items + 3)}
+    for template in asked(p):
+        work += case.asked(counts.get(template.task, p.accuracy_pairs), template, 128)
+    return work
+
+
+def quads_cost(case: Case, units: Sequence[Unit]) -> Work:
+    """Everyone asked about alone, and the prompts of the quads that are tried."""
+    p = case.params
+    alone = case.asked(min(ASKED, 25 * p.quads_per_half * len(SUPERSETS)), tasks.TEMPLATES["profession_is"])
+    return alone + case.asked(round(TRIED * 2 * len(case.pairs)), tasks.find_template(p.template, p.task))
+
+
+def pairs_cost(case: Case, units: Sequence[Unit], quads: None) -> Work:
+    """Both prompts of each pair."""
+    return case.asked(2 * len(case.pairs), tasks.find_template(case.params.template, case.params.task))
+
+
+ACCURACY = Table("baselines", accuracy_units, accuracy_of, accuracy_cost, schema=None)
+QUADS = Table("quads", whole, quads_of, quads_cost, schema=None)
+PAIRS = Table("pairs", whole, pairs_from, pairs_cost, schema=None)
+
+
+def assumed(case: Case) -> Iterator[tuple[Any, ...]]:
+    """The tables in order; nothing is built where pairs are given."""
+    yield (ACCURACY,)
+    if case.params.pairs_file is None:
+        if case.params.task != "odd_one_out":
+            yield (QUADS,)
+        yield PAIRS, None
+
+
+STEP = Declaration(
+    "baselines",
+    Baselines,
+    assumed,
+    always=True,
+    files=("people_file", "data/odd_one_out.csv"),
+    extra_files=("pairs.parquet",),
+)
+
+
+# --- what is decided ---
+
+
+def accuracies(frame: pd.DataFrame, params: Shared, by: list[str]) -> pd.DataFrame:
+    """Share of prompts answered right, with Wilson intervals; each item is a unit (its people are in no other)."""
+    rows = []
+    for key, part in frame.groupby(by, sort=False):
+        units = part.groupby("item")["correct"].agg(["sum", "count"])
+        span = stats.proportion_interval(units["sum"], units["count"], params)
+        chance = CHANCE[part["task"].iloc[0]]
+        test = stats.above_chance(units["sum"], units["count"], chance, params.level)
+        numbers = {"estimate": span.estimate, "low": span.low, "high": span.high, "prompts": len(part)}
+        rows.append(dict(zip(by, key, strict=True)) | numbers | {"chance": chance, "above": test.above, "p": test.p})
+    return pd.DataFrame(rows)
+
+
+class Measured(NamedTuple):
+    """What step 01 has measured."""
+
+    records: pd.DataFrame  # a row per prompt asked
+    accuracy: pd.DataFrame  # a row per task and template
+    pairs: pd.DataFrame | None  # None where none were built; `failed` says why
+    drops: list[dict[str, Any]]  # what each filter dropped and left, in order
+    failed: str
+
+
+def run(step: Step) -> Measured:
+    """Measure, or read what is there. Writes pairs.parquet.
 
     With a `pairs_file` there is nothing to build, and on a task that the model answers no better than chance nothing is
     built. ValueError with every filter's counts when the filters leave nothing.
     """
-    params = step.params
+    params, frame = step.params, step.table(ACCURACY)
+    accuracy = accuracies(frame, params, ["task", "template"])
     if params.pairs_file is not None:
-        return None, [], f"The pairs are those of `{Path(params.pairs_file).name}`; none were built."
-    own = accuracy[(accuracy["task"] == params.task) & (accuracy["template"] == params.template)]
-    if not own["above"].all():
-        return None, [], f"No pairs were built: the model does not do `{params.task}`."
-    unit, drops = Unit("all", (), params.model_dump(mode="json", include=set(BUILT_FROM))), []
-    quads = None
+        why = f"The pairs are those of `{Path(params.pairs_file).name}`; none were built."
+        return Measured(frame, accuracy, None, [], why)
+    asked_for = accuracy[(accuracy["task"] == params.task) & (accuracy["template"] == params.template)]
+    if not asked_for["above"].all():
+        return Measured(frame, accuracy, None, [], f"No pairs were built: the model does not do `{params.task}`.")
+    quads, drops = None, []
     if params.task != "odd_one_out":
-        quads = step.table("quads", [unit], lambda _: make_quads(step.model, people, params), schema=None)
-        drops = records.read_metadata(step.path("quads"))["drops"]
-    pairs = step.table("pairs", [unit], lambda _: make_pairs(step.model, people, quads, params), schema=None)
+        quads, drops = step.table(QUADS), step.metadata(QUADS)["drops"]
+    pairs = step.table(PAIRS, quads)
     step.write_extra("pairs.parquet", pairs)
-    return pairs, drops, ""
+    return Measured(frame, accuracy, pairs, drops, "")

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pandas as pd
+from matplotlib.figure import Figure
 
 from lib import effects
-from lib.effects import CriticalLayers, in_halves, reported
+from lib.effects import in_halves, reported
 from pipeline.step import Step
-from report.words import OVER_QUADS, about_model, interval, listed
+from report import plots
+from report.words import OVER_QUADS, about_model, finished, interval, listed
+from steps.coarse_sweep.measure import Measured
 
 CAPTIONS = {
-    "coarse-curves": "Recovery (denoise) and damage (noise) when the residual stream at one role is replaced after "
+    "curves": "Recovery (denoise) and damage (noise) when the residual stream at one role is replaced after "
     f"each layer; {OVER_QUADS}. Shaded: the critical layers, picked on the discovery half.",
 }
 
@@ -35,13 +39,18 @@ def rises_of(curves: pd.DataFrame, layers: Sequence[int]) -> float:
     return float(rises[list(layers)].sum() / own.iloc[-1])
 
 
-def coarse(step: Step, records: pd.DataFrame, curves: pd.DataFrame, critical: CriticalLayers) -> dict:
-    """The findings of step 02."""
-    params, sentences, moves = step.params, [], {}
-    confirmation = in_halves(records)[-1][1]
+def curves_figure(m: Measured) -> Figure:
+    """Recovery and damage along the layers, the critical ones shaded."""
+    axis = "share of the clean - corrupt logit_diff"
+    return plots.layer_curve(reported(m.curves), axis, panel="direction", marked=m.critical.layers)
+
+
+def moves_of(m: Measured, confirmation: pd.DataFrame) -> dict[str, str]:
+    """For each role, a sentence on where recovery crosses one half."""
+    moves = {}
     denoise = confirmation[confirmation["direction"] == "denoise"]
-    for position in dict.fromkeys(records["position"]):
-        layer, row = crossing(curves, position)
+    for position in dict.fromkeys(m.records["position"]):
+        layer, row = crossing(m.curves, position)
         rows = denoise[denoise["position"] == position]
         sample = f"{rows['pair_id'].nunique()} pairs of {rows['quad_id'].nunique()} quads, confirmation half"
         verb = "rises above" if position == "last" else "falls below"
@@ -50,14 +59,21 @@ def coarse(step: Step, records: pd.DataFrame, curves: pd.DataFrame, critical: Cr
         else:
             value = interval(row["estimate"], row["low"], row["high"])
             moves[position] = f"At `{position}` recovery {verb} one half after layer {layer}: {value} ({sample})."
-    sentences += moves.values()
-    rises = [f"{layer} ({rise:+.2f})" for layer, rise in zip(critical.layers, critical.rises, strict=True)]
+    return moves
+
+
+def findings(step: Step, m: Measured) -> dict[str, Any]:
+    """The findings of step 02."""
+    params, confirmation = step.params, in_halves(m.records)[-1][1]
+    moves = moves_of(m, confirmation)
+    sentences = list(moves.values())
+    rises = [f"{layer} ({rise:+.2f})" for layer, rise in zip(m.critical.layers, m.critical.rises, strict=True)]
     critical_text = (
         f"The critical layers, the fewest whose rises of the denoise curve at `last` make up "
         f"{params.critical_share:.0%} of it on the discovery half, are {listed(rises)}; "
-        f"together {critical.share:.0%} of the curve."
+        f"together {m.critical.share:.0%} of the curve."
     )
-    confirmed_rises = rises_of(curves, critical.layers)
+    confirmed_rises = rises_of(m.curves, m.critical.layers)
     sentences += [critical_text, f"On the confirmation half the same layers make up {confirmed_rises:.0%}."]
     flips = {
         direction: effects.first_flip_layer(rows, params.restores_share)
@@ -71,16 +87,17 @@ def coarse(step: Step, records: pd.DataFrame, curves: pd.DataFrame, critical: Cr
             f"{params.restores_share:.0%} of the pairs."
         )
     if params.aggregator_layer != "auto":
-        inside = "is" if params.aggregator_layer in critical.layers else "is not"
+        inside = "is" if params.aggregator_layer in m.critical.layers else "is not"
         sentences.append(f"The hypothesis of the profile, layer {params.aggregator_layer}, {inside} among them.")
-    return {
+    found = {
         "model": about_model(step),
         "task": params.task,
         "able": True,
-        "critical_layers": critical.layers,
-        "critical_rises": critical.rises,
+        "critical_layers": m.critical.layers,
+        "critical_rises": m.critical.rises,
         "critical_share_confirmation": confirmed_rises,
         "first_flip_layer": flips,
         "sentences": sentences,
         "headline": [critical_text, *(moves[role] for role in ("names", "swapped", "last") if role in moves)],
     }
+    return finished(step, found, {"curves": curves_figure(m)}, CAPTIONS)

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pandas as pd
+from matplotlib.figure import Figure
 
-from lib import stats
-from lib.effects import SITE, in_halves, quad_matrix, reported
+from lib import effects, stats
+from lib.effects import SITE, in_halves, picked, quad_matrix, reported
 from lib.hooks import site_name
 from lib.stats import Interval
 from pipeline.params import Shared
 from pipeline.step import Step
+from report import plots
 from report.words import (
     OVER_QUADS,
     about_model,
+    finished,
     heads_or_mlps,
     interval,
     listed,
@@ -22,17 +26,19 @@ from report.words import (
     top_sites,
     top_sites_sentence,
 )
+from steps.necessity import measure
+from steps.necessity.measure import Measured
 
 CAPTIONS = {
-    "necessity-ranked": "The sites whose ablation at the last token costs most, picked on the discovery half, with "
+    "ranked": "The sites whose ablation at the last token costs most, picked on the discovery half, with "
     "their effect in both halves and intervals that hold for all sites together.",
-    "necessity-layers": f"Damage when a whole attention or MLP module is replaced; {OVER_QUADS}.",
+    "layers": f"Damage when a whole attention or MLP module is replaced; {OVER_QUADS}.",
 }
 
 
-def agreement(records: pd.DataFrame, kinds: Sequence[str], params: Shared) -> dict[str, Interval]:
+def agreement(frame: pd.DataFrame, kinds: Sequence[str], params: Shared) -> dict[str, Interval]:
     """Spearman's correlation, over sites at `last`, of each ablation's effects with the first one's; confirmation."""
-    own = records[(records["position"] == "last") & (records["component"] != "resid")]
+    own = frame[(frame["position"] == "last") & (frame["component"] != "resid")]
     own = in_halves(own)[-1][1]
     quads = [set(rows["quad_id"]) for _, rows in own.groupby("ablation")]
     own = own[own["quad_id"].isin(set.intersection(*quads))]  # a quad without a pool has no mean and no resample
@@ -56,44 +62,99 @@ def by_kind(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
-def necessity(
-    step: Step, records: pd.DataFrame, tables: dict[str, pd.DataFrame], agree: dict[str, Interval], names: pd.DataFrame
-) -> dict:
-    """The findings of step 03. The first table leads; the others are compared with it."""
+def modules_of(m: Measured, params: Shared) -> pd.DataFrame:
+    """Damage of whole attention and MLP modules under the leading ablation, confirmation half, at each role."""
+    return effects.layer_table(m.records[m.records["ablation"] == m.lead], params)
+
+
+# --- figures ---
+
+
+def heads(step: Step, m: Measured) -> Figure | None:
+    """Fall of logit_diff for every head by kind of ablation; dots where it is significant familywise."""
+    if "head" not in step.params.components:
+        return None
+    kinds = {kind: reported(sites) for kind, sites in m.sites.items()}
+    falls = {kind: effects.heads_matrix(sites) for kind, sites in kinds.items()}
+    sure = {
+        kind: effects.heads_matrix(sites.assign(sure=sites["p"] <= 1 - step.params.level), "sure")
+        for kind, sites in kinds.items()
+    }
+    return plots.heat_map(falls, "fall of logit_diff (logits)", sure, layers=step.layers)
+
+
+def modules(step: Step, m: Measured) -> Figure:
+    """Damage of whole modules, layer by layer."""
+    return plots.layer_bars(modules_of(m, step.params), "damage (share of logit_diff)", panel="position")
+
+
+def ranked(m: Measured) -> Figure:
+    """The leading sites with their effect in both halves."""
+    return plots.ranked_sites(picked(m.sites[m.lead], 15), "fall of logit_diff (logits)")
+
+
+def halves(m: Measured) -> Figure | None:
+    """Every site, discovery against confirmation, where there are two halves."""
+    return plots.halves(m.sites[m.lead])
+
+
+def kinds(m: Measured) -> Figure | None:
+    """Every site under the leading ablation against the others, where there are others."""
+    if len(m.sites) < 2:
+        return None
+    axes = (f"{m.lead} (logits)", "other ablation (logits)")
+    return plots.agreement(by_kind(m.sites), m.lead, "other", *axes, by="ablation")
+
+
+def answer_and_foil(step: Step, m: Measured) -> Figure:
+    """Change of the answer's and of the foil's logit at the leading sites."""
+    names = picked(m.sites[m.lead], 10)["site"].drop_duplicates().tolist()
+    under_lead = m.records[m.records["ablation"] == m.lead]
+    candidates = step.metadata(measure.SWEEP)["candidates"]
+    return plots.answer_and_foil(effects.answer_and_foil(under_lead, names, candidates, step.params))
+
+
+# --- findings ---
+
+
+def findings(step: Step, m: Measured) -> dict[str, Any]:
+    """The findings of step 03. The leading ablation decides; the others are compared with it."""
     params = step.params
-    lead, table = next(iter(tables.items()))
-    confirmation = in_halves(records)[-1][1]
+    lead, sites, confirmation = m.lead, m.sites[m.lead], in_halves(m.records)[-1][1]
+    agree = agreement(m.records, list(m.sites), params)
+    modules = modules_of(m, params)
     sample = f"{confirmation['pair_id'].nunique()} pairs of {confirmation['quad_id'].nunique()} quads"
     sentences = [
         f"Each site at `last` was ablated in the clean run, {step.layers_from}; the confirmation half has {sample}.",
-        top_sites_sentence(table, params, 6, f"{lead} damage"),
-        heads_or_mlps(table, params, "damage"),
+        top_sites_sentence(sites, params, 6, f"{lead} damage"),
+        heads_or_mlps(sites, params, "damage"),
         f"Over sites, effects rank as under `{lead}` with a Spearman correlation of "
         + listed(f"{value} under `{kind}`" for kind, value in agree.items())
         + "."
         if agree
         else f"Only `{lead}` was run.",
-        *[f"Under `{kind}`, {top_sites(own, 3)} lead." for kind, own in tables.items() if kind != lead],
+        *[f"Under `{kind}`, {top_sites(own, 3)} lead." for kind, own in m.sites.items() if kind != lead],
     ]
-    last = records[records["position"] == "last"]
+    last = m.records[m.records["position"] == "last"]
     counts = last.groupby("ablation")["pair_id"].nunique()
     for kind, count in counts[counts < counts.max()].items():
         sentences.append(
             f"`{kind}` is there for {count} of {counts.max()} pairs: the others have no other quad of their half, "
             "template and token counts to take it from."
         )
-    for role, rows in names.groupby("position", sort=False):
+    for role, rows in modules[modules["position"] != "last"].groupby("position", sort=False):
         best = rows.loc[rows["estimate"].idxmax()]
         value = interval(best["estimate"], best["low"], best["high"])
         site = site_name(best["layer"], best["component"])
         sentences.append(f"At `{role}`, the attention or MLP module of largest damage is {site}: {value} of the gap.")
-    return {
+    found = {
         "model": about_model(step),
         "task": params.task,
         "able": True,
         "ablation": lead,
-        "sites": site_rows(table),
+        "sites": site_rows(sites),
         "agreement": agree,
         "sentences": sentences,
         "headline": sentences[1:3],
     }
+    return finished(step, found, {"ranked": ranked(m), "layers": modules(step, m)}, CAPTIONS)

@@ -72,11 +72,7 @@ def ranked(m: Measured) -> Figure:
 
 def halves(m: Measured) -> Figure | None:
     """Every site, discovery against confirmation, where there are two halves."""
-    if m.records["half"].nunique() < 2:
-        return None
-    beside = effects.side_by_side(m.sites, "half")
-    axes = ("discovery", "confirmation", "discovery (logits)", "confirmation (logits)")
-    return plots.agreement(beside, *axes, by="component")
+    return plots.halves(m.sites)
 
 
 def against_necessity(step: Step, m: Measured) -> Figure | None:
