@@ -35,20 +35,40 @@ class RecordError(ValueError):
     """A table that breaks the schema, or files that belong to another run."""
 
 
-def _text(allowed: Sequence[str] = ()) -> pa_schema.Column:
+# --- schemas: columns that hold no gaps unless they say so ---
+
+
+def text(allowed: Sequence[str] = ()) -> pa_schema.Column:
+    """Words: any, or those allowed."""
     return pa_schema.Column(str, pa_schema.Check.isin(allowed) if allowed else None)
 
 
-def _whole(least: int, kind: str = "int32") -> pa_schema.Column:
+def whole(least: int, kind: str = "int32") -> pa_schema.Column:
+    """Whole numbers from `least` on."""
     return pa_schema.Column(kind, pa_schema.Check.ge(least))
 
 
-def _number(nullable: bool = False) -> pa_schema.Column:
+def number(nullable: bool = False) -> pa_schema.Column:
+    """Finite numbers."""
     return pa_schema.Column("float64", pa_schema.Check(np.isfinite, name="finite"), nullable=nullable)
 
 
-def _numbers(nullable: bool = False) -> pa_schema.Column:
+def numbers(nullable: bool = False) -> pa_schema.Column:
+    """Lists of finite numbers."""
     return pa_schema.Column(object, pa_schema.Check(_all_finite, name="finite numbers"), nullable=nullable)
+
+
+def flag() -> pa_schema.Column:
+    """True or false."""
+    return pa_schema.Column(bool)
+
+
+def table_schema(
+    name: str, columns: Mapping[str, pa_schema.Column], unique: Sequence[str], checks: Sequence[pa_schema.Check] = ()
+) -> pa_schema.DataFrameSchema:
+    """The schema of a table that has these columns in this order; the columns `unique` name a row."""
+    how = {"strict": True, "ordered": True, "unique": list(unique), "name": name}
+    return pa_schema.DataFrameSchema(dict(columns), checks=list(checks), **how)
 
 
 def _all_finite(column: pd.Series) -> bool:
@@ -56,47 +76,48 @@ def _all_finite(column: pd.Series) -> bool:
     return not kept or bool(np.isfinite(np.concatenate(kept)).all())
 
 
-SCHEMA = pa_schema.DataFrameSchema(
+SCHEMA = table_schema(
+    "sweep table",
     {
-        "layer": _whole(0),
-        "component": _text(COMPONENTS),
-        "head": _whole(-1),  # the head's or neuron's number; -1 where the component has no such parts
-        "metric_before": _number(),  # margin of the base row of the same pass, logits
-        "metric_after": _number(),
-        "profile": _text(),
-        "task": _text(),
-        "template": _text(),
-        "pair_id": _text(),
-        "quad_id": _text(),
-        "half": _text(("discovery", "confirmation")),
-        "direction": _text(("noise", "denoise")),
-        "ablation": _text(ABLATIONS),
-        "position": _text(ROLES),
-        "seed": _whole(0, "int64"),
-        "metric_clean": _number(),
-        "metric_corrupt": _number(),
-        "logit_diff_before": _number(),
-        "logit_diff_after": _number(),
-        "logit_diff_clean": _number(),
-        "logit_diff_corrupt": _number(),
-        "answer": _text(),  # candidate names; the clean prompt's answer in both directions
-        "foil_before": _text(),
-        "foil_after": _text(),
-        "logits_before": _numbers(),  # all candidates, in the order of the metadata's "candidates"
-        "logits_after": _numbers(),
-        "top_token_after": _text(),
-        "top_logit_after": _number(),
-        "logsumexp_after": _number(),
-        "rank_after": _whole(0),
-        "kl_after": _number(),
-        "site_delta": _number(),
-        "fired": _whole(0),
-        "label_logits_before": _numbers(nullable=True),  # in the order of the metadata's "labels"
-        "label_logits_after": _numbers(nullable=True),
-        "candidate_probability_before": _number(nullable=True),
-        "candidate_probability_after": _number(nullable=True),
-        "metric_both_before": _number(nullable=True),  # odd_one_out: margin over both tokens of a name
-        "metric_both_after": _number(nullable=True),
+        "layer": whole(0),
+        "component": text(COMPONENTS),
+        "head": whole(-1),  # the head's or neuron's number; -1 where the component has no such parts
+        "metric_before": number(),  # margin of the base row of the same pass, logits
+        "metric_after": number(),
+        "profile": text(),
+        "task": text(),
+        "template": text(),
+        "pair_id": text(),
+        "quad_id": text(),
+        "half": text(("discovery", "confirmation")),
+        "direction": text(("noise", "denoise")),
+        "ablation": text(ABLATIONS),
+        "position": text(ROLES),
+        "seed": whole(0, "int64"),
+        "metric_clean": number(),
+        "metric_corrupt": number(),
+        "logit_diff_before": number(),
+        "logit_diff_after": number(),
+        "logit_diff_clean": number(),
+        "logit_diff_corrupt": number(),
+        "answer": text(),  # candidate names; the clean prompt's answer in both directions
+        "foil_before": text(),
+        "foil_after": text(),
+        "logits_before": numbers(),  # all candidates, in the order of the metadata's "candidates"
+        "logits_after": numbers(),
+        "top_token_after": text(),
+        "top_logit_after": number(),
+        "logsumexp_after": number(),
+        "rank_after": whole(0),
+        "kl_after": number(),
+        "site_delta": number(),
+        "fired": whole(0),
+        "label_logits_before": numbers(nullable=True),  # in the order of the metadata's "labels"
+        "label_logits_after": numbers(nullable=True),
+        "candidate_probability_before": number(nullable=True),
+        "candidate_probability_after": number(nullable=True),
+        "metric_both_before": number(nullable=True),  # odd_one_out: margin over both tokens of a name
+        "metric_both_after": number(nullable=True),
     },
     checks=[
         pa_schema.Check(
@@ -108,30 +129,27 @@ SCHEMA = pa_schema.DataFrameSchema(
             name="ablation is 'clean' exactly when denoising",
         ),
     ],
-    strict=True,
-    ordered=True,
     unique=IDENTITY,
-    name="sweep table",
 )
 
 # Rows in which a set of sites is changed together: layer, component and head name its first site, `site_set` its place
 # in the list of sets.
-SET_SCHEMA = SCHEMA.add_columns({"site_set": _whole(0)})
+SET_SCHEMA = SCHEMA.add_columns({"site_set": whole(0)})
 SET_SCHEMA.unique = [*IDENTITY, "site_set"]
 SET_SCHEMA.name = "table of site sets"
 
 # Rows in which sites are replaced by values that a step makes: `variant` names the values.
-VARIANT_SCHEMA = SET_SCHEMA.add_columns({"variant": _text()})
+VARIANT_SCHEMA = SET_SCHEMA.add_columns({"variant": text()})
 VARIANT_SCHEMA.unique = [*SET_SCHEMA.unique, "variant"]
 VARIANT_SCHEMA.name = "table of variants"
 
 # Rows of path patching: layer and head are the (first) sender's, `sender` its component; `receivers` names the set.
 PATH_SCHEMA = SET_SCHEMA.update_columns({"layer": {"checks": pa_schema.Check.ge(-1)}}).add_columns(
     {
-        "sender": _text(("embed", "head", "attn", "mlp")),
-        "receivers": _text(),
-        "mlps": _text(("frozen", "recomputed")),
-        "arrived": _number(),  # L2 norm of the change at the receivers' inputs
+        "sender": text(("embed", "head", "attn", "mlp")),
+        "receivers": text(),
+        "mlps": text(("frozen", "recomputed")),
+        "arrived": number(),  # L2 norm of the change at the receivers' inputs
     }
 )
 PATH_SCHEMA.checks = [check for check in SCHEMA.checks if not check.name.startswith("head >= 0")]
