@@ -22,8 +22,7 @@ import torch
 
 from bench.sweep import matrix_product_rate, operations
 from lib import batches, hooks, models, single_pass
-from lib.hooks import Site
-from lib.models import Model
+from lib.hooks import Model, Site
 from lib.single_pass import Row
 from pipeline import machine
 

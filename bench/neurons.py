@@ -20,8 +20,7 @@ import torch
 
 from bench.sweep import CLEAN, CORRUPT, ROW, median
 from lib import hooks, models, sweep, tasks
-from lib.hooks import Site
-from lib.models import Model
+from lib.hooks import Model, Site
 from lib.single_pass import Row, base_run, grow
 from lib.tasks import Pair
 from pipeline import machine

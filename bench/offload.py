@@ -37,7 +37,7 @@ from accelerate.utils import OffloadedWeightsLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lib import data, hooks, models, offload, sweep, tasks, weights
-from lib.models import Model
+from lib.hooks import Model
 from lib.tasks import Pair
 from pipeline import machine, params
 

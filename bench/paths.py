@@ -24,8 +24,7 @@ from torch import Tensor
 
 from bench.sweep import CLEAN, CORRUPT, ROW
 from lib import batches, hooks, metrics, models, paths, single_pass, tasks
-from lib.hooks import Site
-from lib.models import Model
+from lib.hooks import Model, Site
 from lib.paths import Receiver
 from lib.single_pass import BaseRun, Row, base_run
 from lib.tasks import Pair

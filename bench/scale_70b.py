@@ -55,8 +55,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from bench.paths import OneByOne
 from bench.sweep import operations
 from lib import batches, hooks, models, paths, single_pass, sweep
-from lib.hooks import Site
-from lib.models import Model
+from lib.hooks import Model, Site
 from lib.single_pass import BaseRun, Grown, Row
 from lib.tasks import Pair, Prompt
 from pipeline import machine

@@ -24,7 +24,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 
 from lib import batches, hooks, metrics, models, single_pass, tasks
-from lib.models import Model
+from lib.hooks import Model
 from lib.single_pass import Row, base_run, grow
 from lib.tasks import Pair
 from pipeline import machine

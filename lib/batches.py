@@ -8,10 +8,12 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import pandas as pd
@@ -19,9 +21,20 @@ import torch
 from torch import Tensor
 
 from lib import metrics
-from lib.hooks import Site
-from lib.models import Model
-from lib.single_pass import Activations, BaseRun, Grown, Row, base_run, prove_base_rows, prove_rows, row_limit
+from lib.hooks import Model, Site
+from lib.single_pass import (
+    Activations,
+    BaseRun,
+    Grown,
+    Row,
+    base_run,
+    index_batches,
+    joined,
+    prove_base_rows,
+    prove_rows,
+    row_limit,
+    token_ids,
+)
 from lib.tasks import Pair
 
 
@@ -31,12 +44,30 @@ def group_of(pair: Pair) -> tuple:
     return pair.half, pair.task, pair.template, len(pair.clean.ids), tuple(sorted(pair.clean.roles.items()))
 
 
-def grouped(pairs: Iterable[Pair]) -> list[list[Pair]]:
-    """Pairs by `group_of`, in the order of first appearance."""
-    groups: dict[tuple, list[Pair]] = {}
+def grouped(pairs: Sequence[Pair], size: int | None = None) -> list[list[Pair]]:
+    """Pairs by `group_of`, at most `size` together, in their order; groups in the order of first appearance."""
+    places = index_batches([group_of(pair) for pair in pairs], size or max(1, len(pairs)))
+    return [[pairs[place] for place in own] for own in places]
+
+
+def both_runs(
+    model: Model, pairs: Sequence[Pair], positions: Sequence[int], components: Sequence[str]
+) -> tuple[BaseRun, BaseRun]:
+    """Plain runs of the clean and of the corrupt prompts of pairs that share a group, with their caches: one pass for
+    both sides, so that the weights are read once."""
+    prompts = [pair.clean.ids for pair in pairs] + [pair.corrupt.ids for pair in pairs]
+    plain = base_run(model, token_ids(model, prompts), positions, components)
+    return plain.part(0, len(pairs)), plain.part(len(pairs), 2 * len(pairs))
+
+
+def distinct_prompts(pairs: Iterable[Pair]) -> dict[tuple[int, ...], tuple[Pair, str]]:
+    """Every prompt of the pairs once, by its token ids: the first pair that has it, and its side there (`clean` or
+    `corrupt`). In the order of the pairs, clean before corrupt."""
+    prompts: dict[tuple[int, ...], tuple[Pair, str]] = {}
     for pair in pairs:
-        groups.setdefault(group_of(pair), []).append(pair)
-    return list(groups.values())
+        prompts.setdefault(pair.clean.ids, (pair, "clean"))
+        prompts.setdefault(pair.corrupt.ids, (pair, "corrupt"))
+    return prompts
 
 
 def has_donors(pair: Pair, pairs: Iterable[Pair]) -> bool:
@@ -65,10 +96,6 @@ def subsample(pairs: Sequence[Pair], count: int | None) -> list[Pair]:
             turned = own[number % len(own) :] + own[: number % len(own)]
             ranked += [(turn, place, index) for turn, index in enumerate(turned)]
     return [pairs[index] for index in sorted(index for _, _, index in sorted(ranked)[:count])]
-
-
-def token_ids(model: Model, prompts: Sequence[Sequence[int]]) -> Tensor:
-    return torch.tensor([list(ids) for ids in prompts], device=model.device)
 
 
 @dataclass(frozen=True)
@@ -147,6 +174,7 @@ LOGIT_ROWS = 128
 # How torch, CUDA's libraries and the system itself say that memory has run out, where torch raises no OutOfMemoryError.
 SHORT = ("not enough memory", "out of memory", "ALLOC_FAILED", "Cannot allocate memory")
 
+Work, Result = TypeVar("Work"), TypeVar("Result")
 Grow = Callable[[Model, BaseRun, Sequence[Row], Activations], Grown]
 # From the pairs, their base runs and their other runs: for each variant, what the sites are replaced by.
 Variants = Callable[[Sequence[Pair], BaseRun, BaseRun], Mapping[str, Activations]]
@@ -235,29 +263,20 @@ class PairBatch:
     def scored(self, base: BaseRun, rows: list[Row], sources: Activations, halved: list[str]) -> dict[str, np.ndarray]:
         """Run the rows in passes within the memory budget; per-row numbers, in the order of the rows."""
         limit = row_limit(self.model, base, self.memory)
-        parts = [
-            part
-            for at in range(0, len(rows), limit)
-            for part in self.passes(base, rows[at : at + limit], sources, halved)
-        ]
-        return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
 
-    def passes(
-        self, base: BaseRun, rows: list[Row], sources: Activations, halved: list[str]
-    ) -> list[dict[str, np.ndarray]]:
-        """One pass over the rows, or two over its halves when memory runs out."""
-        try:
-            return [self.one_pass(base, rows, sources)]
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            if not is_short(error) or len(rows) == 1:
-                raise
-        line = f"out of memory: {len(rows)} rows of pairs {self.pairs[0].pair_id} ... halved and retried"
-        log.warning(line)
-        halved.append(line)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        middle = len(rows) // 2
-        return [part for half in (rows[:middle], rows[middle:]) for part in self.passes(base, half, sources, halved)]
+        def halves(rows: list[Row]) -> tuple[str, list[list[Row]]] | None:
+            if len(rows) == 1:
+                return None
+            middle, words = len(rows) // 2, f"{len(rows)} rows of pairs {self.pairs[0].pair_id} ... halved and retried"
+            return words, [rows[:middle], rows[middle:]]
+
+        def attempt(rows: list[Row]) -> dict[str, np.ndarray]:
+            return self.one_pass(base, rows, sources)
+
+        parts: list[dict[str, np.ndarray]] = []
+        for at in range(0, len(rows), limit):
+            parts += with_less_memory(attempt, rows[at : at + limit], halves, halved)
+        return joined(parts)
 
     def one_pass(self, base: BaseRun, rows: list[Row], sources: Activations) -> dict[str, np.ndarray]:
         """Grow, prove and score one pass; where candidates have two tokens, one more for each of them."""
@@ -375,6 +394,32 @@ class PairBatch:
         columns |= {key: scored[key] for key in ("site_delta", "fired", "arrived") if key in scored}
         columns["site_set"] = np.tile(np.arange(len(self.sets)), count // len(self.sets))
         return pd.DataFrame(columns)
+
+
+def with_less_memory(
+    attempt: Callable[[Work], Result],
+    work: Work,
+    smaller: Callable[[Work], tuple[str, list[Work]] | None],
+    halved: list[str],
+) -> list[Result]:
+    """`attempt(work)`, or when memory runs out, of smaller pieces of work one after the other: the one way to halve.
+
+    `smaller` says in words what is done instead, and gives the pieces; None where work is as small as it can be, and
+    the error is raised. Each time leaves a line in the log and in `halved`.
+    """
+    try:
+        return [attempt(work)]
+    except RuntimeError as error:  # torch.OutOfMemoryError is one
+        if not is_short(error) or (pieces := smaller(work)) is None:
+            raise
+    # outside of the except block, which holds on to the failed passes; they and what they hand each other are a circle
+    line = f"out of memory: {pieces[0]}"
+    log.warning(line)
+    halved.append(line)
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return [result for piece in pieces[1] for result in with_less_memory(attempt, piece, smaller, halved)]
 
 
 def is_short(error: Exception) -> bool:

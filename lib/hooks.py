@@ -1,6 +1,6 @@
-"""The three helpers of activation patching: capture, ablate, patch.
+"""A model's handles, its sites, and the three helpers of activation patching: capture, ablate, patch.
 
-Each is a context manager over any set of sites. A site is read or written where the design's words place it:
+Each helper is a context manager over any set of sites. A site is read or written where the design's words place it:
 
 1. `resid`: the output of a block.
 2. `attn`: the output of the attention module (before a post-attention norm, where the architecture has one).
@@ -16,19 +16,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
+from jaxtyping import Float, Int
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-if TYPE_CHECKING:
-    from lib.models import Model
+from lib.weights import ModelError
 
 COMPONENTS = ("resid", "attn", "mlp", "head")  # what a sweep takes unless it is told otherwise
 EVERY_COMPONENT = (*COMPONENTS, "neuron")
 PARTS = ("head", "neuron")  # components of which a layer has several
+DOWN_PROJS = ("down_proj", "c_proj")  # what an MLP's last projection is called
+# How far two runs of the same prompt through kernels of other shapes may differ in a logit (measured: 1e-5 in fp32,
+# 0.02 in fp16, 0.125 in bf16, 0.14 in 4 bits; a factor of ten or so is left for deeper models).
+NOISE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 0.25, torch.bfloat16: 1.0}
+QUANTISED_NOISE = 2.0
 
 
 class Site(NamedTuple):
@@ -37,6 +43,93 @@ class Site(NamedTuple):
     layer: int
     component: str
     head: int = -1
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A causal model and its handles. Lists are indexed by layer."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    body: nn.Module  # runs embeddings, blocks and final norm: ids -> last hidden state
+    blocks: Sequence[nn.Module]
+    attns: Sequence[nn.Module]
+    o_projs: Sequence[nn.Module]
+    mlps: Sequence[nn.Module]
+    down_projs: Sequence[nn.Module]  # none where an MLP is not one hidden layer (mixtures of experts)
+    final_norm: nn.Module
+    unembed: nn.Module
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_size: int
+    softcap: float | None  # Gemma2: logits = softcap * tanh(logits / softcap)
+    name: str
+    sha256: str | None
+    quantisation: str | None
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go: the embedding's device, that on which it runs where its weights are offloaded."""
+        embedding = self.model.get_input_embeddings()
+        device = embedding.weight.device
+        return torch.device(embedding._hf_hook.execution_device) if device.type == "meta" else device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    @property
+    def n_neurons(self) -> int:
+        """Hidden units of an MLP."""
+        if not self.down_projs:
+            raise ModelError(f"{self.name} has no single neurons: no {' or '.join(DOWN_PROJS)} in its MLPs")
+        projection = self.down_projs[0]
+        return getattr(projection, "in_features", None) or projection.weight.shape[0]  # GPT-2's Conv1D is transposed
+
+    @property
+    def noise(self) -> float:
+        """The largest logit difference that two runs of one prompt may show (logits)."""
+        return QUANTISED_NOISE if self.quantisation else NOISE[self.dtype]
+
+    def unembedding(self, tokens: Int[Tensor, "*rows"] | Sequence[int] | None = None) -> tuple[Tensor, Tensor | None]:
+        """Rows of the unembedding, (*rows, hidden), and its bias, (*rows), if it has one: of all tokens or of these."""
+        weight, bias = materialised(self.unembed), getattr(self.unembed, "bias", None)
+        if tokens is None:
+            return weight, bias
+        tokens = torch.as_tensor(tokens, device=weight.device)
+        return weight[tokens], None if bias is None else bias[tokens]
+
+    def logits(
+        self, hidden: Float[Tensor, "*more rows hidden"], tokens: Tensor | Sequence[int] | None = None
+    ) -> Float[Tensor, "*more rows vocab"]:
+        """Logits of final hidden states (after the final norm), in fp32 or better whatever the model's dtype.
+
+        Of the whole vocabulary; or of a few `tokens`: (C,), the same for every row, or (rows, C), each row's own. The
+        three are computed by kernels of other shapes and agree up to rounding.
+
+        bf16 logits between 16 and 32 move in steps of 0.125, more than most heads' effect.
+        """
+        weight, bias = self.unembedding(tokens)
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        hidden = hidden.to(weight.device, wide)
+        if weight.ndim == 3:
+            out = torch.einsum("...rh,rth->...rt", hidden, weight.to(wide))
+        else:
+            out = hidden.new_empty(*hidden.shape[:-1], len(weight))
+            # a slice of the vocabulary at a time: it stays in a CPU's cache, and a 70B unembedding is 4 GB in fp32
+            size = 1024 if weight.device.type == "cpu" else 16384
+            for start in range(0, len(weight), size):
+                out[..., start : start + size] = hidden @ weight[start : start + size].to(wide).T
+        out = out if bias is None else out + bias.to(wide)
+        return out if self.softcap is None else self.softcap * torch.tanh(out / self.softcap)
+
+
+def materialised(module: nn.Module) -> Tensor:
+    """The module's weight, also when accelerate keeps it offloaded."""
+    if module.weight.device.type != "meta":
+        return module.weight
+    return module._hf_hook.weights_map["weight"]
 
 
 EMBED = Site(-1, "embed")  # the input of the first block; path patching sends from it, sweeps do not replace it
@@ -107,7 +200,7 @@ def first_tensor(output: Tensor | tuple) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-def module_of(model: Model, layer: int, component: str) -> torch.nn.Module:
+def module_of(model: Model, layer: int, component: str) -> nn.Module:
     """The module at whose output (for `head`, `neuron` and `embed`: input) a component is read and written."""
     if component == "embed":
         return model.blocks[0]
@@ -115,10 +208,10 @@ def module_of(model: Model, layer: int, component: str) -> torch.nn.Module:
     return (own | {"neuron": model.down_projs})[component][layer]
 
 
-def on_input(module: torch.nn.Module, visit: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
+def on_input(module: nn.Module, visit: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
     """Call `visit` with what a module is given, each time; what it returns, if anything, is given instead."""
 
-    def before(_: torch.nn.Module, args: tuple, kwargs: dict) -> tuple | None:
+    def before(_: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
         new = visit(args[0] if args else kwargs["hidden_states"])
         if new is None:
             return None
@@ -136,7 +229,7 @@ def on_activation(
     if component in (*PARTS, "embed"):
         return on_input(module, visit)
 
-    def after(_: torch.nn.Module, args: tuple, output: Tensor | tuple) -> Tensor | tuple | None:
+    def after(_: nn.Module, args: tuple, output: Tensor | tuple) -> Tensor | tuple | None:
         new = visit(first_tensor(output))
         if new is None:
             return None
@@ -156,7 +249,7 @@ def removing(handles: list[RemovableHandle]) -> Iterator[None]:
 
 
 @contextmanager
-def with_forwards(forwards: Sequence[tuple[torch.nn.Module, Callable]]) -> Iterator[None]:
+def with_forwards(forwards: Sequence[tuple[nn.Module, Callable]]) -> Iterator[None]:
     """Run modules through other functions for a while; their hooks and parameters stay as they are."""
     own = [(module, module.__dict__.get("forward")) for module, _ in forwards]
     try:

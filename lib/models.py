@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,19 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lib import hooks, weights
+from lib.hooks import Model, Site
+from lib.single_pass import (
+    BaseRun,
+    Row,
+    SweepError,
+    base_run,
+    grow,
+    index_batches,
+    joined,
+    prove_base_rows,
+    rerun,
+    token_ids,
+)
 from lib.weights import ModelError, load_error, resolve
 
 # Where each architecture keeps its parts; the first name that exists is taken. (path from the causal model, path from
@@ -33,86 +46,10 @@ NAMES = {
     "attn": ("self_attn", "attn"),
     "o_proj": ("o_proj", "c_proj"),
     "mlp": ("mlp",),
-    "down_proj": ("down_proj", "c_proj"),
+    "down_proj": hooks.DOWN_PROJS,
 }
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16}
-# How far two runs of the same prompt through kernels of other shapes may differ in a logit (measured: 1e-5 in fp32,
-# 0.02 in fp16, 0.125 in bf16, 0.14 in 4 bits; a factor of ten or so is left for deeper models).
-NOISE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 0.25, torch.bfloat16: 1.0}
-QUANTISED_NOISE = 2.0
 SHARED_TOKENS = 512  # fewest tokens that running a shared prefix by itself must spare
-
-
-@dataclass(frozen=True, eq=False)
-class Model:
-    """A causal model and its handles. Lists are indexed by layer."""
-
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase | None
-    body: nn.Module  # runs embeddings, blocks and final norm: ids -> last hidden state
-    blocks: Sequence[nn.Module]
-    attns: Sequence[nn.Module]
-    o_projs: Sequence[nn.Module]
-    mlps: Sequence[nn.Module]
-    down_projs: Sequence[nn.Module]  # none where an MLP is not one hidden layer (mixtures of experts)
-    final_norm: nn.Module
-    unembed: nn.Module
-    n_layers: int
-    n_heads: int
-    n_kv_heads: int
-    head_size: int
-    softcap: float | None  # Gemma2: logits = softcap * tanh(logits / softcap)
-    name: str
-    sha256: str | None
-    quantisation: str | None
-
-    @property
-    def device(self) -> torch.device:
-        """Where token ids go: the embedding's device, that on which it runs where its weights are offloaded."""
-        embedding = self.model.get_input_embeddings()
-        device = embedding.weight.device
-        return torch.device(embedding._hf_hook.execution_device) if device.type == "meta" else device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.model.dtype
-
-    @property
-    def n_neurons(self) -> int:
-        """Hidden units of an MLP."""
-        if not self.down_projs:
-            raise ModelError(f"{self.name} has no single neurons: no {' or '.join(NAMES['down_proj'])} in its MLPs")
-        projection = self.down_projs[0]
-        return getattr(projection, "in_features", None) or projection.weight.shape[0]  # GPT-2's Conv1D is transposed
-
-    @property
-    def noise(self) -> float:
-        """The largest logit difference that two runs of one prompt may show (logits)."""
-        return QUANTISED_NOISE if self.quantisation else NOISE[self.dtype]
-
-    def logits(self, hidden: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows vocab"]:
-        """Logits of final hidden states (after the final norm), in fp32 or better whatever the model's dtype.
-
-        bf16 logits between 16 and 32 move in steps of 0.125, more than most heads' effect.
-        """
-        weight = materialised(self.unembed)
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        hidden = hidden.to(weight.device, wide)
-        out = hidden.new_empty(*hidden.shape[:-1], len(weight))
-        # a slice of the vocabulary at a time: it stays in a CPU's cache, and a 70B unembedding is 4 GB in fp32
-        size = 1024 if weight.device.type == "cpu" else 16384
-        for start in range(0, len(weight), size):
-            out[..., start : start + size] = hidden @ weight[start : start + size].to(wide).T
-        bias = getattr(self.unembed, "bias", None)
-        out = out if bias is None else out + bias.to(wide)
-        return out if self.softcap is None else self.softcap * torch.tanh(out / self.softcap)
-
-
-def materialised(module: nn.Module) -> Tensor:
-    """The module's weight, also when accelerate keeps it offloaded."""
-    if module.weight.device.type != "meta":
-        return module.weight
-    return module._hf_hook.weights_map["weight"]
 
 
 def tokenizer(spec: str, sha256: str | None = None) -> PreTrainedTokenizerBase:
@@ -124,58 +61,71 @@ def tokenizer(spec: str, sha256: str | None = None) -> PreTrainedTokenizerBase:
         raise load_error(spec, where, error) from error
 
 
-def load(
-    spec: str,
-    *,
-    sha256: str | None = None,
-    dtype: str = "float32",
-    device: str = "auto",
-    device_map: str | dict | None = None,
-    quantisation: str | None = None,
-    max_memory: dict | None = None,
-    offload_folder: str | None = None,
-    attention: str | None = None,
-    seed: int = 0,
-) -> Model:
+@dataclass(frozen=True)
+class Loading:
+    """How a model is loaded. ModelError for what does not exist or does not go together."""
+
+    sha256: str | None = None  # checked where the weights are a single local file, and refused elsewhere
+    dtype: str = "float32"
+    device: str = "auto"
+    device_map: str | dict | None = None  # accelerate's, as are the two below that are given with it
+    quantisation: str | None = None  # "nf4" or "int8" (bitsandbytes)
+    max_memory: dict | None = None  # GB per device
+    offload_folder: str | None = None  # for weights on disk that cannot be read where they lie
+    attention: str | None = None  # overrides the attention kernel
+    seed: int = 0  # of random weights
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ModelError(f"dtype {self.dtype!r} is unknown; allowed are {', '.join(DTYPES)}")
+        if self.device_map is None and (self.max_memory or self.offload_folder):
+            idle = "max_memory" if self.max_memory else "offload_folder"
+            raise ModelError(f"{idle} is for models on several devices: give device_map: auto with it, or leave it out")
+
+    @property
+    def placed(self) -> str | dict:
+        """Where the weights go."""
+        return self.device_map or pick_device(self.device)
+
+    def arguments(self, random: bool) -> dict[str, Any]:
+        """Those of transformers' loader, or of its maker of random weights."""
+        out = {"dtype": DTYPES[self.dtype], "trust_remote_code": False, "attn_implementation": self.attention}
+        out |= quantised(self.quantisation, DTYPES[self.dtype])
+        if random:
+            return out
+        memory = {key: f"{value}GiB" for key, value in self.max_memory.items()} if self.max_memory else None
+        spread = self.device_map or self.quantisation
+        out |= {"use_safetensors": True, "offload_folder": self.offload_folder, "max_memory": memory}
+        return out | {"device_map": self.placed if spread else None}
+
+
+def load(spec: str, **options: Any) -> Model:
     """Load a model and prove its handles.
 
-    `spec` is `package:name/file.gguf`, a folder, a hub id, or `config:file.json` (random weights from `seed`, for
-    shape tests; without a tokenizer). `quantisation` is None, "nf4" or "int8" (bitsandbytes). `device_map`,
-    `max_memory` (GB per device) and `offload_folder` (for weights on disk that cannot be read where they lie) are
-    accelerate's. `attention` overrides the attention kernel. `sha256` is checked where
-    the weights are a single local file, and refused elsewhere. Raises ModelError with what was wrong and what to do.
+    `spec` is `package:name/file.gguf`, a folder, a hub id, or `config:file.json` (random weights, for shape tests;
+    without a tokenizer). The options are the fields of `Loading`. Raises ModelError with what was wrong and what to do.
     """
-    if dtype not in DTYPES:
-        raise ModelError(f"dtype {dtype!r} is unknown; allowed are {', '.join(DTYPES)}")
-    if device_map is None and (max_memory or offload_folder):
-        idle = "max_memory" if max_memory else "offload_folder"
-        raise ModelError(f"{idle} is for models on several devices: give device_map: auto with it, or leave it out")
-    placed = device_map or pick_device(device)
-    weights.check(spec, dtype, placed, quantisation, max_memory, offload_folder)
+    how, random = Loading(**options), spec.startswith("config:")
+    placed = how.placed
+    weights.check(spec, how.dtype, placed, how.quantisation, how.max_memory, how.offload_folder)
     transformers.logging.disable_progress_bar()
-    where, actual, local = resolve(spec, sha256)
-    random = spec.startswith("config:")
-    if random and (quantisation or device_map):
+    where, actual, local = resolve(spec, how.sha256)
+    if random and (how.quantisation or how.device_map):
         raise ModelError(f"model {spec!r} has random weights: quantisation and device_map do not apply")
-    options: dict[str, Any] = {"dtype": DTYPES[dtype], "trust_remote_code": False, "attn_implementation": attention}
-    options |= quantised(quantisation, DTYPES[dtype])
-    if not random:
-        options |= {"use_safetensors": True, "local_files_only": local, "offload_folder": offload_folder}
-        options["device_map"] = placed if device_map or quantisation else None
-        options["max_memory"] = {key: f"{value}GiB" for key, value in max_memory.items()} if max_memory else None
+    arguments = how.arguments(random)
     try:
         if random:
-            torch.manual_seed(seed)
+            torch.manual_seed(how.seed)
             config, words = AutoConfig.from_pretrained(where, local_files_only=True), None
-            model = AutoModelForCausalLM.from_config(config, **options).to(DTYPES[dtype])
+            model = AutoModelForCausalLM.from_config(config, **arguments).to(DTYPES[how.dtype])
         else:
-            model = AutoModelForCausalLM.from_pretrained(where, **options)
+            model = AutoModelForCausalLM.from_pretrained(where, local_files_only=local, **arguments)
             words = AutoTokenizer.from_pretrained(where, local_files_only=local, trust_remote_code=False)
     except (OSError, ValueError, SafetensorError) as error:
         raise load_error(spec, where, error) from error
-    if device_map is None and quantisation is None:
+    if how.device_map is None and how.quantisation is None:
         model = model.to(placed)
-    handles = find_handles(model.eval().requires_grad_(False), words, spec, actual, quantisation)
+    handles = find_handles(model.eval().requires_grad_(False), words, spec, actual, how.quantisation)
     prove(handles)
     return handles
 
@@ -251,6 +201,9 @@ def find_handles(
     )
 
 
+# --- proofs -----------------------------------------------------------------------------------------------------------
+
+
 @torch.no_grad()
 def prove(model: Model) -> None:
     """Check on one prompt that the handles are what they are taken for; ModelError names the module that is not.
@@ -260,86 +213,136 @@ def prove(model: Model) -> None:
     block, give the model's own logits. 4. The base pass of the sweep (cached prefix, rows appended) equals the plain
     forward pass.
     """
-    from lib import single_pass  # which is built on this module
-
     # spread over the vocabulary: its first tokens may all be reserved, with one embedding between them (SmolLM2)
     ids = torch.arange(1, 9, device=model.device)[None] * 997 % model.model.config.get_text_config().vocab_size
-    every = list(itertools.product(range(model.n_layers), hooks.COMPONENTS))
+    ends = (0, model.n_layers - 1)
+    sites = [Site(layer, component) for layer in ends for component in ("attn", "mlp", "resid")]
     fired: list[tuple[int, str]] = []
-    handles = []
-    with hooks.removing(handles):
-        for key in every:
-            note = lambda _, key=key: fired.append(key)  # noqa: E731
-            handles.append(hooks.on_activation(model, *key, note))
-        sites = [hooks.Site(layer, c) for layer in (0, model.n_layers - 1) for c in ("attn", "mlp", "resid")]
-        inputs: dict[tuple[int, str], Tensor] = {}
-        for end in itertools.product((0, model.n_layers - 1), ("head", "neuron") if model.down_projs else ("head",)):
-            handles.append(hooks.on_activation(model, *end, lambda z, end=end: inputs.update({end: z.clone()})))
-        with hooks.capture(model, sites) as seen:
-            own = model.model(ids).logits[0]
-    for layer, component in every:
-        if (times := fired.count((layer, component))) != 1:
-            raise ModelError(f"{model.name}: the hook at layer {layer} {component} fired {times} times, not once")
-    for (layer, earlier), (later, component) in itertools.pairwise(fired):
-        if (later, component == "resid") < (layer, earlier == "resid"):
-            raise ModelError(f"{model.name}: layer {later} {component} was computed after layer {layer} {earlier}")
+    inputs: dict[tuple[int, str], Tensor] = {}
+    handles: list = []
+    with hooks.removing(handles), hooks.capture(model, sites) as seen:
+        for key in itertools.product(range(model.n_layers), hooks.COMPONENTS):
+            handles.append(hooks.on_activation(model, *key, lambda _, key=key: fired.append(key)))
+        for key in itertools.product(ends, hooks.PARTS if model.down_projs else ("head",)):
+            handles.append(hooks.on_activation(model, *key, lambda z, key=key: inputs.update({key: z.clone()})))
+        own = model.model(ids).logits[0]
+    prove_order(model, fired)
     for (layer, part), z in inputs.items():
-        whole, name = ("attn", "o_proj") if part == "head" else ("mlp", "down_proj")
-        width = model.n_heads * model.head_size if part == "head" else model.n_neurons
-        if z.shape[-1] != width:
-            wanted = f"{model.n_heads} heads x {model.head_size}" if part == "head" else f"{width} neurons"
-            raise ModelError(
-                f"{model.name}: the input of {name} at layer {layer} has width {z.shape[-1]}, not {wanted}"
-            )
-        projection = (model.o_projs if part == "head" else model.down_projs)[layer]
-        off = (projection(z) - seen[hooks.Site(layer, whole)]).abs().max().item()
-        if off > model.noise:
-            where = f"the {'attention' if part == 'head' else 'MLP'} output of layer {layer}"
-            raise ModelError(f"{model.name}: {name} of the {part}s differs from {where}: {off:.2g}")
-    base = single_pass.base_run(model, ids, [5, 7])
-    last = model.final_norm(seen[hooks.Site(model.n_layers - 1, "resid")])[:, -1]
+        prove_projection(model, layer, part, z, seen)
+    base = base_run(model, ids, [5, 7])
+    last = model.final_norm(seen[Site(model.n_layers - 1, "resid")])[:, -1]
     final = model.logits(torch.cat([base.hidden, last.to(base.hidden.device)]))
     off = (final - own[-1].to(final.device)).abs().max().item()
     # the model's own logits are in its dtype: bf16 moves in steps of 0.125 at 16 to 32
     if not off <= max(model.noise, torch.finfo(model.dtype).eps * own.abs().max().item()):
         raise ModelError(f"{model.name}: fp32 logits of the final hidden state differ from the model's own: {off:.2g}")
-    single_pass.prove_identity(model, base)
+    prove_identity(model, base)
+
+
+def prove_order(model: Model, fired: Sequence[tuple[int, str]]) -> None:
+    """ModelError unless every hook fired once, a layer after the other, `resid` last in each."""
+    for layer, component in itertools.product(range(model.n_layers), hooks.COMPONENTS):
+        if (times := fired.count((layer, component))) != 1:
+            raise ModelError(f"{model.name}: the hook at layer {layer} {component} fired {times} times, not once")
+    for (layer, earlier), (later, component) in itertools.pairwise(fired):
+        if (later, component == "resid") < (layer, earlier == "resid"):
+            raise ModelError(f"{model.name}: layer {later} {component} was computed after layer {layer} {earlier}")
+
+
+def prove_projection(model: Model, layer: int, part: str, z: Tensor, seen: Mapping[Site, Tensor]) -> None:
+    """ModelError unless a layer's projection of its captured heads or neurons gives the captured module output."""
+    if part == "head":
+        whole, name, projection, width = "attn", "o_proj", model.o_projs[layer], model.n_heads * model.head_size
+        wanted, output = f"{model.n_heads} heads x {model.head_size}", "attention"
+    else:
+        whole, name, projection, width = "mlp", "down_proj", model.down_projs[layer], model.n_neurons
+        wanted, output = f"{width} neurons", "MLP"
+    if z.shape[-1] != width:
+        raise ModelError(f"{model.name}: the input of {name} at layer {layer} has width {z.shape[-1]}, not {wanted}")
+    off = (projection(z) - seen[Site(layer, whole)]).abs().max().item()
+    if off > model.noise:
+        raise ModelError(
+            f"{model.name}: {name} of the {part}s differs from the {output} output of layer {layer}: {off:.2g}"
+        )
+
+
+def prove_identity(model: Model, base: BaseRun) -> float:
+    """The identity patch: every component of every layer replaced by its own value must change nothing.
+
+    Returns the largest logit difference; SweepError when it exceeds the noise of the dtype.
+    """
+    sites = hooks.all_sites(model, ("resid", "attn", "mlp"))
+    sites += [Site(layer, "head", head) for layer in range(model.n_layers) for head in {0, model.n_heads - 1}]
+    rows = [Row((site,), owner, owner) for owner in range(len(base.ids)) for site in sites]
+    grown = grow(model, base, rows, base.activations)
+    prove_base_rows(model, base, grown)
+    owners = torch.tensor([row.owner for row in rows])
+    off = (model.logits(grown.hidden) - model.logits(base.hidden)[owners]).abs().amax(-1)
+    worst = int(off.argmax())
+    if not (off <= model.noise).all():
+        raise SweepError(
+            f"{model.name}: the identity patch at {rows[worst].sites[0]} moved a logit by {off[worst]:.3g}"
+        )
+    return off.max().item()
+
+
+def prove_whole_residual(model: Model, ids: Int[Tensor, " tokens"], other: Int[Tensor, " tokens"]) -> float:
+    """The whole residual stream of `other` at all positions into `ids`, at the first, middle and last layer, must give
+    `other`'s logits. Returns the largest difference; SweepError when it exceeds the noise of the dtype."""
+    everywhere, layers = range(len(ids)), sorted({0, model.n_layers // 2, model.n_layers - 1})
+    base = base_run(model, ids[None], everywhere, ("resid",))
+    source = base_run(model, other[None], everywhere, ("resid",))
+    rows = [Row((Site(layer, "resid"),), 0, 0) for layer in layers]
+    grown = grow(model, base, rows, source.activations)
+    off = (model.logits(grown.hidden) - model.logits(source.hidden)).abs().amax(-1)
+    if not (off <= model.noise).all():
+        raise SweepError(
+            f"{model.name}: the whole residual of one run in another does not give its logits; "
+            f"they differ by {off.max():.3g}"
+        )
+    return off.max().item()
+
+
+# --- reading prompts --------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def next_logits(
     model: Model, prompts: Sequence[Sequence[int]], batch_tokens: int = 8192
 ) -> Float[np.ndarray, "prompts vocab"]:
-    """fp32 logits of the next token for each prompt of token ids. Same-length batches, so no padding is needed."""
-    out: np.ndarray | None = None
-    by_length: dict[int, list[int]] = {}
-    for index, ids in enumerate(prompts):
-        by_length.setdefault(len(ids), []).append(index)
-    for length, indices in sorted(by_length.items()):
-        size = max(1, batch_tokens // length)
-        for start in range(0, len(indices), size):
-            chunk = indices[start : start + size]
-            ids = torch.tensor([list(prompts[index]) for index in chunk], device=model.device)
-            logits = model.logits(final_states(model, ids)).float().cpu().numpy()
-            if out is None:
-                out = np.empty((len(prompts), logits.shape[-1]), dtype=np.float32)
-            out[chunk] = logits
-    if out is None:
+    """fp32 logits of the next token for each prompt of token ids, in batches of one length."""
+    if not prompts:
         raise ValueError("no prompts to score")
+    out: np.ndarray | None = None
+    for places in index_batches([len(ids) for ids in prompts], lambda length: max(1, batch_tokens // length)):
+        ids = token_ids(model, [prompts[place] for place in places])
+        logits = model.logits(final_states(model, ids)).float().cpu().numpy()
+        if out is None:
+            out = np.empty((len(prompts), logits.shape[-1]), dtype=np.float32)
+        out[places] = logits
     return out
+
+
+def next_readings(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    read: Callable[[Float[np.ndarray, "prompts vocab"], slice], Mapping[str, np.ndarray]],
+    size: int = 64,
+) -> dict[str, np.ndarray]:
+    """What `read` makes of the prompts' `next_logits`, taken `size` prompts at a time in the order given, so that the
+    logits of all are never held at once. `read` is given the logits and which prompts they are of, and returns arrays
+    with a row for each."""
+    parts = []
+    for at in range(0, len(prompts), size):
+        part = slice(at, at + size)
+        parts.append(read(next_logits(model, prompts[part]), part))
+    return joined(parts)
 
 
 def final_states(model: Model, ids: Int[Tensor, "prompts tokens"]) -> Float[Tensor, "prompts hidden"]:
     """Final hidden states at the last token; a long beginning that all prompts share (worked examples) is run once."""
-    from lib import single_pass  # which is built on this module
-
     shared = ((ids == ids[0]).all(0).tolist()[:-1] + [False]).index(False)
     if shared * (len(ids) - 1) < SHARED_TOKENS:
-        return model.body(input_ids=ids, use_cache=False).last_hidden_state[:, -1]
-    prefix = single_pass.base_run(model, ids[:1, :shared], (), ())
-    return model.body(
-        input_ids=ids[:, shared:],
-        past_key_values=single_pass.SharedPrefix(prefix.cache, shared, ids.new_zeros(len(ids))),
-        position_ids=torch.arange(shared, ids.shape[1], device=ids.device)[None],
-        use_cache=True,
-    ).last_hidden_state[:, -1]
+        return base_run(model, ids, (), (), cache=False).hidden
+    prefix = base_run(model, ids[:1, :shared], (), ())
+    return rerun(model, prefix, shared, ids.new_zeros(len(ids)), ids[:, shared:])

@@ -13,8 +13,9 @@ The blocks see what they would see otherwise, so the numbers are the same to the
 states, rows x tokens x hidden; beside an accelerator they wait in the machine's memory. (A 70B model in bf16, eight
 pairs, all 5,360 sites at `last`: 0.7 GB; twelve tokens from the end: 8.4 GB.)
 
-`run` takes all jobs of a sweep (`lib.batches`) through like this. At each layer the pools' plain runs go first, then the
-jobs' plain runs, which make the layer's sources, then the growing passes, which use them; then the layer is forgotten.
+`run` takes all batches of a sweep (`lib.batches`) through like this. At each layer the pools' plain runs go first, then
+the batches' plain runs, which make the layer's sources, then the growing passes, which use them; then the layer is
+forgotten.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from transformers.cache_utils import DynamicCache
 
 from lib import hooks
 from lib.batches import PairBatch, Pool, is_short, pool_key, unfilled
-from lib.models import Model
+from lib.hooks import Model
 from lib.single_pass import BaseRun, Growing, keeping, row_limit
 from lib.tasks import Pair
 

@@ -29,10 +29,10 @@ from torch import Tensor, nn
 
 from lib import hooks, sweep
 from lib.batches import grouped
-from lib.hooks import EMBED, Site
-from lib.models import Model, ModelError
+from lib.hooks import EMBED, Model, Site
 from lib.single_pass import Activations, BaseRun, Batch, Edit, Grown, Proof, Row, SweepError, edits_by_module
 from lib.tasks import Pair
+from lib.weights import ModelError
 
 PROJECTIONS = {"q": "q_proj", "k": "k_proj", "v": "v_proj"}
 FUSED = ("c_attn", "qkv_proj")  # q, k and v in one module, side by side

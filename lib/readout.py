@@ -25,7 +25,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lib import hooks
-from lib.models import Model, ModelError, materialised
+from lib.hooks import Model, materialised
+from lib.weights import ModelError
 
 LARGE, SMALL = 2.0**20, 2.0**-20  # probes whose size drowns any epsilon, or is drowned by it; powers of two are exact
 TOLERANCE = 1e-5  # of the module's largest output: many norms compute in fp32 inside whatever they are given

@@ -14,7 +14,7 @@ how far they lie from the plain run (`site_delta`), which must be the distance f
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -27,8 +27,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import DynamicCache
 
 from lib import hooks
-from lib.hooks import Site
-from lib.models import Model
+from lib.hooks import Model, Site
 
 Activations = Mapping[tuple[str, int], Float[Tensor, "sources positions width"]]  # by (component, layer)
 MOST_ROWS = 2**15  # of a pass: CUDA's attention kernels take a batch of fewer than 2**16
@@ -76,6 +75,11 @@ class Grown:
     arrived: Float[Tensor, " rows"] | None = None  # path patching: L2 norm of the change at the receivers' inputs
 
 
+def token_ids(model: Model, prompts: Sequence[Sequence[int]]) -> Int[Tensor, "prompts tokens"]:
+    """Prompts of one length where the model reads them."""
+    return torch.tensor([list(ids) for ids in prompts], device=model.device)
+
+
 class SharedPrefix(DynamicCache):
     """A KV cache whose first `n` positions are, for every row, those of the row's base prompt."""
 
@@ -110,18 +114,103 @@ def base_run(
     ids: Int[Tensor, "prompts tokens"],
     positions: Sequence[int],
     components: Sequence[str] = hooks.COMPONENTS,
+    *,
+    layers: Sequence[int] | None = None,
+    cache: bool = True,
 ) -> BaseRun:
-    """Run the prompts plainly; keep the KV cache and the components' activations at the positions, every layer."""
+    """Run the prompts plainly; keep the KV cache and the components' activations at the positions, every layer.
+
+    With `layers`, only their activations are kept, nothing behind the last of them is computed, and there are neither
+    final states nor a cache. Without `cache`, the final states and activations alone are kept.
+    """
     kept: dict[tuple[str, int], Tensor] = {}
     handles: list = []
     at = torch.tensor(list(positions), device=ids.device)
-    with hooks.removing(handles):
-        for layer in range(-1, model.n_layers):
+    whole = layers is None
+    filled = DynamicCache() if cache and whole else None
+    skipped = [] if whole else model.blocks[max(layers) + 1 :]
+    with hooks.removing(handles), hooks.with_forwards([(block, skip_block) for block in skipped]):
+        for layer in range(-1, model.n_layers) if whole else layers:
             handles += keeping(model, kept, layer, components, at)
-        cache = DynamicCache()
-        hidden = model.body(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
-    kv = [(layer.keys, layer.values) for layer in cache.layers]
+        out = model.body(input_ids=ids, past_key_values=filled, use_cache=filled is not None)
+    hidden = out.last_hidden_state[:, -1] if whole else ids.new_empty(len(ids), 0)
+    kv = [] if filled is None else [(layer.keys, layer.values) for layer in filled.layers]
     return BaseRun(ids, tuple(positions), hidden, kept, kv)
+
+
+def skip_block(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+    """A block's `forward` that does nothing."""
+    return hidden_states
+
+
+def joined(parts: Sequence[Mapping], cat: Callable = np.concatenate) -> dict:
+    """Arrays (or, with `torch.cat`, tensors) of the same names, one part after the other."""
+    return {name: cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def index_batches(keys: Sequence[Hashable], size: int | Callable[[Any], int]) -> Iterator[list[int]]:
+    """Places of items with one key, at most `size` (which may depend on the key) at a time, in the order given; keys
+    come in the order in which they appear."""
+    places: dict[Hashable, list[int]] = {}
+    for place, key in enumerate(keys):
+        places.setdefault(key, []).append(place)
+    for key, own in places.items():
+        step = size(key) if callable(size) else size
+        yield from (own[at : at + step] for at in range(0, len(own), step))
+
+
+def plain_runs(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    positions: Sequence[int] | Sequence[Sequence[int]] = (),
+    components: Sequence[str] = (),
+    *,
+    size: int,
+    layers: Sequence[int] | None = None,
+    cache: bool = False,
+) -> Iterator[tuple[list[int], BaseRun]]:
+    """The one way to read prompts: plain runs, a batch at a time, each with the places of its prompts in the list.
+
+    A batch holds prompts of one length, and of one row of `positions` where each prompt has its own, in the order
+    given and at most `size` of them: no padding is needed. Batches come in the order of their first prompts. What
+    shares a batch decides the last bits, so `size` is the caller's. `layers` and `cache` as in `base_run`.
+    """
+    own = positions if len(positions) and not isinstance(positions[0], int) else [positions] * len(prompts)
+    keys = [(len(ids), tuple(at)) for ids, at in zip(prompts, own, strict=True)]
+    for places in index_batches(keys, size):
+        ids = token_ids(model, [prompts[place] for place in places])
+        yield places, base_run(model, ids, own[places[0]], components, layers=layers, cache=cache)
+
+
+def suffix(
+    base: BaseRun, start: int, owner: Int[Tensor, " rows"], ids: Int[Tensor, "rows tokens"] | None = None
+) -> dict[str, Any]:
+    """What the decoder is given to run tokens from `start` on behind the base run's kept cache.
+
+    `owner` is the base prompt of each row, `ids` the rows' tokens from `start` on (default: those of their base
+    prompts). Rows that join later (`Batch`) have an owner and no ids.
+    """
+    ids = base.ids[owner, start:] if ids is None else ids
+    return {
+        "input_ids": ids,
+        "past_key_values": SharedPrefix(base.cache, start, owner),
+        "position_ids": torch.arange(start, start + ids.shape[1], device=ids.device)[None],
+        "use_cache": True,
+    }
+
+
+def rerun(
+    model: Model,
+    base: BaseRun,
+    start: int,
+    owner: Int[Tensor, " rows"],
+    ids: Int[Tensor, "rows tokens"] | None = None,
+) -> Float[Tensor, "rows hidden"]:
+    """The one rerun from the kept cache (arguments as in `suffix`): final hidden states at the last token.
+
+    Hooks that the caller has put on see the new tokens alone; gradients flow where they are enabled.
+    """
+    return model.body(**suffix(base, start, owner, ids)).last_hidden_state[:, -1]
 
 
 def keeping(
@@ -193,16 +282,11 @@ class Batch:
 
     def inputs(self, base: BaseRun, start: int) -> dict[str, Any]:
         """What the decoder is given: the base prompts from token `start` on, behind their cached prefix."""
-        return {
-            "input_ids": base.ids[:, start:],
-            "past_key_values": SharedPrefix(base.cache, start, self.owner),
-            "position_ids": torch.arange(start, base.ids.shape[1], device=base.ids.device)[None],
-            "use_cache": True,
-        }
+        return suffix(base, start, self.owner, base.ids[:, start:])
 
     def run(self, model: Model, base: BaseRun, start: int) -> Float[Tensor, "batch hidden"]:
         """Run the batch; final hidden states at the last token."""
-        return model.body(**self.inputs(base, start)).last_hidden_state[:, -1]
+        return rerun(model, base, start, self.owner, base.ids[:, start:])
 
 
 class Proof:
@@ -349,42 +433,5 @@ def prove_base_rows(model: Model, base: BaseRun, grown: Grown, describe: Any = s
         raise SweepError(
             f"{describe(index)}: the base row of the growing pass differs from the plain forward pass by "
             f"{off[index]:.3g} logits, more than {model.noise:g}, the noise of {model.dtype}"
-        )
-    return off.max().item()
-
-
-def prove_identity(model: Model, base: BaseRun) -> float:
-    """The identity patch: every component of every layer replaced by its own value must change nothing.
-
-    Returns the largest logit difference; SweepError when it exceeds the noise of the dtype.
-    """
-    sites = hooks.all_sites(model, ("resid", "attn", "mlp"))
-    sites += [Site(layer, "head", head) for layer in range(model.n_layers) for head in {0, model.n_heads - 1}]
-    rows = [Row((site,), owner, owner) for owner in range(len(base.ids)) for site in sites]
-    grown = grow(model, base, rows, base.activations)
-    prove_base_rows(model, base, grown)
-    owners = torch.tensor([row.owner for row in rows])
-    off = (model.logits(grown.hidden) - model.logits(base.hidden)[owners]).abs().amax(-1)
-    worst = int(off.argmax())
-    if not (off <= model.noise).all():
-        raise SweepError(
-            f"{model.name}: the identity patch at {rows[worst].sites[0]} moved a logit by {off[worst]:.3g}"
-        )
-    return off.max().item()
-
-
-def prove_whole_residual(model: Model, ids: Int[Tensor, " tokens"], other: Int[Tensor, " tokens"]) -> float:
-    """The whole residual stream of `other` at all positions into `ids`, at the first, middle and last layer, must give
-    `other`'s logits. Returns the largest difference; SweepError when it exceeds the noise of the dtype."""
-    everywhere = range(len(ids))
-    base = base_run(model, ids[None], everywhere, ("resid",))
-    source = base_run(model, other[None], everywhere, ("resid",))
-    rows = [Row((Site(layer, "resid"),), 0, 0) for layer in sorted({0, model.n_layers // 2, model.n_layers - 1})]
-    grown = grow(model, base, rows, source.activations)
-    off = (model.logits(grown.hidden) - model.logits(source.hidden)).abs().amax(-1)
-    if not (off <= model.noise).all():
-        raise SweepError(
-            f"{model.name}: the whole residual of one run in another does not give its logits; "
-            f"they differ by {off.max():.3g}"
         )
     return off.max().item()

@@ -28,9 +28,9 @@ import pandas as pd
 
 from lib import hooks, offload
 from lib.batches import Grow, PairBatch, Variants, grouped, pooled, token_ids
-from lib.hooks import Site
-from lib.models import Model
-from lib.single_pass import base_run, grow, prove_identity, prove_whole_residual
+from lib.hooks import Model, Site
+from lib.models import prove_identity, prove_whole_residual
+from lib.single_pass import base_run, grow
 from lib.tasks import Pair
 
 ABLATIONS = ("zero", "mean", "resample", "counterfactual")

@@ -151,7 +151,7 @@ def pool(shape: Shape, pairs: Sequence[Pair]) -> Work:
 
 
 def scored(shape: Shape, rows: int, pairs: int, passes: int) -> Work:
-    """What `batches.PairBatch` scores: rows, the base rows of each pass three times over, both plain runs of the pairs."""
+    """What `batches.PairBatch` scores: rows, base rows of each pass three times over, both plain runs of the pairs."""
     return vocabulary(shape, rows + 3 * passes * pairs + 2 * pairs) + Work(rows=rows)
 
 

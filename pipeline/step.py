@@ -31,8 +31,7 @@ from pipeline.units import Unit
 if TYPE_CHECKING:
     from pandera.pandas import DataFrameSchema
 
-    from lib.hooks import Site
-    from lib.models import Model
+    from lib.hooks import Model, Site
     from lib.tasks import Pair
 
 

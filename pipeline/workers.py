@@ -32,7 +32,7 @@ from pipeline.units import Done, Unit, done
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
 
-    from lib.models import Model
+    from lib.hooks import Model
     from pipeline.params import Shared
     from pipeline.step import Step
 

@@ -17,8 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lib.hooks import EMBED, Site, all_sites
-from lib.models import Model
+from lib.hooks import EMBED, Model, Site, all_sites
 from lib.paths import Receiver
 
 

@@ -11,7 +11,7 @@ from test_layerwise import longer
 from test_sweep import pair_of
 
 from lib import models, offload, paths, sweep
-from lib.models import ModelError
+from lib.weights import ModelError
 from pipeline import params
 from pipeline import step as steps
 

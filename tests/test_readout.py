@@ -6,7 +6,7 @@ from torch import nn
 
 from lib import hooks, models, readout
 from lib.hooks import Site
-from lib.models import ModelError
+from lib.weights import ModelError
 
 NAMES = ["llama", "qwen3", "gemma2", "gemma3", "gpt2"]
 IDS = torch.tensor([[5, 17, 80, 33, 2, 64]])

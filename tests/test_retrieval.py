@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from lib import models, records, tasks
-from lib.models import ModelError
 from lib.readout import post_norms, readout
 from lib.single_pass import SweepError, base_run
 from lib.tasks import Pair, Prompt
+from lib.weights import ModelError
 from steps.retrieval_heads import values as retrieval
 from steps.retrieval_heads.one_name import FIRST, NOT, WHOLE, Labels
 

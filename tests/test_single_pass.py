@@ -8,7 +8,7 @@ import torch
 from conftest import CONFIGS
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lib import hooks, paths, single_pass
+from lib import hooks, models, paths, single_pass
 from lib.hooks import Site
 from lib.single_pass import Row, SweepError
 
@@ -138,8 +138,8 @@ def test_the_window_hides_the_start_of_a_long_prompt(tiny):
 def test_identity_and_whole_residual_on_long_prompts_with_windows(tiny):
     for name in ("mistral", "gemma2", "gemma3"):
         ids = prompts(2, 30)
-        assert single_pass.prove_identity(tiny(name), single_pass.base_run(tiny(name), ids, [3, 20])) < TOLERANCE
-        assert single_pass.prove_whole_residual(tiny(name), *ids) < TOLERANCE
+        assert models.prove_identity(tiny(name), single_pass.base_run(tiny(name), ids, [3, 20])) < TOLERANCE
+        assert models.prove_whole_residual(tiny(name), *ids) < TOLERANCE
 
 
 # --- proofs ----------------------------------------------------------------------------------------------------------
@@ -153,12 +153,12 @@ def test_an_edit_at_a_wrong_position_fails_the_identity(tiny, monkeypatch):
         return view, (index[0], index[1] + 1, *index[2:])
 
     base = single_pass.base_run(model, prompts(1), [4, 6])
-    single_pass.prove_identity(model, base)
+    models.prove_identity(model, base)
     monkeypatch.setattr(single_pass.Edit, "where", beside)
     with pytest.raises(
         SweepError, match=r"identity patch at Site\(layer=\d, component='\w+', head=-?\d\) moved a logit"
     ):
-        single_pass.prove_identity(model, base)
+        models.prove_identity(model, base)
 
 
 def test_an_edit_of_a_wrong_head_fails_the_identity(tiny, monkeypatch):
@@ -171,7 +171,7 @@ def test_an_edit_of_a_wrong_head_fails_the_identity(tiny, monkeypatch):
     base = single_pass.base_run(model, prompts(1), [4, 6])
     monkeypatch.setattr(single_pass.Edit, "write", shifted)
     with pytest.raises(SweepError, match="identity patch at .*component='head'"):
-        single_pass.prove_identity(model, base)
+        models.prove_identity(model, base)
 
 
 def test_a_residual_that_is_only_partly_replaced_fails_the_whole_residual(tiny, monkeypatch):
@@ -184,7 +184,7 @@ def test_a_residual_that_is_only_partly_replaced_fails_the_whole_residual(tiny, 
     ids = prompts(2)
     monkeypatch.setattr(single_pass.Edit, "write", partly)
     with pytest.raises(SweepError, match="whole residual of one run in another does not give its logits"):
-        single_pass.prove_whole_residual(model, *ids)
+        models.prove_whole_residual(model, *ids)
 
 
 def test_a_base_row_that_is_off_is_named(tiny):

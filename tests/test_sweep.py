@@ -265,8 +265,8 @@ def test_identity_and_whole_residual(tiny):
     for name in ("llama", "qwen3", "gemma3", "gpt2"):
         model = tiny(name)
         clean, corrupt = (torch.tensor(p.ids) for p in (PAIRS[0].clean, PAIRS[0].corrupt))
-        assert single_pass.prove_identity(model, single_pass.base_run(model, clean[None], [3, 9])) < 1e-9
-        assert single_pass.prove_whole_residual(model, corrupt, clean) < 1e-9
+        assert models.prove_identity(model, single_pass.base_run(model, clean[None], [3, 9])) < 1e-9
+        assert models.prove_whole_residual(model, corrupt, clean) < 1e-9
 
 
 def test_resamples_and_means_leave_the_own_quad_out_and_balance_supersets(tiny):

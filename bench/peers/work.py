@@ -19,8 +19,7 @@ from transformers import PreTrainedModel
 from bench.paths import ROUTES, SLICE
 from bench.sweep import CLEAN, CORRUPT, ROW
 from lib import hooks, models, paths, tasks
-from lib.hooks import Site
-from lib.models import Model
+from lib.hooks import Model, Site
 from lib.paths import Receiver
 from lib.tasks import Pair
 

@@ -18,7 +18,7 @@ from scipy.special import logsumexp
 
 from lib import data, models, stats, tasks
 from lib.data import pairs_of
-from lib.models import Model
+from lib.hooks import Model
 from lib.tasks import SUPERSETS, Template
 from pipeline.assumed import Case
 from pipeline.costs import Work

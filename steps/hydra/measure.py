@@ -29,8 +29,7 @@ from torch import Tensor
 
 from lib import hooks
 from lib.batches import PairBatch, grouped, pooled, token_ids
-from lib.hooks import Site
-from lib.models import NOISE, Model, materialised
+from lib.hooks import NOISE, Model, Site, materialised
 from lib.readout import PostNorms, Readout, head_outputs, post_norms, readout
 from lib.records import ABLATIONS
 from lib.single_pass import Activations, BaseRun, Edit, Row, SharedPrefix, SweepError, base_run, edits_by_module, grow

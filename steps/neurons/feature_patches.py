@@ -20,8 +20,7 @@ from torch import Tensor
 
 from lib import hooks, sweep
 from lib.batches import grouped, token_ids
-from lib.hooks import Site
-from lib.models import Model
+from lib.hooks import Model, Site
 from lib.readout import post_norms, readout
 from lib.single_pass import BaseRun
 from lib.tasks import Pair

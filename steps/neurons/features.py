@@ -32,8 +32,7 @@ from torch import Tensor
 
 from lib import batches, data, hooks, tasks
 from lib.batches import token_ids
-from lib.hooks import Site
-from lib.models import Model
+from lib.hooks import Model, Site
 from pipeline.params import ROOT
 from pipeline.step import Step, StepError
 from pipeline.units import Unit

@@ -27,9 +27,8 @@ from torch import Tensor
 from lib import records, sweep
 from lib.batches import token_ids
 from lib.data import HALVES
-from lib.hooks import Site
+from lib.hooks import Model, Site, materialised
 from lib.metrics import margins
-from lib.models import Model, materialised
 from lib.readout import FixedNorm, Readout, post_norms, readout
 from lib.single_pass import BaseRun, Row, base_run, grow, prove_base_rows, prove_rows, row_limit
 from lib.tasks import Pair

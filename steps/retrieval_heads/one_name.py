@@ -22,7 +22,7 @@ from jaxtyping import Float
 from scipy.special import logsumexp
 
 from lib import models, tasks
-from lib.models import Model
+from lib.hooks import Model
 from lib.tasks import SUPERSETS, Form, Template
 
 CHUNK = 256  # prompts whose full-vocabulary logits are held at once

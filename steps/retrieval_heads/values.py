@@ -20,10 +20,11 @@ from torch import Tensor
 
 from lib import hooks
 from lib.batches import grouped, token_ids
-from lib.models import NOISE, Model, ModelError
+from lib.hooks import NOISE, Model
 from lib.readout import PostNorms, Readout, post_norms, readout
 from lib.single_pass import BaseRun, SweepError, base_run
 from lib.tasks import SLOTS, SUPERSETS, Pair
+from lib.weights import ModelError
 from pipeline.units import Unit
 from steps.retrieval_heads.one_name import KINDS, Labels, centred, centred_within
 

@@ -27,7 +27,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lib import hooks, sweep
 from lib.batches import grouped, token_ids
-from lib.models import Model
+from lib.hooks import Model
 from lib.paths import projection
 from lib.single_pass import Activations, BaseRun, SharedPrefix, SweepError, base_run
 from lib.tasks import Pair

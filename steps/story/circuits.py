@@ -27,8 +27,7 @@ from torch import Tensor, nn
 
 from lib import hooks, metrics
 from lib.batches import Pool, group_of, grouped, has_donors, subsample, token_ids
-from lib.hooks import site_of
-from lib.models import Model, materialised
+from lib.hooks import Model, materialised, site_of
 from lib.single_pass import Activations, BaseRun, SharedPrefix, SweepError, base_run, joiner, row_limit
 from lib.sweep import SHARED_ROW_TOKENS
 from lib.tasks import Pair

@@ -25,8 +25,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lib import data, hooks, records, sweep, tasks
-from lib.hooks import Site
-from lib.models import Model
+from lib.hooks import Model, Site
 from lib.single_pass import Activations, BaseRun
 from lib.tasks import Pair
 from pipeline.params import ROOT

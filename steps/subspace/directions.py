@@ -26,8 +26,7 @@ from torch import Tensor
 from torch.nn.utils.parametrizations import orthogonal
 
 from lib import batches, data, hooks, tasks
-from lib.hooks import Site
-from lib.models import Model, materialised
+from lib.hooks import Model, Site, materialised
 from lib.single_pass import BaseRun, SharedPrefix, base_run
 from lib.tasks import SUPERSETS, Pair
 from pipeline.step import Step

@@ -33,8 +33,7 @@ from torch import Tensor
 
 from lib import data, tasks
 from lib.batches import token_ids
-from lib.hooks import Site
-from lib.models import Model
+from lib.hooks import Model, Site
 from lib.readout import readout
 from lib.single_pass import base_run
 from lib.tasks import Prompt
