@@ -12,18 +12,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pandas as pd
+from pandera.pandas import DataFrameSchema
 
 from lib import records
+from pipeline.costs import Work
 from pipeline.params import ROOT, Sections, Shared, step_model
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from pandera.pandas import DataFrameSchema
-
-    from pipeline.assumed import Case
-    from pipeline.costs import Work
-    from pipeline.units import Unit
+from pipeline.units import Unit
 
 SUPERSET_TASKS = ("superset", "bi_association")
 
@@ -72,7 +69,7 @@ class Declaration:
 
     name: str
     params: type[Shared]
-    assumed: Callable[[Case], Iterable[tuple[Any, ...]]]
+    assumed: Callable[[Any], Iterable[tuple[Any, ...]]]
     layered: bool = False
     tasks: tuple[str, ...] = ()
     always: bool = False

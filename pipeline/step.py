@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -23,10 +24,10 @@ import numpy as np
 import pandas as pd
 
 from lib import records
-from pipeline import keys, machine, params, tokens, units, workers
+from pipeline import keys, machine, params, tokens, units
 from pipeline.declaration import Declaration, Plan, Table
 from pipeline.params import ParameterError, Shared
-from pipeline.units import Unit
+from pipeline.units import Engine, Unit
 
 if TYPE_CHECKING:
     from pandera.pandas import DataFrameSchema
@@ -61,10 +62,11 @@ class Step:
     plan: Plan
     name: str
     params: Shared
+    engine: Engine | None = None  # None: this process computes
 
     def __reduce__(self) -> tuple:
         """A step travels to workers as its name and parameters; what it has loaded stays where it is."""
-        return workers.resident, (self.plan.module, self.name, self.params)
+        return resident, (self.plan.module, self.name, self.params)
 
     @property
     def declaration(self) -> Declaration:
@@ -149,8 +151,8 @@ class Step:
     @cached_property
     def model_facts(self) -> dict[str, Any]:
         """What the model is, once it has been loaded, here or by the workers."""
-        if self.params.workers.engine == "ray" and "model" not in self.__dict__:
-            return workers.first_answer(self)["model"]
+        if self.engine and "model" not in self.__dict__:
+            return dict(self.engine.about(self)["model"])
         own = self.model
         shape = {"n_layers": own.n_layers, "n_heads": own.n_heads, "noise": own.noise}
         kind = {"dtype": str(own.dtype).removeprefix("torch."), "device": str(own.device)}
@@ -301,7 +303,7 @@ class Step:
             "memory_gb": self.memory,
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        engine = workers.spread(self, self.memory) if self.params.workers.engine == "ray" else units.one_by_one
+        engine = self.engine.spread(self, self.memory) if self.engine else units.one_by_one
         parts = units.run_units(folder, plan, compute, plan=intent, label=path.stem, schema=schema, engine=engine)
         begun = units.read_plan(folder)
         metadata = self._facts() | {"plan": planned, "memory_gb": begun["memory_gb"], "started": begun["started"]}
@@ -316,8 +318,8 @@ class Step:
         for stored in (*plans, self.record):
             if stored and stored.get("data_key") == self.data_key and stored.get("memory_gb"):
                 return stored["memory_gb"]
-        if self.params.workers.engine == "ray":
-            return workers.first_answer(self)["memory"]
+        if self.engine:
+            return self.engine.about(self)["memory"]
         return machine.pass_memory(None if self.params.device == "cpu" else self.model)
 
     @property
@@ -348,7 +350,9 @@ class Step:
         """What every table and the run record say of how they were made."""
         p = self.params
         model: dict[str, Any] = {"name": p.model, "sha256": p.model_sha256, "dtype": p.dtype, "device": p.device}
-        if {"model", "replicas"} & self.__dict__.keys():  # loaded: say what it is, not what was asked
+        if "model" in self.__dict__ or (
+            self.engine and self.engine.hired(self)
+        ):  # loaded: say what it is, not what was asked
             model = self.model_facts
         return {
             "step": self.name,
@@ -412,6 +416,16 @@ class Step:
         return path
 
 
+RESIDENT: dict[str, Step] = {}
+
+
+def resident(plan: str, step: str, params: Shared) -> Step:
+    """The step of this name and these parameters in this process: its model stays from one table to the next. `plan` is
+    the module that has the plan."""
+    whole = importlib.import_module(plan).PLAN
+    return RESIDENT.setdefault(f"{plan} {step} {params.model_dump_json()}", Step(whole, step, params))
+
+
 def swept(step: Step, *chosen: Any) -> Callable[[Unit], pd.DataFrame]:
     """`Table.compute` of a sweep whose means and resamples come from all of the step's pairs."""
     return step.sweeper(step.prompts())
@@ -438,8 +452,12 @@ def single_sites(step: Step) -> pd.DataFrame:
     return pd.DataFrame(columns=[*columns, *answers])
 
 
-def begin(plan: Plan, step: str, namespace: Mapping[str, Any]) -> Step:
-    """The step of a notebook, from its `globals()`. ParameterError or StepError in one sentence if it cannot run."""
-    own = Step(plan, step, params.from_notebook(plan.sections, step, namespace))
-    own.refuse_stale()
-    return own
+def begin(plan: Plan, step: str, namespace: Mapping[str, Any], engine: Callable[[Shared], Engine | None]) -> Step:
+    """The step of a notebook, from its `globals()`; `engine` makes who computes for the parameters.
+
+    ParameterError or StepError in one sentence if it cannot run.
+    """
+    checked = params.from_notebook(plan.sections, step, namespace)
+    begun = Step(plan, step, checked, engine(checked))
+    begun.refuse_stale()
+    return begun

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, Protocol
 
 import pandas as pd
 import pandera.pandas as pa_schema
@@ -95,6 +95,19 @@ def done(unit: Unit, compute: Callable[[Unit], pd.DataFrame]) -> Done:
 def one_by_one(todo: Sequence[Unit], compute: Callable[[Unit], pd.DataFrame]) -> Iterator[Done]:
     """The engine of a run in this process."""
     return (done(unit, compute) for unit in todo)
+
+
+class Engine(Protocol):
+    """Who computes units elsewhere, on replicas that each hold the step's model (`pipeline.workers`)."""
+
+    def about(self, step: Any) -> Mapping[str, Any]:
+        """What a replica is: {"model": its facts, "memory": GB that a pass may take there}."""
+
+    def hired(self, step: Any) -> bool:
+        """Whether the step has replicas by now."""
+
+    def spread(self, step: Any, memory: float) -> Callable[[Sequence[Unit], Callable], Iterator[Done]]:
+        """What computes units in the place of `one_by_one`."""
 
 
 def run_units(

@@ -16,7 +16,6 @@ from __future__ import annotations
 import copyreg
 import functools
 import hashlib
-import importlib
 import logging
 import os
 import socket
@@ -26,19 +25,19 @@ from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from pipeline import keys, machine
-from pipeline.params import ROOT, ParameterError
+from pipeline.params import ROOT, ParameterError, Shared, Workers
+from pipeline.step import Step
 from pipeline.units import Done, Unit, done
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
 
     from lib.hooks import Model
-    from pipeline.params import Shared
-    from pipeline.step import Step
 
 SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 ANSWER_S, START_S = 10, 900  # how long a cluster may take to answer, and a replica to come up
 DEATHS = 3  # replicas that one unit may take with it
+NONE_UP = f"workers: no replica was up after {START_S} s; see `ray status` for what they wait for"
 
 log = logging.getLogger(__name__)
 # a cached closure travels as what it caches, and caches anew where it arrives
@@ -65,18 +64,6 @@ def weights_hash(model: Model) -> str:
         if not value.is_meta:
             found.update(value.flatten()[:256].contiguous().view(torch.uint8).cpu().numpy().tobytes())
     return found.hexdigest()
-
-
-RESIDENT: dict[str, Step] = {}
-
-
-def resident(plan: str, step: str, given: Shared) -> Step:
-    """The step of this name and these parameters in this process: its model stays from one table to the next. `plan` is
-    the module that has the plan."""
-    from pipeline.step import Step
-
-    whole = importlib.import_module(plan).PLAN
-    return RESIDENT.setdefault(f"{plan} {step} {given.model_dump_json()}", Step(whole, step, given))
 
 
 class Replica:
@@ -129,19 +116,45 @@ def connect(address: str) -> None:
         ) from error
 
 
-def replicas(step: Step) -> list[ActorHandle]:
-    """The actors of a step, asked for once and not waited for. WorkersError when the cluster has no place for them."""
-    if "replicas" not in step.__dict__:
-        step.__dict__["replicas"] = hired(step)
-    return step.__dict__["replicas"]
+def engine_of(params: Shared) -> RayEngine | None:
+    """Who computes a step with these parameters: replicas on a Ray cluster, or None for this process."""
+    return RayEngine(params.workers) if params.workers.engine == "ray" else None
 
 
-def hired(step: Step) -> list[ActorHandle]:
+class RayEngine:
+    """Actors of one step on a Ray cluster, asked for when they are first needed (see `pipeline.units.Engine`)."""
+
+    def __init__(self, asked: Workers) -> None:
+        self.asked, self.actors = asked, []
+
+    def hired(self, step: Step) -> bool:
+        return bool(self.actors)
+
+    def replicas(self, step: Step) -> list[ActorHandle]:
+        """The actors, not waited for. WorkersError when the cluster has no place for them."""
+        if not self.actors:
+            self.actors = hire(step, self.asked)
+        return self.actors
+
+    def about(self, step: Step) -> dict[str, Any]:
+        """What the first replica that is up says of itself (`Replica.about`)."""
+        import ray
+
+        up, _ = ray.wait([ask(replica) for replica in self.replicas(step)], timeout=START_S)
+        if not up:
+            raise WorkersError(NONE_UP)
+        return ray.get(up[0])
+
+    def spread(self, step: Step, memory: float) -> Callable[[Sequence[Unit], Callable], Iterator[Done]]:
+        """Hands units to the step's replicas, with `memory` GB for a pass."""
+        return lambda todo, compute: Distribution(self.replicas(step), step, memory, todo, compute).run()
+
+
+def hire(step: Step, asked: Workers) -> list[ActorHandle]:
     """New actors for a step."""
     import ray
     import torch
 
-    asked = step.params.workers
     connect(asked.address)
     threads = torch.get_num_threads()
     each = {"CPU": threads, "GPU": asked.gpus_per_replica}
@@ -154,88 +167,95 @@ def hired(step: Step) -> list[ActorHandle]:
             )
     variables = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads), **SETTINGS}
     how = {"num_cpus": threads, "num_gpus": asked.gpus_per_replica, "runtime_env": {"env_vars": variables}}
-    own = ray.remote(max_restarts=-1, **how)(Replica)
-    return [own.remote(step, threads, os.getcwd()) for _ in range(asked.replicas)]
+    actor = ray.remote(max_restarts=-1, **how)(Replica)
+    return [actor.remote(step, threads, os.getcwd()) for _ in range(asked.replicas)]
 
 
-def asking(replica: ActorHandle) -> Any:
+def ask(replica: ActorHandle) -> Any:
     """A reference to what a replica is; waits for one that is being restarted."""
     return replica.about.options(max_task_retries=-1).remote()
 
 
-def first_answer(step: Step) -> dict[str, Any]:
-    """What the first replica that is up says of itself (`Replica.about`)."""
-    import ray
-
-    up, _ = ray.wait([asking(replica) for replica in replicas(step)], timeout=START_S)
-    if not up:
-        raise WorkersError(f"workers: no replica was up after {START_S} s; see `ray status` for what it waits for")
-    return ray.get(up[0])
-
-
-def refuse_unlike(step: Step, told: Mapping[str, str | None], model: Mapping[str, str | None]) -> None:
+def refuse_unlike(told: Mapping[str, str | None], model: Mapping[str, str | None]) -> None:
     """WorkersError when a replica (`told`) runs other code or libraries than the driver, or other weights than `model`
     says."""
     here = {f"library {name}": version for name, version in machine.versions().items()} | {"code": code_hash()}
-    for name, own in (here | dict(model)).items():
-        if told[name] != own:
+    for name, expected in (here | dict(model)).items():
+        if told[name] != expected:
             raise WorkersError(
-                f"workers: a replica has another {name} ({str(told[name])[:12]}, not {str(own)[:12]}); its rows would "
-                "not be those of this run. Install the same versions, and check out the same commit, on every node"
+                f"workers: a replica has another {name} ({str(told[name])[:12]}, not {str(expected)[:12]}); its rows "
+                "would not be those of this run. Install the same versions, and check out the same commit, on every "
+                "node"
             )
 
 
-def spread(step: Step, memory: float) -> Callable[[Sequence[Unit], Callable], Iterator[Done]]:
-    """The engine of `pipeline.units.run_units` that hands units to the step's replicas, with `memory` GB for a pass."""
+class Distribution:
+    """The units of one table on their way through the replicas."""
 
-    def engine(todo: Sequence[Unit], compute: Callable) -> Iterator[Done]:
+    def __init__(
+        self, replicas: Sequence[ActorHandle], step: Step, memory: float, todo: Sequence[Unit], compute: Callable
+    ) -> None:
+        import ray
+
+        self.memory, self.table, self.work = memory, uuid4().hex, [ray.put(compute)]
+        # what is awaited: a replica with its unit, or with None while it only says what it is
+        self.busy: dict[Any, tuple[Any, Unit | None]] = {ask(replica): (replica, None) for replica in replicas}
+        self.queue, self.deaths, self.halvings = deque(todo), Counter(), Counter()
+        self.weights = {"weights": weights_hash(step.model)} if "model" in step.__dict__ else {}
+
+    def run(self) -> Iterator[Done]:
+        """Units as they are finished."""
         import ray
         from ray.exceptions import RayActorError, RayTaskError
 
-        from lib.batches import is_short
-
-        table, work = uuid4().hex, [ray.put(compute)]
-        busy: dict[Any, tuple[Any, Unit | None]] = {asking(replica): (replica, None) for replica in replicas(step)}
-        queue, deaths, halvings = deque(todo), Counter(), Counter()
-        weights = {"weights": weights_hash(step.model)} if "model" in step.__dict__ else {}
-        while queue or any(unit for _, unit in busy.values()):
-            ready, _ = ray.wait(list(busy), timeout=None if any(unit for _, unit in busy.values()) else START_S)
+        while self.queue or self.computing:
+            ready, _ = ray.wait(list(self.busy), timeout=None if self.computing else START_S)
             if not ready:
-                raise WorkersError(
-                    f"workers: no replica was up after {START_S} s; see `ray status` for what they wait for"
-                )
-            replica, unit = busy.pop(ready[0])
+                raise WorkersError(NONE_UP)
+            replica, unit = self.busy.pop(ready[0])
             try:
                 answer = ray.get(ready[0])
             except (RayActorError, RayTaskError) as error:
-                cause = getattr(error, "cause", None)
-                dead, name = isinstance(error, RayActorError), unit.id if unit else "about"
-                short = "memory" in str(error) if dead else is_short(cause)
-                deaths[name] += 1
-                if deaths[name] > DEATHS or not (dead or (unit and short)):
-                    if not dead:
-                        raise (cause or error) from None
-                    raise WorkersError(f"workers: {name} took {deaths[name]} replicas with it: {error}") from error
-                log.warning("a replica %s; %s goes to the next one", "died" if dead else "ran out of memory", name)
-                if unit:
-                    halvings[name] += short
-                    queue.appendleft(unit)
-                busy[asking(replica)] = (replica, None)
+                self.failed(unit, error, dead=isinstance(error, RayActorError))
+                self.busy[ask(replica)] = (replica, None)
                 continue
             if unit is None:
-                told = answer["alike"]
-                refuse_unlike(step, told, weights)
-                weights = {"weights": told["weights"]}
+                refuse_unlike(answer["alike"], self.weights)
+                self.weights = {"weights": answer["alike"]["weights"]}
             else:
-                if halved := halvings[unit.id]:
-                    line = (
-                        f"unit {unit.id} ran out of memory and was done again with {memory / 2**halved:g} GB for a pass"
-                    )
-                    answer.frame.attrs["log"] = [line, *answer.frame.attrs.get("log", [])]
-                yield answer
-            if queue:
-                unit = queue.popleft()
-                share = memory / 2 ** halvings[unit.id]
-                busy[replica.compute.remote(table, work, unit, share)] = (replica, unit)
+                yield self.noted(unit, answer)
+            if self.queue:
+                self.hand_out(replica, self.queue.popleft())
 
-    return engine
+    @property
+    def computing(self) -> bool:
+        """Whether a replica has a unit."""
+        return any(unit for _, unit in self.busy.values())
+
+    def hand_out(self, replica: ActorHandle, unit: Unit) -> None:
+        share = self.memory / 2 ** self.halvings[unit.id]
+        self.busy[replica.compute.remote(self.table, self.work, unit, share)] = (replica, unit)
+
+    def failed(self, unit: Unit | None, error: Exception, dead: bool) -> None:
+        """Put a unit back whose replica died or ran out of memory. Raises what is neither, and what happens too often."""
+        from lib.batches import is_short
+
+        cause, name = getattr(error, "cause", None), unit.id if unit else "about"
+        short = "memory" in str(error) if dead else is_short(cause)
+        self.deaths[name] += 1
+        if self.deaths[name] > DEATHS or not (dead or (unit and short)):
+            if not dead:
+                raise (cause or error) from None
+            raise WorkersError(f"workers: {name} took {self.deaths[name]} replicas with it: {error}") from error
+        log.warning("a replica %s; %s goes to the next one", "died" if dead else "ran out of memory", name)
+        if unit:
+            self.halvings[name] += short
+            self.queue.appendleft(unit)
+
+    def noted(self, unit: Unit, answer: Done) -> Done:
+        """A finished unit, its log saying so if it had to do with less memory."""
+        if halved := self.halvings[unit.id]:
+            share = f"{self.memory / 2**halved:g} GB for a pass"
+            line = f"unit {unit.id} ran out of memory and was done again with {share}"
+            answer.frame.attrs["log"] = [line, *answer.frame.attrs.get("log", [])]
+        return answer

@@ -8,6 +8,7 @@ from typing import Any
 from IPython.display import Markdown, display
 
 from pipeline import step as steps
+from pipeline import workers
 from pipeline.declaration import SUPERSET_TASKS, Declaration, Plan
 from pipeline.step import Step
 from report.words import not_done
@@ -78,7 +79,7 @@ def begin(name: str, namespace: Mapping[str, Any]) -> Step:
     Where the model does not do the task, the page ends here: its findings say so, and the notebook stops without an
     error (papermill takes `SystemExit(0)` for the end).
     """
-    step = steps.begin(PLAN, name, namespace)
+    step = steps.begin(PLAN, name, namespace, workers.engine_of)
     able, own = step.able(), step.declaration
     layers = f" Swept: {step.layers_from}." if own.layered and able else ""
     if own.name == PLAN.names[0]:  # it is what the others ask
