@@ -26,7 +26,6 @@ from lib.models import SHARED_TOKENS
 from lib.single_pass import row_limit
 from lib.tasks import Pair
 from lib.weights import Shape
-from steps.story.circuits import SHARED_ROW_TOKENS, branches
 
 POOLED = ("mean", "resample")
 
@@ -249,6 +248,8 @@ def circuit_pass(shape: Shape, kept: Any, lent: int, tokens: int) -> Work:
 
     `kept` is (circuits, layers, parts), as `circuits.kept_parts` gives it.
     """
+    from steps.story.circuits import branches
+
     attention = 2 * shape.attention + 4 * shape.n_heads * shape.head_size * tokens
     states = [(branch.kept[:, :-1].any(1).sum(), branch.kept[:, -1].sum()) for branch in branches(kept)[0]]
     grown = sum(lent * (heads * attention + mlps * 2 * shape.mlp) for heads, mlps in states)
@@ -257,6 +258,8 @@ def circuit_pass(shape: Shape, kept: Any, lent: int, tokens: int) -> Work:
 
 def circuit_unit(shape: Shape, pairs: Sequence[Pair], kept: Any, machine: Machine, ready: bool = True) -> Work:
     """Circuits tested on pairs (`circuits.scored`), with the plain runs of both prompts if `ready`."""
+    from steps.story.circuits import SHARED_ROW_TOKENS
+
     out = Work()
     for group in grouped(pairs):
         tokens = len(group[0].clean.ids)
