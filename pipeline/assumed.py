@@ -178,6 +178,12 @@ def pair_of(template: Template, quad: int, number: int, half: str, names: Sequen
     return Pair(name, f"q{quad:03d}", half, template.task, template.name, prompt(turn), prompt(1 - turn), *own, *label)
 
 
+def few_pairs() -> list[Pair]:
+    """Sixteen pairs of the first template, to time units with."""
+    template = tasks.TEMPLATES["profession_both"]
+    return [pair_of(template, quad, number, HALVES[0], [3, 3]) for quad in range(8) for number in range(2)]
+
+
 def quads_of(plan: Plan, p: Shared) -> list[tuple[str, list[int]]]:
     """The half and the names' token counts of each quad: of step 01's pairs, else of the default book's lengths."""
     base = params.validate(plan.sections, "baselines", params.load_profile(p.profile)) if p.pairs_file is None else None

@@ -14,7 +14,8 @@ import copy
 import json
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,19 +23,16 @@ import torch
 from scipy.optimize import nnls
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from lib import models, paths, sweep, tasks, weights
+from lib import models, sweep, tasks, weights
 from lib.batches import token_ids
 from lib.data import HALVES
-from lib.hooks import Site
+from lib.hooks import Model, Site
 from lib.single_pass import base_run
 from lib.weights import Shape
 from pipeline import assumed, costs
 from pipeline.costs import Machine, Work
+from pipeline.declaration import Plan
 from pipeline.params import ROOT
-from steps import planned
-from steps.neurons import features, neurons
-from steps.retrieval_heads import measure as hops
-from steps.subspace import probes
 
 DEVICES, REFERENCE = ROOT / "data" / "devices.json", ROOT / "bench" / "results" / "plan_smollm2.json"
 FITTED = ("passes", "plain", "grown", "spans", "rows", "light", "jobs", "prompts", "receivers")
@@ -44,8 +42,6 @@ MOST = 3e8  # weights of the blocks that are calibrated with
 BESIDE = {"parts": 8e-5, "values": 1.2e-5, "areas": 9e-7, "random features": 5e-3, "spectra": 0.5, "tokenised": 5e-4}
 READING = 1.0  # GB/s at which weights are read, and seconds of proving them
 PROVING = 1.5
-PAGE_ROW = 4.5e-5  # seconds of a page's statistics and figures for each row, and beside them, kernel and imports too
-PAGES = dict(zip(planned.TABLES, (10.4, 10.5, 12.0, 14.5, 13.0, 17.0, 19.0, 20.5, 17.0, 16.0), strict=True))
 Rates = Mapping[str, float]
 
 
@@ -65,39 +61,45 @@ def timed(run: Callable[[], Any], repeats: int = 2) -> float:
     return statistics.median(times[1:])
 
 
-def calibrate(config: PretrainedConfig, dtype: str, device: str, memory: float) -> dict[str, float]:
+def calibrate(plan: Plan, config: PretrainedConfig, dtype: str, device: str, memory: float) -> dict[str, float]:
     """Rates of this machine for the shape, in some ten seconds; on the device that the profile names."""
     whole = weights.shape_of(config)
-    config, text = (own := copy.deepcopy(config)), own.get_text_config()
+    shallow = copy.deepcopy(config)
+    text = shallow.get_text_config()
     text.num_hidden_layers = max(2, min(whole.n_layers, int(MOST / (whole.attention + whole.mlp))))
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[: text.num_hidden_layers]
     torch.manual_seed(0)
-    network = AutoModelForCausalLM.from_config(config, dtype=models.DTYPES[dtype]).to(device)
+    network = AutoModelForCausalLM.from_config(shallow, dtype=models.DTYPES[dtype]).to(device)
     model = models.find_handles(network.eval().requires_grad_(False), None, "calibration")
-    return measured(model, weights.shape_of(config), Machine(memory, dtype)) | besides(whole.hidden)
+    rates = measured(plan, model, weights.shape_of(shallow), Machine(memory, dtype)) | BESIDE
+    for step in plan:
+        rates |= step.timings(whole.hidden) if step.timings else {}
+    return rates
 
 
-def measured(model: models.Model, shape: Shape, place: Machine) -> dict[str, float]:
-    """The rates of what the model does."""
-    own, many = tasks.TEMPLATES["profession_both"], tasks.TEMPLATES["profession_is"]
-    pairs = [assumed.pair_of(own, q, n, HALVES[0], [3, 3]) for q in range(8) for n in range(2)]
-    last, tokens = shape.n_layers - 1, len(pairs[0].clean.ids)
-    ids = lambda count: token_ids(model, [pair.clean.ids for pair in pairs[:count]])  # noqa: E731
-    asked = [assumed.pair_of(many, q, 0, HALVES[0], [3]).clean.ids for q in range(64)]
+def measured(plan: Plan, model: Model, shape: Shape, place: Machine) -> dict[str, float]:
+    """The rates of what the model does: units of what lib does, and of what steps add to it."""
     hidden = torch.randn(128, shape.hidden, dtype=model.dtype, device=model.device)
     rates = {"logits": timed(lambda: model.logits(hidden)) / costs.vocabulary(shape, 128).logits}
-    samples: list[tuple[Work, float]] = []
+    samples = [(work, timed(run)) for work, run in sweeps(model, shape, place)]
+    for step in plan:
+        for work, run in step.samples(model, shape, place) if step.samples else ():
+            samples.append((work, timed(run, 1)))
+    return rates | solved(samples, rates)
 
-    def sample(work: Work, run: Callable[[], Any], repeats: int = 2) -> None:
-        samples.append((work, timed(run, repeats)))
 
+def sweeps(model: Model, shape: Shape, place: Machine) -> Iterator[tuple[Work, Callable[[], Any]]]:
+    """Plain runs, prompts asked for their next token, and sweeps: their work, and what runs them."""
+    pairs, last = assumed.few_pairs(), shape.n_layers - 1
+    tokens = len(pairs[0].clean.ids)
     for count in (2, 16):
-        sample(costs.plain(shape, count, tokens), lambda count=count: base_run(model, ids(count), [tokens - 1]))
-    ask = costs.next_logits(shape, len(asked), len(asked[0]), 3)
-    sample(ask, lambda: models.next_logits(model, asked), 1)
+        ids = token_ids(model, [pair.clean.ids for pair in pairs[:count]])
+        yield costs.plain(shape, count, tokens), partial(base_run, model, ids, [tokens - 1])
+    one = tasks.TEMPLATES["profession_is"]
+    asked = [assumed.pair_of(one, quad, 0, HALVES[0], [3]).clean.ids for quad in range(64)]
+    yield costs.next_logits(shape, len(asked), len(asked[0]), 3), partial(models.next_logits, model, asked)
     heads, every = [[Site(last, "head", 0)]], range(max(0, shape.n_layers - 16), shape.n_layers)
-    how = {"memory": place.memory}
     for count, options in (
         (1, {"site_sets": heads}),
         (8, {"site_sets": heads}),
@@ -106,20 +108,7 @@ def measured(model: models.Model, shape: Shape, place: Machine) -> dict[str, flo
         (1, {"role": "name_a", "components": ["resid"], "layers": every}),
     ):
         work = costs.sweep_unit(shape, pairs[:count], options, place)
-        sample(work, lambda count=count, options=options: sweep.run(model, pairs[:count], **options, **how))
-    middle = shape.n_layers * 2 // 3
-    sites = [Site(middle, "head", 0), Site(last, "head", 0), Site(last, "mlp")]
-    for route, into in ((hops.NAMES, sites[:2]), (hops.LAST, sites)):
-        (unit,) = hops.paths("x", pairs[:4], into, route, "recomputed", [sites[:1]])
-        options = {key: value for key, value in unit.options.items() if key != "into"}
-        receivers = paths.receivers_of(model, into, route)
-        run = lambda o=options, r=receivers: paths.run(model, pairs[:4], receivers=r, **o, **how)  # noqa: E731
-        sample(costs.path_unit(shape, pairs[:4], unit.options, place), run, 1)
-    if model.down_projs:
-        reading = neurons.reading_of(model, [last])
-        each = {"direction": "noise", "layers": [last], "reading": reading, **how}
-        sample(costs.neuron_unit(shape, pairs[:1], [last], place), lambda: neurons.run(model, pairs[:1], **each), 1)
-    return rates | solved(samples, rates)
+        yield work, partial(sweep.run, model, pairs[:count], memory=place.memory, **options)
 
 
 def solved(samples: list[tuple[Work, float]], known: Rates) -> dict[str, float]:
@@ -130,28 +119,6 @@ def solved(samples: list[tuple[Work, float]], known: Rates) -> dict[str, float]:
     weight, scale = 1 / np.array([taken for _, taken in samples]), table.max(0).clip(1e-30)
     found, _ = nnls(table / scale * weight[:, None], left * weight)
     return dict(zip(FITTED, (found / scale).tolist(), strict=True))
-
-
-def besides(hidden: int) -> dict[str, float]:
-    """Probes and steps of an autoencoder, timed, at the sizes of the default profile; and `BESIDE`."""
-    rng, out = np.random.default_rng(0), dict(BESIDE)
-    for name, rows, classes in (("pair probes", 314, (5,)), ("people probes", 400, (5, assumed.PROFESSIONS))):
-        x = rng.standard_normal((rows, hidden)).astype(np.float32)
-        labels = [
-            probes.Labels("", np.arange(n), np.ones(rows, bool), rng.integers(n, size=(21, rows))) for n in classes
-        ]
-
-        def fitted(x: np.ndarray = x, labels: list = labels) -> None:
-            probe = probes.Probe(x, labels, np.ones(len(x), bool))
-            outputs = probe.outputs(x[:80])
-            for target in range(len(labels)):
-                for labelling in range(21):
-                    probe.predict(outputs, target, labelling)
-
-        out[name] = timed(fitted, 1)
-    train = lambda count: features.train(torch.randn(256 * count, hidden), 1024, 32, 1, 0)  # noqa: E731
-    one = timed(lambda: train(1), 1)
-    return out | {"sae steps": max(0.0, (timed(lambda: train(9), 1) - one) / 8)}
 
 
 def of_device(name: str, shape: Shape, dtype: str, quantisation: str | None) -> tuple[dict[str, float], list[str]]:

@@ -28,11 +28,13 @@ from lib.weights import Shape
 from pipeline import assumed, keys, machine, params, rates
 from pipeline.costs import Machine
 from pipeline.params import Shared
-from pipeline.rates import PAGE_ROW, PAGES, PROVING, READING, seconds
+from pipeline.rates import PROVING, READING, seconds
 from steps.registry import PLAN
 
 OVERHEAD = 1.0  # GB of Python and its libraries
 GB = 1e9
+PAGE_ROW = 4.5e-5  # seconds of a page's statistics and figures for each row, and beside them, kernel and imports too
+PAGES = dict(zip(PLAN.names, (10.4, 10.5, 12.0, 14.5, 13.0, 17.0, 19.0, 20.5, 17.0, 16.0), strict=True))
 
 
 def measured(step: str, p: Shared) -> dict[str, float]:
@@ -90,7 +92,7 @@ def plan(profile: str, device: str | None = None, results_dir: str | None = None
         placed = models.pick_device(p.device)
         weights.check(p.model, p.dtype, p.device_map or placed, p.quantisation, p.max_memory, p.offload_folder)
         memory = float(p.memory) if p.memory != "auto" else machine.pass_memory(None)
-        own = rates.calibrate(config, p.dtype, placed, memory)
+        own = rates.calibrate(PLAN, config, p.dtype, placed, memory)
         assumptions.append(
             "seconds of records, value vectors and areas under curves are those of 2 cores of an AMD EPYC"
         )
