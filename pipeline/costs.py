@@ -216,19 +216,6 @@ def parts_of(shape: Shape) -> list[tuple[str, int]]:
     return [*(("head", head) for head in range(shape.n_heads)), ("mlp", -1)]
 
 
-def split_unit(shape: Shape, pairs: Sequence[Pair], slices: Sequence[Sequence[Site]], kinds: int, first: int) -> Work:
-    """A unit of `hydra.run`: one pass over the last token, each head's output apart; candidates alone are scored."""
-    out = Work()
-    for group in grouped(pairs):
-        count, tokens = len(group), len(group[0].clean.ids)
-        rows = count * (1 + kinds * len(slices))
-        apart = 2 * shape.hidden * shape.n_heads * shape.head_size * (rows * (shape.n_heads + 1))
-        grown = of_rows(shape, [0] * rows, 1, tokens) + apart * (shape.n_layers - first)
-        out += plain(shape, count, tokens) + vocabulary(shape, 2 * count)
-        out += Work(passes=1, grown=grown, light=rows, other={"jobs": 1, "split layers": shape.n_layers - first})
-    return out
-
-
 def neuron_unit(shape: Shape, pairs: Sequence[Pair], layers: Sequence[int], machine: Machine) -> Work:
     """A unit of `neurons.run`: every neuron of the layers in each pair, one direction."""
     out = Work()

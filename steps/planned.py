@@ -18,11 +18,9 @@ from lib.tasks import SUPERSETS, Pair
 from pipeline import costs
 from pipeline.assumed import (  # fmt: skip
     CIRCUITS,
-    DIRECT,
     GROWN,
     MOVED,
     NEURON,
-    RISING,
     SENDERS,
     VALUE,
     Case,
@@ -32,29 +30,8 @@ from pipeline.assumed import (  # fmt: skip
 )
 from pipeline.costs import Work, plain, sweep_unit, total
 from pipeline.units import Unit, sweep_units
-from steps.hydra import measure as hydra
 from steps.retrieval_heads import measure as hops
 from steps.story.circuits import QUEUE, REFRESH
-
-
-def hydra_step(case: Case) -> Iterator[tuple[str, Work]]:
-    """05: the slice and three random ones ablated, then the slice widened once; the joint ablations."""
-    p, own, rng = case.params, subsampled(case, case.params.pairs), np.random.default_rng(0)
-    controls = hydra.random_slices(case.shape.n_layers, case.shape.n_heads, case.sites, rng)
-    for number, count in enumerate(RISING[: p.rounds]):
-        slices = [case.sites, *(controls.values() if number == 0 else ())]
-        units = sweep_units("split", own, ablations=p.ablations)
-        first = min(site.layer for sites in slices for site in sites)
-        work = [costs.split_unit(case.shape, u.pairs, slices, len(u.options["ablations"]), first) for u in units]
-        after = (case.shape.n_layers - first) * (case.shape.n_heads + 1)
-        rows = len(own) * len(p.ablations) * len(slices) * after
-        yield (
-            f"round{number}",
-            total([*work, case.pool(units, case.pairs), Work(table=DIRECT * rows, other={"parts": rows})]),
-        )
-        more = order_of(case, len(case.sites) + min(count, p.candidates))[len(case.sites) :]
-        sets = [case.sites, *([*case.sites, site] for site in more), *([site] for site in more)]
-        yield f"joint{number}", case.swept(sweep_units("joint", own, ablations=p.ablations[:1], site_sets=sets))
 
 
 def retrieval_heads(case: Case) -> Iterator[tuple[str, Work]]:
@@ -285,7 +262,6 @@ def subsampled(case: Case, count: int | None, pairs: Sequence[Pair] | None = Non
 
 
 TABLES: dict[str, Callable[[Case], Iterator[tuple[str, Work]]]] = {
-    "hydra": hydra_step,
     "retrieval_heads": retrieval_heads,
     "generality": generality,
     "subspace": subspace,

@@ -16,7 +16,7 @@ from steps import planned
 from steps.baselines import measure as baselines
 from steps.coarse_sweep import measure as coarse_sweep
 from steps.generality.measure import Generality
-from steps.hydra.measure import Hydra
+from steps.hydra import measure as hydra
 from steps.necessity import measure as necessity
 from steps.neurons.measure import Neurons
 from steps.retrieval_heads.measure import RetrievalHeads
@@ -33,7 +33,7 @@ PLAN = Plan(
         coarse_sweep.STEP,
         necessity.STEP,
         sufficiency.STEP,
-        Declaration("hydra", Hydra, planned.hydra_step, reads=SLICE),
+        hydra.STEP,
         Declaration("retrieval_heads", RetrievalHeads, planned.retrieval_heads, reads=SLICE, files=("people_file",)),
         Declaration(
             "generality",

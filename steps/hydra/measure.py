@@ -1,42 +1,40 @@
-"""The slice ablated at `last`: who lights up after it? The total effect of each pair, split into its parts.
+"""Step 05, measured: the slice ablated, the sites that rise after it, and the slice widened by its backups.
 
-1. The clean prompts are run plainly. Their last token is then run again over the kept KV cache, in one pass: intact,
-   and once for each slice and kind of ablation. Nothing before the last token differs, so it is not computed again.
-2. Every head's and MLP's output in each of these runs becomes its *direct effect* on logit_diff (`lib.readout`): its
-   own vector, after a post-attention or post-MLP norm where the architecture has one, through the final norm at the
-   scale of the *intact* run, onto the unembedding of answer minus corrupt answer, before any soft cap.
-3. The total change of logit_diff is the sum of the changes of these direct effects and of the final norm's scale:
-   slice + later heads + later MLPs + (ablated residual . direction) x (1/s_ablated - 1/s_intact). What is left over is
-   rounding; more than that stops the step (`residual`).
-
-Sources: McGrath et al. 2023 (arXiv 2307.15771: direct effects before and after an ablation); Rushing and Nanda 2024
-(arXiv 2402.15390: self-repair, and the final norm's share in it).
+1. `SPLITS`: the slice, in the first round beside random slices, is ablated; its effect is split (`steps.hydra.splits`).
+2. `rises` tests every later site's rise of direct effect; `candidates` are picked on the discovery half.
+3. `JOINT`: slice + candidate, and each alone. `joint_tests` asks on the confirmation half whether the two together cost
+   more than apart: then the candidate is a backup.
+4. The slice is widened by its backups, and the next round begins, until nothing rises or `rounds` is reached.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
 import pandas as pd
-import pandera.pandas as pa_schema
-import torch
-from jaxtyping import Float
 from pydantic import Field
-from torch import Tensor
 
-from lib import hooks
-from lib.batches import PairBatch, grouped, pooled, token_ids
-from lib.hooks import NOISE, Model, Site, materialised
-from lib.readout import PostNorms, Readout, head_outputs, post_norms, readout
-from lib.records import ABLATIONS
-from lib.single_pass import Activations, BaseRun, Edit, Row, SharedPrefix, SweepError, base_run, edits_by_module, grow
+from lib import records, stats
+from lib.batches import grouped, subsample
+from lib.effects import SITE, columns, in_halves, named, quad_matrix, reported
+from lib.hooks import Site
+from lib.readout import post_norms, readout
 from lib.tasks import Pair
+from lib.weights import Shape
+from pipeline import costs
+from pipeline.assumed import Case, of_sweep, order_of
+from pipeline.costs import Work, total
+from pipeline.declaration import Declaration, Table
 from pipeline.params import Ablations, OfSlice
-from pipeline.step import Step
-from pipeline.units import Unit
+from pipeline.step import Step, swept
+from pipeline.units import Unit, sweep_units
+from steps.hydra import splits
+
+RISING = (7, 5)  # candidates of the first round and of the second, in the default book
+DIRECT = 10  # bytes of a row of direct effects in Parquet
 
 
 class Hydra(OfSlice):
@@ -51,287 +49,179 @@ class Hydra(OfSlice):
     direct_floor: float = Field(0.5, gt=0, description="logits; single pairs count where the direct effect exceeds it")
 
 
-PARTS = ("total", "direct", "heads", "mlps", "scale", "residual")
-
-_finite = pa_schema.Check(np.isfinite, name="finite")
-# One row per pair, ablation and part; `direct`, `heads` and `mlps` have a row per site. Logits, before any soft cap:
-# `before` in the intact run, `after` in the ablated one. `slice` names what was ablated.
-SCHEMA = pa_schema.DataFrameSchema(
-    {name: pa_schema.Column(str) for name in ("task", "template", "pair_id", "quad_id")}
-    | {
-        "half": pa_schema.Column(str, pa_schema.Check.isin(["discovery", "confirmation"])),
-        "seed": pa_schema.Column("int64", pa_schema.Check.ge(0)),
-        "slice": pa_schema.Column(str),
-        "ablation": pa_schema.Column(str, pa_schema.Check.isin(ABLATIONS)),
-        "part": pa_schema.Column(str, pa_schema.Check.isin(PARTS)),
-        "layer": pa_schema.Column("int32", pa_schema.Check.ge(-1)),  # -1, "" and -1 where the part is no site
-        "component": pa_schema.Column(str, pa_schema.Check.isin(["", "head", "mlp", "attn"])),
-        "head": pa_schema.Column("int32", pa_schema.Check.ge(-1)),
-        "before": pa_schema.Column("float64", _finite),
-        "after": pa_schema.Column("float64", _finite),
-    },
-    strict=True,
-    ordered=True,
-    unique=["pair_id", "seed", "slice", "ablation", "part", "layer", "component", "head"],
-    name="table of direct effects",
-)
+# --- what is measured ---
 
 
-class Reading(NamedTuple):
-    """What direct effects are read with."""
-
-    out: Readout
-    post: list[PostNorms]
-
-
-class LastToken(NamedTuple):
-    """Runs of the last token: the intact rows lead."""
-
-    hidden: Float[Tensor, "rows hidden"]
-    kept: dict[tuple[str, int], Float[Tensor, "rows width"]]  # by (component, layer)
+def split_units(step: Step | Case, slices: Mapping[str, Sequence[Site]]) -> list[Unit]:
+    """The slices ablated in every pair."""
+    pairs = subsample(step.prompts(), step.params.pairs)
+    return sweep_units("split", pairs, ablations=step.params.ablations, slices=slices)
 
 
-def turn(site: Site) -> tuple[int, bool]:
-    """When a site is computed: attention comes before the MLP of its block."""
-    return site.layer, site.component == "mlp"
-
-
-def members(sites: Sequence[Site]) -> list[Site]:
-    """The slice without heads whose whole attention module is in it."""
-    return [site for site in sites if site.component != "head" or Site(site.layer, "attn") not in sites]
-
-
-def later_sites(model: Model, sites: Sequence[Site], post: Sequence[PostNorms]) -> list[Site]:
-    """Every head and MLP computed after the slice's first site and not in it. A post-attention norm also ties the
-    heads beside one that is ablated to it: they are among them."""
-    first = min(map(turn, sites))
-    return [
-        site
-        for site in hooks.all_sites(model, ("head", "mlp"))
-        if (turn(site) > first or (turn(site) == first and site.component == "head" and post[site.layer].attn))
-        and site not in sites
-        and not (site.component == "head" and Site(site.layer, "attn") in sites)
-    ]
-
-
-def random_slices(
-    n_layers: int, n_heads: int, sites: Sequence[Site], rng: np.random.Generator, count: int = 3
-) -> dict[str, list[Site]]:
-    """Controls of the slice's make-up outside it, by name: as many other heads of the same layers, and as many MLPs and
-    attention modules of other layers from its first one on (fewer where there are not as many)."""
-    first, out = min(site.layer for site in sites), {}
-
-    def others(every: Sequence[int], own: Sequence[int]) -> list[int]:
-        rest = [index for index in every if index not in own]
-        return sorted(int(index) for index in rng.permutation(rest)[: len(own)])
-
-    for number in range(1, count + 1):
-        chosen = [
-            Site(layer, "head", head)
-            for layer in sorted({site.layer for site in sites if site.component == "head"})
-            for head in others(range(n_heads), [s.head for s in sites if s.layer == layer and s.component == "head"])
-        ]
-        for component in ("mlp", "attn"):
-            own = [site.layer for site in sites if site.component == component]
-            chosen += [Site(layer, component) for layer in others(range(first, n_layers), own)]
-        out |= {f"random {number}": chosen} if chosen else {}
-    return out
-
-
-def splitter(step: Step, pairs: Sequence[Pair]) -> Callable[[Unit], pd.DataFrame]:
-    """What `Step.table` computes a unit's splits with; `pairs` lend means and resamples."""
-    pools: dict = {}
-    reading = cache(lambda: Reading(readout(step.model), post_norms(step.model)))
+def splitter(step: Step, slices: Mapping[str, Sequence[Site]]) -> Callable[[Unit], pd.DataFrame]:
+    """What splits the effects in a unit's pairs; all pairs are donors of means and resamples."""
+    pairs, pools = step.prompts(), {}
+    reading = cache(lambda: splits.Reading(readout(step.model), post_norms(step.model)))
 
     def compute(unit: Unit) -> pd.DataFrame:
-        return run(
-            step.model, unit.pairs, pool=pairs, pools=pools, seed=step.params.seed, reading=reading(), **unit.options
-        )
+        how = {"pool": pairs, "pools": pools, "seed": step.params.seed, "reading": reading()}
+        return splits.run(step.model, unit.pairs, **how, **unit.options)
 
     return compute
 
 
-def run(
-    model: Model,
-    pairs: Sequence[Pair],
-    *,
-    slices: Mapping[str, Sequence[Site]],
-    ablations: Sequence[str] = ("resample", "zero"),
-    pool: Sequence[Pair] | None = None,
-    pools: dict | None = None,
-    seed: int = 0,
-    reading: Reading | None = None,
-) -> pd.DataFrame:
-    """Split the effect of ablating each slice, all its sites together, for every pair and ablation (`SCHEMA`).
-
-    `pool` and `pools` are as in `sweep.run`: the same prompts lend the same values. ValueError for a slice without
-    sites or with sites that the model lacks; SweepError when a row does not prove itself.
-    """
-    for name, sites in slices.items():
-        if not sites:
-            raise ValueError(f"slice {name!r} has no sites")
-        for site in sites:
-            hooks.check_site(model, site)
-    reading = reading or Reading(readout(model), post_norms(model))
-    kept = {} if pools is None else pools
-    frames = [
-        split(model, group, slices, tuple(ablations), pool or pairs, kept, seed, reading) for group in grouped(pairs)
+def split_cost(case: Case, units: Sequence[Unit], slices: Mapping[str, Sequence[Site]]) -> Work:
+    """The units, the pool they share, and the rows of direct effects."""
+    first = min(site.layer for sites in slices.values() for site in sites)
+    work = [
+        split_unit(case.shape, unit.pairs, list(slices.values()), len(unit.options["ablations"]), first)
+        for unit in units
     ]
-    return pd.concat(frames, ignore_index=True)
+    later = (case.n_layers - first) * (case.n_heads + 1)
+    rows = sum(len(unit.pairs) for unit in units) * len(case.params.ablations) * len(slices) * later
+    return total([*work, case.pool(units, case.pairs), Work(table=DIRECT * rows, other={"parts": rows})])
 
 
-def split(
-    model: Model,
-    pairs: list[Pair],
-    slices: Mapping[str, Sequence[Site]],
-    kinds: tuple[str, ...],
-    pool: Sequence[Pair],
-    pools: dict,
-    seed: int,
-    reading: Reading,
-) -> pd.DataFrame:
-    """`run` for pairs of one group."""
-    sets = [tuple(sites) for sites in slices.values()]
-    components = sorted({site.component for sites in sets for site in sites})
-    where = pairs[0].clean.roles["last"]
-    base = base_run(model, token_ids(model, [pair.clean.ids for pair in pairs]), where, components)
-    other = base  # of which only the shapes are read, unless it is the source
-    if "counterfactual" in kinds:
-        other = base_run(model, token_ids(model, [pair.corrupt.ids for pair in pairs]), where, components)
-    job = PairBatch(model, pairs, "noise", "last", sets, kinds, seed, memory=0.0, profile="", grow=grow, needs=())
-    sources = job.sources(other, lambda: pooled(model, pools, pool, pairs[0], "last", sets))
-    rows = [
-        Row(sites, owner, kind * len(pairs) + owner)
-        for sites in sets
-        for kind in range(len(kinds))
-        for owner in range(len(pairs))
-    ]
-    runs = last_token(model, base, rows, sources)
-    prove(model, base, runs, rows, sources, pairs)
-    owner = torch.tensor([*range(len(pairs)), *(row.owner for row in rows)])
-    tokens = torch.tensor([[p.clean_tokens[p.answer], p.clean_tokens[p.corrupt_answer]] for p in pairs])
-    weights = materialised(model.unembed)
-    wanted = weights[tokens.to(weights.device)].detach().cpu().double()
-    bias = getattr(model.unembed, "bias", None)
-    biases = torch.zeros(len(pairs), 2) if bias is None else bias[tokens.to(bias.device)].cpu()
-    difference = (wanted[:, 0] - wanted[:, 1])[owner]
-    logit_diff = (runs.hidden.cpu().double() * difference).sum(-1) + (biases[:, 0] - biases[:, 1]).double()[owner]
-    direction = reading.out.norm.pull(difference)
-    resid = runs.kept["resid", model.n_layers - 1]
-    inverse = 1 / reading.out.scale(resid)
-    effects = direct_effects(model, runs, direction * inverse[owner, None], min(map(turn, sum(sets, ())))[0], reading)
-    rescaled = (resid.cpu().double() * direction).sum(-1) * (inverse - inverse[owner])
-    frames = []
-    for place, (name, sites) in enumerate(slices.items()):
-        at = len(pairs) + place * len(kinds) * len(pairs) + torch.arange(len(kinds) * len(pairs))
-        own = owner[at]
-        changes = {("total", Site(-1, "")): (logit_diff[own], logit_diff[at])}
-        changes |= {("direct", site): (effects[site][own], effects[site][at]) for site in members(sites)}
-        for site in later_sites(model, sites, reading.post):
-            changes[f"{site.component}s", site] = effects[site][own], effects[site][at]
-        nothing = torch.zeros(len(at), dtype=torch.float64)
-        changes["scale", Site(-1, "")] = nothing, rescaled[at]
-        parts = sum(after - before for (part, _), (before, after) in changes.items() if part != "total")
-        left = logit_diff[at] - logit_diff[own] - parts
-        changes["residual", Site(-1, "")] = nothing, left
-        ablation = np.repeat(kinds, len(pairs))
-        prove_sum(model, left, [f"pair {pairs[o].pair_id}, {k} of {name}" for o, k in zip(own, ablation, strict=True)])
-        frames.append(tidy([pairs[index] for index in own], name, ablation, seed, changes))
-    return pd.concat(frames, ignore_index=True)
+def split_unit(shape: Shape, pairs: Sequence[Pair], slices: Sequence[Sequence[Site]], kinds: int, first: int) -> Work:
+    """A unit of `splits.run`: one pass over the last token, each head's output apart; candidates alone are scored."""
+    out = Work()
+    for group in grouped(pairs):
+        count, tokens = len(group), len(group[0].clean.ids)
+        rows = count * (1 + kinds * len(slices))
+        apart = 2 * shape.hidden * shape.n_heads * shape.head_size * (rows * (shape.n_heads + 1))
+        grown = costs.of_rows(shape, [0] * rows, 1, tokens) + apart * (shape.n_layers - first)
+        out += costs.plain(shape, count, tokens) + costs.vocabulary(shape, 2 * count)
+        out += Work(passes=1, grown=grown, light=rows, other={"jobs": 1, "split layers": shape.n_layers - first})
+    return out
 
 
-@torch.no_grad()
-def last_token(model: Model, base: BaseRun, rows: Sequence[Row], sources: Activations) -> LastToken:
-    """The last token of every prompt, intact, and of every row, its sites replaced, in one pass over the base's cache.
+def joint_units(step: Step | Case, ablation: str, sets: Sequence[tuple[Site, ...]]) -> list[Unit]:
+    """Sets of sites ablated together in every pair."""
+    pairs = subsample(step.prompts(), step.params.pairs)
+    return sweep_units("joint", pairs, role="last", ablations=[ablation], site_sets=sets)
 
-    Kept are the o_proj inputs, attention outputs, MLP outputs and block outputs as they went on, edits included.
+
+SPLITS = Table("hydra", split_units, splitter, split_cost, schema=splits.SCHEMA)
+JOINT = Table("joint", joint_units, swept, of_sweep, schema=records.SET_SCHEMA)
+
+
+def numbered(table: Table, number: int) -> Table:
+    """The table of a round: hydra, round1, round2, ...; joint0, joint1, ..."""
+    name = f"round{number}" if table is SPLITS else f"joint{number}"
+    return table if table is SPLITS and number == 0 else replace(table, name=name)
+
+
+def slices_of(step: Step | Case, sites: Sequence[Site], number: int) -> dict[str, Sequence[Site]]:
+    """What is ablated in a round: the slice, in the first one beside random slices."""
+    if number:
+        return {"slice": sites}
+    rng = step.rng("random slices")
+    return {"slice": sites} | splits.random_slices(step.n_layers, step.n_heads, sites, rng)
+
+
+def assumed(case: Case) -> Iterator[tuple[Any, ...]]:
+    """The tables in order: as many candidates rise as in the default book, and the slice is not widened."""
+    sites = case.slice()
+    for number, count in enumerate(RISING[: case.params.rounds]):
+        yield numbered(SPLITS, number), slices_of(case, sites, number)
+        rising = order_of(case, len(sites) + min(count, case.params.candidates))[len(sites) :]
+        yield numbered(JOINT, number), case.params.ablations[0], joint_sets(sites, rising)
+
+
+STEP = Declaration("hydra", Hydra, assumed, reads={"sufficiency": ("critical_slice",)})
+
+
+# --- what is chosen ---
+
+
+class Round(NamedTuple):
+    """One round of widening: what was ablated, the split, and the tests that name backups."""
+
+    sites: list[Site]
+    frame: pd.DataFrame  # `steps.hydra.splits.SCHEMA`
+    rises: pd.DataFrame
+    tests: pd.DataFrame  # empty where there were no candidates, or the profile's limit was reached
+
+
+def lead_of(frame: pd.DataFrame, params: Hydra) -> str:
+    """The ablation that decides: the first of the parameters that both halves have (a pair may lack a pool)."""
+    there = set.intersection(*(set(rows["ablation"]) for _, rows in in_halves(frame))) or set(frame["ablation"])
+    return next(kind for kind in params.ablations if kind in there)
+
+
+def rises(frame: pd.DataFrame, params: Hydra) -> pd.DataFrame:
+    """Rise of every later site's direct effect (ablated - intact, logits) under the leading ablation, in both halves:
+    familywise intervals, and one-sided familywise p values for "it does not rise"."""
+    own = frame[(frame["slice"] == "slice") & frame["part"].isin(["heads", "mlps"])]
+    own = own[own["ablation"] == lead_of(frame, params)].assign(change=lambda rows: rows["after"] - rows["before"])
+    parts = []
+    for half, rows in in_halves(own):
+        matrix = quad_matrix(rows, "change", SITE)
+        together = stats.simultaneous(matrix.values, params)
+        test = stats.max_t(matrix.values, params, tail="greater")
+        means = {when: quad_matrix(rows, when, SITE).values.mean(0) for when in ("before", "after")}
+        parts.append(matrix.sites.assign(half=half, **columns(together), p=test.p, **means, quads=len(matrix.quads)))
+    if not parts:  # the slice's last site is the model's last: nothing comes after
+        return pd.DataFrame(columns=[*SITE, "half", "estimate", "low", "high", "p", "before", "after", "quads", "site"])
+    out = pd.concat(parts, ignore_index=True)
+    return out.assign(site=named(out))
+
+
+def candidates(table: pd.DataFrame, params: Hydra) -> pd.DataFrame:
+    """Sites whose rise is familywise significant on discovery, the largest there first, with their reported rows."""
+    if table.empty:
+        return table
+    first = in_halves(table)[0][1]
+    good = first[(first["p"] <= 1 - params.level) & (first["estimate"] > 0)]
+    order = good.sort_values("estimate", ascending=False)["site"]
+    return reported(table).set_index("site", drop=False).loc[order].reset_index(drop=True)
+
+
+def joint_sets(sites: Sequence[Site], chosen: Sequence[Site]) -> list[tuple[Site, ...]]:
+    """The slice, the slice with each candidate, and each candidate: the sets of the joint ablation, in this order."""
+    return [tuple(sites), *((*sites, site) for site in chosen), *((site,) for site in chosen)]
+
+
+def sites_of(table: pd.DataFrame) -> list[Site]:
+    """The sites of a table's rows."""
+    return [Site(*site) for site in table[SITE].itertuples(index=False)]
+
+
+def joint_tests(joint: pd.DataFrame, rising: pd.DataFrame, params: Hydra) -> pd.DataFrame:
+    """What slice + candidate costs beyond the two apart (logits), on the confirmation half, familywise over candidates.
+
+    `backup` where the whole interval is above 0. It is the candidate's cost once the slice is gone (`gone`) less its
+    cost alone (`alone`), so that a site which opposes the answer through the slice passes too; `stands_in` where the
+    whole interval of `gone` is above 0.
     """
-    prompts, start = len(base.ids), base.ids.shape[1] - 1
-    owner = torch.tensor([*range(prompts), *(row.owner for row in rows)], device=base.ids.device)
-    edits = edits_by_module(rows, {index: prompts + index for index in range(len(rows))})
-    offset = torch.tensor([0], device=base.ids.device)
-    kept: dict[tuple[str, int], Tensor] = {}
-    handles: list = []
-    with hooks.removing(handles):
-        for layer in range(model.n_layers):
-            for component in hooks.COMPONENTS:
-                key = component, layer
-                if key in edits:
-                    edit = Edit(model, component, edits[key], offset, sources[key])
-                    handles.append(hooks.on_activation(model, layer, component, edit.write))
-                keep = lambda x, key=key: kept.update({key: x[:, -1].clone()})  # noqa: E731
-                handles.append(hooks.on_activation(model, layer, component, keep))
-        hidden = model.body(
-            input_ids=base.ids[owner, start:],
-            past_key_values=SharedPrefix(base.cache, start, owner),
-            position_ids=torch.tensor([[start]], device=base.ids.device),
-            use_cache=True,
-        ).last_hidden_state[:, -1]
-    return LastToken(hidden, kept)
+    matrix = quad_matrix(in_halves(joint)[-1][1], "effect", ["site_set"]).values
+    count, spans = len(rising), {}
+    whole, together, alone = matrix[:, :1], matrix[:, 1 : 1 + count], matrix[:, 1 + count :]
+    for name, values in {"": together - whole - alone, "gone_": together - whole, "alone_": alone}.items():
+        spans |= columns(stats.simultaneous(values, params), name)
+    names = {"before": "intact", "after": "ablated", "estimate": "rise", "low": "rise_low", "high": "rise_high"}
+    out = rising[["site", *SITE, *names]].rename(columns=names).assign(**spans)
+    above = {"backup": "low", "stands_in": "gone_low"}
+    return out.assign(**{name: out[end].astype(float) > 0 for name, end in above.items()})
 
 
-def direct_effects(
-    model: Model, runs: LastToken, direction: Float[Tensor, "rows hidden"], first: int, reading: Reading
-) -> dict[Site, Float[Tensor, " rows"]]:
-    """What each head, attention module and MLP from layer `first` on adds to logit_diff in each run (logits, fp64).
-
-    `direction` is over the intact run's scale of the final norm. A post norm is taken at the scale of the run itself:
-    a head's effect is its share of what really was added to the residual stream.
-    """
-    effects: dict[Site, Tensor] = {}
-    for layer in range(first, model.n_layers):
-        for component, norm in zip(("attn", "mlp"), reading.post[layer], strict=True):
-            output = runs.kept[component, layer].cpu().double()
-            towards = direction if norm is None else norm.pull(direction) / norm.scale(output)[:, None]
-            effects[Site(layer, component)] = (output * towards).sum(-1)
-            if component == "attn":
-                heads = head_outputs(model, layer, runs.kept["head", layer]).cpu().double()
-                effects |= {Site(layer, "head", h): (heads[:, h] * towards).sum(-1) for h in range(model.n_heads)}
-    return effects
+def backups_of(tests: pd.DataFrame) -> list[Site]:
+    """The sites that a round confirmed."""
+    return [] if tests.empty else sites_of(tests[tests["backup"]])
 
 
-def prove(
-    model: Model, base: BaseRun, runs: LastToken, rows: Sequence[Row], sources: Activations, pairs: Sequence[Pair]
-) -> None:
-    """SweepError unless the intact rows equal the plain run and every site of every row arrived at its source."""
-    off = (model.logits(runs.hidden[: len(pairs)]) - model.logits(base.hidden)).abs().amax(-1).tolist()
-    for pair, value in zip(pairs, off, strict=True):
-        if not value <= model.noise:
-            raise SweepError(f"pair {pair.pair_id}: the intact row differs from the plain run by {value:.3g} logits")
-    for place, row in enumerate(rows, len(pairs)):
-        for site in row.sites:
-            if site.component == "head" and Site(site.layer, "attn") in row.sites:
-                continue  # the module behind it was replaced as a whole
-            columns = hooks.columns_of(model, site)
-            found = runs.kept[site.component, site.layer][place, columns]
-            source = sources[site.component, site.layer][row.source, -1, columns].to(found)
-            if not torch.equal(found, source):
-                away = (found - source).double().norm().item()
-                raise SweepError(
-                    f"pair {pairs[row.owner].pair_id}, {site}: the edit did not take effect; the activation lies "
-                    f"{away:.6g} from its source"
-                )
-
-
-def prove_sum(model: Model, residual: Float[Tensor, " rows"], names: Sequence[str]) -> None:
-    """SweepError where the parts miss the total by more than rounding: norms compute in fp32 even in an fp64 model."""
-    allowed = max(model.noise, NOISE[torch.float32])
-    worst = int(residual.abs().argmax())
-    if not residual.abs().max() <= allowed:
-        raise SweepError(
-            f"{names[worst]}: the parts miss the total change of logit_diff by {residual[worst]:.3g} logits, more than "
-            f"{allowed:g}. Something else writes into the residual stream of {model.name}"
-        )
-
-
-def tidy(
-    pairs: Sequence[Pair], name: str, ablation: Sequence[str], seed: int, changes: Mapping[tuple[str, Site], tuple]
-) -> pd.DataFrame:
-    """The rows of `SCHEMA`: every part of every pair."""
-    fields = {field: [getattr(pair, field) for pair in pairs] for field in ("task", "template", "pair_id", "quad_id")}
-    about = fields | {"half": [pair.half for pair in pairs], "seed": seed, "slice": name, "ablation": list(ablation)}
-    frames = [
-        pd.DataFrame(about).assign(part=part, **site._asdict(), before=before.numpy(), after=after.numpy())
-        for (part, site), (before, after) in changes.items()
-    ]
-    return pd.concat(frames, ignore_index=True)[list(SCHEMA.columns)]
+def run(step: Step) -> list[Round]:
+    """Measure round after round, or read what is there."""
+    p, sites, rounds = step.params, step.slice(), []
+    while not rounds or sites != rounds[-1].sites:
+        number = len(rounds)
+        frame = step.table(numbered(SPLITS, number), slices_of(step, sites, number))
+        risen = rises(frame, p)
+        rising = candidates(risen, p).head(p.candidates if number < p.rounds else 0)
+        tests = rising
+        if len(rising):
+            sets = joint_sets(sites, sites_of(rising))
+            tests = joint_tests(step.table(numbered(JOINT, number), lead_of(frame, p), sets), rising, p)
+        rounds.append(Round(sites, frame, risen, tests))
+        sites = [*sites, *backups_of(tests)]
+    return rounds

@@ -1,25 +1,25 @@
-"""Step 05's tables and candidates, from the split of total effects (`steps.hydra.measure`) and the joint ablations.
+"""Step 05 on its page: what stands in for the slice when it is removed?
 
 1. `changes` gathers each pair's parts: total = slice's direct effect + later heads + later MLPs + final norm's scale.
 2. `split_table`, `compensation` and `distribution` say how much of the slice's direct effect later sites make up for.
-3. `rises` tests every later site's rise of direct effect; `candidates` are picked on discovery; `joint_tests` asks on
-   the confirmation half whether slice + candidate costs more than the two apart. Both: the site is a backup.
-4. `rounds_table` and `missed` say what widening came to, and how large a backup could be there unseen.
+3. `rounds_table` and `missed` say what widening came to, and how large a backup could be there unseen.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
 
 from lib import effects, stats
-from lib.effects import SITE, columns, in_halves, named, quad_matrix, reported
-from lib.hooks import Site
-from report.words import interval
-from steps.hydra.measure import Hydra
+from lib.effects import columns, in_halves, reported
+from pipeline.step import Step
+from report import circuit_plots, plots
+from report.words import OVER_QUADS, about_model, finished, interval, listed
+from steps.hydra.measure import Hydra, Round, backups_of, candidates, lead_of
 
 LATER = {"heads and MLPs": ["heads", "mlps"], "heads": ["heads"], "MLPs": ["mlps"]}
 WORDS = {
@@ -31,15 +31,17 @@ WORDS = {
 }
 ENDS = ("estimate", "low", "high")
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+KINDS = {"head": "a head", "mlp": "an MLP"}
+CAPTIONS = {
+    "split": "What ablating the critical slice at the last token does to logit_diff, and its parts: the slice's own "
+    "direct effect, later heads, later MLPs and the final norm's scale; beside it random slices of the same make-up "
+    f"(their mean); {OVER_QUADS}. A later site's bar above zero is repair.",
+    "rises": "Later sites whose direct effect changes most when the slice is ablated, picked on the discovery half, "
+    "with both halves and intervals that hold for all later sites together. To the right: the site makes up for it.",
+}
 
 
-class Round(NamedTuple):
-    """One round of widening: what was ablated, the split, and the tests that name backups."""
-
-    sites: list[Site]
-    frame: pd.DataFrame  # `steps.hydra.measure.SCHEMA`
-    rises: pd.DataFrame
-    tests: pd.DataFrame  # empty where there were no candidates, or the profile's limit was reached
+# --- tables ---
 
 
 def changes(frame: pd.DataFrame) -> pd.DataFrame:
@@ -105,40 +107,6 @@ def distribution(ratios: pd.DataFrame, params: Hydra) -> list[dict]:
     return out
 
 
-def lead_of(frame: pd.DataFrame, params: Hydra) -> str:
-    """The ablation that decides: the first of the parameters that both halves have (a pair may lack a pool)."""
-    there = set.intersection(*(set(rows["ablation"]) for _, rows in in_halves(frame))) or set(frame["ablation"])
-    return next(kind for kind in params.ablations if kind in there)
-
-
-def rises(frame: pd.DataFrame, params: Hydra) -> pd.DataFrame:
-    """Rise of every later site's direct effect (ablated - intact, logits) under the leading ablation, in both halves:
-    familywise intervals, and one-sided familywise p values for "it does not rise"."""
-    own = frame[(frame["slice"] == "slice") & frame["part"].isin(["heads", "mlps"])]
-    own = own[own["ablation"] == lead_of(frame, params)].assign(change=lambda rows: rows["after"] - rows["before"])
-    parts = []
-    for half, rows in in_halves(own):
-        matrix = quad_matrix(rows, "change", SITE)
-        together = stats.simultaneous(matrix.values, params)
-        test = stats.max_t(matrix.values, params, tail="greater")
-        means = {when: quad_matrix(rows, when, SITE).values.mean(0) for when in ("before", "after")}
-        parts.append(matrix.sites.assign(half=half, **columns(together), p=test.p, **means, quads=len(matrix.quads)))
-    if not parts:  # the slice's last site is the model's last: nothing comes after
-        return pd.DataFrame(columns=[*SITE, "half", "estimate", "low", "high", "p", "before", "after", "quads", "site"])
-    out = pd.concat(parts, ignore_index=True)
-    return out.assign(site=named(out))
-
-
-def candidates(table: pd.DataFrame, params: Hydra) -> pd.DataFrame:
-    """Sites whose rise is familywise significant on discovery, the largest there first, with their reported rows."""
-    if table.empty:
-        return table
-    first = in_halves(table)[0][1]
-    good = first[(first["p"] <= 1 - params.level) & (first["estimate"] > 0)]
-    order = good.sort_values("estimate", ascending=False)["site"]
-    return reported(table).set_index("site", drop=False).loc[order].reset_index(drop=True)
-
-
 def leading(table: pd.DataFrame, count: int) -> pd.DataFrame:
     """The `count` sites of largest change either way on discovery, from rise to fall, with both halves' rows."""
     first = in_halves(table)[0][1]
@@ -154,35 +122,6 @@ def rise_map(table: pd.DataFrame, n_heads: int, params: Hydra) -> tuple[np.ndarr
         for values in (own["estimate"], (own["p"] <= 1 - params.level).astype(float))
     ]
     return maps[0].to_numpy(), maps[1].to_numpy(), maps[0].index.tolist()
-
-
-def joint_sets(sites: Sequence[Site], table: pd.DataFrame) -> list[tuple[Site, ...]]:
-    """The slice, the slice with each candidate, and each candidate: the sets of the joint ablation, in this order."""
-    chosen = [Site(*site) for site in table[SITE].itertuples(index=False)]
-    return [tuple(sites), *((*sites, site) for site in chosen), *((site,) for site in chosen)]
-
-
-def joint_tests(joint: pd.DataFrame, rising: pd.DataFrame, params: Hydra) -> pd.DataFrame:
-    """What slice + candidate costs beyond the two apart (logits), on the confirmation half, familywise over candidates.
-
-    `backup` where the whole interval is above 0. It is the candidate's cost once the slice is gone (`gone`) less its
-    cost alone (`alone`), so that a site which opposes the answer through the slice passes too; `stands_in` where the
-    whole interval of `gone` is above 0.
-    """
-    matrix = quad_matrix(in_halves(joint)[-1][1], "effect", ["site_set"]).values
-    count, spans = len(rising), {}
-    whole, together, alone = matrix[:, :1], matrix[:, 1 : 1 + count], matrix[:, 1 + count :]
-    for name, values in {"": together - whole - alone, "gone_": together - whole, "alone_": alone}.items():
-        spans |= columns(stats.simultaneous(values, params), name)
-    names = {"before": "intact", "after": "ablated", "estimate": "rise", "low": "rise_low", "high": "rise_high"}
-    out = rising[["site", *SITE, *names]].rename(columns=names).assign(**spans)
-    above = {"backup": "low", "stands_in": "gone_low"}
-    return out.assign(**{name: out[end].astype(float) > 0 for name, end in above.items()})
-
-
-def backups_of(tests: pd.DataFrame) -> list[Site]:
-    """The sites that a round confirmed."""
-    return [] if tests.empty else [Site(*site) for site in tests.loc[tests["backup"], SITE].itertuples(index=False)]
 
 
 def tests_table(rounds: Sequence[Round]) -> pd.DataFrame:
@@ -229,3 +168,225 @@ def missed(last: Round, params: Hydra) -> list[dict]:
         | {"logits": row["high"], "share": row["high"] / -direct if direct < 0 else None}
         for row in tops
     ]
+
+
+# --- figures ---
+
+
+def split_figure(step: Step, rounds: Sequence[Round]) -> Figure:
+    """The total effect and its parts."""
+    return circuit_plots.part_bars(split_table(rounds[0].frame, step.params), "change of logit_diff (logits)")
+
+
+def pairs_figure(step: Step, rounds: Sequence[Round]) -> Figure | None:
+    """The compensation ratio of single pairs, where some have a direct effect beyond the floor."""
+    single = pair_ratios(rounds[0].frame, step.params)
+    return circuit_plots.pair_histogram(single, "ratio", "compensation ratio of the pair") if len(single) else None
+
+
+def heads(step: Step, rounds: Sequence[Round]) -> Figure | None:
+    """Rises of later heads, where there are any."""
+    risen = rounds[0].rises
+    if not (risen["component"] == "head").any():
+        return None
+    rise, sure, rows = rise_map(risen, step.n_heads, step.params)
+    return plots.heat_map(rise, "rise of the direct effect (logits)", sure, layers=rows)
+
+
+def ranked(rounds: Sequence[Round]) -> Figure | None:
+    """The later sites of largest change either way, where there are any."""
+    risen = rounds[0].rises
+    return plots.ranked_sites(leading(risen, 15), "change of the direct effect (logits)") if len(risen) else None
+
+
+def candidates_table(rounds: Sequence[Round]) -> pd.DataFrame | None:
+    """The tests of all rounds, where there were candidates."""
+    return tests_table(rounds) if any(len(one.tests) for one in rounds) else None
+
+
+def widening(step: Step, rounds: Sequence[Round]) -> Figure | None:
+    """The slice as it is widened, where it was."""
+    return circuit_plots.widening_curve(rounds_table(rounds, step.params)) if len(rounds) > 1 else None
+
+
+# --- sentences ---
+
+
+def shown(row: Any) -> str:
+    """An estimate with its interval, from a row of a table."""
+    return interval(row.estimate, row.low, row.high)
+
+
+def split_sentences(split: pd.DataFrame, ratios: pd.DataFrame, spread: Sequence[dict], params: Hydra) -> list[str]:
+    """What ablating the slice does, and how much of it later sites make up for; a paragraph for each ablation."""
+    out = []
+    for ablation, rows in split[split["slice"] == "slice"].groupby("ablation", sort=False):
+        part = {row.part: shown(row) for row in rows.itertuples()}
+        text = (
+            f"Ablating the slice (`{ablation}`) changes logit_diff by {part['total']} logits: the slice's own direct "
+            f"effect by {part['direct']}, later heads by {part['heads']}, later MLPs by {part['mlps']}, the final "
+            f"norm's scale by {part['scale']}."
+        )
+        own = reported(ratios)
+        own = {row.later: row for row in own[own["ablation"] == ablation].itertuples()}
+        whole = own["heads and MLPs"]
+        if np.isnan(whole.estimate):
+            out.append(f"{text} The slice's direct effect does not fall, so there is nothing to make up for.")
+            continue
+        text += (
+            f" The compensation ratio is {shown(whole)} (heads {shown(own['heads'])}, MLPs {shown(own['MLPs'])}): "
+            f"{verdict(whole)}."
+        )
+        for rows in (entry for entry in spread if entry["ablation"] == ablation):
+            q = rows["quantiles"]
+            text += (
+                f" In the {rows['pairs']} pairs whose slice has a direct effect beyond {params.direct_floor:g} logits "
+                f"its median is {q['0.50']:.2f} and its middle 90% {q['0.05']:.2f} to {q['0.95']:.2f}; later sites "
+                f"make up for something in {share(rows['repaired'])} of them and for more than was lost in "
+                f"{share(rows['overshot'])}."
+            )
+        out.append(text)
+    return out
+
+
+def verdict(ratio: Any) -> str:
+    """A compensation ratio in words."""
+    if ratio.low is None or np.isnan(ratio.low):
+        return "too few quads to say more"
+    if ratio.high < 0:
+        return "later sites, which read the slice, lose as well; on the whole they repair nothing"
+    if ratio.low > 0:
+        return f"later sites make up for {ratio.estimate:.0%} of what the slice itself loses"
+    return "on the whole later sites neither repair nor lose, within the interval"
+
+
+def share(span: stats.Interval) -> str:
+    """A proportion with its interval, in percent."""
+    ends = "" if span.low is None else f" [{span.low:.0%}, {span.high:.0%}]"
+    return f"{span.estimate:.0%}{ends}"
+
+
+def backup_sentences(rounds: Sequence[Round], params: Hydra) -> list[str]:
+    """Round by round: which sites rise, what their joint ablation costs, and which are backups."""
+    out = []
+    for number, own in enumerate(rounds):
+        which = "the slice" if number == 0 else f"the slice widened {number} time{'s' * (number > 1)}"
+        if own.rises.empty:
+            out.append(f"No head or MLP comes after {which}: nothing could stand in for it.")
+            continue
+        count, rising = own.rises["site"].nunique(), candidates(own.rises, params)
+        text = (
+            f"When {which} ({len(own.sites)} sites) is ablated (`{lead_of(own.frame, params)}`), the direct effect of "
+            f"{len(rising)} of {count} later sites rises significantly on the discovery half (one-sided, familywise)"
+        )
+        if len(rising) and own.tests.empty:
+            out.append(f"{text}; the limit of rounds ({params.rounds}) was reached, so they were not ablated with it.")
+            continue
+        if rising.empty:
+            out.append(f"{text}.")
+            continue
+        sure = own.tests["backup"]
+        each = [f"{row.site} ({interval(row.estimate, row.low, row.high, 3)})" for row in own.tests[sure].itertuples()]
+        most = f"; at most {own.tests.loc[~sure, 'estimate'].max():.3f} among the others" if not sure.all() else ""
+        out.append(
+            f"{text}. Of the {len(own.tests)} that rise most, those that cost more together with it than apart "
+            f"(logits, confirmation half, familywise intervals above zero) are: {listed(each)}{most}."
+        )
+        for row in own.tests[sure].itertuples():
+            gone = interval(row.gone_estimate, row.gone_low, row.gone_high, 3)
+            less = "its cost rises, but is not shown to be above zero, so it does not stand in for the slice"
+            how = "it stands in for the slice" if row.stands_in else less
+            out.append(
+                f"{row.site} passes both tests of a backup. When {which} is ablated its direct effect goes from "
+                f"{row.intact:+.3f} to {row.ablated:+.3f} logits; its own ablation costs {row.alone_estimate:.3f} "
+                f"alone and {gone} once the slice is gone: {how}."
+            )
+    return out
+
+
+def ending(rounds: Sequence[Round], params: Hydra) -> str:
+    """What the search for backups comes to, and how large a backup it could have missed."""
+    last, stand_in = rounds[-1], any(one.tests["stands_in"].any() for one in rounds if len(one.tests))
+    names = [effects.site_name(*site) for one in rounds for site in backups_of(one.tests)]
+    if last.rises.empty:
+        left = "the pathway is unique in that no other site comes after the slice"
+        return f"Backups by both tests: {listed(names)}; {left}."
+    bounds, unique = missed(last, params), "the pathway is unique as far as this test can see"
+    if not bounds:
+        return f"Backups by both tests: {listed(names)}. There are too few quads to confirm one, or to rule one out."
+    if not names:
+        text = f"No backup was found: {unique}."
+    else:
+        stopped = len(candidates(last.rises, params)) and last.tests.empty
+        text = f"Backups by both tests: {listed(names)}; "
+        text += f"the limit of rounds ({params.rounds}) was reached." if stopped else "no further one after widening."
+        text += "" if stand_in else f" None of them is shown to stand in for the slice: in that sense {unique}."
+    each = [
+        f"{KINDS[bound['component']]} whose direct effect rises by up to "
+        f"{bound['logits']:.2f} logits ({bound['site']}"
+        + ("" if bound["share"] is None else f"; {bound['share']:.0%} of the slice's own")
+        + ")"
+        for bound in bounds
+    ]
+    return f"{text} It could have missed {' or '.join(each)}: upper ends of intervals that hold for all later sites."
+
+
+def control_sentences(split: pd.DataFrame) -> list[str]:
+    """The random slices beside the slice, for each ablation."""
+    out = []
+    for ablation, rows in split.groupby("ablation", sort=False):
+        own = {row.part: row for row in rows[rows["slice"] != "slice"].itertuples()}
+        if own:
+            real = rows[(rows["slice"] == "slice") & (rows["part"] == "total")].iloc[0]
+            apart = own["total"].low is not None and own["total"].low > real["high"]
+            each = [f"{WORDS[part]} {shown(row)}" for part, row in own.items() if part not in ("total", "direct")]
+            out.append(
+                f"Control (`{ablation}`): random slices of the same make-up change logit_diff by {shown(own['total'])} "
+                f"logits (their own direct effect {shown(own['direct'])}, {listed(each)}). Expected was clearly less "
+                f"than the slice: {'so it is' if apart else 'that is not shown'}."
+            )
+    return out
+
+
+def findings(step: Step, rounds: Sequence[Round]) -> dict[str, Any]:
+    """The findings of step 05."""
+    params, first, last = step.params, rounds[0], rounds[-1]
+    split, ratios = split_table(first.frame, params), compensation(first.frame, params)
+    spread = distribution(pair_ratios(first.frame, params), params)
+    own = in_halves(changes(first.frame))[-1][1]
+    residual = max(changes(one.frame)["residual"].abs().max() for one in rounds)
+    end, compared = ending(rounds, params), split_sentences(split, ratios, spread, params)
+    sentences = [
+        f"The slice ({listed(effects.site_name(*site) for site in first.sites)}) was ablated as a whole at `last`; "
+        f"what follows is about {own['pair_id'].nunique()} pairs of {own['quad_id'].nunique()} quads of the "
+        f"{own['half'].iloc[0]} half. In every pair the parts add up to the total change: the largest residual is "
+        f"{residual:.1e} logits.",
+        *compared,
+        *control_sentences(split),
+        *backup_sentences(rounds, params),
+        end,
+    ]
+    backups = [
+        {"round": number} | row
+        for number, one in enumerate(rounds)
+        for row in (one.tests[one.tests["backup"]].to_dict("records") if len(one.tests) else [])
+    ]
+    found = {
+        "model": about_model(step),
+        "task": params.task,
+        "able": True,
+        "backups": backups,
+        "widened_slice": [{"site": effects.site_name(*site), **site._asdict()} for site in last.sites],
+        "compensation": reported(ratios).to_dict("records"),
+        "per_pair": list(spread),
+        "split": split.to_dict("records"),
+        "rounds": rounds_table(rounds, params).to_dict("records"),
+        "missed": missed(last, params),
+        "largest_residual": residual,
+        "sentences": sentences,
+        "headline": [end, compared[0].partition(" In the ")[0]],  # without the spread over single pairs
+    }
+    figures = {"split": split_figure(step, rounds)}
+    if len(first.rises):
+        figures["rises"] = ranked(rounds)
+    return finished(step, found, figures, CAPTIONS)
