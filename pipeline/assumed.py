@@ -36,7 +36,6 @@ LENGTHS = {3: 0.42, 4: 0.29, 2: 0.22, 5: 0.07}  # tokens of a name, and the shar
 KEPT = 0.98  # quads found of those wanted
 MOVED = 0.75  # share of a quad's pairs that the model solves in another template
 GROWN, CIRCUITS, REACH = 17, 3.25, 0.6  # sites of the circuit; step 07's growing sets over slice_limit; their depth
-SENDERS = 6  # step 06: sites at the names whose paths are followed edge by edge
 PROFESSIONS = 70  # that have enough people for a probe
 ASSUMED = (
     "the slice, the circuit's size and how many backups are tried are those that the default book found, at the same "
@@ -45,7 +44,7 @@ ASSUMED = (
     f"{KEPT:.0%} of the quads asked for are found, and {MOVED:.0%} of their pairs are solved in another template",
 )
 # Bytes of a record in Parquet (measured in the default book): with the labels' logits, without, a path's, others'.
-LABELLED, SHORT, VALUE, NEURON = 245, 62, 15, 51
+LABELLED, SHORT, NEURON = 245, 62, 51
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,6 @@ from pipeline.assumed import (  # fmt: skip
     GROWN,
     MOVED,
     NEURON,
-    SENDERS,
-    VALUE,
     Case,
     order_of,
     pair_of,
@@ -30,40 +28,7 @@ from pipeline.assumed import (  # fmt: skip
 )
 from pipeline.costs import Work, plain, sweep_unit, total
 from pipeline.units import Unit, sweep_units
-from steps.retrieval_heads import measure as hops
 from steps.story.circuits import QUEUE, REFRESH
-
-
-def retrieval_heads(case: Case) -> Iterator[tuple[str, Work]]:
-    """06: one-name probes; paths into the slice; value vectors and attention; ablated paths; edges."""
-    p, shape, sites = case.params, case.shape, case.sites
-    single = tasks.TEMPLATES["profession_is"]
-    yield "probes", case.asked(len(hops.PROBES) * p.probe_people, single, 256)
-    some, last = subsampled(case, p.name_pairs), subsampled(case, p.pairs)
-    heads = hops.sites_that_read(sites)
-    alone = [pair_of(single, int(x.quad_id[1:]), 0, x.half, [len(x.clean.roles["name_a"])]) for x in some]
-    plan = hops.paths("slice at names", some, heads, hops.NAMES, p.mlps)
-    plan += hops.paths("slice at last", last, sites, hops.LAST, p.mlps)
-    plan += hops.paths("slice in one-name prompts", alone, heads, hops.NAMES, p.mlps)
-    yield "retrieval_heads", case.pathed(plan)
-    yield "groups", case.pathed(hops.group_units(some, sites, shape.n_heads))
-    prompts, tokens = 2 * len(last), len(last[0].clean.ids)
-    parts = shape.n_layers * (shape.n_heads + 1)
-    said = {"table": VALUE * prompts * parts * 3, "other": {"values": prompts * parts * 3}}
-    yield "values", plain(shape, prompts, tokens, -(-prompts // 16)) + Work(**said)
-    seen = len(last) * shape.n_layers * shape.n_heads * 4
-    own = plain(shape, prompts, tokens, 2 * -(-len(last) // 16)) + costs.vocabulary(shape, prompts)
-    yield "attention", own + Work(table=6 * seen, other={"values": seen / 2})
-    rng, plan = np.random.default_rng(0), []
-    before = min(site.layer for site in heads)
-    reading = [Site(before * (2 + n) // (p.candidates + 2), "head", 0) for n in range(p.candidates)]
-    for role, chosen in (("names", reading), ("last", order_of(case, len(sites) + 2)[len(sites) :])):
-        sets = hops.ablation_sets(list(dict.fromkeys(chosen)), sites, role, shape.n_heads, p.random_sets, rng)
-        plan += hops.ablation_units(role, sets, some, sites, p.mlps)
-    yield "ablation", case.pathed(plan)
-    senders = [Site(layer, "mlp") for layer in range(min(SENDERS, before))]
-    fewer = subsampled(case, 2 * p.name_pairs // 3)
-    yield "edges", case.pathed(hops.edge_units(fewer, senders, sites, p.mlps))
 
 
 def generality(case: Case) -> Iterator[tuple[str, Work]]:
@@ -262,7 +227,6 @@ def subsampled(case: Case, count: int | None, pairs: Sequence[Pair] | None = Non
 
 
 TABLES: dict[str, Callable[[Case], Iterator[tuple[str, Work]]]] = {
-    "retrieval_heads": retrieval_heads,
     "generality": generality,
     "subspace": subspace,
     "neurons": neurons,

@@ -19,7 +19,7 @@ from steps.generality.measure import Generality
 from steps.hydra import measure as hydra
 from steps.necessity import measure as necessity
 from steps.neurons.measure import Neurons
-from steps.retrieval_heads.measure import RetrievalHeads
+from steps.retrieval_heads import measure as retrieval_heads
 from steps.story.measure import Story
 from steps.subspace.measure import Subspace
 from steps.sufficiency import measure as sufficiency
@@ -34,7 +34,7 @@ PLAN = Plan(
         necessity.STEP,
         sufficiency.STEP,
         hydra.STEP,
-        Declaration("retrieval_heads", RetrievalHeads, planned.retrieval_heads, reads=SLICE, files=("people_file",)),
+        retrieval_heads.STEP,
         Declaration(
             "generality",
             Generality,

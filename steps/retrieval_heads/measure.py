@@ -1,30 +1,42 @@
-"""Which paths step 06 measures: the work units of its path patching, from the slice to the verification.
+"""Step 06, measured: what feeds the slice? Probes, path patching, value vectors, attention, and ablated paths.
 
-A route says at which role a slice's inputs are read. `NAMES`: the keys and values of its heads at the names' tokens.
-`LAST`: everything that its heads and MLPs are given at the last token. `INSIDE`: what a site at the names is given.
-Nothing here runs a model; `Step.sweeper` hands units with the option `into` to `lib.paths.run`.
+1. `PROBES_TABLE`: what the model says of one name. `SENDERS`: every sender's path into the slice, at the names, at the
+   last token and in one-name prompts. `GROUPS`: whole kinds of senders together.
+2. `VALUES`, `ATTENTION`: what every head and MLP writes, and where heads look, in plain runs.
+3. `candidates` are picked on the discovery half; `ABLATION`: their paths alone are ablated, beside matched random heads.
+4. `EDGES`: the two-hop path from the names to the answer, edge by edge.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import pandas as pd
 from pydantic import Field
 
-from lib import tasks
-from lib.batches import has_donors
-from lib.hooks import EMBED, Site, site_name
+from lib import data, effects, records, tasks
+from lib.batches import subsample
+from lib.effects import SITE
+from lib.hooks import Model, Site
 from lib.tasks import Pair
-from pipeline.params import ParameterError
-from pipeline.units import Unit, sweep_units
-
-if TYPE_CHECKING:
-    from pipeline.step import Step
-
+from lib.weights import Shape
+from pipeline import costs
+from pipeline.assumed import Case, few_pairs, of_paths, order_of, pair_of
+from pipeline.costs import Machine, Work
+from pipeline.declaration import Declaration, Table
 from pipeline.params import OfSlice
+from pipeline.step import Step
+from pipeline.units import Unit
+from steps.retrieval_heads import one_name, routes, values
+from steps.retrieval_heads.routes import LAST, NAMES, sites_that_read
+
+# Each form of the article-free prompt, and the one with an article for comparison.
+PROBES = (("plural", "profession_is"), ("singular", "The profession of {a} is"), ("singular", "{a} is a"))
+HOPS = 6  # sites at the names whose paths are followed edge by edge
+VALUE = 15  # bytes of a row of value vectors in Parquet
+COLUMNS = (*records.ANALYSED, "site_set", "sender", "receivers", "mlps")
 
 
 class RetrievalHeads(OfSlice):
@@ -40,150 +52,37 @@ class RetrievalHeads(OfSlice):
     random_sets: int = Field(20, ge=2, description="sets of matched random heads whose path is ablated beside them")
 
 
-NAMES = {"k": "names", "v": "names"}
-LAST = {"q": "last", "k": "last", "v": "last", "mlp": "last"}
-INSIDE = {"q": "names", "k": "names", "v": "names", "mlp": "names"}
-ANSWER = {"final": "last"}
-READS = {"k and v": NAMES, "v": {"v": "names"}, "k": {"k": "names"}}
-# Each form of the article-free prompt, and the one with an article for comparison.
-PROBES = (("plural", "profession_is"), ("singular", "The profession of {a} is"), ("singular", "{a} is a"))
-GROUPS = ("everything", "embedding", "MLPs", "heads")
+# --- what is measured ---
 
 
-def paths(
-    label: str, pairs: Sequence[Pair], sites: Sequence[Site], route: Mapping[str, str], mlps: str,
-    senders: Sequence[Sequence[Site]] | None = None, role: str | None = None,
-    ablations: Sequence[str] = ("counterfactual",),
-) -> list[Unit]:  # fmt: skip
-    """Units of path patching into the sites by a route; senders (default: all, singly) at the route's own role."""
-    role = role or next(iter(route.values()))
-    options = {"into": (tuple(sites), dict(route)), "sender_role": role, "mlps": mlps, "label": label}
-    if senders is not None:
-        options["senders"] = tuple(tuple(own) for own in senders)
-    return sweep_units(label.replace(" ", "-"), pairs, ablations=list(ablations), **options)
+class Subject(NamedTuple):
+    """The pairs of the step: at the names, at the last token, and of single names."""
+
+    at_names: list[Pair]
+    at_last: list[Pair]
+    one_name: list[Pair]
 
 
-def sites_that_read(slice_sites: Sequence[Site]) -> list[Site]:
-    """The slice's heads. ParameterError when it has none: this step asks what heads read at the names."""
-    heads = [site for site in slice_sites if site.component != "mlp"]
-    if not heads:
-        raise ParameterError(
-            "the slice has no heads, and step 06 asks what its heads read at the names; name a slice that has some: "
-            "-p slice_sites 21.6,mlp 23"
-        )
-    return heads
+def subject(step: Step) -> Subject:
+    """The pairs that are patched."""
+    p, prompts = step.params, step.prompts()
+    alone = subsample(step.prompts(routes.one_name_rows(step.pairs())), p.name_pairs)
+    return Subject(subsample(prompts, p.name_pairs), subsample(prompts, p.pairs), alone)
 
 
-def groups(slice_sites: Sequence[Site], n_heads: int) -> list[tuple[Site, ...]]:
-    """GROUPS as sets of senders: everything before the slice's last head, and its kinds apart."""
-    layers = range(max(site.layer for site in sites_that_read(slice_sites)))
-    mlps = tuple(Site(layer, "mlp") for layer in layers)
-    heads = tuple(Site(layer, "head", head) for layer in layers for head in range(n_heads))
-    return [(EMBED, *heads, *mlps), (EMBED,), mlps, heads]
+def people_asked(step: Step) -> pd.DataFrame:
+    """The people of the one-name probes."""
+    return one_name.draw_people(data.load_people(step.people_file), step.params.probe_people, step.params.seed)
 
 
-def one_name_rows(pairs: pd.DataFrame, template: str = "profession_is") -> pd.DataFrame:
-    """The one-name pairs in a table of pairs: each name against the one in its place, one row for each two people."""
-    rows, taken = [], set()
-    for row in pairs.to_dict("records"):
-        for slot in "ab":
-            names = (row[f"clean_{slot}"], row[f"corrupt_{slot}"])
-            if names[0] == names[1] or frozenset(names) in taken:
-                continue
-            taken.add(frozenset(names))
-            own = {key: row[key] for key in ("quad_id", "half", "answer", "corrupt_answer")}
-            own |= {"pair_id": f"{row['pair_id']}{slot}", "task": "one_name", "template": template}
-            rows.append(own | {"clean_a": names[0], "corrupt_a": names[1]})
-    return pd.DataFrame(rows)
-
-
-def random_sets(
-    heads: Sequence[Site], excluded: Iterable[Site], n_heads: int, count: int, rng: np.random.Generator
-) -> list[tuple[Site, ...]]:
-    """`count` sets that match the heads: as many heads of the same layers, none of them in the set or `excluded`.
-
-    A layer without enough other heads gives those it has.
-    """
-    taken, sets = {*heads, *excluded}, []
-    for _ in range(count):
-        own: list[Site] = []
-        for layer in sorted({site.layer for site in heads}):
-            free = [Site(layer, "head", head) for head in range(n_heads)]
-            free = [site for site in free if site not in taken]
-            wanted = min(len(free), sum(site.layer == layer for site in heads))
-            own += [free[index] for index in rng.choice(len(free), wanted, replace=False)] if wanted else []
-        sets.append(tuple(own))
-    return list(dict.fromkeys(sets))
-
-
-def singles(heads: Sequence[Site], excluded: Iterable[Site], n_heads: int) -> list[tuple[Site, ...]]:
-    """Every other head of the heads' layers, alone: what a single head's path is compared with."""
-    taken = {*heads, *excluded}
-    layers = sorted({site.layer for site in heads})
-    every = (Site(layer, "head", head) for layer in layers for head in range(n_heads))
-    return [(site,) for site in every if site not in taken]
-
-
-def group_units(pairs: Sequence[Pair], slice_sites: Sequence[Site], n_heads: int) -> list[Unit]:
-    """GROUPS into the slice's heads at the names: keys and values together and apart, and together with MLPs frozen."""
-    sets, heads = groups(slice_sites, n_heads), sites_that_read(slice_sites)
-    how = [("recomputed", kind) for kind in READS] + [("frozen", "k and v")]
-    return [unit for mlps, kind in how for unit in paths(f"{kind} at names", pairs, heads, READS[kind], mlps, sets)]
-
-
-def edge_units(pairs: Sequence[Pair], senders: Sequence[Site], slice_sites: Sequence[Site], mlps: str) -> list[Unit]:
-    """The two-hop path edge by edge: names -> sites at the names -> slice heads -> later slice sites -> answer."""
-    heads, units = sites_that_read(slice_sites), []
-    senders = [site for site in senders if site != EMBED]
-    for site in senders:
-        units += paths(f"{site_name(*site)} at names", pairs, [site], INSIDE, mlps, [(EMBED,)])
-    for head in heads:
-        if earlier := [(site,) for site in senders if site.layer < head.layer]:
-            units += paths(site_name(*head), pairs, [head], NAMES, mlps, earlier)
-    for later in slice_sites:
-        same = {"head"} if later.component == "mlp" else set()
-        earlier = [s for s in slice_sites if s.layer < later.layer or (s.layer == later.layer and s.component in same)]
-        if earlier := [(site,) for site in earlier if site != later]:
-            units += paths(site_name(*later), pairs, [later], LAST, mlps, earlier)
-    return units + paths("answer", pairs, slice_sites[:0], ANSWER, "frozen", [(site,) for site in slice_sites])
-
-
-def ablation_sets(
-    candidates: Sequence[Site], slice_sites: Sequence[Site], role: str, n_heads: int, count: int, rng: Any
-) -> list[tuple[str, tuple[Site, ...]]]:
-    """The sets of senders whose path is ablated, with their kind: candidates together and alone, the slice's own heads
-    at `last`, and matched random heads, together and alone."""
-    own = sites_that_read(slice_sites)
-    last = max(site.layer for site in slice_sites)
-    inside = [site for site in own if role == "last" and site.layer < last]
-    sets = [("together", tuple(candidates))] if candidates else []
-    sets += [("candidate", (site,)) for site in candidates] + [("slice", (site,)) for site in inside]
-    sets += [("random", alone) for alone in singles([*candidates, *inside], slice_sites, n_heads)]
-    if candidates:
-        drawn = random_sets(candidates, slice_sites, n_heads, count, rng)
-        sets += [("random together", some) for some in drawn if some]
-    return sets
-
-
-def ablation_units(
-    role: str, sets: Sequence[tuple[str, tuple[Site, ...]]], pairs: Sequence[Pair], sites: Sequence[Site], mlps: str
-) -> list[Unit]:
-    """The paths of these sets from a role into the slice, resampled; counterfactual where no pair has another quad of
-    its half and token counts to take a resample from."""
-    route, into = (NAMES, sites_that_read(sites)) if role == "names" else (LAST, sites)
-    lent, senders = any(has_donors(pair, pairs) for pair in pairs), [own for _, own in sets]
-    kinds = ("resample",) if lent else ("counterfactual",)
-    return paths(f"slice at {role}", pairs, into, route, mlps, senders, ablations=kinds) if senders else []
-
-
-def probe_units(people: pd.DataFrame) -> list[Unit]:
+def probe_units(step: Step | Case, names: Sequence[str]) -> list[Unit]:
     """One unit for each one-name prompt."""
-    return [Unit(text, tuple(people["name"]), {"template": text, "form": form}) for form, text in PROBES]
+    return [Unit(text, tuple(names), {"template": text, "form": form}) for form, text in PROBES]
 
 
-def prober(step: Step, people: pd.DataFrame, superset_of: Mapping[str, str]) -> Callable[[Unit], pd.DataFrame]:
-    """What `Step.table` computes the units of `probe_units` with."""
-    from steps.retrieval_heads import one_name
+def prober(step: Step, names: Sequence[str]) -> Callable[[Unit], pd.DataFrame]:
+    """What asks a unit's people."""
+    people, superset_of = people_asked(step), superset_by_profession(step)
 
     def compute(unit: Unit) -> pd.DataFrame:
         template = tasks.find_template(unit.options["template"], "one_name", unit.options["form"])
@@ -192,18 +91,200 @@ def prober(step: Step, people: pd.DataFrame, superset_of: Mapping[str, str]) -> 
     return compute
 
 
-def reader(step: Step, table: pd.DataFrame, people: pd.DataFrame) -> Callable[[Unit], pd.DataFrame]:
-    """What `Step.table` computes the units of `retrieval.plan` with, those of "values" and of "attention"."""
-    from steps.retrieval_heads import one_name
-    from steps.retrieval_heads import values as retrieval
+def superset_by_profession(step: Step) -> dict[str, str]:
+    """The superset of each profession of the table of people."""
+    return one_name.superset_by_profession(data.load_people(step.people_file))
 
-    professions, superset_of = retrieval.professions_of(table, people), one_name.superset_by_profession(people)
+
+def patcher(step: Step, *chosen: Any) -> Callable[[Unit], pd.DataFrame]:
+    """What patches the paths of a unit."""
+    return step.sweeper(step.prompts(), routes.run)
+
+
+def sender_units(step: Step | Case, pairs: Subject) -> list[Unit]:
+    """All senders, singly, into the slice."""
+    sites, mlps = step.slice(), step.params.mlps
+    heads = sites_that_read(sites)
+    return [
+        *routes.paths("slice at names", pairs.at_names, heads, NAMES, mlps),
+        *routes.paths("slice at last", pairs.at_last, sites, LAST, mlps),
+        *routes.paths("slice in one-name prompts", pairs.one_name, heads, NAMES, mlps),
+    ]
+
+
+def group_units(step: Step | Case, pairs: Subject) -> list[Unit]:
+    """Whole kinds of senders into the slice's heads at the names."""
+    return routes.group_units(pairs.at_names, step.slice(), step.n_heads)
+
+
+def reading_units(label: str, step: Step | Case, pairs: Subject) -> list[Unit]:
+    """One work unit per half: what `values.value_vectors` centres on is the half as a whole."""
+    return [
+        Unit(f"{label}-{half}", tuple(pair for pair in pairs.at_last if pair.half == half))
+        for half in dict.fromkeys(pair.half for pair in pairs.at_last)
+    ]
+
+
+def value_reader(step: Step, pairs: Subject) -> Callable[[Unit], pd.DataFrame]:
+    """What reads a unit's value vectors."""
+    professions = values.professions_of(step.pairs(), data.load_people(step.people_file))
+    superset_of = superset_by_profession(step)
 
     def compute(unit: Unit) -> pd.DataFrame:
-        if unit.id.startswith("attention"):
-            return retrieval.attention_to_names(step.model, unit.pairs)
         template = tasks.find_template(unit.pairs[0].template, unit.pairs[0].task)
         labels = one_name.labels_of(step.model.tokenizer, template, superset_of, ("plural", "singular"))
-        return retrieval.value_vectors(step.model, unit.pairs, professions, labels)
+        return values.value_vectors(step.model, unit.pairs, professions, labels)
 
     return compute
+
+
+def attention_reader(step: Step, pairs: Subject) -> Callable[[Unit], pd.DataFrame]:
+    """What reads a unit's attention."""
+    return lambda unit: values.attention_to_names(step.model, unit.pairs)
+
+
+Sets = Mapping[str, Sequence[tuple[str, tuple[Site, ...]]]]  # by role: kind of set, senders
+
+
+def ablation_units(step: Step | Case, pairs: Subject, sets: Sets) -> list[Unit]:
+    """The paths of the sets, ablated."""
+    sites, mlps = step.slice(), step.params.mlps
+    each = (routes.ablation_units(role, some, pairs.at_names, sites, mlps) for role, some in sets.items())
+    return [unit for units in each for unit in units]
+
+
+def edge_units(step: Step | Case, senders: Sequence[Site]) -> list[Unit]:
+    """The two-hop path, edge by edge, on two thirds of the pairs at the names."""
+    pairs = subsample(step.prompts(), 2 * step.params.name_pairs // 3)
+    return routes.edge_units(pairs, senders, step.slice(), step.params.mlps)
+
+
+def probe_cost(case: Case, units: Sequence[Unit], *chosen: Any) -> Work:
+    """Each person asked in each form."""
+    return case.asked(len(PROBES) * case.params.probe_people, tasks.TEMPLATES["profession_is"], 256)
+
+
+def value_cost(case: Case, units: Sequence[Unit], *chosen: Any) -> Work:
+    """Both prompts of each pair, and what every head and MLP writes at three places."""
+    prompts, parts = 2 * sum(len(unit.pairs) for unit in units), case.n_layers * (case.n_heads + 1)
+    tokens = len(units[0].pairs[0].clean.ids)
+    read = costs.plain(case.shape, prompts, tokens, -(-prompts // 16))
+    return read + Work(table=VALUE * prompts * parts * 3, other={"values": prompts * parts * 3})
+
+
+def attention_cost(case: Case, units: Sequence[Unit], *chosen: Any) -> Work:
+    """Clean prompts, run plainly and with eager attention, and each head's shares."""
+    count, tokens = sum(len(unit.pairs) for unit in units), len(units[0].pairs[0].clean.ids)
+    shares = count * case.n_layers * case.n_heads * 4
+    read = costs.plain(case.shape, 2 * count, tokens, 2 * -(-count // 16)) + costs.vocabulary(case.shape, 2 * count)
+    return read + Work(table=6 * shares, other={"values": shares / 2})
+
+
+PATHS = {"schema": records.PATH_SCHEMA, "columns": COLUMNS}
+PROBES_TABLE = Table("probes", probe_units, prober, probe_cost, schema=one_name.PROBES)
+SENDERS = Table("retrieval_heads", sender_units, patcher, of_paths, **PATHS)
+GROUPS = Table("groups", group_units, patcher, of_paths, **PATHS)
+VALUES = Table("values", partial(reading_units, "values"), value_reader, value_cost, schema=values.VALUES)
+ATTENTION = Table(
+    "attention", partial(reading_units, "attention"), attention_reader, attention_cost, schema=values.ATTENTION
+)
+ABLATION = Table("ablation", ablation_units, patcher, of_paths, **PATHS)
+EDGES = Table("edges", edge_units, patcher, of_paths, **PATHS)
+
+
+def assumed(case: Case) -> Iterator[tuple[Any, ...]]:
+    """The tables in order: heads are candidates at even depths before the slice, MLPs of the first layers the hops."""
+    p, sites, single = case.params, case.slice(), tasks.TEMPLATES["profession_is"]
+    some = subsample(case.prompts(), p.name_pairs)
+    alone = [pair_of(single, int(pair.quad_id[1:]), 0, pair.half, [len(pair.clean.roles["name_a"])]) for pair in some]
+    pairs = Subject(some, subsample(case.prompts(), p.pairs), alone)
+    yield PROBES_TABLE, ()
+    for table in (SENDERS, GROUPS, VALUES, ATTENTION):
+        yield table, pairs
+    before = min(site.layer for site in sites_that_read(sites))
+    reading = [Site(before * (2 + number) // (p.candidates + 2), "head", 0) for number in range(p.candidates)]
+    heads = {"names": list(dict.fromkeys(reading)), "last": order_of(case, len(sites) + 2)[len(sites) :]}
+    yield ABLATION, pairs, ablation_sets(case, heads)
+    yield EDGES, [Site(layer, "mlp") for layer in range(min(HOPS, before))]
+
+
+def samples(model: Model, shape: Shape, place: Machine) -> Iterator[tuple[Work, Callable[[], Any]]]:
+    """Paths into heads at the names, and into heads and an MLP at the last token, to time a machine with."""
+    pairs, middle, last = few_pairs()[:4], shape.n_layers * 2 // 3, shape.n_layers - 1
+    sites = [Site(middle, "head", 0), Site(last, "head", 0), Site(last, "mlp")]
+    for route, into in ((NAMES, sites[:2]), (LAST, sites)):
+        (unit,) = routes.paths("x", pairs, into, route, "recomputed", [sites[:1]])
+        work = costs.path_unit(shape, unit.pairs, unit.options, place)
+        yield work, partial(routes.run, model, unit.pairs, memory=place.memory, **unit.options)
+
+
+STEP = Declaration(
+    "retrieval_heads",
+    RetrievalHeads,
+    assumed,
+    reads={"sufficiency": ("critical_slice",)},
+    files=("people_file",),
+    samples=samples,
+)
+
+
+# --- what is chosen ---
+
+
+def senders_table(records: pd.DataFrame, params: RetrievalHeads) -> pd.DataFrame:
+    """`effects.both_halves` over the senders of one route."""
+    table = effects.both_halves(records.assign(component=records["sender"]), params)
+    return table.assign(site=table["site"].replace("embed -1", "embedding"))
+
+
+def candidates(table: pd.DataFrame, slice_sites: Sequence[Site], params: RetrievalHeads) -> list[Site]:
+    """Heads outside the slice whose path into it is significant familywise on the discovery half, largest first."""
+    own = table[(table["half"] == table["half"].iloc[0]) & (table["component"] == "head") & (table["estimate"] > 0)]
+    own = own[own["p"] <= 1 - params.level].sort_values("estimate", ascending=False)
+    sites = [Site(*row) for row in own[SITE].itertuples(index=False)]
+    return [site for site in sites if site not in slice_sites][: params.candidates]
+
+
+def leading(table: pd.DataFrame, count: int) -> list[Site]:
+    """The senders of largest discovery effect, in the order of the layers."""
+    first = table[table["half"] == table["half"].iloc[0]].nlargest(count, "estimate")
+    return sorted(Site(*row) for row in first[SITE].itertuples(index=False))
+
+
+def ablation_sets(step: Step | Case, heads: Mapping[str, Sequence[Site]]) -> Sets:
+    """The sets of senders whose path is ablated, by role."""
+    count, sites = step.params.random_sets, step.slice()
+    return {
+        role: routes.ablation_sets(chosen, sites, role, step.n_heads, count, step.rng(role))
+        for role, chosen in heads.items()
+    }
+
+
+class Measured(NamedTuple):
+    """What step 06 has measured, and what was chosen from it."""
+
+    slice_sites: list[Site]
+    probes: pd.DataFrame
+    routes: dict[str, pd.DataFrame]  # effects of senders by half: "slice at names", "slice at last", ...
+    groups: pd.DataFrame
+    values: pd.DataFrame
+    attention: pd.DataFrame
+    heads: dict[str, list[Site]]  # candidates by role
+    sets: Sets
+    ablation: pd.DataFrame
+    senders: list[Site]  # the sites at the names that the two-hop path goes through
+    edges: pd.DataFrame
+
+
+def run(step: Step) -> Measured:
+    """Measure, or read what is there."""
+    p, sites, pairs = step.params, step.slice(), subject(step)
+    probes = step.table(PROBES_TABLE, people_asked(step)["name"].tolist())
+    records_of_paths = step.table(SENDERS, pairs).groupby("receivers", sort=False)
+    by_route = {name: senders_table(rows, p) for name, rows in records_of_paths}
+    measured = [step.table(table, pairs) for table in (GROUPS, VALUES, ATTENTION)]
+    heads = {role: candidates(by_route[f"slice at {role}"], sites, p) for role in ("names", "last")}
+    sets = ablation_sets(step, heads)
+    ablated = step.table(ABLATION, pairs, sets)
+    senders = leading(by_route["slice at names"], HOPS)
+    return Measured(sites, probes, by_route, *measured, heads, sets, ablated, senders, step.table(EDGES, senders))

@@ -159,8 +159,13 @@ def _probe(
     scored = np.array([can_follow(template, word) for word in (*SUPERSETS, *words)])
     scored[count:] &= [bool(own) for own in labels.tokens]
     prompts = [tasks.make_prompt(model.tokenizer, template, [name], chat_template).ids for name in people["name"]]
-    logits, total, top = _read(model, prompts, tokens)
-    logits = np.where(scored, logits, np.nan)
+
+    def read(logits: np.ndarray, _: slice) -> dict[str, np.ndarray]:
+        logits = logits.astype(np.float64)
+        return {"own": logits[:, list(tokens)], "total": logsumexp(logits, axis=1), "top": logits.argmax(1)}
+
+    answers = models.next_readings(model, prompts, read, CHUNK)
+    logits, total, top = np.where(scored, answers["own"], np.nan), answers["total"], answers["top"]
     own = {
         "superset": people["superset"].map(SUPERSETS.index).to_numpy(),
         "profession": count + people["profession"].map(words.index).to_numpy(),
@@ -189,17 +194,6 @@ def _probe(
         profession_logits=list(logits[:, count:]),
         logsumexp=total,
     )[list(PROBES.columns)]
-
-
-def _read(
-    model: Model, prompts: Sequence[Sequence[int]], tokens: Sequence[int]
-) -> tuple[Float[np.ndarray, "prompts tokens"], Float[np.ndarray, " prompts"], np.ndarray]:
-    """Next-token logits of the tokens, the log of the sum over the vocabulary, and the top token's id."""
-    parts = []
-    for at in range(0, len(prompts), CHUNK):
-        logits = models.next_logits(model, prompts[at : at + CHUNK]).astype(np.float64)
-        parts.append((logits[:, list(tokens)], logsumexp(logits, axis=1), logits.argmax(1)))
-    return tuple(np.concatenate(column) for column in zip(*parts, strict=True))
 
 
 def _is_top(scores: Float[np.ndarray, "rows labels"], own: np.ndarray) -> Float[np.ndarray, " rows"]:

@@ -19,13 +19,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from lib import hooks
-from lib.batches import grouped, token_ids
+from lib.batches import distinct_prompts, grouped, token_ids
 from lib.hooks import NOISE, Model
 from lib.readout import PostNorms, Readout, post_norms, readout
-from lib.single_pass import BaseRun, SweepError, base_run
+from lib.single_pass import BaseRun, SweepError, plain_runs
 from lib.tasks import SLOTS, SUPERSETS, Pair
 from lib.weights import ModelError
-from pipeline.units import Unit
 from steps.retrieval_heads.one_name import KINDS, Labels, centred, centred_within
 
 _share = pa.Column("float32", pa.Check.in_range(0, 1), nullable=True)
@@ -96,9 +95,8 @@ def attention_to_names(model: Model, pairs: Sequence[Pair], batch: int = 16) -> 
     are not those of the ordinary run within the dtype's noise.
     """
     frames = []
-    for group in grouped(pairs):
-        for at in range(0, len(group), batch):
-            frames += _attention(model, group[at : at + batch])
+    for group in grouped(pairs, batch):
+        frames += _attention(model, group)
     out = pd.concat(frames, ignore_index=True)
     order = {pair.pair_id: index for index, pair in enumerate(pairs)}
     return out.iloc[np.argsort(out["pair_id"].map(order).to_numpy(), kind="stable")].reset_index(drop=True)
@@ -166,14 +164,6 @@ def _pattern(model: Model, layer: int, output: Any, shape: Sequence[int]) -> Flo
 # --- 2. value vectors ---
 
 
-def plan(label: str, pairs: Sequence[Pair]) -> list[Unit]:
-    """One work unit per half: what `value_vectors` centres on is the half as a whole."""
-    return [
-        Unit(f"{label}-{half}", tuple(pair for pair in pairs if pair.half == half))
-        for half in dict.fromkeys(pair.half for pair in pairs)
-    ]
-
-
 def professions_of(table: pd.DataFrame, people: pd.DataFrame) -> dict[tuple[str, str], dict[str, str]]:
     """The profession at each name role of each prompt of a pairs table: {(pair_id, side): {"name_a": "poet", ...}}.
 
@@ -225,15 +215,12 @@ def value_vectors(
     maps = _label_maps(model, read, posts, labels)
     parts: dict[tuple[str, str], list] = {}  # by half and role
     for group in grouped(pairs):
-        prompts: dict[tuple[int, ...], Prompted] = {}
-        for pair in group:
-            prompts.setdefault(pair.clean.ids, (pair, "clean"))
-            prompts.setdefault(pair.corrupt.ids, (pair, "corrupt"))
+        prompts = distinct_prompts(group)
         roles = [*_names(group[0]), "last"]
         positions = [group[0].clean.roles[role][-1] for role in roles]
-        for at in range(0, len(prompts), batch):
-            ids, chunk = list(prompts)[at : at + batch], list(prompts.values())[at : at + batch]
-            said = _said(model, base_run(model, token_ids(model, ids), positions), read, posts, maps)
+        for places, run in plain_runs(model, list(prompts), positions, hooks.COMPONENTS, size=batch, cache=True):
+            chunk = [list(prompts.values())[place] for place in places]
+            said = _said(model, run, read, posts, maps)
             for index, role in enumerate(roles):
                 parts.setdefault((group[0].half, role), []).append((chunk, said[:, index]))
     sites = [(layer, "head", head) for layer in range(model.n_layers) for head in range(model.n_heads)]
