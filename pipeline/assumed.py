@@ -44,7 +44,7 @@ ASSUMED = (
     f"{KEPT:.0%} of the quads asked for are found, and {MOVED:.0%} of their pairs are solved in another template",
 )
 # Bytes of a record in Parquet (measured in the default book): with the labels' logits, without, a path's, others'.
-LABELLED, SHORT, NEURON = 245, 62, 51
+LABELLED, SHORT = 245, 62
 
 
 @dataclass(frozen=True)

@@ -216,20 +216,6 @@ def parts_of(shape: Shape) -> list[tuple[str, int]]:
     return [*(("head", head) for head in range(shape.n_heads)), ("mlp", -1)]
 
 
-def neuron_unit(shape: Shape, pairs: Sequence[Pair], layers: Sequence[int], machine: Machine) -> Work:
-    """A unit of `neurons.run`: every neuron of the layers in each pair, one direction."""
-    out = Work()
-    for pair in pairs:
-        tokens = len(pair.clean.ids)
-        limit = limit_of(shape, tokens, tokens - 1, machine.dtype, machine.memory)
-        passes = -(-shape.inner // limit)
-        for layer in layers:
-            grown = of_rows(shape, [0] * passes + [layer] * shape.inner, 1, tokens)
-            out += vocabulary(shape, 2 * passes) + Work(passes=passes, grown=grown, light=shape.inner)
-        out += plain(shape, 2, tokens) + Work(other={"jobs": 1})
-    return out
-
-
 def circuit_pass(shape: Shape, kept: Any, lent: int, tokens: int) -> Work:
     """`circuits.masked`: a row of the tree is run in a module only where the circuit keeps something of it.
 

@@ -20,7 +20,6 @@ from pipeline.assumed import (  # fmt: skip
     CIRCUITS,
     GROWN,
     MOVED,
-    NEURON,
     Case,
     order_of,
     pair_of,
@@ -117,63 +116,6 @@ def subspace(case: Case) -> Iterator[tuple[str, Work]]:
     yield "steering", case.swept(sweep_units("steering", steered, variants=doses, site_sets=best, direction="noise"))
 
 
-def neurons(case: Case) -> Iterator[tuple[str, Work]]:
-    """09: every neuron of the slice's layers; sets of them; features of autoencoders."""
-    p, shape, layers = case.params, case.shape, case.slice_layers
-    few, more = subsampled(case, p.pairs), subsampled(case, p.top_pairs)
-    each = total(costs.neuron_unit(shape, [pair], layers, case.machine) for pair in few).times(2)
-    yield (
-        "neurons",
-        each + costs.proofs(shape, few[0]) + Work(table=round(NEURON * each.light), other={"readings": len(layers)}),
-    )
-    bare = [replace(pair, labels=(), label_tokens=()) for pair in more]
-    site = lambda n: Site(layers[n % len(layers)], "neuron", n)  # noqa: E731
-    helping = p.top_neurons // 2
-    sizes = sorted({n for n in (1, 10, *p.budgets) if n < helping} | {helping})
-    sets = [[site(n)] for n in range(p.top_neurons)]
-    sets += [[site(n) for n in range(k)] for _ in range(2 + p.random_sets) for k in sizes]
-    sets += [[Site(layer, "mlp") for layer in layers]]
-    plan = sweep_units("noise", bare, direction="noise", ablations=["counterfactual", "mean"], site_sets=sets)
-    plan += sweep_units("denoise", bare, direction="denoise", site_sets=sets)
-    yield "top", case.swept(plan)
-    prompts, tokens = 2 * len(more), len(more[0].clean.ids)
-    areas = len(layers) * shape.inner * prompts
-    yield (
-        "classes",
-        plain(shape, prompts, tokens, -(-prompts // 16))
-        + Work(table=20 * 10 * len(layers) * shape.inner, other={"areas": areas}),
-    )
-    place = next((s for s in case.sites if s.component == "mlp"), case.sites[0]).layer + 1
-    held = case.half(1, more)
-    samples = 8.6 * p.sae_prompts  # tokens that are new, measured in the default book
-    steps = 0 if p.sae_file else p.sae_seeds * p.sae_epochs * samples / 256
-    read = plain(shape, p.sae_prompts, 12, p.sae_prompts // 24, place) + plain(
-        shape, 2 * len(held), tokens, len(held) // 12, place
-    )
-    yield (
-        "sae",
-        read
-        + Work(table=0 if p.sae_file else 8 * p.sae_seeds * p.sae_features * shape.hidden, other={"sae steps": steps}),
-    )
-    units = sweep_units("read", more, size=16)
-    width = 2 * p.sae_features + 2 * shape.inner + shape.hidden
-    read = total(plain(shape, 4 * len(unit.pairs), tokens, 4) for unit in units) + costs.vocabulary(shape, prompts)
-    yield "feature_reads", read + Work(table=4 * prompts * width)
-    best = [[Site(place - 1, "mlp")]]
-    chosen = range(4 * max(p.budgets))
-    ranking = subsampled(case, 2 * p.pairs, case.half(0, more))
-    yield (
-        "feature_ranks",
-        case.swept(sweep_units("rank", ranking, direction="denoise", variants=chosen, site_sets=best)),
-    )
-    names = range(3 + 7 * len(p.budgets))
-    plan = [
-        u for way in ("denoise", "noise") for u in sweep_units(way, held, direction=way, variants=names, site_sets=best)
-    ]
-    work = case.swept(plan)
-    yield "features", work + Work(other={"random features": 4 / 7 * work.rows})
-
-
 def story(case: Case) -> Iterator[tuple[str, Work]]:
     """10: the search for the circuit, attribution beside the exact sweep, and the circuits tested."""
     p, shape, rng = case.params, case.shape, np.random.default_rng(0)
@@ -229,6 +171,5 @@ def subsampled(case: Case, count: int | None, pairs: Sequence[Pair] | None = Non
 TABLES: dict[str, Callable[[Case], Iterator[tuple[str, Work]]]] = {
     "generality": generality,
     "subspace": subspace,
-    "neurons": neurons,
     "story": story,
 }

@@ -18,7 +18,7 @@ from steps.coarse_sweep import measure as coarse_sweep
 from steps.generality.measure import Generality
 from steps.hydra import measure as hydra
 from steps.necessity import measure as necessity
-from steps.neurons.measure import Neurons
+from steps.neurons import measure as neurons
 from steps.retrieval_heads import measure as retrieval_heads
 from steps.story.measure import Story
 from steps.subspace.measure import Subspace
@@ -48,14 +48,7 @@ PLAN = Plan(
         Declaration(
             "subspace", Subspace, planned.subspace, layered=True, tasks=SUPERSET_TASKS, reads=SLICE, files=PEOPLE
         ),
-        Declaration(
-            "neurons",
-            Neurons,
-            planned.neurons,
-            tasks=SUPERSET_TASKS,
-            reads=SLICE,
-            files=(*PEOPLE, "data/sentences.csv", "sae_file"),
-        ),
+        neurons.STEP,
         Declaration(
             "story",
             Story,

@@ -1,15 +1,18 @@
 """What an SAE's features do on the pairs: read, patched like any site, and what they promote.
 
 1. `reader` writes what every prompt of the pairs makes the site, its features and its neurons do, with the first-order
-   effect of patching each; `steps.neurons.features_page` picks from that.
-2. `patcher` replaces the site by base + the change that chosen features, neurons or directions make between the two
+   effect of patching each; `steps.neurons.picks` picks from that.
+2. `Patcher` replaces the site by base + the change that chosen features, neurons or directions make between the two
    runs of a pair (the error term stays that of the base run), beside random ones of equal norm.
 3. `promoter` gives the tokens that a feature's decoder row promotes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
 from zlib import crc32
 
 import numpy as np
@@ -27,6 +30,8 @@ from lib.tasks import Pair
 from pipeline.step import Step
 from pipeline.units import Unit
 from steps.neurons.features import Coder
+
+RANDOM = ("random features", "random directions")
 
 
 def reader(step: Step, coder: Coder, site: Site) -> Callable[[Unit], pd.DataFrame]:
@@ -78,73 +83,99 @@ def read(model: Model, site: Site, pairs: Sequence[Pair], side: str) -> dict[str
     return {name: value[:, -1].detach().float().cpu() for name, value in out.items()}
 
 
-def patcher(step: Step, coder: Coder, site: Site, directions: np.ndarray) -> Callable[[Unit], pd.DataFrame]:
-    """What `Step.table` computes tables of patches with (`records.VARIANT_SCHEMA`), the site patched at `last`.
+@dataclass(frozen=True)
+class Patcher:
+    """Computes tables of patches (`records.VARIANT_SCHEMA`), the site patched at `last`.
 
     Options of a unit: `direction`; `chosen`, lists of "features" and "neurons" from the best on; `budgets`, how many of
     them (and of the rows of `directions`, orthonormal) are patched together, beside `draws` random ones; no budgets:
     each one alone. Variants: "whole", "reconstruction" (all features), "error" (what they leave), "features 4", ...
     """
-    down = lambda x: step.model.down_projs[site.layer](x) - step.model.down_projs[site.layer](torch.zeros_like(x))  # noqa: E731, E501
-    seed, key = step.params.seed, (site.component, site.layer)
 
-    def compute(unit: Unit) -> pd.DataFrame:
-        options = unit.options
-        budgets, neurons = options.get("budgets"), options["chosen"].get("neurons")
+    step: Step
+    coder: Coder
+    site: Site
+    directions: Float[np.ndarray, "directions width"]
+
+    def __call__(self, unit: Unit) -> pd.DataFrame:
+        step, options = self.step, unit.options
+        needs = ("neuron",) if options["chosen"].get("neurons") else ()
+        names, variants = self.names(options), partial(self.variants, options)
+        how = {"direction": options["direction"], "role": "last", "needs": needs, "seed": step.params.seed}
+        where = {"memory": step.memory, "profile": step.params.profile}
+        return sweep.run_variants(step.model, unit.pairs, [(self.site,)], names, variants, **how, **where)
+
+    def names(self, options: Mapping[str, Any]) -> list[str]:
+        """The variants of a unit."""
+        chosen, budgets = options["chosen"], options.get("budgets")
         if budgets is None:
-            names = [f"{kind} {one}" for kind, own in options["chosen"].items() for one in own]
-        else:
-            kinds = ["features", "directions", *(["neurons"] if neurons else [])]
-            draws = [
-                f"{kind} {{}}.{n}" for kind in ("random features", "random directions") for n in range(options["draws"])
-            ]
-            names = ["whole", "reconstruction", "error"]
-            names += [name.format(k) for k in budgets for name in (*(f"{kind} {{}}" for kind in kinds), *draws)]
+            return [f"{kind} {one}" for kind, units in chosen.items() for one in units]
+        kinds = ["features", "directions", *(["neurons"] if chosen.get("neurons") else [])]
+        drawn = [f"{kind} {{}}.{n}" for kind in RANDOM for n in range(options["draws"])]
+        names = [name.format(k) for k in budgets for name in (*(f"{kind} {{}}" for kind in kinds), *drawn)]
+        return ["whole", "reconstruction", "error", *names]
 
-        def variants(pairs: Sequence[Pair], base: BaseRun, other: BaseRun) -> dict[str, dict]:
-            own, gap = base.activations[key], (other.activations[key] - base.activations[key]).float().cpu()
-            change = coder.encode(other.activations[key]) - coder.encode(base.activations[key])
-            hidden = other.activations["neuron", site.layer] - base.activations["neuron", site.layer] if neurons else 0
-            rest = change @ coder.decoder
+    def variants(
+        self, options: Mapping[str, Any], pairs: Sequence[Pair], base: BaseRun, other: BaseRun
+    ) -> dict[str, dict[tuple[str, int], Tensor]]:
+        """The site's activation under each variant."""
+        key = self.site.component, self.site.layer
+        was, gap = base.activations[key], (other.activations[key] - base.activations[key]).float().cpu()
+        change = self.coder.encode(other.activations[key]) - self.coder.encode(base.activations[key])
+        hidden = None
+        if options["chosen"].get("neurons"):
+            hidden = other.activations["neuron", self.site.layer] - base.activations["neuron", self.site.layer]
+        moves = Moves(self, options, pairs, gap, change, hidden)
+        return {name: {key: was + moves.of(name).to(was)} for name in self.names(options)}
 
-            def moved(name: str) -> Tensor:
-                kind, _, number = name.rpartition(" ")
-                if not kind:
-                    return {"whole": gap, "reconstruction": rest, "error": gap - rest}[name]
-                number, _, draw = number.partition(".")
-                k = int(number)
-                top = options["chosen"]["features"][:k]
-                if kind in ("features", "neurons"):
-                    some = [k] if budgets is None else options["chosen"][kind][:k]
-                    values = change if kind == "features" else hidden
-                    alone = torch.zeros_like(values)
-                    alone[..., some] = values[..., some]
-                    return alone @ coder.decoder if kind == "features" else down(alone).float().cpu()
-                if kind == "directions":
-                    basis = torch.tensor(directions[:k]).float()
-                    return gap @ basis.T @ basis
-                wanted = (change[..., top] @ coder.decoder[top]).norm(dim=-1, keepdim=True)
-                made = torch.stack([at_random(kind, k, f"{name}|{p.pair_id}", g, c, top) for p, g, c in zip(pairs, gap, change, strict=True)])  # fmt: skip # noqa: E501
-                return made * (wanted / made.norm(dim=-1, keepdim=True).clamp(min=1e-9))
+    def down(self, x: Tensor) -> Tensor:
+        """What neurons write, without the down projection's bias."""
+        project = self.step.model.down_projs[self.site.layer]
+        return project(x) - project(torch.zeros_like(x))
 
-            return {name: {key: own + moved(name).to(own)} for name in names}
 
-        def at_random(kind: str, k: int, purpose: str, gap: Tensor, change: Tensor, top: list[int]) -> Tensor:
-            """Random features among those that change in the pair, or the gap along random directions; (1, width)."""
-            rng = np.random.default_rng([seed, crc32(purpose.encode())])
-            if kind == "random directions":
-                basis = np.linalg.qr(rng.standard_normal((gap.shape[-1], k)))[0]
-                return gap @ torch.tensor(basis @ basis.T).float()
-            free = np.setdiff1d(np.flatnonzero(change.abs().sum(0).numpy()), top)
-            some = rng.permutation(free)[:k]
-            return change[:, some] @ coder.decoder[some]
+class Moves(NamedTuple):
+    """What each variant adds to the site in some pairs."""
 
-        return sweep.run_variants(
-            step.model, unit.pairs, [(site,)], names, variants, direction=options["direction"], role="last",
-            needs=("neuron",) if neurons else (), seed=seed, memory=step.memory, profile=step.params.profile,
-        )  # fmt: skip
+    patcher: Patcher
+    options: Mapping[str, Any]
+    pairs: Sequence[Pair]
+    gap: Float[Tensor, "pairs 1 width"]  # the other run's activation less the base run's
+    change: Float[Tensor, "pairs 1 features"]
+    hidden: Float[Tensor, "pairs 1 neurons"] | None
 
-    return compute
+    def of(self, name: str) -> Float[Tensor, "pairs 1 width"]:
+        decoder = self.patcher.coder.decoder
+        kind, _, number = name.rpartition(" ")
+        if not kind:
+            rest = self.change @ decoder
+            return {"whole": self.gap, "reconstruction": rest, "error": self.gap - rest}[name]
+        k = int(number.partition(".")[0])
+        if kind in ("features", "neurons"):
+            some = [k] if self.options.get("budgets") is None else self.options["chosen"][kind][:k]
+            values = self.change if kind == "features" else self.hidden
+            alone = torch.zeros_like(values)
+            alone[..., some] = values[..., some]
+            return alone @ decoder if kind == "features" else self.patcher.down(alone).float().cpu()
+        if kind == "directions":
+            basis = torch.tensor(self.patcher.directions[:k]).float()
+            return self.gap @ basis.T @ basis
+        top = self.options["chosen"]["features"][:k]
+        wanted = (self.change[..., top] @ decoder[top]).norm(dim=-1, keepdim=True)
+        made = torch.stack([self.at_random(kind, k, name, index, top) for index in range(len(self.pairs))])
+        return made * (wanted / made.norm(dim=-1, keepdim=True).clamp(min=1e-9))
+
+    def at_random(self, kind: str, k: int, name: str, index: int, top: list[int]) -> Float[Tensor, "1 width"]:
+        """Random features among those that change in the pair, or the gap along random directions."""
+        gap, change, decoder = self.gap[index], self.change[index], self.patcher.coder.decoder
+        purpose = f"{name}|{self.pairs[index].pair_id}"
+        rng = np.random.default_rng([self.patcher.step.params.seed, crc32(purpose.encode())])
+        if kind == "random directions":
+            basis = np.linalg.qr(rng.standard_normal((gap.shape[-1], k)))[0]
+            return gap @ torch.tensor(basis @ basis.T).float()
+        free = np.setdiff1d(np.flatnonzero(change.abs().sum(0).numpy()), top)
+        some = rng.permutation(free)[:k]
+        return change[:, some] @ decoder[some]
 
 
 def promoter(step: Step, coder: Coder, site: Site, count: int = 8) -> Callable[[Unit], pd.DataFrame]:

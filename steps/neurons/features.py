@@ -31,8 +31,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from lib import batches, data, hooks, tasks
-from lib.batches import token_ids
 from lib.hooks import Model, Site
+from lib.single_pass import plain_runs
 from pipeline.params import ROOT
 from pipeline.step import Step, StepError
 from pipeline.units import Unit
@@ -134,40 +134,31 @@ class Samples(NamedTuple):
     first_norm: float  # mean norm at the first tokens, which are left out
 
 
-class _Enough(Exception):
-    """Ends a forward pass whose rest is not needed."""
-
-
-@torch.no_grad()
 def harvest(model: Model, site: Site, prompts: Sequence[Sequence[int]], batch: int = 32) -> Samples:
     """The site at every token after the first, in fp32 on the CPU; a beginning that prompts share is read once.
 
     The first token is left out: attention rests on it, and its activation is of another size (`first_norm` says).
     """
-    by_length: dict[int, list[tuple[int, ...]]] = {}
-    for ids in dict.fromkeys(map(tuple, prompts)):
-        by_length.setdefault(len(ids), []).append(ids)
+    ids = sorted(dict.fromkeys(map(tuple, prompts)), key=len)
     seen: set[tuple[int, ...]] = set()
-    kept: list[Tensor] = []
-
-    def visit(activation: Tensor) -> None:
-        kept.append(activation.float().cpu())
-        raise _Enough
-
-    handles, values, last, first = [hooks.on_activation(model, site.layer, site.component, visit)], [], [], []
-    with hooks.removing(handles):
-        for length, own in sorted(by_length.items()):
-            for at in range(0, len(own), batch):
-                rows = own[at : at + batch]
-                starts = [[ids[: end + 1] for end in range(length)] for ids in rows]
-                new = torch.tensor([[end > 0 and s not in seen and not seen.add(s) for end, s in enumerate(r)] for r in starts])  # fmt: skip # noqa: E501
-                with contextlib.suppress(_Enough):
-                    model.body(input_ids=token_ids(model, rows), use_cache=False)
-                values.append(kept[-1][new])
-                first.append(kept[-1][:, 0].norm(dim=-1))
-                last.append((torch.arange(length) == length - 1).expand(new.shape)[new])
-                kept.clear()
+    values, last, first = [], [], []
+    positions, where = [range(len(one)) for one in ids], {"size": batch, "layers": [site.layer]}
+    for places, run in plain_runs(model, ids, positions, (site.component,), **where):
+        activation, rows = run.activations[site.component, site.layer].float().cpu(), [ids[place] for place in places]
+        new = torch.tensor([[is_new(one[: end + 1], seen) for end in range(len(one))] for one in rows])
+        values.append(activation[new])
+        first.append(activation[:, 0].norm(dim=-1))
+        length = len(rows[0])
+        last.append((torch.arange(length) == length - 1).expand(new.shape)[new])
     return Samples(torch.cat(values), torch.cat(last), float(torch.cat(first).mean()))
+
+
+def is_new(beginning: tuple[int, ...], seen: set[tuple[int, ...]]) -> bool:
+    """Whether a beginning of more than one token was not met before; it is then noted."""
+    if len(beginning) < 2 or beginning in seen:
+        return False
+    seen.add(beginning)
+    return True
 
 
 def sentences(step: Step) -> list[tuple[int, ...]]:
@@ -187,7 +178,8 @@ def sentences(step: Step) -> list[tuple[int, ...]]:
     ]
     chosen = [sides[index] for index in rng.permutation(len(sides))[:third]]
     out = [tasks.make_prompt(tokenizer, *side, step.params.chat_template).ids for side in chosen]
-    held = table.loc[table["half"] == "confirmation", [c for c in table if c.startswith(("clean_", "corrupt_")) and c[-2:] in ("_a", "_b", "_c")]]  # fmt: skip # noqa: E501
+    slots = [f"{side}_{slot}" for side in ("clean", "corrupt") for slot in tasks.SLOTS if f"{side}_{slot}" in table]
+    held = table.loc[table["half"] == "confirmation", slots]
     people = data.load_people(step.people_file)["name"]
     people = rng.permutation(people[~people.isin(held.to_numpy().ravel())])
     about = ["The profession of {a} is", *texts["person"]]
@@ -216,8 +208,9 @@ def train(samples: Float[Tensor, "samples width"], features: int, active: int, e
         coder.b_dec.data = samples.mean(0) * scale
         optimiser = torch.optim.Adam(coder.parameters(), lr=RATE)
         total = epochs * -(-len(samples) // BATCH)
-        rate = lambda step: min(1, (step + 1) / WARM_UP, 3 * (1 - step / total))  # noqa: E731
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, rate)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimiser, lambda step: min(1, (step + 1) / WARM_UP, 3 * (1 - step / total))
+        )
         for _ in range(epochs):
             for chosen in torch.randperm(len(samples)).split(BATCH):
                 coder.set_decoder_norm_to_unit_norm()

@@ -1,4 +1,4 @@
-"""From the tables of SAE features to numbers: quality, stability, what features mean, and what they do; no torch.
+"""Step 09 on its page, features: quality, stability, what features mean, and what they do; no torch.
 
 Features and neurons are picked on the discovery half by the same measure, and reported on the confirmation half.
 """
@@ -7,29 +7,31 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from scipy import stats as scipy_stats
 from scipy.optimize import linear_sum_assignment
 
 from lib import stats
 from lib.effects import columns, in_halves, quad_matrix
+from lib.tasks import SUPERSETS
+from pipeline.step import Step
 from report import plots
+from report.circuit_plots import class_matrices
 from report.words import interval
-from steps.neurons.measure import Neurons
+from steps.neurons.measure import Measured, Neurons
+from steps.neurons.picks import aucs, best_features, selective, stacked
 
 KINDS = ("features", "neurons", "directions", "random features", "random directions")
 MATCHED = 0.7  # cosine from which two decoder rows count as one feature (Paulo and Belrose 2025, arXiv 2501.16615)
-
-
-def stacked(rows: pd.DataFrame, column: str) -> np.ndarray:
-    """A column of lists as a matrix."""
-    return np.stack(list(rows[column])).astype(np.float32)
-
-
-# --- the autoencoders ---
+CAPTIONS = {
+    "feature-budgets": "What SAE features, neurons and class directions recover and damage when the most effective of "
+    "them are patched together, as a share of patching the whole site, beside random features and directions of the "
+    "same norm as the features' change; confirmation half, 95% studentised bootstrap intervals over quads. Dashed: all "
+    "features.",
+}
 
 
 def quality_table(sae: pd.DataFrame) -> pd.DataFrame:
@@ -69,20 +71,6 @@ def matched(cosines: np.ndarray, chosen: np.ndarray) -> dict[str, float]:
     return {"cosine": cosines[chosen].max(1).mean(), "matched": pairs.sum() / len(chosen), "count": len(chosen)}
 
 
-# --- what features mean ---
-
-
-def aucs(rows: pd.DataFrame, column: str) -> pd.DataFrame:
-    """Area under the curve of each feature or neuron for each superset against the rest, over the prompts of a half."""
-    values, labels = stacked(rows, column), rows["superset"].to_numpy()
-    ranks, out = scipy_stats.rankdata(values, axis=0), {}
-    for superset in sorted(set(labels)):
-        own = labels == superset
-        if 0 < own.sum() < len(own):
-            out[superset] = (ranks[own].sum(0) - own.sum() * (own.sum() + 1) / 2) / (own.sum() * (~own).sum())
-    return pd.DataFrame(out)
-
-
 def auc_interval(rows: pd.DataFrame, values: np.ndarray, superset: str, params: Neurons) -> stats.Interval:
     """An AUC with its interval over quads, from each prompt's part in it (DeLong et al. 1988, summed over quads)."""
     own = (rows["superset"] == superset).to_numpy()
@@ -91,50 +79,6 @@ def auc_interval(rows: pd.DataFrame, values: np.ndarray, superset: str, params: 
     parts[own], parts[~own] = (above.mean(1) - area) / own.sum(), (above.mean(0) - area) / (~own).sum()
     sums = pd.Series(parts).groupby(rows["quad_id"].to_numpy()).sum().to_numpy()
     return stats.mean_interval(area + len(sums) * sums, params)
-
-
-def selective(rows: pd.DataFrame, column: str, params: Neurons) -> pd.DataFrame:
-    """Features or neurons with an AUC of at least `sae_selective` for a superset on discovery: unit, superset, AUC in
-    both halves, from the best on."""
-    halves = [aucs(part, column) for _, part in in_halves(rows)]
-    if halves[0].empty or halves[-1].empty:
-        return pd.DataFrame(columns=["unit", "superset", "discovery", "confirmation"])
-    best, classes = halves[0].max(axis=1), halves[0].idxmax(axis=1)
-    units = best[best >= params.sae_selective].sort_values(ascending=False, kind="stable").index
-    later = [halves[-1].get(classes[unit], pd.Series(np.nan, halves[-1].index))[unit] for unit in units]
-    frame = {"unit": units, "superset": classes[units].to_numpy(), "discovery": best[units].to_numpy()}
-    return pd.DataFrame(frame | {"confirmation": later})
-
-
-# --- what features do ---
-
-
-def shortlist(rows: pd.DataFrame, params: Neurons) -> dict[str, list[int]]:
-    """Features and neurons of largest attributed effect (clean into corrupt, mean over quads, discovery half), twice as
-    many as the largest budget, from the best on."""
-    own = in_halves(rows)[0][1].query("side == 'corrupt'")
-    out = {}
-    for kind, column in (("features", "feature_attribution"), ("neurons", "neuron_attribution")):
-        if column in own:
-            mean = pd.DataFrame(stacked(own, column)).groupby(own["quad_id"].to_numpy()).mean().mean()
-            out[kind] = [int(unit) for unit in mean.nlargest(2 * max(params.budgets)).index]
-    return out
-
-
-def ranked(records: pd.DataFrame, listed: dict[str, list[int]]) -> dict[str, list[int]]:
-    """The shortlist in order of what each one recovers when it is patched alone; ties in the shortlist's order."""
-    matrix = quad_matrix(records, "effect", ["variant"])
-    mean = pd.Series(matrix.values.mean(0), matrix.sites["variant"])
-    return {kind: sorted(own, key=lambda unit: -mean[f"{kind} {unit}"]) for kind, own in listed.items()}
-
-
-def class_directions(rows: pd.DataFrame) -> np.ndarray:
-    """Orthonormal directions that the class means of the site's activations vary in on the discovery half, from the
-    largest on; one fewer than there are supersets. Empty where there is a single class."""
-    own = in_halves(rows)[0][1]
-    means = pd.DataFrame(stacked(own, "activation").astype(float)).groupby(own["superset"].to_numpy()).mean().to_numpy()
-    _, sizes, directions = np.linalg.svd(means - means.mean(0), full_matrices=False)
-    return directions[: len(means) - 1][sizes[: len(means) - 1] > 1e-9]
 
 
 def parsed(records: pd.DataFrame) -> pd.DataFrame:
@@ -179,14 +123,14 @@ def map_table(rows: pd.DataFrame, params: Neurons, pairs: pd.DataFrame) -> pd.Da
     """For every superset, the feature of largest AUC on discovery: its AUC with interval on confirmation, the share of
     the superset's and of other prompts on which it fires, and the names on which it fires most."""
     (_, first), (_, own) = in_halves(rows)[0], in_halves(rows)[-1]
-    picked, values = aucs(first, "features"), stacked(own, "features")
+    areas, values = aucs(first, "features"), stacked(own, "features")
     names = own[["pair_id", "side"]].merge(pairs, on="pair_id", how="left")
     slots = [[row[f"{row['side']}_{slot}"] for slot in "ab"] for _, row in names.iterrows()]
     out = []
-    for superset in picked:
-        feature, mine = int(picked[superset].idxmax()), (own["superset"] == superset).to_numpy()
+    for superset, feature in best_features(rows).items():
+        mine = (own["superset"] == superset).to_numpy()
         column = values[:, feature]
-        row = {"superset": superset, "feature": feature, "discovery": picked[superset].max(), "n": int(mine.sum())}
+        row = {"superset": superset, "feature": feature, "discovery": areas[superset].max(), "n": int(mine.sum())}
         row |= {"estimate": np.nan, "low": np.nan, "high": np.nan, "fires": np.nan, "fires elsewhere": np.nan}
         if 0 < mine.sum() < len(mine):
             span = columns([auc_interval(own, column, superset, params)])
@@ -206,14 +150,9 @@ def cards(found: pd.DataFrame, promoted: pd.DataFrame, candidates: Sequence[str]
     return shown.drop(columns=["estimate", "low", "high", "n"]).merge(own.drop_duplicates("feature"), on="feature")
 
 
-# --- figures ---
-
-
-def map_figure(rows: pd.DataFrame, units: Sequence[int]) -> Figure:
-    """AUC of the features for every superset, both halves."""
-    from report.circuit_plots import class_matrices
-
-    tables = {half: aucs(part, "features").loc[list(units)] for half, part in in_halves(rows)}
+def map_figure(m: Measured) -> Figure:
+    """AUC of the shown features for every superset, both halves."""
+    tables = {half: aucs(part, "features").loc[list(m.shown)] for half, part in in_halves(m.reads)}
     return class_matrices(tables, "area under the curve", "superset", "feature")
 
 
@@ -242,9 +181,6 @@ def budget_curves(table: pd.DataFrame) -> Figure:
 def part_of(table: pd.DataFrame, quantity: str, kind: str, k: int = 0) -> pd.Series:
     """One row of `budget_table`."""
     return table[(table["quantity"] == quantity) & (table["kind"] == kind) & (table["k"] == k)].iloc[0]
-
-
-# --- what is said ---
 
 
 def sae_sentences(sae: pd.DataFrame, stable: pd.DataFrame, params: Neurons) -> list[str]:
@@ -335,32 +271,39 @@ def shown(row: pd.Series) -> str:
     return "not defined" if bare else interval(row["estimate"], row["low"], row["high"])
 
 
-CAPTIONS = {
-    "feature-budgets": "What SAE features, neurons and class directions recover and damage when the most effective of "
-    "them are patched together, as a share of patching the whole site, beside random features and directions of the "
-    "same norm as the features' change; confirmation half, 95% studentised bootstrap intervals over quads. Dashed: all "
-    "features.",
-}
+def stable_over_seeds(step: Step, m: Measured) -> pd.DataFrame:
+    """`stability` with the class-selective features apart."""
+    units = selective(m.reads, "features", step.params)["unit"]
+    return stability(m.saes, units, step.rng("shuffled features"))
 
 
-def part(
-    sae: pd.DataFrame, stable: pd.DataFrame, rows: pd.DataFrame, found: pd.DataFrame, records: pd.DataFrame,
-    params: Neurons,
-) -> dict:  # fmt: skip
+def cards_table(step: Step, m: Measured) -> pd.DataFrame:
+    """What the best features mean."""
+    return cards(map_table(m.reads, step.params, step.pairs()), m.promoted, SUPERSETS)
+
+
+def budgets_figure(step: Step, m: Measured) -> Figure:
+    """What features, neurons and directions do at each budget."""
+    return budget_curves(budget_table(m.features, step.params))
+
+
+def part(step: Step, m: Measured) -> dict[str, Any]:
     """What the page says of features, its figure, and the numbers handed on under `features`."""
-    table, gaps = budget_table(records, params), compared(records, params)
+    params, stable = step.params, stable_over_seeds(step, m)
+    found = map_table(m.reads, params, step.pairs())
+    table, gaps = budget_table(m.features, params), compared(m.features, params)
     effects = effect_sentences(table, gaps, params)
     about = ["seed", "site", "sha256", "features", "active", "samples", "explained", "explained_last", "l0", "dead"]
-    numbers = {"saes": sae[about].to_dict("records"), "stability": stable.to_dict("records")}
-    numbers |= {
-        "map": found.to_dict("records"),
-        "budgets": table.to_dict("records"),
-        "compared": gaps.to_dict("records"),
-    }
     return {
-        "sentences": [*sae_sentences(sae, stable, params), *map_sentences(rows, found, params), *effects],
+        "sentences": [*sae_sentences(m.saes, stable, params), *map_sentences(m.reads, found, params), *effects],
         "headline": effects[-1:],
         "figures": {"feature-budgets": budget_curves(table)},
         "captions": CAPTIONS,
-        "features": numbers,
+        "features": {
+            "saes": m.saes[about].to_dict("records"),
+            "stability": stable.to_dict("records"),
+            "map": found.to_dict("records"),
+            "budgets": table.to_dict("records"),
+            "compared": gaps.to_dict("records"),
+        },
     }

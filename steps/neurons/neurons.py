@@ -10,10 +10,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cache
-from types import SimpleNamespace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -24,22 +22,16 @@ from jaxtyping import Float
 from scipy import stats
 from torch import Tensor
 
-from lib import records, sweep
-from lib.batches import token_ids
+from lib.batches import both_runs, distinct_prompts
 from lib.data import HALVES
-from lib.hooks import Model, Site, materialised
+from lib.hooks import Model, Site
 from lib.metrics import margins
 from lib.readout import FixedNorm, Readout, post_norms, readout
-from lib.single_pass import BaseRun, Row, base_run, grow, prove_base_rows, prove_rows, row_limit
+from lib.single_pass import BaseRun, Grown, Row, grow, joined, plain_runs, prove_base_rows, prove_rows, row_limit
 from lib.tasks import Pair
-from pipeline.step import Step
-from pipeline.units import Unit, sweep_units
 
 TOKENS = 10  # tokens at either end of a neuron's list
 NEEDS = ("neuron", "mlp", "resid")
-WORDS = ["profile", "task", "template", "pair_id", "quad_id", "half", "direction", "ablation", "position", "site_set"]
-LOGITS = [f"{value}_{when}" for value in ("logit_diff", "metric") for when in ("before", "after", "clean", "corrupt")]
-COLUMNS = ["layer", "component", "head", *WORDS, *LOGITS]  # what is read of the table of site sets
 
 _number = pa_schema.Column("float32", pa_schema.Check(np.isfinite, name="finite"))
 _text = pa_schema.Column(str)
@@ -112,52 +104,6 @@ def reading_of(model: Model, layers: Sequence[int]) -> Reading:
     return Reading(out, outputs)
 
 
-def reader(step: Step, layers: Sequence[int]) -> Callable[[], Reading]:
-    """The reading of the step's model, made when it is first asked for."""
-    return cache(lambda: reading_of(step.model, layers))
-
-
-def swept(step: Step, pairs: Sequence[Pair], layers: Sequence[int], reading: Callable[[], Reading]) -> pd.DataFrame:
-    """The step's table of neurons: every one of the layers in every pair, both directions, a pair per work unit."""
-    plan = [
-        unit
-        for direction in sweep.DIRECTIONS
-        for unit in sweep_units(direction, pairs, size=1, direction=direction, layers=list(layers))
-    ]
-    columns = [name for name in SCHEMA.columns if name != "logits_after"]
-    return step.table("neurons", plan, sweeper(step, reading), schema=SCHEMA, columns=columns)
-
-
-def replaced(step: Step, pairs: Sequence[Pair], sets: Sequence[Sequence[Site]]) -> pd.DataFrame:
-    """The step's table of site sets, each replaced in every pair: corrupt value, mean, and clean value (denoise)."""
-    pairs = [replace(pair, labels=(), label_tokens=()) for pair in pairs]  # other words' logits are not read here
-    how = {"role": "last", "site_sets": [list(sites) for sites in sets]}
-    plan = sweep_units("noise", pairs, direction="noise", ablations=["counterfactual", "mean"], **how)
-    plan += sweep_units("denoise", pairs, direction="denoise", **how)
-    return step.table("top", plan, step.sweeper(pairs), schema=records.SET_SCHEMA, columns=COLUMNS)
-
-
-def sweeper(step: Step, reading: Callable[[], Reading]) -> Callable[[Unit], pd.DataFrame]:
-    """What `Step.table` computes units of every neuron with; the first of a sitting makes the step's proofs as well."""
-    proofs: list[str] = []
-
-    def compute(unit: Unit) -> pd.DataFrame:
-        own = [] if proofs else sweep.prove(step.model, unit.pairs[0])
-        proofs.extend(own)
-        frame = run(step.model, unit.pairs, reading=reading(), memory=step.memory, **unit.options)
-        frame.attrs = {"log": own, "facts": {"candidates": list(unit.pairs[0].candidates)}}
-        return frame
-
-    return compute
-
-
-def candidate_logits(model: Model, hidden: Float[Tensor, "rows hidden"], tokens: Sequence[int]) -> np.ndarray:
-    """fp32 logits of some tokens alone, (rows, tokens)."""
-    weight, bias = materialised(model.unembed), getattr(model.unembed, "bias", None)
-    own = SimpleNamespace(weight=weight[list(tokens)], bias=None if bias is None else bias[list(tokens)])
-    return replace(model, unembed=own).logits(hidden).cpu().numpy()
-
-
 def run(
     model: Model, pairs: Sequence[Pair], *, direction: str, layers: Sequence[int], reading: Reading, memory: float = 2.0
 ) -> pd.DataFrame:
@@ -173,46 +119,49 @@ def of_pair(
     model: Model, pair: Pair, direction: str, layers: Sequence[int], reading: Reading, memory: float
 ) -> pd.DataFrame:
     """`run` for one pair."""
-    ids = token_ids(model, [pair.clean.ids, pair.corrupt.ids])
-    plain = base_run(model, ids, pair.clean.roles["last"], NEEDS)
-    clean, corrupt = plain.part(0, 1), plain.part(1, 2)
-    noise = direction == "noise"
-    base, other, tokens = (clean, corrupt, pair.clean_tokens) if noise else (corrupt, clean, pair.corrupt_tokens)
-    limit, columns = row_limit(model, base, memory), []
-
-    def numbers(hidden: Tensor, tokens: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Candidate logits, logit_diff and margin."""
-        logits = candidate_logits(model, hidden, tokens)
-        return logits, logits[:, pair.answer] - logits[:, pair.corrupt_answer], margins(logits, pair.answer)[0]
-
-    wanted = materialised(model.unembed)[[tokens[pair.answer], tokens[pair.corrupt_answer]]].cpu().float()
+    clean, corrupt = both_runs(model, [pair], pair.clean.roles["last"], NEEDS)
+    base, other, tokens = (
+        (clean, corrupt, pair.clean_tokens) if direction == "noise" else (corrupt, clean, pair.corrupt_tokens)
+    )
+    answers = model.unembedding([tokens[pair.answer], tokens[pair.corrupt_answer]])[0].cpu().float()
+    limit, parts = row_limit(model, base, memory), []
     for layer in layers:
-        rows = [Row((Site(layer, "neuron", number),), 0, 0) for number in range(model.n_neurons)]
         was, source = (run.activations["neuron", layer][0, -1].cpu().float() for run in (base, other))
         change, output = source - was, reading.outputs[layer]
-        direct = change * (output.spoken @ (wanted[0] - wanted[1])) * reading.rate(base, layer).float()
+        direct = change * (output.spoken @ (answers[0] - answers[1])) * reading.rate(base, layer).float()
         of_layer = {"activation": was, "change": change, "direct": direct, "written": change.abs() * output.size}
+        rows = [Row((Site(layer, "neuron", number),), 0, 0) for number in range(model.n_neurons)]
         for at in range(0, len(rows), limit):
             part = slice(at, at + limit)
-            grown = grow(model, base, rows[part], other.activations)
-            where = f"pair {pair.pair_id}, {direction} at last, layer {layer} neuron"
-            prove_rows(model, grown, lambda index, where=where, at=at: f"{where} {at + index}")
-            prove_base_rows(model, base, grown, lambda _: f"pair {pair.pair_id}")
-            before, after = numbers(grown.base, tokens), numbers(grown.hidden, tokens)
-            count = len(after[0])
-            columns.append(
-                {"layer": np.full(count, layer), "head": np.arange(at, at + count)}
-                | {"logit_diff_before": np.repeat(before[1], count), "logit_diff_after": after[1]}
-                | {"metric_before": np.repeat(before[2], count), "metric_after": after[2]}
-                | {name: values[part].numpy() for name, values in of_layer.items()}
-                | {"logits_after": after[0], "site_delta": grown.site_delta.numpy(), "fired": grown.fired.numpy()}
-            )
-    joined = {key: np.concatenate([part[key] for part in columns]) for key in columns[0]}
+            scores = scored(model, pair, tokens, base, grow(model, base, rows[part], other.activations), rows[part])
+            where = {"layer": np.full(len(rows[part]), layer), "head": np.arange(at, at + len(rows[part]))}
+            parts.append(where | scores | {name: values[part].numpy() for name, values in of_layer.items()})
+    columns = {key: list(values) if values.ndim == 2 else values for key, values in joined(parts).items()}
     about = {key: getattr(pair, key) for key in ("pair_id", "quad_id", "half")} | {"direction": direction}
-    for side, own, words in (("clean", clean, pair.clean_tokens), ("corrupt", corrupt, pair.corrupt_tokens)):
-        about[f"logit_diff_{side}"] = numbers(own.hidden, words)[1][0]
-    frame = pd.DataFrame({key: list(values) if values.ndim == 2 else values for key, values in joined.items()})
-    return frame.assign(**about)
+    for side, run_of_side, words in (("clean", clean, pair.clean_tokens), ("corrupt", corrupt, pair.corrupt_tokens)):
+        about[f"logit_diff_{side}"] = numbers(model, pair, run_of_side.hidden, words)[1][0]
+    return pd.DataFrame(columns).assign(**about)
+
+
+def numbers(
+    model: Model, pair: Pair, hidden: Float[Tensor, "rows hidden"], tokens: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Candidate logits (rows, candidates), logit_diff and margin of final states."""
+    logits = model.logits(hidden, list(tokens)).cpu().numpy()
+    return logits, logits[:, pair.answer] - logits[:, pair.corrupt_answer], margins(logits, pair.answer)[0]
+
+
+def scored(
+    model: Model, pair: Pair, tokens: Sequence[int], base: BaseRun, grown: Grown, rows: Sequence[Row]
+) -> dict[str, np.ndarray]:
+    """Prove a pass and score its rows."""
+    prove_rows(model, grown, lambda index: f"pair {pair.pair_id} at last, {rows[index].sites[0]}")
+    prove_base_rows(model, base, grown, lambda _: f"pair {pair.pair_id}")
+    before, after = numbers(model, pair, grown.base, tokens), numbers(model, pair, grown.hidden, tokens)
+    out = {"logits_after": after[0], "site_delta": grown.site_delta.numpy(), "fired": grown.fired.numpy()}
+    for name, was, becomes in (("logit_diff", before[1], after[1]), ("metric", before[2], after[2])):
+        out |= {f"{name}_before": np.repeat(was, len(becomes)), f"{name}_after": becomes}
+    return out
 
 
 # --- activations, classes and words -------------------------------------------------------------------------------
@@ -228,24 +177,20 @@ class Harvest(NamedTuple):
 
 def harvest(model: Model, pairs: Sequence[Pair], layers: Sequence[int], reading: Reading, size: int = 16) -> Harvest:
     """Run every distinct prompt of the pairs plainly, `size` of one length at a time."""
-    prompts: dict[tuple[int, ...], dict] = {}
-    for pair in pairs:
-        for side, answer in (("clean", pair.answer), ("corrupt", pair.corrupt_answer)):
-            about = {"pair_id": pair.pair_id, "side": side, "superset": pair.candidates[answer]}
-            prompts.setdefault(getattr(pair, side).ids, about | {"quad_id": pair.quad_id, "half": pair.half})
+    prompts = distinct_prompts(pairs)
     ids = sorted(prompts, key=len)
-    chunks = [[i for i in ids if len(i) == n] for n in dict.fromkeys(map(len, ids))]
-    runs = [
-        base_run(model, token_ids(model, chunk[at : at + size]), [-1], NEEDS)
-        for chunk in chunks
-        for at in range(0, len(chunk), size)
-    ]
+    runs = [run for _, run in plain_runs(model, ids, [-1], NEEDS, size=size, cache=True)]
     kept = {
         layer: torch.cat([run.activations["neuron", layer][:, -1] for run in runs]).cpu().float().numpy()
         for layer in layers
     }
     rates = {layer: float(torch.cat([reading.rate(run, layer) for run in runs]).mean()) for layer in layers}
-    return Harvest(pd.DataFrame([prompts[i] for i in ids]), kept, rates)
+    rows = []
+    for pair, side in (prompts[one] for one in ids):
+        superset = pair.candidates[pair.answer if side == "clean" else pair.corrupt_answer]
+        about = {"pair_id": pair.pair_id, "side": side, "superset": superset}
+        rows.append(about | {"quad_id": pair.quad_id, "half": pair.half})
+    return Harvest(pd.DataFrame(rows), kept, rates)
 
 
 def of_classes(
@@ -256,7 +201,7 @@ def of_classes(
     The values of one quad and superset are averaged first: two prompts of the same people are not two observations.
     Halves in which a superset, or every other, is missing have no rows of it.
     """
-    unembed = materialised(model.unembed).cpu().float()
+    unembed = model.unembedding()[0].cpu().float()
     writes = unembed[list(tokens.values())] - unembed.mean(0)
     frames, rng = [], np.random.default_rng(seed)
     keys = found.prompts[["half", "quad_id", "superset"]]
@@ -277,19 +222,24 @@ def of_classes(
                 n, others = int(inside.sum()), int((~inside).sum())
                 if not n or not others:
                     continue
-                area = lambda which: (ranks[which].sum(0) - n * (n + 1) / 2) / (n * others)  # noqa: E731, B023
                 frames.append(
                     pd.DataFrame({"layer": layer, "head": np.arange(own.shape[1]), "half": half, "superset": superset})
-                    .assign(n=n, n_others=others, auc=area(inside), auc_swapped=area(swapped))
+                    .assign(n=n, n_others=others, auc=area(ranks, inside), auc_swapped=area(ranks, swapped))
                     .assign(mean=own[inside].mean(0), mean_others=own[~inside].mean(0))
                     .assign(weight=weights[:, column])
                 )
     return pd.concat(frames, ignore_index=True)
 
 
+def area(ranks: Float[np.ndarray, "units neurons"], inside: np.ndarray) -> Float[np.ndarray, " neurons"]:
+    """Area under the ROC curve of the units inside against the others, from their ranks."""
+    n, others = int(inside.sum()), int((~inside).sum())
+    return (ranks[inside].sum(0) - n * (n + 1) / 2) / (n * others)
+
+
 def of_tokens(model: Model, found: Harvest, reading: Reading, neurons: Sequence[tuple[int, int]]) -> pd.DataFrame:
     """The tokens on which each (layer, number) writes most and least, `rank` 0 leading; `weight` as in CLASS_SCHEMA."""
-    weight, parts = materialised(model.unembed).cpu().float(), []
+    weight, parts = model.unembedding()[0].cpu().float(), []
     for layer, number in neurons:
         logits = weight @ reading.outputs[layer].spoken[number] * found.rates[layer]
         logits = logits - logits.mean()
@@ -308,26 +258,3 @@ def of_prompts(found: Harvest, neurons: Sequence[tuple[int, int]]) -> pd.DataFra
         for layer, number in neurons
     ]
     return pd.concat(parts, ignore_index=True)
-
-
-def plainly(
-    step: Step,
-    pairs: Sequence[Pair],
-    layers: Sequence[int],
-    neurons: Sequence[tuple[int, int]],
-    reading: Callable[[], Reading],
-) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
-    """The step's tables from plain runs: every neuron and superset; the given ones' activations; and their tokens."""
-    found = cache(lambda: harvest(step.model, pairs, layers, reading()))
-    tokens = dict(zip(pairs[0].candidates, pairs[0].clean_tokens, strict=True))
-
-    def table(name: str, make: Callable[[], pd.DataFrame], schema: pa_schema.DataFrameSchema | None) -> pd.DataFrame:
-        asked = {"layers": list(layers), "neurons": [list(neuron) for neuron in neurons] if schema is None else []}
-        return step.table(name, [Unit(name, tuple(pairs), asked)], lambda _: make(), schema=schema)
-
-    of_class = lambda: of_classes(step.model, found(), layers, reading(), tokens, step.params.seed)  # noqa: E731
-    return (
-        table("classes", of_class, CLASS_SCHEMA),
-        table("activations", lambda: of_prompts(found(), neurons), None),
-        table("tokens_written", lambda: of_tokens(step.model, found(), reading(), neurons), None),
-    )

@@ -1,15 +1,14 @@
-"""What single neurons come to: from the tables of `steps.neurons.neurons` to numbers, figures and sentences.
+"""Step 09 on its page, single neurons: from the tables to numbers, figures and sentences.
 
-1. `top` ranks neurons on the discovery half; `roster` lists what is then replaced in more pairs: each of them alone,
-   growing sets, random neurons of the same layers that write as much, and the whole MLPs.
-2. `singles` and `shares` report both on the confirmation half; `selective` says whom the activations tell apart.
-`steps.neurons.neuron_statements` puts the numbers into sentences.
+1. `singles` and `shares` report the leading neurons, alone and together, on the confirmation half.
+2. `selective` says whom the activations tell apart; `card_table` what single neurons write, and for whom.
+3. `part` puts the numbers into sentences.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,78 +16,26 @@ from matplotlib import style
 from scipy import stats as tests
 
 from lib import effects, stats
-from lib.effects import in_halves
-from lib.hooks import Site
+from lib.effects import in_halves, reported
+from pipeline.step import Step
 from report import plots
 from report.plots import BLUE, STYLE, VERMILION, WIDTH, Figure
-from steps.neurons.measure import Neurons
+from report.words import interval, listed
+from steps.neurons.measure import Measured, Neurons
+from steps.neurons.picks import NEURON, Set, means
 
-NEURON = ["layer", "head"]
-NEAREST = 20  # random neurons are drawn from as many that write about as much
 QUANTITY = {"counterfactual": "damage", "clean": "recovery"}
+HALF = 0.5  # "carry" means more than half of the MLPs' joint effect
+CAPTIONS = {
+    "top": "The neurons of largest effect either way, picked on the discovery half: fall of logit_diff when each "
+    "is given its corrupt value in the clean run, both halves; intervals hold for all of the top neurons together.",
+    "joint": "Joint effect of the top neurons as a share of that of the same layers' whole MLPs, beside the sum of "
+    " their single effects and random neurons of the same layers that write as much; confirmation half, 95% "
+    "studentised bootstrap intervals over quads.",
+}
 
 
-class Set(NamedTuple):
-    """Sites that are replaced together."""
-
-    kind: str  # "single", "helping", "opposing", "random" or "MLPs"
-    n_sites: int
-    sites: tuple[Site, ...]
-
-
-# --- ranking and sets ---------------------------------------------------------------------------------------------
-
-
-def means(frame: pd.DataFrame) -> pd.DataFrame:
-    """Each neuron's mean over quads, by half: `effect` and `direct` effect on logit_diff (logits, both directions
-    alike, positive where the neuron helps the answer) and `written`."""
-    sign = np.where(frame["direction"] == "denoise", 1.0, -1.0)
-    own = frame[["half", "quad_id", *NEURON]].assign(
-        effect=effects.effect(frame), direct=sign * frame["direct"], written=frame["written"].astype(float)
-    )
-    per_quad = own.groupby(["half", "quad_id", *NEURON], sort=False).mean()
-    out = per_quad.groupby(["half", *NEURON]).mean().reset_index()
-    return out.assign(site=effects.named(out.assign(component="neuron")))
-
-
-def top(frame: pd.DataFrame, params: Neurons) -> pd.DataFrame:
-    """The `top_neurons` of largest mean effect either way on the discovery half (the only half, where there is one):
-    `layer`, `head` (the number), `site`, `effect`, `direct`, `written`, largest first."""
-    own = means(in_halves(frame)[0][1]).drop(columns="half")
-    return own.sort_values("effect", key=np.abs, ascending=False, kind="stable", ignore_index=True).head(
-        params.top_neurons
-    )
-
-
-def matched(frame: pd.DataFrame, own: pd.DataFrame, taken: pd.DataFrame, rng: np.random.Generator) -> list[Site]:
-    """For each of `own` another neuron of its layer, drawn from the nearest in what it writes; none twice or taken."""
-    every, out = means(in_halves(frame)[0][1]), []
-    free = every[~every["site"].isin(taken["site"])]
-    for row in own.itertuples():
-        left = free[free["layer"] == row.layer]
-        if left.empty:
-            continue
-        near = (left["written"] - row.written).abs().nsmallest(NEAREST).index
-        pick = int(rng.choice(near))
-        out.append(Site(row.layer, "neuron", int(free.loc[pick, "head"])))
-        free = free.drop(index=pick)
-    return out
-
-
-def roster(frame: pd.DataFrame, chosen: pd.DataFrame, params: Neurons, rng: np.random.Generator) -> list[Set]:
-    """The sets to replace: the chosen neurons alone, in order; growing sets of those that help the answer on discovery,
-    and of those that oppose it; for the helping ones, of matched random neurons; and the whole MLPs."""
-    out = [Set("single", 1, (Site(layer, "neuron", number),)) for layer, number in chosen[NEURON].to_numpy().tolist()]
-    for kind, own in (("helping", chosen[chosen["effect"] > 0]), ("opposing", chosen[chosen["effect"] < 0])):
-        sizes = sorted({n for n in (1, 10, *params.budgets) if n < len(own)} | {len(own)} - {0})
-        orders = {kind: [Site(layer, "neuron", number) for layer, number in own[NEURON].to_numpy().tolist()]}
-        if kind == "helping":
-            orders |= {f"random {index}": matched(frame, own, chosen, rng) for index in range(params.random_sets)}
-        for name, order in orders.items():
-            word = kind if name == kind else "random"
-            out += [Set(word, n, tuple(order[:n])) for n in sizes if n <= len(order)]
-    layers = sorted(int(layer) for layer in frame["layer"].unique())
-    return [*out, Set("MLPs", len(layers), tuple(Site(layer, "mlp") for layer in layers))]
+# --- effects ---
 
 
 def added_up(frame: pd.DataFrame) -> dict[str, np.ndarray]:
@@ -101,9 +48,6 @@ def added_up(frame: pd.DataFrame) -> dict[str, np.ndarray]:
     return {does: both.loc[keep, "effect_last"].cumsum().to_numpy() for does, keep in signs.items()}
 
 
-# --- effects ------------------------------------------------------------------------------------------------------
-
-
 def with_sets(table: pd.DataFrame, sets: Sequence[Set]) -> pd.DataFrame:
     """The rows of the sweep of `roster` with their set's `kind` and `n_sites`."""
     kinds, sizes = np.array([own.kind for own in sets]), np.array([own.n_sites for own in sets])
@@ -111,7 +55,7 @@ def with_sets(table: pd.DataFrame, sets: Sequence[Set]) -> pd.DataFrame:
 
 
 def singles(table: pd.DataFrame, sets: Sequence[Set], params: Neurons) -> dict[str, pd.DataFrame]:
-    """`findings.both_halves` of the top neurons for each ablation, in the order of their discovery rank."""
+    """`effects.both_halves` of the top neurons for each ablation, in the order of their discovery rank."""
     own = with_sets(table, sets)
     own = own[own["kind"] == "single"]
     order = {effects.site_name(*one.sites[0]): rank for rank, one in enumerate(sets) if one.kind == "single"}
@@ -167,7 +111,7 @@ def shares(table: pd.DataFrame, sets: Sequence[Set], params: Neurons) -> pd.Data
     return pd.DataFrame(out)
 
 
-# --- classes and cards --------------------------------------------------------------------------------------------
+# --- classes and cards ---
 
 
 def p_of_auc(auc: pd.Series, n: pd.Series, others: pd.Series) -> np.ndarray:
@@ -255,7 +199,7 @@ def card_table(activations: pd.DataFrame, tokens: pd.DataFrame, cards: pd.DataFr
     return pd.DataFrame(rows).set_index("neuron")
 
 
-# --- figures ------------------------------------------------------------------------------------------------------
+# --- figures ---
 
 
 def concentration(frame: pd.DataFrame) -> Figure:
@@ -298,3 +242,224 @@ def cards_figure(spans: pd.DataFrame) -> Figure:
             axes.set_visible(False)
         figure.supxlabel("activation", fontsize=10)
     return figure
+
+
+def ranked_figure(step: Step, m: Measured) -> Figure:
+    """The first twenty of the leading neurons, both halves."""
+    lead = singles(m.joint, m.sets, step.params)["counterfactual"]
+    return plots.ranked_sites(lead[lead["rank"] < 20], "fall of logit_diff (logits)")
+
+
+def joint_figure(step: Step, m: Measured) -> Figure | None:
+    """The growing sets as shares of the MLPs' joint effect, where that is positive."""
+    carried = shares(m.joint, m.sets, step.params)
+    if carried.empty:
+        return None
+    return plots.slice_curve(carried, HALF, "kind", "quantity", "share of the MLPs' joint effect")
+
+
+def classes_figure(step: Step, m: Measured) -> Figure:
+    """How well the leading neurons tell supersets apart, in both halves."""
+    apart = selective(m.classes, step.params).merge(m.top[["site"]], on="site")
+    axes = [f"area under the ROC curve, {half} half" for half in ("discovery", "confirmation")]
+    return plots.agreement(apart, "discovery", "confirmation", *axes, by="superset")
+
+
+def direct_table(step: Step, m: Measured) -> pd.DataFrame:
+    """What the first of the leading neurons write on each superset's logit."""
+    return direct_by_class(m.classes, m.top.head(step.params.cards)).round(3)
+
+
+def cards(step: Step, m: Measured) -> Figure:
+    """Activation of the first of the leading neurons by superset."""
+    return cards_figure(by_class(m.activations, m.top.head(step.params.cards), step.params))
+
+
+def words_table(step: Step, m: Measured) -> pd.DataFrame:
+    """Names and tokens of the first of the leading neurons."""
+    return card_table(named_prompts(m.activations, step.pairs()), m.tokens, m.top.head(step.params.cards))
+
+
+# --- sentences ---
+
+
+def share_sentence(table: pd.DataFrame, quantity: str) -> str:
+    """How much of the MLPs' joint effect the growing sets make up, one direction."""
+    own = table[table["quantity"] == quantity]
+    rows = {(row.kind, row.n_sites): interval(row.estimate, row.low, row.high) for row in own.itertuples()}
+    text = f"The whole MLPs of these layers have a joint {quantity} of {own['mlps'].iloc[0]:.2f} logits."
+    for kind, does in (("helping", "help"), ("opposing", "oppose")):
+        sizes = [n for name, n in rows if name == kind]
+        if not sizes:
+            continue
+        each = listed(f"{rows[kind, n]} ({n})" for n in sizes if n in (1, 10, max(sizes)))
+        text += (
+            f" Those that {does} the answer on discovery make up this share of it, replaced together: {each}; "
+            f"the single effects of the {max(sizes)} add up to {rows[f'{kind}, summed', max(sizes)]}."
+        )
+        if kind == "helping" and ("random", max(sizes)) in rows:
+            text += f" {max(sizes)} random neurons that write as much: {rows['random', max(sizes)]}."
+    return text
+
+
+def few(table: pd.DataFrame) -> str:
+    """Whether a few neurons carry the MLPs' effect: how many it takes to be sure of more than half of it."""
+    own = table[table["kind"] == "helping"]
+    if own.empty or own["low"].isna().any():
+        return "There are too few quads, or no neurons, to say whether a few neurons carry the MLPs' effect."
+    most, count = int(own["n_sites"].max()), table["quantity"].nunique()
+    sure = own[(own["low"] > HALF) & (own["above_random"] > 0)].groupby("n_sites")["quantity"].nunique()
+    sure = sure[sure == len(QUANTITY)]
+    if len(sure):
+        n = int(sure.index.min())
+        return (
+            f"{n} neuron{'s' * (n > 1)} carr{'y' if n > 1 else 'ies'} more than half of what the MLPs do together "
+            "(lower ends of the intervals of damage and recovery), and more than random neurons that write as much. "
+            "That is a share of a net effect, which neurons that oppose the answer have already lowered."
+        )
+    last = own[own["n_sites"] == most]
+    best = listed(f"{row.quantity} {interval(row.estimate, row.low, row.high)}" for row in last.itertuples())
+    missing = "" if count == len(QUANTITY) else "; in the other direction the MLPs have no effect to carry"
+    return (
+        f"That a few neurons carry the MLPs' effect is not supported: the {most} that help are not shown to make up "
+        f"more than half of it in both directions ({best}{missing})."
+    )
+
+
+def scope_sentences(frame: pd.DataFrame, chosen: pd.DataFrame) -> tuple[list[str], dict]:
+    """What was swept, and how far the effects of single neurons repeat in the other half."""
+    halves = [means(part) for _, part in in_halves(frame)]
+    both = halves[0].merge(halves[-1], on=NEURON, suffixes=("", "_last"))
+    quads = [f"{part['quad_id'].nunique()} {half} quads" for half, part in in_halves(frame)]
+    layers = sorted(frame["layer"].unique())
+    numbers = {"neurons": len(both), "layers": [int(layer) for layer in layers], "pairs": frame["pair_id"].nunique()}
+    sentences = [
+        f"Each of the {len(both):,} neurons of layer{'s' * (len(layers) > 1)} {listed(layers)} was replaced at `last` "
+        f"in {numbers['pairs']} pairs ({listed(quads)}), its "
+        "corrupt value into the clean run and its clean value into the corrupt run: "
+        f"{len(frame):,} runs, each of which proved its edit."
+    ]
+    if len(quads) > 1:
+        numbers["replication"] = float(tests.spearmanr(both["effect"], both["effect_last"]).statistic)
+        picked = both.merge(chosen[NEURON], on=NEURON)
+        kept = (np.sign(picked["effect"]) * picked["effect_last"]).sum() / picked["effect"].abs().sum()
+        numbers["kept"] = float(kept)
+        sentences.append(
+            f"Over all of them the mean effects in the two halves have a Spearman correlation of "
+            f"{numbers['replication']:.2f}; the {len(picked)} of largest discovery effect, either way, keep {kept:.0%} "
+            "of it, signs counted, in the quads they were not picked on."
+        )
+        totals = {does: total for does, total in added_up(frame).items() if len(total) and total[-1] != 0}
+        each = [
+            f"those of the neurons that {does} on discovery reach {total[-1]:+.2f} logits, half of it after "
+            f"{1 + int(np.argmax(total / total[-1] >= HALF)):,} of {len(total):,}"
+            for does, total in totals.items()
+        ]
+        sentences.append(f"Added up in the order of the discovery effects, confirmation effects: {'; '.join(each)}.")
+    return sentences, numbers
+
+
+def top_sentences(tables: dict[str, pd.DataFrame], table: pd.DataFrame, params: Neurons) -> tuple[list[str], dict]:
+    """The top neurons in more pairs: their effects, and how many are significant in both halves, by ablation."""
+    lead, last = tables["counterfactual"], in_halves(table)[-1][1]
+    own = reported(lead).sort_values("rank")
+    each = listed(f"{row.site} ({interval(row.estimate, row.low, row.high)})" for row in own.head(6).itertuples())
+    counts = {kind: significant(rows, params) for kind, rows in tables.items()}
+    words = {
+        "counterfactual": "their corrupt value",
+        "clean": "their clean value in the corrupt run",
+        "mean": "the mean",
+    }
+    sentences = [
+        f"In {last['pair_id'].nunique()} pairs of {last['quad_id'].nunique()} {last['half'].iloc[0]} quads, the first "
+        f"{min(6, len(own))}, picked on discovery, change logit_diff by (logits, familywise intervals over the "
+        f"{len(own)}; positive: it helps the answer): {each}.",
+        f"Significant familywise in each half with one sign are, of these {len(own)}, "
+        + listed(
+            f"{int((sign > 0).sum())} that help and {int((sign < 0).sum())} that oppose the answer under {words[kind]}"
+            for kind, sign in counts.items()
+        )
+        + ".",
+    ]
+    return sentences, {"significant": {kind: sign.to_dict() for kind, sign in counts.items()}}
+
+
+def direct_sentence(frame: pd.DataFrame, chosen: pd.DataFrame) -> str:
+    """How much of the top neurons' effect is direct, by layer."""
+    last = in_halves(frame)[-1][1]
+    own = means(last).merge(chosen[NEURON], on=NEURON)
+    each = [
+        f"{layer} ({len(rows)} neurons): {rows['direct'].sum():+.2f} of {rows['effect'].sum():+.2f}"
+        for layer, rows in own.groupby("layer")
+    ]
+    return (
+        "What the top neurons write directly on logit_diff, without what later layers make of it, and their whole "
+        f"effect, added up by layer (logits; {last['quad_id'].nunique()} {last['half'].iloc[0]} quads): {listed(each)}."
+    )
+
+
+def class_sentence(told: pd.DataFrame, swapped: pd.DataFrame, chosen: pd.DataFrame, quads: int) -> tuple[str, dict]:
+    """How many neurons tell a superset from the others, among all and among the top; and whether they promote it."""
+    own = told.merge(chosen[NEURON], on=NEURON)
+    numbers = {"selective": int(told["selective"].sum()), "selective_swapped": int(swapped["selective"].sum())}
+    numbers |= {"top_selective": int(own["selective"].sum())}
+    for name, rows in (("area", told), ("top_area", own)):
+        numbers[name] = float((rows["confirmation"] - 0.5).abs().median())
+    higher = own[own["confirmation"] > 0.5]
+    for name in ("promoted", "suppressed"):
+        numbers[name] = int((higher["superset"] == higher[name]).sum())
+    numbers["higher"] = len(higher)
+    if reason := stats.too_few(quads, "quads"):
+        return f"How many neurons are selective for a superset was not tested ({reason}).", numbers
+    return (
+        f"By its activation at `last`, {numbers['selective']:,} of {len(told):,} neurons tell a superset from the "
+        "others (significant over neurons and supersets on discovery, again on confirmation with the same side; "
+        f"{numbers['selective_swapped']:,} when the labels within each quad are exchanged at random), of the "
+        f"{len(own)} top ones {numbers['top_selective']}; "
+        f"the area's median distance from 0.5 is {numbers['area']:.2f} over all and {numbers['top_area']:.2f} over the "
+        f"top ones. Of the {numbers['higher']} top neurons that are higher for their superset, {numbers['promoted']} "
+        f"raise its own logit most, of all supersets, and {numbers['suppressed']} lower it most.",
+        numbers,
+    )
+
+
+def card_sentence(told: pd.DataFrame, words: pd.DataFrame, lead: pd.DataFrame, count: int = 3) -> str:
+    """The first cards in words."""
+    rows = told.set_index("site").loc[words.index[:count]]
+    effect = reported(lead).set_index("site")["estimate"]
+    each = [
+        f"{site}, {'higher' if row.mean > row.mean_others else 'lower'} for {row.superset}s ({row.mean:.2f} against "
+        f"{row.mean_others:.2f}), {'helps' if effect[site] > 0 else 'opposes'} the answer by {abs(effect[site]):.2f} "
+        f"logits and writes most on {words.loc[site, 'writes most on']}, least on {words.loc[site, 'writes least on']}"
+        for site, row in zip(rows.index, rows.itertuples(), strict=True)
+    ]
+    return "; ".join(each) + "."
+
+
+def part(step: Step, m: Measured) -> dict[str, Any]:
+    """Sentences, figures for the landing page, and numbers of the part on single neurons."""
+    params, alone = step.params, singles(m.joint, m.sets, step.params)
+    carried = shares(m.joint, m.sets, params)
+    scope, numbers = scope_sentences(m.neurons, m.top)
+    leading, sure = top_sentences(alone, m.joint, params)
+    joint = [share_sentence(carried, q) for q in carried.get("quantity", pd.Series(dtype=str)).unique()]
+    apart, swapped = (selective(m.classes, params, column) for column in ("auc", "auc_swapped"))
+    quads = int(in_halves(m.classes)[0][1].groupby("superset")["n"].first().sum() / 2)
+    about_class, counted = class_sentence(apart, swapped, m.top, quads)
+    verdict = few(carried) if joint else "The MLPs of these layers have no joint effect to be carried."
+    ranked = m.top.merge(apart[["site", "superset", "promoted", "discovery", "confirmation"]], on="site")
+    by_kind = {kind: reported(rows)[["site", "estimate", "low", "high", "p", "ratio"]] for kind, rows in alone.items()}
+    figures = {"top": ranked_figure(step, m), "joint": joint_figure(step, m)}
+    figures = {name: figure for name, figure in figures.items() if figure}
+    last = card_sentence(apart, words_table(step, m), alone["counterfactual"])
+    return {
+        "sentences": [*scope, *leading, *joint, verdict, direct_sentence(m.neurons, m.top), about_class, last],
+        "headline": [verdict, leading[0]],
+        "figures": figures,
+        "captions": {name: CAPTIONS[name] for name in figures},
+        "neurons": numbers
+        | sure
+        | counted
+        | {"top": ranked.to_dict("records"), "shares": carried.to_dict("records")}
+        | {"effects": {kind: rows.to_dict("records") for kind, rows in by_kind.items()}},
+    }
