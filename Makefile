@@ -49,7 +49,7 @@ export JUPYTER_PREFER_ENV_PATH := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help book plan test bench bench-peers wheels lint format clean conda-ready
+.PHONY: help book plan test browser bench bench-peers wheels lint format clean conda-ready
 
 help: ## list the targets
 	@echo "make <target> [PROFILE=$(PROFILE)]"
@@ -73,7 +73,7 @@ plan: $(READY) ## what the profile costs, step by step, before it is run; DEVICE
 	@$(PY) -m steps.plan
 
 # Two processes of one thread each: one builds the smoke book and asks about it, the other does the rest.
-test: $(READY) ## lint, then all tests; they build the book of the profile "smoke"
+test: browser $(READY) ## lint, then all tests; they build the book of the profile "smoke"
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
@@ -95,6 +95,19 @@ wheels: $(READY) ## the wheels that bench/on_device.sh installs on a machine wit
 		bitsandbytes pydantic pydantic_core annotated-types typing-inspection pandera typeguard typing_inspect \
 		mypy_extensions typing_extensions gguf
 
+# The tests of the built book open it in a browser.
+browser:
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || { \
+		root=""; [ "$$(id -u)" -eq 0 ] || root="sudo -n"; \
+		if command -v apt-get >/dev/null && $$root true 2>/dev/null; then \
+			echo "installing chromium, in which the tests open the book"; \
+			$$root apt-get update -qq && \
+			$$root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium; \
+		else \
+			echo "error: the tests open the book in a browser, and there is none; install one, on Debian: sudo apt-get install chromium" >&2; \
+			exit 2; \
+		fi; }
+
 lint: $(READY) ## check the style of code and notebooks
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -114,6 +127,8 @@ clean: ## delete the pages and the book of the profile; its results stay, so tha
 .venv/.stamp: requirements.lock requirements-no-deps.lock
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or newer on PATH; install one, or name it: make PYTHON=..." >&2; exit 2; }
 	@$(PYTHON) $(PYTHON_OK) || { echo "error: PYTHON=$(PYTHON) is not a working Python 3.11 or newer" >&2; exit 2; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+		{ echo "error: $(PYTHON) cannot make environments; on Debian: sudo apt-get install python3-venv" >&2; exit 2; }
 	@echo "making .venv (once, a few minutes: torch and 150 other packages)"
 	$(PYTHON) -m venv --clear .venv
 	.venv/bin/python -m pip install --quiet -r requirements.lock

@@ -176,7 +176,7 @@ def screenshot(html_file: Path, png: Path, width: int = 1400, height: int = 1600
 def _chromium(html_file: Path, folder: str, *options: str) -> None:
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if browser is None:
-        raise RuntimeError("Chromium is missing: apt-get install --no-install-recommends chromium, or run .ci/run")
+        raise RuntimeError("Chromium is missing: run `make browser`")
     command = [browser, *CHROMIUM, f"--user-data-dir={folder}/profile", *options, html_file.resolve().as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     if done.returncode:
