@@ -229,7 +229,7 @@ def last_token(model: Model, base: BaseRun, rows: Sequence[Row], sources: Activa
                     edit = Edit(model, component, edits[key], offset, sources[key])
                     handles.append(hooks.on_activation(model, layer, component, edit.write))
                 handles.append(hooks.on_activation(model, layer, component, partial(keep, kept, key)))
-        _, hidden = rerun(model, base, start, owner)
+        hidden = rerun(model, base, start, owner)
     return LastToken(hidden, kept)
 
 
