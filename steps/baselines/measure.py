@@ -19,6 +19,7 @@ from scipy.special import logsumexp
 from lib import data, models, stats, tasks
 from lib.data import pairs_of
 from lib.hooks import Model
+from lib.metrics import margins
 from lib.tasks import SUPERSETS, Template
 from pipeline.assumed import Case
 from pipeline.costs import Work
@@ -122,19 +123,17 @@ def measure(model: Model, people: pd.DataFrame, template: Template, params: Base
         candidates, ids = tasks.candidates(words, template)
         names, tokens = np.array([candidates] * len(table)), np.array([ids] * len(table))
         labels, label_ids = tasks.labels(words, template)
-    parts = []
-    for at in range(0, len(prompts), 128):
-        logits = score(model)([prompt.ids for prompt in prompts[at : at + 128]])
-        own = np.take_along_axis(logits, tokens[at : at + 128], 1)
+
+    def read(logits: np.ndarray, part: slice) -> dict[str, np.ndarray]:
+        own = np.take_along_axis(logits, tokens[part], 1)
         total = logsumexp(logits, axis=1, keepdims=True)
-        part = {"candidates": own, "top": logits.argmax(1), "candidate_probability": np.exp(own - total).sum(1)}
-        chance = np.exp(logits[:, list(label_ids)] - total).sum(1) if labels else np.full(len(own), np.nan)
-        parts.append(part | {"label_probability": chance})
-    scored = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+        out = {"candidates": own, "top": logits.argmax(1), "candidate_probability": np.exp(own - total).sum(1)}
+        labelled = np.exp(logits[:, list(label_ids)] - total).sum(1) if labels else np.full(len(own), np.nan)
+        return out | {"label_probability": labelled}
+
+    scored = models.next_readings(model, [prompt.ids for prompt in prompts], read, 128)
     answer = np.array([row.tolist().index(word) for row, word in zip(names, table["answer"], strict=True)])
-    others = scored["candidates"].copy()
-    np.put_along_axis(others, answer[:, None], -np.inf, 1)
-    margin = np.take_along_axis(scored["candidates"], answer[:, None], 1)[:, 0] - others.max(1)
+    margin, _ = margins(scored["candidates"], answer)
     return table.assign(
         task=template.task,
         template=template.name,
