@@ -18,8 +18,9 @@ import pandas as pd
 from pandera.pandas import DataFrameSchema
 
 from lib import records
+from pipeline import params as parameters
 from pipeline.costs import Work
-from pipeline.params import ROOT, Sections, Shared, step_model
+from pipeline.params import Sections, Shared, step_model
 from pipeline.units import Unit
 
 SUPERSET_TASKS = ("superset", "bi_association")
@@ -85,7 +86,7 @@ class Declaration:
     @property
     def folder(self) -> Path:
         """Where its code is."""
-        return ROOT / "steps" / self.name
+        return parameters.ROOT / "steps" / self.name
 
 
 class Plan:
@@ -121,4 +122,4 @@ class Plan:
         return f"{self.names.index(step) + 1:02d}_{step}"
 
     def notebook(self, step: str) -> Path:
-        return ROOT / "notebooks" / f"{self.page(step)}.ipynb"
+        return parameters.ROOT / "notebooks" / f"{self.page(step)}.ipynb"

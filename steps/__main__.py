@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import keys, params
-from pipeline.params import ROOT, ParameterError, Shared
+from pipeline.params import ParameterError, Shared
 from report import book
 from report.book import BookError, Folders
 from steps.registry import PLAN
@@ -50,7 +50,7 @@ class Build:
 
     @property
     def folder(self) -> Path:
-        return ROOT / "build" / self.profile
+        return params.ROOT / "build" / self.profile
 
     @property
     def results(self) -> Path:
@@ -120,11 +120,11 @@ def execute(build: Build, step: str) -> None:
         path.unlink(missing_ok=True)
     print(f"==> {PLAN.page(step)} ({build.profile})", flush=True)
     command = [sys.executable, "-m", "papermill", str(PLAN.notebook(step)), str(running)]
-    command += ["-f", str(ROOT / "params" / f"{build.profile}.yaml"), "-k", "python3", "--log-level", "ERROR"]
+    command += ["-f", str(params.ROOT / "params" / f"{build.profile}.yaml"), "-k", "python3", "--log-level", "ERROR"]
     command += ["--no-progress-bar", "--stdout-file", "-", "--stderr-file", "-"]
     # a kernel spec in someone's home must not send the notebooks to another Python
     variables = os.environ | {"JUPYTER_PREFER_ENV_PATH": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-    status = subprocess.run(command, check=False, cwd=ROOT, env=variables).returncode
+    status = subprocess.run(command, check=False, cwd=params.ROOT, env=variables).returncode
     if status:
         if running.exists():
             os.replace(running, failed)
@@ -147,7 +147,7 @@ def cut_short(path: Path) -> None:
 
 def make_book(build: Build) -> str:
     """Build the HTML unless it is that of the present pages and sources; the path of its first page."""
-    folders = Folders(ROOT / "book", build.folder / "executed", build.results, build.folder / "book")
+    folders = Folders(params.ROOT / "book", build.folder / "executed", build.results, build.folder / "book")
     index = folders.to / "_build" / "html" / "index.html"
     key, text = build.key_file("book"), keys.hash_json(book_contents(build, folders))
     if not (index.is_file() and same(key, text + content(index))):
@@ -162,8 +162,8 @@ def make_book(build: Build) -> str:
 def book_contents(build: Build, folders: Folders) -> dict[str, Any]:
     """What the book is made of: its sources, the code, the measurements of bench/, each step's page and results."""
     files = [path for path in folders.source.rglob("*") if path.is_file() and "_build" not in path.parts]
-    files += [path for room in ("lib", "pipeline", "report", "steps") for path in (ROOT / room).rglob("*.py")]
-    files += (ROOT / "bench" / "results").glob("*.json")
+    files += [path for room in ("lib", "pipeline", "report", "steps") for path in (params.ROOT / room).rglob("*.py")]
+    files += (params.ROOT / "bench" / "results").glob("*.json")
     for step in PLAN.names:
         files += [build.page(step), *(folders.results / f"{step}.{kind}.json" for kind in ("findings", "run"))]
     files += [*folders.results.glob("figures/*.png"), folders.results / "claims.json"]

@@ -13,6 +13,7 @@ import pytest
 
 from pipeline import params
 from report import book, library, plots
+from steps.registry import PLAN
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = book.pages(ROOT / "book")
@@ -185,28 +186,25 @@ def copy(made, tmp_path):
     return tmp_path / "made"
 
 
-def arguments(folder: Path, source: Path = ROOT / "book") -> list[str]:
-    return ["--profile", "made", "--source", str(source), "--executed", str(folder / "executed"),
-            "--results", str(folder / "results"), "--to", str(folder / "book")]  # fmt: skip
+def folders(folder: Path, source: Path = ROOT / "book") -> book.Folders:
+    return book.Folders(source, folder / "executed", folder / "results", folder / "book")
+
+
+def make(folder: Path, source: Path = ROOT / "book") -> Path:
+    """Assemble and build; the book's first page."""
+    book.assemble(PLAN.sections, "made", folders(folder, source))
+    return book.build(folder / "book")
 
 
 @pytest.fixture(scope="module")
 def built(made):
-    assert book.main(arguments(made)) == 0
-    return made / "book" / "_build" / "html"
+    return make(made).parent
 
 
 def text(html: Path) -> str:
     """The words of a page's article."""
     article = re.search(r"<article.*?</article>", html.read_text(encoding="utf-8"), re.S)[0]
     return " ".join(unescape(re.sub(r"<[^>]+>", "", article)).split())
-
-
-def test_the_path_comes_last(made, capsys):
-    assert book.main(arguments(made)) == 0
-    last = capsys.readouterr().out.strip().splitlines()[-1]
-    assert Path(last) == made / "book" / "_build" / "html" / "index.html" and Path(last).is_file()
-    assert (made / "book" / ".stamp").is_file()
 
 
 def test_the_book_loads_nothing_from_outside(built, made):
@@ -267,10 +265,12 @@ def test_a_quick_profile_says_on_every_page_what_it_leaves_out(copy, built):
     full = params.load_profile("smollm2-135m") | {"profile": "mine", "full_profile": "smollm2-135m"}
     less = {"necessity": {"pairs": 7, "name_roles": ["names", "last"]}, "sufficiency": {"pairs": None}}
     for step in STEPS:
-        own = params.validate(step, full | {step: full[step] | less.get(step, {})}).model_dump(mode="json")
+        own = params.validate(PLAN.sections, step, full | {step: full[step] | less.get(step, {})}).model_dump(
+            mode="json"
+        )
         path = copy / "results" / f"{step}.run.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"parameters": own}))
-    book.assemble("mine", ROOT / "book", copy / "executed", copy / "results", copy / "book")
+    book.assemble(PLAN.sections, "mine", folders(copy))
     notes = {}
     for step, name in STEPS.items():
         cells = json.loads((copy / "book" / f"{name}.ipynb").read_text())["cells"]
@@ -289,9 +289,12 @@ def test_a_quick_profile_says_on_every_page_what_it_leaves_out(copy, built):
 def test_the_quick_profile_differs_from_the_full_one_in_sizes_alone():
     quick, full = (params.load_profile(name) for name in ("smollm2-135m-quick", "smollm2-135m"))
     assert quick["full_profile"] == "smollm2-135m"
-    flat = {key: value for key, value in quick.items() if key not in (*params.STEPS, "profile", "full_profile")}
-    assert flat == {key: full[key] for key in flat} and set(flat) | set(params.STEPS) | {"profile"} >= set(full)
-    assert all(params.left_out(step, params.validate(step, quick).model_dump(mode="json")) for step in params.STEPS)
+    flat = {key: value for key, value in quick.items() if key not in (*PLAN.sections, "profile", "full_profile")}
+    assert flat == {key: full[key] for key in flat} and set(flat) | set(PLAN.sections) | {"profile"} >= set(full)
+    assert all(
+        params.left_out(PLAN.sections, step, params.validate(PLAN.sections, step, quick).model_dump(mode="json"))
+        for step in PLAN.sections
+    )
     assert quick["story"]["claims"] == full["story"]["claims"]
     assert min(quick["baselines"]["quads_per_half"], quick["necessity"]["pairs"] // 2) >= 20
 
@@ -299,10 +302,10 @@ def test_the_quick_profile_differs_from_the_full_one_in_sizes_alone():
 # What stops it
 
 
-def broken(copy: Path, capsys) -> str:
-    assert book.main(arguments(copy)) == 1
-    assert not (copy / "book" / ".stamp").exists()
-    return capsys.readouterr().err
+def broken(copy: Path, source: Path = ROOT / "book") -> str:
+    with pytest.raises((book.BookError, params.ParameterError, OSError)) as caught:
+        make(copy, source)
+    return str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -316,54 +319,53 @@ def broken(copy: Path, capsys) -> str:
 )
 def test_a_missing_file_names_its_step(copy, capsys, file, says):
     (copy / file).unlink()
-    message = broken(copy, capsys)
+    message = broken(copy)
     assert says in message and message.count("\n") == 1
 
 
-def test_half_written_findings(copy, capsys):
+def test_half_written_findings(copy):
     (copy / "results" / "necessity.findings.json").write_text('{"step": ')
-    assert "step necessity is not JSON" in broken(copy, capsys)
+    assert "step necessity is not JSON" in broken(copy)
 
 
-def test_findings_of_two_models(copy, capsys):
+def test_findings_of_two_models(copy):
     path = copy / "results" / "necessity.findings.json"
     path.write_text(path.read_text().replace("Tiny-Model", "Other-Model"))
-    assert "mixes models" in broken(copy, capsys)
+    assert "mixes models" in broken(copy)
 
 
-def test_findings_without_sentences(copy, capsys):
+def test_findings_without_sentences(copy):
     path = copy / "results" / "necessity.findings.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"sentences": []}))
-    assert "step necessity hold no sentences" in broken(copy, capsys)
+    assert "step necessity hold no sentences" in broken(copy)
 
 
-def test_failed_notebook(copy, capsys):
+def test_failed_notebook(copy):
     path = copy / "executed" / "03_necessity.ipynb"
     with pytest.raises(papermill.PapermillExecutionError):
         execute(notebook(code("seed = 0", tags=["parameters"]), code("1 / 0")), path)
-    assert "step necessity failed in cell" in (message := broken(copy, capsys)) and "ZeroDivisionError" in message
+    assert "step necessity failed in cell" in (message := broken(copy)) and "ZeroDivisionError" in message
 
 
-def test_notebook_that_stopped_early(copy, capsys):
+def test_notebook_that_stopped_early(copy):
     path = copy / "executed" / "03_necessity.ipynb"
     made = json.loads(path.read_text())
     made["cells"][-1]["execution_count"] = None
     path.write_text(json.dumps(made))
-    assert "step necessity stopped before cell" in broken(copy, capsys)
+    assert "step necessity stopped before cell" in broken(copy)
 
 
-def test_a_warning_stops_the_book(copy, capsys):
+def test_a_warning_stops_the_book(copy):
     path = copy / "results" / "necessity.findings.json"
     path.write_text(path.read_text().replace("Sentence 2", "Sentence {ref}`nowhere`"))
-    message = broken(copy, capsys)
+    message = broken(copy)
     assert "undefined label: 'nowhere'" in message and "index.md" in message
 
 
-def test_page_missing_from_the_sources(copy, capsys):
+def test_page_missing_from_the_sources(copy):
     shutil.copytree(ROOT / "book", copy / "source")
     (copy / "source" / "how_to_read.md").unlink()
-    assert book.main(arguments(copy, copy / "source")) == 1
-    assert "names pages that do not exist: how_to_read" in capsys.readouterr().err
+    assert "names pages that do not exist: how_to_read" in broken(copy, copy / "source")
 
 
 # Parts

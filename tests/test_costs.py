@@ -10,8 +10,10 @@ from lib.data import HALVES
 from lib.hooks import Site
 from pipeline import assumed, costs
 from steps.hydra import measure as hydra
+from steps.hydra import splits
+from steps.neurons import measure as neurons_measure
 from steps.neurons import neurons
-from steps.retrieval_heads import measure as hops
+from steps.retrieval_heads import routes
 from steps.story import attribution, circuits
 
 TEMPLATE = tasks.TEMPLATES["profession_both"]
@@ -66,25 +68,23 @@ def test_sweeps_with_a_pool(both):
 @pytest.mark.parametrize("role", ["names", "last"])
 def test_paths(both, mlps, role):
     model, shape = both
-    sites, route = (hops.sites_that_read(SLICE), hops.NAMES) if role == "names" else (SLICE, hops.LAST)
-    (unit, *_) = hops.paths("x", PAIRS, sites, route, mlps)
-    options = dict(unit.options)
-    into = options.pop("into")
-    run = lambda: paths.run(model, unit.pairs, receivers=paths.receivers_of(model, *into), **options)  # noqa: E731
-    agrees(costs.path_unit(shape, unit.pairs, unit.options, PLACE), run)
+    sites, route = (routes.sites_that_read(SLICE), routes.NAMES) if role == "names" else (SLICE, routes.LAST)
+    (unit, *_) = routes.paths("x", PAIRS, sites, route, mlps)
+    work = costs.path_unit(shape, unit.pairs, unit.options, PLACE)
+    agrees(work, lambda: routes.run(model, unit.pairs, **unit.options))
 
 
 def test_splits_neurons_circuits_and_attribution(both):
     model, shape = both
-    reading = hydra.Reading(hydra.readout(model), hydra.post_norms(model))
+    reading = splits.Reading(splits.readout(model), splits.post_norms(model))
     slices = {"slice": SLICE, "other": SLICE[1:]}
     how = {"slices": slices, "ablations": ("zero", "counterfactual"), "reading": reading}
     more = costs.total(costs.plain(shape, len(g), len(g[0].clean.ids)) for g in circuits.grouped(PAIRS))
-    work = costs.split_unit(shape, PAIRS, list(slices.values()), 2, 1) + more
-    agrees(work, lambda: hydra.run(model, PAIRS, **how))
+    work = hydra.split_unit(shape, PAIRS, list(slices.values()), 2, 1) + more
+    agrees(work, lambda: splits.run(model, PAIRS, **how))
     own = neurons.reading_of(model, [1, 2])
     each = {"direction": "noise", "layers": [1, 2], "reading": own}
-    agrees(costs.neuron_unit(shape, PAIRS[:2], [1, 2], PLACE), lambda: neurons.run(model, PAIRS[:2], **each))
+    agrees(neurons_measure.neuron_unit(shape, PAIRS[0], [1, 2], PLACE), lambda: neurons.run(model, PAIRS[:1], **each))
     tests = {"a": (True, ("1.2",)), "b": (True, ("1.2", "mlp 1")), "c": (False, ("2.0", "mlp 0"))}
     kept = circuits.kept_parts(model, [circuits.ALL, circuits.NOTHING, *(circuits.Circuit(*t) for t in tests.values())])
     agrees(costs.circuit_unit(shape, PAIRS, kept, PLACE), lambda: circuits.run(model, PAIRS, tests))

@@ -12,6 +12,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from lib import weights
+from pipeline import assumed, costs, params
+from steps.registry import PLAN
+
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = tuple(sorted(path.stem for path in (ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb")))
 LAST = f"step-{NOTEBOOKS[-1][3:]}"  # the target that runs all of them, without the book
@@ -105,7 +109,7 @@ def test_directions_of_the_book_agree_with_each_other_and_with_the_coarse_sweep(
 
 
 def test_nothing_runs_twice_and_a_sentence_redraws_without_sweeping(tree):
-    everything = ("results/smoke/*.parquet", "build/smoke/executed/*", "build/smoke/book/.stamp")
+    everything = ("results/smoke/*.parquet", "build/smoke/executed/*", "build/smoke/book/_build/html/index.html")
     before = stamps(tree, *everything)
     assert make(tree, "book").returncode == 0
     assert stamps(tree, *everything) == before
@@ -114,8 +118,19 @@ def test_nothing_runs_twice_and_a_sentence_redraws_without_sweeping(tree):
     assert make(tree, "book").returncode == 0
     after = stamps(tree, *everything)
     changed = {Path(path).name for path in before if after[path] != before[path]}
-    assert changed == {"03_necessity.ipynb", ".stamp"}
+    assert changed == {"03_necessity.ipynb", "index.html"}
     assert "The question." in (tree / "build/smoke/book/_build/html/executed/03_necessity.html").read_text()
+
+
+@pytest.mark.parametrize("step", PLAN.names)
+def test_the_plan_has_the_tables_and_the_units_of_the_run(tree, step):
+    """One declaration: what `make plan` counts is what the notebook ran, table by table and unit by unit."""
+    given = params.load_profile("smoke") | {"results_dir": str(tree / "results/smoke")}
+    shape, place = weights.shape_of(weights.config_of(given["model"])), costs.Machine(2.0, "float32")
+    case = assumed.case_of(PLAN, step, given, shape, place)
+    planned = {table.name: len(table.units(case, *chosen)) for table, *chosen in PLAN[step].assumed(case)}
+    record = json.loads((tree / f"results/smoke/{step}.run.json").read_text())["tables"]
+    assert planned == {name.removeprefix(f"{step}."): table["units"] for name, table in record.items()}
 
 
 # Put on PYTHONPATH: no Python that starts with it finds the package that holds the model.
@@ -147,7 +162,9 @@ def drawn(tree: Path) -> dict[str, object]:
 def test_every_figure_is_drawn_again_from_the_tables_alone(tree, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(NO_MODEL)
     hidden = {"PYTHONPATH": str(tmp_path), "SUPERSET_CIRCUIT_CACHE": str(tmp_path / "empty")}
-    load = "from lib import models, params; models.tokenizer(params.load_profile('smoke')['model'])"
+    load = (
+        "from lib import models; from pipeline import params; models.tokenizer(params.load_profile('smoke')['model'])"
+    )
     asked = [sys.executable, "-c", load]
     refused = subprocess.run(asked, cwd=tree, capture_output=True, text=True, env=os.environ | hidden)
     assert refused.returncode and "the model is hidden" in refused.stderr

@@ -1,13 +1,8 @@
 """Keys change exactly when they should, from contents alone."""
 
-import ast
 import json
 import os
-import re
 import shutil
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pandas as pd
@@ -16,9 +11,12 @@ import pytest
 from lib import records
 from pipeline import keys, params
 from pipeline import step as steps
+from pipeline.declaration import Table
 from pipeline.params import ParameterError
 from pipeline.units import Unit
+from steps.registry import PLAN
 
+STEPS = PLAN.names
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOK = {
     "cells": [
@@ -35,32 +33,48 @@ PAIRS = pd.DataFrame({"pair_id": ["p0"], "quad_id": ["q0"], "task": ["superset"]
 @pytest.fixture
 def house(tmp_path, monkeypatch):
     """A copy of the repository's code and profiles, with stand-ins for people and notebooks."""
-    for name in ("lib", "report", "params"):
+    for name in ("lib", "pipeline", "report", "steps", "params"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "data").mkdir(exist_ok=True)
     (tmp_path / "data" / "people.csv").write_text("name,profession\n")
     (tmp_path / "data" / "controls.csv").write_text("kind,name\n")
     (tmp_path / "data" / "sentences.csv").write_text("kind,text\n")
+    (tmp_path / "data" / "odd_one_out.csv").write_text("clean_a\n")
+    (tmp_path / "data" / "filter_heads_llama-3.3-70b.csv").write_text("layer,head\n")
+    (tmp_path / "data" / "claims.schema.json").write_text("{}")
     (tmp_path / "notebooks").mkdir()
-    for path in keys.NOTEBOOKS.values():
-        (tmp_path / path).write_text(json.dumps(NOTEBOOK))
     monkeypatch.setattr(params, "ROOT", tmp_path)
+    for step in STEPS:
+        PLAN.notebook(step).write_text(json.dumps(NOTEBOOK))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
+def begin(step: str, namespace: dict) -> steps.Step:
+    """A step of the plan that this process computes."""
+    return steps.begin(PLAN, step, namespace, lambda _: None)
+
+
 def fake_baselines(seed: int = 0, able: bool = True) -> None:
     """What step 01 leaves: a run record, pairs, findings."""
-    step = steps.begin("baselines", {"profile": "smoke", "seed": seed, "overwrite": True})
-    step.table("baselines", [Unit("u", (), {"able": able})], lambda _: pd.DataFrame({"accuracy": [0.9]}), schema=None)
+    step = begin("baselines", {"profile": "smoke", "seed": seed, "overwrite": True})
+    step.table(
+        Table(
+            "baselines",
+            lambda _: [Unit("u", (), {"able": able})],
+            lambda _: lambda unit: pd.DataFrame({"accuracy": [0.9]}),
+            lambda *_: None,
+            schema=None,
+        )
+    )
     step.write_extra("pairs.parquet", PAIRS)
     step.write_findings({"able": {"superset": {"able": able, "why": "measured"}}})
 
 
 def both(step: str, **given) -> tuple[str, str]:
-    own = params.validate(step, params.load_profile("smoke") | given)
-    data = keys.data_key(keys.ingredients(step, own))
-    return data, keys.page_key(step, own, data)
+    own = params.validate(PLAN.sections, step, params.load_profile("smoke") | given)
+    data = keys.data_key(keys.ingredients(PLAN[step], own))
+    return data, keys.page_key(PLAN, step, own, data)
 
 
 def all_keys() -> dict[str, tuple[str, str]]:
@@ -92,6 +106,8 @@ ASKING = {
 }  # the steps that ask about people by name
 CONTROLLED = {"generality", "subspace", "neurons"}  # those that read the prompts without a superset
 NONE: set[str] = set()
+# The steps whose tables rest on picks that statistics decide: they choose layers, sites, candidates, circuits.
+CHOOSING = {step for step in STEPS if "lib.stats" in keys.measuring(PLAN[step])}
 EDITS = {
     "a sentence in a notebook": (
         lambda house: edit(house / "notebooks/03_necessity.ipynb", "A sentence.", "Another."),
@@ -104,10 +120,41 @@ EDITS = {
         NONE,
     ),
     "plots": (lambda house: append(house / "report/plots.py", "\nCOLOUR = 1\n"), NONE, set(STEPS)),
+    "a sentence of one step": (
+        lambda house: edit(house / "steps/necessity/page.py", "lead.", "go first."),
+        NONE,
+        {"necessity"},
+    ),
+    "what a parameter means, in words": (
+        lambda house: edit(house / "steps/necessity/measure.py", "pairs at the name roles", "pairs there"),
+        NONE,
+        NONE,
+    ),
+    "how one step measures": (
+        lambda house: append(house / "steps/necessity/measure.py", "\nEXTRA = 1\n"),
+        {"necessity"},
+        {"necessity"},
+    ),
+    "how work is cut into units": (
+        lambda house: append(house / "pipeline/units.py", "\nEXTRA = 1\n"),
+        set(STEPS),
+        set(STEPS),
+    ),
+    "the odd-one-out items": (
+        lambda house: append(house / "data/odd_one_out.csv", "x\n"),
+        {"baselines"},
+        {"baselines"},
+    ),
+    "published heads": (
+        lambda house: append(house / "data/filter_heads_llama-3.3-70b.csv", "1,2\n"),
+        NONE,
+        {"story"},
+    ),
+    "the growing pass": (lambda house: append(house / "lib/single_pass.py", "\nEXTRA = 1\n"), set(STEPS), set(STEPS)),
     "the style file": (lambda house: append(house / "report/superset.mplstyle", "\nfont.size: 9\n"), NONE, set(STEPS)),
-    "statistics": (lambda house: append(house / "lib/stats.py", "\nEXTRA = 1\n"), NONE, set(STEPS)),
+    "statistics": (lambda house: append(house / "lib/stats.py", "\nEXTRA = 1\n"), CHOOSING, set(STEPS)),
     "a comment in a module that computes": (lambda house: append(house / "lib/sweep.py", "\n# why\n"), NONE, NONE),
-    "the sweep": (lambda house: append(house / "lib/sweep.py", "\nEXTRA = 1\n"), SWEEPING, SWEEPING),
+    "the sweep": (lambda house: append(house / "lib/sweep.py", "\nEXTRA = 1\n"), set(STEPS), set(STEPS)),
     "the models": (lambda house: append(house / "lib/models.py", "\nEXTRA = 1\n"), set(STEPS), set(STEPS)),
     "a step's own parameter": (
         lambda house: edit(house / "params/smoke.yaml", "necessity:", "necessity:\n  pairs: 3"),
@@ -182,7 +229,7 @@ def test_findings_count_only_where_they_are_read(house):
     fake_baselines()
     given = {"layers": "auto"}
     before, all_layers = both("necessity", **given), both("necessity")
-    coarse = steps.begin("coarse_sweep", {"profile": "smoke"})
+    coarse = begin("coarse_sweep", {"profile": "smoke"})
     coarse.write_findings({"critical_layers": [21], "note": "x"})
     after = both("necessity", **given)
     assert after[0] != before[0]  # auto: the critical layers are part of the data
@@ -194,7 +241,7 @@ def test_findings_count_only_where_they_are_read(house):
 
 def test_findings_of_another_model_are_not_read(house):
     fake_baselines()
-    own = params.validate("necessity", params.load_profile("smoke"))
+    own = params.validate(PLAN.sections, "necessity", params.load_profile("smoke"))
     assert keys.find_findings("baselines", own)["able"]["superset"]["able"] is True
     other = own.model_copy(update={"model": "./other", "model_sha256": None})
     assert keys.find_findings("baselines", other) is None
@@ -206,7 +253,7 @@ def test_a_task_the_model_cannot_do_needs_no_pairs(house):
     fake_baselines()
     with pytest.raises(ParameterError, match="run 01_baselines first"):
         both("necessity", task="odd_one_out", template="odd_one_out")
-    step = steps.begin("baselines", {"profile": "smoke"})
+    step = begin("baselines", {"profile": "smoke"})
     step.write_findings({"able": {"odd_one_out": {"able": False, "why": "accuracy 27%"}}})
     assert both("necessity", task="odd_one_out", template="odd_one_out")
 
@@ -226,7 +273,7 @@ def test_a_local_models_weights_are_known_by_their_contents(house):
     folder = house / "m"
     folder.mkdir()
     (folder / "model.safetensors").write_bytes(b"1")
-    own = params.validate("necessity", {"model": "./m", "profile": "mine"})
+    own = params.validate(PLAN.sections, "necessity", {"model": "./m", "profile": "mine"})
     before = keys.weights(own)
     os.utime(folder / "model.safetensors", (1, 1))
     assert keys.weights(own) == before
@@ -234,147 +281,39 @@ def test_a_local_models_weights_are_known_by_their_contents(house):
     assert keys.weights(own) != before
 
 
-# --- the command line ---
+# --- what is reached -------------------------------------------------------------------------------------
 
 
-def test_the_file_is_written_only_when_something_changed(house, capsys):
-    fake_baselines()
-    out = house / "build/keys/baselines.key"
-    assert keys.main(["baselines", "--profile", "smoke", "--output", str(out)]) == 0
-    words = out.read_text().split()
-    assert words[0] == "data" and words[2] == "page" and len(words[1]) == len(words[3]) == 64
-    os.utime(out, (1, 1))
-    assert keys.main(["baselines", "--profile", "smoke", "--output", str(out)]) == 0
-    assert out.stat().st_mtime == 1
-    edit(house / "notebooks/01_baselines.ipynb", "A sentence.", "Another.")
-    assert keys.main(["baselines", "--profile", "smoke", "--output", str(out)]) == 0
-    assert out.read_text().split()[1] == words[1] and out.read_text().split()[3] != words[3]
-    assert capsys.readouterr().out == ""
-    # results that someone deleted: make must run the step
-    assert keys.main(["baselines", "--profile", "smoke", "--clean"]) == 0
-    assert capsys.readouterr().out == "baselines: removed 4 result files from results/smoke\n"
-    os.utime(out, (1, 1))
-    assert keys.main(["baselines", "--profile", "smoke", "--output", str(out)]) == 0
-    assert out.stat().st_mtime > 1
+def test_what_measures_is_found_by_import():
+    """Nothing is listed by hand: every module of lib that a measure file reaches counts, and nothing that draws."""
+    for step in PLAN:
+        found = keys.measuring(step)
+        assert {f"steps.{step.name}.measure", "pipeline.units", "lib.single_pass", "lib.sweep"} <= set(found)
+        assert not [name for name in found if name.startswith("report") or "page" in name]
+        assert {name.split(".")[1] for name in found if name.startswith("steps.")} == {step.name}
+        assert set(found) <= set(keys.drawing(step)) | {"pipeline.units"}
+    assert {"coarse_sweep", "sufficiency", "hydra", "retrieval_heads"} <= CHOOSING
 
 
-def test_stale_results_are_set_aside_and_fresh_ones_are_not(house, capsys):
-    fake_baselines()
-    folder = house / "results/smoke"
-    old = keys.stored_key(folder, "baselines")
-    names = {"baselines.parquet", "baselines.run.json", "baselines.findings.json", "pairs.parquet"}
-    assert {path.name for path in folder.iterdir()} == names
-    edit(house / "params/smoke.yaml", "pairs_per_quad: 2", "pairs_per_quad: 1")
-    assert keys.main(["baselines", "--profile", "smoke"]) == 0
-    assert f"set aside in results/smoke/stale/baselines-{old[:8]}" in capsys.readouterr().out
-    assert [path.name for path in folder.iterdir()] == ["stale"]
-    assert {path.name for path in (folder / "stale" / f"baselines-{old[:8]}").iterdir()} == names
-    assert keys.main(["necessity", "--profile", "smoke"]) == 1
-    assert "step necessity needs pairs" in capsys.readouterr().err
+def test_an_import_inside_a_function_counts(tmp_path, monkeypatch):
+    monkeypatch.setattr(params, "ROOT", tmp_path)
+    (tmp_path / "lib").mkdir()
+    for name, text in {
+        "a": "from lib import b\n",
+        "b": "def f():\n    from lib.c import x\n",
+        "c": "import lib.d\n",
+        "d": "",
+        "e": "",
+    }.items():
+        (tmp_path / "lib" / f"{name}.py").write_text(text)
+    assert list(keys.reached(["lib.a"], lambda name: True)) == ["lib.a", "lib.b", "lib.c", "lib.d"]
 
 
-def test_unfinished_work_of_another_key_is_set_aside(house, capsys):
-    fake_baselines()
-    folder = house / "results/smoke"
-    plan = {"data_key": "old", "ingredients": {"parameters": {"seed": 9}}}
-    records.write_json(folder / "necessity.units/plan.json", plan)
-    assert keys.main(["necessity", "--profile", "smoke"]) == 0
-    assert "set aside" in capsys.readouterr().out and not (folder / "necessity.units").exists()
-    (folder / "necessity.units").mkdir()  # killed before its plan was written: nothing to set aside
-    assert keys.main(["necessity", "--profile", "smoke"]) == 0
-    assert "set aside" not in capsys.readouterr().out
-
-
-def test_cleaning_one_step_leaves_the_others(house, capsys):
-    fake_baselines()
-    for name in ("necessity.parquet", "necessity.joint.parquet", "sufficiency.parquet"):
-        (house / "results/smoke" / name).write_text("x")
-    assert keys.main(["necessity", "--profile", "smoke", "--clean"]) == 0
-    left = {path.name for path in (house / "results/smoke").iterdir()}
-    assert not any(name.startswith("necessity") for name in left) and "sufficiency.parquet" in left
-    assert "pairs.parquet" in left and "removed 2" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["necesity", "--profile", "smoke"], "did you mean 'necessity'?"),
-        (["necessity", "--profile", "smok"], "did you mean 'smoke'?"),
-        (["necessity", "--profile", "smoke"], "run 01_baselines first"),
-    ],
-)
-def test_mistakes_are_one_line_and_exit_1(arguments, message, house, capsys):
-    out = house / "x.key"
-    assert keys.main([*arguments, "--output", str(out)]) == 1
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and message in error and error.count("\n") == 1
-    assert not out.exists()
-
-
-def test_it_starts_quickly_and_loads_nothing_heavy(house):
-    fake_baselines()
-    code = (
-        "import sys; from lib import keys; status = keys.main(['necessity', '--profile', 'smoke']); "
-        "heavy = {'torch', 'pandas', 'numpy', 'pyarrow', 'transformers'} & set(sys.modules); "
-        "sys.exit(str(heavy) if heavy else status)"
-    )
-    begun = time.perf_counter()
-    done = subprocess.run([sys.executable, "-c", code], cwd=house, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert time.perf_counter() - begun < 5  # about 0.3 s on an idle machine
-    assert done.stdout == "data {}\npage {}\n".format(*both("necessity"))
-
-
-# --- the tables of modules ---
-
-
-def lib_imports(name: str) -> set[str]:
-    """Modules of lib that a module imports, anywhere in it."""
-    out = set()
-    for node in ast.walk(ast.parse((ROOT / "lib" / f"{name}.py").read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module == "lib":
-            out |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lib."):
-            out.add(node.module.split(".")[1])
-    return out
-
-
-def test_every_module_of_lib_is_in_a_key_or_known_to_be_in_none():
-    compute = {name for names in keys.COMPUTE.values() for name in names}
-    page = set(keys.DRAWING)
-    # keys and params decide by value; machine gives facts about a run; fit only refuses, and the others count costs
-    neither = {"__init__", "keys", "params", "step_params", "machine"}
-    neither |= {"fit", "costs", "standins", "planned", "rates", "plan", "workers"}
-    assert {path.stem for path in (ROOT / "lib").glob("*.py")} == compute | page | neither
-    assert not compute & page
-
-
-def test_nothing_in_lib_needs_the_report():
-    """One way through the house: what is measured cannot depend on how it is told."""
-    for path in (ROOT / "lib").glob("*.py"):
-        assert not re.search(r"^\s*(from|import) report\b", path.read_text(), flags=re.M), path.name
-
-
-@pytest.mark.parametrize("step", STEPS)
-def test_what_a_computing_module_imports_computes_too(step):
-    for name in keys.COMPUTE[step]:
-        # hooks and single_pass are what models proves itself with; params and steps lend ability their types
-        assert lib_imports(name) <= {
-            *keys.COMPUTE[step],
-            "hooks",
-            "single_pass",
-            "params",
-            "step_params",
-            "steps",
-            "fit",
-        }, name
-
-
-@pytest.mark.parametrize("step", list(STEPS)[4:])
+@pytest.mark.parametrize("step", STEPS[4:])
 def test_another_slice_is_another_key(step, house):
     fake_baselines()
     before = both(step)
-    earlier = steps.begin("sufficiency", {"profile": "smoke"})
+    earlier = begin("sufficiency", {"profile": "smoke"})
     earlier.write_findings({"able": True, "critical_slice": [{"site": "21.6"}]})
     with_slice = both(step)
     earlier.write_findings({"able": True, "critical_slice": [{"site": "21.6"}, {"site": "mlp 23"}]})

@@ -1,20 +1,31 @@
 """Parameters: what is accepted, and the one sentence that says what is wrong."""
 
+import json
 import math
 import re
 
 import pytest
 
 from pipeline import params
-from pipeline.params import ParameterError, load_profile, validate
+from pipeline.params import ParameterError, load_profile
+from steps.__main__ import parameters_cell
+from steps.registry import PLAN
 
 BASE = {"model": "./m", "profile": "mine"}
+
+
+def validate(step, given):
+    return params.validate(PLAN.sections, step, given)
+
+
+def from_notebook(step, namespace):
+    return params.from_notebook(PLAN.sections, step, namespace)
 
 
 def test_every_profile_is_valid_for_every_step():
     assert params.profiles() == ["llama-3.3-70b", "smoke", "smollm2-135m", "smollm2-135m-quick"]
     for name in params.profiles():
-        for step in STEPS:
+        for step in PLAN.names:
             assert validate(step, load_profile(name)).profile == name
 
 
@@ -38,9 +49,9 @@ def test_the_papers_profile():
 
 
 def test_no_key_means_two_things_and_each_is_described():
-    for step, model in STEPS.items():
-        assert not set(params.section_keys(step)) & params.SHARED
-        assert not set(model.model_fields) & set(STEPS)
+    for model in PLAN.sections.values():
+        assert not set(params.section_keys(model)) & params.SHARED
+        assert not set(model.model_fields) & set(PLAN.names)
         assert all(field.description for field in model.model_fields.values())
 
 
@@ -156,16 +167,16 @@ def test_steps_and_profiles_that_do_not_exist(tmp_path):
 
 def test_a_notebooks_variables():
     session = {"In": ["x"], "Out": {}, "exit": print, "get_ipython": print, "_i1": "x", "__name__": "m", "re": re}
-    own = params.from_notebook("necessity", session | {"profile": "smoke", "layers": None, "pairs": 3, "seed": 5})
+    own = from_notebook("necessity", session | {"profile": "smoke", "layers": None, "pairs": 3, "seed": 5})
     base = load_profile("smoke")
     assert (own.profile, own.pairs, own.seed, list(own.layers)) == ("smoke", 3, 5, base["layers"])
-    assert params.from_notebook("necessity", session).profile == "smollm2-135m"
+    assert from_notebook("necessity", session).profile == "smollm2-135m"
     # papermill -f gives the whole profile; no file is read then
-    assert params.from_notebook("necessity", session | {"profile": "no-such", "model": "./m"}).model == "./m"
+    assert from_notebook("necessity", session | {"profile": "no-such", "model": "./m"}).model == "./m"
     with pytest.raises(ParameterError, match="profile is not given"):
-        params.from_notebook("necessity", session | {"model": "./m"})
+        from_notebook("necessity", session | {"model": "./m"})
     with pytest.raises(ParameterError, match="unknown parameter pear = 3"):
-        params.from_notebook("necessity", session | {"profile": "smoke", "pear": 3})
+        from_notebook("necessity", session | {"profile": "smoke", "pear": 3})
 
 
 def test_layers_are_checked_against_the_model():
@@ -183,9 +194,20 @@ def test_parameters_cannot_be_changed():
 
 def test_a_module_under_a_sections_name_does_not_hide_the_section():
     with pytest.raises(ParameterError, match="imports a module under the name 'baselines'"):
-        params.from_notebook("baselines", {"profile": "smoke", "baselines": pytest})
+        from_notebook("baselines", {"profile": "smoke", "baselines": pytest})
 
 
 @pytest.mark.parametrize(("given", "meant"), [("true", True), ("True", True), (True, True), ("false", False)])
 def test_a_truth_value_may_come_as_papermill_leaves_it(given, meant):
-    assert params.validate("necessity", {"model": "owner/name", "overwrite": given}).overwrite is meant
+    assert validate("necessity", {"model": "owner/name", "overwrite": given}).overwrite is meant
+
+
+@pytest.mark.parametrize("step", PLAN.names)
+def test_a_notebooks_parameters_cell_is_that_of_its_steps_model(step):
+    """Complete and up to date: `make format` writes it, and `papermill --help-notebook` prints it."""
+    cells = json.loads(PLAN.notebook(step).read_text())["cells"]
+    (cell,) = [cell for cell in cells if "parameters" in cell["metadata"].get("tags", ())]
+    assert "".join(cell["source"]) == parameters_cell(step)
+    names = re.findall(r"^(\w+) = ", "".join(cell["source"]), flags=re.M)
+    assert {*params.section_keys(PLAN[step].params), "profile", "model", "results_dir"} <= set(names)
+    assert "layers" not in names or PLAN[step].layered

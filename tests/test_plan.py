@@ -8,7 +8,8 @@ from lib import models, records, weights
 from lib.weights import ModelError
 from pipeline import assumed, costs, keys, params, rates
 from pipeline.params import ParameterError
-from steps import plan, planned
+from steps import plan
+from steps.registry import PLAN
 from tests.conftest import CONFIGS, SMOLLM
 
 LLAMA = "meta-llama/Llama-3.3-70B-Instruct"
@@ -39,7 +40,7 @@ def test_weights_are_those_of_the_model(tiny, name):
 def test_a_model_that_cannot_fit_is_refused_before_it_is_loaded(tmp_path, monkeypatch):
     file = tmp_path / "config.json"
     file.write_text(json.dumps(json.loads(weights.SHAPES.read_text())[LLAMA]))
-    monkeypatch.setattr(weights.machine, "memory_gb", lambda: 25.3)
+    monkeypatch.setattr(weights, "memory_gb", lambda: 25.3)
     monkeypatch.setattr(models, "AutoModelForCausalLM", None)  # which would make the weights
     said = r"70\.6 billion weights in bfloat16 take 141\.1 GB and one small pass 0\.6 GB, but cpu has 25\.3 GB; "
     ways = r"use quantisation: nf4 \(40 GB.*\), or device_map: auto with an offload_folder.*\(141 GB on disk\)"
@@ -48,7 +49,7 @@ def test_a_model_that_cannot_fit_is_refused_before_it_is_loaded(tmp_path, monkey
 
 
 def test_what_works_is_not_refused(monkeypatch):
-    monkeypatch.setattr(weights.machine, "memory_gb", lambda: 24.0)
+    monkeypatch.setattr(weights, "memory_gb", lambda: 24.0)
     weights.check(SMOLLM, "float32", "cpu")
     weights.check(LLAMA, "bfloat16", "auto", offload_folder="anywhere")
     weights.check(LLAMA, "bfloat16", {"": "disk"})
@@ -63,7 +64,7 @@ def test_the_plan_of_the_70b_profile(tmp_path, capsys):
     file = tmp_path / "plan.json"
     assert plan.main(["--profile", "llama-3.3-70b", "--device", CARD, "--json", str(file)]) == 0
     made = json.loads(file.read_text())
-    assert [step["step"] for step in made["steps"]] == list(STEPS)
+    assert [step["step"] for step in made["steps"]] == PLAN.names
     assert any("assumed, not measured" in line for line in made["assumptions"])
     for step in made["steps"]:
         assert step["seconds"] > 0 and step["operations"] > 1e15 and step["measured_seconds"] is None
@@ -74,7 +75,7 @@ def test_the_plan_of_the_70b_profile(tmp_path, capsys):
 
 
 def test_the_plan_of_a_profile_that_cannot_fit_says_so(capsys, monkeypatch):
-    monkeypatch.setattr(weights.machine, "memory_gb", lambda: 25.3)
+    monkeypatch.setattr(weights, "memory_gb", lambda: 25.3)
     assert plan.main(["--profile", "llama-3.3-70b"]) == 1
     assert "does not fit" in capsys.readouterr().err
     assert plan.main(["--profile", "llama-3.3-70b", "--device", "abacus"]) == 1
@@ -83,8 +84,10 @@ def test_the_plan_of_a_profile_that_cannot_fit_says_so(capsys, monkeypatch):
 
 def test_rates_are_found_again():
     known = {"passes": 0.01, "plain": 5e-12, "grown": 4e-12, "rows": 1e-3, "jobs": 0.2}
-    works = [costs.Work(passes=n % 3 + 1, plain=n * 1e11, grown=(n * 7 % 5) * 1e11, rows=n * n % 11, other={"jobs": 1})
-             for n in range(1, 12)]  # fmt: skip
+    works = [
+        costs.Work(passes=n % 3 + 1, plain=n * 1e11, grown=(n * 7 % 5) * 1e11, rows=n * n % 11, other={"jobs": 1})
+        for n in range(1, 12)
+    ]
     found = rates.solved([(work, rates.seconds(work, known)) for work in works], {})
     assert {name: found[name] for name in known} == pytest.approx(known, rel=1e-3)
 
@@ -95,14 +98,15 @@ def test_more_pairs_cost_more_and_rows_are_counted(tmp_path):
     counts = {}
     for pairs in (100, 200):
         given = given | {"coarse_sweep": given["coarse_sweep"] | {"pairs": pairs}}
-        ((_, work),) = planned.coarse_sweep(assumed.case_of("coarse_sweep", given, shape, place))
-        counts[pairs] = work
+        case = assumed.case_of(PLAN, "coarse_sweep", given, shape, place)
+        ((table,),) = PLAN["coarse_sweep"].assumed(case)
+        counts[pairs] = work = table.cost(case, table.units(case))
         assert work.rows == 30 * 2 * (pairs + 3 * 40)
     assert counts[100].operations < counts[200].operations < 2 * counts[100].operations
 
 
 def test_against_a_run(tmp_path, monkeypatch):
-    p = params.validate("necessity", params.load_profile("smoke") | {"results_dir": str(tmp_path)})
+    p = params.validate(PLAN.sections, "necessity", params.load_profile("smoke") | {"results_dir": str(tmp_path)})
     assert plan.measured("necessity", p) == {}
     tables = {"necessity": {"seconds": 3.0}, "necessity.more": {"seconds": 1.0}}
     records.write_json(keys.results_folder(p) / "necessity.run.json", {"tables": tables})

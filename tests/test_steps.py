@@ -13,11 +13,13 @@ import pandas as pd
 import pytest
 
 from lib import records
-from pipeline import keys, params, units
+from pipeline import params, units
 from pipeline import step as steps
+from pipeline.declaration import Table
 from pipeline.params import ParameterError
 from pipeline.step import StepError
 from pipeline.units import Unit
+from steps.registry import PLAN
 from tests.test_records import fake_compute, fake_plan
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,7 +34,13 @@ def here(tmp_path, monkeypatch):
 
 
 def begin(step: str = "necessity", **given) -> steps.Step:
-    return steps.begin(step, {"profile": "smoke", "pairs_file": "mine.csv", "results_dir": "out"} | given)
+    own = {"profile": "smoke", "pairs_file": "mine.csv", "results_dir": "out"} | given
+    return steps.begin(PLAN, step, own, lambda _: None)
+
+
+def table(name: str, plan: list[Unit], compute, **how) -> Table:
+    """A table of these units."""
+    return Table(name, lambda step: plan, lambda step: compute, lambda *_: None, **how)
 
 
 def counting(calls: list):
@@ -45,17 +53,17 @@ def counting(calls: list):
 
 def test_a_finished_table_is_read_not_computed(here):
     calls = []
-    first = begin().table("necessity", fake_plan(3), counting(calls))
-    again = begin(resamples=900).table("necessity", fake_plan(3), counting(calls))  # a page parameter
+    first = begin().table(table("necessity", fake_plan(3), counting(calls)))
+    again = begin(resamples=900).table(table("necessity", fake_plan(3), counting(calls)))  # a page parameter
     assert calls == ["u-0", "u-1", "u-2"]
     pd.testing.assert_frame_equal(first, again)
     assert sorted(path.name for path in (here / "out").iterdir()) == ["necessity.parquet", "necessity.run.json"]
-    assert list(begin().table("necessity", fake_plan(3), counting(calls), columns=["layer"])) == ["layer"]
+    assert list(begin().table(table("necessity", fake_plan(3), counting(calls), columns=["layer"]))) == ["layer"]
 
 
 def test_metadata_and_run_record_say_how_it_was_made(here):
     step = begin()
-    step.table("necessity", fake_plan(2), fake_compute)
+    step.table(table("necessity", fake_plan(2), fake_compute))
     about = records.read_metadata(here / "out" / "necessity.parquet")
     assert about["profile"] == "smoke" and about["seed"] == 0 and about["parameters"]["name_pairs"] == 4
     assert about["model"]["sha256"] == params.load_profile("smoke")["model_sha256"]
@@ -69,21 +77,21 @@ def test_metadata_and_run_record_say_how_it_was_made(here):
     assert str(here) not in json.dumps(record) and str(ROOT) not in json.dumps(record)
     assert "results_dir" not in record["parameters"]
     before = (here / "out" / "necessity.run.json").stat().st_mtime_ns
-    begin().table("necessity", fake_plan(2), fake_compute)
+    begin().table(table("necessity", fake_plan(2), fake_compute))
     assert (here / "out" / "necessity.run.json").stat().st_mtime_ns == before  # redrawing is no new run
 
 
 def test_a_second_table_has_its_own_file_and_line_in_the_record(here):
     step = begin()
-    step.table("necessity", fake_plan(2), fake_compute)
-    joint = step.table("joint", [Unit("j")], lambda _: pd.DataFrame({"size": [1, 2]}), schema=None)
+    step.table(table("necessity", fake_plan(2), fake_compute))
+    joint = step.table(table("joint", [Unit("j")], lambda _: pd.DataFrame({"size": [1, 2]}), schema=None))
     assert list(joint["size"]) == [1, 2]
     assert set(step.record["tables"]) == {"necessity", "necessity.joint"}
     assert (here / "out" / "necessity.joint.parquet").exists()
     # another plan under the same key (its units follow from a page parameter): only this table is made again
     calls = []
-    step.table("necessity", fake_plan(2), counting(calls))
-    step.table("joint", [Unit("k")], lambda _: pd.DataFrame({"size": [3]}), schema=None)
+    step.table(table("necessity", fake_plan(2), counting(calls)))
+    step.table(table("joint", [Unit("k")], lambda _: pd.DataFrame({"size": [3]}), schema=None))
     assert calls == [] and records.read(here / "out" / "necessity.joint.parquet")["size"].tolist() == [3]
 
 
@@ -96,10 +104,10 @@ def test_an_interrupted_table_resumes(here):
         return counting(calls)(unit)
 
     with pytest.raises(RuntimeError, match="stopped"):
-        begin().table("necessity", fake_plan(4), fails)
+        begin().table(table("necessity", fake_plan(4), fails))
     plan = units.read_plan(here / "out" / "necessity.units")
     assert plan["data_key"] == begin().data_key and plan["memory_gb"] > 0
-    frame = begin().table("necessity", fake_plan(4), counting(calls))
+    frame = begin().table(table("necessity", fake_plan(4), counting(calls)))
     assert calls == ["u-0", "u-1", "u-2", "u-3"] and len(frame) == 16
     assert not (here / "out" / "necessity.units").exists()
 
@@ -107,17 +115,17 @@ def test_an_interrupted_table_resumes(here):
 def test_the_memory_budget_is_resolved_once(here, monkeypatch):
     monkeypatch.setattr(steps.machine, "pass_memory", lambda model: 1.25)
     with pytest.raises(RuntimeError):
-        begin().table("necessity", fake_plan(2), lambda unit: (_ for _ in ()).throw(RuntimeError()))
+        begin().table(table("necessity", fake_plan(2), lambda unit: (_ for _ in ()).throw(RuntimeError())))
     monkeypatch.setattr(steps.machine, "pass_memory", lambda model: 9.0)  # another machine, or other work beside it
     step = begin()
     assert step.memory == 1.25
-    step.table("necessity", fake_plan(2), fake_compute)
+    step.table(table("necessity", fake_plan(2), fake_compute))
     assert step.record["memory_gb"] == 1.25 and begin().memory == 1.25
     assert begin(memory=3, results_dir="other").memory == 3.0
 
 
 def test_results_of_other_parameters_are_refused_with_what_differs(here):
-    begin().table("necessity", fake_plan(2), fake_compute)
+    begin().table(table("necessity", fake_plan(2), fake_compute))
     begin().write_findings({"x": 1})
     for given, message in (
         ({"seed": 4}, "out holds results of necessity made otherwise: seed was 0, now 4. Run with -p overwrite true"),
@@ -133,18 +141,18 @@ def test_results_of_other_parameters_are_refused_with_what_differs(here):
     calls = []
     step = begin(overwrite=True)
     assert (here / "out" / "necessity.findings.json").exists()  # nor does the first cell
-    step.table("necessity", fake_plan(1), counting(calls))
+    step.table(table("necessity", fake_plan(1), counting(calls)))
     assert calls == ["u-0"] and not (here / "out" / "necessity.findings.json").exists()
-    assert begin(overwrite=True).table("necessity", fake_plan(1), counting(calls)) is not None
+    assert begin(overwrite=True).table(table("necessity", fake_plan(1), counting(calls))) is not None
     assert calls == ["u-0"]  # overwrite replaces other results, not these
 
 
 def test_unfinished_work_and_unknown_files_are_refused_too(here):
     with pytest.raises(RuntimeError):
-        begin().table("necessity", fake_plan(2), lambda unit: (_ for _ in ()).throw(RuntimeError()))
+        begin().table(table("necessity", fake_plan(2), lambda unit: (_ for _ in ()).throw(RuntimeError())))
     with pytest.raises(StepError, match="seed was 0, now 1"):
         begin(seed=1)
-    begin(seed=1, overwrite=True).table("necessity", fake_plan(1), fake_compute)
+    begin(seed=1, overwrite=True).table(table("necessity", fake_plan(1), fake_compute))
     (here / "out" / "necessity.run.json").unlink()
     with pytest.raises(StepError, match="they do not say which"):
         begin(seed=1)
@@ -153,7 +161,7 @@ def test_unfinished_work_and_unknown_files_are_refused_too(here):
 def test_bad_rows_leave_no_table(here):
     step = begin()
     with pytest.raises(records.RecordError, match="'kl_after' breaks"):
-        step.table("necessity", fake_plan(1), lambda unit: fake_compute(unit).assign(kl_after=np.inf))
+        step.table(table("necessity", fake_plan(1), lambda unit: fake_compute(unit).assign(kl_after=np.inf)))
     assert not list((here / "out").rglob("*.parquet"))
 
 
@@ -190,7 +198,7 @@ def test_findings_are_plain_rounded_and_stable(here):
 
 def test_findings_come_from_results_dir_first_then_from_the_profile(here, monkeypatch):
     monkeypatch.setattr(params, "ROOT", here)
-    for name in ("lib", "report", "params", "data"):
+    for name in ("lib", "pipeline", "report", "steps", "params", "data"):
         (here / name).symlink_to(ROOT / name)
     assert begin().find("coarse_sweep") is None
     assert begin(layers="auto", memory=1).layers_from.startswith("all layers: step 02")
@@ -244,7 +252,7 @@ def test_the_model_is_loaded_once_and_its_layers_checked(here, monkeypatch):
     monkeypatch.setattr(models, "load", fake_load)
     step = begin(layers="all")
     assert step.n_layers == 30 and step.layers == list(range(30)) and step.n_heads == 9
-    step.table("necessity", fake_plan(1), fake_compute)
+    step.table(table("necessity", fake_plan(1), fake_compute))
     profile = params.load_profile("smoke")
     assert asked == [(profile["model"], profile["model_sha256"], "float32")]
     assert begin(layers="all").n_layers == 30 and len(asked) == 1  # from the run record: a redrawn page loads nothing
@@ -265,20 +273,15 @@ def test_random_choices_come_from_the_seed(here):
     assert draw(begin(), "a") != draw(begin(), "b")
 
 
-def test_starting_a_step_loads_no_torch():
-    code = "import sys; from lib import steps; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
-
-
 # --- through papermill ---
 
 CELLS = [
     ("parameters", "profile = None  # name of the profile\nlayers = None\nresults_dir = None\npairs_file = None"),
-    ("", "from lib import steps\nstep = steps.begin('necessity', globals())"),
+    ("", "from steps.registry import begin\nstep = begin('necessity', globals())"),
     (
         "",
-        "from tests.test_records import fake_compute, fake_plan\n"
-        "len(step.table('necessity', fake_plan(3), fake_compute)), step.params.layers",
+        "from tests.test_records import fake_compute, fake_plan\nfrom tests.test_steps import table\n"
+        "len(step.table(table('necessity', fake_plan(3), fake_compute))), step.params.layers",
     ),
 ]
 
@@ -325,4 +328,4 @@ def test_a_page_opened_by_hand_reads_its_profile(here):
 
 
 def test_notebook_names_follow_the_steps():
-    assert keys.NOTEBOOKS["necessity"] == "notebooks/03_necessity.ipynb"
+    assert PLAN.notebook("necessity") == ROOT / "notebooks" / "03_necessity.ipynb"

@@ -15,9 +15,12 @@ import ray
 import torch
 from ray.cluster_utils import Cluster
 
+from lib import records
 from pipeline import machine, params, units, workers
 from pipeline import step as steps
+from pipeline.declaration import Table
 from pipeline.workers import WorkersError
+from steps.registry import PLAN
 
 PEOPLE = {
     "scientist": ["Isaac Newton", "Albert Einstein", "Marie Curie", "Charles Darwin"],
@@ -52,14 +55,20 @@ def begin(here):
     """Makes steps; their replicas end with the test, so that the next one has room."""
     made: list[steps.Step] = []
     yield lambda *where, **how: made.append(begun(*where, **how)) or made[-1]
-    for replica in (replica for step in made for replica in step.__dict__.get("replicas", ())):
+    for replica in (replica for step in made if step.engine for replica in step.engine.actors):
         ray.kill(replica)
 
 
 def begun(folder: str, address: str | None = None, replicas: int = 2) -> steps.Step:
     who = {"engine": "ray", "address": address, "replicas": replicas} if address else {}
     own = {"pairs_file": "mine.csv", "results_dir": folder, "layers": [21, 23], "workers": who}
-    return steps.Step("necessity", params.validate("necessity", params.load_profile("smoke") | own))
+    checked = params.validate(PLAN.sections, "necessity", params.load_profile("smoke") | own)
+    return steps.Step(PLAN, "necessity", checked, workers.engine_of(checked))
+
+
+def table(plan: list[units.Unit], compute, schema=None) -> Table:
+    """The step's table, of these units."""
+    return Table("necessity", lambda step: plan, lambda step: compute, lambda *_: None, schema=schema)
 
 
 def planned(step: steps.Step) -> tuple[list[units.Unit], object]:
@@ -78,7 +87,7 @@ def planned(step: steps.Step) -> tuple[list[units.Unit], object]:
 
 def swept(step: steps.Step) -> pa.Table:
     """The step's table as it lies on disk."""
-    step.table("necessity", *planned(step))
+    step.table(table(*planned(step), records.SCHEMA))
     return pq.read_table(step.path())
 
 
@@ -94,7 +103,7 @@ def test_more_replicas_than_the_cluster_has_room_for(cluster, here, begin):
 
 def test_replicas_of_other_code_libraries_or_weights_are_refused(cluster, here, begin, monkeypatch):
     step = begin("out", cluster.address, replicas=1)
-    with monkeypatch.context() as patched, pytest.raises(WorkersError, match="another code of lib"):
+    with monkeypatch.context() as patched, pytest.raises(WorkersError, match="another code"):
         patched.setattr(workers, "code_hash", lambda: "0" * 64)
         swept(step)
     with monkeypatch.context() as patched, pytest.raises(WorkersError, match=r"another library torch \(.*, not 0.1"):
@@ -111,7 +120,7 @@ def test_a_unit_that_kills_every_replica_ends_the_run(cluster, here, begin, monk
     monkeypatch.setattr(workers, "DEATHS", 0)
     plan = [units.Unit("deadly")]
     with pytest.raises(WorkersError, match="deadly took 1 replicas with it"):
-        begin("out", cluster.address).table("necessity", plan, lambda _: os._exit(1), schema=None)
+        begin("out", cluster.address).table(table(plan, lambda _: os._exit(1)))
 
 
 def test_an_error_in_the_work_is_the_one_that_was_raised(cluster, here, begin):
@@ -119,7 +128,7 @@ def test_an_error_in_the_work_is_the_one_that_was_raised(cluster, here, begin):
         raise ValueError(f"{unit.id} has no rows")
 
     with pytest.raises(ValueError, match="^u has no rows$"):
-        begin("out", cluster.address, replicas=1).table("necessity", [units.Unit("u")], compute, schema=None)
+        begin("out", cluster.address, replicas=1).table(table([units.Unit("u")], compute))
 
 
 def test_a_unit_short_of_memory_is_done_again_with_half(cluster, here, begin):
@@ -130,7 +139,7 @@ def test_a_unit_short_of_memory_is_done_again_with_half(cluster, here, begin):
             raise torch.OutOfMemoryError("pretended")
         return pd.DataFrame({"memory": [step.memory]})
 
-    frame = step.table("necessity", [units.Unit("large"), units.Unit("small")], pretended_shortage, schema=None)
+    frame = step.table(table([units.Unit("large"), units.Unit("small")], pretended_shortage))
     full = step.record["memory_gb"]
     halvings = next(n for n in range(20) if full / 2**n <= 0.3)
     assert list(frame["memory"]) == [full / 2**halvings, full]
@@ -171,7 +180,7 @@ def test_a_run_goes_on_with_other_workers(cluster, here, begin):
         return compute(unit)
 
     with pytest.raises(KeyboardInterrupt):
-        step.table("necessity", plan, interrupted)
+        step.table(table(plan, interrupted, records.SCHEMA))
     mixed = swept(begin("out", cluster.address, replicas=1))
     assert Counter(Path("computed").read_text().split()) == {unit.id: 1 for unit in plan}
     assert mixed.equals(swept(begin("local")))
