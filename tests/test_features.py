@@ -15,11 +15,12 @@ from lib.hooks import Site
 from pipeline import params
 from pipeline.step import StepError
 from pipeline.units import sweep_units
-from steps.neurons import feature_patches, features, features_page
+from steps.neurons import feature_patches, features, features_page, picks
+from steps.registry import PLAN
 from tests.test_sweep import PAIRS, captured, plain
 
 SITE = Site(1, "mlp")
-PARAMS = params.validate("neurons", params.load_profile("smoke") | {"budgets": [1, 3]})
+PARAMS = params.validate(PLAN.sections, "neurons", params.load_profile("smoke") | {"budgets": [1, 3]})
 
 
 def samples(count=600, width=8, seed=0):
@@ -126,7 +127,7 @@ def test_patches_equal_full_forward_passes(tiny, component, direction):
     chosen = {"features": [3, 0, 5, 7]} | ({"neurons": [4, 1, 9]} if component == "mlp" else {})
     options = {"direction": direction, "chosen": chosen, "budgets": [1, 3], "draws": 1}
     unit = sweep_units("x", [pair], **options)[0]
-    frame = feature_patches.patcher(step_of(model), coder, site, basis)(unit)
+    frame = feature_patches.Patcher(step_of(model), coder, site, basis)(unit)
     frame = records.conform(frame, records.VARIANT_SCHEMA).set_index("variant")
     base, other = (pair.clean, pair.corrupt) if direction == "noise" else (pair.corrupt, pair.clean)
     own, new = (captured(model, prompt.ids)[site][0, 9] for prompt in (base, other))
@@ -151,7 +152,7 @@ def test_patches_equal_full_forward_passes(tiny, component, direction):
             assert frame.loc[f"{kind} {k}.0", "site_delta"] == pytest.approx(frame.loc[f"features {k}", "site_delta"], rel=1e-3)  # fmt: skip # noqa: E501
     assert "neurons 1" in frame.index or component == "resid"
     unit = sweep_units("x", [pair], direction=direction, chosen=chosen)[0]
-    alone = feature_patches.patcher(step_of(model), coder, site, basis)(unit).set_index("variant")
+    alone = feature_patches.Patcher(step_of(model), coder, site, basis)(unit).set_index("variant")
     assert np.allclose(alone.loc["features 3", "logits_after"], frame.loc["features 1", "logits_after"], atol=1e-5)
     assert len(alone) == sum(map(len, chosen.values()))
 
@@ -208,11 +209,11 @@ def reads(quads=30, seed=0, classes=("artist", "scientist")):
 
 def test_auc_and_selectivity():
     rows = reads()
-    table = features_page.aucs(rows, "features")
+    table = picks.aucs(rows, "features")
     for unit in (0, 3):
         wanted = roc_auc_score(rows["superset"] == "artist", [value[unit] for value in rows["features"]])
         assert table.loc[unit, "artist"] == pytest.approx(wanted)
-    own = features_page.selective(rows, "features", PARAMS)
+    own = picks.selective(rows, "features", PARAMS)
     assert own.iloc[0].to_dict() == {"unit": 0, "superset": "artist", "discovery": 1.0, "confirmation": 1.0}
     many = reads(80)
     values = np.stack(list(many["features"]))[:, 3]
@@ -220,8 +221,8 @@ def test_auc_and_selectivity():
     assert span.low < 0.5 < span.high < span.low + 0.35 and span.estimate == pytest.approx(
         roc_auc_score(many["superset"] == "artist", values)
     )
-    assert features_page.selective(reads(classes=("artist",)), "features", PARAMS).empty
-    assert features_page.shortlist(rows, PARAMS) == {"features": [1, 3, 4, 0, 5, 2], "neurons": [5, 0, 1, 2, 3, 4]}
+    assert picks.selective(reads(classes=("artist",)), "features", PARAMS).empty
+    assert picks.shortlist(rows, PARAMS) == {"features": [1, 3, 4, 0, 5, 2], "neurons": [5, 0, 1, 2, 3, 4]}
 
 
 def test_stability_sees_permuted_features_and_not_random_ones():

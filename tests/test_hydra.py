@@ -12,12 +12,13 @@ from lib import effects, hooks, models, records, single_pass, sweep
 from lib.hooks import Site
 from pipeline import params
 from report import circuit_plots
-from steps.hydra import measure as hydra
-from steps.hydra import page as hydra_report
-from steps.hydra import statements as hydra_statements
+from steps.hydra import measure, page, splits
+from steps.registry import PLAN
 
 SLICE = [Site(0, "mlp"), Site(1, "head", 2), Site(1, "mlp"), Site(1, "head", 0)]
-P = params.validate("hydra", params.load_profile("smoke") | {"ablations": ["zero", "resample"], "candidates": 3})
+P = params.validate(
+    PLAN.sections, "hydra", params.load_profile("smoke") | {"ablations": ["zero", "resample"], "candidates": 3}
+)
 
 
 def norm64(module, x, weight=None):
@@ -49,15 +50,15 @@ def exact(config_file, monkeypatch):
 
 def parts_of(frame):
     """change of each part, summed over sites, per pair, slice and ablation."""
-    return hydra_report.changes(frame).set_index(["slice", "pair_id", "ablation"])
+    return page.changes(frame).set_index(["slice", "pair_id", "ablation"])
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "gemma3", "gpt2"])
 def test_parts_add_up_to_the_total_and_are_direct_effects_by_definition(exact, name):
     model = exact(name)
     slices = {"slice": SLICE, "other": [Site(1, "attn"), Site(0, "head", 1)]}
-    frame = hydra.run(model, PAIRS[:3], slices=slices, ablations=sweep.ABLATIONS, pool=PAIRS, seed=3)
-    records.conform(frame, hydra.SCHEMA)
+    frame = splits.run(model, PAIRS[:3], slices=slices, ablations=sweep.ABLATIONS, pool=PAIRS, seed=3)
+    records.conform(frame, splits.SCHEMA)
     parts = parts_of(frame)
     assert len(parts) == 2 * 3 * 4
     assert parts["residual"].abs().max() < 1e-9
@@ -126,7 +127,7 @@ def test_parts_add_up_to_the_total_and_are_direct_effects_by_definition(exact, n
 def test_the_total_is_the_effect_of_the_same_joint_ablation_in_a_sweep(tiny, name, dtype, tolerance):
     model = tiny(name, dtype)
     how = {"ablations": sweep.ABLATIONS, "pool": PAIRS, "seed": 5}
-    split = parts_of(hydra.run(model, PAIRS[:4], slices={"slice": SLICE}, **how))
+    split = parts_of(splits.run(model, PAIRS[:4], slices={"slice": SLICE}, **how))
     joint = sweep.run(model, PAIRS[:4], site_sets=[SLICE], **how).set_index(["pair_id", "ablation"])
     effect = joint["logit_diff_after"] - joint["logit_diff_before"]
     both = pd.concat([split["total"]["slice"], effect.rename("effect")], axis=1)
@@ -136,7 +137,7 @@ def test_the_total_is_the_effect_of_the_same_joint_ablation_in_a_sweep(tiny, nam
 
 def test_the_split_on_the_bundled_model(smollm, two_pairs):
     slices = {"slice": [Site(21, "head", 6), Site(23, "mlp"), Site(29, "mlp")]}
-    frame = hydra.run(smollm, two_pairs, slices=slices, ablations=("zero", "counterfactual"))
+    frame = splits.run(smollm, two_pairs, slices=slices, ablations=("zero", "counterfactual"))
     parts = parts_of(frame)
     assert parts["residual"].abs().max() < 1e-4 < 0.5 < parts["total"].abs().min()
     assert frame.query("part == 'heads' and layer == 21").empty
@@ -144,50 +145,50 @@ def test_the_split_on_the_bundled_model(smollm, two_pairs):
 
 def test_what_comes_later(tiny):
     llama, gemma = tiny("llama"), tiny("gemma3")
-    plain, post = ([models_post for models_post in hydra.post_norms(model)] for model in (llama, gemma))
-    later = hydra.later_sites(llama, [Site(2, "head", 1)], plain)
+    plain, post = ([models_post for models_post in splits.post_norms(model)] for model in (llama, gemma))
+    later = splits.later_sites(llama, [Site(2, "head", 1)], plain)
     assert later == [Site(2, "mlp")]
-    beside = hydra.later_sites(gemma, [Site(2, "head", 1)], post)  # the post norm's scale ties them to the slice
+    beside = splits.later_sites(gemma, [Site(2, "head", 1)], post)  # the post norm's scale ties them to the slice
     assert beside == [Site(2, "head", 0), Site(2, "head", 2), Site(2, "head", 3), Site(2, "mlp")]
-    assert hydra.later_sites(llama, [Site(1, "mlp"), Site(2, "attn")], plain) == [Site(2, "mlp")]
-    last = hydra.run(llama, PAIRS[:2], slices={"slice": [Site(2, "mlp")]}, ablations=("zero",))
+    assert splits.later_sites(llama, [Site(1, "mlp"), Site(2, "attn")], plain) == [Site(2, "mlp")]
+    last = splits.run(llama, PAIRS[:2], slices={"slice": [Site(2, "mlp")]}, ablations=("zero",))
     assert set(last["part"]) == {"total", "direct", "scale", "residual"}
-    table = hydra_report.rises(last, P)
-    assert table.empty and hydra_report.candidates(table, P).empty
-    only = hydra_report.Round([Site(2, "mlp")], last, table, table)
-    assert "no other site comes after the slice" in hydra_statements.ending([only], P)
-    assert "No head or MLP comes after the slice" in hydra_statements.backup_sentences([only], P)[0]
+    table = measure.rises(last, P)
+    assert table.empty and measure.candidates(table, P).empty
+    only = measure.Round([Site(2, "mlp")], last, table, table)
+    assert "no other site comes after the slice" in page.ending([only], P)
+    assert "No head or MLP comes after the slice" in page.backup_sentences([only], P)[0]
 
 
 def test_rows_prove_themselves(tiny, monkeypatch):
     model, how = tiny("llama"), {"slices": {"slice": SLICE}, "ablations": ("zero",)}
     with pytest.raises(ValueError, match="slice 'none' has no sites"):
-        hydra.run(model, PAIRS[:1], slices={"none": []})
+        splits.run(model, PAIRS[:1], slices={"none": []})
     with pytest.raises(ValueError, match="layer 7 is not in"):
-        hydra.run(model, PAIRS[:1], slices={"slice": [Site(7, "mlp")]})
+        splits.run(model, PAIRS[:1], slices={"slice": [Site(7, "mlp")]})
     with monkeypatch.context() as patched:
         patched.setattr(single_pass.Edit, "write", lambda self, activation: None)
         with pytest.raises(single_pass.SweepError, match="pair p0, .*did not take effect"):
-            hydra.run(model, PAIRS[:1], **how)
+            splits.run(model, PAIRS[:1], **how)
     # something that is no head and no MLP writes into the residual stream
     handle = model.blocks[2].register_forward_hook(lambda block, args, out: out * 1.5)
     try:
         with pytest.raises(single_pass.SweepError, match="pair p0, zero of slice: the parts miss the total"):
-            hydra.run(model, PAIRS[:1], **how)
+            splits.run(model, PAIRS[:1], **how)
     finally:
         handle.remove()
 
 
 def test_random_slices_have_the_slices_make_up():
     sites = [Site(2, "head", 1), Site(2, "head", 3), Site(4, "head", 0), Site(4, "mlp"), Site(5, "mlp")]
-    made = hydra.random_slices(6, 4, sites, np.random.default_rng(0))
+    made = splits.random_slices(6, 4, sites, np.random.default_rng(0))
     assert list(made) == ["random 1", "random 2", "random 3"] and len({tuple(own) for own in made.values()}) > 1
     for own in made.values():
         assert [site.layer for site in own if site.component == "head"] == [2, 2, 4]
         assert sum(site.component == "mlp" for site in own) == 2 and min(site.layer for site in own) == 2
         assert not set(own) & set(sites) and len(set(own)) == 5
-    assert made == hydra.random_slices(6, 4, sites, np.random.default_rng(0))
-    assert hydra.random_slices(1, 1, [Site(0, "head", 0)], np.random.default_rng(0)) == {}
+    assert made == splits.random_slices(6, 4, sites, np.random.default_rng(0))
+    assert splits.random_slices(1, 1, [Site(0, "head", 0)], np.random.default_rng(0)) == {}
 
 
 # --- backups ------------------------------------------------------------------------------------------------------
@@ -222,23 +223,23 @@ def test_a_planted_backup_is_found_and_confirmed(planted):
         for index in range(24)
     ]
     sites, chosen = [Site(0, "mlp")], {"ablations": ("zero",)}
-    frame = hydra.run(planted, pairs, slices={"slice": sites}, **chosen)
-    table = hydra_report.rises(frame, P)
-    rising = hydra_report.candidates(table, P).head(P.candidates)
+    frame = splits.run(planted, pairs, slices={"slice": sites}, **chosen)
+    table = measure.rises(frame, P)
+    rising = measure.candidates(table, P).head(P.candidates)
     assert rising["site"].iloc[0] == "mlp 2" and rising["estimate"].iloc[0] > 1
-    joint = sweep.run(planted, pairs, site_sets=hydra_report.joint_sets(sites, rising), **chosen)
-    tests = hydra_report.joint_tests(joint, rising, P)
-    assert hydra_report.backups_of(tests)[0] == Site(2, "mlp")
+    joint = sweep.run(planted, pairs, site_sets=measure.joint_sets(sites, measure.sites_of(rising)), **chosen)
+    tests = measure.joint_tests(joint, rising, P)
+    assert measure.backups_of(tests)[0] == Site(2, "mlp")
     first = tests.iloc[0]
     assert first["estimate"] == pytest.approx(first["gone_estimate"] - first["alone_estimate"]) and first["low"] > 1
     assert first["stands_in"] and first["ablated"] - first["intact"] == pytest.approx(first["rise"])
-    ratio = hydra_report.compensation(frame, P).query("later == 'MLPs' and half == 'confirmation'").iloc[0]
+    ratio = page.compensation(frame, P).query("later == 'MLPs' and half == 'confirmation'").iloc[0]
     assert 0.3 < ratio["low"] <= ratio["estimate"] <= ratio["high"] < 1
-    once = hydra_report.Round(sites, frame, table, tests)
-    text = " ".join(hydra_statements.backup_sentences([once], P))
+    once = measure.Round(sites, frame, table, tests)
+    text = " ".join(page.backup_sentences([once], P))
     assert "mlp 2 passes both tests of a backup" in text and "it stands in for the slice" in text
-    assert hydra_statements.ending([once], P).startswith("Backups by both tests: mlp 2; ")
-    shown = hydra_report.tests_table([once, once])
+    assert page.ending([once], P).startswith("Backups by both tests: mlp 2; ")
+    shown = page.tests_table([once, once])
     assert shown["round"].tolist() == [0] * len(tests) + [1] * len(tests)
     assert shown["backup"].iloc[0] and shown["once the slice is gone"].iloc[0].startswith(
         f"{first['gone_estimate']:.3f} ["
@@ -273,26 +274,26 @@ def fabricated(rise, loss=-0.3, quads=30, half=effects.HALVES):
 
 def test_a_table_without_repair_is_reported_as_unique_with_its_bound():
     frame = fabricated(rise=0.0)
-    table = hydra_report.rises(frame, P)
-    none = hydra_report.candidates(table, P)
+    table = measure.rises(frame, P)
+    none = measure.candidates(table, P)
     assert none.empty
-    once = hydra_report.Round([Site(3, "mlp")], frame, table, none)
-    head, mlp = hydra_report.missed(once, P)
+    once = measure.Round([Site(3, "mlp")], frame, table, none)
+    head, mlp = page.missed(once, P)
     own = effects.reported(table)
     assert head["logits"] == own.loc[own["component"] == "head", "high"].max() and 0 < head["logits"] < 0.15
     assert mlp["logits"] == own.loc[own["site"] == "mlp 5", "high"].item() < 0
     assert head["share"] == pytest.approx(head["logits"] / 2, rel=0.1)
-    text = hydra_statements.ending([once], P)
+    text = page.ending([once], P)
     assert "No backup was found" in text and "unique" in text and f"{head['logits']:.2f} logits" in text
-    assert "0 of 3 later sites rises" in hydra_statements.backup_sentences([once], P)[0]
+    assert "0 of 3 later sites rises" in page.backup_sentences([once], P)[0]
 
 
 def test_a_rise_without_a_joint_cost_is_no_backup():
     frame = fabricated(rise=0.4)
-    table = hydra_report.rises(frame, P)
-    rising = hydra_report.candidates(table, P)
+    table = measure.rises(frame, P)
+    rising = measure.candidates(table, P)
     assert rising["site"].tolist() == ["5.1"]
-    assert hydra_report.joint_sets([Site(3, "mlp")], rising) == [
+    assert measure.joint_sets([Site(3, "mlp")], measure.sites_of(rising)) == [
         (Site(3, "mlp"),), (Site(3, "mlp"), Site(5, "head", 1)), (Site(5, "head", 1),)
     ]  # fmt: skip
     verdicts = {}
@@ -304,12 +305,12 @@ def test_a_rise_without_a_joint_cost_is_no_backup():
                     after = -cost + rng.normal(0, 0.1)
                     about = {"half": which, "quad_id": f"q{which}{index}", "direction": "noise", "site_set": site_set}
                     rows.append(about | {"logit_diff_before": 0.0, "logit_diff_after": after})
-        verdicts[extra] = hydra_report.joint_tests(pd.DataFrame(rows), rising, P).iloc[0]
+        verdicts[extra] = measure.joint_tests(pd.DataFrame(rows), rising, P).iloc[0]
         assert verdicts[extra]["estimate"] == pytest.approx(extra, abs=0.1)
     assert not verdicts[0.0]["backup"] and verdicts[0.5]["backup"] and verdicts[0.5]["stands_in"]
     tests = verdicts[0.0].to_frame().T
-    once = hydra_report.Round([Site(3, "mlp")], frame, table, tests)
-    assert hydra_report.missed(once, P)[0]["site"] == "5.1"  # what rises and is not confirmed bounds what was missed
+    once = measure.Round([Site(3, "mlp")], frame, table, tests)
+    assert page.missed(once, P)[0]["site"] == "5.1"  # what rises and is not confirmed bounds what was missed
 
 
 def test_compensation_and_split_by_hand():
@@ -320,47 +321,47 @@ def test_compensation_and_split_by_hand():
         row for i, c in enumerate(changes) for row in split_rows(f"p{i}", "confirmation", {own: 0.1}, name="random 1")
     ]
     frame = pd.DataFrame(rows)
-    found = hydra_report.compensation(frame, P).set_index("later")["estimate"]
+    found = page.compensation(frame, P).set_index("later")["estimate"]
     assert found["heads"] == pytest.approx(2.0 / 3.2) and found["MLPs"] == pytest.approx(-0.25 / 3.2)
     assert found["heads and MLPs"] == pytest.approx(1.75 / 3.2)
-    ratios = hydra_report.pair_ratios(frame, P)  # p2 lies below the floor of 0.5
+    ratios = page.pair_ratios(frame, P)  # p2 lies below the floor of 0.5
     assert dict(zip(ratios["pair_id"], ratios["ratio"], strict=True)) == {"p0": 0.375, "p1": 1.5}
-    (spread,) = hydra_report.distribution(ratios, P)
+    (spread,) = page.distribution(ratios, P)
     assert spread["pairs"] == 2 and spread["repaired"].estimate == 1 and spread["overshot"].estimate == 0.5
-    split = hydra_report.split_table(frame, P).set_index(["slice", "part"])["estimate"]
+    split = page.split_table(frame, P).set_index(["slice", "part"])["estimate"]
     assert split["slice", "direct"] == pytest.approx(-3.2 / 3) and split["slice", "total"] == pytest.approx(-1.45 / 3)
     assert split["random slices", "direct"] == pytest.approx(0.1)
     gains = frame[frame["slice"] == "random 1"].assign(slice="slice")
-    assert hydra_report.compensation(gains, P)["estimate"].isna().all()  # nothing was lost
+    assert page.compensation(gains, P)["estimate"].isna().all()  # nothing was lost
 
 
 def test_few_quads_and_one_half_go_through():
     frame = fabricated(rise=0.3, quads=3, half=["confirmation"])
-    table = hydra_report.rises(frame, P)
-    once = hydra_report.Round([Site(3, "mlp")], frame, table, hydra_report.candidates(table, P))
-    split, ratios = hydra_report.split_table(frame, P), hydra_report.compensation(frame, P)
-    spread = hydra_report.distribution(hydra_report.pair_ratios(frame, P), P)
-    text = " ".join(hydra_statements.split_sentences(split, ratios, spread, P))
+    table = measure.rises(frame, P)
+    once = measure.Round([Site(3, "mlp")], frame, table, measure.candidates(table, P))
+    split, ratios = page.split_table(frame, P), page.compensation(frame, P)
+    spread = page.distribution(page.pair_ratios(frame, P), P)
+    text = " ".join(page.split_sentences(split, ratios, spread, P))
     assert "too few quads" in text and "nan" not in text
-    assert "too few quads to confirm one, or to rule one out" in hydra_statements.ending([once], P)
-    assert hydra_report.missed(once, P) == []
+    assert "too few quads to confirm one, or to rule one out" in page.ending([once], P)
+    assert page.missed(once, P) == []
 
 
 def test_what_the_figures_show():
     frame = fabricated(rise=0.4)
-    split = hydra_report.split_table(frame, P)
+    split = page.split_table(frame, P)
     axes = circuit_plots.part_bars(split, "logits").axes[0]
     bars = [patch.get_height() for patch in axes.patches]
     assert bars == pytest.approx(split["estimate"].tolist()) and len(bars) == 5
     ratios = pd.DataFrame({"ratio": [0.5, 0.52, -9.0, 7.0], "ablation": "zero"})
     drawn = circuit_plots.pair_histogram(ratios, "ratio", "ratio").axes[0].patches[0].get_data().values
     assert drawn.sum() == 4 and drawn[0] == 1 and drawn[-1] == 1 and drawn[25] == 2
-    table = hydra_report.rises(frame, P)
-    once = hydra_report.Round([Site(3, "mlp")], frame, table, table.head(0))
-    curve = hydra_report.rounds_table([once, once._replace(sites=[Site(3, "mlp"), Site(5, "head", 1)])], P)
+    table = measure.rises(frame, P)
+    once = measure.Round([Site(3, "mlp")], frame, table, table.head(0))
+    curve = page.rounds_table([once, once._replace(sites=[Site(3, "mlp"), Site(5, "head", 1)])], P)
     assert curve["n_sites"].unique().tolist() == [1, 2] and len(curve) == 8
     figure = circuit_plots.widening_curve(curve)
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["joint damage (logits)", "compensation ratio"]
-    rise, sure, layers = hydra_report.rise_map(table, 3, P)
+    rise, sure, layers = page.rise_map(table, 3, P)
     assert layers == [5] and rise.shape == (1, 3) and np.isnan(rise[0, 2]) and sure[0, :2].tolist() == [0, 1]
-    assert hydra_report.leading(table, 2)["site"].tolist() == ["5.1", "5.1", "mlp 5", "mlp 5"]
+    assert page.leading(table, 2)["site"].tolist() == ["5.1", "5.1", "mlp 5", "mlp 5"]

@@ -14,8 +14,8 @@ from lib import effects, hooks, records, single_pass, sweep
 from lib.effects import HALVES
 from lib.hooks import Site
 from report import words
-from steps.neurons import neuron_statements, neurons, neurons_page
-from steps.neurons.measure import Neurons
+from steps.neurons import neurons, neurons_page, picks
+from steps.neurons.measure import Measured, Neurons
 
 P = Neurons(model="config:none", resamples=200, flips=200, top_neurons=6, budgets=(1, 2), random_sets=2, cards=2)
 SPREAD = [
@@ -35,7 +35,14 @@ def test_rows_are_those_of_the_sweep_and_direct_effects_by_definition(tiny, name
         usual = sweep.run(model, PAIRS[:2], direction=direction, components=["neuron"], layers=layers)
         usual = usual.sort_values(["pair_id", "layer", "head"], ignore_index=True)
         assert len(frame) == 2 * 2 * model.n_neurons and frame["pair_id"].tolist() == usual["pair_id"].tolist()
-        for column in (*neurons.LOGITS[:2], "logit_diff_clean", "logit_diff_corrupt", "metric_after", "site_delta"):
+        for column in (
+            *"logit_diff_before",
+            "logit_diff_after",
+            "logit_diff_clean",
+            "logit_diff_corrupt",
+            "metric_after",
+            "site_delta",
+        ):
             assert np.abs(frame[column] - usual[column]).max() < 1e-5, column
         off = np.stack(list(frame["logits_after"])) - np.stack(list(usual["logits_after"]))
         assert np.abs(off).max() < 1e-5 < 1e-3 < effects.effect(frame).abs().max()
@@ -138,10 +145,10 @@ def test_neurons_are_picked_on_discovery_by_size_either_way():
     first[[3, 25, 30]], last[[3, 25, 30, 7]] = [0.5, -0.9, 0.2], [0.4, -0.3, -0.2, 5.0]
     written = np.linspace(1, 2, 40)
     frame = made({"confirmation": last, "discovery": first}, written=written)
-    chosen = neurons_page.top(frame, P.model_copy(update={"top_neurons": 3}))
+    chosen = picks.top(frame, P.model_copy(update={"top_neurons": 3}))
     assert chosen["site"].tolist() == ["neuron 1.5", "neuron 0.3", "neuron 1.10"]
     assert chosen["effect"].tolist() == pytest.approx([-0.9, 0.5, 0.2]) and chosen["direct"][0] == pytest.approx(-0.45)
-    sets = neurons_page.roster(frame, chosen, P, np.random.default_rng(0))
+    sets = picks.roster(frame, chosen, P, np.random.default_rng(0))
     kinds = [(one.kind, one.n_sites) for one in sets]
     assert kinds == [("single", 1)] * 3 + [("helping", 1), ("helping", 2)] + [("random", 1), ("random", 2)] * 2 + [
         ("opposing", 1), ("MLPs", 2)
@@ -151,7 +158,7 @@ def test_neurons_are_picked_on_discovery_by_size_either_way():
     taken = {one.sites[0] for one in sets[:3]}
     for one in sets[5:9]:
         assert not taken & set(one.sites) and [site.layer for site in one.sites] == [0, 1][: one.n_sites]
-    text, numbers = neuron_statements.scope_sentences(frame, chosen)
+    text, numbers = neurons_page.scope_sentences(frame, chosen)
     assert numbers["kept"] == pytest.approx((0.3 + 0.4 - 0.2) / 1.6) and "keep 31% of it" in text[1]
     assert "help on discovery reach +0.20 logits, half of it after 1 of 2" in text[2]
     drawn = neurons_page.concentration(frame).axes[0].lines
@@ -161,11 +168,11 @@ def test_neurons_are_picked_on_discovery_by_size_either_way():
 def test_random_neurons_write_as_much():
     written = np.tile(np.linspace(0, 1, 100), 2)
     frame = made({"discovery": np.eye(200)[20] + np.eye(200)[180] / 2}, quads=2, written=written)
-    chosen = neurons_page.top(frame, P.model_copy(update={"top_neurons": 2}))
+    chosen = picks.top(frame, P.model_copy(update={"top_neurons": 2}))
     for seed in range(5):
-        first, second = neurons_page.matched(frame, chosen, chosen, np.random.default_rng(seed))
+        first, second = picks.matched(frame, chosen, chosen, np.random.default_rng(seed))
         assert (first.layer, second.layer) == (0, 1)
-        assert 0 < abs(first.head - 20) <= neurons_page.NEAREST and 0 < abs(second.head - 80) <= neurons_page.NEAREST
+        assert 0 < abs(first.head - 20) <= picks.NEAREST and 0 < abs(second.head - 80) <= picks.NEAREST
 
 
 def replaced(sets, cost: dict[tuple[str, int], float], quads: int = 24, noise: float = 0.05) -> pd.DataFrame:
@@ -185,10 +192,10 @@ def replaced(sets, cost: dict[tuple[str, int], float], quads: int = 24, noise: f
     return pd.DataFrame(rows)
 
 
-SETS = [neurons_page.Set("single", 1, (Site(1, "neuron", n),)) for n in range(3)]
-SETS += [neurons_page.Set("helping", n, tuple(one.sites[0] for one in SETS[:n])) for n in (1, 2)]
-SETS += [neurons_page.Set("random", n, tuple(Site(1, "neuron", 9 - i) for i in range(n))) for n in (1, 2, 1, 2)]
-SETS += [neurons_page.Set("opposing", 1, SETS[2].sites), neurons_page.Set("MLPs", 1, (Site(1, "mlp"),))]
+SETS = [picks.Set("single", 1, (Site(1, "neuron", n),)) for n in range(3)]
+SETS += [picks.Set("helping", n, tuple(one.sites[0] for one in SETS[:n])) for n in (1, 2)]
+SETS += [picks.Set("random", n, tuple(Site(1, "neuron", 9 - i) for i in range(n))) for n in (1, 2, 1, 2)]
+SETS += [picks.Set("opposing", 1, SETS[2].sites), picks.Set("MLPs", 1, (Site(1, "mlp"),))]
 COST = {("single", 1): 0.5, ("helping", 1): 0.5, ("helping", 2): 1.5, ("opposing", 1): -0.5, ("MLPs", 1): 2.0}
 COST |= {("random", 1): 0.1, ("random", 2): 0.2}
 
@@ -203,12 +210,12 @@ def test_shares_of_the_mlps_effect_and_whether_a_few_carry_it():
         assert shown[key] == pytest.approx(value, abs=0.03)
     helping = carried[(carried["kind"] == "helping") & (carried["n_sites"] == 2)]
     assert helping["above_random"].between(1.2, 1.3).all() and carried["mlps"].between(1.9, 2.1).all()
-    assert "2 neurons carry more than half" in neuron_statements.few(carried)
+    assert "2 neurons carry more than half" in neurons_page.few(carried)
     small = neurons_page.shares(replaced(SETS, COST | {("helping", 2): 0.9}), SETS, P)
-    assert "is not supported: the 2 that help" in neuron_statements.few(small)
+    assert "is not supported: the 2 that help" in neurons_page.few(small)
     random = neurons_page.shares(replaced(SETS, COST | {("random", 2): 1.6}), SETS, P)
-    assert "is not supported" in neuron_statements.few(random)
-    text = neuron_statements.share_sentence(carried, "damage")
+    assert "is not supported" in neurons_page.few(random)
+    text = neurons_page.share_sentence(carried, "damage")
     damage = carried[carried["quantity"] == "damage"].set_index(["kind", "n_sites"])
     first, second = (
         words.interval(*damage.loc[key, ["estimate", "low", "high"]]) for key in (("helping", 2), ("random", 2))
@@ -226,7 +233,7 @@ def test_top_neurons_are_significant_in_both_halves_with_one_sign():
     tables = neurons_page.singles(table, SETS, P)
     assert list(tables) == ["counterfactual", "mean", "clean"] and all(len(own) == 6 for own in tables.values())
     assert neurons_page.significant(tables["clean"], P).to_dict() == {"neuron 1.0": 1.0, "neuron 1.1": -1.0}
-    text, _ = neuron_statements.top_sentences(tables, table, P)
+    text, _ = neurons_page.top_sentences(tables, table, P)
     assert "neuron 1.0 (0.5" in text[0] and "1 that help and 1 that oppose the answer under the mean" in text[1]
 
 
@@ -280,27 +287,30 @@ def test_few_quads_and_one_half_go_through(tiny, halves):
     reading = neurons.reading_of(model, [1, 2])
     how = {"layers": [1, 2], "reading": reading}
     frame = pd.concat([neurons.run(model, pairs, direction=way, **how) for way in sweep.DIRECTIONS])
-    chosen = neurons_page.top(frame.reset_index(drop=True), P)
-    sets = neurons_page.roster(frame, chosen, P, np.random.default_rng(0))
+    chosen = picks.top(frame.reset_index(drop=True), P)
+    sets = picks.roster(frame, chosen, P, np.random.default_rng(0))
     sites = [one.sites for one in sets]
     noise = sweep.run(model, pairs, site_sets=sites, ablations=("counterfactual", "mean"), pool=pairs)
     table = pd.concat([noise, sweep.run(model, pairs, site_sets=sites, direction="denoise")], ignore_index=True)
     found = neurons.harvest(model, pairs, [1, 2], reading)
     tokens = dict(zip(pairs[0].candidates, pairs[0].clean_tokens, strict=True))
     classes = neurons.of_classes(model, found, [1, 2], reading, tokens, 0)
-    which, cards = list(chosen[neurons_page.NEURON].itertuples(index=False, name=None)), chosen.head(P.cards)
+    which, cards = list(chosen[picks.NEURON].itertuples(index=False, name=None)), chosen.head(P.cards)
     people = [
         {"pair_id": p.pair_id} | {f"{s}_{x}": f"{s}{x}" for s in ("clean", "corrupt") for x in "ab"} for p in pairs
     ]
     activations = neurons_page.named_prompts(neurons.of_prompts(found, which), pd.DataFrame(people))
     words = neurons_page.card_table(activations, neurons.of_tokens(model, found, reading, which), cards)
     assert words.index.tolist() == cards["site"].tolist() and words["highest"].str.contains("cleana, cleanb").any()
-    single, carried = neurons_page.singles(table, sets, P), neurons_page.shares(table, sets, P)
-    made = neuron_statements.Tables(frame, chosen, table, single, carried, classes, words)
-    part = neuron_statements.part(made, P, {})
+    raw, written = neurons.of_prompts(found, which), neurons.of_tokens(model, found, reading, which)
+    nothing = pd.DataFrame()
+    features = (nothing, nothing, [], nothing, nothing)
+    made = Measured(frame.reset_index(drop=True), chosen, sets, table, classes, raw, written, *features)
+    step = SimpleNamespace(params=P, pairs=lambda: pd.DataFrame(people))
+    part = neurons_page.part(step, made)
     text = " ".join(part["sentences"])
     assert "nan" not in text.lower() and "None" not in text and "was not tested (no interval" in text
-    assert part["neurons"]["top"][0]["site"] == chosen["site"][0] and part["figures"] == {}
+    assert part["neurons"]["top"][0]["site"] == chosen["site"][0] and set(part["figures"]) <= {"top", "joint"}
     spans = neurons_page.by_class(activations, cards, P)
     panels = neurons_page.cards_figure(spans).axes
     assert [axes.get_title(loc="left") for axes in panels if axes.get_visible()] == cards["site"].tolist()

@@ -14,7 +14,7 @@ from lib.readout import post_norms, readout
 from lib.single_pass import SweepError, base_run
 from lib.tasks import Pair, Prompt
 from lib.weights import ModelError
-from steps.retrieval_heads import values as retrieval
+from steps.retrieval_heads import measure, values
 from steps.retrieval_heads.one_name import FIRST, NOT, WHOLE, Labels
 
 ROLES = {"name_a": (3, 4), "name_b": (6,), "names": (3, 4, 6), "swapped": (3, 4, 6), "last": (8,), "all": range(9)}
@@ -43,9 +43,9 @@ def test_attention_is_the_models_own(tiny, name):
     """Every share against the sum over the model's own output_attentions."""
     model = tiny(name)
     before = model.model.config._attn_implementation
-    frame = retrieval.attention_to_names(model, PAIRS, batch=1)
+    frame = values.attention_to_names(model, PAIRS, batch=1)
     assert model.model.config._attn_implementation == before
-    records.conform(frame, retrieval.ATTENTION)
+    records.conform(frame, values.ATTENTION)
     assert len(frame) == 2 * model.n_layers * model.n_heads * 4
     model.model.set_attn_implementation("eager")
     own = [model.model(torch.tensor([p.clean.ids]), output_attentions=True).attentions for p in PAIRS]
@@ -69,17 +69,17 @@ def test_attention_form_comes_back_after_an_error(tiny, monkeypatch):
         assert model.model.config._attn_implementation == "eager"
         raise KeyError
 
-    monkeypatch.setattr(retrieval, "_pattern", broken)
+    monkeypatch.setattr(values, "_pattern", broken)
     with pytest.raises(KeyError):
-        retrieval.attention_to_names(model, PAIRS)
+        values.attention_to_names(model, PAIRS)
     assert model.model.config._attn_implementation == before
     assert len(model.attns[0]._forward_hooks) == hooked
 
 
 def test_attention_without_a_pattern_is_an_error(tiny, monkeypatch):
-    monkeypatch.setattr(retrieval, "eager", lambda model: nullcontext())  # sdpa gives none
+    monkeypatch.setattr(values, "eager", lambda model: nullcontext())  # sdpa gives none
     with pytest.raises(ModelError, match="layer 0 gives no pattern of shape"):
-        retrieval.attention_to_names(tiny("llama"), PAIRS)
+        values.attention_to_names(tiny("llama"), PAIRS)
 
 
 def test_attention_that_does_not_add_up_is_an_error(tiny):
@@ -88,13 +88,13 @@ def test_attention_that_does_not_add_up_is_an_error(tiny):
     handle = model.attns[1].register_forward_hook(halve)
     try:
         with pytest.raises(ModelError, match="layer 1 does not add up to 1 but is off by 0.5"):
-            retrieval.attention_to_names(model, PAIRS)
+            values.attention_to_names(model, PAIRS)
     finally:
         handle.remove()
 
 
 def test_an_eager_run_that_differs_is_an_error(tiny, monkeypatch):
-    model, eager = tiny("llama"), retrieval.eager
+    model, eager = tiny("llama"), values.eager
 
     @contextmanager
     def other(model):
@@ -105,15 +105,15 @@ def test_an_eager_run_that_differs_is_an_error(tiny, monkeypatch):
             finally:
                 model.final_norm.weight.div_(1.5)
 
-    monkeypatch.setattr(retrieval, "eager", other)
+    monkeypatch.setattr(values, "eager", other)
     with pytest.raises(SweepError, match="with eager attention a logit differs from the ordinary run"):
-        retrieval.attention_to_names(model, PAIRS)
+        values.attention_to_names(model, PAIRS)
 
 
 def test_names_are_needed(tiny):
     pair = SimpleNamespace(**vars(PAIRS[0]))
     pair.clean = Prompt("", PAIRS[0].clean.ids, {"last": (8,)})
-    for measure in (retrieval.attention_to_names, lambda m, p: retrieval.value_vectors(m, p, {}, LABELS)):
+    for measure in (values.attention_to_names, lambda m, p: values.value_vectors(m, p, {}, LABELS)):
         with pytest.raises(ValueError, match="pair p0: template 't' has no role name_a"):
             measure(tiny("llama"), [pair])
 
@@ -141,8 +141,8 @@ def test_what_sites_say_adds_up_to_the_logits(tiny, name):
     ids, positions = torch.tensor([p.clean.ids for p in PAIRS]), [4, 6, 8]
     read, posts = readout(model), post_norms(model)
     base = base_run(model, ids, positions)
-    maps = retrieval._label_maps(model, read, posts, LABELS)
-    said = retrieval._said(model, base, read, posts, maps).astype(float).sum(2)
+    maps = values._label_maps(model, read, posts, LABELS)
+    said = values._said(model, base, read, posts, maps).astype(float).sum(2)
     entered = []
     handle = model.blocks[0].register_forward_pre_hook(
         lambda _, args, kwargs: entered.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
@@ -203,8 +203,8 @@ LEARNT = {0: 16, 1: 17, 2: 18, 3: 20}  # feature -> its label
 
 def test_a_head_that_copies_the_profession_is_found():
     """The contrasts of the planted head, by hand; every other site says nothing."""
-    frame = retrieval.value_vectors(planted(LEARNT), QUADS, OWN, LABELS)
-    records.conform(frame, retrieval.VALUES)
+    frame = values.value_vectors(planted(LEARNT), QUADS, OWN, LABELS)
+    records.conform(frame, values.VALUES)
     found = frame[(frame.component == "head") & (frame.layer == 1) & (frame["head"] == 2)]
     rest = frame.drop(found.index)
     assert len(rest) == 4 * 3 * (2 * 5 - 1)
@@ -237,42 +237,40 @@ def test_within_compares_with_the_own_superset_alone():
     """A head that writes every profession of the right superset finds the class, not the profession."""
     people = professions(("poet", "poet"), ("novelist", "novelist"), ("poet", "poet"), ("painter", "painter"))
     prompts = [pair_of(0, [24, 21, 21], [24, 23, 23]), pair_of(1, [25, 21, 21], [24, 20, 20])]
-    exact = retrieval.value_vectors(planted(LEARNT), prompts, people, LABELS)
+    exact = values.value_vectors(planted(LEARNT), prompts, people, LABELS)
     model = planted(LEARNT)
     for feature, both in ((1, 20), (3, 17)):  # poets as novelists too, and novelists as poets
         model.o_projs[1].weight[both, 2 * 12 + feature] = 1
-    broad = retrieval.value_vectors(model, prompts, people, LABELS)
+    broad = values.value_vectors(model, prompts, people, LABELS)
     head = (exact.component == "head") & (exact.layer == 1) & (exact["head"] == 2) & (exact.position == "last")
     writers = head & exact.within_contrast.notna()
     assert writers.sum() == 3
     assert (exact.within_contrast[writers] > 0.1).all() and (exact.profession_contrast[writers] > 0.1).all()
     assert broad.within_contrast[writers].abs().max() < 1e-6 and (broad.profession_contrast[writers] > 0.1).all()
     assert exact.within_chance[writers].unique() == 0.5
-    novelists = retrieval.value_vectors(
-        planted({0: 16, 1: 20, 2: 18, 3: 20}), prompts, people, LABELS
-    )  # for any writer
+    novelists = values.value_vectors(planted({0: 16, 1: 20, 2: 18, 3: 20}), prompts, people, LABELS)  # for any writer
     assert novelists.within_contrast[writers].abs().max() < 1e-6
 
 
 def test_mixed_names_each_compete_with_their_own_kin():
     """A poet and a chemist: the poet against the novelist; no other scientist is there for the chemist."""
-    contest = retrieval._contest("within", ["poet", "chemist"], ["poet", "chemist"], LABELS)
+    contest = values._contest("within", ["poet", "chemist"], ["poet", "chemist"], LABELS)
     assert contest.weights.tolist() == [0] * 5 + [0, 1, 0, -1]
     assert contest.asked.tolist() == [False] * 5 + [False, True, True, True]
-    contest = retrieval._contest("superset", ["poet"], ["poet", "chemist"], LABELS)
+    contest = values._contest("superset", ["poet"], ["poet", "chemist"], LABELS)
     assert contest.weights.tolist() == pytest.approx([-1 / 3, 0, -1 / 3, -1 / 3, 1] + [0] * 4)
 
 
 def test_a_head_that_always_says_the_same_scores_nothing():
     """Feature 4 or 5 is in every prompt: the head promotes painters whatever the names."""
-    frame = retrieval.value_vectors(planted({4: 16, 5: 16}), QUADS, OWN, LABELS)
+    frame = values.value_vectors(planted({4: 16, 5: 16}), QUADS, OWN, LABELS)
     for kind in ("profession", "superset"):
         assert frame[f"{kind}_contrast"].abs().max() < 1e-6
 
 
 def test_superset_contrast_and_mlps():
     """A head that writes the superset's candidate scores on supersets alone; so does an MLP that does the same."""
-    frame = retrieval.value_vectors(planted({0: 24, 2: 25, 1: 28, 3: 28}), QUADS, OWN, LABELS)
+    frame = values.value_vectors(planted({0: 24, 2: 25, 1: 28, 3: 28}), QUADS, OWN, LABELS)
     last = frame[(frame.position == "last") & (frame.layer == 1) & (frame["head"] == 2)]
     assert (last.superset_contrast > 0.1).all() and (last.superset_top == 1).all()
     assert last.profession_contrast.abs().max() == 0 and last.superset_chance.unique() == np.float32(0.2)
@@ -280,7 +278,7 @@ def test_superset_contrast_and_mlps():
     for feature, target in {0: 24, 2: 25, 1: 28, 3: 28}.items():
         model.mlps[0].gate_proj.weight[feature, feature] = model.mlps[0].up_proj.weight[feature, feature] = 1
         model.mlps[0].down_proj.weight[target, feature] = 1
-    frame = retrieval.value_vectors(model, QUADS, OWN, LABELS)
+    frame = values.value_vectors(model, QUADS, OWN, LABELS)
     at_b = frame[(frame.position == "name_b")]
     assert (at_b.superset_contrast[(at_b.component == "mlp") & (at_b.layer == 0)] > 0.1).all()
     assert at_b.superset_contrast[(at_b.component != "mlp") | (at_b.layer != 0)].abs().max() == 0
@@ -293,17 +291,17 @@ def test_halves_do_not_know_of_each_other():
     own = OWN | {("p2", "clean"): {"name_a": "chemist", "name_b": "novelist"}}
     own |= {("p2", "corrupt"): {"name_a": "poet", "name_b": "painter"}}
     model = planted(LEARNT)
-    alone = retrieval.value_vectors(model, QUADS, own, LABELS)
-    both = retrieval.value_vectors(model, [*QUADS, other], own, LABELS)
+    alone = values.value_vectors(model, QUADS, own, LABELS)
+    both = values.value_vectors(model, [*QUADS, other], own, LABELS)
     pd.testing.assert_frame_equal(alone, both[both.half == "discovery"].reset_index(drop=True))
-    units = retrieval.plan("values", [*QUADS, other])
+    units = measure.reading_units("values", None, measure.Subject([], [*QUADS, other], []))
     assert [unit.id for unit in units] == ["values-discovery", "values-confirmation"]
     assert [[pair.pair_id for pair in unit.pairs] for unit in units] == [["p0", "p1"], ["p2"]]
 
 
 def test_a_label_that_is_not_scored_has_no_contrast():
     labels = LABELS._replace(tokens=((), *LABELS.tokens[1:]), scored=(NOT, *LABELS.scored[1:]))
-    frame = retrieval.value_vectors(planted(LEARNT), QUADS, OWN, labels)
+    frame = values.value_vectors(planted(LEARNT), QUADS, OWN, labels)
     painters = (frame.pair_id == "p0") & (frame.side == "clean") | (frame.pair_id == "p1") & (frame.side == "corrupt")
     for column in ("profession_contrast", "profession_top", "profession_chance"):
         assert (frame[column].isna() == painters).all()
@@ -314,17 +312,17 @@ def test_a_label_that_is_not_scored_has_no_contrast():
 def test_a_prompt_is_read_once():
     again = [*QUADS, pair_of(2, [24, 22, 22], [24, 20, 20])]
     own = OWN | {("p2", "clean"): OWN["p0", "corrupt"], ("p2", "corrupt"): OWN["p0", "clean"]}
-    assert len(retrieval.value_vectors(planted(LEARNT), again, own, LABELS)) == 4 * 3 * 10
+    assert len(values.value_vectors(planted(LEARNT), again, own, LABELS)) == 4 * 3 * 10
 
 
 def test_professions_come_from_the_table_or_from_people():
     people = pd.DataFrame({"name": ["Ann", "Bo"], "profession": ["poet", "chemist"]})
     row = {"pair_id": "p", "clean_a": "Ann", "clean_b": "Bo", "clean_c": "", "corrupt_a": "Cy", "corrupt_b": "Di"}
     given = {"corrupt_profession_a": "actor", "corrupt_profession_b": "dancer"}
-    found = retrieval.professions_of(pd.DataFrame([row | given]), people)
+    found = values.professions_of(pd.DataFrame([row | given]), people)
     assert found["p", "clean"] == {"name_a": "poet", "name_b": "chemist"}
     assert found["p", "corrupt"] == {"name_a": "actor", "name_b": "dancer"}
     with pytest.raises(ValueError, match="the professions of 2 people are not known: Cy, Di; add them to the people"):
-        retrieval.professions_of(pd.DataFrame([row]), people)
+        values.professions_of(pd.DataFrame([row]), people)
     with pytest.raises(ValueError, match="profession 'actor' is not among the labels painter"):
-        retrieval.value_vectors(planted({}), QUADS, found, LABELS)
+        values.value_vectors(planted({}), QUADS, found, LABELS)
