@@ -14,7 +14,8 @@ from lib.readout import post_norms, readout
 from lib.single_pass import SweepError, base_run
 from lib.tasks import Pair, Prompt
 from lib.weights import ModelError
-from steps.retrieval_heads import measure, values
+from steps.retrieval_heads import measure as retrieval
+from steps.retrieval_heads import values
 from steps.retrieval_heads.one_name import FIRST, NOT, WHOLE, Labels
 
 ROLES = {"name_a": (3, 4), "name_b": (6,), "names": (3, 4, 6), "swapped": (3, 4, 6), "last": (8,), "all": range(9)}
@@ -294,7 +295,7 @@ def test_halves_do_not_know_of_each_other():
     alone = values.value_vectors(model, QUADS, own, LABELS)
     both = values.value_vectors(model, [*QUADS, other], own, LABELS)
     pd.testing.assert_frame_equal(alone, both[both.half == "discovery"].reset_index(drop=True))
-    units = measure.reading_units("values", None, measure.Subject([], [*QUADS, other], []))
+    units = retrieval.reading_units("values", None, retrieval.Subject([], [*QUADS, other], []))
     assert [unit.id for unit in units] == ["values-discovery", "values-confirmation"]
     assert [[pair.pair_id for pair in unit.pairs] for unit in units] == [["p0", "p1"], ["p2"]]
 
