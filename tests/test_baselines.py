@@ -44,7 +44,7 @@ def tail(k: int, n: int, chance: float) -> float:
 
 
 def test_accuracy_has_wilsons_interval_and_the_binomial_test():
-    (row,) = page.accuracies(answers([True] * 10 + [False] * 15), PARAMS, ["task", "template"]).to_dict("records")
+    (row,) = measure.accuracies(answers([True] * 10 + [False] * 15), PARAMS, ["task", "template"]).to_dict("records")
     assert (row["task"], row["template"], row["prompts"]) == ("superset", "profession_both", 25)
     assert row["estimate"] == pytest.approx(10 / 25)
     # by hand: (0.4 + 2.7055 / 50 +- 1.6449 sqrt(0.24 / 25 + 2.7055 / 2500)) / (1 + 2.7055 / 25)
@@ -56,7 +56,7 @@ def test_accuracy_has_wilsons_interval_and_the_binomial_test():
 
 def test_chance_is_a_third_where_three_names_are_asked_about():
     frame = answers([True] * 10 + [False] * 15, task="odd_one_out", template="odd_one_out")
-    (row,) = page.accuracies(frame, PARAMS, ["task", "template"]).to_dict("records")
+    (row,) = measure.accuracies(frame, PARAMS, ["task", "template"]).to_dict("records")
     assert row["chance"] == 1 / 3 and row["p"] == pytest.approx(tail(10, 25, 1 / 3)) and not row["above"]
     assert [measure.CHANCE[task] for task in tasks.TASKS] == [1 / 5, 1 / 5, 1 / 3, 1 / 5]
 
@@ -66,7 +66,7 @@ def test_just_above_chance_depends_on_the_level():
     p = tail(8, 25, 0.2)
     assert 0.1 < p < 0.12
     above = [
-        page.accuracies(frame, Baselines(**SETTINGS | {"level": level}), ["task", "template"])["above"][0]
+        measure.accuracies(frame, Baselines(**SETTINGS | {"level": level}), ["task", "template"])["above"][0]
         for level in (0.85, 0.9)
     ]
     assert above == [True, False]
@@ -76,17 +76,17 @@ def test_prompts_of_one_item_count_for_what_they_add():
     # 20 items of two prompts, both right in ten and both wrong in ten: the second adds nothing. The variance between
     # items is 20 / 19 x 20 x 1 / 40^2 = 1 / 76, the binomial one 0.25 / 40 = 1 / 160: 40 / (160 / 76) = 19 trials
     frame = answers([True, True] * 10 + [False, False] * 10, item=[i // 2 for i in range(40)])
-    (row,) = page.accuracies(frame, PARAMS, ["task", "template"]).to_dict("records")
+    (row,) = measure.accuracies(frame, PARAMS, ["task", "template"]).to_dict("records")
     assert (row["estimate"], row["prompts"]) == (0.5, 40)
     assert [row["low"], row["high"]] == pytest.approx(wilson(0.5, 19))
 
 
 def test_accuracy_of_few_items_has_no_interval_and_of_all_right_a_bounded_one():
-    (few,) = page.accuracies(answers([True] * 19), PARAMS, ["task", "template"]).to_dict("records")
+    (few,) = measure.accuracies(answers([True] * 19), PARAMS, ["task", "template"]).to_dict("records")
     assert (few["estimate"], few["low"], few["high"], few["above"]) == (1.0, None, None, True)
-    (all_right,) = page.accuracies(answers([True] * 20), PARAMS, ["task", "template"]).to_dict("records")
+    (all_right,) = measure.accuracies(answers([True] * 20), PARAMS, ["task", "template"]).to_dict("records")
     assert [all_right["low"], all_right["high"]] == pytest.approx([1 / (1 + Z**2 / 20), 1.0])
-    (none,) = page.accuracies(answers([False] * 20), PARAMS, ["task", "template"]).to_dict("records")
+    (none,) = measure.accuracies(answers([False] * 20), PARAMS, ["task", "template"]).to_dict("records")
     assert (none["estimate"], none["p"], none["above"]) == (0.0, 1.0, False)
 
 
@@ -94,9 +94,9 @@ def test_accuracies_are_told_apart_in_the_order_they_come():
     frame = pd.concat(
         [answers([True, False], template="both_famous"), answers([True, True], superset="writer")], ignore_index=True
     )
-    by_template = page.accuracies(frame, PARAMS, ["task", "template"])
+    by_template = measure.accuracies(frame, PARAMS, ["task", "template"])
     assert by_template[["template", "estimate"]].to_numpy().tolist() == [["both_famous", 0.5], ["profession_both", 1.0]]
-    by_superset = page.accuracies(frame, PARAMS, ["task", "superset"])
+    by_superset = measure.accuracies(frame, PARAMS, ["task", "superset"])
     assert by_superset[["superset", "estimate", "prompts"]].to_numpy().tolist() == [
         ["artist", 0.5, 2],
         ["writer", 1.0, 2],
@@ -157,7 +157,7 @@ def test_another_task_is_known_by_the_first_template_that_works(above, template)
     assert can["able"] is any(above) and f"`{template}`" in can["why"]
 
 
-def test_what_step_01_says():
+def test_what_step_01_says(tmp_path):
     frame = answers([True, False, True, True]).assign(
         top_token=[" the", " actors", " the", " a"],
         candidate_probability=[0.1, 0.2, 0.3, 0.4],
@@ -173,8 +173,11 @@ def test_what_step_01_says():
             "fame_corrupt": [-1.1, -1.8, -3.05],
         }
     )
-    step = SimpleNamespace(params=PARAMS, record={"model": {"n_layers": 2}})
-    found = page.baselines(step, pd.concat([frame, others]), accuracy, pairs, [{"filter": "x"}], "")
+    step = SimpleNamespace(
+        params=PARAMS, record={"model": {"n_layers": 2}}, name="baselines", results=tmp_path, write_findings=dict
+    )
+    whole = measure.Measured(pd.concat([frame, others]), accuracy, pairs, [{"filter": "x"}], "")
+    found = page.findings(step, whole)
     assert found["sentences"] == [
         "The model can do `superset`: accuracy 0.75 [0.25, 0.75] on 40 prompts of template `profession_both`, chance "
         "0.20; 3 solved pairs.",
@@ -188,17 +191,32 @@ def test_what_step_01_says():
     assert found["headline"] == found["sentences"][:1] and found["pairs"] == 3
     assert found["model"] == {"name": "m", "n_layers": 2} and found["drops"] == [{"filter": "x"}]
     assert found["able"]["superset"]["able"] is True and found["accuracy"][0]["estimate"] == 0.75
-    without = page.baselines(step, frame.assign(label_probability=np.nan), accuracy, None, [], "None were built.")
+    bare = measure.Measured(frame.assign(label_probability=np.nan), accuracy, None, [], "None were built.")
+    without = page.findings(step, bare)
     assert without["sentences"][-1] == "None were built." and without["pairs"] == 0
     assert not any("profession labels" in sentence for sentence in without["sentences"])
     assert without["headline"] == without["sentences"], "the task is not done: all of it is the answer"
 
 
+def test_what_the_model_says_by_itself_in_a_table():
+    words = pd.Series(["x"] * 5 + ["y"] * 3 + ["z"] * 2)
+    assert page.commonest(words, 2) == '"x" 50%, "y" 30%'
+    frame = answers([True, False]).assign(
+        top_token=[" the", " the"], candidate_probability=[0.1, 0.246], label_probability=[0.0, np.nan]
+    )
+    other = frame.assign(template="odd_one_out", label_probability=np.nan, top_token=[" a", " the"])
+    shown = page.free_speech(measure.Measured(pd.concat([frame, other]), frame, None, [], ""))
+    assert shown.reset_index().to_numpy().tolist() == [
+        ["profession_both", 0.17, 0.0, '" the" 100%'],
+        ["odd_one_out", 0.17, "", '" a" 50%, " the" 50%'],
+    ]
+    assert list(shown) == ["probability of the supersets", "probability of profession labels", "top tokens"]
+
+
 def test_filters_are_listed_with_what_they_left():
     drops = [{"filter": "known for two supersets", "unit": "people", "dropped": 3, "left": 7, "half": "x"}]
-    assert page.drops_table(drops).to_dict("records") == [
-        {"filter": "known for two supersets", "unit": "people", "dropped": 3, "left": 7}
-    ]
+    rows = page.drops_table(measure.Measured(pd.DataFrame(), pd.DataFrame(), None, drops, "")).to_dict("records")
+    assert rows == [{"filter": "known for two supersets", "unit": "people", "dropped": 3, "left": 7}]
 
 
 # --- what is asked

@@ -1,6 +1,7 @@
 """The numbers of steps 02 to 04, from tables small enough to work out by hand: a fixed table in, the number out."""
 
 import itertools
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,6 +15,7 @@ from pipeline.params import Shared
 from report import words
 from steps.coarse_sweep import measure as coarse_measure
 from steps.coarse_sweep import page as coarse_page
+from steps.necessity import measure as necessity_measure
 from steps.necessity import page as necessity_page
 from steps.sufficiency import measure as sufficiency_measure
 from steps.sufficiency import page as sufficiency_page
@@ -167,24 +169,24 @@ def test_critical_layers_are_those_of_the_denoise_curve_at_last_on_discovery():
         curve_of([0.95, 1.0, 1.0]),  # confirmation: layer 0 alone
     ]
     curves = pd.concat([own.iloc[::-1], *others], ignore_index=True)
-    found = coarse_measure.critical_layers(curves, PARAMS)
+    found = coarse_measure.critical_layers(curves, 0.8)
     assert found.layers == (1, 2) and found.rises == pytest.approx((0.5, 0.4)) and found.share == pytest.approx(0.9)
-    half = coarse_measure.critical_layers(curves, profile(critical_share=0.5))
+    half = coarse_measure.critical_layers(curves, 0.5)
     assert half.layers == (1,)
-    alone = coarse_measure.critical_layers(curves[curves["half"] == "confirmation"], PARAMS)
+    alone = coarse_measure.critical_layers(curves[curves["half"] == "confirmation"], 0.8)
     assert alone.layers == (0,) and alone.share == pytest.approx(0.95)
 
 
 def test_equal_rises_are_taken_from_the_first_layer_on():
-    found = coarse_measure.critical_layers(curve_of([0.25, 0.5, 0.75, 1.0]), profile(critical_share=0.6))
+    found = coarse_measure.critical_layers(curve_of([0.25, 0.5, 0.75, 1.0]), 0.6)
     assert found.layers == (0, 1, 2), "0.25 each: three reach 0.6, the first three"
 
 
 def test_a_flat_or_broken_curve_has_no_critical_layers():
     with pytest.raises(ValueError, match="not positive"):
-        coarse_measure.critical_layers(curve_of([0.5, 0.0]), PARAMS)
+        coarse_measure.critical_layers(curve_of([0.5, 0.0]), 0.8)
     with pytest.raises(ValueError, match="every layer"):
-        coarse_measure.critical_layers(curve_of([0.5, np.nan, 1.0]), PARAMS)
+        coarse_measure.critical_layers(curve_of([0.5, np.nan, 1.0]), 0.8)
 
 
 @pytest.mark.parametrize(
@@ -647,11 +649,9 @@ def test_an_estimate_in_a_sentence(numbers, text):
     assert words.interval(*numbers) == text
 
 
-def test_lists_and_shares_in_sentences():
+def test_lists_in_sentences():
     assert [words.listed(letters) for letters in ((), "a", "ab", "abc")] == ["none", "a", "a and b", "a, b and c"]
     assert words.listed(number for number in (1, 2)) == "1 and 2"
-    tokens = pd.Series(["x"] * 5 + ["y"] * 3 + ["z"] * 2)
-    assert words.shares(tokens, 2) == '"x" 50%, "y" 30%'
 
 
 # --- sentences
@@ -660,6 +660,57 @@ def test_lists_and_shares_in_sentences():
 def step(params: Shared, **more: object) -> SimpleNamespace:
     """What the sentences ask of a step."""
     return SimpleNamespace(params=params, record={}, name="step", layers_from="all layers, by the profile", **more)
+
+
+def told_of_02(frame: pd.DataFrame, folder: Path, **other: object) -> dict:
+    """The findings of step 02 from its records."""
+    params = coarse_measure.CoarseSweep(**SETTINGS | other)
+    curves = coarse_measure.coarse_curves(frame, params)
+    made = coarse_measure.Measured(frame, curves, coarse_measure.critical_layers(curves, params.critical_share))
+    return coarse_page.findings(step(params, results=folder, write_findings=dict), made)
+
+
+def test_what_step_02_says(tmp_path):
+    margins = {"discovery": (-1.0, -1.0, -1.0), "confirmation": (-1.0, 1.0, 2.0)}
+    recovery = {"discovery": (0.4, 2.0, 4.0), "confirmation": (0.8, 3.2, 4.0)}  # of gaps of 4: 0.1 0.5 1; 0.2 0.8 1
+    rows = []
+    for half, moved in recovery.items():
+        for layer, effect in enumerate(moved):
+            shared = {"half": half, "layer": layer, "quad": f"{half}1"}
+            rows.append(record(effect, margin=margins[half][layer] + 1, **shared))
+            rows.append(record(effect, margin=0.5, direction="noise", **shared))
+            rows.append(record(4 - effect, position="names", **shared))
+    found = told_of_02(table(rows), tmp_path, aggregator_layer=0)
+    assert found["critical_layers"] == (1, 2) and found["critical_rises"] == pytest.approx((0.4, 0.5))
+    assert found["critical_share_confirmation"] == pytest.approx(0.6 + 0.2)
+    assert found["first_flip_layer"] == {"denoise": 1, "noise": None}
+    sample = "(1 pairs of 1 quads, confirmation half)"
+    assert found["sentences"] == [
+        f"At `last` recovery rises above one half after layer 1: 0.80 {sample}.",
+        f"At `names` recovery falls below one half after layer 1: 0.20 {sample}.",
+        "The critical layers, the fewest whose rises of the denoise curve at `last` make up 80% of it on the "
+        "discovery half, are 1 (+0.40) and 2 (+0.50); together 90% of the curve.",
+        "On the confirmation half the same layers make up 80%.",
+        "Replacing the residual stream at `last` (denoise): layer 1 is the first that gives the clean answer in at "
+        "least 50% of the pairs.",
+        "Replacing the residual stream at `last` (noise): no layer takes the clean answer away in at least 50% of the "
+        "pairs.",
+        "The hypothesis of the profile, layer 0, is not among them.",
+    ]
+    assert found["headline"] == [found["sentences"][i] for i in (2, 1, 0)]
+    last = told_of_02(table(rows), tmp_path, aggregator_layer=2)["sentences"][-1]
+    assert last == "The hypothesis of the profile, layer 2, is among them."
+
+
+def test_a_curve_that_never_crosses_is_said_to_stay(tmp_path):
+    rows = [record(0.4, layer=layer, position=role) for role, layer in (("last", 0), ("names", 0), ("names", 1))]
+    rows += [record(2.0, layer=1), record(3.0, layer=0, position="name_a"), record(3.0, layer=1, position="name_a")]
+    said = told_of_02(table(rows), tmp_path)["sentences"]
+    sample = "(1 pairs of 1 quads, confirmation half)"
+    # recovery at the last layer is 2 / 4, which is not above one half; at `name_a` it stays at 3 / 4
+    assert said[0] == f"At `last` recovery never rises above one half for good {sample}."
+    assert said[1] == f"At `names` recovery falls below one half after layer 0: 0.10 {sample}."
+    assert said[2] == f"At `name_a` recovery never falls below one half for good {sample}."
 
 
 def measured(half: str, moved: dict[str, float], quads: int = MANY, **more: object) -> list[dict]:
@@ -694,6 +745,53 @@ def test_leading_sites_are_picked_on_discovery_and_told_on_confirmation():
         "site": "0.0", "layer": 0, "component": "head", "head": 0, "estimate": 4.0, "ratio": 1.0,
         "p": 0, "low": 0, "high": 0, "ratio_low": 0, "ratio_high": 0,
     }  # fmt: skip
+
+
+def test_what_step_03_says(tmp_path):
+    moved = {"0.0": 1.0, "0.1": 2.0, "mlp 0": 3.0, "attn 0": 0.5}
+    turned = {"0.0": 3.0, "0.1": 2.0, "mlp 0": 1.0, "attn 0": 0.5}
+    shared = {"direction": "noise"}
+    rows = measured("discovery", moved, ablation="zero", **shared)
+    rows += measured("confirmation", moved, ablation="zero", **shared)
+    rows += measured("confirmation", turned, quads=MANY - 1, ablation="mean", **shared)
+    rows += measured("confirmation", {"mlp 0": 1.0, "attn 0": 1.4}, ablation="zero", position="names", **shared)
+    frame, params = table(rows), necessity_measure.Necessity(**SETTINGS)
+    own = step(params, results=tmp_path, write_findings=dict)
+    made = necessity_measure.Measured(frame, effects.ablation_tables(frame, params), "zero")
+    found = necessity_page.findings(own, made)
+    # ranks under zero 2 3 4 1, under mean 4 3 2 1: differences 2 0 2 0: 1 - 6 x 8 / (4 x 15) = 0.2
+    assert found["agreement"]["mean"].estimate == pytest.approx(0.2)
+    said = found["sentences"]
+    assert said[0] == (
+        "Each site at `last` was ablated in the clean run, all layers, by the profile; the confirmation half has "
+        "20 pairs of 20 quads."
+    )
+    assert "zero damage" in said[1]
+    assert "mlp 0 (3.00 [3.00, 3.00]), 0.1 (2.00 [2.00, 2.00]), 0.0 (1.00" in said[1]
+    assert said[3].startswith("Over sites, effects rank as under `zero` with a Spearman correlation of 0.20")
+    assert said[4] == "Under `mean`, 0.0 (3.00), 0.1 (2.00) and mlp 0 (1.00) lead.", "19 quads have no interval"
+    assert said[5].startswith("`mean` is there for 19 of 40 pairs")
+    assert said[6] == (
+        "At `names`, the attention or MLP module of largest damage is attn 0: 0.35 [0.35, 0.35] of the gap."
+    )
+    assert found["ablation"] == "zero" and len(found["sites"]) == 4 and found["headline"] == said[1:3]
+    only = frame[frame["ablation"] == "zero"]
+    alone = necessity_measure.Measured(only, effects.ablation_tables(only, params), "zero")
+    assert necessity_page.findings(own, alone)["sentences"][3] == "Only `zero` was run."
+
+
+def test_the_counterfactual_ablation_leads_where_it_was_run():
+    rows = ablated({"zero": [1.0, 2.0], "counterfactual": [3.0, 4.0], "mean": [5.0, 6.0]})
+
+    def run(frame: pd.DataFrame) -> necessity_measure.Measured:
+        params = necessity_measure.Necessity(**SETTINGS)
+        return necessity_measure.run(SimpleNamespace(params=params, table=lambda _: frame))
+
+    made = run(table(rows))
+    assert made.lead == "counterfactual" and list(made.sites) == ["counterfactual", "zero", "mean"]
+    assert [own["estimate"].tolist() for own in made.sites.values()] == [[3.0, 4.0], [1.0, 2.0], [5.0, 6.0]]
+    without = run(table([row for row in rows if row["ablation"] != "counterfactual"]))
+    assert without.lead == "zero" and list(without.sites) == ["zero", "mean"]
 
 
 def test_what_step_04_says(tmp_path):

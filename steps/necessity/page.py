@@ -122,7 +122,7 @@ def findings(step: Step, m: Measured) -> dict[str, Any]:
     params = step.params
     lead, sites, confirmation = m.lead, m.sites[m.lead], in_halves(m.records)[-1][1]
     agree = agreement(m.records, list(m.sites), params)
-    modules = modules_of(m, params)
+    by_role = modules_of(m, params)
     sample = f"{confirmation['pair_id'].nunique()} pairs of {confirmation['quad_id'].nunique()} quads"
     sentences = [
         f"Each site at `last` was ablated in the clean run, {step.layers_from}; the confirmation half has {sample}.",
@@ -142,7 +142,7 @@ def findings(step: Step, m: Measured) -> dict[str, Any]:
             f"`{kind}` is there for {count} of {counts.max()} pairs: the others have no other quad of their half, "
             "template and token counts to take it from."
         )
-    for role, rows in modules[modules["position"] != "last"].groupby("position", sort=False):
+    for role, rows in by_role[by_role["position"] != "last"].groupby("position", sort=False):
         best = rows.loc[rows["estimate"].idxmax()]
         value = interval(best["estimate"], best["low"], best["high"])
         site = site_name(best["layer"], best["component"])
