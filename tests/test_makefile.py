@@ -144,3 +144,79 @@ def test_an_interpreter_that_is_too_old_is_refused(project):
     (project.folder / "requirements-no-deps.lock").touch()
     _, done = project.make("lint", "PYTHON=false", status=2, CONDA_DEFAULT_ENV="")
     assert "PYTHON=false is not a working Python 3.11" in done.stderr and not (project.folder / ".venv").exists()
+
+
+# --- names and values that make must not take for more than they are ---
+
+SMUGGLED = {
+    "two folders": "smoke ../kept",
+    "a way up": "../lib",
+    "a way up and out": "../../kept",
+    "a way up from a profile": "smoke/../../book",
+    "nothing": "",
+    "a space": " ",
+    "the folder itself": ".",
+    "the folder above": "..",
+    "a star": "*",
+    "braces": "{smoke,other}",
+    "a tilde": "smoke ~",
+    "an option": "-rf",
+    "letters beyond ASCII": "smöke",
+    "a semicolon": "smoke;touch made",
+    "a pipe": "smoke|touch made",
+    "backticks": "`touch made`",
+    "a command for the shell": "$$(touch made)",
+    "a command for make": "$(shell touch made)",
+    "quotation marks": 'smoke"; touch made; "',
+    "apostrophes": "smoke'; touch made; '",
+    "a line break": "smoke\ntouch made",
+}
+
+
+def files(project: Project) -> set[Path]:
+    return {path for path in project.folder.parent.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("given", ["as an argument", "from the environment"])
+@pytest.mark.parametrize("name", SMUGGLED)
+def test_what_is_no_name_of_a_profile_is_refused_and_nothing_is_touched(name, given, project):
+    for kept in ("build/smoke/page", "build/other/page", "../kept/file"):
+        (project.folder / kept).parent.mkdir(parents=True, exist_ok=True)
+        (project.folder / kept).touch()
+    before = files(project)
+    arguments, variables = [f"PROFILE={SMUGGLED[name]}"], {}
+    if given == "from the environment":
+        arguments, variables = ["PY=./python"], {"PROFILE": SMUGGLED[name]}
+    for target in ("clean", "help"):
+        log, done = project.make(target, *arguments, status=2, **variables)
+        (line,) = done.stderr.splitlines()
+        assert "PROFILE must be the name of a file in params/" in line and log == [] and done.stdout == ""
+    assert files(project) == before
+
+
+@pytest.mark.parametrize("name", ["smollm2-135m", "Llama-3.3_70b", "a", "3"])
+def test_an_ordinary_name_is_taken(name, project):
+    (project.folder / "build" / name).mkdir(parents=True)
+    (project.folder / "build" / "other").mkdir()
+    project.make("clean", f"PROFILE={name}")
+    assert [path.name for path in (project.folder / "build").iterdir()] == ["other"]
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        "NVIDIA H100 80GB",
+        "$(touch made)",
+        "$$(touch made)",
+        "$(shell touch made)",
+        "`touch made`",
+        '"; touch made; "',
+        "it's",
+    ],
+)
+def test_a_card_is_handed_on_as_it_was_given(device, project):
+    (project.folder / "python").write_text('#!/usr/bin/env bash\necho "$DEVICE" >> log\n')
+    before = files(project)
+    for arguments, variables in (([f"DEVICE={device}"], {}), (["PY=./python"], {"DEVICE": device})):
+        log, _ = project.make("plan", *arguments, **variables)
+        assert log == [device] and files(project) == before
