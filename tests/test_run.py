@@ -14,7 +14,7 @@ from pipeline import keys
 from report.book import BookError
 from steps import __main__ as driver
 from steps.registry import PLAN
-from tests.test_keys import NOTEBOOK, PAIRS, append, begin, edit, house  # noqa: F401
+from tests.test_keys import PAIRS, append, begin, edit, house  # noqa: F401
 
 PAGES = [PLAN.page(step) for step in PLAN.names]
 
@@ -36,7 +36,7 @@ def project(house, monkeypatch):  # noqa: F811
         own.write_findings({"able": {"superset": {"able": True, "why": "x"}} if step == "baselines" else True})
         page = build.page(step)
         page.parent.mkdir(parents=True, exist_ok=True)
-        page.write_text(json.dumps(NOTEBOOK))
+        page.write_text(PLAN.notebook(step).read_text())
 
     def make(folder) -> None:
         house_log.append("book")
