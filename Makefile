@@ -32,7 +32,7 @@ PYTHON ?= $(firstword $(foreach p,python3.11 python3 python3.12 python3.13,$(she
 
 NOTEBOOKS := $(sort $(wildcard notebooks/[0-9][0-9]_*.ipynb))
 # 03_necessity -> necessity
-STEPS := $(foreach n,$(NOTEBOOKS:notebooks/%.ipynb=%),$(shell name=$n; echo $${name\#*_}))
+STEPS := $(shell ls notebooks | sed -nE 's/^[0-9][0-9]_(.*)[.]ipynb$$/\1/p')
 
 # Which Python: the one named by PY=..., else that of an activated conda environment (base is not one), else .venv.
 ifeq ($(origin PY),command line)
