@@ -134,11 +134,12 @@ def measure(model: Model, pair: Pair, role: str, repeats: int) -> dict:
 
     def grown(runs: BaseRun) -> single_pass.Grown:
         source = runs.part(0, 1).activations
-        return paths.grow_paths(model, runs.part(1, 2), rows, source, receivers, pair.corrupt.roles, "recomputed")
+        route = paths.Route(receivers, pair.corrupt.roles, "recomputed")
+        return paths.grow_paths(model, runs.part(1, 2), rows, source, route)
 
     def in_passes(runs: BaseRun) -> list[metrics.RowMetrics]:
         result = grown(runs)
-        base, answers = model.logits(result.base), batches.answers_of([pair], [pair.corrupt_tokens])
+        base, answers = model.logits(result.base), batches.answers_of([pair], "corrupt")
         return [
             metrics.from_logits(model.logits(part), base, torch.zeros(len(part), dtype=torch.long), **answers)
             for part in result.hidden.split(batches.LOGIT_ROWS)

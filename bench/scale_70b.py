@@ -269,21 +269,9 @@ class Ways:
             self.grown.append((rows, base, out))
             return out
 
+        how, sets = sweep.Options("denoise", role, memory=self.memory), [(site,) for site in self.sites]
         with self.kernel():
-            frame = sweep.run_sets(
-                self.model,
-                [self.pair],
-                [(site,) for site in self.sites],
-                direction="denoise",
-                role=role,
-                ablations=(),
-                pool=None,
-                seed=0,
-                memory=self.memory,
-                profile="",
-                pools=None,
-                grower=lambda roles: kept,
-            )
+            frame = sweep.run_sets(self.model, [self.pair], sets, how, grower=lambda roles: kept)
         assert len(frame) == len(self.sites) and not frame.attrs["log"], frame.attrs["log"]
 
     def sample(self, seed: int = 0) -> list[Site]:

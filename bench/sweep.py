@@ -79,7 +79,7 @@ def measure(model: Model, pair: Pair, role: str, rate: float, repeats: int) -> d
 
     def score(logits: torch.Tensor, base: torch.Tensor) -> metrics.RowMetrics:
         owner = torch.zeros(len(logits), dtype=torch.long)
-        return metrics.from_logits(logits, base, owner, **batches.answers_of([pair], [pair.corrupt_tokens]))
+        return metrics.from_logits(logits, base, owner, **batches.answers_of([pair], "corrupt"))
 
     def plain_runs() -> single_pass.BaseRun:
         return base_run(model, torch.cat([clean, corrupt]), positions, ("head",))

@@ -88,6 +88,11 @@ class Model:
         return getattr(projection, "in_features", None) or projection.weight.shape[0]  # GPT-2's Conv1D is transposed
 
     @property
+    def low_precision(self) -> bool:
+        """Whether kernels of other shapes round visibly differently: in 16 bits, or quantised."""
+        return bool(self.quantisation) or self.dtype in (torch.float16, torch.bfloat16)
+
+    @property
     def noise(self) -> float:
         """The largest logit difference that two runs of one prompt may show (logits)."""
         return QUANTISED_NOISE if self.quantisation else NOISE[self.dtype]
@@ -208,14 +213,20 @@ def module_of(model: Model, layer: int, component: str) -> nn.Module:
     return (own | {"neuron": model.down_projs})[component][layer]
 
 
+def split_call(args: tuple, kwargs: dict) -> tuple[Tensor, tuple, dict]:
+    """The hidden states that a module was called with, its other arguments, and its other keyword arguments."""
+    if args:
+        return args[0], args[1:], kwargs
+    return kwargs["hidden_states"], (), {key: value for key, value in kwargs.items() if key != "hidden_states"}
+
+
 def on_input(module: nn.Module, visit: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
     """Call `visit` with what a module is given, each time; what it returns, if anything, is given instead."""
 
     def before(_: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
-        new = visit(args[0] if args else kwargs["hidden_states"])
-        if new is None:
-            return None
-        return ((new, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": new})
+        hidden, args, kwargs = split_call(args, kwargs)
+        new = visit(hidden)
+        return None if new is None else ((new, *args), kwargs)
 
     return module.register_forward_pre_hook(before, with_kwargs=True)
 

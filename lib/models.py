@@ -26,12 +26,12 @@ from lib.hooks import Model, Site
 from lib.single_pass import (
     BaseRun,
     Row,
-    SweepError,
     base_run,
     grow,
     index_batches,
     joined,
     prove_base_rows,
+    prove_same,
     rerun,
     token_ids,
 )
@@ -276,31 +276,20 @@ def prove_identity(model: Model, base: BaseRun) -> float:
     rows = [Row((site,), owner, owner) for owner in range(len(base.ids)) for site in sites]
     grown = grow(model, base, rows, base.activations)
     prove_base_rows(model, base, grown)
-    owners = torch.tensor([row.owner for row in rows])
-    off = (model.logits(grown.hidden) - model.logits(base.hidden)[owners]).abs().amax(-1)
-    worst = int(off.argmax())
-    if not (off <= model.noise).all():
-        raise SweepError(
-            f"{model.name}: the identity patch at {rows[worst].sites[0]} moved a logit by {off[worst]:.3g}"
-        )
-    return off.max().item()
+    logits, plain = model.logits(grown.hidden), model.logits(base.hidden)[[row.owner for row in rows]]
+    words = "{}: the identity patch at {} moved a logit by {:.3g}"
+    return prove_same(model, logits, plain, lambda index, off: words.format(model.name, rows[index].sites[0], off))
 
 
 def prove_whole_residual(model: Model, ids: Int[Tensor, " tokens"], other: Int[Tensor, " tokens"]) -> float:
     """The whole residual stream of `other` at all positions into `ids`, at the first, middle and last layer, must give
     `other`'s logits. Returns the largest difference; SweepError when it exceeds the noise of the dtype."""
     everywhere, layers = range(len(ids)), sorted({0, model.n_layers // 2, model.n_layers - 1})
-    base = base_run(model, ids[None], everywhere, ("resid",))
-    source = base_run(model, other[None], everywhere, ("resid",))
-    rows = [Row((Site(layer, "resid"),), 0, 0) for layer in layers]
-    grown = grow(model, base, rows, source.activations)
-    off = (model.logits(grown.hidden) - model.logits(source.hidden)).abs().amax(-1)
-    if not (off <= model.noise).all():
-        raise SweepError(
-            f"{model.name}: the whole residual of one run in another does not give its logits; "
-            f"they differ by {off.max():.3g}"
-        )
-    return off.max().item()
+    base, source = (base_run(model, own[None], everywhere, ("resid",)) for own in (ids, other))
+    grown = grow(model, base, [Row((Site(layer, "resid"),), 0, 0) for layer in layers], source.activations)
+    words = "{}: the whole residual of one run in another does not give its logits; they differ by {:.3g}"
+    logits, plain = model.logits(grown.hidden), model.logits(source.hidden)
+    return prove_same(model, logits, plain, lambda _, off: words.format(model.name, off))
 
 
 # --- reading prompts --------------------------------------------------------------------------------------------------

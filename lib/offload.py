@@ -20,7 +20,6 @@ forgotten.
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,7 +28,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
@@ -38,12 +36,12 @@ from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import DynamicCache
 
 from lib import hooks
-from lib.batches import PairBatch, Pool, is_short, pool_key, unfilled
+from lib.batches import POOL_BATCH, PairBatch, Pool, both_prompts, pool_key, with_less_memory
 from lib.hooks import Model
-from lib.single_pass import BaseRun, Growing, keeping, row_limit
+from lib.single_pass import BaseRun, Growing, joined, keeping, row_limit, token_ids
 from lib.tasks import Pair
 
-HALVINGS = 2  # of the memory for a pass, before the jobs are parted
+HALVINGS = 2  # of the memory for a pass, before the batches are parted
 
 log = logging.getLogger(__name__)
 
@@ -84,9 +82,8 @@ def calls_of(model: Model, each: Pass) -> list[tuple[Tensor, tuple, dict[str, An
     calls: list[tuple[Tensor, tuple, dict[str, Any]]] = []
 
     def note(*args: Any, **kwargs: Any) -> Tensor:
-        hidden = args[0] if args else kwargs.pop("hidden_states")
-        calls.append((hidden, args[1:], kwargs))
-        return hidden
+        calls.append(hooks.split_call(args, kwargs))
+        return calls[-1][0]
 
     with hooks.with_forwards([(block, note) for block in model.blocks]):
         model.body(**each.inputs)
@@ -121,108 +118,84 @@ def loaded(*roots: nn.Module) -> Iterator[None]:
             hook.post_forward(module, None)
 
 
-class Noted(Mapping):
-    """A mapping that says which of its keys are read."""
-
-    def __init__(self, own: Mapping[str, Tensor], note: Callable[[str], None]) -> None:
-        self.own, self.note = own, note
-
-    def __getitem__(self, key: str) -> Tensor:
-        self.note(key)
-        return self.own[key]
-
-    def __contains__(self, key: object) -> bool:
-        return key in self.own
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.own)
-
-    def __len__(self) -> int:
-        return len(self.own)
-
-
 @contextmanager
 def counted(model: Model) -> Iterator[dict[str, int]]:
     """Count the loads inside: how often the weights of each block ("layer 3") and of each other offloaded module (its
-    name) were read. A block counts as often as that of its weights that was read most."""
+    name) were read. A block counts as often as that of its modules that was read most."""
     loads: dict[str, int] = {}
-    reads: Counter[tuple[nn.Module, str]] = Counter()
+    reads: Counter[nn.Module] = Counter()
     of_block = {module: f"layer {layer}" for layer, block in enumerate(model.blocks) for module in block.modules()}
     every = [(name, module, hook) for name, module in model.model.named_modules() for hook in offloading(module)]
 
-    def note(owner: str, module: nn.Module, key: str) -> None:
-        reads[module, key] += 1
-        loads[owner] = max(loads.get(owner, 0), reads[module, key])
+    def count(module: nn.Module, *args: Any, owner: str, hook: Any, load: Callable, **kwargs: Any) -> Any:
+        if hook.offload and any(True for _ in module.parameters(recurse=hook.place_submodules)):
+            reads[module] += 1
+            loads[owner] = max(loads.get(owner, 0), reads[module])
+        return load(module, *args, **kwargs)
 
-    kept = [hook.weights_map for *_, hook in every]
     try:
         for name, module, hook in every:
-            hook.weights_map = Noted(hook.weights_map, partial(note, of_block.get(module, name), module))
+            hook.pre_forward = partial(count, owner=of_block.get(module, name), hook=hook, load=hook.pre_forward)
         yield loads
     finally:
-        for (*_, hook), own in zip(every, kept, strict=True):
-            hook.weights_map = own
+        for *_, hook in every:
+            del hook.pre_forward
 
 
-# --- the jobs of a sweep ----------------------------------------------------------------------------------------------
+# --- the batches of a sweep -------------------------------------------------------------------------------------------
 
 
 def run(
-    jobs: Sequence[PairBatch], kept: dict[tuple, Pool], donors: Sequence[Pair], halved: list[str], tries: int = 0
+    batches: Sequence[PairBatch], kept: dict[tuple, Pool], donors: Sequence[Pair], halved: list[str]
 ) -> tuple[list[pd.DataFrame], dict[str, int]]:
-    """`PairBatch.run` for all jobs of a sweep in lock step, and the loads (see `counted`).
+    """`PairBatch.run` for all batches of a sweep in lock step, and the loads (see `counted`).
 
     `kept` and `donors` are the pools at hand and the pairs to make others from. With variants, which may use any layer
     of the plain runs, these go first and every layer is read twice. When memory runs out, all is done again with half
     of it for a pass, which reads no more; when that has been tried HALVINGS times, in two parts, each of which reads
     every layer: the waiting passes take memory, too. Each leaves a line in `halved`.
     """
-    model, memory = jobs[0].model, jobs[0].memory
-    parted = len(jobs) > 1 and tries >= HALVINGS
-    with counted(model) as loads:
-        try:
-            frames = attempt(jobs, kept, donors)
-        except RuntimeError as error:
-            limit = max(row_limit(model, blank(job.ids, job), memory) for job in jobs)
-            if not is_short(error) or (limit == 1 and len(jobs) == 1):
-                raise
-            frames = None
-    if frames is None:  # outside of the except block, which holds on to the failed passes
-        how = "in two parts" if parted else f"with {memory / 2:g} GB for a pass"
-        line = f"out of memory: {len(jobs)} jobs in lock step done again {how}"
-        log.warning(line)
-        halved.append(line)
-        gc.collect()  # passes and what they hand each other refer to one another
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        if not parted:
-            return run([replace(job, memory=memory / 2) for job in jobs], kept, donors, halved, tries + 1)
-        (first, one), (second, two) = (
-            run(part, kept, donors, halved, tries) for part in (jobs[: len(jobs) // 2], jobs[len(jobs) // 2 :])
-        )
-        return first + second, dict(Counter(one) + Counter(two))
-    layers = [loads.get(f"layer {layer}", 0) for layer in offloaded(model)]
-    log.info("%d layers offloaded, %d layer loads for %d jobs", len(layers), sum(layers), len(jobs))
-    return frames, loads
+    model = batches[0].model
+
+    def attempt(work: tuple[Sequence[PairBatch], int]) -> tuple[list[pd.DataFrame], dict[str, int]]:
+        with counted(model) as loads:
+            frames = in_lock_step(work[0], kept, donors)
+        layers = [loads.get(f"layer {layer}", 0) for layer in offloaded(model)]
+        log.info("%d layers offloaded, %d layer loads for %d jobs", len(layers), sum(layers), len(work[0]))
+        return frames, loads
+
+    def smaller(work: tuple[Sequence[PairBatch], int]) -> tuple[str, list] | None:
+        own, halvings = work
+        memory, middle = own[0].options.memory / 2, len(own) // 2
+        if not middle and max(row_limit(model, blank(both_prompts(model, b.pairs), b), 2 * memory) for b in own) == 1:
+            return None
+        words = f"{len(own)} jobs in lock step done again"
+        if middle and halvings >= HALVINGS:
+            return f"{words} in two parts", [(own[:middle], halvings), (own[middle:], halvings)]
+        less = [replace(batch, options=replace(batch.options, memory=memory)) for batch in own]
+        return f"{words} with {memory:g} GB for a pass", [(less, halvings + 1)]
+
+    parts = with_less_memory(attempt, (batches, 0), smaller, halved)
+    return [frame for frames, _ in parts for frame in frames], dict(sum((Counter(own) for _, own in parts), Counter()))
 
 
-def attempt(jobs: Sequence[PairBatch], kept: dict[tuple, Pool], donors: Sequence[Pair]) -> list[pd.DataFrame]:
-    """All passes of the jobs, proved and scored."""
-    model, pools, lending = jobs[0].model, dict(kept), []
-    for job in jobs:
-        key = pool_key(job.pairs[0], job.role, job.sets)
-        if {"mean", "resample"} & {*job.kinds} and not job.variants and key not in pools:
-            pools[key], batches = unfilled(model, donors, job.pairs[0])
-            lending += lent(model, pools[key], batches, job.positions, key[-1])
-    staged = [Staged(job, pools.get(pool_key(job.pairs[0], job.role, job.sets))) for job in jobs]
+def in_lock_step(batches: Sequence[PairBatch], kept: dict[tuple, Pool], donors: Sequence[Pair]) -> list[pd.DataFrame]:
+    """All passes of the batches, proved and scored."""
+    model, pools, filling = batches[0].model, dict(kept), []
+    keys = [pool_key(batch.pairs[0], batch.options.role, batch.sets) for batch in batches]
+    for key, batch in zip(keys, batches, strict=True):
+        if {"mean", "resample"} & {*batch.kinds} and not batch.variants and key not in pools:
+            pools[key] = Pool.of(donors, batch.pairs[0])
+            filling += pool_passes(model, pools[key], batch.positions, key[-1])
+    staged = [Staged(batch, pools.get(key)) for key, batch in zip(keys, batches, strict=True)]
     growing = [each for own in staged for each in own.growing]
-    if jobs[0].variants:
+    if batches[0].variants:
         ends = through(model, [own.plain for own in staged])
         for own, end in zip(staged, ends, strict=True):
             own.make(end)
         ends += through(model, growing)
     else:
-        ends = through(model, [*lending, *(own.plain for own in staged), *growing])[len(lending) :]
+        ends = through(model, [*filling, *(own.plain for own in staged), *growing])[len(filling) :]
     if pools:  # as `lib.batches.pooled`: the last one may serve the next call
         last = list(pools)[-1]
         kept.clear()
@@ -233,65 +206,63 @@ def attempt(jobs: Sequence[PairBatch], kept: dict[tuple, Pool], donors: Sequence
 
 
 class Staged:
-    """A job's passes, and what they hand each other at each layer."""
+    """A batch's passes, and what they hand each other at each layer."""
 
-    def __init__(self, job: PairBatch, pool: Pool | None) -> None:
-        self.job, self.pool, self.sources = job, pool, {}
-        clean, corrupt = (blank(ids, job) for ids in job.ids.split(len(job.pairs)))
-        self.runs = {"clean": clean, "corrupt": corrupt}
-        self.plain = plain(job.model, job.ids, job.positions, job.kept, self.heard)
-        base, _ = job.sides(self.runs)
-        rows, limit = job.rows(), row_limit(job.model, base, job.memory)
-        self.parts = [rows[at : at + limit] for at in range(0, len(rows), limit)]
+    def __init__(self, batch: PairBatch, pool: Pool | None) -> None:
+        self.batch, self.pool, self.sources, self.rows = batch, pool, {}, batch.rows
+        ids = both_prompts(batch.model, batch.pairs)
+        self.runs = [blank(side, batch) for side in ids.split(len(batch.pairs))]  # clean, corrupt
+        self.plain = plain_pass(batch.model, blank(ids, batch), batch.components, self.take)
+        base, _ = batch.sides(*self.runs)
+        limit = row_limit(batch.model, base, batch.options.memory)
+        self.parts = [self.rows[at : at + limit] for at in range(0, len(self.rows), limit)]
         self.growing: list[Pass] = []
         self.growths: list[Growing | None] = []  # behind each pass of `growing`, none behind a plain one
         self.grow(base)
-        for ids in job.said(base.ids):
-            said = blank(ids, job)
-            self.growing.append(plain(job.model, ids, job.positions, job.kept, partial(fill, said)))
+        for longer in (blank(ids, batch) for ids in batch.continued(base.ids)):
+            self.growing.append(plain_pass(batch.model, longer, batch.components, partial(fill, longer)))
             self.growths.append(None)
-            self.grow(said)
+            self.grow(longer)
 
     def grow(self, base: BaseRun) -> None:
         """Add the growing passes over all rows."""
-        made = [Growing(self.job.model, base, rows, self.sources) for rows in self.parts]
+        made = [Growing(self.batch.model, base, rows, self.sources) for rows in self.parts]
         self.growing += [Pass(each.batch.inputs(base, each.start), each.layer_hooks) for each in made]
         self.growths += made
 
-    def heard(self, part: BaseRun) -> None:
+    def take(self, part: BaseRun) -> None:
         """Take over a layer of the plain run; make its sources."""
-        count = len(self.job.pairs)
-        for index, run in enumerate(self.runs.values()):
-            fill(run, part.part(index * count, (index + 1) * count), keep=bool(self.job.variants))
-        if not self.job.variants:
+        count, variants = len(self.batch.pairs), bool(self.batch.variants)
+        for index, run in enumerate(self.runs):
+            fill(run, part.part(index * count, (index + 1) * count), keep=variants)
+        if not variants:
             self.sources.clear()
-            self.sources.update(self.job.sources(self.job.sides(self.runs)[1], lambda: self.pool))
+            self.sources.update(self.batch.sources(*self.batch.sides(*self.runs), lambda: self.pool))
 
-    def whole(self, hidden: Tensor) -> dict[str, BaseRun]:
+    def whole(self, hidden: Tensor) -> list[BaseRun]:
         """The plain runs with their final hidden states."""
-        parts = hidden.split(len(self.job.pairs))
-        return {which: replace(run, hidden=own) for (which, run), own in zip(self.runs.items(), parts, strict=True)}
+        halves = hidden.split(len(self.batch.pairs))
+        return [replace(run, hidden=own) for run, own in zip(self.runs, halves, strict=True)]
 
     def make(self, hidden: Tensor) -> None:
         """The sources of variants, from whole plain runs."""
-        self.sources.update(self.job.of_variants(*self.job.sides(self.whole(hidden))))
+        self.sources.update(self.batch.sources(*self.batch.sides(*self.whole(hidden)), lambda: self.pool))
 
     def frame(self, hidden: Tensor, ends: Sequence[Tensor]) -> pd.DataFrame:
-        """The job's rows, from the final hidden states of the plain run and of the passes of `growing`."""
-        runs, parts = self.whole(hidden), self.parts
+        """The batch's rows, from the final hidden states of the plain run and of the passes of `growing`."""
+        runs, count = self.whole(hidden), len(self.parts)
         grown = [each.grown(end) for each, end in zip(self.growths, ends, strict=True) if each]
-        base, _ = self.job.sides(runs)
+        base, _ = self.batch.sides(*runs)
         scored = [
-            self.job.numbers(base, rows, grown[index], grown[index + len(parts) :: len(parts)])
-            for index, rows in enumerate(parts)
+            self.batch.numbers(base, rows, grown[index], grown[index + count :: count])
+            for index, rows in enumerate(self.parts)
         ]
-        together = {key: np.concatenate([part[key] for part in scored]) for key in scored[0]}
-        return self.job.frame([row for rows in parts for row in rows], together, runs)
+        return self.batch.frame(self.rows, joined(scored), *runs)
 
 
-def blank(ids: Tensor, job: PairBatch) -> BaseRun:
+def blank(ids: Tensor, batch: PairBatch) -> BaseRun:
     """A plain run that has not been made yet."""
-    return BaseRun(ids, tuple(job.positions), torch.empty(0), {}, [])
+    return BaseRun(ids, tuple(batch.positions), torch.empty(0), {}, [])
 
 
 def fill(run: BaseRun, part: BaseRun, keep: bool = False) -> None:
@@ -303,16 +274,14 @@ def fill(run: BaseRun, part: BaseRun, keep: bool = False) -> None:
     run.cache.extend(part.cache)
 
 
-def plain(
-    model: Model, ids: Tensor, positions: Sequence[int], components: Sequence[str], heard: Callable[[BaseRun], None]
-) -> Pass:
-    """`base_run` as a pass: `heard` is given its part at each layer, without hidden states."""
-    cache, kept = DynamicCache(), {}
-    at = torch.tensor(list(positions), device=ids.device)
+def plain_pass(model: Model, run: BaseRun, components: Sequence[str], take: Callable[[BaseRun], None]) -> Pass:
+    """`base_run` of a blank run's prompts as a pass: `take` is given its part at each layer, without hidden states."""
+    cache, kept, ids = DynamicCache(), {}, run.ids
+    at = torch.tensor(list(run.positions), device=ids.device)
 
     def left(layer: int) -> None:
         own = cache.layers[layer]
-        heard(BaseRun(ids, tuple(positions), ids.new_empty(len(ids), 0), dict(kept), [(own.keys, own.values)]))
+        take(replace(run, hidden=ids.new_empty(len(ids), 0), activations=dict(kept), cache=[(own.keys, own.values)]))
         own.keys = own.values = None
         kept.clear()
 
@@ -320,16 +289,16 @@ def plain(
     return Pass(inputs, lambda layer: keeping(model, kept, layer, components, at), left)
 
 
-def lent(
-    model: Model, pool: Pool, batches: Sequence[Tensor], positions: Sequence[int], components: Sequence[str]
-) -> list[Pass]:
+def pool_passes(model: Model, pool: Pool, positions: Sequence[int], components: Sequence[str]) -> list[Pass]:
     """The plain runs that fill a pool, layer by layer."""
+    batches = [token_ids(model, pool.prompts[at : at + POOL_BATCH]) for at in range(0, len(pool.prompts), POOL_BATCH)]
     parts: list[Mapping[tuple[str, int], Tensor]] = []
 
-    def heard(part: BaseRun) -> None:
+    def take(part: BaseRun) -> None:
         parts.append(part.activations)
         if len(parts) == len(batches):
-            pool.activations.update({key: torch.cat([own[key] for own in parts]) for key in parts[0]})
+            pool.activations.update(joined(parts, torch.cat))
             parts.clear()
 
-    return [plain(model, ids, positions, components, heard) for ids in batches]
+    runs = [BaseRun(ids, tuple(positions), torch.empty(0), {}, []) for ids in batches]
+    return [plain_pass(model, run, components, take) for run in runs]

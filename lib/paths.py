@@ -1,4 +1,4 @@
-"""Exact path patching: what a sender says to its receivers, along every path that attention does not mediate.
+"""Exact path patching: what a sender gives its receivers, along every path that attention does not mediate.
 
 Of one pair of prompts, a base run and a source for each sender (Wang et al. 2022, arXiv 2211.00593, section 3.1;
 Goldowsky-Dill et al. 2023, arXiv 2304.05969):
@@ -7,11 +7,11 @@ Goldowsky-Dill et al. 2023, arXiv 2304.05969):
    MLPs between are recomputed, or held at their base values too. Record what the receivers would be given.
 2. Run the base prompt anew with all receivers' inputs set together, everything downstream recomputed.
 
-All senders go through each run as rows of one growing batch. With attention held, no token hears another, so the first
-run is made of the sender's tokens alone and computes no attention; a receiver hears a sender at the tokens that both
+All senders go through each run as rows of one growing batch. With attention held, no token reads another, so the first
+run is made of the sender's tokens alone and computes no attention; a sender reaches a receiver at the tokens that both
 their roles hold. Nothing is linearised. What the first run records is the row's difference from the base row of the
-same pass; in the second run the receiver is given the base row's input with this difference, and so hears nothing of
-what other receivers do. What does not arrive changes nothing, to the bit.
+same pass; in the second run the receiver is given the base row's input with this difference, and so nothing of what
+other receivers do. What does not arrive changes nothing, to the bit.
 
 With grouped queries, k and v are made once for a group of query heads: their paths reach all of them (`reached`).
 """
@@ -19,7 +19,8 @@ With grouped queries, k and v are made once for a group of query heads: their pa
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -28,9 +29,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lib import hooks, sweep
-from lib.batches import grouped
+from lib.batches import Grow, Options, grouped
 from lib.hooks import EMBED, Model, Site
-from lib.single_pass import Activations, BaseRun, Batch, Edit, Grown, Proof, Row, SweepError, edits_by_module
+from lib.single_pass import Activations, BaseRun, Batch, Growing, Grown, Row, SweepError
 from lib.tasks import Pair
 from lib.weights import ModelError
 
@@ -42,7 +43,7 @@ Roles = Mapping[str, tuple[int, ...]]
 
 
 class Receiver(NamedTuple):
-    """What is told: the q, k or v of a head, the input of an MLP (behind its norm), of a block or of the final norm."""
+    """What is patched: the q, k or v of a head, the input of an MLP (behind its norm), of a block or the final norm."""
 
     layer: int
     kind: str
@@ -94,6 +95,15 @@ def before(sender: Site, receiver: Receiver) -> bool:
     return sender.layer == receiver.layer and receiver.kind == "mlp" and sender.component in ("head", "attn")
 
 
+@dataclass(frozen=True)
+class Route:
+    """What the senders of a batch speak to, and what is recomputed on the way."""
+
+    receivers: Sequence[Receiver]
+    roles: Roles  # the batch's tokens by role
+    mlps: str
+
+
 def run(
     model: Model,
     pairs: Sequence[Pair],
@@ -102,14 +112,8 @@ def run(
     senders: Sequence[Sequence[Site]] | None = None,
     sender_role: str = "last",
     mlps: str = "recomputed",
-    direction: str = "noise",
-    ablations: Sequence[str] = ("counterfactual",),
-    pool: Sequence[Pair] | None = None,
-    seed: int = 0,
-    memory: float = 2.0,
-    profile: str = "",
-    pools: dict | None = None,
     label: str = "",
+    **options: Any,
 ) -> pd.DataFrame:
     """Path patching of sets of senders into one set of receivers; one row per pair x set x ablation.
 
@@ -118,243 +122,225 @@ def run(
                  that come before a receiver, each alone.
     mlps         `recomputed` or `frozen`: the MLPs between senders and receivers.
     label        what the column `receivers` says; default: the receivers listed.
+    options      direction, ablations, pool, seed, memory, profile, pools: as in `sweep.run`.
 
-    direction, ablations, pool, seed, memory, pools as in `sweep.run`. The rows have the columns of
-    `records.PATH_SCHEMA`: `layer` and `head` are the first sender's, `sender` its component, `site_set` the set's place
-    in the list, `arrived` the L2 norm of the change at the receivers' inputs.
+    The rows have the columns of `records.PATH_SCHEMA`: `layer` and `head` are the first sender's, `sender` its
+    component, `site_set` the set's place in the list, `arrived` the L2 norm of the change at the receivers' inputs.
 
     Raises ValueError for unknown words, a sender not before any receiver, and roles that share no token (attention is
     held, so nothing travels between tokens); SweepError when a row does not prove itself.
     """
     receivers = [Receiver(*receiver) for receiver in receivers]
-    check(model, pairs, receivers, sender_role, mlps)
-    sets = senders_before(model, receivers) if senders is None else [tuple(Site(*site) for site in s) for s in senders]
-    for sender in {site for own in sets for site in own}:
-        if sender.component == "resid":
-            raise ValueError("resid cannot be a sender: it holds what every earlier sender has said; name those")
-        hooks.check_site(model, sender)
-        if not any(before(sender, receiver) for receiver in receivers):
-            raise ValueError(f"sender {sender} is not before any receiver: {', '.join(map(str, receivers))}")
-
-    def grower(roles: Roles) -> sweep.Grow:
-        return lambda *parts: grow_paths(*parts, receivers, roles, mlps)
-
-    out = sweep.run_sets(
-        model, pairs, sets, direction=direction, role=sender_role, ablations=ablations, pool=pool, seed=seed,
-        memory=memory, profile=profile, pools=pools, grower=grower, needs=("attn", "head", "mlp", "resid"),
-    )  # fmt: skip
-    text = label or "; ".join(map(str, receivers))
-    return out.assign(sender=out["component"], component="path", receivers=text, mlps=mlps)
-
-
-def check(model: Model, pairs: Sequence[Pair], receivers: Sequence[Receiver], sender_role: str, mlps: str) -> None:
-    """ValueError for receivers that do not exist or that no token of the sender's role can reach."""
     if mlps not in MLPS:
         raise ValueError(f"mlps {mlps!r} is unknown; allowed are {', '.join(MLPS)}")
     if not receivers:
         raise ValueError("no receivers: give at least one q, k or v of a head, MLP, block, or the final norm")
     for receiver in receivers:
-        if receiver.kind not in KINDS:
-            raise ValueError(f"receiver kind {receiver.kind!r} is unknown; allowed are {', '.join(KINDS)}")
-        if receiver.kind != "final" and not 0 <= receiver.layer < model.n_layers:
-            raise ValueError(f"receiver {receiver}: {model.name} has layers 0 to {model.n_layers - 1}")
-        if receiver.kind in PROJECTIONS:
-            count = model.n_heads if receiver.kind == "q" else model.n_kv_heads
-            if not 0 <= receiver.head < count:
-                what = "query" if receiver.kind == "q" else "key-value"
-                raise ValueError(f"receiver {receiver}: {model.name} has {what} heads 0 to {count - 1}")
-        if receiver.kind == "final" and receiver.role != "last":
-            raise ValueError(f"receiver {receiver}: only the last token's final norm reaches the answer")
+        check_receiver(model, receiver)
     for group in grouped(pairs):
-        roles = group[0].clean.roles
-        for role in (sender_role, *(receiver.role for receiver in receivers)):
-            if role not in roles:
-                have = ", ".join(roles)
-                raise ValueError(f"role {role!r} is not in template {group[0].template!r}; it has {have}")
-        if not any(set(roles[sender_role]) & set(roles[receiver.role]) for receiver in receivers):
-            raise ValueError(
-                f"no path from {sender_role!r} to {', '.join(map(str, receivers))}: attention is held, so a sender is "
-                "heard at its own tokens only; give receivers at the sender's role"
-            )
+        check_roles(group[0], receivers, sender_role)
+    sets = senders_before(model, receivers) if senders is None else [tuple(Site(*site) for site in s) for s in senders]
+    for sender in {site for sites in sets for site in sites}:
+        check_sender(model, sender, receivers)
+
+    def grower(roles: Roles) -> Grow:
+        return lambda *parts: grow_paths(*parts, Route(receivers, roles, mlps))
+
+    how = Options(role=sender_role, **options)
+    out = sweep.run_sets(model, pairs, sets, how, grower=grower, needs=("attn", "head", "mlp", "resid"))
+    text = label or "; ".join(map(str, receivers))
+    return out.assign(sender=out["component"], component="path", receivers=text, mlps=mlps)
+
+
+def check_receiver(model: Model, receiver: Receiver) -> None:
+    """ValueError for a receiver that the model lacks."""
+    if receiver.kind not in KINDS:
+        raise ValueError(f"receiver kind {receiver.kind!r} is unknown; allowed are {', '.join(KINDS)}")
+    if receiver.kind == "final" and receiver.role != "last":
+        raise ValueError(f"receiver {receiver}: only the last token's final norm reaches the answer")
+    if receiver.kind != "final" and not 0 <= receiver.layer < model.n_layers:
+        raise ValueError(f"receiver {receiver}: {model.name} has layers 0 to {model.n_layers - 1}")
+    if receiver.kind in PROJECTIONS:
+        count, what = (model.n_heads, "query") if receiver.kind == "q" else (model.n_kv_heads, "key-value")
+        if not 0 <= receiver.head < count:
+            raise ValueError(f"receiver {receiver}: {model.name} has {what} heads 0 to {count - 1}")
+
+
+def check_roles(pair: Pair, receivers: Sequence[Receiver], sender_role: str) -> None:
+    """ValueError where the template lacks a role, or no token of the sender's role can reach a receiver."""
+    roles = pair.clean.roles
+    for role in (sender_role, *(receiver.role for receiver in receivers)):
+        if role not in roles:
+            have = ", ".join(roles)
+            raise ValueError(f"role {role!r} is not in template {pair.template!r}; it has {have}")
+    if not any(set(roles[sender_role]) & set(roles[receiver.role]) for receiver in receivers):
+        raise ValueError(
+            f"no path from {sender_role!r} to {', '.join(map(str, receivers))}: attention is held, so a sender is "
+            "heard at its own tokens only; give receivers at the sender's role"
+        )
+
+
+def check_sender(model: Model, sender: Site, receivers: Sequence[Receiver]) -> None:
+    """ValueError for a sender that the model lacks or that comes before no receiver."""
+    if sender.component == "resid":
+        raise ValueError("resid cannot be a sender: it holds what every earlier sender has said; name those")
+    hooks.check_site(model, sender)
+    if not any(before(sender, receiver) for receiver in receivers):
+        raise ValueError(f"sender {sender} is not before any receiver: {', '.join(map(str, receivers))}")
+
+
+class Change(NamedTuple):
+    """How far a receiver's input lies from the base row's in the first run, at the tokens that senders reach."""
+
+    delta: Float[Tensor, "rows tokens width"]
+    tokens: list[int]
 
 
 @torch.no_grad()
-def grow_paths(
-    model: Model,
-    base: BaseRun,
-    rows: Sequence[Row],
-    sources: Activations,
-    receivers: Sequence[Receiver],
-    roles: Roles,
-    mlps: str,
-) -> Grown:
+def grow_paths(model: Model, base: BaseRun, rows: Sequence[Row], sources: Activations, route: Route) -> Grown:
     """Both runs for every row: `row.sites` are its senders, at the base run's positions.
 
     `base` holds `attn`, `head`, `mlp` and `resid` beside the senders' components. Returns the final hidden states.
     """
-    deltas, proof = record(model, base, rows, sources, receivers, roles, mlps)
-    last = model.n_layers - 1
-    joins = {receiver: last if receiver.kind == "final" else receiver.layer for receiver in receivers}
-    first = [min([joins[r] for r in deltas if any(before(s, r) for s in row.sites)], default=last) for row in rows]
-    batch = Batch(first, [row.owner for row in rows], base, model)
-    start = min(position for _, positions in deltas.values() for position in positions)
-    fired: dict[Receiver, list[Tensor]] = {}  # asked only when the pass is over: an answer waits for the device
-    device, places = batch.owner.device, batch.at.to(batch.owner.device)
+    first_run = FirstRun(model, base, rows, sources, route)
+    changes, last = first_run.run(), model.n_layers - 1
+    joins = {receiver: last if receiver.kind == "final" else receiver.layer for receiver in route.receivers}
+    first = [min([joins[r] for r in changes if any(before(s, r) for s in row.sites)], default=last) for row in rows]
+    batch = Batch(model, base, rows, first)
+    start = min(token for change in changes.values() for token in change.tokens)
+    device, fired = batch.owner.device, {}  # asked only when the pass is over: an answer waits for the device
     handles: list = []
     with hooks.removing(handles):
         for layer in range(model.n_layers):
             handles.append(batch.joining(model, layer))
-        for receiver in receivers:
+        for receiver in route.receivers:
             # all tokens of its role, also those that no sender changed; before the first one nothing differs
-            tokens = [token for token in roles[receiver.role] if token >= start]
-            here = [index for index, layer in enumerate(first) if layer <= joins[receiver]]
-            if not tokens or not here:
+            tokens = [token for token in route.roles[receiver.role] if token >= start]
+            here = torch.tensor([i for i, layer in enumerate(first) if layer <= joins[receiver]], device=device)
+            if not tokens or not len(here):
                 continue
-            at, fired[receiver] = input_of(model, receiver), []
-            delta, heard = deltas.get(receiver, (None, []))
-            told = torch.tensor([tokens.index(token) for token in heard], dtype=torch.long, device=device)
-            here = torch.tensor(here, device=device)
-            rows_at, offsets = places[here], torch.tensor(tokens, device=device) - start
-            arrived = None if delta is None else delta[here.to(delta.device)]
-            row = RowInput(rows_at, batch.owner[rows_at], offsets, arrived, told, at.columns)
-
-            def observe(value: Tensor, seen: list[Tensor] = fired[receiver], row: RowInput = row) -> None:
-                seen.append(row.is_set(value))
-
-            handles += [at.on(row.set), at.on(observe)]
+            change, place, fired[receiver] = changes.get(receiver), input_of(model, receiver), []
+            places = batch.at.to(device)[here]
+            given = Given(places, batch.owner[places], torch.tensor(tokens, device=device) - start, place.columns)
+            if change is not None:
+                changed = torch.tensor([tokens.index(token) for token in change.tokens], device=device)
+                given = given._replace(delta=change.delta[here.to(change.delta.device)], changed=changed)
+            handles += [place.on(given.set), place.on(partial(given.note, fired[receiver]))]
         hidden = batch.run(model, base, start)
     for receiver, seen in fired.items():
         if (times := sum(map(bool, seen))) != 1:
             raise SweepError(f"receiver {receiver}: its input was set {times} times in a pass, not once")
-    squares = [delta.double().flatten(1).square().sum(1).to(device) for delta, _ in deltas.values()]
-    grown = Grown(hidden[: batch.prompts], hidden[batch.at.to(hidden.device)], *proof.of_rows())
+    squares = [change.delta.double().flatten(1).square().sum(1).to(device) for change in changes.values()]
+    grown = Grown(hidden[: batch.prompts], hidden[batch.at.to(hidden.device)], *first_run.proof())
     return replace(grown, arrived=torch.stack(squares).sum(0).sqrt().cpu())
 
 
-class RowInput(NamedTuple):
+class Given(NamedTuple):
     """What a receiver is given in the second run: the base row's input with what arrived, whatever else has changed."""
 
-    rows: Tensor  # places in the batch of the rows that hear it
+    rows: Tensor  # places in the batch of the rows that it is given to
     owner: Tensor  # of each, the place of its base row
     offsets: Tensor  # of the receiver's tokens, from the pass's first
-    delta: Float[Tensor, "rows heard width"] | None
-    heard: Tensor  # which of these tokens something arrives at
     columns: slice
+    delta: Float[Tensor, "rows changed width"] | None = None
+    changed: Tensor | None = None  # which of these tokens something arrives at
 
-    def of(self, value: Tensor, rows: Tensor) -> tuple[Tensor, tuple]:
+    def at(self, value: Tensor, rows: Tensor) -> tuple[Tensor, tuple]:
+        """The values as a view to index, and the index of these rows' tokens in it."""
         return value[..., self.columns], (rows.to(value.device)[:, None], self.offsets.to(value.device)[None])
 
     def wanted(self, value: Tensor) -> Float[Tensor, "rows tokens width"]:
-        view, index = self.of(value, self.owner)
-        own = view[index]
+        """The base rows' input, with what arrived."""
+        view, index = self.at(value, self.owner)
+        out = view[index]
         if self.delta is not None:
-            own[:, self.heard.to(own.device)] += self.delta.to(own)
-        return own
+            out[:, self.changed.to(out.device)] += self.delta.to(out)
+        return out
 
     def set(self, value: Tensor) -> Tensor:
+        """The values of the pass with the receiver's set."""
         value = value.clone()
-        view, index = self.of(value, self.rows)
+        view, index = self.at(value, self.rows)
         view[index] = self.wanted(value)
         return value
 
-    def is_set(self, value: Tensor) -> Tensor:
-        view, index = self.of(value, self.rows)
-        return (view[index] == self.wanted(value)).all()
+    def note(self, seen: list[Tensor], value: Tensor) -> None:
+        """Note whether the receiver's values are set."""
+        view, index = self.at(value, self.rows)
+        seen.append((view[index] == self.wanted(value)).all())
 
 
-@torch.no_grad()
-def record(
-    model: Model,
-    base: BaseRun,
-    rows: Sequence[Row],
-    sources: Activations,
-    receivers: Sequence[Receiver],
-    roles: Roles,
-    mlps: str,
-) -> tuple[dict[Receiver, tuple[Float[Tensor, "rows positions width"], list[int]]], Proof]:
-    """The first run. For each receiver that shares tokens with the senders: how far its input lies from the base
-    row's, for each row, and the tokens; and the proof that the senders were replaced."""
-    batch = Batch([max(0, min(s.layer for s in row.sites)) for row in rows], [r.owner for r in rows], base, model)
-    proof, places = Proof(rows, batch), batch.at.to(base.ids.device)
-    every = torch.arange(len(base.positions), device=base.ids.device)
-    by_module = edits_by_module(rows, batch.place)
-    edits = {key: Edit(model, key[0], own, every, sources[key]) for key, own in by_module.items()}
-    heads = {layer: {row for row, _, _ in own} for (component, layer), own in by_module.items() if component == "head"}
-    edited = {layer: torch.tensor(sorted(own), device=base.ids.device) for layer, own in heads.items()}
-    deltas: dict[Receiver, tuple[Tensor, list[int]] | None] = {}
-    forwards: list[tuple[nn.Module, Callable]] = []
-    handles: list = []
+class FirstRun(Growing):
+    """The run of the senders' tokens that records what arrives at the receivers, with all attention held."""
 
-    def replaced(activation: Tensor, component: str, layer: int) -> None:
+    def __init__(self, model: Model, base: BaseRun, rows: Sequence[Row], sources: Activations, route: Route) -> None:
+        super().__init__(model, base, rows, sources)
+        self.route, self.changes = route, {}
+        self.offsets = torch.arange(len(base.positions), device=base.ids.device)
+
+    def run(self) -> dict[Receiver, Change]:
+        """Each receiver's change, where it shares tokens with the senders."""
+        model, base, layers, handles = self.model, self.base, range(self.model.n_layers), []
+        forwards = [(model.attns[layer], partial(self.attend, layer)) for layer in layers]
+        if self.route.mlps == "frozen":
+            forwards += [(model.mlps[layer], partial(self.held, "mlp", layer)) for layer in layers]
+        written = [("embed", -1)] + [("mlp", layer) for layer in layers if self.route.mlps == "recomputed"]
+        with hooks.removing(handles), hooks.with_forwards(forwards):
+            handles += [self.batch.joining(model, layer) for layer in layers]
+            handles += [hooks.on_activation(model, at, part, partial(self.send, part, at)) for part, at in written]
+            for receiver in self.route.receivers:
+                shared = [i for i, token in enumerate(base.positions) if token in self.route.roles[receiver.role]]
+                if shared:
+                    self.changes[receiver], place = None, input_of(model, receiver)  # until it is read
+                    read = partial(self.read, receiver, place, torch.tensor(shared, device=base.ids.device))
+                    handles.append(hooks.on_input(place.read, read))
+            handles.append(hooks.on_activation(model, layers[-1], "resid", partial(prove_base_rows, model, base)))
+            tokens = torch.tensor(base.positions, device=base.ids.device)
+            model.body(input_ids=base.ids[:, tokens], position_ids=tokens[None], use_cache=False)
+        for receiver, change in self.changes.items():
+            if change is None:
+                raise SweepError(f"receiver {receiver}: its input was not read in the first run")
+        return self.changes
+
+    def send(self, component: str, layer: int, activation: Tensor) -> None:
         """Put the senders' values into an activation that this pass made."""
-        if edit := edits.get((component, layer)):
+        if edit := self.edit(component, layer):
             edit.write(activation)
-            proof.observe(edit, activation, base.activations[component, layer])
+            self.observe(edit, self.base.activations[component, layer], activation)
 
-    def held(component: str, layer: int, hidden: Tensor) -> Tensor:
+    def held(self, component: str, layer: int, hidden_states: Tensor) -> Tensor:
         """The base values of a module for each row of the batch, the senders' own in theirs."""
-        owner = batch.owner[: len(hidden)].to(hidden.device)
-        value = base.activations[component, layer][owner]
-        replaced(value, component, layer)
-        if component == "attn" and layer in edited:
-            plain = base.activations["head", layer][owner]
+        owner = self.batch.owner[: len(hidden_states)].to(hidden_states.device)
+        value = self.base.activations[component, layer][owner]
+        self.send(component, layer, value)
+        if component == "attn" and ("head", layer) in self.edits:
+            plain = self.base.activations["head", layer][owner]
             heads = plain.clone()
-            replaced(heads, "head", layer)
-            own = edited[layer].to(hidden.device)
+            self.send("head", layer, heads)
+            rows = torch.tensor(sorted({row for row, *_ in self.edits["head", layer]}), device=hidden_states.device)
             # both through one call of o_proj: what the kernel's shape does to the last bits cancels
-            new, old = model.o_projs[layer](torch.cat([heads[own], plain[own]])).chunk(2)
-            value[own] += new - old
+            new, old = self.model.o_projs[layer](torch.cat([heads[rows], plain[rows]])).chunk(2)
+            value[rows] += new - old
         return value
 
-    for layer in range(model.n_layers):
+    def attend(self, layer: int, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        """An attention module's `forward`: its base values."""
+        return self.held("attn", layer, hooks.split_call(args, kwargs)[0]), None
 
-        def attend(*args: Any, layer: int = layer, **kwargs: Any) -> tuple[Tensor, None]:
-            return held("attn", layer, args[0] if args else kwargs["hidden_states"]), None
-
-        forwards.append((model.attns[layer], attend))
-        if mlps == "frozen":
-            forwards.append((model.mlps[layer], lambda hidden, layer=layer: held("mlp", layer, hidden)))
-        else:
-            write = lambda value, layer=layer: replaced(value, "mlp", layer)  # noqa: E731
-            handles.append(hooks.on_activation(model, layer, "mlp", write))
-    with hooks.removing(handles), hooks.with_forwards(forwards):
-        for layer in range(model.n_layers):
-            handles.append(batch.joining(model, layer))
-        handles.append(hooks.on_activation(model, -1, "embed", lambda value: replaced(value, "embed", -1)))
-        for receiver in receivers:
-            own = [place for place, token in enumerate(base.positions) if token in roles[receiver.role]]
-            if not own:
-                continue
-            at, heard = input_of(model, receiver), [base.positions[place] for place in own]
-
-            def listen(
-                value: Tensor, receiver: Receiver = receiver, heard: list[int] = heard,
-                shared: Tensor = torch.tensor(own, device=base.ids.device),  # noqa: B008
-                told: Callable = at.told, columns: slice = at.columns,
-            ) -> None:  # fmt: skip
-                value = told(value[:, shared.to(value.device)])[..., columns]
-                own = places.to(value.device)
-                own = torch.where(own < len(value), own, 0)  # a row that has not joined yet: base row 0, no difference
-                delta = value[own] - value[batch.owner.to(value.device)[own]]
-                deltas[receiver] = delta, heard
-
-            handles.append(hooks.on_input(at.listened, listen))
-            deltas[receiver] = None  # until it is heard
-        last = model.n_layers - 1
-        handles.append(hooks.on_activation(model, last, "resid", lambda value: prove_base_rows(model, base, value)))
-        tokens = torch.tensor(base.positions, device=base.ids.device)
-        model.body(input_ids=base.ids[:, tokens], position_ids=tokens[None], use_cache=False)
-    for receiver, heard in deltas.items():
-        if heard is None:
-            raise SweepError(f"receiver {receiver}: its input was not read in the first run")
-    return deltas, proof
+    def read(self, receiver: Receiver, place: Input, shared: Tensor, value: Tensor) -> None:
+        """Record a receiver's input at the tokens that it shares with the senders."""
+        value = place.values(value[:, shared.to(value.device)])[..., place.columns]
+        rows = self.batch.at.to(value.device)
+        rows = torch.where(rows < len(value), rows, 0)  # one that has not joined yet: base row 0, no difference
+        delta = value[rows] - value[self.batch.owner.to(value.device)[rows]]
+        self.changes[receiver] = Change(delta, [self.base.positions[index] for index in shared.tolist()])
 
 
 class Input(NamedTuple):
     """Where a receiver's input is read in the first run and set in the second."""
 
-    listened: nn.Module  # its input is what the first run reads
-    told: Callable[[Tensor], Tensor]  # from that input to the values that are recorded
+    read: nn.Module  # its input is what the first run reads
+    values: Callable[[Tensor], Tensor]  # from that input to the values that are recorded
     columns: slice  # of these values
     on: Callable[[Callable[[Tensor], Tensor]], Any]  # puts a function on the values of the second run
 
@@ -362,9 +348,9 @@ class Input(NamedTuple):
 def input_of(model: Model, receiver: Receiver) -> Input:
     """The modules behind a receiver."""
     if receiver.kind not in PROJECTIONS:
-        own = {"mlp": model.mlps, "block": model.blocks}.get(receiver.kind)
-        module = model.final_norm if own is None else own[receiver.layer]
-        return Input(module, lambda value: value, slice(None), lambda visit: hooks.on_input(module, visit))
+        modules = {"mlp": model.mlps, "block": model.blocks}.get(receiver.kind)
+        module = model.final_norm if modules is None else modules[receiver.layer]
+        return Input(module, lambda value: value, slice(None), partial(hooks.on_input, module))
     attention = model.attns[receiver.layer]
     module, first = projection(model, attention, receiver.kind)
     columns = slice(first + receiver.head * model.head_size, first + (receiver.head + 1) * model.head_size)
@@ -392,7 +378,7 @@ def prove_base_rows(model: Model, base: BaseRun, value: Tensor) -> None:
     plain = base.activations["resid", model.n_layers - 1].double()
     off = (value[: len(plain)].double() - plain).norm() / plain.norm()
     # kernels of other shapes round differently in 16 bits, and eighty layers add up
-    loose = 1e-1 if model.quantisation or model.dtype in (torch.float16, torch.bfloat16) else 1e-3
+    loose = 1e-1 if model.low_precision else 1e-3
     if not off <= loose:
         raise SweepError(
             f"{model.name}: with attention held, the base rows end {off:.2g} (relative) away from the plain run"

@@ -29,6 +29,8 @@ from transformers.cache_utils import DynamicCache
 from lib import hooks
 from lib.hooks import Model, Site
 
+Ids = Int[Tensor, "prompts tokens"]
+Hidden = Float[Tensor, "rows hidden"]
 Activations = Mapping[tuple[str, int], Float[Tensor, "sources positions width"]]  # by (component, layer)
 MOST_ROWS = 2**15  # of a pass: CUDA's attention kernels take a batch of fewer than 2**16
 
@@ -37,21 +39,16 @@ class SweepError(RuntimeError):
     """A row, a base row or a patch that did not do what it must; the message has the site, the pair and the numbers."""
 
 
-class Row(NamedTuple):
-    """One patched run: the sites replaced together, the base prompt, and which source replaces them."""
-
-    sites: tuple[Site, ...]
-    owner: int  # index of the base prompt
-    source: int  # index into the sources
+# --- plain runs and reruns --------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class BaseRun:
     """Plain runs of same-length prompts."""
 
-    ids: Int[Tensor, "prompts tokens"]
+    ids: Ids
     positions: tuple[int, ...]  # where activations were kept
-    hidden: Float[Tensor, "prompts hidden"]  # final hidden state at the last token
+    hidden: Hidden  # final hidden state at the last token
     activations: Activations
     cache: Sequence[tuple[Tensor, Tensor]]  # each layer's keys and values, (prompts, KV heads, tokens, head size)
 
@@ -63,55 +60,15 @@ class BaseRun:
         return BaseRun(self.ids[own], self.positions, self.hidden[own], activations, cache)
 
 
-@dataclass(frozen=True)
-class Grown:
-    """What a growing pass returns, in the order of the rows given."""
-
-    base: Float[Tensor, "prompts hidden"]  # final hidden states of the base rows of the same pass
-    hidden: Float[Tensor, "rows hidden"]
-    fired: Int[Tensor, " rows"]  # times a site of the row was seen replaced, minus the row's other sites: 1 is right
-    site_delta: Float[Tensor, " rows"]  # L2 distance of the row's sites from the plain run
-    expected: Float[Tensor, " rows"]  # L2 distance from the plain run to the source
-    arrived: Float[Tensor, " rows"] | None = None  # path patching: L2 norm of the change at the receivers' inputs
-
-
-def token_ids(model: Model, prompts: Sequence[Sequence[int]]) -> Int[Tensor, "prompts tokens"]:
+def token_ids(model: Model, prompts: Sequence[Sequence[int]]) -> Ids:
     """Prompts of one length where the model reads them."""
     return torch.tensor([list(ids) for ids in prompts], device=model.device)
-
-
-class SharedPrefix(DynamicCache):
-    """A KV cache whose first `n` positions are, for every row, those of the row's base prompt."""
-
-    def __init__(self, base: Sequence[tuple[Tensor, Tensor]], n: int, owner: Int[Tensor, " rows"]) -> None:
-        super().__init__()
-        self.base, self.n, self.owner = base, n, owner
-
-    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        own = self.owner[: len(keys)].to(keys.device)
-        old_keys, old_values = self.base[layer_idx]
-        return self.joined(old_keys, keys, own), self.joined(old_values, values, own)
-
-    def joined(self, prefix: Tensor, new: Tensor, owner: Tensor) -> Tensor:
-        if self.n == 0:
-            return new
-        prefix = prefix[:, :, : self.n].to(new.device)
-        # gathered once, with room for the rows' own
-        whole = nn.functional.pad(prefix, (0, 0, 0, new.shape[2])).index_select(0, owner)
-        whole[:, :, self.n :] = new
-        return whole
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.n
-
-    def get_mask_sizes(self, query: int | Tensor, layer_idx: int) -> tuple[int, int]:
-        return self.n + (query if isinstance(query, int) else len(query)), 0
 
 
 @torch.no_grad()
 def base_run(
     model: Model,
-    ids: Int[Tensor, "prompts tokens"],
+    ids: Ids,
     positions: Sequence[int],
     components: Sequence[str] = hooks.COMPONENTS,
     *,
@@ -123,12 +80,10 @@ def base_run(
     With `layers`, only their activations are kept, nothing behind the last of them is computed, and there are neither
     final states nor a cache. Without `cache`, the final states and activations alone are kept.
     """
-    kept: dict[tuple[str, int], Tensor] = {}
-    handles: list = []
-    at = torch.tensor(list(positions), device=ids.device)
-    whole = layers is None
+    whole, kept, handles = layers is None, {}, []
     filled = DynamicCache() if cache and whole else None
     skipped = [] if whole else model.blocks[max(layers) + 1 :]
+    at = torch.tensor(list(positions), device=ids.device)
     with hooks.removing(handles), hooks.with_forwards([(block, skip_block) for block in skipped]):
         for layer in range(-1, model.n_layers) if whole else layers:
             handles += keeping(model, kept, layer, components, at)
@@ -143,9 +98,16 @@ def skip_block(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
     return hidden_states
 
 
-def joined(parts: Sequence[Mapping], cat: Callable = np.concatenate) -> dict:
-    """Arrays (or, with `torch.cat`, tensors) of the same names, one part after the other."""
-    return {name: cat([part[name] for part in parts]) for name in parts[0]}
+def keeping(
+    model: Model, kept: dict, layer: int, components: Sequence[str], at: Int[Tensor, " positions"]
+) -> list[RemovableHandle]:
+    """The hooks of a layer that put its components' activations at the positions into `kept`; layer -1 has `embed`."""
+
+    def keep(activation: Tensor, key: tuple[str, int]) -> None:
+        kept[key] = activation[:, at.to(activation.device)]
+
+    own = [component for component in components if (component == "embed") == (layer < 0)]
+    return [hooks.on_activation(model, layer, c, partial(keep, key=(c, layer))) for c in own]
 
 
 def index_batches(keys: Sequence[Hashable], size: int | Callable[[Any], int]) -> Iterator[list[int]]:
@@ -175,16 +137,46 @@ def plain_runs(
     given and at most `size` of them: no padding is needed. Batches come in the order of their first prompts. What
     shares a batch decides the last bits, so `size` is the caller's. `layers` and `cache` as in `base_run`.
     """
-    own = positions if len(positions) and not isinstance(positions[0], int) else [positions] * len(prompts)
+    own = positions if len(positions) and isinstance(positions[0], Sequence) else [positions] * len(prompts)
     keys = [(len(ids), tuple(at)) for ids, at in zip(prompts, own, strict=True)]
     for places in index_batches(keys, size):
         ids = token_ids(model, [prompts[place] for place in places])
         yield places, base_run(model, ids, own[places[0]], components, layers=layers, cache=cache)
 
 
-def suffix(
-    base: BaseRun, start: int, owner: Int[Tensor, " rows"], ids: Int[Tensor, "rows tokens"] | None = None
-) -> dict[str, Any]:
+def joined(parts: Sequence[Mapping], cat: Callable = np.concatenate) -> dict:
+    """Arrays (or, with `torch.cat`, tensors) of the same names, one part after the other."""
+    return {name: cat([part[name] for part in parts]) for name in parts[0]}
+
+
+class SharedPrefix(DynamicCache):
+    """A KV cache whose first `n` positions are, for every row, those of the row's base prompt."""
+
+    def __init__(self, base: Sequence[tuple[Tensor, Tensor]], n: int, owner: Int[Tensor, " rows"]) -> None:
+        super().__init__()
+        self.base, self.n, self.owner = base, n, owner
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        prefix_keys, prefix_values = self.base[layer_idx]
+        return self.behind(prefix_keys, keys), self.behind(prefix_values, values)
+
+    def behind(self, prefix: Tensor, new: Tensor) -> Tensor:
+        """The rows' own positions behind their prompts', gathered once with room for them."""
+        if self.n == 0:
+            return new
+        prefix, owner = prefix[:, :, : self.n].to(new.device), self.owner[: len(new)].to(new.device)
+        whole = nn.functional.pad(prefix, (0, 0, 0, new.shape[2])).index_select(0, owner)
+        whole[:, :, self.n :] = new
+        return whole
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.n
+
+    def get_mask_sizes(self, query: int | Tensor, layer_idx: int) -> tuple[int, int]:
+        return self.n + (query if isinstance(query, int) else len(query)), 0
+
+
+def suffix(base: BaseRun, start: int, owner: Int[Tensor, " rows"], ids: Ids | None = None) -> dict[str, Any]:
     """What the decoder is given to run tokens from `start` on behind the base run's kept cache.
 
     `owner` is the base prompt of each row, `ids` the rows' tokens from `start` on (default: those of their base
@@ -199,13 +191,7 @@ def suffix(
     }
 
 
-def rerun(
-    model: Model,
-    base: BaseRun,
-    start: int,
-    owner: Int[Tensor, " rows"],
-    ids: Int[Tensor, "rows tokens"] | None = None,
-) -> Float[Tensor, "rows hidden"]:
+def rerun(model: Model, base: BaseRun, start: int, owner: Int[Tensor, " rows"], ids: Ids | None = None) -> Hidden:
     """The one rerun from the kept cache (arguments as in `suffix`): final hidden states at the last token.
 
     Hooks that the caller has put on see the new tokens alone; gradients flow where they are enabled.
@@ -213,23 +199,33 @@ def rerun(
     return model.body(**suffix(base, start, owner, ids)).last_hidden_state[:, -1]
 
 
-def keeping(
-    model: Model, kept: dict, layer: int, components: Sequence[str], at: Int[Tensor, " positions"]
-) -> list[RemovableHandle]:
-    """The hooks of a layer that put its components' activations at the positions into `kept`; layer -1 has `embed`."""
+# --- the growing pass -------------------------------------------------------------------------------------------------
 
-    def keep(activation: Tensor, key: tuple[str, int]) -> None:
-        kept[key] = activation[:, at.to(activation.device)]
 
-    own = [component for component in components if (component == "embed") == (layer < 0)]
-    return [hooks.on_activation(model, layer, c, partial(keep, key=(c, layer))) for c in own]
+class Row(NamedTuple):
+    """One patched run: the sites replaced together, the base prompt, and which source replaces them."""
+
+    sites: tuple[Site, ...]
+    owner: int  # index of the base prompt
+    source: int  # index into the sources
+
+
+@dataclass(frozen=True)
+class Grown:
+    """What a growing pass returns, in the order of the rows given."""
+
+    base: Float[Tensor, "prompts hidden"]  # final hidden states of the base rows of the same pass
+    hidden: Hidden
+    fired: Int[Tensor, " rows"]  # times a site of the row was seen replaced, minus the row's other sites: 1 is right
+    site_delta: Float[Tensor, " rows"]  # L2 distance of the row's sites from the plain run
+    expected: Float[Tensor, " rows"]  # L2 distance from the plain run to the source
+    arrived: Float[Tensor, " rows"] | None = None  # path patching: L2 norm of the change at the receivers' inputs
 
 
 @torch.no_grad()
 def grow(model: Model, base: BaseRun, rows: Sequence[Row], sources: Activations) -> Grown:
     """Run every row in one growing pass. `sources[component, layer]` is (sources, positions, width)."""
-    growing = Growing(model, base, rows, sources)
-    handles: list = []
+    growing, handles = Growing(model, base, rows, sources), []
     with hooks.removing(handles):
         for layer in range(model.n_layers):
             handles += growing.layer_hooks(layer)
@@ -237,41 +233,70 @@ def grow(model: Model, base: BaseRun, rows: Sequence[Row], sources: Activations)
 
 
 class Growing:
-    """A growing pass by its layers, so that it can wait at each (`lib.offload`)."""
+    """A growing pass by its layers, so that it can wait at each (`lib.offload`), and what its rows show of themselves.
+
+    That stays on the device that computed it until the pass is over: to ask for a number is to wait for the device.
+    """
 
     def __init__(self, model: Model, base: BaseRun, rows: Sequence[Row], sources: Activations) -> None:
-        self.model, self.base, self.sources, self.start = model, base, sources, min(base.positions)
-        first = [min(site.layer for site in row.sites) for row in rows]
-        self.batch = Batch(first, [row.owner for row in rows], base, model)
-        self.edits, self.proof = edits_by_module(rows, self.batch.place), Proof(rows, self.batch)
+        self.model, self.base, self.rows, self.sources = model, base, rows, sources
+        self.batch = Batch(model, base, rows, [max(0, min(site.layer for site in row.sites)) for row in rows])
+        self.edits, self.start = edits_by_module(rows, self.batch.place), min(base.positions)
         self.offsets = torch.tensor(base.positions, device=base.ids.device) - self.start
+        self.seen: list[tuple[Tensor, Tensor, Tensor]] = []  # rows; squares row to plain run, source to plain run
 
     def layer_hooks(self, layer: int) -> list[RemovableHandle]:
         """Append, edit and prove the rows of a layer, whose sources and plain activations must be there by now."""
-        model, handles = self.model, [self.batch.joining(self.model, layer)]
+        handles = [self.batch.joining(self.model, layer)]
         for component in hooks.EVERY_COMPONENT:
-            if (key := (component, layer)) not in self.edits:
-                continue
-            edit = Edit(model, component, self.edits[key], self.offsets, self.sources[key])
-            observe = partial(self.proof.observe, edit, plain=self.base.activations[key])
-            handles += [hooks.on_activation(model, layer, component, visit) for visit in (edit.write, observe)]
+            if edit := self.edit(component, layer):
+                plain = self.base.activations[component, layer]
+                for visit in (edit.write, partial(self.observe, edit, plain)):
+                    handles.append(hooks.on_activation(self.model, layer, component, visit))
         return handles
+
+    def edit(self, component: str, layer: int) -> Edit | None:
+        """What rows replace at a module, if any do."""
+        if places := self.edits.get((component, layer)):
+            return Edit(self.model, component, places, self.offsets, self.sources[component, layer])
+        return None
+
+    def observe(self, edit: Edit, plain: Tensor, activation: Tensor) -> None:
+        """Take note of what is at an edit's sites once it has been made."""
+        target = edit.of_source(plain, self.batch.owner[edit.rows.to(self.batch.owner.device)])
+        moved = (edit.read(activation) - target).double().flatten(1).square().sum(1)
+        wanted = (edit.values - target).double().flatten(1).square().sum(1)
+        self.seen.append((edit.rows, moved, wanted))
 
     def grown(self, hidden: Float[Tensor, "batch hidden"]) -> Grown:
         """The rows' numbers, from the final hidden states."""
         own = hidden[self.batch.at.to(hidden.device)]
-        return Grown(hidden[: self.batch.prompts], own, *self.proof.of_rows())
+        return Grown(hidden[: self.batch.prompts], own, *self.proof())
+
+    def proof(self) -> tuple[Tensor, Tensor, Tensor]:
+        """`fired`, `site_delta` and `expected` of a Grown, in the order of the rows."""
+        at, device = self.batch.at, self.batch.owner.device
+        squares = torch.zeros(2, len(self.batch.owner), dtype=torch.float64)
+        fired = torch.zeros(len(self.batch.owner), dtype=torch.int64)
+        if self.seen:
+            columns = zip(*self.seen, strict=True)
+            rows, *both = (torch.cat([part.to(device) for part in column]).cpu() for column in columns)
+            squares.index_add_(1, rows, torch.stack(both))
+            fired.index_add_(0, rows, torch.ones_like(rows))
+        others = torch.tensor([len(row.sites) - 1 for row in self.rows], dtype=torch.int64)
+        return fired[at] - others, *squares.sqrt()[:, at]
 
 
 class Batch:
     """Where each row of a growing pass stands: base prompts first, then rows in the order of the layer they join at."""
 
-    def __init__(self, first: Sequence[int], owners: Sequence[int], base: BaseRun, model: Model) -> None:
+    def __init__(self, model: Model, base: BaseRun, rows: Sequence[Row], first: Sequence[int]) -> None:
         self.prompts = len(base.ids)
-        order = sorted(range(len(first)), key=lambda index: first[index])
+        order = sorted(range(len(rows)), key=lambda index: first[index])
         self.place = {index: self.prompts + rank for rank, index in enumerate(order)}
-        self.at = torch.tensor([self.place[index] for index in range(len(first))], dtype=torch.long)
-        self.owner = torch.tensor([*range(self.prompts), *(owners[index] for index in order)], device=base.ids.device)
+        self.at = torch.tensor([self.place[index] for index in range(len(rows))], dtype=torch.long)
+        owners = [*range(self.prompts), *(rows[index].owner for index in order)]
+        self.owner = torch.tensor(owners, device=base.ids.device)
         joined = np.searchsorted(np.sort(first), range(model.n_layers), side="right")
         self.size = [self.prompts + int(count) for count in joined]  # rows of the batch in each layer
 
@@ -289,38 +314,6 @@ class Batch:
         return rerun(model, base, start, self.owner, base.ids[:, start:])
 
 
-class Proof:
-    """What the rows of a growing pass show of themselves: how often they fired and how far their sites moved.
-
-    It stays on the device that computed it until the pass is over: to ask for a number is to wait for the device.
-    """
-
-    def __init__(self, rows: Sequence[Row], batch: Batch) -> None:
-        self.batch, self.spare = batch, torch.tensor([len(row.sites) - 1 for row in rows], dtype=torch.int64)
-        self.seen: list[tuple[Tensor, Tensor, Tensor]] = []  # rows; squares row to plain run, source to plain run
-
-    def observe(self, edit: Edit, activation: Tensor, plain: Tensor) -> None:
-        """Take note of what is at an edit's sites once it has been made."""
-        target = edit.of_source(plain, self.batch.owner[edit.rows.to(self.batch.owner.device)])
-        moved = (edit.read(activation) - target).double().flatten(1).square().sum(1)
-        wanted = (edit.values - target).double().flatten(1).square().sum(1)
-        self.seen.append((edit.rows, moved, wanted))
-
-    def of_rows(self) -> tuple[Tensor, Tensor, Tensor]:
-        """`fired`, `site_delta` and `expected` of a Grown, in the order of the rows."""
-        squares = torch.zeros(2, len(self.batch.owner), dtype=torch.float64)
-        fired = torch.zeros(len(self.batch.owner), dtype=torch.int64)
-        if self.seen:
-            rows, *both = (
-                torch.cat([part.to(self.batch.owner.device) for part in parts]).cpu()
-                for parts in zip(*self.seen, strict=True)
-            )
-            squares.index_add_(1, rows, torch.stack(both))
-            fired.index_add_(0, rows, torch.ones_like(rows))
-        distances = squares.sqrt()
-        return fired[self.batch.at] - self.spare, distances[0, self.batch.at], distances[1, self.batch.at]
-
-
 def edits_by_module(rows: Sequence[Row], place: Mapping[int, int]) -> dict[tuple[str, int], list[tuple[int, int, int]]]:
     """For each (component, layer): the (place in the batch, head, source) of every edit there."""
     edits: dict[tuple[str, int], list[tuple[int, int, int]]] = {}
@@ -333,33 +326,26 @@ def edits_by_module(rows: Sequence[Row], place: Mapping[int, int]) -> dict[tuple
 def joiner(owners: Int[Tensor, " new"], prompts: int) -> Any:
     """A block's pre-hook that appends one copy of its base row for each new row."""
 
-    def join(_: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    def join(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         # Same-length prompts without padding have one mask between them: keep a single row of it to broadcast.
         def narrow(value: Any) -> Any:
             shared = isinstance(value, Tensor) and value.ndim == 4 and len(value) == prompts
             return value[:1] if shared else value
 
-        if args:
-            hidden, args = args[0], tuple(narrow(arg) for arg in args[1:])
-        else:
-            hidden, kwargs = kwargs["hidden_states"], {k: v for k, v in kwargs.items() if k != "hidden_states"}
+        hidden, args, kwargs = hooks.split_call(args, kwargs)
         hidden = torch.cat([hidden, hidden[owners.to(hidden.device)]]) if len(owners) else hidden
-        return (hidden, *args), {key: narrow(value) for key, value in kwargs.items()}
+        return (hidden, *map(narrow, args)), {key: narrow(value) for key, value in kwargs.items()}
 
     return join
 
 
 class Edit:
-    """The replacement of one module's activation in some rows of the batch, at the role's positions."""
+    """The replacement of one module's activation in some rows of the batch, at the role's positions.
 
-    def __init__(
-        self,
-        model: Model,
-        component: str,
-        edits: list[tuple[int, int, int]],
-        offsets: Int[Tensor, " positions"],
-        source: Float[Tensor, "sources positions width"],
-    ) -> None:
+    `edits` are as in `edits_by_module`, `offsets` the positions in the pass, `source` (sources, positions, width).
+    """
+
+    def __init__(self, model: Model, component: str, edits: list[tuple], offsets: Tensor, source: Tensor) -> None:
         self.size = hooks.part_size(model, component)
         self.rows, self.head, index = torch.tensor(edits, device=source.device).T
         self.offsets = offsets
@@ -409,13 +395,13 @@ def row_limit(model: Model, base: BaseRun, memory: float) -> int:
     return max(1, min(MOST_ROWS, int(memory * 1e9 / row_bytes(model, tokens, tokens - min(base.positions)))))
 
 
-def prove_rows(model: Model, grown: Grown, describe: Any) -> None:
+def prove_rows(model: Model, grown: Grown, describe: Callable[[int], str]) -> None:
     """SweepError for the first row whose hook did not fire once or whose site did not arrive at its source.
 
     `describe(row index)` names the site and the pair.
     """
     # the plain run and the pass meet at the site through kernels of other shapes, hence a relative allowance
-    loose = 1e-2 if model.quantisation or model.dtype in (torch.float16, torch.bfloat16) else 1e-3
+    loose = 1e-2 if model.low_precision else 1e-3
     missed = (grown.site_delta - grown.expected).abs() > loose * grown.expected
     for index in torch.nonzero((grown.fired != 1) | missed).flatten().tolist():
         raise SweepError(
@@ -425,13 +411,21 @@ def prove_rows(model: Model, grown: Grown, describe: Any) -> None:
         )
 
 
-def prove_base_rows(model: Model, base: BaseRun, grown: Grown, describe: Any = str) -> float:
-    """The largest difference (logits) of the pass's base rows from the plain run; SweepError beyond the noise."""
-    off = (model.logits(grown.base) - model.logits(base.hidden)).abs().amax(-1)
-    if not (off <= model.noise).all():
-        index = int(torch.nonzero(~(off <= model.noise))[0])
-        raise SweepError(
-            f"{describe(index)}: the base row of the growing pass differs from the plain forward pass by "
-            f"{off[index]:.3g} logits, more than {model.noise:g}, the noise of {model.dtype}"
-        )
-    return off.max().item()
+def prove_base_rows(model: Model, base: BaseRun, grown: Grown, describe: Callable[[int], str] = str) -> float:
+    """`prove_same` for the pass's base rows and the plain run; `describe(prompt)` names the pair."""
+
+    def words(index: int, off: float) -> str:
+        row = f"{describe(index)}: the base row of the growing pass differs from the plain forward pass"
+        return f"{row} by {off:.3g} logits, more than {model.noise:g}, the noise of {model.dtype}"
+
+    return prove_same(model, model.logits(grown.base), model.logits(base.hidden), words)
+
+
+def prove_same(model: Model, logits: Tensor, plain: Tensor, describe: Callable[[int, float], str]) -> float:
+    """The largest difference between two rows of logits; SweepError where it exceeds the noise of the dtype, in the
+    words of `describe(row, difference)`."""
+    off = (logits - plain).abs().amax(-1)
+    worst = int(off.argmax())
+    if not off[worst] <= model.noise:
+        raise SweepError(describe(worst, off[worst].item()))
+    return off[worst].item()

@@ -22,19 +22,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from lib import hooks, offload
-from lib.batches import Grow, PairBatch, Variants, grouped, pooled, token_ids
+from lib.batches import ABLATIONS, DIRECTIONS, Grow, Options, PairBatch, Variants, grouped, pooled  # noqa: F401
 from lib.hooks import Model, Site
 from lib.models import prove_identity, prove_whole_residual
-from lib.single_pass import base_run, grow
+from lib.single_pass import base_run, grow, token_ids
 from lib.tasks import Pair
 
-ABLATIONS = ("zero", "mean", "resample", "counterfactual")
-DIRECTIONS = ("noise", "denoise")
 # Pairs share a pass up to this many row-tokens: beyond it a pass is bound by arithmetic and sharing gains nothing.
 SHARED_ROW_TOKENS = 4096
 
@@ -43,31 +42,20 @@ def run(
     model: Model,
     pairs: Sequence[Pair],
     *,
-    direction: str = "noise",
-    role: str = "last",
     components: Sequence[str] = hooks.COMPONENTS,
     layers: Sequence[int] | None = None,
-    ablations: Sequence[str] = ("counterfactual",),
     site_sets: Sequence[Sequence[Site]] | None = None,
-    pool: Sequence[Pair] | None = None,
-    seed: int = 0,
-    memory: float = 2.0,
-    profile: str = "",
-    pools: dict | None = None,
+    **options: Any,
 ) -> pd.DataFrame:
     """Sweep every site of the components and layers over the pairs; one row per pair x site x ablation.
 
-    direction  `noise`: each ablation into the clean run. `denoise`: the clean run's activations into the corrupt run
-               (`ablations` does not apply and the column says "clean").
-    role       which tokens are replaced, all of them together.
-    ablations  of `zero`, `mean`, `resample`, `counterfactual` (design: Words). Means and resamples come from the
-               prompts of `pool` (default: `pairs`) in the pair's own group, its own quad left out, balanced over
-               supersets; a pair whose group has no other quad is an error.
     site_sets  sets of sites replaced together, instead of every single site: one row per set; the columns layer,
                component, head then name its first site, and `site_set` is its place in the list.
-    memory     GB that a pass may take; a pass that does not fit is halved and retried, with a line in the log and in
+    options    the fields of `Options`: direction, role, ablations, pool, seed, memory, profile, pools. Means and
+               resamples come from the prompts of `pool` in the pair's own group, its own quad left out, balanced over
+               supersets; a pair whose group has no other quad is an error. Under `denoise` the column `ablation` says
+               "clean". A pass that does not fit is halved and retried, with a line in the log and in
                `frame.attrs["log"]`.
-    pools      a dict kept by the caller between calls, so that the pool of one group is run once.
 
     `frame.attrs["facts"]` has the candidates and labels, in the order of the columns that list their logits. Where
     weights are offloaded, all passes go through the model in lock step (`lib.offload`), so that each layer is read
@@ -77,8 +65,7 @@ def run(
     """
     sets = [tuple(s) for s in site_sets] if site_sets is not None else None
     sets = sets or [(site,) for site in hooks.all_sites(model, components, layers)]
-    how = {"direction": direction, "role": role, "ablations": ablations, "pool": pool, "seed": seed}
-    out = run_sets(model, pairs, sets, **how, memory=memory, profile=profile, pools=pools)
+    out = run_sets(model, pairs, sets, Options(**options))
     return out if site_sets is not None else out.drop(columns="site_set")
 
 
@@ -90,22 +77,19 @@ def run_variants(
     variants: Variants,
     *,
     direction: str = "denoise",
-    role: str = "last",
     needs: Sequence[str] = (),
-    seed: int = 0,
-    memory: float = 2.0,
-    profile: str = "",
+    **options: Any,
 ) -> pd.DataFrame:
     """Sets of sites replaced by values of one's own making: one row per pair x set x variant.
 
     `variants(pairs, base, other)` gives, for each of `names`, an activation (pairs, positions, width) for every
     (component, layer) of the sets. `base` is the run that is edited (the clean one under `noise`, the corrupt one under
     `denoise`), `other` the other run of the pair; their `activations` hold the components of the sites and of `needs`.
-    The columns `variant` and `site_set` tell the rows apart; `ablation` is "clean" or "counterfactual".
+    The columns `variant` and `site_set` tell the rows apart; `ablation` is "clean" or "counterfactual". Options: role,
+    seed, memory, profile.
     """
-    how = {"direction": direction, "role": role, "ablations": tuple(names), "pool": None, "seed": seed, "needs": needs}
-    own = [tuple(sites) for sites in sets]
-    out = run_sets(model, pairs, own, **how, memory=memory, profile=profile, pools=None, variants=variants)
+    how = Options(direction=direction, ablations=(), pool=None, pools=None, **options)
+    out = run_sets(model, pairs, [tuple(s) for s in sets], how, kinds=tuple(names), needs=needs, variants=variants)
     return out.assign(variant=out["ablation"], ablation="clean" if direction == "denoise" else "counterfactual")
 
 
@@ -113,48 +97,61 @@ def run_sets(
     model: Model,
     pairs: Sequence[Pair],
     sets: Sequence[tuple[Site, ...]],
+    how: Options,
     *,
-    direction: str,
-    role: str,
-    ablations: Sequence[str],
-    pool: Sequence[Pair] | None,
-    seed: int,
-    memory: float,
-    profile: str,
-    pools: dict | None,
+    kinds: tuple[str, ...] | None = None,
     grower: Callable[[Mapping[str, tuple[int, ...]]], Grow] | None = None,
     needs: Sequence[str] = (),
     variants: Variants | None = None,
 ) -> pd.DataFrame:
-    """`run` for sets of sites. `grower` makes, from the roles' tokens, the pass that replaces a row's sites, and
-    `needs` names the components whose plain activations it uses beside those of the sites. With `variants`,
-    `ablations` are their names (see `run_variants`). Passes of a `grower` do not go in lock step: of an offloaded
+    """`run` for sets of sites. `kinds` are the ablations or the names of `variants`; default: those of the options.
+    `grower` makes, from the roles' tokens, the pass that replaces a row's sites, and `needs` names the components whose
+    plain activations it uses beside those of the sites. Passes of a `grower` do not go in lock step: of an offloaded
     model they read every layer anew."""
-    check_words(direction, role, () if variants else ablations, pairs)
-    if not ablations and direction == "noise":
-        raise ValueError(f"no ablations to run; give some of {', '.join(ABLATIONS)}")
-    if not sets or not all(sets):
-        raise ValueError("an empty set of sites: each set needs at least one site")
-    for site in {site for sites in sets for site in sites}:
-        hooks.check_site(model, site)
-    kinds = ("clean",) if direction == "denoise" and not variants else tuple(ablations)
-    kept, halved, loads, jobs = {} if pools is None else pools, [], {}, []
-    for group in grouped(pairs):
-        for packed in packs(group, len(sets) * len(kinds), role):
-            own_grow = grower(packed[0].clean.roles) if grower else grow
-            how = (direction, role, sets, kinds, seed, memory, profile, own_grow, tuple(needs), variants)
-            jobs.append(PairBatch(model, packed, *how))
+    kinds = how.kinds if kinds is None else kinds
+    check(model, pairs, sets, how.role, kinds)
+    pool, kept, halved, loads = how.pool or pairs, {} if how.pools is None else how.pools, [], {}
+    batches = [
+        PairBatch(model, own, sets, kinds, how, grower(own[0].clean.roles) if grower else grow, tuple(needs), variants)
+        for group in grouped(pairs)
+        for own in packs(group, len(sets) * len(kinds), how.role)
+    ]
     if grower is None and offload.offloaded(model):
-        frames, loads = offload.run(jobs, kept, pool or pairs, halved)
+        frames, loads = offload.run(batches, kept, pool, halved)
     else:
-        lend = lambda job: pooled(model, kept, pool or pairs, job.pairs[0], role, sets)  # noqa: E731
-        frames = [job.run(partial(lend, job), halved) for job in jobs]
+        frames = [
+            batch.run(partial(pooled, model, kept, pool, batch.pairs[0], how.role, sets), halved) for batch in batches
+        ]
     order = {pair.pair_id: index for index, pair in enumerate(pairs)}
     out = pd.concat(frames, ignore_index=True)
     out = out.iloc[np.argsort(out["pair_id"].map(order).to_numpy(), kind="stable")].reset_index(drop=True)
     facts = {"candidates": list(pairs[0].candidates), "labels": list(pairs[0].labels)}
     out.attrs = {"log": halved, "facts": facts} | ({"loads": loads} if loads else {})
     return out
+
+
+def check(model: Model, pairs: Sequence[Pair], sets: Sequence[Sequence[Site]], role: str, kinds: Sequence[str]) -> None:
+    """ValueError for sites and roles that do not exist, and where there is nothing to run."""
+    if not pairs:
+        raise ValueError("no pairs to sweep")
+    for pair in pairs:
+        if role not in pair.clean.roles:
+            have = ", ".join(pair.clean.roles)
+            raise ValueError(f"role {role!r} is not in template {pair.template!r}, pair {pair.pair_id}; it has {have}")
+    if not kinds:
+        raise ValueError(f"no ablations to run; give some of {', '.join(ABLATIONS)}")
+    if not sets or not all(sets):
+        raise ValueError("an empty set of sites: each set needs at least one site")
+    for site in {site for sites in sets for site in sites}:
+        hooks.check_site(model, site)
+
+
+def packs(group: Sequence[Pair], rows_per_pair: int, role: str) -> Iterator[list[Pair]]:
+    """Pairs of a group in passes of up to SHARED_ROW_TOKENS: a pure function of its arguments."""
+    suffix = len(group[0].clean.ids) - min(group[0].clean.roles[role])
+    size = max(1, SHARED_ROW_TOKENS // ((rows_per_pair + 1) * suffix))
+    for at in range(0, len(group), size):
+        yield list(group[at : at + size])
 
 
 def prove(model: Model, pair: Pair) -> list[str]:
@@ -169,26 +166,3 @@ def prove(model: Model, pair: Pair) -> list[str]:
         f"identity patch on pair {pair.pair_id}: no logit moved by more than {still:.1e}",
         f"whole residual, clean into corrupt, on pair {pair.pair_id}: the clean run's logits to {whole:.1e}",
     ]
-
-
-def check_words(direction: str, role: str, ablations: Sequence[str], pairs: Sequence[Pair]) -> None:
-    """ValueError for a direction, ablation or role that does not exist, or for no pairs or ablations at all."""
-    if direction not in DIRECTIONS:
-        raise ValueError(f"direction {direction!r} is unknown; allowed are {', '.join(DIRECTIONS)}")
-    for ablation in ablations:
-        if ablation not in ABLATIONS:
-            raise ValueError(f"ablation {ablation!r} is unknown; allowed are {', '.join(ABLATIONS)}")
-    if not pairs:
-        raise ValueError("no pairs to sweep")
-    for pair in pairs:
-        if role not in pair.clean.roles:
-            have = ", ".join(pair.clean.roles)
-            raise ValueError(f"role {role!r} is not in template {pair.template!r}, pair {pair.pair_id}; it has {have}")
-
-
-def packs(group: Sequence[Pair], rows_per_pair: int, role: str) -> Iterator[list[Pair]]:
-    """Pairs of a group in passes of up to SHARED_ROW_TOKENS: a pure function of its arguments."""
-    suffix = len(group[0].clean.ids) - min(group[0].clean.roles[role])
-    size = max(1, SHARED_ROW_TOKENS // ((rows_per_pair + 1) * suffix))
-    for at in range(0, len(group), size):
-        yield list(group[at : at + size])

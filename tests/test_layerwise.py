@@ -116,8 +116,8 @@ def test_lock_step_changes_no_bit_on_any_architecture(tiny, monkeypatch, name):
 
 def test_the_last_pool_serves_the_next_call(both, monkeypatch):
     options = {"components": ["mlp"], "ablations": ["mean"], "pool": PAIRS}
-    batches, fill = [], offload.lent
-    monkeypatch.setattr(offload, "lent", lambda *parts: batches.append(parts) or fill(*parts))
+    batches, fill = [], offload.pool_passes
+    monkeypatch.setattr(offload, "pool_passes", lambda *parts: batches.append(parts) or fill(*parts))
     pools = {}
     frames = [sweep.run(both[1], PAIRS[first::4], pools=pools, **options) for first in (0, 2)]
     assert len(batches) == len(pools) == 1

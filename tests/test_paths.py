@@ -11,7 +11,7 @@ from brute_force_paths import Place, before, plain, receiver, singles, values_at
 from test_sweep import PAIRS as SWEEP_PAIRS
 from test_sweep import ROLES
 
-from lib import paths, records, sweep
+from lib import batches, paths, records, sweep
 from lib.hooks import Site, all_sites
 from lib.paths import EMBED, Receiver
 
@@ -50,7 +50,7 @@ CASES = {
 
 def lender(model, pair, seed, pool=PAIRS):
     """The prompt that a pair's resample is taken from; the choice depends on the pair and the seed alone."""
-    lent = sweep.pooled(model, {}, pool, pair, "last", [[Site(0, "mlp")]])
+    lent = batches.pooled(model, {}, pool, pair, "last", [[Site(0, "mlp")]])
     chosen = int(lent.weights(pair, "resample", seed).argmax())
     assert lent.quad[chosen] != pair.quad_id
     return list(dict.fromkeys(ids for own in pool for ids in (own.clean.ids, own.corrupt.ids)))[chosen]

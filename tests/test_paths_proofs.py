@@ -44,7 +44,7 @@ def test_a_receiver_whose_new_input_is_dropped_is_found(tiny, monkeypatch, name)
 
 def test_a_receiver_that_is_never_read_is_found(tiny, monkeypatch):
     real = paths.input_of
-    monkeypatch.setattr(paths, "input_of", lambda *told: real(*told)._replace(listened=torch.nn.Identity()))
+    monkeypatch.setattr(paths, "input_of", lambda *told: real(*told)._replace(read=torch.nn.Identity()))
     with pytest.raises(single_pass.SweepError, match="mlp 2 at last: its input was not read in the first run"):
         paths.run(tiny("llama"), PAIRS[:1], senders=[[Site(0, "mlp")]], receivers=[receiver("mlp 2 last")])
 

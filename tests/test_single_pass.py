@@ -269,7 +269,8 @@ def test_no_layer_of_a_pass_waits_for_the_device(tiny):
         single_pass.grow(model, base, rows_for(model, 2, 2), source.activations)
     assert seen == []
     receivers = [paths.Receiver(2, kind, head) for kind, head in (("q", 1), ("k", 0), ("v", 1), ("mlp", -1))]
+    route = paths.Route(receivers, {"last": (11,)}, "recomputed")
     rows = [Row((site,), site.layer, 1) for site in hooks.all_sites(model, ("head", "mlp"), [0, 1])]
     with waits_between_blocks(model) as seen:
-        paths.grow_paths(model, base, rows, source.activations, receivers, {"last": (11,)}, "recomputed")
+        paths.grow_paths(model, base, rows, source.activations, route)
     assert len(seen) <= 1  # the proof of the base rows, behind the last block of the first run

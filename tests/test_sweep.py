@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from lib import hooks, records, single_pass, sweep
+from lib import batches, hooks, models, records, single_pass, sweep
 from lib.hooks import Site
 from lib.tasks import Pair, Prompt
 from pipeline.units import sweep_units
@@ -70,7 +70,7 @@ def source_by_hand(model, pair, ablation, seed, site, role):
         means = [torch.cat([kept(p) for s, p in others.values() if s == superset]).mean(0) for superset in supersets]
         return torch.stack(means).mean(0, keepdim=True)
     assert ablation == "resample"
-    pool = sweep.pooled(model, {}, PAIRS, pair, role, [[site]])
+    pool = batches.pooled(model, {}, PAIRS, pair, role, [[site]])
     chosen = int(np.flatnonzero(pool.weights(pair, "resample", seed))[0])
     ids = list(dict.fromkeys(i for lender in PAIRS for i in (lender.clean.ids, lender.corrupt.ids)))[chosen]
     assert pool.quad[chosen] != pair.quad_id
@@ -271,7 +271,7 @@ def test_identity_and_whole_residual(tiny):
 
 def test_resamples_and_means_leave_the_own_quad_out_and_balance_supersets(tiny):
     model = tiny("llama")
-    pool = sweep.pooled(model, {}, PAIRS, PAIRS[0], "last", [[Site(0, "mlp")]])
+    pool = batches.pooled(model, {}, PAIRS, PAIRS[0], "last", [[Site(0, "mlp")]])
     mean = pool.weights(PAIRS[0], "mean", 0)
     assert mean.sum() == pytest.approx(1) and mean[pool.quad == "q0"].sum() == 0
     free = pool.quad != "q0"

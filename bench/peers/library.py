@@ -31,9 +31,10 @@ def prepare(work: Work) -> dict[str, Run]:
         receivers, senders = work.ways()
         ids = torch.cat([work.source(), torch.tensor([work.pair.corrupt.ids])])
         runs = base_run(model, ids, work.pair.clean.roles["last"], COMPONENTS)
-        source, base, roles = runs.part(0, 1).activations, runs.part(1, 2), work.pair.corrupt.roles
+        source, base = runs.part(0, 1).activations, runs.part(1, 2)
+        route = paths.Route(receivers, work.pair.corrupt.roles, "recomputed")
         rows = [Row((site,), 0, 0) for site in senders]
-        return logits(paths.grow_paths(model, base, rows, source, receivers, roles, "recomputed").hidden)
+        return logits(paths.grow_paths(model, base, rows, source, route).hidden)
 
     return {task.name: lambda task=task: sweep(task) for task in TASKS} | {PATHS: send}
 

@@ -27,11 +27,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lib import hooks
-from lib.batches import PairBatch, grouped, pooled, token_ids
+from lib.batches import ablated, grouped, pooled, token_ids
 from lib.hooks import NOISE, Model, Site
 from lib.readout import PostNorms, Readout, head_outputs, post_norms, readout
 from lib.records import ABLATIONS
-from lib.single_pass import Activations, BaseRun, Edit, Row, SweepError, base_run, edits_by_module, grow, rerun
+from lib.single_pass import Activations, BaseRun, Edit, Row, SweepError, base_run, edits_by_module, rerun
 from lib.tasks import Pair
 
 PARTS = ("total", "direct", "heads", "mlps", "scale", "residual")
@@ -168,8 +168,8 @@ def split(
     other = base  # of which only the shapes are read, unless it is the source
     if "counterfactual" in kinds:
         other = base_run(model, token_ids(model, [pair.corrupt.ids for pair in pairs]), where, components)
-    job = PairBatch(model, pairs, "noise", "last", sets, kinds, seed, memory=0.0, profile="", grow=grow, needs=())
-    sources = job.sources(other, lambda: pooled(model, pools, pool, pairs[0], "last", sets))
+    donors = partial(pooled, model, pools, pool, pairs[0], "last", sets)
+    sources = ablated(kinds, pairs, other.activations, donors, seed)
     rows = [
         Row(sites, owner, kind * len(pairs) + owner)
         for sites in sets

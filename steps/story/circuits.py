@@ -26,7 +26,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from lib import hooks, metrics
-from lib.batches import Pool, group_of, grouped, has_donors, subsample, token_ids
+from lib.batches import Pool, grouped, has_donors, subsample, token_ids
 from lib.hooks import Model, materialised, site_of
 from lib.single_pass import Activations, BaseRun, SharedPrefix, SweepError, base_run, joiner, row_limit
 from lib.sweep import SHARED_ROW_TOKENS
@@ -246,13 +246,8 @@ def ready(
 
 def resampled(pair: Pair, pool: Sequence[Pair], seed: int) -> tuple[int, ...]:
     """The prompt that lends a pair its values: the one that `sweep.run` resamples from with this seed."""
-    prompts: dict[tuple[int, ...], tuple[str, str]] = {}
-    for other in pool:
-        if group_of(other) == group_of(pair):
-            prompts.setdefault(other.clean.ids, (other.candidates[other.answer], other.quad_id))
-            prompts.setdefault(other.corrupt.ids, (other.candidates[other.corrupt_answer], other.quad_id))
-    lent = Pool({}, *(np.array(column) for column in zip(*prompts.values(), strict=True)))
-    return list(prompts)[int(lent.weights(pair, "resample", seed).argmax())]
+    donors = Pool.of(pool, pair)
+    return donors.prompts[int(donors.weights(pair, "resample", seed).argmax())]
 
 
 @torch.no_grad()
