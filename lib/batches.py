@@ -20,22 +20,9 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from lib import metrics
+from lib import metrics, single_pass
 from lib.hooks import Model, Site
-from lib.single_pass import (
-    Activations,
-    BaseRun,
-    Grown,
-    Row,
-    base_run,
-    index_batches,
-    joined,
-    plain_runs,
-    prove_base_rows,
-    prove_rows,
-    row_limit,
-    token_ids,
-)
+from lib.single_pass import Activations, BaseRun, Grown, Row, base_run, index_batches, joined, plain_runs, token_ids
 from lib.tasks import Pair
 
 ABLATIONS = ("zero", "mean", "resample", "counterfactual")
@@ -43,6 +30,11 @@ DIRECTIONS = ("noise", "denoise")
 # Rows of full-vocabulary logits held at once: larger blocks go back to the system and are faulted in anew each time.
 LOGIT_ROWS = 128
 POOL_BATCH = 16  # prompts of a pool to a plain run
+# Columns of the tidy rows that are taken as they were scored.
+BOTH = ("logit_diff", "candidate_probability", "metric_both")  # before and after
+AS_SCORED = [f"{name}_before" for name in BOTH]
+AS_SCORED += [f"{name}_after" for name in (*BOTH, "top_logit", "logsumexp", "rank", "kl")]
+AS_SCORED += ["site_delta", "fired", "arrived"]
 # How torch, CUDA's libraries and the system itself say that memory has run out, where torch raises no OutOfMemoryError.
 SHORT = ("not enough memory", "out of memory", "ALLOC_FAILED", "Cannot allocate memory")
 
@@ -294,7 +286,7 @@ class PairBatch:
         clean, corrupt = both_runs(self.model, self.pairs, self.positions, self.components)
         base, other = self.sides(clean, corrupt)
         sources, rows = self.sources(base, other, pool), self.rows
-        limit, parts = row_limit(self.model, base, self.options.memory), []
+        limit, parts = single_pass.row_limit(self.model, base, self.options.memory), []
 
         def halves(rows: list[Row]) -> tuple[str, list[list[Row]]] | None:
             if len(rows) == 1:
@@ -334,11 +326,11 @@ class PairBatch:
 
     def numbers(self, base: BaseRun, rows: list[Row], grown: Grown, longer: Sequence[Grown]) -> dict[str, np.ndarray]:
         """Prove and score a pass. `longer` has the same rows after the first token of each candidate of two."""
-        prove_rows(self.model, grown, lambda index: self.describe(rows[index]))
-        prove_base_rows(self.model, base, grown, lambda index: f"pair {self.pairs[index].pair_id}")
+        single_pass.prove_rows(self.model, grown, lambda index: self.describe(rows[index]))
+        single_pass.prove_base_rows(self.model, base, grown, lambda index: f"pair {self.pairs[index].pair_id}")
         owner = np.array([row.owner for row in rows])
         base_logits = self.model.logits(grown.base)
-        before = self.metrics(base_logits, base_logits, np.arange(len(self.pairs)))
+        before = self.metrics(base_logits, base_logits, np.arange(len(self.pairs)), self.edited)
         after = self.metrics_of_rows(grown, base_logits, owner, rows)
         out = {f"{key}_before": value[owner] for key, value in before.items()}
         out |= {f"{key}_after": value for key, value in after.items()}
@@ -352,9 +344,9 @@ class PairBatch:
                 out[f"metric_both_{when}"] = metrics.margins(both, answers)[0]
         return out
 
-    def metrics(self, logits: Tensor, base_logits: Tensor, owner: np.ndarray) -> dict[str, np.ndarray]:
-        """`metrics.from_logits` with this batch's answers and candidates, as a dict of arrays."""
-        return vars(metrics.from_logits(logits, base_logits, owner, **answers_of(self.pairs, self.edited)))
+    def metrics(self, logits: Tensor, base_logits: Tensor, owner: np.ndarray, side: str) -> dict[str, np.ndarray]:
+        """`metrics.from_logits` with the answers and candidates of a side, as a dict of arrays."""
+        return vars(metrics.from_logits(logits, base_logits, owner, **answers_of(self.pairs, side)))
 
     def metrics_of_rows(self, grown: Grown, base_logits: Tensor, owner: np.ndarray, rows: list[Row]) -> dict:
         """Metrics of the patched rows, a block of rows of logits at a time."""
@@ -363,7 +355,7 @@ class PairBatch:
             chunk = slice(at, at + block)
             logits = self.model.logits(grown.hidden[chunk])
             try:
-                parts.append(self.metrics(logits, base_logits, owner[chunk]))
+                parts.append(self.metrics(logits, base_logits, owner[chunk], self.edited))
             except ValueError as error:
                 broken = torch.nonzero(~torch.isfinite(logits).all(-1))
                 if not len(broken):
@@ -388,50 +380,29 @@ class PairBatch:
         kind, how = self.kinds[row.source // len(self.pairs)], self.options
         return f"pair {self.pairs[row.owner].pair_id}, {how.direction} {kind} at {how.role}, {sites}"
 
-    def frame(
-        self, rows: list[Row], scored: Mapping[str, np.ndarray], clean: BaseRun, corrupt: BaseRun
-    ) -> pd.DataFrame:
+    def frame(self, rows: list[Row], scored: Mapping, clean: BaseRun, corrupt: BaseRun) -> pd.DataFrame:
         """The tidy rows with the design's columns."""
-        pairs, how, count = self.pairs, self.options, len(rows)
-        owner = np.array([row.owner for row in rows])
-        candidates = np.array([pair.candidates for pair in pairs])
-        first = [row.sites[0] for row in rows]
-        columns: dict[str, object] = {
-            "layer": np.array([site.layer for site in first], dtype=np.int32),
-            "component": np.array([site.component for site in first]),
-            "head": np.array([site.head for site in first], dtype=np.int32),
-            "metric_before": scored["metric_before"],
-            "metric_after": scored["metric_after"],
-            "profile": np.repeat(how.profile, count),
-        }
+        pairs, how, owner = self.pairs, self.options, np.array([row.owner for row in rows])
+        layer, component, head = (np.array(part) for part in zip(*(row.sites[0] for row in rows), strict=True))
+        columns = {"layer": layer.astype(np.int32), "component": component, "head": head.astype(np.int32)}
+        columns |= {"metric_before": scored["metric_before"], "metric_after": scored["metric_after"]}
+        columns |= {"profile": how.profile, "direction": how.direction, "position": how.role, "seed": how.seed}
         for name in ("task", "template", "pair_id", "quad_id", "half"):
             columns[name] = np.array([getattr(pair, name) for pair in pairs])[owner]
-        columns |= {
-            "direction": np.repeat(how.direction, count),
-            "ablation": np.array([self.kinds[row.source // len(pairs)] for row in rows]),
-            "position": np.repeat(how.role, count),
-            "seed": np.full(count, how.seed, dtype=np.int64),
-        }
-        for which, run in (("clean", clean), ("corrupt", corrupt)):
-            logits = self.model.logits(run.hidden)
-            plain = metrics.from_logits(logits, logits, np.arange(len(pairs)), **answers_of(pairs, which))
-            columns[f"metric_{which}"] = plain.metric[owner]
-            columns[f"logit_diff_{which}"] = plain.logit_diff[owner]
+        columns["ablation"] = np.array(self.kinds)[[row.source // len(pairs) for row in rows]]
+        columns["site_set"] = np.tile(np.arange(len(self.sets)), len(rows) // len(self.sets))
+        candidates = np.array([pair.candidates for pair in pairs])
         columns["answer"] = candidates[owner, np.array([pair.answer for pair in pairs])[owner]]
+        for side, run in (("clean", clean), ("corrupt", corrupt)):
+            logits = self.model.logits(run.hidden)
+            plain = self.metrics(logits, logits, np.arange(len(pairs)), side)
+            columns |= {f"{name}_{side}": plain[name][owner] for name in ("metric", "logit_diff")}
         for when in ("before", "after"):
-            columns[f"logit_diff_{when}"] = scored[f"logit_diff_{when}"]
             columns[f"foil_{when}"] = candidates[owner, scored[f"foil_{when}"]]
             columns[f"logits_{when}"] = list(scored[f"candidate_logits_{when}"].astype(np.float32))
             columns[f"label_logits_{when}"] = list(scored[f"label_logits_{when}"].astype(np.float32))
-            columns[f"candidate_probability_{when}"] = scored[f"candidate_probability_{when}"]
-            if (both := f"metric_both_{when}") in scored:
-                columns[both] = scored[both]
         columns["top_token_after"] = self.words(scored["top_token_after"])
-        for key in ("top_logit", "logsumexp", "rank", "kl"):
-            columns[f"{key}_after"] = scored[f"{key}_after"]
-        columns |= {key: scored[key] for key in ("site_delta", "fired", "arrived") if key in scored}
-        columns["site_set"] = np.tile(np.arange(len(self.sets)), count // len(self.sets))
-        return pd.DataFrame(columns)
+        return pd.DataFrame(columns | {name: scored[name] for name in AS_SCORED if name in scored})
 
     def words(self, tokens: np.ndarray) -> np.ndarray:
         """Tokens as text; as numbers where the model has no tokenizer."""

@@ -71,29 +71,44 @@ def from_logits(
         torch.as_tensor(index, dtype=torch.long, device=logits.device)
         for index in (owner, candidate_tokens, answer, corrupt_answer, label_tokens)
     )
-    (rows, vocab), (pairs, count) = logits.shape, candidate_tokens.shape
+    count, pairs, vocab = candidate_tokens.shape[1], len(base), logits.shape[1]
     _check(
         logits,
         base,
         count,
-        owner=(owner, (rows,), pairs),
-        candidate_tokens=(candidate_tokens, (len(base), count), vocab),
-        answer=(answer, (len(base),), count),
-        corrupt_answer=(corrupt_answer, (len(base),), count),
+        owner=(owner, (len(logits),), len(candidate_tokens)),
+        candidate_tokens=(candidate_tokens, (pairs, count), vocab),
+        answer=(answer, (pairs,), count),
+        corrupt_answer=(corrupt_answer, (pairs,), count),
         label_tokens=(label_tokens, (len(label_tokens),), vocab),
     )
-    tokens = candidate_tokens[owner]
-    candidate_logits = logits.gather(1, tokens)
-    answer_logit = candidate_logits.gather(1, answer[owner][:, None])
+    candidate_logits = logits.gather(1, candidate_tokens[owner])
+    answer_logit, corrupt_logit = (candidate_logits.gather(1, of[owner][:, None]) for of in (answer, corrupt_answer))
+    sums = _sums(logits, base, owner, answer_logit)
+    logsumexp = sums["top_logit"] + sums.pop("log_total")
+    values = sums | {
+        "candidate_logits": candidate_logits,
+        "label_logits": logits[:, label_tokens],
+        "logit_diff": (answer_logit - corrupt_logit)[:, 0],
+        "logsumexp": logsumexp,
+        "candidate_probability": (candidate_logits - logsumexp[:, None]).exp().sum(1),
+    }
+    arrays = {name: value.cpu().numpy() for name, value in values.items()}
+    metric, foil = margins(arrays["candidate_logits"], answer[owner].cpu().numpy())
+    return RowMetrics(metric=metric, foil=foil, **arrays)
+
+
+def _sums(logits: Tensor, base: Tensor, owner: Tensor, answer_logit: Float[Tensor, "rows 1"]) -> dict[str, Tensor]:
+    """What the whole vocabulary says of each row, a block of rows at a time: `top_logit`, `top_token`, `rank`, `kl` and
+    `log_total`, the log of the sum of exponentials of the logits less the top one."""
+    rows, vocab = logits.shape
     top_logit, log_total, expected, rank = logits.new_empty(4, rows)
     top_token = torch.empty(rows, dtype=torch.long, device=logits.device)
-
     base_centred = base - base.amax(1, keepdim=True)
     base_total = base_centred.exp().sum(1, keepdim=True)
     # No probability may underflow to 0, or an infinite logit could hide behind it.
     base_probability = (base_centred.exp() / base_total).clamp_min(torch.finfo(base.dtype).tiny)
     negative_entropy = (base_probability * base_centred).sum(1) - base_total[:, 0].log()
-
     step = max(1, min(rows, (CPU_BLOCK if logits.device.type == "cpu" else DEVICE_BLOCK) // vocab))
     scratch = logits.new_empty(step, vocab)
     for start in range(0, rows, step):
@@ -105,29 +120,13 @@ def from_logits(
         owners, which = owner[part].unique(return_inverse=True)
         expected[part] = _expectation(centred, base_probability[owners]).gather(1, which[:, None])[:, 0]
         log_total[part] = centred.exp_().sum(1).log()
-
     # NaN and +inf show in the maximum, -inf in the expectation; so the check needs no pass of its own.
     bad = (~(top_logit.isfinite() & expected.isfinite())).nonzero()[:, 0].tolist()
     if bad:
         some = ", ".join(map(str, bad[:10])) + (", ..." if len(bad) > 10 else "")
         raise ValueError(f"NaN or infinite logits in {len(bad)} of {rows} rows: {some}")
-
-    logsumexp = top_logit + log_total
-    corrupt_logit = candidate_logits.gather(1, corrupt_answer[owner][:, None])
-    values = {
-        "candidate_logits": candidate_logits,
-        "label_logits": logits[:, label_tokens],
-        "logit_diff": (answer_logit - corrupt_logit)[:, 0],
-        "top_token": top_token,
-        "top_logit": top_logit,
-        "logsumexp": logsumexp,
-        "rank": rank.long(),
-        "kl": (negative_entropy[owner] - expected + log_total).clamp_min(0),
-        "candidate_probability": (candidate_logits - logsumexp[:, None]).exp().sum(1),
-    }
-    arrays = {name: value.cpu().numpy() for name, value in values.items()}
-    metric, foil = margins(arrays["candidate_logits"], answer[owner].cpu().numpy())
-    return RowMetrics(metric=metric, foil=foil, **arrays)
+    kl = (negative_entropy[owner] - expected + log_total).clamp_min(0)
+    return {"top_logit": top_logit, "top_token": top_token, "rank": rank.long(), "kl": kl, "log_total": log_total}
 
 
 def _top(block: Float[Tensor, "rows vocab"]) -> tuple[Float[Tensor, " rows"], Int[Tensor, " rows"]]:

@@ -21,20 +21,9 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from lib import hooks, weights
+from lib import hooks, single_pass, weights
 from lib.hooks import Model, Site
-from lib.single_pass import (
-    BaseRun,
-    Row,
-    base_run,
-    grow,
-    index_batches,
-    joined,
-    prove_base_rows,
-    prove_same,
-    rerun,
-    token_ids,
-)
+from lib.single_pass import BaseRun, Row, base_run, grow, prove_base_rows, prove_same
 from lib.weights import ModelError, load_error, resolve
 
 # Where each architecture keeps its parts; the first name that exists is taken. (path from the causal model, path from
@@ -303,8 +292,10 @@ def next_logits(
     if not prompts:
         raise ValueError("no prompts to score")
     out: np.ndarray | None = None
-    for places in index_batches([len(ids) for ids in prompts], lambda length: max(1, batch_tokens // length)):
-        ids = token_ids(model, [prompts[place] for place in places])
+    for places in single_pass.index_batches(
+        [len(ids) for ids in prompts], lambda length: max(1, batch_tokens // length)
+    ):
+        ids = single_pass.token_ids(model, [prompts[place] for place in places])
         logits = model.logits(final_states(model, ids)).float().cpu().numpy()
         if out is None:
             out = np.empty((len(prompts), logits.shape[-1]), dtype=np.float32)
@@ -325,7 +316,7 @@ def next_readings(
     for at in range(0, len(prompts), size):
         part = slice(at, at + size)
         parts.append(read(next_logits(model, prompts[part]), part))
-    return joined(parts)
+    return single_pass.joined(parts)
 
 
 def final_states(model: Model, ids: Int[Tensor, "prompts tokens"]) -> Float[Tensor, "prompts hidden"]:
@@ -334,4 +325,4 @@ def final_states(model: Model, ids: Int[Tensor, "prompts tokens"]) -> Float[Tens
     if shared * (len(ids) - 1) < SHARED_TOKENS:
         return base_run(model, ids, (), (), cache=False).hidden
     prefix = base_run(model, ids[:1, :shared], (), ())
-    return rerun(model, prefix, shared, ids.new_zeros(len(ids)), ids[:, shared:])
+    return single_pass.rerun(model, prefix, shared, ids.new_zeros(len(ids)), ids[:, shared:])

@@ -165,9 +165,10 @@ def run(
         return frames, loads
 
     def smaller(work: tuple[Sequence[PairBatch], int]) -> tuple[str, list] | None:
-        own, halvings = work
-        memory, middle = own[0].options.memory / 2, len(own) // 2
-        if not middle and max(row_limit(model, blank(both_prompts(model, b.pairs), b), 2 * memory) for b in own) == 1:
+        (own, halvings), first = work, work[0][0]
+        memory, middle = first.options.memory / 2, len(own) // 2
+        run = blank(both_prompts(model, first.pairs), first.positions)
+        if not middle and row_limit(model, run, first.options.memory) == 1:
             return None
         words = f"{len(own)} jobs in lock step done again"
         if middle and halvings >= HALVINGS:
@@ -192,7 +193,7 @@ def in_lock_step(batches: Sequence[PairBatch], kept: dict[tuple, Pool], donors: 
     if batches[0].variants:
         ends = through(model, [own.plain for own in staged])
         for own, end in zip(staged, ends, strict=True):
-            own.make(end)
+            own.make(own.whole(end))
         ends += through(model, growing)
     else:
         ends = through(model, [*filling, *(own.plain for own in staged), *growing])[len(filling) :]
@@ -211,15 +212,15 @@ class Staged:
     def __init__(self, batch: PairBatch, pool: Pool | None) -> None:
         self.batch, self.pool, self.sources, self.rows = batch, pool, {}, batch.rows
         ids = both_prompts(batch.model, batch.pairs)
-        self.runs = [blank(side, batch) for side in ids.split(len(batch.pairs))]  # clean, corrupt
-        self.plain = plain_pass(batch.model, blank(ids, batch), batch.components, self.take)
+        self.runs = [blank(side, batch.positions) for side in ids.split(len(batch.pairs))]  # clean, corrupt
+        self.plain = plain_pass(batch.model, blank(ids, batch.positions), batch.components, self.take)
         base, _ = batch.sides(*self.runs)
         limit = row_limit(batch.model, base, batch.options.memory)
         self.parts = [self.rows[at : at + limit] for at in range(0, len(self.rows), limit)]
         self.growing: list[Pass] = []
         self.growths: list[Growing | None] = []  # behind each pass of `growing`, none behind a plain one
         self.grow(base)
-        for longer in (blank(ids, batch) for ids in batch.continued(base.ids)):
+        for longer in (blank(ids, batch.positions) for ids in batch.continued(base.ids)):
             self.growing.append(plain_pass(batch.model, longer, batch.components, partial(fill, longer)))
             self.growths.append(None)
             self.grow(longer)
@@ -237,32 +238,30 @@ class Staged:
             fill(run, part.part(index * count, (index + 1) * count), keep=variants)
         if not variants:
             self.sources.clear()
-            self.sources.update(self.batch.sources(*self.batch.sides(*self.runs), lambda: self.pool))
+            self.make(self.runs)
+
+    def make(self, runs: Sequence[BaseRun]) -> None:
+        """The sources, from plain runs: of a layer, or of all where variants may use any."""
+        self.sources.update(self.batch.sources(*self.batch.sides(*runs), lambda: self.pool))
 
     def whole(self, hidden: Tensor) -> list[BaseRun]:
         """The plain runs with their final hidden states."""
         halves = hidden.split(len(self.batch.pairs))
         return [replace(run, hidden=own) for run, own in zip(self.runs, halves, strict=True)]
 
-    def make(self, hidden: Tensor) -> None:
-        """The sources of variants, from whole plain runs."""
-        self.sources.update(self.batch.sources(*self.batch.sides(*self.whole(hidden)), lambda: self.pool))
-
     def frame(self, hidden: Tensor, ends: Sequence[Tensor]) -> pd.DataFrame:
         """The batch's rows, from the final hidden states of the plain run and of the passes of `growing`."""
-        runs, count = self.whole(hidden), len(self.parts)
         grown = [each.grown(end) for each, end in zip(self.growths, ends, strict=True) if each]
+        runs, count, scored = self.whole(hidden), len(self.parts), []
         base, _ = self.batch.sides(*runs)
-        scored = [
-            self.batch.numbers(base, rows, grown[index], grown[index + count :: count])
-            for index, rows in enumerate(self.parts)
-        ]
+        for index, rows in enumerate(self.parts):
+            scored.append(self.batch.numbers(base, rows, grown[index], grown[index + count :: count]))
         return self.batch.frame(self.rows, joined(scored), *runs)
 
 
-def blank(ids: Tensor, batch: PairBatch) -> BaseRun:
+def blank(ids: Tensor, positions: Sequence[int]) -> BaseRun:
     """A plain run that has not been made yet."""
-    return BaseRun(ids, tuple(batch.positions), torch.empty(0), {}, [])
+    return BaseRun(ids, tuple(positions), ids.new_empty(len(ids), 0), {}, [])
 
 
 def fill(run: BaseRun, part: BaseRun, keep: bool = False) -> None:
@@ -276,16 +275,16 @@ def fill(run: BaseRun, part: BaseRun, keep: bool = False) -> None:
 
 def plain_pass(model: Model, run: BaseRun, components: Sequence[str], take: Callable[[BaseRun], None]) -> Pass:
     """`base_run` of a blank run's prompts as a pass: `take` is given its part at each layer, without hidden states."""
-    cache, kept, ids = DynamicCache(), {}, run.ids
-    at = torch.tensor(list(run.positions), device=ids.device)
+    cache, kept = DynamicCache(), {}
+    at = torch.tensor(list(run.positions), device=run.ids.device)
 
     def left(layer: int) -> None:
         own = cache.layers[layer]
-        take(replace(run, hidden=ids.new_empty(len(ids), 0), activations=dict(kept), cache=[(own.keys, own.values)]))
+        take(replace(run, activations=dict(kept), cache=[(own.keys, own.values)]))
         own.keys = own.values = None
         kept.clear()
 
-    inputs = {"input_ids": ids, "past_key_values": cache, "use_cache": True}
+    inputs = {"input_ids": run.ids, "past_key_values": cache, "use_cache": True}
     return Pass(inputs, lambda layer: keeping(model, kept, layer, components, at), left)
 
 
@@ -300,5 +299,4 @@ def pool_passes(model: Model, pool: Pool, positions: Sequence[int], components: 
             pool.activations.update(joined(parts, torch.cat))
             parts.clear()
 
-    runs = [BaseRun(ids, tuple(positions), torch.empty(0), {}, []) for ids in batches]
-    return [plain_pass(model, run, components, take) for run in runs]
+    return [plain_pass(model, blank(ids, positions), components, take) for ids in batches]

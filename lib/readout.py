@@ -18,6 +18,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -129,19 +131,17 @@ def post_norms(model: Model) -> list[PostNorms]:
     outputs: dict[tuple[int, str], Tensor] = {}
     found: dict[tuple[int, str], nn.Module] = {}
     handles: list = []
+
+    def given(layer: int, child: nn.Module, args: tuple) -> None:
+        for key in ((layer, "attn"), (layer, "mlp")):
+            if args and args[0] is outputs.get(key):
+                found.setdefault(key, child)
+
     with hooks.removing(handles):
+        for key in product(range(model.n_layers), ("attn", "mlp")):
+            handles.append(hooks.on_activation(model, *key, lambda x, key=key: outputs.update({key: x})))
         for layer, block in enumerate(model.blocks):
-            for component in ("attn", "mlp"):
-                keep = lambda x, key=(layer, component): outputs.update({key: x})  # noqa: E731
-                handles.append(hooks.on_activation(model, layer, component, keep))
-            for child in block.children():
-
-                def given(child: nn.Module, args: tuple, layer: int = layer) -> None:
-                    for component in ("attn", "mlp"):
-                        if args and args[0] is outputs.get((layer, component)):
-                            found.setdefault((layer, component), child)
-
-                handles.append(child.register_forward_pre_hook(given))
+            handles += [child.register_forward_pre_hook(partial(given, layer)) for child in block.children()]
         model.body(input_ids=torch.arange(1, 3, device=model.device)[None], use_cache=False)
     norms = {
         key: fixed_norm(child, outputs[key].shape[-1])
