@@ -37,7 +37,7 @@ fi
 export HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 
 GRACE=8    # seconds that a part may take to be ended, and the script after it
-LAYER=60   # and that are kept for the last part, and
+LAYER=45   # and that are kept for the last part, and
 TESTS=180  # that the tests may take at most
 summary=() failed=0
 

@@ -210,12 +210,12 @@ def seconds(run: Callable[[], Any], device: str, repeats: int = 1, spare: int = 
 
 
 def seconds_within(run: Callable[[], Any], device: str, repeats: int, left: float) -> float:
-    """Median seconds of `repeats` runs, of fewer where these would take more than a third of the seconds `left`.
+    """Median seconds of `repeats` runs, of fewer where these would take more than a quarter of the seconds `left`.
 
     On a card the first run only warms up, unless it is the only one that fits."""
     times = [once(run, device)]
     more = repeats if device == "cuda" else repeats - 1
-    fitting = int(min(more, left / 3 / times[0]))
+    fitting = int(min(more, left / 4 / times[0]))
     times += [once(run, device) for _ in range(fitting)]
     return statistics.median(times[1:] if device == "cuda" and fitting else times)
 

@@ -88,7 +88,7 @@ def test_no_part_runs_past_the_time(tmp_path):
     assert read(tmp_path / "x.part.json") == {"a": 1, "failed": {}, "left_out": ["second", "third"]}
 
 
-@pytest.mark.parametrize("took,left,runs", [(1, 100, 4), (1, 6.5, 3), (1, 2, 1)])
+@pytest.mark.parametrize("took,left,runs", [(1, 100, 4), (1, 8.5, 3), (1, 3, 1)])
 def test_runs_are_repeated_as_often_as_time_allows(took, left, runs, monkeypatch):
     """On a card: one that only warms up, and three more."""
     done = []
