@@ -1,6 +1,6 @@
 """What this Python lacks of what the measurements on a card need, and which of the wheels at hand fill the gap.
 
-    python -m bench.lacking --wheels .whl             # names, with versions, of the wheels that are to be installed
+    python -m bench.lacking --wheels .whl             # the files that are to be installed
     python -m bench.lacking --import bench.scale_70b  # what is still missing: exit status 2 and what to do about it
 
 A wheel is wanted where its package is not there, or is of a version that another of the wheels does not go with.
@@ -47,17 +47,17 @@ def missing(modules: Sequence[str] = MODULES) -> list[str]:
     return [name for name in modules if find_spec(name) is None]
 
 
-def described(wheels: Path) -> Iterator[tuple[str, str, list[str]]]:
-    """Name, version and requirements of every wheel in a folder."""
+def described(wheels: Path) -> Iterator[tuple[Path, str, list[str]]]:
+    """File, package and requirements of every wheel in a folder."""
     for path in sorted(wheels.glob("*.whl")):
         with zipfile.ZipFile(path) as file:
             own = next(name for name in file.namelist() if name.endswith(".dist-info/METADATA"))
             head = email.message_from_bytes(file.read(own))
-        yield head["Name"], head["Version"], head.get_all("Requires-Dist") or []
+        yield path, head["Name"], head.get_all("Requires-Dist") or []
 
 
-def wanted(wheels: Path) -> list[str]:
-    """The wheels to install, as `name==version`."""
+def wanted(wheels: Path) -> list[Path]:
+    """The wheels to install."""
     found = list(described(wheels))
     asked: dict[str, list[Requirement]] = {}
     for _, _, lines in found:
@@ -65,13 +65,13 @@ def wanted(wheels: Path) -> list[str]:
             if needed.marker is None or needed.marker.evaluate({"extra": ""}):
                 asked.setdefault(canonicalize_name(needed.name), []).append(needed)
     out = []
-    for name, version, _ in found:
+    for path, name, _ in found:
         try:
             here = metadata.version(name)
         except metadata.PackageNotFoundError:
             here = None
         if here is None or any(here not in need.specifier for need in asked.get(canonicalize_name(name), [])):
-            out.append(f"{name}=={version}")
+            out.append(path)
     return out
 
 
@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--import", dest="module", help="a module to import, as the last proof")
     asked = parser.parse_args(arguments)
     if asked.wheels:
-        print("\n".join(wanted(asked.wheels)))
+        print(*wanted(asked.wheels), sep="\n")
         return 0
     if names := missing():
         version = ".".join(map(str, sys.version_info[:2]))

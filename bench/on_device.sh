@@ -75,15 +75,15 @@ finish() {
 }
 
 main() {
-    local site names tests seconds
+    local site files tests seconds
     site=$(mktemp -d)
     trap 'rm -rf "$site"' EXIT
     nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2>/dev/null
     if compgen -G "$wheels/*.whl" >/dev/null; then
-        mapfile -t names < <("$PY" -m bench.lacking --wheels "$wheels")
-        echo "to be installed from $wheels: ${names[*]:-nothing, all of it is there}"
-        ((${#names[@]} == 0)) || part wheels "$(left)" "$PY" -m pip install --quiet --no-index --no-deps --no-compile \
-            --find-links "$wheels" --target "$site" "${names[@]}"
+        mapfile -t files < <("$PY" -m bench.lacking --wheels "$wheels" | grep .)
+        echo "to be installed from $wheels: ${files[*]##*/}"
+        ((${#files[@]} == 0)) || part wheels "$(left)" \
+            "$PY" -m pip install --quiet --no-index --no-deps --no-compile --target "$site" "${files[@]}"
         export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
     fi
     # what lacks, then a real import: better known now than after the tests

@@ -154,7 +154,8 @@ def test_wheels_are_wanted_where_a_package_is_missing_or_does_not_go_with_them(t
     wheel(tmp_path, "nowhere_to_be_found", "1.0", "packaging>=1", "numpy>=999", "absent; extra == 'more'")
     wheel(tmp_path, "packaging", "99.0")
     wheel(tmp_path, "numpy", "999.0")
-    assert lacking.wanted(tmp_path) == ["nowhere_to_be_found==1.0", "numpy==999.0"]
+    wanted = [path.name.split("-")[0] for path in lacking.wanted(tmp_path)]
+    assert wanted == ["nowhere_to_be_found", "numpy"]
     assert lacking.missing() == [] and lacking.missing(["sys", "no_such_module"]) == ["no_such_module"]
 
 
