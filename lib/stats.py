@@ -67,6 +67,7 @@ class Settings:
 
 
 DEFAULTS = Settings()
+Tail = Literal["two-sided", "greater", "less"]
 
 
 class MaxT(NamedTuple):
@@ -248,7 +249,7 @@ def simultaneous(matrix: Float[np.ndarray, "quads sites"], settings: Settings = 
 def max_t(
     matrix: Float[np.ndarray, "quads sites"],
     settings: Settings = DEFAULTS,
-    tail: Literal["two-sided", "greater", "less"] = "two-sided",
+    tail: Tail = "two-sided",
 ) -> MaxT:
     """Familywise p values for "this site's mean effect is 0", by flipping the sign of whole quads (single step).
 

@@ -40,27 +40,33 @@ def test_effects_are_positive_where_the_answer_suffers_or_is_helped():
         effects.effect(frame.assign(direction="sideways"))
 
 
-def test_damage_and_recovery_are_ratios_of_sums():
-    assert effects.damage(two_quads()[:3]) == pytest.approx(6 / 16)
-    assert effects.recovery(two_quads("denoise")[3:]) == pytest.approx(5 / 16)
-    with pytest.raises(ValueError, match="expected records of direction 'denoise'; got 'noise'"):
-        effects.recovery(two_quads())
-    with pytest.raises(ValueError, match="no records"):
-        effects.damage(two_quads()[:0])
-    with pytest.raises(ValueError, match="over 3 pairs is -6, not positive"):
-        effects.damage(two_quads().assign(logit_diff_clean=-1.0))
+@pytest.mark.parametrize("direction", ["noise", "denoise"])
+def test_damage_and_recovery_are_ratios_of_sums(direction):
+    """`curve` and `ratios` agree; where the gaps do not add up to more than 0 there is a ratio from neither."""
+    frame = two_quads(direction)
+    assert effects.ratios(frame, ["head"]).to_dict() == {0: 6 / 16, 1: 5 / 16}
+    assert effects.curve(frame, stats.DEFAULTS, ["head"])["estimate"].tolist() == pytest.approx([6 / 16, 5 / 16])
+    flat = frame.assign(logit_diff_clean=0.0)
+    assert effects.ratios(flat, ["head"]).isna().all()
+    with pytest.raises(ValueError, match="do not add up to more than 0"):
+        effects.curve(flat, stats.DEFAULTS, ["head"])
 
 
-@pytest.mark.parametrize(("direction", "ratio"), [("noise", "damage"), ("denoise", "recovery")])
-def test_by_site(direction, ratio):
-    table = effects.by_site(two_quads(direction))
-    assert table["head"].tolist() == [0, 1]
-    assert table["effect"].tolist() == [(1.5 + 3) / 2, (-0.5 + 6) / 2]  # means of the quads' means
-    assert table["margin_effect"].tolist() == table["effect"].tolist()
-    assert table[ratio].tolist() == [6 / 16, 5 / 16]
-    assert table["pairs"].tolist() == [3, 3] and table["quads"].tolist() == [2, 2]
-    flat = effects.by_site(two_quads(direction).assign(logit_diff_clean=0.0))
-    assert flat[ratio].isna().all() and flat["effect"].notna().all()
+def test_tested_sites_have_the_numbers_of_their_matrix():
+    rng = np.random.default_rng(0)
+    rows = [
+        {"quad_id": f"q{quad:02d}", "head": head, "logit_diff_after": 3.0 - rng.normal(head, 1)}
+        for quad in range(25)
+        for head in range(3)
+    ]
+    frame, own = records(rows), stats.Settings(resamples=200, flips=200, seed=1)
+    table, matrix = effects.tested(frame, own, tail="greater"), effects.quad_matrix(frame).values
+    together = stats.simultaneous(matrix, own)
+    assert list(table.columns) == [*effects.SITE, "estimate", "low", "high", "p", "quads"]
+    assert table["low"].tolist() == [span.low for span in together]
+    assert table["p"].tolist() == stats.max_t(matrix, own, "greater").p.tolist()
+    both = effects.by_half(pd.concat([frame, frame.assign(half="confirmation")]), lambda part: part.head(1))
+    assert both["half"].tolist() == ["discovery", "confirmation"]
 
 
 def test_quad_matrix():
@@ -68,11 +74,11 @@ def test_quad_matrix():
     matrix = effects.quad_matrix(shuffled)
     assert matrix.values.tolist() == [[1.5, -0.5], [3.0, 6.0]]
     assert matrix.quads.tolist() == ["q1", "q2"]
-    assert list(matrix.sites.columns) == list(effects.SITE_AND_POSITION) and matrix.sites["head"].tolist() == [0, 1]
+    assert list(matrix.sites.columns) == effects.SITE and matrix.sites["head"].tolist() == [0, 1]
     assert effects.quad_matrix(shuffled, "metric_after").values.tolist() == [[-0.5, 1.5], [-2.0, -5.0]]
     numerator, denominator = (effects.quad_matrix(shuffled, name, reduce="sum").values for name in ("effect", "gap"))
     assert numerator.tolist() == [[3, -1], [3, 6]] and denominator.tolist() == [[6, 6], [10, 10]]
-    np.testing.assert_allclose(numerator.sum(0) / denominator.sum(0), effects.by_site(shuffled)["damage"])
+    np.testing.assert_allclose(numerator.sum(0) / denominator.sum(0), effects.ratios(shuffled, ["head"]))
     assert effects.quad_matrix(shuffled[shuffled["head"] == 0], sites=["head"]).values.tolist() == [[1.5], [3.0]]
     assert effects.quad_matrix(shuffled, sites=[]).values.tolist() == [[0.5], [4.5]]
 
@@ -84,7 +90,7 @@ def test_mixtures_and_gaps_are_errors():
         effects.quad_matrix(mixed)
     assert effects.quad_matrix(mixed, sites=["ablation", "head"]).values.shape == (2, 4)
     with pytest.raises(ValueError, match="one ablation"):
-        effects.by_site(mixed)
+        effects.ratios(mixed, ["head"])
     with pytest.raises(ValueError, match=r"1 of 4 quad x site cells have no record, first quad 'q2' at .*'head': 1"):
         effects.quad_matrix(frame[:-1])
     with pytest.raises(ValueError, match="no records"):
@@ -100,53 +106,6 @@ def test_logit_changes_follow_the_answer_and_the_first_foil():
     assert changes.loc[0].to_dict() == {"answer_change": 2.0, "foil_change": -0.5}
     with pytest.raises(ValueError, match=r"foil_before holds \['a'\]"):
         effects.logit_changes(records(rows), ["x", "b", "c"])
-
-
-def test_critical_layers_are_the_fewest_and_in_order():
-    curve = {0: 0.05, 1: 0.05, 2: 0.40, 3: 0.35, 4: 0.55, 5: 1.0}  # rises 0.05, 0, 0.35, -0.05, 0.2, 0.45
-    found = effects.critical_layers(curve)
-    assert found.layers == (2, 5) and found.rises == pytest.approx((0.35, 0.45))
-    assert found.total == 1.0 and found.share == pytest.approx(0.8)
-    assert effects.critical_layers(curve, 0.81).layers == (2, 4, 5)
-    assert effects.critical_layers(curve, 0.4).layers == (5,)
-    assert effects.critical_layers({7: 0.5}).layers == (7,)
-    # ties are taken by layer, and order of the curve does not matter
-    assert effects.critical_layers({2: 1.0, 1: 0.5}, 0.5).layers == (1,)
-
-
-@pytest.mark.parametrize(
-    ("curve", "share", "message"),
-    [
-        ({}, 0.8, "every layer"),
-        ({0: float("nan")}, 0.8, "every layer"),
-        ({0: 0.5, 1: -0.1}, 0.8, "not positive"),
-        ({0: 1.0}, 80, "share"),
-    ],
-)
-def test_curves_without_critical_layers_are_errors(curve, share, message):
-    with pytest.raises(ValueError, match=message):
-        effects.critical_layers(curve, share)
-
-
-def test_first_flip_layer():
-    margins = {0: (-1, -1, 1, -2), 1: (1, -1, -1, 0), 2: (2, 3, -1, 0), 3: (1, 1, 1, 1)}
-    rows = [
-        {"layer": layer, "pair_id": str(pair), "metric_before": -2.0 if pair < 3 else 1.0, "metric_after": float(after)}
-        for layer, values in margins.items()
-        for pair, after in enumerate(values)
-    ]
-    frame = records(rows, direction="denoise", ablation="clean", component="resid", head=-1)
-    # the fourth pair starts on the far side and never counts as flipped
-    assert effects.flip_share(frame).tolist() == [0.25, 0.25, 0.5, 0.75]
-    assert effects.first_flip_layer(frame) == 2
-    assert effects.first_flip_layer(frame, 0.75) == 3
-    assert effects.first_flip_layer(frame, 0.9) is None
-    mirrored = frame.assign(
-        direction="noise", ablation="zero", metric_before=-frame["metric_before"], metric_after=-frame["metric_after"]
-    )
-    assert effects.flip_share(mirrored).tolist() == [0.25, 0.25, 0.5, 0.75]
-    with pytest.raises(ValueError, match="one position"):
-        effects.flip_share(pd.concat([frame, frame.assign(position="names")]))
 
 
 def test_restores_needs_the_answer_and_the_interval():
@@ -168,11 +127,9 @@ def test_restores_needs_the_answer_and_the_interval():
 
 def test_critical_slice():
     recovery, damage = [0.3, 0.7, 0.85, 0.9], [0.5, 0.6, 0.79, 0.8]
-    assert effects.critical_slice(recovery, damage) == effects.CriticalSlice(4, 0.9, 0.8, True)
-    assert effects.critical_slice(recovery, damage, share=0.6).size == 2
-    assert effects.critical_slice(recovery, damage, limit=3) == effects.CriticalSlice(3, 0.85, 0.79, False)
+    assert effects.critical_slice(recovery, damage, 0.8) == effects.CriticalSlice(4, 0.9, 0.8, True)
+    assert effects.critical_slice(recovery, damage, 0.6).size == 2
+    assert effects.critical_slice(recovery[:3], damage[:3], 0.8) == effects.CriticalSlice(3, 0.85, 0.79, False)
     for broken in (([], []), ([0.1], [0.1, 0.2])):
         with pytest.raises(ValueError, match="same sets"):
-            effects.critical_slice(*broken)
-    with pytest.raises(ValueError, match=r"1\.\.4"):
-        effects.critical_slice(recovery, damage, limit=5)
+            effects.critical_slice(*broken, 0.8)

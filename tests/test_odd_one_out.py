@@ -225,9 +225,8 @@ def test_the_records_show_that_the_model_does_the_task(coarse):
 
 
 def test_the_signal_leaves_the_swapped_name_and_reaches_the_last_token(coarse):
-    for direction, ratio in (("denoise", effects.recovery), ("noise", effects.damage)):
-        own = coarse[coarse["direction"] == direction]
-        curve = own.groupby(["position", "layer"]).apply(ratio, include_groups=False)
+    for direction in ("denoise", "noise"):
+        curve = effects.ratios(coarse[coarse["direction"] == direction], ["position", "layer"])
         assert curve["swapped"][0] == pytest.approx(1, abs=1e-4) and curve["swapped"][2] == pytest.approx(0, abs=1e-4)
         assert curve["last"][0] == pytest.approx(0, abs=1e-4) and curve["last"][2] == pytest.approx(1, abs=1e-4)
         assert curve["swapped"][1] < 0.95 and curve["last"].is_monotonic_increasing

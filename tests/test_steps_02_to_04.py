@@ -255,11 +255,8 @@ def test_site_effects_by_hand():
     found = effects.site_effects(table(three_quads()), PARAMS)
     assert found[SITE].to_numpy().tolist() == [[0, "head", 0], [0, "head", 1]]
     assert found["estimate"].tolist() == [2.0, 0.0]  # (1 + 2 + 3) / 3 and (2 - 1 - 1) / 3
-    assert found["margin_effect"].tolist() == [20.0, 0.0]
     assert found["ratio"].tolist() == pytest.approx([6 / 20, 0.0])
     assert found["quads"].tolist() == [3, 3]
-    # the standard deviation of (1, 2, 3) is 1: t = 2 / (1 / sqrt(3))
-    assert found["t"].tolist() == pytest.approx([2 * np.sqrt(3), 0.0], abs=1e-9)
     # Of the 8 sign patterns, up to a common sign +++ ++- +-+ -++, the sums over the root of the sum of squares are
     # (6, 0, 2, 4) / sqrt(14) = 1.60, 0, 0.53, 1.07 for head 0 and (0, 2, 2, -4) / sqrt(6) = 0, 0.82, 0.82, 1.63 for
     # head 1. Head 0's 1.60 is reached by the larger of the two in +++ and -++ (alone: in +++ only).

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 from pydantic import Field
 
-from lib import effects, records
+from lib import records
 from lib.batches import subsample
-from lib.effects import CriticalLayers, curve, in_halves
+from lib.effects import curve, in_halves
 from lib.sweep import DIRECTIONS
 from pipeline.assumed import Case, of_sweep
 from pipeline.declaration import Declaration, Table
@@ -60,11 +62,48 @@ def coarse_curves(sweep: pd.DataFrame, params: Shared) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
+@dataclass(frozen=True)
+class CriticalLayers:
+    """The fewest layers whose rises reach a share of the curve's total."""
+
+    layers: tuple[int, ...]  # in order of layer
+    rises: tuple[float, ...]  # the rise at each of them, in units of recovery
+    total: float  # recovery at the last layer of the curve: the sum of all rises
+    share: float  # what the chosen rises add up to, as a share of the total
+
+
 def critical_layers(curves: pd.DataFrame, share: float) -> CriticalLayers:
     """The critical layers by the denoise curve at `last` of the discovery half (the design's definition)."""
     at_last = curves[(curves["direction"] == "denoise") & (curves["position"] == "last")]
     first = at_last[at_last["half"] == at_last["half"].iloc[0]]
-    return effects.critical_layers(first.set_index("layer")["estimate"], share)
+    return fewest_layers(first.set_index("layer")["estimate"], share)
+
+
+def fewest_layers(recovery_by_layer: Mapping[int, float] | pd.Series, share: float) -> CriticalLayers:
+    """The fewest layers whose rises of the denoise curve add up to `share` of its total.
+
+    The rise of a layer is its recovery minus that of the layer before it in the curve; the first layer's is taken
+    against 0. The total is the sum of all rises, which is the recovery at the last layer: 1 for `resid` at `last` when
+    every layer was swept. The largest rises are taken first, ties by layer, so no smaller set reaches the share.
+    In a curve with gaps, a rise belongs to the layer at its upper end.
+
+    Raises ValueError for an empty curve, NaN, a total that is not positive, or a share outside (0, 1].
+    """
+    curve = pd.Series(dict(recovery_by_layer), dtype=float).sort_index()
+    if not 0 < share <= 1:
+        raise ValueError(f"share must lie in (0, 1]; got {share}")
+    if curve.empty or curve.isna().any():
+        raise ValueError(f"the denoise curve needs a recovery for every layer; got {curve.to_dict()}")
+    total = float(curve.iloc[-1])
+    if total <= 0:
+        raise ValueError(f"recovery at the last layer is {total:.3g}, not positive: there are no rises to share out")
+    rises = curve.diff().fillna(curve.iloc[0])
+    ranked = rises.sort_values(ascending=False, kind="stable")
+    size = int(np.argmax(ranked.cumsum().to_numpy() >= share * total - 1e-9)) + 1
+    chosen = ranked.iloc[:size].sort_index()
+    return CriticalLayers(
+        tuple(int(layer) for layer in chosen.index), tuple(chosen.tolist()), total, float(chosen.sum() / total)
+    )
 
 
 class Measured(NamedTuple):

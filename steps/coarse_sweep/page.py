@@ -8,7 +8,6 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from lib import effects
 from lib.effects import in_halves, reported
 from pipeline.step import Step
 from report import plots
@@ -29,6 +28,23 @@ def crossing(curves: pd.DataFrame, position: str, direction: str = "denoise") ->
     far = own["estimate"] > 0.5 if position == "last" else own["estimate"] < 0.5
     stays = far[::-1].cummin()[::-1]
     return (None, None) if not stays.any() else (int(own.loc[stays.idxmax(), "layer"]), own.loc[stays.idxmax()])
+
+
+def flip_share(frame: pd.DataFrame) -> pd.Series:
+    """Share of pairs whose margin changes sign, by layer: from above 0 to below it (noise), the other way (denoise).
+
+    A pair that already was on the far side counts as not flipped. One component, position and direction at a time.
+    """
+    towards = 1 if (frame["direction"] == "denoise").all() else -1
+    flipped = (towards * frame["metric_before"] < 0) & (towards * frame["metric_after"] > 0)
+    return flipped.groupby(frame["layer"]).mean().rename("flip_share")
+
+
+def first_flip_layer(frame: pd.DataFrame, share: float) -> int | None:
+    """The first layer at which the margin's sign flips in at least `share` of the pairs; None if there is none."""
+    shares = flip_share(frame)
+    enough = shares.index[shares >= share]
+    return int(enough[0]) if len(enough) else None
 
 
 def rises_of(curves: pd.DataFrame, layers: Sequence[int]) -> float:
@@ -76,7 +92,7 @@ def findings(step: Step, m: Measured) -> dict[str, Any]:
     confirmed_rises = rises_of(m.curves, m.critical.layers)
     sentences += [critical_text, f"On the confirmation half the same layers make up {confirmed_rises:.0%}."]
     flips = {
-        direction: effects.first_flip_layer(rows, params.restores_share)
+        direction: first_flip_layer(rows, params.restores_share)
         for direction, rows in confirmation[confirmation["position"] == "last"].groupby("direction", sort=False)
     }
     for direction, layer in flips.items():

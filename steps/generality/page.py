@@ -181,8 +181,8 @@ def orders(frame: pd.DataFrame, limit: int) -> list[Circuit]:
         for kind, own in (("without", without), ("only", frame["answer"] == superset)):
             rows, order = frame[own], pd.DataFrame(columns=SITE)
             if len(rows):
-                recovery = effects.by_site(rows, SITE)
-                order = recovery[recovery["recovery"] > 0].nlargest(limit, "recovery")
+                recovery = effects.ratios(rows, SITE)
+                order = recovery[recovery > 0].nlargest(limit).reset_index()
             sites = tuple(Site(*site) for site in order[SITE].itertuples(index=False))
             out.append(Circuit(kind, superset, tuple(dict.fromkeys(rows["pair_id"])), sites))
     return out
@@ -196,7 +196,7 @@ def cut(circuits: Sequence[Circuit], grown: pd.DataFrame, params: Generality) ->
         rows = grown[grown["pair_id"].isin(circuit.pairs) & grown["site_set"].isin(places)]
         for direction, quantity in QUANTITY.items():
             own = rows[rows["direction"] == direction]
-            ratios = effects.by_site(own, ["site_set"]).set_index("site_set")[quantity] if len(own) else pd.Series()
+            ratios = effects.ratios(own, ["site_set"]) if len(own) else pd.Series()
             joint[quantity] = ratios.reindex(places).tolist()
         if places and np.isfinite([*joint["recovery"], *joint["damage"]]).all():
             chosen = effects.critical_slice(joint["recovery"], joint["damage"], params.slice_share)

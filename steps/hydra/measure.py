@@ -19,7 +19,7 @@ from pydantic import Field
 
 from lib import records, stats
 from lib.batches import grouped, subsample
-from lib.effects import SITE, columns, in_halves, named, quad_matrix, reported
+from lib.effects import SITE, by_half, columns, in_halves, named, quad_matrix, reported, tested
 from lib.hooks import Site
 from lib.readout import post_norms, readout
 from lib.tasks import Pair
@@ -154,16 +154,14 @@ def rises(frame: pd.DataFrame, params: Hydra) -> pd.DataFrame:
     familywise intervals, and one-sided familywise p values for "it does not rise"."""
     own = frame[(frame["slice"] == "slice") & frame["part"].isin(["heads", "mlps"])]
     own = own[own["ablation"] == lead_of(frame, params)].assign(change=lambda rows: rows["after"] - rows["before"])
-    parts = []
-    for half, rows in in_halves(own):
-        matrix = quad_matrix(rows, "change", SITE)
-        together = stats.simultaneous(matrix.values, params)
-        test = stats.max_t(matrix.values, params, tail="greater")
-        means = {when: quad_matrix(rows, when, SITE).values.mean(0) for when in ("before", "after")}
-        parts.append(matrix.sites.assign(half=half, **columns(together), p=test.p, **means, quads=len(matrix.quads)))
-    if not parts:  # the slice's last site is the model's last: nothing comes after
+    if own.empty:  # the slice's last site is the model's last: nothing comes after
         return pd.DataFrame(columns=[*SITE, "half", "estimate", "low", "high", "p", "before", "after", "quads", "site"])
-    out = pd.concat(parts, ignore_index=True)
+
+    def one_half(rows: pd.DataFrame) -> pd.DataFrame:
+        means = {when: quad_matrix(rows, when).values.mean(0) for when in ("before", "after")}
+        return tested(rows, params, "change", tail="greater").assign(**means)
+
+    out = by_half(own, one_half)
     return out.assign(site=named(out))
 
 

@@ -67,13 +67,7 @@ def direct_difference(m: Measured, params: RetrievalHeads) -> stats.Interval:
 
 def tested(records: pd.DataFrame, value: str, params: RetrievalHeads) -> pd.DataFrame:
     """Mean of a column per site over quads, both halves, familywise intervals and p values."""
-    parts = []
-    for half, own in in_halves(records.dropna(subset=[value])):
-        matrix = quad_matrix(own, value, SITE)
-        spans = stats.simultaneous(matrix.values, params)
-        test = stats.max_t(matrix.values, params)
-        parts.append(matrix.sites.assign(**effects.columns(spans), p=test.p, quads=len(matrix.quads), half=half))
-    out = pd.concat(parts, ignore_index=True)
+    out = effects.by_half(records.dropna(subset=[value]), lambda own: effects.tested(own, params, value))
     return out.assign(site=effects.named(out))
 
 

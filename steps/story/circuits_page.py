@@ -33,7 +33,7 @@ import pandas as pd
 from scipy import stats as scipy_stats
 
 from lib import stats
-from lib.effects import HALVES, columns, named
+from lib.effects import HALVES, columns, familywise, named
 from report.words import interval, listed
 from steps.generality.page import jaccard
 from steps.story.circuits import Circuit
@@ -168,9 +168,8 @@ def members(frame: pd.DataFrame, params: Story) -> pd.DataFrame:
     own = frame[frame["test"].str.startswith(("member ", "circuit")) & ~frame["test"].str.match(r"circuit \d")]
     wide = own.pivot(index=["quad_id", "pair_id"], columns="test", values="logit_diff").groupby("quad_id").mean()
     cost = wide.drop(columns="circuit").rsub(wide["circuit"], axis=0)
-    spans = stats.simultaneous(cost.to_numpy(), params)
-    test = stats.max_t(cost.to_numpy(), params, tail="greater")
-    out = pd.DataFrame(columns(spans)).assign(site=cost.columns.str.removeprefix("member "), p=test.p)
+    out = pd.DataFrame(familywise(cost.to_numpy(), params, tail="greater"))
+    out = out.assign(site=cost.columns.str.removeprefix("member "))
     whole = sums(frame)["everything"]
     pairs = frame[frame["test"] == "everything"].groupby("quad_id").size()
     out = out.assign(share=out["estimate"] / (whole.sum() / pairs.sum()), matters=out["low"].astype(float) > 0)
