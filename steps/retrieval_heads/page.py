@@ -16,7 +16,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from lib import effects, stats
-from lib.effects import SITE, in_halves, picked, quad_matrix, reported
+from lib.effects import in_halves, picked, quad_matrix, reported
 from lib.hooks import Site
 from pipeline.step import Step
 from report import circuit_plots, plots
