@@ -59,7 +59,7 @@ def group_of(pair: Pair) -> tuple:
 def grouped(pairs: Sequence[Pair], size: int | None = None) -> list[list[Pair]]:
     """Pairs by `group_of`, at most `size` together, in their order; groups in the order of first appearance."""
     places = index_batches([group_of(pair) for pair in pairs], size or max(1, len(pairs)))
-    return [[pairs[place] for place in own] for own in places]
+    return [[pairs[place] for place in batch] for batch in places]
 
 
 def has_donors(pair: Pair, pairs: Iterable[Pair]) -> bool:
@@ -162,10 +162,10 @@ class Pool:
         the dtype."""
         weights = torch.tensor(np.stack([self.weights(pair, ablation, seed) for pair in pairs]))
         if ((weights == 0) | (weights == 1)).all():  # a resample is a copy, to the bit
-            return {key: own[weights.argmax(1).to(own.device)] for key, own in self.activations.items()}
+            return {key: each[weights.argmax(1).to(each.device)] for key, each in self.activations.items()}
         return {
-            key: torch.einsum("kn,npw->kpw", weights.to(own.device), own.double()).to(own.dtype)
-            for key, own in self.activations.items()
+            key: torch.einsum("kn,npw->kpw", weights.to(each.device), each.double()).to(each.dtype)
+            for key, each in self.activations.items()
         }
 
 

@@ -209,8 +209,8 @@ def module_of(model: Model, layer: int, component: str) -> nn.Module:
     """The module at whose output (for `head`, `neuron` and `embed`: input) a component is read and written."""
     if component == "embed":
         return model.blocks[0]
-    own = {"resid": model.blocks, "attn": model.attns, "mlp": model.mlps, "head": model.o_projs}
-    return (own | {"neuron": model.down_projs})[component][layer]
+    modules = {"resid": model.blocks, "attn": model.attns, "mlp": model.mlps, "head": model.o_projs}
+    return (modules | {"neuron": model.down_projs})[component][layer]
 
 
 def split_call(args: tuple, kwargs: dict) -> tuple[Tensor, tuple, dict]:
@@ -262,13 +262,13 @@ def removing(handles: list[RemovableHandle]) -> Iterator[None]:
 @contextmanager
 def with_forwards(forwards: Sequence[tuple[nn.Module, Callable]]) -> Iterator[None]:
     """Run modules through other functions for a while; their hooks and parameters stay as they are."""
-    own = [(module, module.__dict__.get("forward")) for module, _ in forwards]
+    before = [(module, module.__dict__.get("forward")) for module, _ in forwards]
     try:
         for module, forward in forwards:
             module.forward = forward
         yield
     finally:
-        for module, forward in own:
+        for module, forward in before:
             if forward is None:
                 module.__dict__.pop("forward", None)
             else:

@@ -214,16 +214,16 @@ def prove(model: Model) -> None:
             handles.append(hooks.on_activation(model, *key, lambda _, key=key: fired.append(key)))
         for key in itertools.product(ends, hooks.PARTS if model.down_projs else ("head",)):
             handles.append(hooks.on_activation(model, *key, lambda z, key=key: inputs.update({key: z.clone()})))
-        own = model.model(ids).logits[0]
+        logits = model.model(ids).logits[0]
     prove_order(model, fired)
     for (layer, part), z in inputs.items():
         prove_projection(model, layer, part, z, seen)
     base = base_run(model, ids, [5, 7])
     last = model.final_norm(seen[Site(model.n_layers - 1, "resid")])[:, -1]
     final = model.logits(torch.cat([base.hidden, last.to(base.hidden.device)]))
-    off = (final - own[-1].to(final.device)).abs().max().item()
+    off = (final - logits[-1].to(final.device)).abs().max().item()
     # the model's own logits are in its dtype: bf16 moves in steps of 0.125 at 16 to 32
-    if not off <= max(model.noise, torch.finfo(model.dtype).eps * own.abs().max().item()):
+    if not off <= max(model.noise, torch.finfo(model.dtype).eps * logits.abs().max().item()):
         raise ModelError(f"{model.name}: fp32 logits of the final hidden state differ from the model's own: {off:.2g}")
     prove_identity(model, base)
 
@@ -274,7 +274,7 @@ def prove_whole_residual(model: Model, ids: Int[Tensor, " tokens"], other: Int[T
     """The whole residual stream of `other` at all positions into `ids`, at the first, middle and last layer, must give
     `other`'s logits. Returns the largest difference; SweepError when it exceeds the noise of the dtype."""
     everywhere, layers = range(len(ids)), sorted({0, model.n_layers // 2, model.n_layers - 1})
-    base, source = (base_run(model, own[None], everywhere, ("resid",)) for own in (ids, other))
+    base, source = (base_run(model, prompt[None], everywhere, ("resid",)) for prompt in (ids, other))
     grown = grow(model, base, [Row((Site(layer, "resid"),), 0, 0) for layer in layers], source.activations)
     words = "{}: the whole residual of one run in another does not give its logits; they differ by {:.3g}"
     logits, plain = model.logits(grown.hidden), model.logits(source.hidden)

@@ -58,11 +58,13 @@ class Pass:
 @torch.no_grad()
 def through(model: Model, passes: Sequence[Pass]) -> list[Float[Tensor, "batch hidden"]]:
     """Take all passes through the model in lock step; each one's final hidden states at the last token."""
-    outside = [child for child in model.body.children() if not any(model.blocks[0] is own for own in child.children())]
+    outside = [
+        child for child in model.body.children() if not any(model.blocks[0] is part for part in child.children())
+    ]
     with loaded(model.final_norm):  # which step 1 runs, too
         with loaded(*outside):
             calls = [calls_of(model, each) for each in passes]
-        waiting = [own[0][0] for own in calls]
+        waiting = [first[0] for first, *_ in calls]
         homes = [hidden.device for hidden in waiting]
         for layer, block in enumerate(model.blocks):
             with loaded(block):
@@ -165,19 +167,20 @@ def run(
         return frames, loads
 
     def smaller(work: tuple[Sequence[PairBatch], int]) -> tuple[str, list] | None:
-        (own, halvings), first = work, work[0][0]
-        memory, middle = first.options.memory / 2, len(own) // 2
+        (some, halvings), first = work, work[0][0]
+        memory, middle = first.options.memory / 2, len(some) // 2
         run = blank(both_prompts(model, first.pairs), first.positions)
         if not middle and row_limit(model, run, first.options.memory) == 1:
             return None
-        words = f"{len(own)} jobs in lock step done again"
+        words = f"{len(some)} jobs in lock step done again"
         if middle and halvings >= HALVINGS:
-            return f"{words} in two parts", [(own[:middle], halvings), (own[middle:], halvings)]
-        less = [replace(batch, options=replace(batch.options, memory=memory)) for batch in own]
+            return f"{words} in two parts", [(some[:middle], halvings), (some[middle:], halvings)]
+        less = [replace(batch, options=replace(batch.options, memory=memory)) for batch in some]
         return f"{words} with {memory:g} GB for a pass", [(less, halvings + 1)]
 
     parts = with_less_memory(attempt, (batches, 0), smaller, halved)
-    return [frame for frames, _ in parts for frame in frames], dict(sum((Counter(own) for _, own in parts), Counter()))
+    loads = sum((Counter(of_part) for _, of_part in parts), Counter())
+    return [frame for frames, _ in parts for frame in frames], dict(loads)
 
 
 def in_lock_step(batches: Sequence[PairBatch], kept: dict[tuple, Pool], donors: Sequence[Pair]) -> list[pd.DataFrame]:
@@ -189,21 +192,23 @@ def in_lock_step(batches: Sequence[PairBatch], kept: dict[tuple, Pool], donors: 
             pools[key] = Pool.of(donors, batch.pairs[0])
             filling += pool_passes(model, pools[key], batch.positions, key[-1])
     staged = [Staged(batch, pools.get(key)) for key, batch in zip(keys, batches, strict=True)]
-    growing = [each for own in staged for each in own.growing]
+    growing = [growing for batch in staged for growing in batch.growing]
     if batches[0].variants:
-        ends = through(model, [own.plain for own in staged])
-        for own, end in zip(staged, ends, strict=True):
-            own.make(own.whole(end))
+        ends = through(model, [batch.plain for batch in staged])
+        for batch, end in zip(staged, ends, strict=True):
+            batch.make(batch.whole(end))
         ends += through(model, growing)
     else:
-        ends = through(model, [*filling, *(own.plain for own in staged), *growing])[len(filling) :]
+        ends = through(model, [*filling, *(batch.plain for batch in staged), *growing])[len(filling) :]
     if pools:  # as `lib.batches.pooled`: the last one may serve the next call
         last = list(pools)[-1]
         kept.clear()
         kept[last] = pools[last]
     first, later = ends[: len(staged)], iter(ends[len(staged) :])
     with loaded(model.unembed):
-        return [own.frame(end, [next(later) for _ in own.growing]) for own, end in zip(staged, first, strict=True)]
+        return [
+            batch.frame(end, [next(later) for _ in batch.growing]) for batch, end in zip(staged, first, strict=True)
+        ]
 
 
 class Staged:
@@ -247,7 +252,7 @@ class Staged:
     def whole(self, hidden: Tensor) -> list[BaseRun]:
         """The plain runs with their final hidden states."""
         halves = hidden.split(len(self.batch.pairs))
-        return [replace(run, hidden=own) for run, own in zip(self.runs, halves, strict=True)]
+        return [replace(run, hidden=half) for run, half in zip(self.runs, halves, strict=True)]
 
     def frame(self, hidden: Tensor, ends: Sequence[Tensor]) -> pd.DataFrame:
         """The batch's rows, from the final hidden states of the plain run and of the passes of `growing`."""
@@ -279,9 +284,9 @@ def plain_pass(model: Model, run: BaseRun, components: Sequence[str], take: Call
     at = torch.tensor(list(run.positions), device=run.ids.device)
 
     def left(layer: int) -> None:
-        own = cache.layers[layer]
-        take(replace(run, activations=dict(kept), cache=[(own.keys, own.values)]))
-        own.keys = own.values = None
+        filled = cache.layers[layer]
+        take(replace(run, activations=dict(kept), cache=[(filled.keys, filled.values)]))
+        filled.keys = filled.values = None
         kept.clear()
 
     inputs = {"input_ids": run.ids, "past_key_values": cache, "use_cache": True}

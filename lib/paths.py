@@ -133,15 +133,16 @@ def run(
     receivers = [Receiver(*receiver) for receiver in receivers]
     if mlps not in MLPS:
         raise ValueError(f"mlps {mlps!r} is unknown; allowed are {', '.join(MLPS)}")
-    if not receivers:
-        raise ValueError("no receivers: give at least one q, k or v of a head, MLP, block, or the final norm")
-    for receiver in receivers:
-        check_receiver(model, receiver)
+    check_receivers(model, receivers)
     for group in grouped(pairs):
         check_roles(group[0], receivers, sender_role)
     sets = senders_before(model, receivers) if senders is None else [tuple(Site(*site) for site in s) for s in senders]
     for sender in {site for sites in sets for site in sites}:
-        check_sender(model, sender, receivers)
+        if sender.component == "resid":
+            raise ValueError("resid cannot be a sender: it holds what every earlier sender has said; name those")
+        hooks.check_site(model, sender)
+        if not any(before(sender, receiver) for receiver in receivers):
+            raise ValueError(f"sender {sender} is not before any receiver: {', '.join(map(str, receivers))}")
 
     def grower(roles: Roles) -> Grow:
         return lambda *parts: grow_paths(*parts, Route(receivers, roles, mlps))
@@ -152,17 +153,19 @@ def run(
     return out.assign(sender=out["component"], component="path", receivers=text, mlps=mlps)
 
 
-def check_receiver(model: Model, receiver: Receiver) -> None:
-    """ValueError for a receiver that the model lacks."""
-    if receiver.kind not in KINDS:
-        raise ValueError(f"receiver kind {receiver.kind!r} is unknown; allowed are {', '.join(KINDS)}")
-    if receiver.kind == "final" and receiver.role != "last":
-        raise ValueError(f"receiver {receiver}: only the last token's final norm reaches the answer")
-    if receiver.kind != "final" and not 0 <= receiver.layer < model.n_layers:
-        raise ValueError(f"receiver {receiver}: {model.name} has layers 0 to {model.n_layers - 1}")
-    if receiver.kind in PROJECTIONS:
+def check_receivers(model: Model, receivers: Sequence[Receiver]) -> None:
+    """ValueError for receivers that the model lacks, and for none at all."""
+    if not receivers:
+        raise ValueError("no receivers: give at least one q, k or v of a head, MLP, block, or the final norm")
+    for receiver in receivers:
+        if receiver.kind not in KINDS:
+            raise ValueError(f"receiver kind {receiver.kind!r} is unknown; allowed are {', '.join(KINDS)}")
+        if receiver.kind == "final" and receiver.role != "last":
+            raise ValueError(f"receiver {receiver}: only the last token's final norm reaches the answer")
+        if receiver.kind != "final" and not 0 <= receiver.layer < model.n_layers:
+            raise ValueError(f"receiver {receiver}: {model.name} has layers 0 to {model.n_layers - 1}")
         count, what = (model.n_heads, "query") if receiver.kind == "q" else (model.n_kv_heads, "key-value")
-        if not 0 <= receiver.head < count:
+        if receiver.kind in PROJECTIONS and not 0 <= receiver.head < count:
             raise ValueError(f"receiver {receiver}: {model.name} has {what} heads 0 to {count - 1}")
 
 
@@ -178,15 +181,6 @@ def check_roles(pair: Pair, receivers: Sequence[Receiver], sender_role: str) -> 
             f"no path from {sender_role!r} to {', '.join(map(str, receivers))}: attention is held, so a sender is "
             "heard at its own tokens only; give receivers at the sender's role"
         )
-
-
-def check_sender(model: Model, sender: Site, receivers: Sequence[Receiver]) -> None:
-    """ValueError for a sender that the model lacks or that comes before no receiver."""
-    if sender.component == "resid":
-        raise ValueError("resid cannot be a sender: it holds what every earlier sender has said; name those")
-    hooks.check_site(model, sender)
-    if not any(before(sender, receiver) for receiver in receivers):
-        raise ValueError(f"sender {sender} is not before any receiver: {', '.join(map(str, receivers))}")
 
 
 class Change(NamedTuple):
@@ -277,6 +271,10 @@ class FirstRun(Growing):
         super().__init__(model, base, rows, sources)
         self.route, self.changes = route, {}
         self.offsets = torch.arange(len(base.positions), device=base.ids.device)
+        # laid out before the pass: on its way nothing is to wait for the host
+        self.made = {key: self.edit(*key) for key in self.edits}
+        with_head = {layer: {row for row, *_ in edits} for (part, layer), edits in self.edits.items() if part == "head"}
+        self.with_head = {at: torch.tensor(sorted(places), device=base.ids.device) for at, places in with_head.items()}
 
     def run(self) -> dict[Receiver, Change]:
         """Each receiver's change, where it shares tokens with the senders."""
@@ -304,7 +302,7 @@ class FirstRun(Growing):
 
     def send(self, component: str, layer: int, activation: Tensor) -> None:
         """Put the senders' values into an activation that this pass made."""
-        if edit := self.edit(component, layer):
+        if edit := self.made.get((component, layer)):
             edit.write(activation)
             self.observe(edit, self.base.activations[component, layer], activation)
 
@@ -313,11 +311,11 @@ class FirstRun(Growing):
         owner = self.batch.owner[: len(hidden_states)].to(hidden_states.device)
         value = self.base.activations[component, layer][owner]
         self.send(component, layer, value)
-        if component == "attn" and ("head", layer) in self.edits:
+        if component == "attn" and layer in self.with_head:
             plain = self.base.activations["head", layer][owner]
             heads = plain.clone()
             self.send("head", layer, heads)
-            rows = torch.tensor(sorted({row for row, *_ in self.edits["head", layer]}), device=hidden_states.device)
+            rows = self.with_head[layer].to(hidden_states.device)
             # both through one call of o_proj: what the kernel's shape does to the last bits cancels
             new, old = self.model.o_projs[layer](torch.cat([heads[rows], plain[rows]])).chunk(2)
             value[rows] += new - old

@@ -87,9 +87,9 @@ class PostNorms(NamedTuple):
 @torch.no_grad()
 def fixed_norm(module: nn.Module, width: int) -> FixedNorm:
     """The parameters of a norm over `width` features; ModelError if the module is no g * c(x) / s(x) + b."""
-    own = copy.copy(module)
+    bare = copy.copy(module)
     for name in ("forward", "_old_forward", "_hf_hook"):  # accelerate's, which would move the probes
-        own.__dict__.pop(name, None)
+        bare.__dict__.pop(name, None)
     offloaded = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
     weights = {
         name: (offloaded[name] if value.is_meta else value).detach().cpu().double()
@@ -97,7 +97,7 @@ def fixed_norm(module: nn.Module, width: int) -> FixedNorm:
     }
 
     def run(x: Tensor) -> Tensor:
-        return torch.func.functional_call(own, weights, (x,))
+        return torch.func.functional_call(bare, weights, (x,))
 
     signs = torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(width // 2 + 1)[:width]
     bias = run(torch.zeros(1, width, dtype=torch.float64))[0]

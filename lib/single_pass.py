@@ -54,10 +54,10 @@ class BaseRun:
 
     def part(self, first: int, last: int) -> BaseRun:
         """The runs of prompts first .. last - 1 alone (views)."""
-        own = slice(first, last)
-        activations = {key: value[own] for key, value in self.activations.items()}
-        cache = [(keys[own], values[own]) for keys, values in self.cache]
-        return BaseRun(self.ids[own], self.positions, self.hidden[own], activations, cache)
+        some = slice(first, last)
+        activations = {key: value[some] for key, value in self.activations.items()}
+        cache = [(keys[some], values[some]) for keys, values in self.cache]
+        return BaseRun(self.ids[some], self.positions, self.hidden[some], activations, cache)
 
 
 def token_ids(model: Model, prompts: Sequence[Sequence[int]]) -> Ids:
@@ -106,8 +106,8 @@ def keeping(
     def keep(activation: Tensor, key: tuple[str, int]) -> None:
         kept[key] = activation[:, at.to(activation.device)]
 
-    own = [component for component in components if (component == "embed") == (layer < 0)]
-    return [hooks.on_activation(model, layer, c, partial(keep, key=(c, layer))) for c in own]
+    here = [component for component in components if (component == "embed") == (layer < 0)]
+    return [hooks.on_activation(model, layer, c, partial(keep, key=(c, layer))) for c in here]
 
 
 def index_batches(keys: Sequence[Hashable], size: int | Callable[[Any], int]) -> Iterator[list[int]]:
@@ -116,9 +116,9 @@ def index_batches(keys: Sequence[Hashable], size: int | Callable[[Any], int]) ->
     places: dict[Hashable, list[int]] = {}
     for place, key in enumerate(keys):
         places.setdefault(key, []).append(place)
-    for key, own in places.items():
+    for key, alike in places.items():
         step = size(key) if callable(size) else size
-        yield from (own[at : at + step] for at in range(0, len(own), step))
+        yield from (alike[at : at + step] for at in range(0, len(alike), step))
 
 
 def plain_runs(
@@ -137,11 +137,11 @@ def plain_runs(
     given and at most `size` of them: no padding is needed. Batches come in the order of their first prompts. What
     shares a batch decides the last bits, so `size` is the caller's. `layers` and `cache` as in `base_run`.
     """
-    own = positions if len(positions) and isinstance(positions[0], Sequence) else [positions] * len(prompts)
-    keys = [(len(ids), tuple(at)) for ids, at in zip(prompts, own, strict=True)]
+    each = positions if len(positions) and isinstance(positions[0], Sequence) else [positions] * len(prompts)
+    keys = [(len(ids), tuple(at)) for ids, at in zip(prompts, each, strict=True)]
     for places in index_batches(keys, size):
         ids = token_ids(model, [prompts[place] for place in places])
-        yield places, base_run(model, ids, own[places[0]], components, layers=layers, cache=cache)
+        yield places, base_run(model, ids, each[places[0]], components, layers=layers, cache=cache)
 
 
 def joined(parts: Sequence[Mapping], cat: Callable = np.concatenate) -> dict:
@@ -270,8 +270,8 @@ class Growing:
 
     def grown(self, hidden: Float[Tensor, "batch hidden"]) -> Grown:
         """The rows' numbers, from the final hidden states."""
-        own = hidden[self.batch.at.to(hidden.device)]
-        return Grown(hidden[: self.batch.prompts], own, *self.proof())
+        batch = self.batch
+        return Grown(hidden[: batch.prompts], hidden[batch.at.to(hidden.device)], *self.proof())
 
     def proof(self) -> tuple[Tensor, Tensor, Tensor]:
         """`fired`, `site_delta` and `expected` of a Grown, in the order of the rows."""

@@ -112,9 +112,11 @@ def run_sets(
     check(model, pairs, sets, how.role, kinds)
     pool, kept, halved, loads = how.pool or pairs, {} if how.pools is None else how.pools, [], {}
     batches = [
-        PairBatch(model, own, sets, kinds, how, grower(own[0].clean.roles) if grower else grow, tuple(needs), variants)
+        PairBatch(
+            model, pack, sets, kinds, how, grower(pack[0].clean.roles) if grower else grow, tuple(needs), variants
+        )
         for group in grouped(pairs)
-        for own in packs(group, len(sets) * len(kinds), how.role)
+        for pack in packs(group, len(sets) * len(kinds), how.role)
     ]
     if grower is None and offload.offloaded(model):
         frames, loads = offload.run(batches, kept, pool, halved)

@@ -61,7 +61,7 @@ def test_a_row_takes_no_more_than_is_counted_for_it_and_nothing_comes_from_the_h
     """With a fused attention kernel, as CUDA's are: a value that is asked for on the way is an error on `meta`."""
     fused = lambda q, k, v, **_: torch.empty_like(q)  # noqa: E731
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", fused)
-    monkeypatch.setattr(single_pass.Proof, "of_rows", lambda self: (None, None, None))
+    monkeypatch.setattr(single_pass.Growing, "proof", lambda self: (None, None, None))
     ids = torch.zeros(2, TOKENS, dtype=torch.long, device="meta")
     runs = single_pass.base_run(shape, ids, ROLES[role])
     rows = [Row((site,), 0, 0) for site in hooks.all_sites(shape)] * 5
