@@ -368,16 +368,27 @@ def make_pair(
 
 
 def two_prompts(
-    tokenizer: Any, *, clean: str, corrupt: str, answer: str, corrupt_answer: str, foils: Sequence[str] = ()
+    tokenizer: Any,
+    *,
+    clean: str,
+    corrupt: str,
+    answer: str,
+    corrupt_answer: str,
+    foils: Sequence[str] = (),
+    roles: Mapping[str, tuple[str, str]] | None = None,
+    pair_id: str = "two_prompts",
 ) -> Pair:
     """A pair from any two texts whose tokens line up, without a template: roles `swapped`, `last` and `all`.
 
     Args:
         answer, corrupt_answer, foils: the candidates, written as they continue the text (" Paris"); the first token
             of each is read.
+        roles: more roles by name: the words that have it in the clean and in the corrupt text, the same tokens of both.
+        pair_id: of its own where several pairs are swept together; each is a cluster by itself.
 
     Raises:
-        ValueError: different token counts, the same text twice, or candidates that share a first token.
+        ValueError: different token counts, the same text twice, candidates that share a first token, or a role whose
+            words are not there once, or not at the same tokens of both texts.
     """
     sides = [tuple(tokenizer(text).input_ids) for text in (clean, corrupt)]
     if len(sides[0]) != len(sides[1]):
@@ -385,15 +396,44 @@ def two_prompts(
     swapped = tuple(i for i, (one, other) in enumerate(zip(*sides, strict=True)) if one != other)
     if not swapped:
         raise ValueError(f"the clean and the corrupt prompt are the same: {clean!r}")
-    roles = {"swapped": swapped, "last": (len(sides[0]) - 1,), "all": tuple(range(len(sides[0])))}
-    words = (answer, corrupt_answer, *foils)
-    tokens = tuple(tokenizer(word, add_special_tokens=False).input_ids[0] for word in words)
-    _distinct(words, tokens, "two_prompts")
-    prompts = [Prompt(text, ids, roles) for text, ids in zip((clean, corrupt), sides, strict=True)]
+    places = {"swapped": swapped, "last": (len(sides[0]) - 1,), "all": tuple(range(len(sides[0])))}
+    for role, words in (roles or {}).items():
+        found = [words_tokens(tokenizer, text, own) for text, own in zip((clean, corrupt), words, strict=True)]
+        if found[0] != found[1]:
+            raise ValueError(
+                f"role {role!r}: {words[0]!r} has tokens {found[0]}, {words[1]!r} {found[1]}: not the same"
+            )
+        places[role] = found[0]
+    candidates = (answer, corrupt_answer, *foils)
+    tokens = tuple(tokenizer(word, add_special_tokens=False).input_ids[0] for word in candidates)
+    _distinct(candidates, tokens, "two_prompts")
     return Pair(
-        "two_prompts", "two_prompts", "discovery", "superset", "two_prompts", *prompts, words, 0, 1, tokens, tokens,
-        (), (), (), (),
-    )  # fmt: skip
+        pair_id=pair_id,
+        quad_id=pair_id,
+        half="discovery",
+        task="superset",
+        template="two_prompts",
+        clean=Prompt(clean, sides[0], places),
+        corrupt=Prompt(corrupt, sides[1], places),
+        candidates=candidates,
+        answer=0,
+        corrupt_answer=1,
+        clean_tokens=tokens,
+        corrupt_tokens=tokens,
+        clean_seconds=(),
+        corrupt_seconds=(),
+        labels=(),
+        label_tokens=(),
+    )
+
+
+def words_tokens(tokenizer: Any, text: str, words: str) -> tuple[int, ...]:
+    """The tokens of a text in which some words of it stand. ValueError where they are not there exactly once."""
+    if text.count(words) != 1 or not words.strip():
+        raise ValueError(f"{words!r} stands {text.count(words)} times in {text!r}; give words that stand there once")
+    start = text.index(words)
+    offsets = tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
+    return tuple(i for i, (low, high) in enumerate(offsets) if low < start + len(words) and high > start)
 
 
 def _name_answers(prompt: Prompt, names: Sequence[str], where: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
