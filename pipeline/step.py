@@ -55,7 +55,7 @@ class Ability:
         return self.able
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Step:
     """One step of the plan with its parameters: where it reads, where it writes, how it computes."""
 
@@ -219,6 +219,13 @@ class Step:
             ]
         except ValueError as error:
             raise StepError(str(error)) from None
+
+    def shared(self, name: str, make: Callable[[], Any]) -> Any:
+        """What several tables share in one sitting, such as a pool of activations; made when it is first asked for."""
+        kept = self.__dict__.setdefault("kept", {})
+        if name not in kept:
+            kept[name] = make()
+        return kept[name]
 
     def sweeper(self, pairs: Sequence[Pair], run: Run | None = None) -> Callable[[Unit], pd.DataFrame]:
         """What computes units of `sweep_units`, or of what else `run` sweeps; means and resamples come from `pairs`.

@@ -60,8 +60,8 @@ def split_units(step: Step | Case, slices: Mapping[str, Sequence[Site]]) -> list
 
 def splitter(step: Step, slices: Mapping[str, Sequence[Site]]) -> Callable[[Unit], pd.DataFrame]:
     """What splits the effects in a unit's pairs; all pairs are donors of means and resamples."""
-    pairs, pools = step.prompts(), {}
-    reading = cache(lambda: splits.Reading(readout(step.model), post_norms(step.model)))
+    pairs, pools = step.prompts(), step.shared("pools", dict)
+    reading = step.shared("reading", lambda: cache(lambda: splits.Reading(readout(step.model), post_norms(step.model))))
 
     def compute(unit: Unit) -> pd.DataFrame:
         how = {"pool": pairs, "pools": pools, "seed": step.params.seed, "reading": reading()}

@@ -84,7 +84,7 @@ def more_pairs(step: Step | Case) -> list[Pair]:
 
 def reader_of(step: Step) -> Callable[[], neurons.Reading]:
     """The reading of the step's model, made when it is first asked for."""
-    return cache(lambda: neurons.reading_of(step.model, layers_of(step)))
+    return step.shared("reading", lambda: cache(lambda: neurons.reading_of(step.model, layers_of(step))))
 
 
 def neuron_units(step: Step | Case) -> list[Unit]:
@@ -171,9 +171,8 @@ class Plain(NamedTuple):
         return neurons.of_tokens(self.step.model, self.harvest(), self.reading(), self.leading)
 
 
-@cache
-def plain_of(step: Step, leading: tuple[tuple[int, int], ...]) -> Plain:
-    """What is read in plain runs, once for a step."""
+def plain_of(step: Step, leading: Sequence[tuple[int, int]]) -> Plain:
+    """What is read in plain runs."""
     reading = reader_of(step)
     harvest = cache(lambda: neurons.harvest(step.model, more_pairs(step), layers_of(step), reading()))
     return Plain(step, leading, reading, harvest)
@@ -181,7 +180,8 @@ def plain_of(step: Step, leading: tuple[tuple[int, int], ...]) -> Plain:
 
 def plain_reader(name: str, step: Step, leading: Sequence[tuple[int, int]]) -> Callable[[Unit], pd.DataFrame]:
     """What makes one of these tables."""
-    return lambda _: getattr(plain_of(step, tuple(leading)), name)()
+    plain = step.shared("plain runs", lambda: plain_of(step, leading))
+    return lambda _: getattr(plain, name)()
 
 
 def class_cost(case: Case, units: Sequence[Unit], leading: Sequence[tuple[int, int]]) -> Work:

@@ -97,8 +97,8 @@ def superset_by_profession(step: Step) -> dict[str, str]:
 
 
 def patcher(step: Step, *chosen: Any) -> Callable[[Unit], pd.DataFrame]:
-    """What patches the paths of a unit."""
-    return step.sweeper(step.prompts(), routes.run)
+    """What patches the paths of a unit; all tables share the pool of activations, and the proofs of the first unit."""
+    return step.shared("patcher", lambda: step.sweeper(step.prompts(), routes.run))
 
 
 def sender_units(step: Step | Case, pairs: Subject) -> list[Unit]:
