@@ -78,7 +78,8 @@ def test_clean_leaves_the_results_and_everything_else(project):
 @pytest.mark.parametrize(
     "name",
     ["", "..", ".", "../lib", "smoke victim", "smoke/../victim", "/tmp", "-rf", "~", "*", "$(shell touch x)"]
-    + ["$$(touch x)", "`touch x`", ";touch x", "a;touch x", "'", '"', "a,b", "a|b", "\u00e9", "a\nb"],
+    + ["$$(touch x)", "`touch x`", ";touch x", "a;touch x", "'", '"', "a,b", "a|b", "\u00e9", "a\nb"]
+    + [" ", "smoke ~", "../../victim", "smoke/", "{smoke,other}", '"; touch x; "'],
 )
 def test_what_is_no_name_is_refused_before_anything_is_done(project, target, name):
     (project.folder / "victim").mkdir()
@@ -88,17 +89,30 @@ def test_what_is_no_name_is_refused_before_anything_is_done(project, target, nam
     assert log == [] and sorted(project.folder.rglob("*")) == before
 
 
-def test_a_name_from_the_environment_is_held_to_the_same(project):
-    (project.folder / "requirements.lock").touch()
-    (project.folder / "requirements-no-deps.lock").touch()
-    _, done = project.make("clean", status=2, PROFILE="$(shell touch x)", CONDA_DEFAULT_ENV="")
-    assert "PROFILE must be" in done.stderr and not (project.folder / "x").exists()
+@pytest.mark.parametrize("name", ["$(shell touch x)", "$$(touch x)", "`touch x`", "", "smoke victim", "../victim"])
+def test_a_name_from_the_environment_is_held_to_the_same(project, name):
+    (project.folder / "victim").mkdir()
+    before = sorted(project.folder.rglob("*"))
+    log, done = project.make("clean", "PY=./python", status=2, PROFILE=name)
+    assert "PROFILE must be" in done.stderr
+    assert log == [] and sorted(project.folder.rglob("*")) == before
 
 
-@pytest.mark.parametrize("card", ["$(shell touch x)", "`touch x`", "'; touch x; '", '"; touch x; "', "$(touch x)"])
+@pytest.mark.parametrize("name", ["smollm2-135m", "Llama-3.3_70b", "a", "3"])
+def test_an_ordinary_name_is_taken(project, name):
+    for folder in (name, "other"):
+        (project.folder / "build" / folder).mkdir()
+    project.make("clean", f"PROFILE={name}")
+    assert [path.name for path in (project.folder / "build").iterdir()] == ["other"]
+
+
+@pytest.mark.parametrize(
+    "card", ["$(shell touch x)", "`touch x`", "'; touch x; '", '"; touch x; "', "$(touch x)", "$$(touch x)"]
+)
 def test_a_cards_name_is_never_executed(project, card):
-    log, _ = project.make("plan", f"DEVICE={card}")
-    assert log == [f"-m steps.plan [smollm2-135m] [{card}]"] and not (project.folder / "x").exists()
+    for arguments, variables in ((f"DEVICE={card}", {}), ("PY=./python", {"DEVICE": card})):
+        log, _ = project.make("plan", arguments, **variables)
+        assert log == [f"-m steps.plan [smollm2-135m] [{card}]"] and not (project.folder / "x").exists()
 
 
 def test_tests_without_a_browser_say_the_one_command(project):
@@ -144,79 +158,3 @@ def test_an_interpreter_that_is_too_old_is_refused(project):
     (project.folder / "requirements-no-deps.lock").touch()
     _, done = project.make("lint", "PYTHON=false", status=2, CONDA_DEFAULT_ENV="")
     assert "PYTHON=false is not a working Python 3.11" in done.stderr and not (project.folder / ".venv").exists()
-
-
-# --- names and values that make must not take for more than they are ---
-
-SMUGGLED = {
-    "two folders": "smoke ../kept",
-    "a way up": "../lib",
-    "a way up and out": "../../kept",
-    "a way up from a profile": "smoke/../../book",
-    "nothing": "",
-    "a space": " ",
-    "the folder itself": ".",
-    "the folder above": "..",
-    "a star": "*",
-    "braces": "{smoke,other}",
-    "a tilde": "smoke ~",
-    "an option": "-rf",
-    "letters beyond ASCII": "smöke",
-    "a semicolon": "smoke;touch made",
-    "a pipe": "smoke|touch made",
-    "backticks": "`touch made`",
-    "a command for the shell": "$$(touch made)",
-    "a command for make": "$(shell touch made)",
-    "quotation marks": 'smoke"; touch made; "',
-    "apostrophes": "smoke'; touch made; '",
-    "a line break": "smoke\ntouch made",
-}
-
-
-def files(project: Project) -> set[Path]:
-    return {path for path in project.folder.parent.rglob("*") if path.is_file()}
-
-
-@pytest.mark.parametrize("given", ["as an argument", "from the environment"])
-@pytest.mark.parametrize("name", SMUGGLED)
-def test_what_is_no_name_of_a_profile_is_refused_and_nothing_is_touched(name, given, project):
-    for kept in ("build/smoke/page", "build/other/page", "../kept/file"):
-        (project.folder / kept).parent.mkdir(parents=True, exist_ok=True)
-        (project.folder / kept).touch()
-    before = files(project)
-    arguments, variables = [f"PROFILE={SMUGGLED[name]}"], {}
-    if given == "from the environment":
-        arguments, variables = ["PY=./python"], {"PROFILE": SMUGGLED[name]}
-    for target in ("clean", "help"):
-        log, done = project.make(target, *arguments, status=2, **variables)
-        (line,) = done.stderr.splitlines()
-        assert "PROFILE must be the name of a file in params/" in line and log == [] and done.stdout == ""
-    assert files(project) == before
-
-
-@pytest.mark.parametrize("name", ["smollm2-135m", "Llama-3.3_70b", "a", "3"])
-def test_an_ordinary_name_is_taken(name, project):
-    (project.folder / "build" / name).mkdir(parents=True)
-    (project.folder / "build" / "other").mkdir()
-    project.make("clean", f"PROFILE={name}")
-    assert [path.name for path in (project.folder / "build").iterdir()] == ["other"]
-
-
-@pytest.mark.parametrize(
-    "device",
-    [
-        "NVIDIA H100 80GB",
-        "$(touch made)",
-        "$$(touch made)",
-        "$(shell touch made)",
-        "`touch made`",
-        '"; touch made; "',
-        "it's",
-    ],
-)
-def test_a_card_is_handed_on_as_it_was_given(device, project):
-    (project.folder / "python").write_text('#!/usr/bin/env bash\necho "$DEVICE" >> log\n')
-    before = files(project)
-    for arguments, variables in (([f"DEVICE={device}"], {}), (["PY=./python"], {"DEVICE": device})):
-        log, _ = project.make("plan", *arguments, **variables)
-        assert log == [device] and files(project) == before
