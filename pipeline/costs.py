@@ -216,48 +216,6 @@ def parts_of(shape: Shape) -> list[tuple[str, int]]:
     return [*(("head", head) for head in range(shape.n_heads)), ("mlp", -1)]
 
 
-def circuit_pass(shape: Shape, kept: Any, lent: int, tokens: int) -> Work:
-    """`circuits.masked`: a row of the tree is run in a module only where the circuit keeps something of it.
-
-    `kept` is (circuits, layers, parts), as `circuits.kept_parts` gives it.
-    """
-    from steps.story.circuits import branches
-
-    attention = 2 * shape.attention + 4 * shape.n_heads * shape.head_size * tokens
-    states = [(branch.kept[:, :-1].any(1).sum(), branch.kept[:, -1].sum()) for branch in branches(kept)[0]]
-    grown = sum(lent * (heads * attention + mlps * 2 * shape.mlp) for heads, mlps in states)
-    return Work(passes=1, grown=float(grown), light=len(kept) * lent)
-
-
-def circuit_unit(shape: Shape, pairs: Sequence[Pair], kept: Any, machine: Machine, ready: bool = True) -> Work:
-    """Circuits tested on pairs (`circuits.scored`), with the plain runs of both prompts if `ready`."""
-    from steps.story.circuits import SHARED_ROW_TOKENS
-
-    out = Work()
-    for group in grouped(pairs):
-        tokens = len(group[0].clean.ids)
-        limit = min(limit_of(shape, tokens, tokens - 1, machine.dtype, machine.memory), SHARED_ROW_TOKENS)
-        size = max(1, limit // len(kept))
-        for at in range(0, len(group), size):
-            out += circuit_pass(shape, kept, len(group[at : at + size]), tokens)
-        if ready:
-            passes = -(-len(group) // 16)
-            out += plain(shape, 2 * len(group), tokens, 2 * passes) + Work(other={"jobs": 1})
-    return out
-
-
-def attribution_unit(shape: Shape, pairs: Sequence[Pair]) -> Work:
-    """A unit of `attribution.attribute`: forward and backward of the last token, a row for every layer dropped."""
-    out = Work()
-    for group in grouped(pairs):
-        count, tokens = len(group), len(group[0].clean.ids)
-        rows = count * (1 + shape.n_layers)
-        weights = of_rows(shape, [0] * rows, 1, tokens)  # backward: towards the input alone, no weight has a gradient
-        grown = 2 * weights + of_rows(shape, [0] * 3 * count, 1, tokens)
-        out += plain(shape, 2 * count, tokens) + Work(passes=4, grown=grown, light=rows, other={"jobs": 1})
-    return out
-
-
 def proofs(shape: Shape, pair: Pair) -> Work:
     """`sweep.prove`: identity patches at the names, and the whole residual of one run in the other."""
     tokens, start = len(pair.clean.ids), min(pair.clean.roles["names"])

@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
-import numpy as np
-
 from lib import batches, sweep, tasks
 from lib.data import HALVES
 from lib.hooks import Site
@@ -18,16 +16,14 @@ from lib.tasks import SUPERSETS, Pair
 from pipeline import costs
 from pipeline.assumed import (  # fmt: skip
     CIRCUITS,
-    GROWN,
     MOVED,
     Case,
     order_of,
     pair_of,
     tokens_of,
 )
-from pipeline.costs import Work, plain, sweep_unit, total
-from pipeline.units import Unit, sweep_units
-from steps.story.circuits import QUEUE, REFRESH
+from pipeline.costs import Work, plain
+from pipeline.units import sweep_units
 
 
 def generality(case: Case) -> Iterator[tuple[str, Work]]:
@@ -116,54 +112,6 @@ def subspace(case: Case) -> Iterator[tuple[str, Work]]:
     yield "steering", case.swept(sweep_units("steering", steered, variants=doses, site_sets=best, direction="noise"))
 
 
-def story(case: Case) -> Iterator[tuple[str, Work]]:
-    """10: the search for the circuit, attribution beside the exact sweep, and the circuits tested."""
-    p, shape, rng = case.params, case.shape, np.random.default_rng(0)
-    sites = np.array([(layer, part) for layer in case.layers for part in range(shape.n_heads + 1)])
-    drawn = [tuple(site) for site in rng.permutation(sites)]
-    size = min(GROWN, p.circuit_limit, len(drawn) - 1)
-
-    def kept(circuits: Sequence[Sequence[tuple]], without: int = 0) -> np.ndarray:
-        """Everything, nothing, circuits that keep these sites only, and some that keep all but a few."""
-        out = np.zeros((2 + len(circuits) + without, shape.n_layers, shape.n_heads + 1), dtype=bool)
-        out[0] = out[2 + len(circuits) :] = True
-        for own, members in zip(out[2:], circuits, strict=False):
-            own[tuple(np.array(members, dtype=int).reshape(-1, 2).T)] = True
-        for own in out[2 + len(circuits) :]:
-            own[tuple(np.array(drawn[:size:2]).T)] = False
-        return out
-
-    searched, work = subsampled(case, p.search_pairs, case.half(0)), Work()
-    test = lambda masks, pairs, ready=False: costs.circuit_unit(shape, pairs, masks, case.machine, ready)  # noqa: E731
-    for members in range(size):
-        asked = len(drawn) - members if members in REFRESH else min(QUEUE, len(drawn) - members)
-        queue = kept([[*drawn[:members], site] for site in drawn[members : members + QUEUE]])
-        work += test(queue, searched).times(asked / min(QUEUE, len(drawn) - members))
-    work += test(kept([drawn[:size]] * size), searched) + test(kept([]), searched, True)
-    yield "search", work + Work(table=20 * 100 * size)
-    few = subsampled(case, p.attribution_pairs)
-    nodes = shape.n_layers * (2 * shape.n_heads + 1) * len(few)
-    eights = [Unit("", tuple(few[at : at + 8])) for at in range(0, len(few), 8)]
-    yield "attribution", total(costs.attribution_unit(shape, u.pairs) for u in eights) + Work(table=27 * nodes)
-    exact = sweep_units("sites", few, components=["head", "mlp"])
-    queries = sweep_units("queries", few, components=["head"])
-    yield (
-        "exact",
-        total(sweep_unit(shape, u.pairs, u.options, case.machine) for u in [*exact, *queries]) + Work(table=5 * nodes),
-    )
-    step = max(1, p.circuit_limit // 10)
-    sizes = sorted({1, 2, size, *range(step, p.circuit_limit + 1, step)})
-    path = [n for n in sizes if n <= size]
-    tests = [drawn[:n] for n in path] + [
-        list(rng.permutation(drawn)[:n]) for n in sizes for _ in range(3 + p.random_sets)
-    ]
-    tests += [drawn[: size - 1]] * size + [drawn[: size // 2]] * p.subsets
-    whole = subsampled(case, p.pairs)
-    chunks = [group[at : at + 8] for group in batches.grouped(whole) for at in range(0, len(group), 8)]
-    own = total(test(kept(tests, 1 + p.subsets), chunk, True) + test(kept(tests[:1]), chunk, True) for chunk in chunks)
-    yield "circuits", own + Work(table=39 * len(whole) * len(tests))
-
-
 def subsampled(case: Case, count: int | None, pairs: Sequence[Pair] | None = None) -> list[Pair]:
     return batches.subsample(case.pairs if pairs is None else pairs, count)
 
@@ -171,5 +119,4 @@ def subsampled(case: Case, count: int | None, pairs: Sequence[Pair] | None = Non
 TABLES: dict[str, Callable[[Case], Iterator[tuple[str, Work]]]] = {
     "generality": generality,
     "subspace": subspace,
-    "story": story,
 }

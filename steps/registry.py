@@ -20,7 +20,7 @@ from steps.hydra import measure as hydra
 from steps.necessity import measure as necessity
 from steps.neurons import measure as neurons
 from steps.retrieval_heads import measure as retrieval_heads
-from steps.story.measure import Story
+from steps.story import measure as story
 from steps.subspace.measure import Subspace
 from steps.sufficiency import measure as sufficiency
 
@@ -49,19 +49,7 @@ PLAN = Plan(
             "subspace", Subspace, planned.subspace, layered=True, tasks=SUPERSET_TASKS, reads=SLICE, files=PEOPLE
         ),
         neurons.STEP,
-        Declaration(
-            "story",
-            Story,
-            planned.story,
-            layered=True,
-            tasks=SUPERSET_TASKS,
-            always=True,
-            reads=SLICE,
-            reads_tables=("sufficiency", "necessity"),
-            page_keys=("claims",),
-            page_files=("data/filter_heads_llama-3.3-70b.csv", "data/claims.schema.json"),
-            extra_files=("claims.json",),
-        ),
+        story.STEP,
     ],
 )
 

@@ -266,7 +266,7 @@ KILLED = """
 import sys, time
 sys.path[:0] = [sys.argv[2], sys.argv[2] + "/tests"]
 from pathlib import Path
-from lib import units
+from pipeline import units
 from test_records import PLAN, fake_compute, fake_plan
 
 def slow(unit):

@@ -14,65 +14,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import numpy as np
 import pandas as pd
-import pandera.pandas as pa_schema
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from lib import hooks, sweep
-from lib.batches import grouped, token_ids
+from lib import hooks, records, sweep
+from lib.batches import both_runs, grouped
 from lib.hooks import Model
 from lib.paths import projection
-from lib.single_pass import Activations, BaseRun, SharedPrefix, SweepError, base_run
+from lib.single_pass import Activations, BaseRun, SweepError, rerun
 from lib.tasks import Pair
-from pipeline.step import Step
-from pipeline.units import Unit
-from steps.story.circuits import candidate_logits
 
 BATCH = 8  # pairs that share a pass: with a row for every layer each
-KINDS = ("head", "mlp", "query")
+KEPT = ("head", "mlp")  # whose plain activations are kept
+KINDS = (*KEPT, "query")
 
-_finite = pa_schema.Check(np.isfinite, name="finite")
-_IDENTITY = {name: pa_schema.Column(str) for name in ("pair_id", "quad_id", "half")} | {
-    "layer": pa_schema.Column("int32", pa_schema.Check.ge(0)),
-    "component": pa_schema.Column(str, pa_schema.Check.isin(KINDS)),
-    "head": pa_schema.Column("int32", pa_schema.Check.ge(-1)),
+_NODE = ["pair_id", "layer", "component", "head"]
+_IDENTITY = {
+    "pair_id": records.text(),
+    "quad_id": records.text(),
+    "half": records.text(),
+    "layer": records.whole(0),
+    "component": records.text(KINDS),
+    "head": records.whole(-1),
 }
 # One row per pair and node: what replacing it would cost by each method (logits of logit_diff; `grad_drop` unsigned).
-SCHEMA = pa_schema.DataFrameSchema(
-    _IDENTITY
-    | {name: pa_schema.Column("float64", _finite) for name in ("atp", "atp_qk", "grad_drop")}
-    | {"tokens": pa_schema.Column("int32")},
-    strict=True,
-    ordered=True,
-    unique=["pair_id", "layer", "component", "head"],
-    name="table of attributions",
-)
-EXACT_SCHEMA = pa_schema.DataFrameSchema(
-    _IDENTITY | {"exact": pa_schema.Column("float64", _finite)},
-    strict=True,
-    ordered=True,
-    unique=["pair_id", "layer", "component", "head"],
-    name="table of exact effects",
-)
+METHODS = {name: records.number() for name in ("atp", "atp_qk", "grad_drop")}
+SCHEMA = records.table_schema("table of attributions", _IDENTITY | METHODS | {"tokens": records.whole(1)}, _NODE)
+EXACT_SCHEMA = records.table_schema("table of exact effects", _IDENTITY | {"exact": records.number()}, _NODE)
 
 
 def last_token(model: Model, run: BaseRun, times: int = 1) -> Float[Tensor, "rows hidden"]:
     """The last token of every prompt once more (each prompt `times` times) over the kept cache: final hidden states."""
     owner = torch.arange(len(run.ids), device=run.ids.device).repeat(times)
-    start = run.ids.shape[1] - 1
-    return model.body(
-        input_ids=run.ids[owner, start:],
-        past_key_values=SharedPrefix(run.cache, start, owner),
-        position_ids=torch.tensor([[start]], device=run.ids.device),
-        use_cache=True,
-    ).last_hidden_state[:, -1]
+    return rerun(model, run, run.ids.shape[1] - 1, owner)
 
 
 def on_queries(model: Model, layer: int, visit: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
@@ -96,28 +77,29 @@ def queried(model: Model, clean: BaseRun, corrupt: BaseRun) -> tuple[Activations
     ("head", layer); (pairs, 1, heads x size). SweepError unless heads keep their output under the queries they had."""
     count, queries, heads, handles = len(clean.ids), {}, {}, []
     own: dict[int, Tensor] = {}
+
+    def note(q: Tensor, layer: int) -> None:
+        queries["query", layer] = q.clone()
+
     with hooks.removing(handles):
-        for layer in range(model.n_layers):
-            keep = lambda q, layer=layer: queries.update({("query", layer): q.clone()})  # noqa: E731
-            handles.append(on_queries(model, layer, keep))
+        handles += [on_queries(model, layer, partial(note, layer=layer)) for layer in range(model.n_layers)]
         last_token(model, corrupt)
-    handles.clear()
 
-    def twin(_: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        hidden = (args[0] if args else kwargs.pop("hidden_states"))[:count]  # each layer starts from the clean run
-        return (hidden.repeat(2, 1, 1), *args[1:]), kwargs
+    def twin(hidden: Tensor) -> Tensor:
+        return hidden[:count].repeat(2, 1, 1)  # each layer starts from the clean run
 
+    def swap(q: Tensor, layer: int) -> Tensor:
+        return torch.cat([q[:count], queries["query", layer].to(q)])
+
+    def keep(z: Tensor, layer: int) -> None:
+        own[layer], heads["head", layer] = z[:count], z[count:].clone()
+
+    handles = []
     with hooks.removing(handles):
         for layer in range(model.n_layers):
-
-            def swap(q: Tensor, layer: int = layer) -> Tensor:
-                return torch.cat([q[:count], queries["query", layer].to(q)])
-
-            def keep(z: Tensor, layer: int = layer) -> None:
-                own[layer], heads["head", layer] = z[:count], z[count:].clone()
-
-            handles.append(model.blocks[layer].register_forward_pre_hook(twin, with_kwargs=True))
-            handles += [on_queries(model, layer, swap), hooks.on_activation(model, layer, "head", keep)]
+            handles.append(hooks.on_input(model.blocks[layer], twin))
+            handles.append(on_queries(model, layer, partial(swap, layer=layer)))
+            handles.append(hooks.on_activation(model, layer, "head", partial(keep, layer=layer)))
         last_token(model, clean, times=2)
     for layer, z in own.items():
         plain = clean.activations["head", layer]
@@ -131,55 +113,46 @@ def queried(model: Model, clean: BaseRun, corrupt: BaseRun) -> tuple[Activations
 def attribute(model: Model, pairs: Sequence[Pair]) -> pd.DataFrame:
     """Every node's effect at `last` on every pair by AtP, AtP with QK fix and GradDrop (`SCHEMA`)."""
     frames = []
-    for clean, corrupt, own in both_runs(model, pairs):
+    for own in grouped(pairs, BATCH):
+        clean, corrupt = both_runs(model, own, own[0].clean.roles["last"], KEPT)
         queries, heads = queried(model, clean, corrupt)
         nodes, gradients, dropped = differentiate(model, clean, own)
-        clean_queries = {key: value for key, value in nodes.items() if key[0] == "query"}
         for layer in range(model.n_layers):
-            moved = {
-                part: corrupt.activations[part, layer] - clean.activations[part, layer] for part in ("head", "mlp")
-            }
-            moved["query"] = queries["query", layer] - clean_queries["query", layer]
+            moved = {part: corrupt.activations[part, layer] - clean.activations[part, layer] for part in KEPT}
+            moved["query"] = queries["query", layer] - nodes["query", layer]
             fixed = moved | {"query": heads["head", layer] - clean.activations["head", layer]}
             for part in KINDS:
-                size = -1 if part == "mlp" else model.n_heads
-
-                def effect(by: Tensor, gradient: Tensor, size: int = size) -> np.ndarray:
-                    """-(moved . gradient) of each head, or of the whole: (..., pairs, nodes)."""
-                    product = (by * gradient).double()[..., 0, :]
-                    split = product[..., None, :] if size < 0 else product.unflatten(-1, (size, -1))
-                    return -split.sum(-1).cpu().numpy()
-
-                key = part, layer
+                size = 1 if part == "mlp" else model.n_heads
                 through = "head" if part == "query" else part
                 others = max(1, model.n_layers - 1)
                 columns = {
-                    "atp": effect(moved[part], gradients[key]),
-                    "atp_qk": effect(fixed[part], gradients[through, layer]),
+                    "atp": effect(moved[part], gradients[part, layer], size),
+                    "atp_qk": effect(fixed[part], gradients[through, layer], size),
                     # with the fix as well, as in the paper's AtP*
-                    "grad_drop": np.abs(effect(fixed[part], dropped[through, layer])).sum(0) / others,
+                    "grad_drop": np.abs(effect(fixed[part], dropped[through, layer], size)).sum(0) / others,
                 }
-                numbers = np.array([-1]) if part == "mlp" else np.arange(model.n_heads)
-                about = {name: np.repeat([getattr(p, name) for p in own], len(numbers)) for name in list(_IDENTITY)[:3]}
+                numbers = [-1] if part == "mlp" else range(model.n_heads)
+                about = {
+                    name: np.repeat([getattr(pair, name) for pair in own], size)
+                    for name in ("pair_id", "quad_id", "half")
+                }
                 site = {"layer": layer, "component": part, "head": np.tile(numbers, len(own))}
                 values = {name: value.ravel() for name, value in columns.items()}
                 frames.append(pd.DataFrame(about | site | values | {"tokens": clean.ids.shape[1]}))
     return pd.concat(frames, ignore_index=True).astype({"layer": "int32", "head": "int32", "tokens": "int32"})
 
 
-def both_runs(model: Model, pairs: Sequence[Pair]) -> Iterator[tuple[BaseRun, BaseRun, list[Pair]]]:
-    """Plain runs of the clean and corrupt prompts, a batch at a time."""
-    for group in grouped(pairs):
-        for at in range(0, len(group), BATCH):
-            own, last = group[at : at + BATCH], group[0].clean.roles["last"]
-            ids = [pair.clean.ids for pair in own] + [pair.corrupt.ids for pair in own]
-            plain = base_run(model, token_ids(model, ids), last, ("head", "mlp"))
-            yield plain.part(0, len(own)), plain.part(len(own), 2 * len(own)), own
+def effect(
+    moved: Float[Tensor, "*more pairs 1 width"], gradient: Float[Tensor, "*more pairs 1 width"], size: int
+) -> Float[np.ndarray, "*more pairs nodes"]:
+    """-(moved . gradient) of each of `size` nodes beside each other."""
+    product = (moved * gradient).double()[..., 0, :]
+    return -product.unflatten(-1, (size, -1)).sum(-1).cpu().numpy()
 
 
 def differentiate(
     model: Model, clean: BaseRun, pairs: Sequence[Pair]
-) -> tuple[Activations, Activations, dict[tuple[str, int], Float[Tensor, "layers pairs 1 width"]]]:
+) -> tuple[Activations, Activations, Mapping[tuple[str, int], Float[Tensor, "layers pairs 1 width"]]]:
     """Nodes of the last token's run, the gradients of logit_diff there, and those with each layer dropped in turn."""
     nodes: dict[tuple[str, int], Tensor] = {}
     handles: list = []
@@ -200,12 +173,12 @@ def differentiate(
     with hooks.removing(handles), torch.enable_grad():
         handles.append(hooks.on_activation(model, -1, "embed", lambda x: x.detach().requires_grad_()))
         for layer in range(model.n_layers):
-            for part in ("head", "mlp", "attn"):
+            for part in (*KEPT, "attn"):
                 handles.append(hooks.on_activation(model, layer, part, partial(keep, key=(part, layer))))
             handles.append(on_queries(model, layer, partial(keep, key=("query", layer))))
         hidden = last_token(model, clean, times)
         tokens = torch.tensor([[p.clean_tokens[p.answer], p.clean_tokens[p.corrupt_answer]] for p in pairs])
-        logits = candidate_logits(model, hidden[None], tokens.repeat(times, 1))[0]
+        logits = model.logits(hidden, tokens.repeat(times, 1))
         wanted = {key: value for key, value in nodes.items() if key[0] in KINDS}
         found = torch.autograd.grad((logits[:, 0] - logits[:, 1]).sum(), list(wanted.values()))
     gradients = {key: value.unflatten(0, (times, count)) for key, value in zip(wanted, found, strict=True)}
@@ -221,7 +194,7 @@ def differentiate(
 def exact(model: Model, pairs: Sequence[Pair], memory: float = 2.0) -> pd.DataFrame:
     """What replacing each node by its value in the corrupt run costs, by the sweep (`EXACT_SCHEMA`)."""
     how = {"direction": "noise", "role": "last", "memory": memory}
-    sites = sweep.run(model, pairs, components=("head", "mlp"), ablations=("counterfactual",), **how)
+    sites = sweep.run(model, pairs, components=KEPT, ablations=("counterfactual",), **how)
 
     def values(own: Sequence[Pair], base: BaseRun, other: BaseRun) -> dict[str, Activations]:
         return {"query": queried(model, base, other)[1]}
@@ -230,12 +203,3 @@ def exact(model: Model, pairs: Sequence[Pair], memory: float = 2.0) -> pd.DataFr
     queries = sweep.run_variants(model, pairs, sets, ("query",), values, **how).assign(component="query")
     both = pd.concat([sites, queries], ignore_index=True)
     return both.assign(exact=both["logit_diff_before"] - both["logit_diff_after"])[list(EXACT_SCHEMA.columns)]
-
-
-def measured(step: Step, pairs: Sequence[Pair]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The step's tables of `attribute` and of `exact`."""
-    chunks = [tuple(group[at : at + 8]) for group in grouped(pairs) for at in range(0, len(group), 8)]
-    plan = [Unit(f"pairs-{index:04d}", chunk) for index, chunk in enumerate(chunks)]
-    estimated = step.table("attribution", plan, lambda unit: attribute(step.model, unit.pairs), schema=SCHEMA)
-    swept = step.table("exact", plan, lambda unit: exact(step.model, unit.pairs, step.memory), schema=EXACT_SCHEMA)
-    return estimated, swept

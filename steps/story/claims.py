@@ -1,7 +1,7 @@
 """The claims ledger: what the plan claims, and the verdict that each claim's numbers earn.
 
-1. `CLAIMS` lists every claim of the plan: the step it rests on, where its numbers stand in that step's findings, the
-   rule by which they and the threshold decide, and the figure and the rows under it.
+1. data/claims.yaml lists every claim of the plan (`CLAIMS`): the step it rests on, where its numbers stand in that
+   step's findings, the rule by which they and the threshold decide, and the figure and the rows under it.
 2. `at` follows a claim's path into findings. A path that a step that ran does not have is an error.
 3. `thresholds` takes each threshold from the profile (`claims` of section `story`), or from the parameter that already
    holds it, as the step that used it recorded it.
@@ -20,16 +20,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
 from pipeline import keys
-from pipeline.params import ParameterError, Shared
+from pipeline.declaration import Plan
+from pipeline.params import ROOT, ParameterError, Shared
 from report.words import interval
 from steps.story.measure import Story
-from steps.story.plan_claims import CLAIMS, Claim
 
-SUPPORTED, NOT_SUPPORTED, NOT_TESTABLE, NOT_TESTED = VERDICTS = (
-    "supported", "not supported", "not testable here", "not tested")  # fmt: skip
+FILE = ROOT / "data" / "claims.yaml"
+SUPPORTED, NOT_SUPPORTED, NOT_TESTABLE, NOT_TESTED = "supported", "not supported", "not testable here", "not tested"
+VERDICTS = (SUPPORTED, NOT_SUPPORTED, NOT_TESTABLE, NOT_TESTED)
 CORRECTION = (
     "Each interval holds on its own at the level given, not for all claims together. p_holm is Holm's correction over "
     "the p values of this ledger; verdicts go by the uncorrected p."
@@ -73,19 +75,58 @@ RULES = {
 }
 
 
-class Rows(BaseModel):
-    """The rows under a claim."""
+class Strict(BaseModel):
+    """A model that takes no other fields."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+
+class Claim(Strict):
+    """One claim of the plan and how it is decided; data/claims.yaml says what each field means."""
+
+    id: str
+    section: str
+    text: str
+    step: str
+    quantity: str
+    rule: Literal[*RULES]
+    path: str
+    figure: str
+    rows: tuple[str, str] | None
+    threshold_from: str | None = None
+    pick: Literal["first", "largest", "weakest", "count"] = "first"
+    columns: tuple[str | None, str | None, str | None] = ("estimate", "low", "high")
+    p: str | None = None
+    centre: float = 0.0
+    tests: str | None = None
+    requires: tuple[str, str] | None = None
+    excludes: tuple[str, str] | None = None
+    companion: str | None = None
+
+
+class Link(Strict):
+    """One link of the plan's sentence (see data/claims.yaml)."""
+
+    claim: str
+    plan: str
+    here: str
+    instead: dict[str, str] = {}
+
+
+_READ = yaml.safe_load(FILE.read_text(encoding="utf-8"))
+CLAIMS = tuple(Claim.model_validate(claim) for claim in _READ["claims"])
+LINKS = tuple(Link.model_validate(link) for link in _READ["sentence"])
+
+
+class Rows(Strict):
+    """The rows under a claim."""
 
     file: str = Field(description="Parquet file in the results folder")
     filter: str = Field(description="what pandas' DataFrame.query takes")
 
 
-class Entry(BaseModel):
+class Entry(Strict):
     """One claim with its verdict."""
-
-    model_config = ConfigDict(extra="forbid")
 
     id: str
     section: str = Field(description="section of the plan")
@@ -109,10 +150,8 @@ class Entry(BaseModel):
     rows: Rows | None
 
 
-class Ledger(BaseModel):
+class Ledger(Strict):
     """claims.json."""
-
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
     profile: str
     model: str
@@ -126,6 +165,9 @@ class Ledger(BaseModel):
 def schema() -> str:
     """The JSON schema of claims.json, as committed."""
     return json.dumps(Ledger.model_json_schema(), indent=1) + "\n"
+
+
+# --- numbers and thresholds ---------------------------------------------------------------------------------------
 
 
 def at(found: Mapping[str, Any], path: str, params: Shared) -> Any:
@@ -176,7 +218,7 @@ def numbers_of(claim: Claim, found: Mapping[str, Any], params: Shared) -> Number
     except KeyError as error:
         raise ClaimError(
             f"claim {claim.id}: the findings of step {claim.step} have no {error.args[0]}: run the step again, or "
-            "correct the claim's path in steps/story/plan_claims.py"
+            "correct the claim's path in data/claims.yaml"
         ) from None
     if claim.columns[0]:  # a number that is not defined is null
         read = [n for n in read if n.estimate is not None] or [Numbers(why="its numbers are not defined here")]
@@ -187,36 +229,38 @@ def numbers_of(claim: Claim, found: Mapping[str, Any], params: Shared) -> Number
     return read[0]
 
 
-def thresholds(params: Story, claims: Sequence[Claim] = CLAIMS) -> dict[str, tuple[float | None, str]]:
+def thresholds(params: Story) -> dict[str, tuple[float | None, str]]:
     """Threshold of each claim and the parameter that holds it; None where the step that holds it has not run.
 
     ClaimError for a claim without a threshold, and for a threshold that belongs to no claim.
     """
-    own = {claim.id for claim in claims if claim.threshold_from is None}
+    held_by = {claim.id: claim.threshold_from for claim in CLAIMS}
     for name in params.claims:
-        if name not in own:
-            held = next((claim.threshold_from for claim in claims if claim.id == name), None)
-            near = difflib.get_close_matches(name, own, n=1)
-            raise ClaimError(
-                f"claims of section story: {name} = {params.claims[name]!r}: "
-                + (f"its threshold is the parameter {held}; change that" if held else "there is no such claim")
-                + (f" (did you mean {near[0]!r}?)" if near and not held else "")
-                + ("" if held else f"; the claims are {', '.join(sorted(own))}")
-            )
+        if held_by.get(name, "") is not None:
+            raise ClaimError(f"claims of section story: {name} = {params.claims[name]!r}: {misplaced(name, held_by)}")
     out: dict[str, tuple[float | None, str]] = {}
-    for claim in claims:
-        step, _, key = (claim.threshold_from or "").rpartition(".")
-        if claim.threshold_from is None:
-            if claim.id not in params.claims:
-                raise ClaimError(
-                    f"claim {claim.id} ({claim.text}) has no threshold: add `{claim.id}: <number>` under `claims:` in "
-                    f"section story of the profile; it is asked of {claim.quantity}"
-                )
+    for claim in CLAIMS:
+        if claim.threshold_from is not None:
+            step, _, key = claim.threshold_from.rpartition(".")
+            out[claim.id] = recorded(step, params).get(key) if step else getattr(params, key), claim.threshold_from
+        elif claim.id in params.claims:
             out[claim.id] = params.claims[claim.id], f"story.claims.{claim.id}"
         else:
-            held = recorded(step, params).get(key) if step else getattr(params, key)
-            out[claim.id] = held, claim.threshold_from
+            raise ClaimError(
+                f"claim {claim.id} ({claim.text}) has no threshold: add `{claim.id}: <number>` under `claims:` in "
+                f"section story of the profile; it is asked of {claim.quantity}"
+            )
     return out
+
+
+def misplaced(name: str, held_by: Mapping[str, str | None]) -> str:
+    """Why there can be no threshold of this name under `claims`."""
+    if name in held_by:
+        return f"its threshold is the parameter {held_by[name]}; change that"
+    own = sorted(claim for claim, key in held_by.items() if key is None)
+    near = difflib.get_close_matches(name, own, n=1)
+    meant = f" (did you mean {near[0]!r}?)" if near else ""
+    return f"there is no such claim{meant}; the claims are {', '.join(own)}"
 
 
 def recorded(step: str, params: Shared) -> Mapping[str, Any]:
@@ -227,14 +271,16 @@ def recorded(step: str, params: Shared) -> Mapping[str, Any]:
     return {}
 
 
+# --- verdicts -----------------------------------------------------------------------------------------------------
+
+
 def judge(
-    claim: Claim, found: Mapping[str, Any] | None, threshold: float | None, held_by: str, params: Shared
+    claim: Claim, found: Mapping[str, Any] | None, threshold: float | None, held_by: str, plan: Plan, params: Shared
 ) -> Entry:
     """The entry of one claim; `found` are the findings of its step, None if it has not run."""
-    rule, n = RULES[claim.rule], Numbers()
-    page = keys.NOTEBOOKS[claim.step].replace("notebooks/", "executed/")
+    rule, page, n = RULES[claim.rule], plan.page(claim.step), Numbers()
     if found is None:
-        verdict, reason = NOT_TESTED, f"step {page[9:11]} ({claim.step}) has not run"
+        verdict, reason = NOT_TESTED, f"step {page[:2]} ({claim.step}) has not run"
     elif found.get("able") is False:
         verdict, reason = NOT_TESTABLE, found["sentences"][0]
     else:
@@ -245,18 +291,30 @@ def judge(
         SUPPORTED: f"Refuted, if the same measurement on new quads does not give this: {asked}.",
         NOT_SUPPORTED: f"Supported after all, if the same measurement on new quads gives this: {asked}.",
     }
-    there = verdict in turned
+    there, rows = verdict in turned, None
+    if there and claim.rows:
+        rows = Rows(file=f"{claim.rows[0]}.parquet", filter=claim.rows[1].format(**params.model_dump()))
+    without_p = "no test of this kind gives one" if there else "nothing was tested"
+    without_p = without_p if n.low is None else "the verdict rests on the interval"
     return Entry(
-        id=claim.id, section=claim.section, claim=claim.text, step=claim.step, numbers=claim.path,
-        quantity=claim.quantity, estimate=n.estimate, low=n.low, high=n.high, p=n.p, p_holm=None,
-        p_reason=None if n.p is not None else "the verdict rests on the interval" if n.low is not None
-        else "nothing was tested" if not there else "no test of this kind gives one",
-        asked=asked, threshold=threshold, threshold_from=held_by, verdict=verdict, reason=reason,
+        **claim.model_dump(include={"id", "section", "step", "quantity"}),
+        estimate=n.estimate,
+        low=n.low,
+        high=n.high,
+        p=n.p,
+        p_holm=None,
+        claim=claim.text,
+        numbers=claim.path,
+        p_reason=without_p if n.p is None else None,
+        asked=asked,
+        threshold=threshold,
+        threshold_from=held_by,
+        verdict=verdict,
+        reason=reason,
         refuted_by=turned.get(verdict, f"Decided, once it can be measured, by this: {asked}."),
-        figure=f"{page}#{claim.figure}" if there and claim.figure else None,
-        rows=Rows(file=f"{claim.rows[0]}.parquet", filter=claim.rows[1].format(**params.model_dump()))
-        if there and claim.rows else None,
-    )  # fmt: skip
+        figure=f"executed/{page}.ipynb#{claim.figure}" if there and claim.figure else None,
+        rows=rows,
+    )
 
 
 def decided(
@@ -274,8 +332,12 @@ def decided(
     if any(getattr(n, need) is None for need in rule.needs):
         few = "the step's own test did not decide" if claim.rule == "own" else "too few quads for an interval or a test"
         return NOT_TESTABLE, "; ".join(filter(None, (value, few)))
-    value = {"own": f"found {n.verdict}", "p": "; ".join(filter(None, (value, f"p = {n.p or 0:.2g}"))),
-             "count": f"{n.estimate or 0:g}"}.get(claim.rule, value)  # fmt: skip
+    if claim.rule == "own":
+        value = f"found {n.verdict}"
+    elif claim.rule == "p":
+        value = "; ".join(filter(None, (value, f"p = {n.p:.2g}")))
+    elif claim.rule == "count":
+        value = f"{n.estimate:g}"
     reason = f"{value}; asked for: {rule.asked.format(t=f'{threshold:g}', c=claim.centre)}"
     if not rule.holds(n, threshold, claim.centre):
         return NOT_SUPPORTED, reason
@@ -285,12 +347,10 @@ def decided(
     return SUPPORTED, reason
 
 
-def ledger(
-    found: Mapping[str, Mapping[str, Any] | None], params: Story, claims: Sequence[Claim] = CLAIMS
-) -> list[Entry]:
+def ledger(found: Mapping[str, Mapping[str, Any] | None], plan: Plan, params: Story) -> list[Entry]:
     """Every claim's entry, in the plan's order; `found` are the findings by step (`steps.story.page.gather`)."""
-    held = thresholds(params, claims)
-    entries = [judge(claim, found.get(claim.step), *held[claim.id], params) for claim in claims]
+    held = thresholds(params)
+    entries = [judge(claim, found.get(claim.step), *held[claim.id], plan, params) for claim in CLAIMS]
     tested = [entry for entry in entries if entry.p is not None and entry.verdict in (SUPPORTED, NOT_SUPPORTED)]
     for entry, p in zip(tested, holm([entry.p for entry in tested]), strict=True):
         entry.p_holm = float(p)

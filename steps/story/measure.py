@@ -1,10 +1,38 @@
-"""Step 10, measured."""
+"""Step 10, measured: the smallest circuit at `last`, and gradient attribution beside the exact effects of single sites.
+
+1. `SEARCH` grows a circuit on discovery pairs by exact tests, and prunes it.
+2. `ATTRIBUTION` estimates every head's, query's and MLP's effect by gradients, `EXACT` replaces each.
+3. `tests_of` names what the page asks of the circuit: growing circuits in its order and in others, random ones, the
+   circuit without each member, circuit and model without random subsets of it. `CIRCUITS` tests them all.
+
+What is judged from this and from the earlier steps, the claims, is the page's (`steps.story.claims`).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
 from pydantic import Field
 
+from lib import hooks
+from lib.batches import grouped, has_donors, subsample
+from lib.effects import in_halves, named
+from lib.hooks import site_name
+from lib.sweep import SHARED_ROW_TOKENS
+from lib.tasks import Pair
+from lib.weights import Shape
+from pipeline import costs
+from pipeline.assumed import Case
+from pipeline.costs import Machine, Work, sweep_unit, total
+from pipeline.declaration import SUPERSET_TASKS, Declaration, Table
 from pipeline.params import OfSlice, Share
+from pipeline.step import Step, single_sites
+from pipeline.units import Unit, sweep_units
+from steps.story import attribution, circuits
+from steps.story.circuits import ALL, BATCH, NOTHING, QUEUE, REFRESH, Circuit
 
 
 class Story(OfSlice):
@@ -20,3 +48,296 @@ class Story(OfSlice):
         32, ge=1, description="pairs on which gradient attribution is compared with patching"
     )
     claims: dict[str, float] = Field(default_factory=dict, description="threshold of each claim; none may be missing")
+
+
+GROWN = 17  # for the planner: sites of the circuit before it is pruned, as in the default book
+
+
+# --- what is measured ---
+
+
+def sites_of(step: Step | Case) -> list[str]:
+    """What could be in the circuit: every head and MLP of the layers."""
+    return [site_name(*site) for site in hooks.all_sites(step, ("head", "mlp"), step.layers)]
+
+
+def of_one_kind(pairs: Sequence[Pair], pool: Sequence[Pair]) -> tuple[list[Pair], str]:
+    """The pairs to which other quads of the pool can give values, and `resample`; where none can, all pairs and
+    `counterfactual`."""
+    able = [pair for pair in pairs if has_donors(pair, pool)]
+    return (able, "resample") if able else (list(pairs), "counterfactual")
+
+
+def searched_pairs(step: Step | Case) -> tuple[list[Pair], str]:
+    """Pairs of the discovery half (or the only one) for the search, and how what is not kept is ablated."""
+    prompts = step.prompts()
+    first = [pair for pair in prompts if pair.half == "discovery"] or prompts
+    return of_one_kind(subsample(first, step.params.search_pairs), prompts)
+
+
+def search_units(step: Step | Case) -> list[Unit]:
+    """The search is one unit."""
+    (own, kind), p = searched_pairs(step), step.params
+    options = {"sites": sites_of(step), "share": p.faithful_share, "limit": p.circuit_limit, "ablation": kind}
+    return [Unit("search", tuple(own), options)]
+
+
+def attributed_pairs(step: Step | Case) -> list[Pair]:
+    """The pairs on which gradients and exact effects are compared."""
+    return subsample(step.prompts(), step.params.attribution_pairs)
+
+
+def attribution_units(step: Step | Case) -> list[Unit]:
+    """Gradients and exact effects alike."""
+    return sweep_units("pairs", attributed_pairs(step))
+
+
+def circuit_units(step: Step | Case, tests: Mapping[str, Circuit]) -> list[Unit]:
+    """All of the circuits under the ablation of the search, the one called `circuit` also from the corrupt prompt."""
+    prompts, kind = step.prompts(), searched_pairs(step)[1]
+    own, _ = of_one_kind(subsample(prompts, step.params.pairs), prompts)
+    asked = (
+        {kind: tests} if kind == "counterfactual" else {kind: tests, "counterfactual": {"circuit": tests["circuit"]}}
+    )
+    return [
+        Unit(f"{how}-{index:04d}", tuple(chunk), {"tests": which, "ablations": [how]})
+        for how, which in asked.items()
+        for index, chunk in enumerate(grouped(own, 8))
+    ]
+
+
+def searching(step: Step) -> Callable[[Unit], pd.DataFrame]:
+    """What searches."""
+    how = {"pool": step.prompts(), "seed": step.params.seed, "memory": step.memory}
+
+    def compute(unit: Unit) -> pd.DataFrame:
+        options = dict(unit.options)
+        return circuits.search(step.model, unit.pairs, ablations=[options.pop("ablation")], **options, **how)
+
+    return compute
+
+
+def testing(step: Step, tests: Mapping[str, Circuit]) -> Callable[[Unit], pd.DataFrame]:
+    """What tests circuits."""
+    how = {"pool": step.prompts(), "seed": step.params.seed, "memory": step.memory}
+    return lambda unit: circuits.run(step.model, unit.pairs, **unit.options, **how)
+
+
+def attributing(step: Step) -> Callable[[Unit], pd.DataFrame]:
+    """What attributes."""
+    return lambda unit: attribution.attribute(step.model, unit.pairs)
+
+
+def replacing(step: Step) -> Callable[[Unit], pd.DataFrame]:
+    """What replaces the same sites."""
+    return lambda unit: attribution.exact(step.model, unit.pairs, step.memory)
+
+
+# --- what it costs ---
+
+
+def circuit_work(shape: Shape, pairs: Sequence[Pair], tested: Sequence[Circuit], machine: Machine) -> Work:
+    """Circuits tested on pairs that are ready (`circuits.scored`): a row of the tree is run in a module only where the
+    circuit keeps something of it."""
+    kept, out = circuits.kept_parts(shape, [ALL, NOTHING, *tested]), Work()
+    states = [(rows.kept[:, :-1].any(1).sum(), rows.kept[:, -1].sum()) for rows in circuits.branches(kept)[0]]
+    for group in grouped(pairs):
+        tokens = len(group[0].clean.ids)
+        limit = min(costs.limit_of(shape, tokens, tokens - 1, machine.dtype, machine.memory), SHARED_ROW_TOKENS)
+        attention = 2 * shape.attention + 4 * shape.n_heads * shape.head_size * tokens
+        each = sum(int(heads) * attention + int(mlps) * 2 * shape.mlp for heads, mlps in states)
+        passes = -(-len(group) // max(1, limit // len(kept)))
+        out += Work(passes=passes, grown=float(len(group) * each), light=len(group) * len(kept))
+    return out
+
+
+def ready_work(shape: Shape, pairs: Sequence[Pair]) -> Work:
+    """The plain runs of the pairs and of their donors (`circuits.ready`)."""
+    out = Work()
+    for group in grouped(pairs):
+        passes = 2 * -(-len(group) // BATCH)
+        out += costs.plain(shape, 2 * len(group), len(group[0].clean.ids), passes) + Work(other={"jobs": 1})
+    return out
+
+
+def attribution_work(shape: Shape, pairs: Sequence[Pair]) -> Work:
+    """`attribution.attribute`: forward and backward of the last token, a row for every layer dropped."""
+    out = Work()
+    for group in grouped(pairs):
+        count, tokens = len(group), len(group[0].clean.ids)
+        rows = count * (1 + shape.n_layers)
+        # backward: towards the input alone, no weight has a gradient
+        grown = 2 * costs.of_rows(shape, [0] * rows, 1, tokens) + costs.of_rows(shape, [0] * 3 * count, 1, tokens)
+        out += costs.plain(shape, 2 * count, tokens)
+        out += Work(passes=4, grown=grown, light=rows, other={"jobs": 1})
+    return out
+
+
+def assumed_order(case: Case) -> tuple[list[str], int]:
+    """Sites in a random order, and how many of them the circuit takes in."""
+    names = sites_of(case)
+    drawn = [names[index] for index in np.random.default_rng(0).permutation(len(names))]
+    return drawn, min(GROWN, case.params.circuit_limit, len(drawn) - 1)
+
+
+def search_cost(case: Case, units: Sequence[Unit]) -> Work:
+    """Every size that the circuit grows through, and one round of pruning."""
+    (drawn, size), pairs, shape = assumed_order(case), units[0].pairs, case.shape
+    work = ready_work(shape, pairs) + circuit_work(shape, pairs, [], case.machine) + Work(table=20 * 100 * size)
+    rounds = [([[*drawn[:count], site] for site in drawn[count : count + QUEUE]], count) for count in range(size)]
+    for queue, count in [*rounds, ([drawn[:size]] * size, -1)]:
+        asked = len(drawn) - count if count in REFRESH else len(queue)
+        one = circuit_work(shape, pairs, [Circuit(True, tuple(own)) for own in queue], case.machine)
+        work += one.times(asked / len(queue))
+    return work
+
+
+def attribution_cost(case: Case, units: Sequence[Unit]) -> Work:
+    """Gradients."""
+    return total(attribution_work(case.shape, unit.pairs) for unit in units) + Work(table=27 * nodes(case, units))
+
+
+def exact_cost(case: Case, units: Sequence[Unit]) -> Work:
+    """Every head and MLP replaced, and every query."""
+    each = [{"components": components} for components in (["head", "mlp"], ["head"])]
+    work = total(sweep_unit(case.shape, unit.pairs, how, case.machine) for how in each for unit in units)
+    return work + Work(table=5 * nodes(case, units))
+
+
+def nodes(case: Case, units: Sequence[Unit]) -> int:
+    """Heads, queries and MLPs of all pairs."""
+    return case.n_layers * (2 * case.n_heads + 1) * sum(len(unit.pairs) for unit in units)
+
+
+def circuits_cost(case: Case, units: Sequence[Unit], tests: Mapping[str, Circuit]) -> Work:
+    """The circuits tested."""
+    work = Work()
+    for unit in units:
+        asked = list(unit.options["tests"].values())
+        work += ready_work(case.shape, unit.pairs) + circuit_work(case.shape, unit.pairs, asked, case.machine)
+        work += Work(table=39 * len(unit.pairs) * len(asked))
+    return work
+
+
+SEARCH = Table("search", search_units, searching, search_cost, schema=circuits.SEARCH_SCHEMA)
+ATTRIBUTION = Table("attribution", attribution_units, attributing, attribution_cost, schema=attribution.SCHEMA)
+EXACT = Table("exact", attribution_units, replacing, exact_cost, schema=attribution.EXACT_SCHEMA)
+CIRCUITS = Table("circuits", circuit_units, testing, circuits_cost, schema=circuits.SCHEMA)
+
+
+def assumed(case: Case) -> Iterator[tuple[Any, ...]]:
+    """The tables in order; the circuit is as large as the default book's, and nothing was pruned."""
+    yield from ((SEARCH,), (ATTRIBUTION,), (EXACT,))
+    drawn, size = assumed_order(case)
+    rows = [("grow", number, site, 1.0, True) for number, site in enumerate(drawn[:size])]
+    search = pd.DataFrame(rows, columns=list(circuits.SEARCH_SCHEMA.columns))
+    orders = dict.fromkeys(("recovery", "damage", "attribution"), sorted(drawn))
+    subsets = subsets_of(drawn[:size], case.params.subsets, case.rng())
+    yield CIRCUITS, tests_of(search, orders, drawn, subsets, case.params, case.rng())
+
+
+STEP = Declaration(
+    "story",
+    Story,
+    assumed,
+    layered=True,
+    tasks=SUPERSET_TASKS,
+    always=True,
+    reads={"sufficiency": ("critical_slice",)},
+    reads_tables=("sufficiency", "necessity"),
+    page_keys=("claims",),
+    page_files=("data/filter_heads_llama-3.3-70b.csv", "data/claims.schema.json"),
+    extra_files=("claims.json",),
+)
+
+
+# --- what is chosen ---
+
+
+def grown(search: pd.DataFrame) -> list[str]:
+    """Sites in the order in which they joined."""
+    return search.loc[search["chosen"] & (search["phase"] == "grow"), "site"].tolist()
+
+
+def circuit_of(search: pd.DataFrame) -> list[str]:
+    """The circuit: what was grown, less what was pruned."""
+    gone = set(search.loc[search["chosen"] & (search["phase"] == "prune"), "site"])
+    return [site for site in grown(search) if site not in gone]
+
+
+def subsets_of(sites: Sequence[str], count: int, rng: np.random.Generator) -> list[tuple[str, ...]]:
+    """Random subsets of the circuit, every member in each with probability one half; none empty or the whole."""
+    if len(sites) < 2:
+        return []
+    drawn = [rng.permutation(len(sites))[: 1 + rng.binomial(len(sites) - 2, 0.5)] for _ in range(count)]
+    return [tuple(sites[index] for index in sorted(own)) for own in drawn]
+
+
+def ranked(table: pd.DataFrame, value: str, sites: Sequence[str]) -> list[str]:
+    """Those of the sites that are in a table by their mean on the discovery half (or the only one), largest first."""
+    own = in_halves(table)[0][1]
+    own = own.assign(site=named(own))
+    return own[own["site"].isin(sites)].groupby("site")[value].mean().sort_values(ascending=False).index.tolist()
+
+
+def orders_of(
+    exact: pd.DataFrame, gradients: pd.DataFrame, recovery: pd.DataFrame, sites: Sequence[str]
+) -> dict[str, list[str]]:
+    """The sites by single effects: recovery of step 04 (where it left a table), exact damage and attribution."""
+    out = {"damage": ranked(exact, "exact", sites), "attribution": ranked(gradients, "atp", sites)}
+    if recovery.empty:
+        return out
+    rise = recovery["logit_diff_after"] - recovery["logit_diff_before"]
+    return {"recovery": ranked(recovery.assign(rise=rise), "rise", sites)} | out
+
+
+def tests_of(
+    search: pd.DataFrame,
+    orders: Mapping[str, Sequence[str]],
+    everything: Sequence[str],
+    subsets: Sequence[Sequence[str]],
+    params: Story,
+    rng: np.random.Generator,
+) -> dict[str, Circuit]:
+    """Every circuit that the page asks about, by name."""
+    sites, path = circuit_of(search), grown(search)
+    out = {"circuit": Circuit(True, tuple(sites)), "necessity": Circuit(False, tuple(sites))}
+    step = max(1, params.circuit_limit // 10)
+    sizes = sorted({1, 2, len(path), *range(step, params.circuit_limit + 1, step)})
+    for order, ranking in {"circuit": path, **orders}.items():
+        out |= {f"{order} {size}": Circuit(True, tuple(ranking[:size])) for size in sizes if size <= len(ranking)}
+    for number in range(params.random_sets):
+        drawn = [everything[index] for index in rng.permutation(len(everything))]
+        out |= {f"random {size} {number}": Circuit(True, tuple(drawn[:size])) for size in sizes if size <= len(drawn)}
+    for site in sites:
+        out[f"member {site}"] = Circuit(True, tuple(other for other in sites if other != site))
+    for number, own in enumerate(subsets):
+        out[f"kept {number}"] = Circuit(True, tuple(site for site in sites if site not in own))
+        out[f"model {number}"] = Circuit(False, tuple(own))
+    return out
+
+
+class Measured(NamedTuple):
+    """What step 10 has measured, and what was chosen from it."""
+
+    sites: list[str]  # that could be in the circuit
+    search: pd.DataFrame
+    gradients: pd.DataFrame
+    exact: pd.DataFrame
+    subsets: list[tuple[str, ...]]  # of the circuit
+    tests: dict[str, Circuit]
+    ablation: str  # of what is not kept
+    tested: pd.DataFrame  # the circuits
+
+
+def run(step: Step) -> Measured | None:
+    """Measure, or read what is there; None where the model does not do the task."""
+    if not step.able():
+        return None
+    p, sites = step.params, sites_of(step)
+    search, gradients, exact = step.table(SEARCH), step.table(ATTRIBUTION), step.table(EXACT)
+    orders = orders_of(exact, gradients, single_sites(step), sites)
+    subsets = subsets_of(circuit_of(search), p.subsets, step.rng("subsets"))
+    tests = tests_of(search, orders, sites, subsets, p, step.rng("random circuits"))
+    tested = step.table(CIRCUITS, tests)
+    return Measured(sites, search, gradients, exact, subsets, tests, searched_pairs(step)[1], tested)

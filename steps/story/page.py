@@ -1,10 +1,11 @@
-"""Step 10, the page of the claims: what the ledger is judged from, and how the plan's sentence comes of its verdicts.
+"""Step 10 on its page: the plan's claims judged, the plan's sentence as far as it holds, and what is handed on.
 
 1. `gather` reads every step's findings. `MEASURED` are numbers that no step's findings hold, each taken from that
    step's table, with an interval over quads: fame, rises of single layers, answers that flip when a path is ablated.
 2. `overlap` sets the circuit's heads against those published for the same model (hypergeometric).
-3. `sentence` puts the plan's sentence together from `PARTS`, each worded by the verdict of its claim.
-4. `table`, `refutations` and `forest` show the ledger; `part` is what the page hands on, `document` is claims.json.
+3. `judge` has the ledger (`steps.story.claims`) judged from these, writes claims.json, and puts the plan's sentence
+   together from its links, each worded by the verdict of its claim (`sentence`).
+4. `table`, `refutations` and `forest` show the ledger; `findings` joins it with the circuit (`circuits_page`).
 
 Sites, layers and numbers are read from findings: none of a model stands in this file.
 """
@@ -19,20 +20,33 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+from IPython.display import Markdown
+from matplotlib.figure import Figure
 from pandas.io.formats.style import Styler
 from scipy.stats import hypergeom
 
 from lib import records, stats
-from lib.effects import in_halves, quad_matrix
+from lib.effects import quad_matrix, reported
 from lib.records import plain
 from pipeline import keys
 from pipeline.params import Shared
 from pipeline.step import Step
 from report import plots
-from report.words import interval, listed
-from steps.story import claims
-from steps.story.claims import NOT_SUPPORTED, NOT_TESTABLE, NOT_TESTED, SUPPORTED, VERDICTS, Entry, Ledger, leaves
-from steps.story.measure import Story
+from report.words import interval, joined, listed, not_done
+from steps.story import circuits_page, claims
+from steps.story.claims import (
+    CLAIMS,
+    LINKS,
+    NOT_SUPPORTED,
+    NOT_TESTABLE,
+    NOT_TESTED,
+    SUPPORTED,
+    VERDICTS,
+    Entry,
+    Ledger,
+    leaves,
+)
+from steps.story.measure import Measured, Story
 
 PUBLISHED = "data/filter_heads_llama-3.3-70b.csv"
 COLOURS = dict(zip(VERDICTS, ("#cfe8dc", "#f6d5c6", "#e6e6e6", "#ffffff"), strict=True))
@@ -41,58 +55,41 @@ CAPTIONS = {
     "Right of zero the claim holds; it is supported if the whole interval lies there. 95% intervals, each on its own."
 }
 OPEN = "[a link that is open]"
-COARSE = ["half", "direction", "position", "layer", "quad_id", "logit_diff_before", "logit_diff_after",
-          "logit_diff_clean", "logit_diff_corrupt"]  # fmt: skip
+LOGIT_DIFFS = [f"logit_diff_{run}" for run in ("before", "after", "clean", "corrupt")]
 
 
-class Part(NamedTuple):
-    """One link of the plan's sentence: its claim, the plan's words, ours where it is supported (`{names}` are this
-    model's sites), and the claims that say what there is instead, with their words."""
+class Judged(NamedTuple):
+    """The ledger, and what it was judged from."""
 
-    claim: str
-    plan: str
-    here: str
-    instead: Mapping[str, str] = {}
-
-
-PARTS = (
-    Part("retrieval_heads", "heads outside the slice retrieve the profession of each name",
-         "{outside} retrieve the profession of each name for the slice",
-         {"mlps_at_names": "MLPs at the tokens of each name write what is read there",
-          "one_stage": "the slice's own heads ({retrievers}) read the names and write the profession"}),
-    Part("values_carry", "their value is added to the residual stream",
-         "through their values this is added to the residual stream at the last token"),
-    Part("slice_sufficient", "a slice of heads and MLPs there is enough to bring the answer back",
-         "the slice ({slice}) turns it into the superset"),
-    Part("one_layer", "one layer is the aggregator", "layer {largest} alone does most of that",
-         {"critical_layers": "layers {layers} do that together"}),
-    Part("one_direction", "the slice projects what it reads onto one direction ('artistness')",
-         "one direction between the two supersets carries it after the first of these layers",
-         {"few_directions": "the few directions that the supersets' means span carry it"}),
-    Part("few_neurons", "a few MLP neurons do this", "a few MLP neurons do the work of the slice's MLPs"),
-    Part("either_name", "either name alone boosts the logit of its superset",
-         "either name alone boosts the logit of its superset"),
-    Part("rule_or", "one name is enough, and the second adds nothing", "one name is enough",
-         {"rule_additive": "the two names add up"}),
-)  # fmt: skip
+    found: dict[str, dict[str, Any] | None]  # findings by step
+    entries: list[Entry]
+    sentence: list[str]  # the plan's, part by part
+    circuit: dict[str, Any] | None  # what `circuits_page` hands on; None where the model does not do the task
 
 
-# --- what is read ---------------------------------------------------------------------------------------------------
+def judge(step: Step, m: Measured | None) -> Judged:
+    """Judge every claim, and write claims.json."""
+    circuit = None if m is None else circuits_page.part(step, m)
+    found = gather(step, circuit)
+    entries = claims.ledger(found, step.plan, step.params)
+    parts = sentence(entries, found)
+    step.write_extra("claims.json", document(entries, parts, step.params))
+    return Judged(found, entries, parts, circuit)
 
 
-def gather(step: Step, own: Mapping[str, Any] | None) -> dict[str, dict[str, Any] | None]:
-    """Findings by step, None where it has not run; `own` is what this step's part on circuits hands on.
+# --- what is read -------------------------------------------------------------------------------------------------
 
-    What `MEASURED` computes is added to a step's findings under `measured`.
-    """
-    found = {name: step.find(name) for name in step.plan.names if name != step.name}
+
+def gather(step: Step, circuit: Mapping[str, Any] | None) -> dict[str, dict[str, Any] | None]:
+    """Findings by step, None where it has not run; what `MEASURED` computes is added under `measured`."""
+    found = {name: step.find(name) for name in step.plan.before(step.name)}
     for name, compute in MEASURED.items():
         if found[name] and found[name].get("able") is not False:
             found[name] |= {"measured": plain(compute(step, found[name]))}
-    if own is not None and own.get("able") is not False:
-        shared = overlap(own["circuit"], found["sufficiency"], step.params)
-        own = plain({"circuit": own["circuit"], "attribution": own["attribution"], "overlap": shared})
-    return found | {step.name: own}
+    if circuit is None:
+        return found | {step.name: not_done(step)}
+    own = {key: circuit[key] for key in ("circuit", "attribution")}
+    return found | {step.name: plain(own | {"overlap": overlap(own["circuit"], found["sufficiency"], step.params)})}
 
 
 def stored(step: Step, name: str, columns: Sequence[str] | None = None) -> pd.DataFrame | None:
@@ -113,25 +110,26 @@ def fame(step: Step, found: Mapping[str, Any]) -> dict[str, Any]:
 def layers(step: Step, found: Mapping[str, Any]) -> dict[str, Any]:
     """Shares of the recovery curve at `last`, confirmation half: the critical layers' rises, one layer's, and what is
     there after two thirds of the layers. The one layer is the profile's, else that of largest rise on discovery."""
-    p, frame = step.params, stored(step, "coarse_sweep", COARSE)
+    p, columns = step.params, ["half", "direction", "position", "layer", "quad_id", *LOGIT_DIFFS]
+    names, frame = ("critical_layers", "one_layer", "middle_layers"), stored(step, "coarse_sweep", columns)
     own = None if frame is None else frame[(frame["direction"] == "denoise") & (frame["position"] == "last")]
     if own is None or own.empty:
-        return dict.fromkeys(("critical_layers", "one_layer", "middle_layers"), {"why": "step 02's table is not there"})
-    matrix = quad_matrix(in_halves(own)[-1][1], "effect", ["layer"], reduce="sum")
+        return dict.fromkeys(names, {"why": "step 02's table is not there"})
+    matrix = quad_matrix(reported(own), "effect", ["layer"], reduce="sum")
     curve = pd.DataFrame(matrix.values, columns=matrix.sites["layer"])
+    whole = curve.iloc[:, -1]
+    if whole.sum() <= 0:
+        return dict.fromkeys(names, {"why": "patching the last layer brings nothing back"})
     rises = curve.diff(axis=1).fillna(curve.iloc[:, [0]])
     largest = found["critical_layers"][int(np.argmax(found["critical_rises"]))]
     one = largest if p.aggregator_layer == "auto" else p.aggregator_layer
     middle = [layer for layer in curve if layer < 2 * found["model"].get("n_layers", curve.columns[-1] + 1) / 3]
-    parts = {"critical_layers": rises[found["critical_layers"]].sum(axis=1), "one_layer": rises.get(one),
-             "middle_layers": curve[middle[-1]] if middle else None}  # fmt: skip
-    if curve.iloc[:, -1].sum() <= 0:
-        return dict.fromkeys(parts, {"why": "patching the last layer brings nothing back"})
+    parts = (rises[found["critical_layers"]].sum(axis=1), rises.get(one), curve[middle[-1]] if middle else None)
+    missing = {"why": "the layer was not swept"}
     out = {
-        name: {"why": "the layer was not swept"} if part is None
-        else stats.ratio_interval(part, curve.iloc[:, -1], p)
-        for name, part in parts.items()
-    }  # fmt: skip
+        name: missing if part is None else stats.ratio_interval(part, whole, p)
+        for name, part in zip(names, parts, strict=True)
+    }
     return out | {"layer": one}
 
 
@@ -145,7 +143,7 @@ def flips(step: Step, found: Mapping[str, Any]) -> dict[str, Any]:
     own = None if frame is None else frame[(frame["position"] == "names") & (frame["site_set"] == 0)]
     if own is None or own.empty:
         return {"path_ablation": {"why": "no head at the names has a path into the slice that could be ablated"}}
-    own = in_halves(own)[-1][1]
+    own = reported(own)
     flipped = (own["metric_before"] > 0) & (own["metric_after"] < 0)
     counts = flipped.groupby(own["quad_id"]).agg(["sum", "count"])
     return {"path_ablation": stats.proportion_interval(counts["sum"], counts["count"], step.params)}
@@ -155,22 +153,26 @@ def probes(step: Step, found: Mapping[str, Any]) -> dict[str, Any]:
     """Accuracy of two probes beyond the highest under permuted labels, and the rank that the map to supersets needs as
     a share of its cap, at the slice's first layer; from step 08's findings."""
     read, rank = found["probes"], found["rank"]
+    people = {"kind": "one-name", "target": "profession", "position": "names"}
+    pairs = {"kind": "pair", "target": "superset", "position": "last"}
     out: dict[str, Any] = {}
-    for name, kind, target, role in (("profession_at_names", "one-name", "profession", "names"),
-                                     ("superset_at_last", "pair", "superset", "last")):  # fmt: skip
-        key = {"kind": kind, "target": target, "position": role}
-        row = next((row for row in read["accuracy"] if row.items() >= (key | {"layer": rank["layer"]}).items()), None)
-        top = next((row["threshold"] for row in read["thresholds"] if row.items() >= key.items()), None)
+    for name, key in (("profession_at_names", people), ("superset_at_last", pairs)):
+        row, top = first(read["accuracy"], key | {"layer": rank["layer"]}), first(read["thresholds"], key)
         if row is None or top is None:
             out[name] = {"why": "there was no such probe: too few classes or people"}
         else:
-            out[name] = {end: None if row[end] is None else row[end] - top for end in ("estimate", "low", "high")}
-    key |= {"layer": rank["layer"]}
-    own = next((row for row in rank["verdicts"] if row.items() >= key.items()), None)
+            ends = ("estimate", "low", "high")
+            out[name] = {end: None if row[end] is None else row[end] - top["threshold"] for end in ends}
+    own = first(rank["verdicts"], pairs | {"layer": rank["layer"]})
     if own is None or own["low rank"] is None:
         return out | {"low_rank": {"why": "the probe is not above permuted labels, so its rank says nothing"}}
     below = own["effective rank"] < own["permuted effective rank"]
     return out | {"low_rank": {"estimate": own["rank needed"] / own["cap"], "below_permuted": below}}
+
+
+def first(rows: Sequence[Mapping[str, Any]], key: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The first row that has these values."""
+    return next((row for row in rows if row.items() >= key.items()), None)
 
 
 MEASURED = {"baselines": fame, "coarse_sweep": layers, "retrieval_heads": flips, "subspace": probes}
@@ -190,18 +192,17 @@ def overlap(circuit: Mapping[str, Any], slice_found: Mapping[str, Any] | None, p
     if not heads or not {"n_layers", "n_heads"} <= set(shape):
         return {"why": "the circuit has no heads" if not heads else "step 04 does not say how many heads there are"}
     both = sorted(heads & set(own["layer"].astype(str) + "." + own["head"].astype(str)))
-    total = shape["n_layers"] * shape["n_heads"]
-    p = float(hypergeom.sf(len(both) - 1, total, len(own), len(heads)))
-    expected = len(heads) * len(own) / total
-    return {"estimate": len(both), "expected": expected, "p": p, "shared": both, "heads": len(heads),
-            "published": len(own), "total": total}  # fmt: skip
+    counts = {"heads": len(heads), "published": len(own), "total": shape["n_layers"] * shape["n_heads"]}
+    expected = len(heads) * len(own) / counts["total"]
+    p = float(hypergeom.sf(len(both) - 1, counts["total"], len(own), len(heads)))
+    return counts | {"estimate": len(both), "expected": expected, "p": p, "shared": both}
 
 
-# --- the plan's sentence --------------------------------------------------------------------------------------------
+# --- the plan's sentence ------------------------------------------------------------------------------------------
 
 
-def sites_of(found: Mapping[str, Any]) -> dict[str, str]:
-    """This model's sites, by the names that `PARTS` calls them by."""
+def model_sites(found: Mapping[str, Any]) -> dict[str, str]:
+    """This model's sites, by the names that data/claims.yaml calls them by."""
     step = {name: own or {} for name, own in found.items()}
     verdicts, coarse = step["retrieval_heads"].get("verdicts", {}), step["coarse_sweep"]
     return {
@@ -213,29 +214,29 @@ def sites_of(found: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def sentence(entries: Sequence[Entry], found: Mapping[str, Any], parts: Sequence[Part] = PARTS) -> list[str]:
+def sentence(entries: Sequence[Entry], found: Mapping[str, Any]) -> list[str]:
     """The plan's sentence for this model: first the chain of what is supported, then what is not, link by link."""
-    entry, sites = {own.id: own for own in entries}, sites_of(found)
-    chain, links = [], {NOT_SUPPORTED: [], NOT_TESTABLE: [], NOT_TESTED: []}
-    for part in parts:
-        own = entry[part.claim]
+    entry, sites = {own.id: own for own in entries}, model_sites(found)
+    words = {
+        NOT_SUPPORTED: "The evidence does not support",
+        NOT_TESTABLE: "Not testable here is",
+        NOT_TESTED: "Not tested is",
+    }
+    chain, open_links = [], {verdict: [] for verdict in words}
+    for link in LINKS:
+        own = entry[link.claim]
         if own.verdict == SUPPORTED:
-            chain.append(f"{part.here.format(**sites)} ({value(own)})")
+            chain.append(f"{link.here.format(**sites)} ({value(own)})")
             continue
-        others = {
-            name: words.format(**sites) for name, words in part.instead.items() if entry[name].verdict == SUPPORTED
-        }
-        chain.append(" and ".join(f"{words} ({value(entry[name])})" for name, words in others.items()) or OPEN)
+        others = {name: text.format(**sites) for name, text in link.instead.items() if entry[name].verdict == SUPPORTED}
+        chain.append(" and ".join(f"{text} ({value(entry[name])})" for name, text in others.items()) or OPEN)
         instead = f"; instead {listed(others.values())}" if others else ""
-        links[own.verdict].append(f"that {part.plan} ({own.reason}){instead}")
-    words = {NOT_SUPPORTED: "The evidence does not support", NOT_TESTABLE: "Not testable here is",
-             NOT_TESTED: "Not tested is"}  # fmt: skip
-    if set(chain) == {OPEN}:
-        said = ["No link of the plan's chain from the names to the answer is supported here."]
-    else:
-        linked = [link for link, _ in groupby(chain)]  # a gap of several open links is said once
-        said = [f"The names → {' → '.join(linked)} → the answer."]
-    return said + [f"{words[verdict]} {own}." for verdict, each in links.items() for own in each]
+        open_links[own.verdict].append(f"{words[own.verdict]} that {link.plan} ({own.reason}){instead}.")
+    linked = [text for text, _ in groupby(chain)]  # a gap of several open links is said once
+    whole = f"The names → {' → '.join(linked)} → the answer."
+    if linked == [OPEN]:
+        whole = "No link of the plan's chain from the names to the answer is supported here."
+    return [whole, *(text for each in open_links.values() for text in each)]
 
 
 def value(entry: Entry) -> str:
@@ -247,15 +248,13 @@ def value(entry: Entry) -> str:
     return interval(entry.estimate, entry.low, entry.high) + unit if entry.low is not None else f"{entry.estimate:g}"
 
 
-# --- the page -------------------------------------------------------------------------------------------------------
+# --- the ledger ---------------------------------------------------------------------------------------------------
 
 
-def document(entries: Sequence[Entry], said: Sequence[str], params: Story) -> dict[str, Any]:
+def document(entries: Sequence[Entry], parts: Sequence[str], params: Story) -> dict[str, Any]:
     """claims.json, proved against its model."""
-    ledger = Ledger(
-        profile=params.profile, model=params.model, task=params.task, level=params.level,
-        correction=claims.CORRECTION, sentence=list(said), claims=list(entries),
-    )  # fmt: skip
+    about = {key: getattr(params, key) for key in ("profile", "model", "task", "level")}
+    ledger = Ledger(**about, correction=claims.CORRECTION, sentence=list(parts), claims=list(entries))
     return plain(Ledger.model_validate(ledger.model_dump()).model_dump())
 
 
@@ -274,12 +273,13 @@ def table(entries: Sequence[Entry]) -> Styler:
         text = f"{entry.quantity}: {entry.reason}{corrected} ({entry.threshold_from})"
         return html.escape(text.replace("`", ""))  # the table is HTML, not MyST
 
-    frame = pd.DataFrame([
-        {"claim (section of the plan)": html.escape(f"{own.claim} ({own.section})"), "verdict": own.verdict,
-         "why (where the threshold stands)": why(own), "under it": evidence(own)}
-        for own in entries
-    ])  # fmt: skip
-    look = laid_out(frame, "claims", ("25%", "13%", "33%", "29%"))
+    columns = {
+        "claim (section of the plan)": [html.escape(f"{own.claim} ({own.section})") for own in entries],
+        "verdict": [own.verdict for own in entries],
+        "why (where the threshold stands)": [why(own) for own in entries],
+        "under it": [evidence(own) for own in entries],
+    }
+    look = laid_out(pd.DataFrame(columns), "claims", ("25%", "13%", "33%", "29%"))
     return look.map(lambda word: f"background-color: {COLOURS[word]}; color: black", subset=["verdict"])
 
 
@@ -298,7 +298,7 @@ def laid_out(frame: pd.DataFrame, name: str, widths: Sequence[str]) -> Styler:
     return look.set_table_styles([{"selector": "th, td", "props": cells}, *columns])
 
 
-def forest(entries: Sequence[Entry]) -> plots.Figure | None:
+def forest(entries: Sequence[Entry]) -> Figure | None:
     """`CAPTIONS["claims"]`; None where nothing was decided by an interval."""
     rows = [distances(own) for own in entries if own.verdict in (SUPPORTED, NOT_SUPPORTED)]
     rows = [row for row in rows if row]
@@ -318,21 +318,20 @@ def distances(entry: Entry) -> dict[str, Any] | None:
     """Estimate and interval of an entry as distances from its threshold, positive where the claim holds."""
     if entry.low is None and entry.high is None:
         return None
-    rule = next(claim for claim in claims.CLAIMS if claim.id == entry.id)
-    scale, ends = abs(entry.threshold) or 1.0, [entry.estimate, entry.low, entry.high]
-    x = np.array([np.nan if end is None else end for end in ends], dtype=float)
-    if rule.rule == "above":
+    claim = next(claim for claim in CLAIMS if claim.id == entry.id)
+    x = np.array([entry.estimate, entry.low, entry.high], dtype=float)  # None is NaN
+    if claim.rule == "above":
         x = x - entry.threshold
-    elif rule.rule == "below":
+    elif claim.rule == "below":
         x = (entry.threshold - x)[[0, 2, 1]]
-    elif rule.rule == "within":
-        off = np.abs(x - rule.centre)
-        nearest = 0.0 if x[1] <= rule.centre <= x[2] else off[1:].min()
+    elif claim.rule == "within":
+        off = np.abs(x - claim.centre)
+        nearest = 0.0 if x[1] <= claim.centre <= x[2] else off[1:].min()
         x = entry.threshold - np.array([off[0], off[1:].max(), nearest])
     else:
         return None
-    name = entry.id.replace("_", " ")
-    return {"site": name, "verdict": entry.verdict} | dict(zip(("estimate", "low", "high"), x / scale, strict=True))
+    ends = dict(zip(("estimate", "low", "high"), x / (abs(entry.threshold) or 1.0), strict=True))
+    return {"site": entry.id.replace("_", " "), "verdict": entry.verdict} | ends
 
 
 def tally(entries: Sequence[Entry]) -> str:
@@ -342,7 +341,7 @@ def tally(entries: Sequence[Entry]) -> str:
 
 
 def overlap_sentence(found: Mapping[str, Any] | None) -> str:
-    """The published heads, in one sentence."""
+    """What `overlap` found."""
     if found is None or "why" in found:
         return f"Overlap with published heads: not applicable, {(found or {'why': 'no circuit was searched'})['why']}."
     return (
@@ -352,15 +351,35 @@ def overlap_sentence(found: Mapping[str, Any] | None) -> str:
     )
 
 
-def part(
-    entries: Sequence[Entry], said: Sequence[str], found: Mapping[str, Any], figure: plots.Figure | None
-) -> dict[str, Any]:
-    """What this part of step 10 hands on."""
-    return {
-        "sentences": [*said, tally(entries), overlap_sentence((found["story"] or {}).get("overlap"))],
-        "headline": [*said[:1], tally(entries)],
+# --- what the notebook shows and hands on -------------------------------------------------------------------------
+
+
+def how_many(judged: Judged) -> Markdown:
+    """The tally, and what the intervals hold for."""
+    return Markdown(f"{tally(judged.entries)} {claims.CORRECTION}")
+
+
+def plan_sentence(judged: Judged) -> Markdown:
+    """The plan's sentence, part by part."""
+    return Markdown("\n\n".join(judged.sentence))
+
+
+def published_heads(judged: Judged) -> Markdown:
+    """The published heads, in one sentence."""
+    return Markdown(overlap_sentence(judged.found["story"].get("overlap")))
+
+
+def findings(step: Step, judged: Judged) -> dict[str, Any]:
+    """The findings of step 10: the ledger first, then the circuit."""
+    if judged.circuit is None:
+        return step.write_findings(not_done(step))
+    found, figure = judged.found, forest(judged.entries)
+    own = {
+        "sentences": [*judged.sentence, tally(judged.entries), overlap_sentence(found[step.name]["overlap"])],
+        "headline": [*judged.sentence[:1], tally(judged.entries)],
         "figures": {"claims": figure} if figure else {},
         "captions": CAPTIONS,
-        "verdicts": {own.id: own.verdict for own in entries},
+        "verdicts": {own.id: own.verdict for own in judged.entries},
         "measured": {name: found[name]["measured"] for name in MEASURED if "measured" in (found[name] or {})},
     }
+    return step.write_findings(joined(step, [own, judged.circuit]))
