@@ -8,12 +8,14 @@ from test_hydra import norm64
 from test_sweep import PAIRS
 
 from lib import hooks, records
+from lib.batches import both_runs
 from lib.single_pass import base_run
 from pipeline import params
-from steps.story import attribution, circuits_page
+from steps.registry import PLAN
+from steps.story import attribution, circuits_page, measure
 from steps.story.circuits import SEARCH_SCHEMA, Circuit
 
-P = params.validate("story", params.load_profile("smoke") | {"random_sets": 2, "circuit_limit": 4})
+P = params.validate(PLAN.sections, "story", params.load_profile("smoke") | {"random_sets": 2, "circuit_limit": 4})
 IDENTITY = ["pair_id", "layer", "component", "head"]
 
 
@@ -57,7 +59,7 @@ def test_estimates_are_slopes_and_grad_drop_leaves_a_layer_out(tiny, name, monke
 def test_the_fix_is_exact_where_what_follows_is_linear(tiny, name):
     """A query acts on its head's output alone: (fixed - exact) is what the network bends, and vanishes with it."""
     model = tiny(name)
-    clean, corrupt, own = next(iter(attribution.both_runs(model, PAIRS[:2])))
+    clean, corrupt = both_runs(model, PAIRS[:2], PAIRS[0].clean.roles["last"], attribution.KEPT)
     queries, heads = attribution.queried(model, clean, corrupt)
     layer = 1
     with torch.no_grad():
@@ -100,11 +102,11 @@ def test_curves_areas_members_and_completeness_by_hand():
     tested = [("grow", i, site, sum(list(worth.values())[: i + 1]), True) for i, site in enumerate(sites)]
     tested += [("prune", 0, "0.2", 1.0, True), ("prune", 1, "mlp 0", 0.8, False)]
     search = pd.DataFrame(tested, columns=list(SEARCH_SCHEMA.columns))
-    assert circuits_page.circuit_of(search) == sites[:3] and circuits_page.grown(search) == sites
-    subsets = circuits_page.subsets_of(sites[:3], 3, rng)
+    assert measure.circuit_of(search) == sites[:3] and measure.grown(search) == sites
+    subsets = measure.subsets_of(sites[:3], 3, rng)
     assert all(0 < len(own) < 3 for own in subsets)
     orders = {"damage": sites[::-1]}
-    tests = circuits_page.tests_of(search, orders, sites, subsets, P, rng)
+    tests = measure.tests_of(search, orders, sites, subsets, P, rng)
     tests |= {"everything": Circuit(False, ()), "nothing": Circuit(True, ())}
     rows = []
     for quad in range(24):
@@ -115,14 +117,15 @@ def test_curves_areas_members_and_completeness_by_hand():
             about = {"half": "confirmation", "quad_id": f"q{quad}", "pair_id": f"p{quad}", "ablation": "resample"}
             rows.append(about | {"test": name, "logit_diff": value, "metric": value - 2})
     frame = pd.DataFrame(rows)
-    curve, areas = circuits_page.curves(frame, P)
+    curve, areas = circuits_page.curves(frame, P), circuits_page.areas(frame, P)
     found = curve[curve["order"] == "circuit"].set_index("n_sites")["estimate"]
     assert found.to_dict() == pytest.approx({1: 0.5, 2: 0.8, 3: 1.0, 4: 1.0})
     area = areas.set_index("order")["estimate"]
     assert area["circuit"] == pytest.approx((0.25 + 0.65 + 0.9 + 1.0) / 4)
     assert area["damage"] == pytest.approx((0 + 0.1 + 0.35 + 0.75) / 4)
     assert areas.set_index("order")["minus_estimate"]["damage"] == pytest.approx(area["circuit"] - area["damage"])
-    numbers = circuits_page.circuit_numbers(search, frame, subsets, ["0.0", "0.3"], sites, P)
+    m = measure.Measured(sites, search, None, None, subsets, tests, "resample", frame)
+    numbers = circuits_page.circuit_numbers(m, ["0.0", "0.3"], P)
     assert numbers["size"] == 3 and numbers["grown"] == 4 and numbers["reached"]
     assert numbers["faithfulness"]["estimate"] == pytest.approx(1) and numbers["necessity"]["estimate"] == 0
     assert numbers["weakest"]["site"] == "mlp 0" and numbers["weakest"]["share"] == pytest.approx(0.2)
@@ -130,14 +133,14 @@ def test_curves_areas_members_and_completeness_by_hand():
     assert numbers["overlap"]["sites"] == ["0.0"] and numbers["faithfulness_counterfactual"] is None
     # a backup: without any member the model keeps 0.3 more than the circuit does
     backed = frame.assign(logit_diff=frame["logit_diff"] + 0.3 * frame["test"].str.startswith("model "))
-    worst, _ = circuits_page.incompleteness(backed, P)
+    worst = circuits_page.incompleteness(circuits_page.without_subsets(backed, P), subsets)
     assert worst["estimate"] == pytest.approx(0.3 / (2 + 0.1 * 11.5)) and worst["low"] <= worst["estimate"]
     text = " ".join(circuits_page.circuit_sentences(numbers, P))
     assert "0.0, 0.1 and mlp 0" in text and "Less than half is left: shown" in text and "nan" not in text
     few = frame[frame["quad_id"].isin(["q0", "q1"])]
-    numbers = circuits_page.circuit_numbers(search, few, subsets, ["0.0"], sites, P)
+    numbers = circuits_page.circuit_numbers(m._replace(tested=few), ["0.0"], P)
     assert "too few quads" in " ".join(circuits_page.circuit_sentences(numbers, P))
-    none = circuits_page.circuit_numbers(search.head(0), few, [], ["0.0"], sites, P)
+    none = circuits_page.circuit_numbers(m._replace(search=search.head(0), subsets=[]), ["0.0"], P)
     assert "No circuit was searched for" in circuits_page.circuit_sentences(none, P)[0]
 
 
@@ -147,7 +150,7 @@ def test_a_ranking_takes_the_discovery_half_and_the_sites_asked_for():
         + [("discovery", 1, "mlp", -1, 3.0), ("discovery", 1, "mlp", -1, 0.0), ("discovery", 2, "mlp", -1, 7.0)],
         columns=["half", "layer", "component", "head", "exact"],
     )
-    assert circuits_page.ranked(table, "exact", ["0.1", "mlp 1", "0.0"]) == ["mlp 1", "0.1"]
+    assert measure.ranked(table, "exact", ["0.1", "mlp 1", "0.0"]) == ["mlp 1", "0.1"]
 
 
 def test_what_attribution_finds_and_costs():
@@ -160,7 +163,8 @@ def test_what_attribution_finds_and_costs():
             guess = {"atp": 0.0 if head == 29 else real, "atp_qk": real, "grad_drop": abs(real)}
             rows += [about | {"component": kind, "exact": real, **guess} for kind in ("head", "query")]
     both = pd.DataFrame(rows)
-    table, means = circuits_page.compared(both.drop(columns="exact"), both[[*IDENTITY, "quad_id", "half", "exact"]], P)
+    beside = circuits_page.beside_exact(both.drop(columns="exact"), both[[*IDENTITY, "quad_id", "half", "exact"]])
+    table, means = circuits_page.compared(beside, P), circuits_page.node_means(beside)
     found = table.set_index(["nodes", "method"])
     assert len(means) == 60 and ("sites", "atp_qk") not in found.index
     assert found.loc[("queries", "atp"), "missed"] == ["0.29"] and found.loc[("queries", "atp"), "top10"] == 0.9

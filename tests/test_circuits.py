@@ -7,7 +7,7 @@ import torch
 from test_sweep import PAIRS
 
 from lib import hooks, records, single_pass, sweep
-from steps.story import circuits
+from steps.story import circuits, measure
 from steps.story.circuits import ALL, NOTHING, Circuit
 
 TESTS = {
@@ -42,8 +42,8 @@ def test_every_circuit_equals_patching_one_by_one(tiny, name):
     assert len(frame) == 3 * 2 * (2 + len(TESTS))
     rows = frame.set_index(["pair_id", "ablation", "test"])
     for pair in pairs:
-        lent = {"resample": circuits.resampled(pair, PAIRS, 3), "counterfactual": pair.corrupt.ids}
-        for kind, ids in lent.items():
+        donors = {"resample": circuits.resampled(pair, PAIRS, 3), "counterfactual": pair.corrupt.ids}
+        for kind, ids in donors.items():
             for test, circuit in (TESTS | {"everything": ALL, "nothing": NOTHING}).items():
                 found = rows.loc[(pair.pair_id, kind, test), ["logit_diff", "metric"]].tolist()
                 assert found == pytest.approx(by_hand(model, pair, circuit, ids, 9), abs=1e-9), (kind, test)
@@ -102,7 +102,7 @@ def test_the_search_finds_a_known_circuit(tiny, monkeypatch):
     """Two sites that work only together, one that helps alone, one that helps until the two are there."""
     worth = {"mlp 0": 0.3, "1.1": 0.02, "2.0": 0.02, "0.2": 0.25}
 
-    def logits(model, ready, tested, memory):
+    def logits(model, ready, tested):
         rows = []
         for circuit in (ALL, NOTHING, *tested):
             sites = set(circuit.sites) if circuit.only else set(worth)
@@ -126,9 +126,9 @@ def test_the_search_finds_a_known_circuit(tiny, monkeypatch):
     assert circuits.search(tiny("llama"), PAIRS, sites, share=0.9, limit=8).empty
 
 
-def test_pairs_without_a_lender(tiny):
+def test_pairs_without_donors(tiny):
     alone = [PAIRS[0], PAIRS[1]]  # one quad
-    assert circuits.of_one_kind(alone, alone) == (alone, "counterfactual")
-    assert circuits.of_one_kind(PAIRS, PAIRS) == (PAIRS, "resample")
+    assert measure.of_one_kind(alone, alone) == (alone, "counterfactual")
+    assert measure.of_one_kind(PAIRS, PAIRS) == (PAIRS, "resample")
     frame = circuits.run(tiny("llama"), alone, {}, ablations=("counterfactual",))
     assert isinstance(frame, pd.DataFrame) and set(frame["test"]) == {"everything", "nothing"}

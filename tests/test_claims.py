@@ -2,7 +2,6 @@
 
 import json
 import re
-from dataclasses import replace
 from types import SimpleNamespace
 
 import jsonschema
@@ -13,10 +12,10 @@ import pytest
 from lib import records
 from pipeline import keys, params
 from pipeline import step as steps
+from steps.registry import PLAN
 from steps.story import claims
 from steps.story import page as story
-from steps.story.claims import NOT_SUPPORTED, NOT_TESTABLE, NOT_TESTED, SUPPORTED
-from steps.story.plan_claims import CLAIMS
+from steps.story.claims import CLAIMS, LINKS, NOT_SUPPORTED, NOT_TESTABLE, NOT_TESTED, SUPPORTED
 
 ROOT = params.ROOT
 
@@ -111,11 +110,11 @@ def story_params(folder, **changed):
     section = base["story"] | {
         "claims": {key: value for key, value in (THRESHOLDS | changed).items() if value is not None}
     }
-    return params.validate("story", base | {"story": section})
+    return params.validate(PLAN.sections, "story", base | {"story": section})
 
 
 def judged(folder, what=None, **changed):
-    entries = claims.ledger(found() if what is None else what, story_params(folder, **changed))
+    entries = claims.ledger(found() if what is None else what, PLAN, story_params(folder, **changed))
     return {entry.id: entry for entry in entries}
 
 
@@ -125,7 +124,7 @@ def test_the_schema_committed_is_the_models_own():
 
 def test_claims_json_validates_and_a_wrong_verdict_does_not(tmp_path):
     own = story_params(tmp_path)
-    entries = claims.ledger(found(), own)
+    entries = claims.ledger(found(), PLAN, own)
     written = json.loads(json.dumps(story.document(entries, story.sentence(entries, found()), own)))
     schema = json.loads((ROOT / "data/claims.schema.json").read_text(encoding="utf-8"))
     jsonschema.validate(written, schema)
@@ -175,7 +174,7 @@ def test_the_weakest_group_decides_and_the_own_template_does_not(tmp_path):
 def test_a_threshold_that_is_a_parameter_is_the_one_its_step_used(tmp_path):
     own = story_params(tmp_path)
     records.write_json(tmp_path / "generality.run.json", {"parameters": {"general_floor": 0.7, "silence_margin": 0.2}})
-    entries = {entry.id: entry for entry in claims.ledger(found(), own)}
+    entries = {entry.id: entry for entry in claims.ledger(found(), PLAN, own)}
     assert entries["general_supersets"].threshold == 0.7 and entries["general_supersets"].verdict == NOT_SUPPORTED
     assert entries["general_supersets"].threshold_from == "generality.general_floor"
     assert entries["critical_layers"].threshold_from == "critical_share"
@@ -196,7 +195,7 @@ def test_thresholds_and_claims_belong_together(changed, message, tmp_path):
 
 @pytest.mark.parametrize("profile", params.profiles())
 def test_every_profile_has_the_threshold_of_every_claim(profile):
-    claims.thresholds(params.validate("story", params.load_profile(profile)))
+    claims.thresholds(params.validate(PLAN.sections, "story", params.load_profile(profile)))
 
 
 def test_a_step_that_did_not_run_is_not_tested(tmp_path):
@@ -208,7 +207,7 @@ def test_a_step_that_did_not_run_is_not_tested(tmp_path):
 
 def test_a_task_the_model_cannot_do_is_not_testable(tmp_path):
     unable = {"able": False, "sentences": ["Nothing was computed."], "task": "superset"}
-    what = {step: unable for step in params.STEPS} | {"baselines": found()["baselines"]}
+    what = {step: unable for step in PLAN.names} | {"baselines": found()["baselines"]}
     own = judged(tmp_path, what)
     assert {entry.verdict for entry in own.values() if entry.step != "baselines"} == {NOT_TESTABLE}
     assert own["no_repair"].reason == "Nothing was computed."
@@ -218,7 +217,9 @@ def test_a_task_the_model_cannot_do_is_not_testable(tmp_path):
 @pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: claim.id)
 def test_numbers_that_are_not_where_they_should_be_are_an_error(claim, tmp_path):
     with pytest.raises(claims.ClaimError, match=f"claim {claim.id}: the findings of step {claim.step} have no"):
-        claims.numbers_of(replace(claim, path="nowhere[kind=x]"), {"somewhere": []}, story_params(tmp_path))
+        claims.numbers_of(
+            claim.model_copy(update={"path": "nowhere[kind=x]"}), {"somewhere": []}, story_params(tmp_path)
+        )
 
 
 def test_a_column_that_is_not_there_is_an_error_and_rows_that_are_not_are_none(tmp_path):
@@ -275,7 +276,7 @@ def test_holms_correction():
 
 def test_figures_are_on_their_pages():
     for claim in CLAIMS:
-        path = ROOT / keys.NOTEBOOKS[claim.step]
+        path = PLAN.notebook(claim.step)
         if path.exists():
             cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
             names = {cell["metadata"].get("mystnb", {}).get("figure", {}).get("name") for cell in cells}
@@ -283,7 +284,7 @@ def test_figures_are_on_their_pages():
 
 
 def test_no_site_or_layer_stands_in_the_words():
-    words = [claim.text for claim in CLAIMS] + [text for part in story.PARTS for text in (part.plan, part.here)]
+    words = [claim.text for claim in CLAIMS] + [text for link in LINKS for text in (link.plan, link.here)]
     assert not [text for text in words if re.search(r"\d", text)]
 
 
@@ -378,10 +379,10 @@ def test_published_heads_against_chance(tmp_path):
 def test_the_ledger_is_a_file_of_step_10_that_changed_thresholds_do_not_make_stale(tmp_path, monkeypatch):
     own = story_params(tmp_path)
     monkeypatch.setattr(keys, "find_pairs", lambda step, given: ROOT / "data/people.csv")
-    step = steps.Step("story", own)
+    step = steps.Step(PLAN, "story", own)
     assert json.loads(step.write_extra("claims.json", {"level": 0.95}).read_text()) == {"level": 0.95}
-    assert set(keys.step_files(tmp_path, "story")) == {tmp_path / "claims.json", tmp_path / "story.run.json"}
-    changed = steps.Step("story", story_params(tmp_path, one_layer=0.9))
-    assert changed.fresh and keys.page_key("story", own, "d") != keys.page_key("story", changed.params, "d")
+    assert set(keys.step_files(tmp_path, PLAN["story"])) == {tmp_path / "claims.json", tmp_path / "story.run.json"}
+    changed = steps.Step(PLAN, "story", story_params(tmp_path, one_layer=0.9))
+    assert changed.fresh and keys.page_key(PLAN, "story", own, "d") != keys.page_key(PLAN, "story", changed.params, "d")
     with pytest.raises(steps.StepError, match="may write claims.json"):
         step.write_extra("other.json", {})

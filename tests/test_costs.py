@@ -15,6 +15,7 @@ from steps.neurons import measure as neurons_measure
 from steps.neurons import neurons
 from steps.retrieval_heads import routes
 from steps.story import attribution, circuits
+from steps.story import measure as story
 
 TEMPLATE = tasks.TEMPLATES["profession_both"]
 PAIRS = [assumed.pair_of(TEMPLATE, q, 0, HALVES[q % 2], [2, 2], 0) for q in range(4)]
@@ -74,7 +75,7 @@ def test_paths(both, mlps, role):
     agrees(work, lambda: routes.run(model, unit.pairs, **unit.options))
 
 
-def test_splits_neurons_circuits_and_attribution(both):
+def test_splits_and_neurons(both):
     model, shape = both
     reading = splits.Reading(splits.readout(model), splits.post_norms(model))
     slices = {"slice": SLICE, "other": SLICE[1:]}
@@ -85,10 +86,15 @@ def test_splits_neurons_circuits_and_attribution(both):
     own = neurons.reading_of(model, [1, 2])
     each = {"direction": "noise", "layers": [1, 2], "reading": own}
     agrees(neurons_measure.neuron_unit(shape, PAIRS[0], [1, 2], PLACE), lambda: neurons.run(model, PAIRS[:1], **each))
+
+
+def test_circuits_and_attribution(both):
+    model, shape = both
     tests = {"a": (True, ("1.2",)), "b": (True, ("1.2", "mlp 1")), "c": (False, ("2.0", "mlp 0"))}
-    kept = circuits.kept_parts(model, [circuits.ALL, circuits.NOTHING, *(circuits.Circuit(*t) for t in tests.values())])
-    agrees(costs.circuit_unit(shape, PAIRS, kept, PLACE), lambda: circuits.run(model, PAIRS, tests))
-    agrees(costs.attribution_unit(shape, PAIRS), lambda: attribution.attribute(model, PAIRS))
+    tested = [circuits.Circuit(*own) for own in tests.values()]
+    work = story.ready_work(shape, PAIRS) + story.circuit_work(shape, PAIRS, tested, PLACE)
+    agrees(work, lambda: circuits.run(model, PAIRS, tests))
+    agrees(story.attribution_work(shape, PAIRS), lambda: attribution.attribute(model, PAIRS))
 
 
 def test_proofs_and_next_tokens(both):

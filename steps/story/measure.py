@@ -246,7 +246,7 @@ STEP = Declaration(
     reads={"sufficiency": ("critical_slice",)},
     reads_tables=("sufficiency", "necessity"),
     page_keys=("claims",),
-    page_files=("data/filter_heads_llama-3.3-70b.csv", "data/claims.schema.json"),
+    page_files=("data/filter_heads_llama-3.3-70b.csv", "data/claims.yaml", "data/claims.schema.json"),
     extra_files=("claims.json",),
 )
 
