@@ -62,10 +62,13 @@ def _bytes(figure: matplotlib.figure.Figure, kind: str) -> bytes:
 def save(figure: matplotlib.figure.Figure, results_dir: str | Path, step: str, name: str) -> str:
     """Write `figures/<step>-<name>.png` and `.svg` in the results folder; returns the PNG's path relative to it.
 
-    The returned string is what a findings file has as `file`. The same figure gives the same bytes.
+    The returned string is what a findings file has as `file`. The same figure gives the same bytes, whether or not it
+    has been shown before: a layout settles in the first drawing, so one is made here that is not kept.
     """
     folder = Path(results_dir) / "figures"
     folder.mkdir(parents=True, exist_ok=True)
+    with style.context(STYLE):
+        figure.draw_without_rendering()
     for kind in ("png", "svg"):
         (folder / f"{step}-{name}.{kind}").write_bytes(_bytes(figure, kind))
     return f"figures/{step}-{name}.png"

@@ -92,8 +92,7 @@ def test_circuits_and_attribution(both):
     model, shape = both
     tests = {"a": (True, ("1.2",)), "b": (True, ("1.2", "mlp 1")), "c": (False, ("2.0", "mlp 0"))}
     tested = [circuits.Circuit(*own) for own in tests.values()]
-    work = story.ready_work(shape, PAIRS) + story.circuit_work(shape, PAIRS, tested, PLACE)
-    agrees(work, lambda: circuits.run(model, PAIRS, tests))
+    agrees(story.circuit_work(shape, PAIRS, tested, PLACE), lambda: circuits.run(model, PAIRS, tests))
     agrees(story.attribution_work(shape, PAIRS), lambda: attribution.attribute(model, PAIRS))
 
 

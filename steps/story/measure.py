@@ -106,9 +106,14 @@ def circuit_units(step: Step | Case, tests: Mapping[str, Circuit]) -> list[Unit]
     ]
 
 
-def searching(step: Step) -> Callable[[Unit], pd.DataFrame]:
-    """What searches."""
-    how = {"pool": step.prompts(), "seed": step.params.seed, "memory": step.memory}
+def lent(step: Step) -> dict[str, Any]:
+    """Where resampled values come from, and what a pass may take (`circuits.ready`)."""
+    return {"pool": step.prompts(), "seed": step.params.seed, "memory": step.memory}
+
+
+def searched(step: Step) -> Callable[[Unit], pd.DataFrame]:
+    """`circuits.search` of a unit."""
+    how = lent(step)
 
     def compute(unit: Unit) -> pd.DataFrame:
         options = dict(unit.options)
@@ -117,28 +122,20 @@ def searching(step: Step) -> Callable[[Unit], pd.DataFrame]:
     return compute
 
 
-def testing(step: Step, tests: Mapping[str, Circuit]) -> Callable[[Unit], pd.DataFrame]:
-    """What tests circuits."""
-    how = {"pool": step.prompts(), "seed": step.params.seed, "memory": step.memory}
+def tested(step: Step, tests: Mapping[str, Circuit]) -> Callable[[Unit], pd.DataFrame]:
+    """`circuits.run` of a unit."""
+    how = lent(step)
     return lambda unit: circuits.run(step.model, unit.pairs, **unit.options, **how)
-
-
-def attributing(step: Step) -> Callable[[Unit], pd.DataFrame]:
-    """What attributes."""
-    return lambda unit: attribution.attribute(step.model, unit.pairs)
-
-
-def replacing(step: Step) -> Callable[[Unit], pd.DataFrame]:
-    """What replaces the same sites."""
-    return lambda unit: attribution.exact(step.model, unit.pairs, step.memory)
 
 
 # --- what it costs ---
 
 
-def circuit_work(shape: Shape, pairs: Sequence[Pair], tested: Sequence[Circuit], machine: Machine) -> Work:
-    """Circuits tested on pairs that are ready (`circuits.scored`): a row of the tree is run in a module only where the
-    circuit keeps something of it."""
+def circuit_work(
+    shape: Shape, pairs: Sequence[Pair], tested: Sequence[Circuit], machine: Machine, plain: bool = True
+) -> Work:
+    """Circuits tested on pairs (`circuits.run`), with the plain runs of both prompts if `plain`: a row of the tree is
+    run in a module only where the circuit keeps something of it."""
     kept, out = circuits.kept_parts(shape, [ALL, NOTHING, *tested]), Work()
     states = [(rows.kept[:, :-1].any(1).sum(), rows.kept[:, -1].sum()) for rows in circuits.branches(kept)[0]]
     for group in grouped(pairs):
@@ -148,15 +145,8 @@ def circuit_work(shape: Shape, pairs: Sequence[Pair], tested: Sequence[Circuit],
         each = sum(int(heads) * attention + int(mlps) * 2 * shape.mlp for heads, mlps in states)
         passes = -(-len(group) // max(1, limit // len(kept)))
         out += Work(passes=passes, grown=float(len(group) * each), light=len(group) * len(kept))
-    return out
-
-
-def ready_work(shape: Shape, pairs: Sequence[Pair]) -> Work:
-    """The plain runs of the pairs and of their donors (`circuits.ready`)."""
-    out = Work()
-    for group in grouped(pairs):
-        passes = 2 * -(-len(group) // BATCH)
-        out += costs.plain(shape, 2 * len(group), len(group[0].clean.ids), passes) + Work(other={"jobs": 1})
+        if plain:
+            out += costs.plain(shape, 2 * len(group), tokens, 2 * -(-len(group) // BATCH)) + Work(other={"jobs": 1})
     return out
 
 
@@ -182,47 +172,60 @@ def assumed_order(case: Case) -> tuple[list[str], int]:
 
 def search_cost(case: Case, units: Sequence[Unit]) -> Work:
     """Every size that the circuit grows through, and one round of pruning."""
-    (drawn, size), pairs, shape = assumed_order(case), units[0].pairs, case.shape
-    work = ready_work(shape, pairs) + circuit_work(shape, pairs, [], case.machine) + Work(table=20 * 100 * size)
+    (drawn, size), pairs = assumed_order(case), units[0].pairs
+    work = circuit_work(case.shape, pairs, [], case.machine) + Work(table=20 * 100 * size)
     rounds = [([[*drawn[:count], site] for site in drawn[count : count + QUEUE]], count) for count in range(size)]
     for queue, count in [*rounds, ([drawn[:size]] * size, -1)]:
         asked = len(drawn) - count if count in REFRESH else len(queue)
-        one = circuit_work(shape, pairs, [Circuit(True, tuple(own)) for own in queue], case.machine)
-        work += one.times(asked / len(queue))
+        one = [Circuit(True, tuple(own)) for own in queue]
+        work += circuit_work(case.shape, pairs, one, case.machine, plain=False).times(asked / len(queue))
     return work
 
 
 def attribution_cost(case: Case, units: Sequence[Unit]) -> Work:
-    """Gradients."""
-    return total(attribution_work(case.shape, unit.pairs) for unit in units) + Work(table=27 * nodes(case, units))
+    """Gradients of every head, query and MLP."""
+    return total(
+        attribution_work(case.shape, unit.pairs) + Work(table=27 * nodes(case) * len(unit.pairs)) for unit in units
+    )
 
 
 def exact_cost(case: Case, units: Sequence[Unit]) -> Work:
     """Every head and MLP replaced, and every query."""
     each = [{"components": components} for components in (["head", "mlp"], ["head"])]
     work = total(sweep_unit(case.shape, unit.pairs, how, case.machine) for how in each for unit in units)
-    return work + Work(table=5 * nodes(case, units))
+    return work + Work(table=5 * nodes(case) * sum(len(unit.pairs) for unit in units))
 
 
-def nodes(case: Case, units: Sequence[Unit]) -> int:
-    """Heads, queries and MLPs of all pairs."""
-    return case.n_layers * (2 * case.n_heads + 1) * sum(len(unit.pairs) for unit in units)
+def nodes(case: Case) -> int:
+    """Heads, queries and MLPs."""
+    return case.n_layers * (2 * case.n_heads + 1)
 
 
 def circuits_cost(case: Case, units: Sequence[Unit], tests: Mapping[str, Circuit]) -> Work:
-    """The circuits tested."""
+    """The circuits of each unit."""
     work = Work()
     for unit in units:
-        asked = list(unit.options["tests"].values())
-        work += ready_work(case.shape, unit.pairs) + circuit_work(case.shape, unit.pairs, asked, case.machine)
-        work += Work(table=39 * len(unit.pairs) * len(asked))
+        own = list(unit.options["tests"].values())
+        work += circuit_work(case.shape, unit.pairs, own, case.machine) + Work(table=39 * len(unit.pairs) * len(own))
     return work
 
 
-SEARCH = Table("search", search_units, searching, search_cost, schema=circuits.SEARCH_SCHEMA)
-ATTRIBUTION = Table("attribution", attribution_units, attributing, attribution_cost, schema=attribution.SCHEMA)
-EXACT = Table("exact", attribution_units, replacing, exact_cost, schema=attribution.EXACT_SCHEMA)
-CIRCUITS = Table("circuits", circuit_units, testing, circuits_cost, schema=circuits.SCHEMA)
+SEARCH = Table("search", search_units, searched, search_cost, schema=circuits.SEARCH_SCHEMA)
+ATTRIBUTION = Table(
+    "attribution",
+    attribution_units,
+    lambda step: lambda unit: attribution.attribute(step.model, unit.pairs),
+    attribution_cost,
+    schema=attribution.SCHEMA,
+)
+EXACT = Table(
+    "exact",
+    attribution_units,
+    lambda step: lambda unit: attribution.exact(step.model, unit.pairs, step.memory),
+    exact_cost,
+    schema=attribution.EXACT_SCHEMA,
+)
+CIRCUITS = Table("circuits", circuit_units, tested, circuits_cost, schema=circuits.SCHEMA)
 
 
 def assumed(case: Case) -> Iterator[tuple[Any, ...]]:

@@ -252,10 +252,9 @@ def value(entry: Entry) -> str:
 
 
 def document(entries: Sequence[Entry], parts: Sequence[str], params: Story) -> dict[str, Any]:
-    """claims.json, proved against its model."""
+    """claims.json, by its model."""
     about = {key: getattr(params, key) for key in ("profile", "model", "task", "level")}
-    ledger = Ledger(**about, correction=claims.CORRECTION, sentence=list(parts), claims=list(entries))
-    return plain(Ledger.model_validate(ledger.model_dump()).model_dump())
+    return plain(Ledger(**about, correction=claims.CORRECTION, sentence=parts, claims=entries).model_dump())
 
 
 def table(entries: Sequence[Entry]) -> Styler:
