@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from report import scale
-from report.speed import seconds, small, times
+from report.scale import seconds, small, times
 
 ROOT = Path(__file__).resolve().parent.parent
 PLACE = {
