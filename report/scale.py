@@ -215,18 +215,6 @@ def plan_smollm2(found: Found, to: Path) -> str:
     )
 
 
-SECTIONS: dict[str, Callable[[Found, Path], str]] = {
-    "peers": peers,
-    "growth": growth,
-    "scale_70b": scale_70b,
-    "offload": offload,
-    "plan_70b": plan_70b,
-    "plan_smollm2": plan_smollm2,
-    "sweep": sweep,
-    "profile": profile,
-}
-
-
 # --- words -----------------------------------------------------------------------------------------------------------
 
 
@@ -486,3 +474,15 @@ def profile(found: Found, to: Path) -> str:
             {whole["starting, share"]:.1%} of the whole."""),
         table(["step", "time", *parts], lines),
     )
+
+
+SECTIONS: dict[str, Callable[[Found, Path], str]] = {
+    "peers": peers,
+    "growth": growth,
+    "scale_70b": scale_70b,
+    "offload": offload,
+    "plan_70b": plan_70b,
+    "plan_smollm2": plan_smollm2,
+    "sweep": sweep,
+    "profile": profile,
+}
