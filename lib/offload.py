@@ -58,9 +58,7 @@ class Pass:
 @torch.no_grad()
 def through(model: Model, passes: Sequence[Pass]) -> list[Float[Tensor, "batch hidden"]]:
     """Take all passes through the model in lock step; each one's final hidden states at the last token."""
-    outside = [
-        child for child in model.body.children() if not any(model.blocks[0] is part for part in child.children())
-    ]
+    outside = [child for child in model.body.children() if model.blocks[0] not in child.children()]
     with loaded(model.final_norm):  # which step 1 runs, too
         with loaded(*outside):
             calls = [calls_of(model, each) for each in passes]
@@ -206,9 +204,7 @@ def in_lock_step(batches: Sequence[PairBatch], kept: dict[tuple, Pool], donors: 
         kept[last] = pools[last]
     first, later = ends[: len(staged)], iter(ends[len(staged) :])
     with loaded(model.unembed):
-        return [
-            batch.frame(end, [next(later) for _ in batch.growing]) for batch, end in zip(staged, first, strict=True)
-        ]
+        return [each.frame(end, [next(later) for _ in each.growing]) for each, end in zip(staged, first, strict=True)]
 
 
 class Staged:

@@ -111,13 +111,10 @@ def run_sets(
     kinds = how.kinds if kinds is None else kinds
     check(model, pairs, sets, how.role, kinds)
     pool, kept, halved, loads = how.pool or pairs, {} if how.pools is None else how.pools, [], {}
-    batches = [
-        PairBatch(
-            model, pack, sets, kinds, how, grower(pack[0].clean.roles) if grower else grow, tuple(needs), variants
-        )
-        for group in grouped(pairs)
-        for pack in packs(group, len(sets) * len(kinds), how.role)
-    ]
+    batches = []
+    for pack in (pack for group in grouped(pairs) for pack in packs(group, len(sets) * len(kinds), how.role)):
+        passes = grower(pack[0].clean.roles) if grower else grow
+        batches.append(PairBatch(model, pack, sets, kinds, how, passes, tuple(needs), variants))
     if grower is None and offload.offloaded(model):
         frames, loads = offload.run(batches, kept, pool, halved)
     else:

@@ -78,7 +78,7 @@ def pass_memory(model: Any | None) -> float:
     """GB that one pass may take when the profile says `auto`: a function of the machine's size, never of its load.
 
     On CUDA, 60% of what the weights leave free of the cards, shared over them; elsewhere an eighth of the memory, at
-    most 2 GB (a larger pass is no faster on a CPU). `model` is a `lib.models.Model`, or None for the CPU.
+    most 2 GB (a larger pass is no faster on a CPU). `model` is a `lib.hooks.Model`, or None for the CPU.
     """
     if model is None or model.device.type != "cuda":
         return round(min(2.0, memory_gb() / 8), 3)
