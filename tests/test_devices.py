@@ -14,6 +14,7 @@ from lib import models, offload, paths, sweep
 from lib.weights import ModelError
 from pipeline import params
 from pipeline import step as steps
+from steps.registry import PLAN
 
 PAIRS = [pair_of(0), pair_of(2), longer(pair_of(0))]
 WHOLE = {"role": "names", "ablations": ("zero", "counterfactual")}
@@ -38,7 +39,7 @@ def from_profile(tiny_folder, tmp_path, **own):
     own = {"model": str(tiny_folder), "device": "cpu", "layers": "all", "results_dir": str(tmp_path / "results")} | own
     given = params.load_profile("smoke")
     given = {key: value for key, value in given.items() if key not in ("model_sha256", "memory")} | own
-    return steps.Step("necessity", params.validate("necessity", given)).model
+    return steps.Step(PLAN, "necessity", params.validate(PLAN.sections, "necessity", given)).model
 
 
 def agree(one, other, tolerance=1e-3):
