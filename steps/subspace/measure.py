@@ -15,11 +15,12 @@ from typing import Any, NamedTuple
 import pandas as pd
 from pydantic import Field
 
-from lib import effects, stats
+from lib import effects, stats, tasks
 from lib.batches import subsample
+from lib.data import HALVES
 from lib.effects import in_halves
 from lib.tasks import Pair, without_labels
-from pipeline.assumed import MOVED, Case
+from pipeline.assumed import MOVED, Case, pair_of
 from pipeline.declaration import SUPERSET_TASKS, Declaration
 from pipeline.params import Counts, Doses, OfSlice, Words
 from pipeline.step import Step
@@ -78,8 +79,17 @@ def assumed(case: Case) -> Iterator[tuple[Any, ...]]:
     moved = shown[: round(MOVED * len(shown))]
     others = [replace(x, pair_id=f"{x.pair_id}@{n}", template=n) for n in directions.templates(p)[1:] for x in moved]
     yield TRANSFER, direction_sweeps.transfer(case, [*shown, *others], layer, means)
-    steered = [replace(x, pair_id=f"{x.pair_id}s{n}") for n in range(3) for x in (case.half(1) * 3)[: p.steering_pairs]]
-    yield STEERING, direction_sweeps.steering(case, without_labels(steered), layer, means)
+    yield STEERING, direction_sweeps.steering(case, assumed_prompts(case, shown), layer, means)
+
+
+def assumed_prompts(case: Case, shown: Sequence[Pair]) -> list[Pair]:
+    """Prompts to steer: one for each quad, and pairs of invented names and of things, with 2 to 5 tokens each."""
+    count, template = case.params.steering_pairs, tasks.find_template(case.params.template, case.params.task)
+    mixed = list({pair.quad_id: pair for pair in shown}.values())[:count]
+    tokens = [(2, 2), (2, 3), (3, 3), (3, 4), (4, 4), (4, 5)]
+    others = [pair_of(template, n, 0, HALVES[1], tokens[n % len(tokens)]) for n in range(2 * count)]
+    every = enumerate([*mixed, *others])
+    return without_labels(replace(pair, pair_id=f"steered {n}", half=HALVES[1]) for n, pair in every)
 
 
 STEP = Declaration(

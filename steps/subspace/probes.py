@@ -184,17 +184,19 @@ def read(
     shape = (len(questions.templates), len(layers), len(questions.rows), width)
     out = {position: np.empty(shape, dtype=np.float32) for position in POSITIONS}
     for template, prompts in enumerate(questions.prompts):
-        ends = [
-            [prompt.roles[f"name_{slot}"][-1] for slot in "ab" if f"name_{slot}" in prompt.roles] for prompt in prompts
-        ]
-        ids = [prompt.ids for prompt in prompts]
-        at = [(*own, len(tokens) - 1) for own, tokens in zip(ends, ids, strict=True)]
+        ids, at = [prompt.ids for prompt in prompts], [ends(prompt) for prompt in prompts]
         for places, run in plain_runs(model, ids, at, ("resid",), size=BATCH, layers=layers):
             for place, layer in enumerate(layers):
                 seen = run.activations["resid", layer].float().cpu().numpy()
                 out["names"][template, place, places] = seen[:, :-1].mean(1)
                 out["last"][template, place, places] = seen[:, -1]
     return out
+
+
+def ends(prompt: Prompt) -> tuple[int, ...]:
+    """The last token of each name, and the prompt's last one."""
+    names = [f"name_{slot}" for slot in "ab"]
+    return *(prompt.roles[name][-1] for name in names if name in prompt.roles), len(prompt.ids) - 1
 
 
 def readings(step: Step, kinds: Sequence[Asked]) -> Readings:
