@@ -36,7 +36,6 @@ LENGTHS = {3: 0.42, 4: 0.29, 2: 0.22, 5: 0.07}  # tokens of a name, and the shar
 KEPT = 0.98  # quads found of those wanted
 MOVED = 0.75  # share of a quad's pairs that the model solves in another template
 CIRCUITS, REACH = 3.25, 0.6  # step 07's growing sets over slice_limit; their depth
-PROFESSIONS = 70  # that have enough people for a probe
 ASSUMED = (
     "the slice, the circuit's size and how many backups are tried are those that the default book found, at the same "
     "depth of the model: nine heads and MLPs from 70% of the layers on",

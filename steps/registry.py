@@ -21,7 +21,7 @@ from steps.necessity import measure as necessity
 from steps.neurons import measure as neurons
 from steps.retrieval_heads import measure as retrieval_heads
 from steps.story import measure as story
-from steps.subspace.measure import Subspace
+from steps.subspace import measure as subspace
 from steps.sufficiency import measure as sufficiency
 
 SLICE = {"sufficiency": ("critical_slice",)}
@@ -45,9 +45,7 @@ PLAN = Plan(
             reads_tables=("sufficiency",),
             files=PEOPLE,
         ),
-        Declaration(
-            "subspace", Subspace, planned.subspace, layered=True, tasks=SUPERSET_TASKS, reads=SLICE, files=PEOPLE
-        ),
+        subspace.STEP,
         neurons.STEP,
         story.STEP,
     ],

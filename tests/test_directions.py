@@ -13,22 +13,28 @@ from lib import hooks, readout, records
 from lib.hooks import Site
 from lib.single_pass import base_run
 from pipeline import params
-from steps.subspace import direction_statements, direction_sweeps, directions, directions_page
+from steps.registry import PLAN
+from steps.subspace import direction_sweeps, directions, directions_page, measure
 from tests.test_sweep import PAIRS, captured
 
 WORDS = PAIRS[0].candidates
-PARAMS = params.validate("subspace", params.load_profile("smoke") | {"random_directions": 2, "dimensions": [1, 2]})
+PARAMS = params.validate(
+    PLAN.sections, "subspace", params.load_profile("smoke") | {"random_directions": 2, "dimensions": [1, 2]}
+)
 
 
-def step_of(model):
+def step_of(model, sites=()):
     """A step that computes its tables at once."""
 
-    def table(name, plan, compute, schema=None, columns=None):
-        frame = pd.concat([compute(unit) for unit in plan], ignore_index=True)
-        return frame if schema is None else records.conform(frame, schema)
+    def table(table, *chosen):
+        compute = table.compute(step, *chosen)
+        frame = pd.concat([compute(unit) for unit in table.units(step, *chosen)], ignore_index=True)
+        return records.conform(frame, table.schema)
 
-    own = PARAMS.model_copy(update={"doses": (-1.0, 0.0, 2.0), "layers": "all"})
-    return SimpleNamespace(model=model, params=own, table=table, memory=2.0, rng=lambda _: np.random.default_rng(3))
+    own = PARAMS.model_copy(update={"doses": (-1.0, 0.0, 2.0), "layers": "all", "template": "t"})
+    step = SimpleNamespace(model=model, params=own, table=table, memory=2.0, rng=lambda _: np.random.default_rng(3))
+    step.slice = lambda: list(sites)
+    return step
 
 
 def vectors_of(width, seed=0):
@@ -76,7 +82,7 @@ def test_random_changes_have_the_norm_of_the_class_change_and_parts_add_up():
     one, within = direction_sweeps.fixed("class|1|", basis(1)), torch.tensor(basis(5).T)
     split = [one._replace(name=f"class|1|{part}", within=within) for part in direction_sweeps.PARTS]
     whole, random = direction_sweeps.Variant("whole|0|", None), direction_sweeps.fixed("random|1|0", basis(3), one.name)
-    out = direction_sweeps.changes([one, whole, random, *split], delta, lambda variant: variant.basis(None, 0))
+    out = direction_sweeps.changed([one, whole, random, *split], delta, lambda variant: variant.basis(None, 0))
     assert torch.allclose(out["random|1|0"].norm(dim=1), out["class|1|"].norm(dim=1))
     assert torch.allclose(out["class|1|inside"] + out["class|1|outside"], out["class|1|"])
     assert torch.allclose(out["class|1|inside"] @ within @ within.T, out["class|1|inside"])
@@ -88,10 +94,10 @@ def test_random_changes_have_the_norm_of_the_class_change_and_parts_add_up():
 def test_changes_arrive_in_the_model(tiny):
     """The scan's rows against full forward passes: one direction after a layer, and at the slice's sites together."""
     model = tiny("llama")
-    step, pair = step_of(model), PAIRS[1]
-    step.params = step.params.model_copy(update={"template": "t"})
-    sites = [Site(1, "mlp"), Site(2, "head", 3)]
-    frame = direction_sweeps.scanned(step, [pair], sites, means_table(32, [1, 2])).set_index(["variant", "site_set"])
+    sites, pair = [Site(1, "mlp"), Site(2, "head", 3)], PAIRS[1]
+    step = step_of(model, sites)
+    scan = step.table(direction_sweeps.LAYERS, direction_sweeps.by_layer(step, [pair], means_table(32, [1, 2])))
+    frame = scan.set_index(["variant", "site_set"])
     clean, corrupt = captured(model, pair.clean.ids), captured(model, pair.corrupt.ids)
 
     def values(own, everything=False):
@@ -121,9 +127,9 @@ def test_changes_arrive_in_the_model(tiny):
 def test_steering_adds_the_dose(tiny):
     model = tiny("llama")
     step = step_of(model)
-    step.params = step.params.model_copy(update={"template": "t"})
     pair = replace(PAIRS[0], clean=PAIRS[0].corrupt)  # both sides equal, as steering prompts are
-    frame = direction_sweeps.steered(step, [pair], 1, means_table(32, [1])).set_index("variant")
+    added = direction_sweeps.steering(step, [pair], 1, means_table(32, [1]))
+    frame = step.table(direction_sweeps.STEERING, added).set_index("variant")
     means, site = vectors_of(32, 1), Site(1, "resid")
     resid = captured(model, pair.corrupt.ids)[site][:, [9]]
     for dose in (-1, 0, 2):
@@ -158,7 +164,8 @@ def test_a_rotation_learns_to_bring_the_clean_answer_up(tiny):
     step = step_of(model)
     start = directions.rotations(model, PAIRS, 1, [2], 1, 0)[2]
     variants = [direction_sweeps.fixed(name, basis) for name, basis in (("rotation|2|", learned), ("start|2|", start))]
-    frame = direction_sweeps.patch(step, "x", PAIRS, [(Site(1, "resid"),)], variants)
+    own = direction_sweeps.patching(step, direction_sweeps.PATCHES, PAIRS, [(Site(1, "resid"),)], variants)
+    frame = step.table(direction_sweeps.PATCHES, own)
     gain = frame.groupby("variant")["metric_after"].mean()
     assert gain["rotation|2|"] > gain["start|2|"] + 0.5
 
@@ -231,39 +238,26 @@ def steering(prompts, slope=1.5):
 
 
 def part(quads):
-    """The whole part of the page from made-up tables."""
+    """The whole part of the page from made-up tables: its findings, and sentences with the headline."""
     patches = synthetic(quads, RECOVERY)
     pairs = [replace(PAIRS[0], pair_id=name, candidates=("artist", "writer", "x", "y"), answer=0 if index % 2 else 2)
              for index, name in enumerate(patches["pair_id"].unique())]  # fmt: skip
     scan = pd.concat([synthetic(quads, RECOVERY, site_set=at) for at in (0, 1)], ignore_index=True)
     moved = synthetic(quads, {"t|1|": 0.8, "u|1|": 0.4, "t|2|": 0.8, "u|2|": 0.8, "random|1|0": 0.1, "whole|0|": 1.0})
     frame, kinds = steering(quads)
-    doses = directions_page.dose_table(frame, kinds, ("artist", "writer", "x"))
     known = pd.DataFrame({"method": ["class means", "component", "rotation"], "k": [0, 0, 1], "layer": 21,
                           "variance": 2.0, "between": 0.5, "prompts": 80, "half": "discovery"})  # fmt: skip
-    by_layer, transfer = (
-        directions_page.layer_table(scan, [21], PARAMS),
-        directions_page.transfer_table(moved, PARAMS),
-    )
-    numbers, band = directions_page.by_number(patches, PARAMS), directions_page.random_band(patches, PARAMS)
-    figures = [
-        directions_page.layer_figure(by_layer),
-        directions_page.number_figure(numbers, band),
-        directions_page.split_figure(directions_page.split_parts(patches, PARAMS)),
-        directions_page.dose_figure(directions_page.dose_curves(doses, PARAMS)),
-        directions_page.transfer_figure(transfer),
-    ]
-    for figure in figures:
-        figure._repr_mimebundle_()
-    step = SimpleNamespace(params=PARAMS)
-    return direction_statements.part_of(
-        step, pairs, 21, known, by_layer, patches, doses, transfer, {"layers": figures[0]}
-    )
+    by_layer, nothing = measure.layer_table(scan, [21], PARAMS), pd.DataFrame()
+    m = measure.Measured([21], (), nothing, nothing, pairs, by_layer, 21, known, patches, moved, frame, kinds)
+    numbers = directions_page.numbers(m, PARAMS)
+    for draw in ("layer", "number", "split", "dose", "transfer"):
+        getattr(directions_page, f"{draw}_figure")(numbers)._repr_mimebundle_()
+    return directions_page.found(m, numbers), *directions_page.sentences(m, numbers, PARAMS)
 
 
 def test_the_report_recovers_what_was_put_in():
-    out = part(30)
-    own = {name: pd.DataFrame(rows) for name, rows in out["directions"].items() if isinstance(rows, list)}
+    found, sentences, headline = part(30)
+    own = {name: pd.DataFrame(rows) for name, rows in found.items() if isinstance(rows, list)}
     numbers = own["by_number"].set_index(["method", "k"])
     assert numbers.loc[("class difference", 1), "estimate"] == pytest.approx(0.8, abs=0.03)
     assert numbers.loc[("random", 1), "estimate"] == pytest.approx(0.15, abs=0.03)  # the mean over draws
@@ -278,37 +272,24 @@ def test_the_report_recovers_what_was_put_in():
     assert slope.loc["artist", "monotone"] == 1 and abs(slope.loc["random", "estimate"]) < 0.02
     moved = own["transfer"].set_index(["source", "k"])
     assert moved.loc[("u", 1), "estimate"] == pytest.approx(0.5, abs=0.03)
-    assert out["directions"]["restores"] is True and out["directions"]["layer"] == 21
-    text = " ".join(out["sentences"])
+    assert found["restores"] is True and found["layer"] == 21 and set(headline) <= set(sentences)
+    text = " ".join(sentences)
     assert "One direction suffices" in text and "Not better than random: probe, 1." in text
 
 
 def test_few_quads_give_numbers_without_intervals():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        out = part(3)
-    text = " ".join(out["sentences"])
+        _, sentences, _ = part(3)
+    text = " ".join(sentences)
     assert "is not shown to suffice (too few quads)" in text and "too few quads to say whether" in text
-    assert "[" not in out["sentences"][2] and "nan" not in text
+    assert "[" not in sentences[2] and "nan" not in text
 
 
 def test_the_first_layer_that_reaches_the_share_is_chosen():
     rows = [("discovery", "class difference", layer, value) for layer, value in ((21, 0.5), (23, 0.85), (29, 0.95))]
     rows += [("confirmation", "class difference", 21, 0.99), ("discovery", "whole", 21, 1.0)]
     table = pd.DataFrame(rows, columns=["half", "method", "layer", "estimate"])
-    assert directions_page.chosen_layer(table, PARAMS) == 23
+    assert measure.chosen_layer(table, PARAMS) == 23
     low = table.assign(estimate=table["estimate"] / 2)
-    assert directions_page.chosen_layer(low, PARAMS) == 29
-
-
-def test_directions_are_read_without_torch(tmp_path):
-    vectors = [np.eye(4, dtype=np.float32)[index] for index in (0, 1, 2, 3)]
-    frame = pd.DataFrame({"method": ["class means", "class means", "rotation", "class mean"], "k": [0, 0, 1, 0],
-                          "index": [0, 1, 0, 0], "vector": vectors})  # fmt: skip
-    records.write(tmp_path / "subspace.directions.parquet", frame, {}, schema=None)
-    table = directions_page.load(tmp_path)
-    assert np.array_equal(directions_page.basis(table, "class means", 2), np.eye(4)[:2])
-    assert np.array_equal(directions_page.basis(table, "rotation", 1), np.eye(4)[2:3])
-    for method, k in (("class means", 3), ("class mean", 1)):
-        with pytest.raises(ValueError, match="were fitted together or nested"):
-            directions_page.basis(table, method, k)
+    assert measure.chosen_layer(low, PARAMS) == 29

@@ -12,9 +12,10 @@ from lib import hooks
 from lib.tasks import Prompt
 from pipeline import params
 from pipeline.step import StepError
+from steps.registry import PLAN
 from steps.subspace import probes, probes_page
 
-P = params.validate("subspace", params.load_profile("smoke") | {"permutations": 19, "resamples": 300})
+P = params.validate(PLAN.sections, "subspace", params.load_profile("smoke") | {"permutations": 19, "resamples": 300})
 CLASSES = ("artist", "athlete", "politician", "scientist", "writer")
 
 
@@ -36,8 +37,8 @@ def made(rows: pd.DataFrame, targets=("superset",), kind="pair", folds=5) -> pro
 
 
 def activations(codes, rank, width=40, noise=0.5, seed=0, own=0.0):
-    """Two templates x one layer x rows x width: class means in a space of `rank` dimensions, and each row's own vector,
-    which both templates share."""
+    """Two templates x rows x width: class means in a space of `rank` dimensions, and each row's own vector, which both
+    templates share."""
     rng = np.random.default_rng(seed)
     basis = np.linalg.qr(rng.normal(size=(width, rank)))[0]
     means = rng.normal(size=(codes.max() + 1, rank))
@@ -45,14 +46,14 @@ def activations(codes, rank, width=40, noise=0.5, seed=0, own=0.0):
     if rank == codes.max():
         means = 12 * np.eye(rank + 1)[:, :rank]
     person = own * rng.normal(size=(len(codes), width))
-    shift = 5 * rng.normal(size=(2, 1, 1, width))
-    x = (means @ basis.T)[codes] + person + noise * rng.normal(size=(2, 1, len(codes), width)) + shift
-    return {position: x.astype(np.float32) for position in probes.POSITIONS}
+    shift = 5 * rng.normal(size=(2, 1, width))
+    x = (means @ basis.T)[codes] + person + noise * rng.normal(size=(2, len(codes), width)) + shift
+    return x.astype(np.float32)
 
 
 def tabled(own, other, x, far, ranks=(1, 2)):
-    parts = [*probes.people_folds(own, other, x, far, 0, "last", P.permutations, ranks, 0)]
-    parts += [*probes.prompt_folds(own, x, 0, "last", P.permutations, 0)]
+    own, other = probes.Seen(own, "last", x), probes.Seen(other, "last", far)
+    parts = [*probes.people_folds(own, other, ranks, P), *probes.prompt_folds(own, P)]
     return pd.concat(parts, ignore_index=True).fillna({"rank": probes.WHOLE, "permutation": -1}).assign(layer=3)
 
 
@@ -64,7 +65,7 @@ def separable():
     people = made(people.assign(unit=people["item"], people=[[n] for n in people["item"]]), kind="one-name")
     codes = [np.unique(own.rows["superset"], return_inverse=True)[1] for own in (pairs, people)]
     x = activations(np.concatenate(codes), 4, noise=1.0)
-    near, far = ({k: v[:, :, part] for k, v in x.items()} for part in (slice(80), slice(80, None)))
+    near, far = x[:, :80], x[:, 80:]
     return pairs, people, near, far, tabled(pairs, people, near, far)
 
 
@@ -94,7 +95,7 @@ def test_training_never_sees_a_held_out_person(separable, monkeypatch):
         fit(self, x, labels, train)
 
     monkeypatch.setattr(probes.Probe, "__init__", watched)
-    [*probes.people_folds(pairs, people, near, far, 0, "last", 1, (), 0)]
+    [*probes.people_folds(probes.Seen(pairs, "last", near), probes.Seen(people, "last", far), (), P)]
     assert len(trained) == 5
     for fold, train in enumerate(trained):
         units = [set(pairs.rows["unit"][mask]) for mask in (train, (pairs.rows["fold"] == fold).to_numpy())]
@@ -138,7 +139,7 @@ def test_a_class_that_is_there_is_found_and_permuted_labels_are_not(separable):
 
 def test_predictions_are_those_of_discriminant_analysis(separable):
     pairs, _, near, _, table = separable
-    x, codes = near["last"][0, 0], np.unique(pairs.rows["superset"], return_inverse=True)[1]
+    x, codes = near[0], np.unique(pairs.rows["superset"], return_inverse=True)[1]
     fold, found = pairs.rows["fold"].to_numpy(), np.empty(80, dtype=int)
     for k in range(5):
         own = LinearDiscriminantAnalysis(solver="eigen", shrinkage=0.1).fit(x[fold != k], codes[fold != k])
@@ -173,7 +174,7 @@ def test_low_rank_can_be_found_and_can_fail(rank, low, tiny):
     frame = tabled(pairs, pairs, x, x, ranks=(1, 2))
     model = tiny("llama")
     model = replace(model, tokenizer=Words()) if model.tokenizer is None else model
-    means = probes.spectrum(model, x["last"][0, 0], one)
+    means = probes.spectrum(model, x[0], one)
     means = means.fillna({"permutation": -1}).assign(kind="pair", target="superset", position="last", layer=3)
     frame = frame[frame["kind"] == "pair"]
     verdict = probes_page.verdicts(probes_page.rank_table(frame, P), probes_page.spectra(means)).iloc[0]

@@ -3,10 +3,10 @@
 1. A *change* is the part along an orthonormal basis Q of what patching would change, Q Q^T (clean - corrupt)
    (`along`). At a head it is taken in the space of the head's values: a head writes W_O z, so the least change of z
    that keeps what is written along Q is its projection onto the span of W_O^T Q (`pulled`).
-2. `scanned`, `patched` and `moved` put changes into the corrupt run (`lib.sweep.run_variants`): by layer and in the
-   slice as a whole; by number of directions after one layer, beside random subspaces of equal norm and split into the
-   parts inside and outside the span in which the model's activations vary; with directions of other prompts.
-3. `steered` adds multiples of a class's direction to prompts that have no one class.
+2. `Changes` are what a table puts into the model (`lib.sweep.run_variants`). `by_layer`: by layer and in the slice as
+   a whole. `by_number`: by number of directions after one layer, beside random subspaces of equal norm and split into
+   the parts inside and outside the span in which the model's activations vary. `transfer`: directions of other prompts.
+3. `steering` adds multiples of a class's direction to prompts that have no one class.
 
 Source: Makelov, Lange and Nanda 2023 (arXiv 2311.17030: a change along a patched direction may work through a part of
 it along which the model's own activations do not vary).
@@ -16,7 +16,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -27,7 +28,10 @@ from torch import Tensor
 from lib import data, hooks, records, sweep, tasks
 from lib.hooks import Model, Site
 from lib.single_pass import Activations, BaseRun
-from lib.tasks import Pair
+from lib.tasks import Pair, without_labels
+from pipeline.assumed import Case
+from pipeline.costs import Work
+from pipeline.declaration import Table
 from pipeline.params import ROOT
 from pipeline.step import Step
 from pipeline.units import Unit, sweep_units
@@ -35,6 +39,9 @@ from steps.subspace.directions import Vectors, against_rest, reported, spanned, 
 
 PARTS = ("inside", "outside")
 FEW = 3  # random draws where they are only a check: all of `random_directions` stand beside the numbers of directions
+
+
+# --- changes ------------------------------------------------------------------------------------------------------
 
 
 class Variant(NamedTuple):
@@ -46,19 +53,24 @@ class Variant(NamedTuple):
     within: Float[Tensor, "width k"] | None = None  # of an "inside" or "outside" part: the span
 
 
-def difference(vectors: Vectors, pairs: Sequence[Pair]) -> Float[Tensor, "pairs width 1"]:
-    """Unit vectors from each pair's corrupt class to its clean class."""
-    rows = np.stack([vectors[p.candidates[p.answer]] - vectors[p.candidates[p.corrupt_answer]] for p in pairs])
-    return torch.tensor(rows / np.linalg.norm(rows, axis=1, keepdims=True))[:, :, None]
-
-
 def fixed(name: str, basis: Float[np.ndarray, "k width"], like: str = "") -> Variant:
     """A variant of one orthonormal basis for all pairs and layers."""
     chosen = torch.tensor(np.array(basis, dtype=float).T)[None]
     return Variant(name, lambda pairs, layer: chosen, like)
 
 
-def random_variants(step: Step, width: int, like: Mapping[int, str], draws: int) -> list[Variant]:
+def difference(name: str, vectors: Mapping[int, Vectors]) -> Variant:
+    """The one direction from the mean of each pair's corrupt class to that of its clean class; `vectors` by layer."""
+
+    def basis(pairs: Sequence[Pair], layer: int) -> Float[Tensor, "pairs width 1"]:
+        own = vectors[layer]
+        rows = np.stack([own[p.candidates[p.answer]] - own[p.candidates[p.corrupt_answer]] for p in pairs])
+        return torch.tensor(rows / np.linalg.norm(rows, axis=1, keepdims=True))[:, :, None]
+
+    return Variant(name, basis)
+
+
+def random_variants(step: Step | Case, width: int, like: Mapping[int, str], draws: int) -> list[Variant]:
     """Random subspaces of each number of dimensions; their changes get the norm of the variants `like`."""
     rng = step.rng("random directions")
     each = [(k, name, draw) for k, name in like.items() for draw in range(draws)]
@@ -86,7 +98,7 @@ def pulled(model: Model, site: Site, basis: Float[Tensor, "#pairs width k"]) -> 
     return torch.linalg.qr(own.mT)[0]
 
 
-def changes(
+def changed(
     variants: Sequence[Variant],
     delta: Float[Tensor, "pairs width"],
     bases: Callable[[Variant], Float[Tensor, "#pairs width k"]],
@@ -104,8 +116,61 @@ def changes(
     return out
 
 
-def patch(step: Step, name: str, pairs: Sequence[Pair], sets: Sequence, variants: Sequence[Variant]) -> pd.DataFrame:
-    """A table of the variants' changes put into the corrupt runs at the sets of sites."""
+# --- tables -------------------------------------------------------------------------------------------------------
+
+
+class Changes(NamedTuple):
+    """What a table puts into the model."""
+
+    pairs: Sequence[Pair]
+    sets: Sequence[tuple[Site, ...]]
+    names: list[str]  # of the variants
+    make: sweep.Variants
+    options: Mapping[str, Any]  # of its work units
+    direction: str = "denoise"
+
+
+def table_of(name: str, proved: bool = False) -> Table:
+    """A table of `sweep.run_variants`; the first unit of one that is `proved` also makes the step's two proofs."""
+
+    def units(step: Step | Case, own: Changes) -> list[Unit]:
+        return sweep_units(name, own.pairs, **own.options)
+
+    def compute(step: Step, own: Changes) -> Callable[[Unit], pd.DataFrame]:
+        first = units(step, own)[0].id if proved else None
+
+        def rows(unit: Unit) -> pd.DataFrame:
+            how = {"seed": step.params.seed, "memory": step.memory, "profile": step.params.profile}
+            how |= {"direction": own.direction}
+            frame = sweep.run_variants(step.model, unit.pairs, own.sets, own.names, own.make, **how)
+            if unit.id == first:
+                frame.attrs["log"] = sweep.prove(step.model, unit.pairs[0]) + frame.attrs["log"]
+            return frame
+
+        return rows
+
+    def cost(case: Case, units: Sequence[Unit], own: Changes) -> Work:
+        options = {"direction": own.direction, "site_sets": own.sets, "variants": own.names}
+        return case.swept([replace(unit, options=options) for unit in units])
+
+    columns = tuple(name for name in records.VARIANT_SCHEMA.columns if "label" not in name)
+    return Table(name, units, compute, cost, records.VARIANT_SCHEMA, columns)
+
+
+LAYERS = table_of("direction_layers", proved=True)
+PATCHES = table_of("direction_patches")
+TRANSFER = table_of("direction_transfer")
+STEERING = table_of("steering")
+
+
+def patching(
+    step: Step | Case,
+    table: Table,
+    pairs: Sequence[Pair],
+    sets: Sequence[tuple[Site, ...]],
+    variants: Sequence[Variant],
+) -> Changes:
+    """The variants' changes put into the corrupt runs at the sets of sites."""
     names, sites = [variant.name for variant in variants], sorted({site for own in sets for site in own})
 
     def make(own: Sequence[Pair], base: BaseRun, other: BaseRun) -> dict[str, Activations]:
@@ -114,57 +179,43 @@ def patch(step: Step, name: str, pairs: Sequence[Pair], sets: Sequence, variants
             key, part = (site.component, site.layer), hooks.columns_of(step.model, site)
             before = base.activations[key]
             delta = (other.activations[key] - before)[:, 0, part].cpu().double()
-
-            def basis(variant: Variant, site: Site = site) -> Tensor:
-                found = variant.basis(own, site.layer)
-                return pulled(step.model, site, found) if site.component == "head" else found
-
-            for variant, change in changes(variants, delta, basis).items():
+            for variant, change in changed(variants, delta, partial(basis_at, step, own, site)).items():
                 new = out[variant].setdefault(key, before.clone())
                 new[:, 0, part] += change.to(new)
         return out
 
-    options = {"name": name, "variants": names, "sets": [[list(site) for site in own] for own in sets]}
-    return run(step, name, sweep_units(name, pairs, **options), sets, names, make, "denoise")
+    options = {"name": table.name, "variants": names, "sets": [[list(site) for site in own] for own in sets]}
+    return Changes(pairs, sets, names, make, options)
 
 
-def run(step: Step, name: str, plan: Sequence[Unit], sets: Sequence, names: Sequence[str], make: sweep.Variants,
-        direction: str) -> pd.DataFrame:  # fmt: skip
-    """A table of `sweep.run_variants`; the first unit of the first one also makes the step's two proofs."""
-
-    def compute(unit: Unit) -> pd.DataFrame:
-        how = {"seed": step.params.seed, "memory": step.memory, "profile": step.params.profile}
-        frame = sweep.run_variants(step.model, unit.pairs, sets, names, make, direction=direction, **how)
-        if unit.id == plan[0].id and name == "direction_layers":
-            frame.attrs["log"] = sweep.prove(step.model, unit.pairs[0]) + frame.attrs["log"]
-        return frame
-
-    wanted = [name for name in records.VARIANT_SCHEMA.columns if "label" not in name]
-    return step.table(name, plan, compute, schema=records.VARIANT_SCHEMA, columns=wanted)
+def basis_at(step: Step, pairs: Sequence[Pair], site: Site, variant: Variant) -> Float[Tensor, "#pairs size k"]:
+    """A variant's basis in the space of a site's activations."""
+    found = variant.basis(pairs, site.layer)
+    return pulled(step.model, site, found) if site.component == "head" else found
 
 
-def scanned(step: Step, pairs: Sequence[Pair], sites: Sequence[Site], means: pd.DataFrame) -> pd.DataFrame:
+def by_layer(step: Step | Case, pairs: Sequence[Pair], means: pd.DataFrame) -> Changes:
     """Class directions patched in the residual stream after each layer of the slice (one set each, in order), and in
     all of the slice's sites together (the last set): one direction, all of them, random ones, everything."""
-    layers, template = sorted({site.layer for site in sites}), step.params.template
-    vectors = {layer: vectors_of(means, template, layer) for layer in layers}
+    sites, template = step.slice(), step.params.template
+    vectors = {layer: vectors_of(means, template, layer) for layer in sorted({site.layer for site in sites})}
     bases = {layer: torch.tensor(spanned(np.stack(list(own.values()))).T)[None] for layer, own in vectors.items()}
-    one = Variant("class difference|1|", lambda own, layer: difference(vectors[layer], own))
-    every = Variant(f"class means|{bases[layers[0]].shape[-1]}|", lambda own, layer: bases[layer])
+    one = difference("class difference|1|", vectors)
+    every = Variant(f"class means|{next(iter(bases.values())).shape[-1]}|", lambda own, layer: bases[layer])
     random = random_variants(step, len(means["vector"].iloc[0]), {1: one.name}, FEW)
-    sets = [(Site(layer, "resid"),) for layer in layers] + [tuple(sites)]
-    return patch(step, "direction_layers", pairs, sets, [one, every, *random, Variant("whole|0|", None)])
+    sets = [(Site(layer, "resid"),) for layer in vectors] + [tuple(sites)]
+    return patching(step, LAYERS, pairs, sets, [one, every, *random, Variant("whole|0|", None)])
 
 
-def patched(step: Step, pairs: Sequence[Pair], layer: int, table: pd.DataFrame) -> pd.DataFrame:
-    """Changes in the residual stream after `layer`, by method and number of directions, on the reported half; each
-    method's largest also split into its parts inside and outside the span of the model's principal components."""
+def by_number(step: Step | Case, pairs: Sequence[Pair], layer: int, table: pd.DataFrame) -> Changes:
+    """Changes in the residual stream after `layer`, by method and number of directions; each method's largest also
+    split into its parts inside and outside the span of the model's principal components."""
     p, own = step.params, table[table["layer"] == layer]
     vectors = vectors_of(own[own["method"] == "class mean"], p.template, layer)
     groups = own[own["method"] != "class mean"].groupby(["method", "k"])
     bases = {key: np.stack(rows["vector"].tolist()).astype(float) for key, rows in groups}
     within, most = torch.tensor(bases.pop(("component", 0)).T), max(p.dimensions)
-    one = Variant("class difference|1|", lambda pairs, layer: difference(vectors, pairs))
+    one = difference("class difference|1|", {layer: vectors})
     variants, like = [one, Variant("whole|0|", None)], {1: one.name}
     variants += [fixed(f"{name} against the rest|1|", unit(against_rest(vectors, name))) for name in vectors]
     for (method, k), basis in bases.items():
@@ -176,32 +227,35 @@ def patched(step: Step, pairs: Sequence[Pair], layer: int, table: pd.DataFrame) 
     split = [v for v in variants if v.name in (one.name, f"class means|{cap}|", "whole|0|") or "rotation" in v.name]
     variants += [v._replace(name=v.name + part, within=within) for v in split for part in PARTS]
     variants += random_variants(step, len(within), like, p.random_directions)
-    return patch(step, "direction_patches", reported(pairs), [(Site(layer, "resid"),)], variants)
+    return patching(step, PATCHES, pairs, [(Site(layer, "resid"),)], variants)
 
 
-def moved(step: Step, table: pd.DataFrame, pairs: Sequence[Pair], layer: int, means: pd.DataFrame) -> pd.DataFrame:
-    """Class differences and subspaces of class means of every template and of one-name prompts, each patched in pairs
-    of every template (those that line up there), beside random ones and everything; reported half, after `layer`."""
-    p, kept = step.params, [pair.pair_id for pair in reported(pairs)]
-    rows, parts = table[table["pair_id"].isin(kept)], [reported(pairs)]
+def in_other_templates(step: Step, table: pd.DataFrame, pairs: Sequence[Pair]) -> list[Pair]:
+    """The pairs in the other templates, those that line up there."""
+    p, rows, out = step.params, table[table["pair_id"].isin([pair.pair_id for pair in pairs])], []
     for name in dict.fromkeys(p.templates):
         if name != p.template:
             other = rows.assign(template=name, task=tasks.find_template(name, p.task).task)
             other, _ = data.aligned(other, step.tokenizer, chat_template=p.chat_template, attributes=p.attributes)
-            other = other.assign(pair_id=other["pair_id"] + f"@{name}")
-            parts.append([replace(pair, labels=(), label_tokens=()) for pair in step.prompts(other)])
-    variants, like, classes = [], {}, set(vectors_of(means, p.template, layer))
-    for name in dict.fromkeys([p.template, *means["template"]]):
+            out += without_labels(step.prompts(other.assign(pair_id=other["pair_id"] + f"@{name}")))
+    return out
+
+
+def transfer(step: Step | Case, pairs: Sequence[Pair], layer: int, means: pd.DataFrame) -> Changes:
+    """Class differences and subspaces of class means of every template and of one-name prompts, each patched in all
+    pairs, beside random ones and everything; after `layer`."""
+    variants, like, classes = [], {}, set(vectors_of(means, step.params.template, layer))
+    for name in dict.fromkeys([step.params.template, *means["template"]]):
         vectors = vectors_of(means, name, layer)
         if set(vectors) != classes:  # too few prompts line up in that template
             continue
         basis = spanned(np.stack(list(vectors.values())))
         every = {len(basis): fixed(f"{name}|{len(basis)}|", basis)}
-        every[1] = Variant(f"{name}|1|", lambda own, layer, vectors=vectors: difference(vectors, own))
+        every[1] = difference(f"{name}|1|", {layer: vectors})
         like = like or {k: variant.name for k, variant in every.items()}
         variants += every.values()
     variants += [*random_variants(step, basis.shape[1], like, FEW), Variant("whole|0|", None)]
-    return patch(step, "direction_transfer", sum(parts, []), [(Site(layer, "resid"),)], variants)
+    return patching(step, TRANSFER, pairs, [(Site(layer, "resid"),)], variants)
 
 
 def steering_prompts(step: Step, table: pd.DataFrame, pairs: Sequence[Pair]) -> tuple[list[Pair], dict[str, str]]:
@@ -221,26 +275,24 @@ def steering_prompts(step: Step, table: pd.DataFrame, pairs: Sequence[Pair]) -> 
             name = f"{kind} {number}"
             prompt = tasks.make_prompt(step.tokenizer, template, both, p.chat_template, p.attributes)
             prompt = replace(prompt, roles={"last": prompt.roles["last"]})
-            out.append(replace(pairs[0], pair_id=name, quad_id=name, half="confirmation", clean=prompt, corrupt=prompt,
-                               labels=(), label_tokens=()))  # fmt: skip
+            out.append(replace(pairs[0], pair_id=name, quad_id=name, half="confirmation", clean=prompt, corrupt=prompt))
             kinds[name] = kind
-    return out, kinds
+    return without_labels(out), kinds
 
 
-def steered(step: Step, prompts: Sequence[Pair], layer: int, means: pd.DataFrame) -> pd.DataFrame:
+def steering(step: Step | Case, prompts: Sequence[Pair], layer: int, means: pd.DataFrame) -> Changes:
     """Each dose of each class's direction (class mean - mean of the class means) added to the residual stream after
     `layer`, and of random directions of the first class's length. Variants: "class|dose|", "random|dose|number"."""
     p, vectors = step.params, vectors_of(means, step.params.template, layer)
     grand, rng = np.mean(list(vectors.values()), axis=0), step.rng("random steering")
     added = {(name, ""): vector - grand for name, vector in vectors.items()}
     length = np.linalg.norm(next(iter(added.values())))
-    width = len(grand)
-    added |= {("random", n): length * unit(rng.standard_normal(width))[0] for n in range(FEW)}
+    added |= {("random", n): length * unit(rng.standard_normal(len(grand)))[0] for n in range(FEW)}
     doses = {f"{name}|{dose:g}|{n}": dose * vector for (name, n), vector in added.items() for dose in p.doses}
 
     def make(own: Sequence[Pair], base: BaseRun, other: BaseRun) -> dict[str, Activations]:
         before = base.activations["resid", layer]
         return {name: {("resid", layer): before + torch.tensor(v).to(before)} for name, v in doses.items()}
 
-    plan = sweep_units("steering", prompts, layer=layer, variants=list(doses))
-    return run(step, "steering", plan, [(Site(layer, "resid"),)], list(doses), make, "noise")
+    options = {"layer": layer, "variants": list(doses)}
+    return Changes(prompts, [(Site(layer, "resid"),)], list(doses), make, options, "noise")

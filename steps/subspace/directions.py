@@ -1,12 +1,12 @@
 """Directions that carry the class at `last`: where they are fitted, and the table of them.
 
 1. `halves` takes apart the pairs that directions are fitted on and those they are patched in.
-2. `fitted_means` runs the fitting half's prompts plainly, those of every template, and keeps the class means at the
+2. `CLASS_MEANS` runs the fitting half's prompts plainly, those of every template, and keeps the class means at the
    slice's layers: differences between them are the class directions.
-3. `found` adds, after one layer, nested orthonormal bases of the class means, of a linear probe's weights and of the
-   means of the professions, the principal components of the model's own activations, and a learned rotation.
+3. `DIRECTIONS` adds, after one layer, nested orthonormal bases of the class means, of a linear probe's weights and of
+   the means of the professions, the principal components of the model's own activations, and a learned rotation.
 
-`steps.subspace.direction_sweeps` puts them into the model; `direction_report.load` reads the table without torch.
+`steps.subspace.direction_sweeps` puts them into the model.
 
 Source: Geiger et al. 2023 (arXiv 2303.02536: distributed alignment search).
 """
@@ -14,8 +14,8 @@ Source: Geiger et al. 2023 (arXiv 2303.02536: distributed alignment search).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from itertools import product
 
 import numpy as np
 import pandas as pd
@@ -26,18 +26,27 @@ from torch import Tensor
 from torch.nn.utils.parametrizations import orthogonal
 
 from lib import batches, data, hooks, tasks
-from lib.hooks import Model, Site, materialised
-from lib.single_pass import BaseRun, SharedPrefix, base_run
-from lib.tasks import SUPERSETS, Pair
+from lib.hooks import Model
+from lib.single_pass import BaseRun, base_run, plain_runs, rerun, token_ids
+from lib.tasks import SUPERSETS, Pair, without_labels
+from pipeline import costs
+from pipeline.assumed import Case, tokens_of
+from pipeline.costs import Work, plain
+from pipeline.declaration import Table
+from pipeline.params import Shared
 from pipeline.step import Step
 from pipeline.units import Unit
 
 ONE_NAME = "profession_is"
 VARIANCE = 0.95  # share of the variance that the principal components hold
-BATCH, RATE = 32, 0.02  # pairs a step and Adam's rate, of the learned rotation
+BATCH = 32  # prompts of a pass, and pairs of a step in which a rotation is learned
+RATE = 0.02  # Adam's
 MEANS = ["template", "layer", "class_name", "prompts", "vector"]
 COLUMNS = ["template", "layer", "method", "k", "class_name", "index", "vector", "prompts", "variance", "between"]
 Vectors = Mapping[str, Float[np.ndarray, " width"]]  # by class
+
+
+# --- pairs and prompts --------------------------------------------------------------------------------------------
 
 
 def halves(step: Step, table: pd.DataFrame) -> tuple[pd.DataFrame, list[Pair]]:
@@ -47,8 +56,17 @@ def halves(step: Step, table: pd.DataFrame) -> tuple[pd.DataFrame, list[Pair]]:
     own = own if len(own) else table
     classes = {*own["answer"], *own["corrupt_answer"]}
     there = table[table["answer"].isin(classes) & table["corrupt_answer"].isin(classes)]
-    pairs = batches.subsample(step.prompts(there), step.params.pairs)
-    return own, [replace(pair, labels=(), label_tokens=()) for pair in pairs]
+    return own, without_labels(batches.subsample(step.prompts(there), step.params.pairs))
+
+
+def reported(pairs: Sequence[Pair]) -> list[Pair]:
+    """The pairs of the confirmation half, or all where there are none."""
+    return [pair for pair in pairs if pair.half == "confirmation"] or list(pairs)
+
+
+def templates(params: Shared) -> list[str]:
+    """The profile's own template and the others between which directions are moved."""
+    return list(dict.fromkeys([params.template, *params.templates]))
 
 
 def prompts_of(step: Step, table: pd.DataFrame, name: str) -> pd.DataFrame:
@@ -70,23 +88,19 @@ def prompts_of(step: Step, table: pd.DataFrame, name: str) -> pd.DataFrame:
     return pd.DataFrame(list(rows.values()), columns=["ids", "superset", "names"])
 
 
-@torch.no_grad()
 def activations(
     model: Model, prompts: Sequence[Sequence[int]], layers: Sequence[int]
 ) -> dict[int, Float[np.ndarray, "prompts width"]]:
     """The residual stream at the last token after each of the layers, in fp64."""
-    sites = [Site(layer, "resid") for layer in layers]
     out: dict[int, np.ndarray] = {}
-    for length in sorted({len(ids) for ids in prompts}):
-        index = np.flatnonzero([len(ids) == length for ids in prompts])
-        for at in range(0, len(index), 32):
-            chunk = index[at : at + 32]
-            with hooks.capture(model, sites, [-1]) as seen:
-                model.body(input_ids=batches.token_ids(model, [prompts[i] for i in chunk]), use_cache=False)
-            for site, value in seen.items():
-                own = out.setdefault(site.layer, np.empty((len(prompts), value.shape[-1])))
-                own[chunk] = value[:, 0].cpu().double().numpy()
+    for places, run in plain_runs(model, prompts, [-1], ("resid",), size=BATCH, layers=layers):
+        for layer in layers:
+            value = run.activations["resid", layer][:, 0].cpu().double().numpy()
+            out.setdefault(layer, np.empty((len(prompts), value.shape[-1])))[places] = value
     return out
+
+
+# --- class means --------------------------------------------------------------------------------------------------
 
 
 def class_means(values: Float[np.ndarray, "prompts width"], labels: Sequence[str]) -> Vectors:
@@ -100,35 +114,53 @@ def class_means(values: Float[np.ndarray, "prompts width"], labels: Sequence[str
     return {name: values[labels == name].mean(0) for name in found}
 
 
-def fitted_means(step: Step, fit: pd.DataFrame, layers: Sequence[int], kept: dict[int, np.ndarray]) -> pd.DataFrame:
-    """Class means at the layers for the profile's own template, the others and the one-name template (MEANS).
+def mean_units(step: Step | Case, fit: pd.DataFrame, layers: Sequence[int]) -> list[Unit]:
+    """A unit for each template and for the one-name template, on the prompts of the pairs `fit`."""
+    names, pairs = dict.fromkeys([*templates(step.params), ONE_NAME]), tuple(fit["pair_id"])
+    return [Unit(f"means-{i}", pairs, {"template": name, "layers": layers}) for i, name in enumerate(names)]
 
-    The caller keeps `kept` between calls: the own template's activations by layer, if they were computed here.
-    """
-    p = step.params
-    names = list(dict.fromkeys([p.template, *p.templates, ONE_NAME]))
+
+def fitted_means(step: Step, fit: pd.DataFrame, layers: Sequence[int]) -> Callable[[Unit], pd.DataFrame]:
+    """Class means of a template at the layers (MEANS)."""
 
     def compute(unit: Unit) -> pd.DataFrame:
         name, rows = unit.options["template"], []
         prompts = prompts_of(step, fit, name)
-        if name != p.template and prompts["superset"].nunique() < 2:  # too few line up there: not a source
+        if name != step.params.template and prompts["superset"].nunique() < 2:  # too few line up there: not a source
             return pd.DataFrame(columns=MEANS)
-        values = activations(step.model, prompts["ids"].tolist(), layers)
-        kept.update(values if name == p.template else {})
         counts = Counter(prompts["superset"])
-        for layer, own in values.items():
+        for layer, own in activations(step.model, prompts["ids"].tolist(), layers).items():
             for superset, vector in class_means(own, prompts["superset"]).items():
                 rows.append((name, layer, superset, counts[superset], vector.astype(np.float32)))
         return pd.DataFrame(rows, columns=MEANS)
 
-    plan = [Unit(f"means-{i}", tuple(fit["pair_id"]), {"template": n, "layers": layers}) for i, n in enumerate(names)]
-    return step.table("class_means", plan, compute, schema=None)
+    return compute
+
+
+def of_means(case: Case, units: Sequence[Unit], fit: pd.DataFrame, layers: Sequence[int]) -> Work:
+    """The cost of class means: two prompts a pair in each template, four one-name prompts a quad."""
+    shape, count, tokens = case.shape, 2 * len(fit), len(case.pairs[0].clean.ids)
+    one, _ = tokens_of(tasks.TEMPLATES[ONE_NAME], [3])
+    both = plain(shape, count, tokens, -(-count // 32)).times(len(units) - 1)
+    return (
+        both + plain(shape, count, one, -(-count // 32)) + Work(table=7 * shape.hidden * 5 * len(layers) * len(units))
+    )
+
+
+CLASS_MEANS = Table("class_means", mean_units, fitted_means, of_means, schema=None)
 
 
 def vectors_of(means: pd.DataFrame, template: str, layer: int) -> Vectors:
     """Class means of one template and layer."""
     own = means[(means["template"] == template) & (means["layer"] == layer)]
     return {name: np.asarray(v, dtype=float) for name, v in zip(own["class_name"], own["vector"], strict=True)}
+
+
+# --- bases --------------------------------------------------------------------------------------------------------
+
+
+def unit(vector: Float[np.ndarray, " width"]) -> Float[np.ndarray, "1 width"]:
+    return (vector / np.linalg.norm(vector))[None]
 
 
 def spanned(vectors: Float[np.ndarray, "rows width"]) -> Float[np.ndarray, "k width"]:
@@ -144,15 +176,17 @@ def against_rest(vectors: Vectors, name: str) -> Float[np.ndarray, " width"]:
     return vectors[name] - np.mean([vectors[other] for other in vectors if other != name], axis=0)
 
 
+def basis_units(
+    step: Step | Case, pairs: Sequence[Pair], fit: pd.DataFrame, layer: int, means: pd.DataFrame
+) -> list[Unit]:
+    """One unit: everything is fitted on the same activations."""
+    return [Unit("directions", tuple(pair.pair_id for pair in pairs), {"layer": layer, "fit": list(fit["pair_id"])})]
+
+
 def found(
-    step: Step,
-    pairs: Sequence[Pair],
-    fit: pd.DataFrame,
-    layer: int,
-    means: pd.DataFrame,
-    kept: Mapping[int, np.ndarray],
-) -> pd.DataFrame:
-    """The table of all directions: class means at the slice's layers, of all templates, and at `layer` unit vectors.
+    step: Step, pairs: Sequence[Pair], fit: pd.DataFrame, layer: int, means: pd.DataFrame
+) -> Callable[[Unit], pd.DataFrame]:
+    """All directions: class means at the slice's layers, of all templates, and at `layer` unit vectors.
 
     Columns: template, layer, method, k (directions fitted together; 0: nested, the first n span the subspace of n),
     class_name ("" where it belongs to none), index, vector, prompts, half (of the fit), and for unit vectors what the
@@ -162,37 +196,55 @@ def found(
     p = step.params
 
     def compute(_: Unit) -> pd.DataFrame:
-        prompts, own = prompts_of(step, fit, p.template), reported(pairs)
-        ids = prompts["ids"].tolist()
-        values = kept[layer] if layer in kept else activations(step.model, ids, [layer])[layer]
+        prompts = prompts_of(step, fit, p.template)
+        values = activations(step.model, prompts["ids"].tolist(), [layer])[layer]
         profession = data.load_people(step.people_file).set_index("name")["profession"].to_dict()
         professions = prompts["names"].map(lambda names: [profession.get(name) for name in names])
         bases = subspaces(values, prompts["superset"], professions)
-        sizes = {1, min(len(bases["class means", 0]), max(p.dimensions))}
+        sizes = sorted({1, min(len(bases["class means", 0]), max(p.dimensions))})
         training = batches.subsample(step.prompts(fit), p.pairs)
-        learned = rotations(step.model, training, layer, sorted(sizes), p.rotation_steps, p.seed)
+        learned = rotations(step.model, training, layer, sizes, p.rotation_steps, p.seed)
         bases |= {("rotation", k): basis for k, basis in learned.items()}
-        seen = {side.ids: pair.candidates[answer] for pair in own
-                for side, answer in ((pair.clean, pair.answer), (pair.corrupt, pair.corrupt_answer))}  # fmt: skip
-        there = activations(step.model, list(seen), [layer])[layer]
+        there, classes = seen(step, pairs, layer)
         random = step.rng("median direction").standard_normal((200, there.shape[1]))
         median = np.median((there @ (random / np.linalg.norm(random, axis=1, keepdims=True)).T).var(0))
         parts = []
         for (method, k), basis in bases.items():
-            variance, between = spread_along(there, np.array(list(seen.values())), basis)
+            variance, between = spread_along(there, classes, basis)
             about = {"method": method, "k": k, "index": range(len(basis)), "vector": list(basis.astype(np.float32))}
             parts.append(pd.DataFrame(about | {"variance": variance / median, "between": between}))
         out = pd.concat(parts).assign(template=p.template, layer=layer, class_name="", prompts=len(prompts))
-        lead = means.assign(method="class mean", k=0, index=means.groupby(["template", "layer"]).cumcount())
-        return pd.concat([lead.assign(variance=np.nan, between=np.nan), out])[COLUMNS].assign(half=fit["half"].iloc[0])
+        return pd.concat([mean_rows(means), out])[COLUMNS].assign(half=fit["half"].iloc[0])
 
-    plan = [Unit("directions", tuple(pair.pair_id for pair in pairs), {"layer": layer, "fit": list(fit["pair_id"])})]
-    return step.table("directions", plan, compute, schema=None)
+    return compute
 
 
-def reported(pairs: Sequence[Pair]) -> list[Pair]:
-    """The pairs of the confirmation half, or all where there are none."""
-    return [pair for pair in pairs if pair.half == "confirmation"] or list(pairs)
+def mean_rows(means: pd.DataFrame) -> pd.DataFrame:
+    """Class means as rows of the table of directions."""
+    index = means.groupby(["template", "layer"]).cumcount()
+    return means.assign(method="class mean", k=0, index=index, variance=np.nan, between=np.nan)
+
+
+def seen(step: Step, pairs: Sequence[Pair], layer: int) -> tuple[Float[np.ndarray, "prompts width"], np.ndarray]:
+    """Activations of the prompts of the reported half after a layer, each prompt once, and their classes."""
+    classes: dict[tuple[int, ...], str] = {}
+    for pair in reported(pairs):
+        classes[pair.clean.ids] = pair.candidates[pair.answer]
+        classes[pair.corrupt.ids] = pair.candidates[pair.corrupt_answer]
+    return activations(step.model, list(classes), [layer])[layer], np.array(list(classes.values()))
+
+
+def of_bases(
+    case: Case, units: Sequence[Unit], pairs: Sequence[Pair], fit: pd.DataFrame, layer: int, means: pd.DataFrame
+) -> Work:
+    """The cost of the bases: what is read, and two learned rotations."""
+    shape, tokens, steps = case.shape, len(case.pairs[0].clean.ids), 2 * case.params.rotation_steps
+    rows = BATCH * (shape.n_layers - layer)
+    learned = Work(passes=2 * steps, grown=2.0 * steps * costs.block(shape, rows, tokens), other={"rotations": steps})
+    return plain(shape, 4 * len(reported(pairs)), tokens, 8) + learned + Work(table=4 * shape.hidden * 220)
+
+
+DIRECTIONS = Table("directions", basis_units, found, of_bases, schema=None)
 
 
 def subspaces(
@@ -236,10 +288,10 @@ def rotations(
     """For each of `sizes`, so many orthonormal directions, learned by gradient descent (arXiv 2303.02536, section 3):
     the change along them, clean into corrupt, after `layer`, is to make the clean answer the top candidate
     (cross-entropy over the candidates, before any soft cap)."""
-    groups, weights = [], materialised(model.unembed)
+    groups = []
     for length in sorted({len(pair.clean.ids) for pair in pairs}):
         own = [pair for pair in pairs if len(pair.clean.ids) == length]
-        corrupt = base_run(model, batches.token_ids(model, [p.corrupt.ids for p in own]), [length - 1], ("resid",))
+        corrupt = base_run(model, token_ids(model, [p.corrupt.ids for p in own]), [length - 1], ("resid",))
         before = corrupt.activations["resid", layer][:, 0]
         wanted = torch.tensor(activations(model, [p.clean.ids for p in own], [layer])[layer]).to(before)
         groups.append((own, corrupt, before, wanted))
@@ -254,8 +306,8 @@ def rotations(
             batch = torch.tensor(rng.permutation(len(own))[:BATCH])
             basis, start = turn.weight.to(before.dtype), before[batch]
             final = resumed(model, corrupt, layer, start + (wanted[batch] - start) @ basis.T @ basis, batch)
-            tokens = torch.tensor([own[i].corrupt_tokens for i in batch], device=weights.device)
-            logits = (weights[tokens] @ final.to(weights)[:, :, None])[:, :, 0].float()
+            weights, _ = model.unembedding([own[i].corrupt_tokens for i in batch])
+            logits = (weights @ final.to(weights)[:, :, None])[:, :, 0].float()
             answers = torch.tensor([own[i].answer for i in batch], device=weights.device)
             optimiser.zero_grad()
             torch.nn.functional.cross_entropy(logits, answers).backward()
@@ -271,16 +323,25 @@ def resumed(
     prompt among the base runs. Earlier blocks are skipped, and gradients flow through the later ones."""
     forwards = [(block, lambda x, *_, **__: x) for block in model.blocks[:layer]]
     forwards.append((model.blocks[layer], lambda *_, **__: hidden[:, None]))
-    start, owner = base.ids.shape[1] - 1, owner.to(base.ids.device)
     with hooks.with_forwards(forwards):
-        out = model.body(
-            input_ids=base.ids[owner, start:],
-            past_key_values=SharedPrefix(base.cache, start, owner),
-            position_ids=torch.tensor([[start]], device=base.ids.device),
-            use_cache=True,
-        )
-    return out.last_hidden_state[:, -1]
+        return rerun(model, base, base.ids.shape[1] - 1, owner.to(base.ids.device))
 
 
-def unit(vector: Float[np.ndarray, " width"]) -> Float[np.ndarray, "1 width"]:
-    return (vector / np.linalg.norm(vector))[None]
+# --- what a plan assumes ------------------------------------------------------------------------------------------
+
+
+def assumed_means(params: Shared, layers: Sequence[int], width: int = 64) -> pd.DataFrame:
+    """Class means of every template, of no meaning."""
+    rng, names = np.random.default_rng(0), [*templates(params), ONE_NAME]
+    rows = [(*key, 1, rng.standard_normal(width)) for key in product(names, layers, SUPERSETS)]
+    return pd.DataFrame(rows, columns=MEANS)
+
+
+def assumed_table(params: Shared, layer: int, means: pd.DataFrame) -> pd.DataFrame:
+    """A table of directions with as many of each method as there can be."""
+    own, width = mean_rows(means[means["layer"] == layer]), len(means["vector"].iloc[0])
+    cap = len(SUPERSETS) - 1
+    counts = {("class means", 0): cap, ("probe", 0): cap, ("profession means", 0): width, ("component", 0): width}
+    counts |= {("rotation", k): k for k in sorted({1, min(cap, max(params.dimensions))})}
+    rows = [(method, k, layer, vector) for (method, k), count in counts.items() for vector in np.eye(width)[:count]]
+    return pd.concat([own, pd.DataFrame(rows, columns=["method", "k", "layer", "vector"])])

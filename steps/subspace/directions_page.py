@@ -1,182 +1,89 @@
-"""Step 08, directions: from the tables of `steps.subspace.directions` and `steps.subspace.direction_sweeps` to numbers, figures, sentences.
+"""Step 08, directions: from the tables of `steps.subspace.direction_sweeps` to numbers, figures and sentences.
 
-1. `load` reads the table of directions for other steps, `basis` gives an orthonormal one of it.
-2. `sums` gathers a table's changes per quad; every share here is a ratio of such sums (`ratios`): recovery over the
-   gap between clean and corrupt, over the whole residual stream's effect, or over another direction's.
-3. `layer_table` and `chosen_layer`, `by_number`, `against_random`, `single_classes`, `split_parts`, `dose_table` and
-   `slopes`, `transfer_table` answer one question each; figures follow. `steps.subspace.direction_statements` has the sentences.
+1. Every share here is a ratio of sums over quads (`measure.ratios`): recovery over the gap between clean and corrupt,
+   over the whole residual stream's effect, or over another direction's.
+2. `by_number`, `against_random`, `single_classes`, `split_parts`, `dose_table` and `slopes`, `transfer_table` answer
+   one question each, `numbers` gathers their answers; figures and sentences follow.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from lib import effects, records, stats
+from lib import effects, stats
 from lib.effects import in_halves
 from lib.tasks import Pair
 from report import circuit_plots, plots
 from report.plots import Figure
-from steps.subspace.measure import Subspace
+from report.words import ONE_HALF, OVER_QUADS, interval, listed
+from steps.subspace.direction_sweeps import PARTS
+from steps.subspace.measure import ONE, Measured, Subspace, parsed, ratios, sums, with_share
 
-ONE = ("class difference", 1)
-KINDS = ("mixed", "invented names", "things")
-PARTS = {"": "all of it", "inside": "inside", "outside": "outside (dormant)"}
-
-
-# --- for other steps ----------------------------------------------------------------------------------------------
-
-
-def load(path: str | Path) -> pd.DataFrame:
-    """The table subspace.directions.parquet (or the one of a results folder): a row per direction.
-
-    Columns: template, layer (the residual stream after it, at `last`), method, k, class_name, index, vector (fp32
-    array), prompts, half (of the fit), variance, between. Methods: "class mean" (a row per class and layer, for every
-    template; not a unit vector), and at the chosen layer orthonormal "class means", "probe", "profession means",
-    "component" (k = 0: nested, the first n make the subspace of n) and "rotation" (k directions learned together).
-    """
-    path = Path(path)
-    return records.read(path / "subspace.directions.parquet" if path.is_dir() else path)
+SHOWN = {"": "all of it", "inside": "inside", "outside": "outside (dormant)"}
+CAPTIONS = {
+    "layers": "Recovery when only the component along class directions is patched, clean into corrupt, in the residual "
+    f"stream at the last token after each layer of the slice; {OVER_QUADS}.",
+    "numbers": "Recovery against the number of directions patched together, after the chosen layer; grey: random "
+    f"subspaces whose change has the same norm; dashed: the whole residual stream; {OVER_QUADS}.",
+    "doses": "Logit of the class whose direction is added, less the candidates' mean, against the dose, in prompts of "
+    "no one class; random: a direction of equal norm; 95% bootstrap intervals over prompts.",
+}
 
 
-def basis(table: pd.DataFrame, method: str, k: int) -> np.ndarray:
-    """(k, width) orthonormal directions of a method in the table that `load` gives; ValueError if there are fewer."""
-    own = table[(table["method"] == method) & table["k"].isin([0, k])].sort_values("index")
-    if len(own) < k or method == "class mean":
-        raise ValueError(f"{len(own)} directions of method {method!r} were fitted together or nested, not {k}")
-    return np.stack(own["vector"].tolist()[:k])
+# --- numbers ----------------------------------------------------------------------------------------------------------
 
 
-# --- numbers ------------------------------------------------------------------------------------------------------
+def last_half(patches: pd.DataFrame) -> pd.DataFrame:
+    """The reported half of a table of variants, its names parsed."""
+    return in_halves(parsed(patches))[-1][1]
 
 
-def parsed(frame: pd.DataFrame) -> pd.DataFrame:
-    """A table of variants with the columns method, k and part of their names."""
-    words = frame["variant"].str.split("|", expand=True).set_axis(["method", "k", "part"], axis=1)
-    return frame.join(words.astype({"k": int})).assign(effect=effects.effect(frame), gap=effects.gap(frame))
-
-
-def last_half(frame: pd.DataFrame) -> pd.DataFrame:
-    return in_halves(parsed(frame))[-1][1]
-
-
-def sums(frame: pd.DataFrame, by: Sequence[str] = ("method", "k")) -> tuple[pd.DataFrame, pd.Series]:
-    """Per quad, the sum over its pairs of each variant's effect (random: the mean over draws), and of the gap."""
-    each = frame.groupby(["quad_id", "pair_id", *by])[["effect", "gap"]].mean()
-    total = each.groupby(["quad_id", *by]).sum()
-    return total["effect"].unstack(list(by)), each["gap"].groupby(["quad_id", "pair_id"]).first().groupby(
-        "quad_id"
-    ).sum()
-
-
-def ratios(top: pd.DataFrame, bottom: pd.DataFrame | pd.Series, params: Subspace) -> pd.DataFrame:
-    """Ratios of sums over quads with intervals: a row per column of `top`. Columns whose denominator is not above 0 are
-    left out."""
-    under = (
-        bottom
-        if isinstance(bottom, pd.DataFrame)
-        else pd.DataFrame({name: bottom for name in top}, columns=top.columns)
-    )
-    kept = under.sum().to_numpy() > 0
-    top, under = top.loc[:, kept], under.loc[:, kept]
-    if not kept.any():
-        return pd.DataFrame(columns=[*top.columns.names, "estimate", "low", "high", "quads"])
-    spans = stats.ratio_intervals(top.to_numpy(), under.to_numpy(), params)
-    return top.columns.to_frame(index=False).assign(**effects.columns(spans), quads=len(top))
-
-
-def over_column(effect: pd.DataFrame, name: Any) -> pd.DataFrame:
-    """A frame like `effect` with one of its columns everywhere, for a denominator."""
-    return pd.DataFrame({column: effect[name] for column in effect}, columns=effect.columns)
-
-
-def layer_table(scan: pd.DataFrame, layers: Sequence[int], params: Subspace) -> pd.DataFrame:
-    """Recovery of each variant after each layer (`layer`) and in all sites of the slice together (layer -1), both
-    halves; `share`: of the effect of everything patched there."""
-    parts = []
-    for half, own in in_halves(parsed(scan)):
-        for number, rows in own.groupby("site_set"):
-            effect, gap = sums(rows)
-            table = ratios(effect, gap, params)
-            share = ratios(effect, over_column(effect, ("whole", 0)), params).set_index(["method", "k"])
-            share = (
-                share[["estimate", "low", "high"]]
-                .rename(columns=lambda name: f"share_{name}")
-                .rename(columns={"share_estimate": "share"})
-            )
-            layer = layers[number] if number < len(layers) else -1
-            parts.append(table.join(share, on=["method", "k"]).assign(layer=layer, half=half))
-    return pd.concat(parts, ignore_index=True)
-
-
-def chosen_layer(table: pd.DataFrame, params: Subspace) -> int:
-    """The first of the slice's layers after which the class difference recovers `slice_share` on the discovery half;
-    without one, the layer where it recovers most. (Later ones are nearer to the logits, which any direction that
-    favours an answer reaches.)"""
-    own = table[(table["half"] == table["half"].iloc[0]) & (table["method"] == ONE[0]) & (table["layer"] >= 0)]
-    enough = own[own["estimate"] >= params.slice_share]
-    return int(enough["layer"].min() if len(enough) else own.loc[own["estimate"].idxmax(), "layer"])
-
-
-def by_number(patches: pd.DataFrame, params: Subspace) -> pd.DataFrame:
+def by_number(own: pd.DataFrame, params: Subspace) -> pd.DataFrame:
     """Recovery by method and number of directions, with its share of the whole residual stream's."""
-    own = last_half(patches)
-    effect, gap = sums(own[~own["part"].isin(["inside", "outside"])])
-    share = ratios(effect, over_column(effect, ("whole", 0)), params).set_index(["method", "k"])["estimate"]
-    return ratios(effect, gap, params).join(share.rename("share"), on=["method", "k"])
+    table = with_share(*sums(own[~own["part"].isin(PARTS)]), params)
+    return table.drop(columns=["share_low", "share_high"])
 
 
-def random_band(patches: pd.DataFrame, params: Subspace) -> pd.DataFrame:
+def random_band(own: pd.DataFrame) -> pd.DataFrame:
     """The lowest and highest recovery of a random subspace, by its number of dimensions."""
-    own = last_half(patches)
     effect, gap = sums(own[own["method"] == "random"], ["k", "part"])
     recovery = (effect.sum() / gap.sum()).groupby("k").agg(["min", "max"])
     return recovery.reset_index().set_axis(["k", "low", "high"], axis=1)
 
 
-def against_random(frame: pd.DataFrame, params: Subspace) -> pd.DataFrame:
+def against_random(own: pd.DataFrame, params: Subspace) -> pd.DataFrame:
     """Recovery of each method less that of the random subspaces of as many dimensions and equal norm, by quads."""
-    own = last_half(frame)
-    effect, gap = sums(own[~own["part"].isin(["inside", "outside"])])
+    effect, gap = sums(own[~own["part"].isin(PARTS)])
     sizes = set(effect["random"].columns)
     kept = [column for column in effect if column[0] not in ("random", "whole") and column[1] in sizes]
     paired = pd.DataFrame({c: effect[c] - effect["random", c[1]] for c in kept})
     return ratios(paired.rename_axis(columns=["method", "k"]), gap, params)
 
 
-def single_classes(patches: pd.DataFrame, pairs: Sequence[Pair], params: Subspace) -> pd.DataFrame:
+def single_classes(own: pd.DataFrame, pairs: Sequence[Pair], params: Subspace) -> pd.DataFrame:
     """Recovery of the direction of one class against the rest, in pairs that have the class on either side (`there`)
     and in those that do not."""
     classes = {p.pair_id: {p.candidates[p.answer], p.candidates[p.corrupt_answer]} for p in pairs}
-    own, parts = last_half(patches), []
-    own = own[own["method"].str.endswith(" against the rest")]
-    for method, rows in own.groupby("method", sort=False):
-        name = method.removesuffix(" against the rest")
-        there = rows["pair_id"].map(lambda pair, name=name: name in classes[pair])
+    parts, against = [], " against the rest"
+    for method, rows in own[own["method"].str.endswith(against)].groupby("method", sort=False):
+        name = method.removesuffix(against)
+        there = rows["pair_id"].map({pair: name in both for pair, both in classes.items()})
         for has, part in rows.groupby(there):
             parts.append(ratios(*sums(part), params).assign(class_name=name, there=has))
     return pd.concat(parts, ignore_index=True)
 
 
-def split_parts(patches: pd.DataFrame, params: Subspace) -> pd.DataFrame:
+def split_parts(own: pd.DataFrame, params: Subspace) -> pd.DataFrame:
     """Recovery of what was split, all of it and its parts inside and outside the span of the principal components;
     `share` is the part's, of the effect of all of it."""
-    own = last_half(patches)
     split = own.loc[own["part"] == "inside", ["method", "k"]].drop_duplicates()
     effect, gap = sums(own.merge(split, on=["method", "k"]), ["method", "k", "part"])
-    full = pd.DataFrame({column: effect[(*column[:2], "")] for column in effect}, columns=effect.columns)
-    keys = ["method", "k", "part"]
-    share = (
-        ratios(effect, full, params)
-        .set_index(keys)[["estimate", "low", "high"]]
-        .set_axis(["share", "share_low", "share_high"], axis=1)
-    )
-    out = ratios(effect, gap, params).join(share, on=keys)
-    return out.assign(name=called(out), shown=out["part"].map(PARTS))
+    out = with_share(effect, gap, params, lambda column: (*column[:2], ""))
+    return out.assign(name=called(out), shown=out["part"].map(SHOWN))
 
 
 def called(table: pd.DataFrame) -> list[str]:
@@ -193,61 +100,91 @@ def dose_table(frame: pd.DataFrame, kinds: Mapping[str, str], candidates: Sequen
     after = np.stack(frame["logits_after"].tolist()).astype(float)
     lead = next(name for name in candidates if name in set(words[0]))
     at = [list(candidates).index(name if name != "random" else lead) for name in words[0]]
-    rows = np.arange(len(frame))
-    y, top = (after - after.mean(1, keepdims=True))[rows, at], after.argmax(1) == at
-    out = pd.DataFrame(
-        {"prompt": frame["pair_id"], "added": words[0], "dose": words[1].astype(float), "y": y, "top": top}
-    )
-    out = out.groupby(["prompt", "added", "dose"], as_index=False, sort=False).mean()
+    y, top = (after - after.mean(1, keepdims=True))[np.arange(len(frame)), at], after.argmax(1) == at
+    out = {"prompt": frame["pair_id"], "added": words[0], "dose": words[1].astype(float), "y": y, "top": top}
+    out = pd.DataFrame(out).groupby(["prompt", "added", "dose"], as_index=False, sort=False).mean()
     return out.assign(kind=out["prompt"].map(kinds))
 
 
-def dose_curves(doses: pd.DataFrame, params: Subspace) -> pd.DataFrame:
-    """Mean of `y` by kind of prompt, class added and dose, with intervals over prompts."""
-    parts = []
+def dose_curves(doses: pd.DataFrame, params: Subspace) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """By kind of prompt and class added: the mean of `y` at each dose with intervals over prompts, and its slope.
+
+    The slope is that of least squares (logits per dose), its mean over prompts with an interval; `monotone`: the share
+    of prompts in which every higher dose gives a higher logit.
+    """
+    curves, slopes = [], []
     for (kind, added), rows in doses.groupby(["kind", "added"], sort=False):
-        wide = rows.pivot(index="prompt", columns="dose", values="y")
-        spans = stats.mean_intervals(wide.to_numpy(), params)
+        wide, about = rows.pivot(index="prompt", columns="dose", values="y"), {"kind": kind, "added": added}
+        spans = effects.columns(stats.mean_intervals(wide.to_numpy(), params))
         top = rows.groupby("dose")["top"].mean().to_numpy()
-        parts.append(
-            pd.DataFrame({"dose": wide.columns, **effects.columns(spans), "top": top}).assign(kind=kind, added=added)
-        )
-    return pd.concat(parts, ignore_index=True)
-
-
-def slopes(doses: pd.DataFrame, params: Subspace) -> pd.DataFrame:
-    """Least-squares slope of `y` on the dose (logits per dose), its mean over prompts with an interval; `monotone`: the
-    share of prompts in which every higher dose gives a higher logit."""
-    parts = []
-    for (kind, added), rows in doses.groupby(["kind", "added"], sort=False):
-        wide = rows.pivot(index="prompt", columns="dose", values="y")
+        curves.append(pd.DataFrame({"dose": wide.columns, **spans, "top": top}).assign(**about))
         dose = wide.columns.to_numpy() - wide.columns.to_numpy().mean()
-        slope = wide.to_numpy() @ dose / max((dose**2).sum(), 1e-12)
-        span = stats.mean_interval(slope, params)
+        slope = stats.mean_interval(wide.to_numpy() @ dose / max((dose**2).sum(), 1e-12), params)
         rising = (wide.diff(axis=1).iloc[:, 1:] > 0).all(axis=1).mean()
-        parts.append({"kind": kind, "added": added, "monotone": rising, "prompts": len(wide), "estimate": span.estimate,
-                      "low": span.low, "high": span.high})  # fmt: skip
-    return pd.DataFrame(parts)
+        ends = {"estimate": slope.estimate, "low": slope.low, "high": slope.high}
+        slopes.append(about | {"monotone": rising, "prompts": len(wide)} | ends)
+    return pd.concat(curves, ignore_index=True), pd.DataFrame(slopes)
 
 
-def transfer_table(frame: pd.DataFrame, params: Subspace) -> pd.DataFrame:
+def transfer_table(own: pd.DataFrame, params: Subspace) -> pd.DataFrame:
     """Effect of directions fitted on `source` prompts in pairs of each template (`target`), as a share of that of the
     directions fitted on the target's own prompts; pairs that the model solves in the target. `recovery`: of the gap."""
-    own = last_half(frame)
     own, parts = own[(own["metric_clean"] > 0) & (own["metric_corrupt"] < 0)], []
     for target, rows in own.groupby("template", sort=False):
         effect, gap = sums(rows)
         kept = [column for column in effect if (target, column[1]) in effect.columns]
         if not kept:  # too few of its prompts line up to fit directions on
             continue
-        own_fit = pd.DataFrame({column: effect[target, column[1]] for column in kept}, columns=effect[kept].columns)
+        at_home = pd.DataFrame({column: effect[target, column[1]] for column in kept}, columns=effect[kept].columns)
         recovery = (effect.sum() / gap.sum()).rename("recovery")
-        table = ratios(effect[kept], own_fit, params)
+        table = ratios(effect[kept], at_home, params)
         parts.append(table.join(recovery, on=["method", "k"]).assign(target=target, pairs=rows["pair_id"].nunique()))
     return pd.concat(parts, ignore_index=True).rename(columns={"method": "source"})
 
 
-# --- figures ------------------------------------------------------------------------------------------------------
+class Numbers(NamedTuple):
+    """What the page says of directions."""
+
+    by_layer: pd.DataFrame
+    by_number: pd.DataFrame
+    band: pd.DataFrame  # of random subspaces
+    against_random: pd.DataFrame
+    single_classes: pd.DataFrame
+    parts: pd.DataFrame  # inside and outside of what the model's activations span
+    doses: pd.DataFrame
+    slopes: pd.DataFrame
+    transfer: pd.DataFrame
+    restores: bool | None  # whether one direction restores the answer
+
+
+def numbers(m: Measured, params: Subspace) -> Numbers:
+    """Everything that the page says of directions, in numbers."""
+    own = last_half(m.patches)
+    doses, slopes = dose_curves(dose_table(m.steering, m.kinds, m.pairs[0].candidates), params)
+    table = by_number(own, params)
+    one = row_of(table, *ONE)
+    span = stats.Interval(one["estimate"], one["low"], one["high"], params.level, int(one["quads"]), "")
+    patched = own[own["variant"] == "class difference|1|"]
+    return Numbers(
+        by_layer=m.by_layer,
+        by_number=table,
+        band=random_band(own),
+        against_random=against_random(own, params),
+        single_classes=single_classes(own, m.pairs, params),
+        parts=split_parts(own, params),
+        doses=doses,
+        slopes=slopes,
+        transfer=transfer_table(last_half(m.transfer), params),
+        restores=effects.restores(patched, span, params.restores_share, params.restores_recovery),
+    )
+
+
+def row_of(table: pd.DataFrame, method: str, k: int) -> pd.Series:
+    """The row of a method and a number of directions."""
+    return table[(table["method"] == method) & (table["k"] == k)].iloc[0]
+
+
+# --- figures ----------------------------------------------------------------------------------------------------------
 
 
 def lines(
@@ -276,42 +213,213 @@ def lines(
     return figure
 
 
-def number_figure(numbers: pd.DataFrame, band: pd.DataFrame) -> Figure:
+def number_figure(n: Numbers) -> Figure:
     """Recovery against the number of directions."""
-    whole = float(numbers.loc[numbers["method"] == "whole", "estimate"].iloc[0])
+    numbers, ylabel = n.by_number, "recovery (share of logit_diff)"
     own = numbers[~numbers["method"].str.endswith("the rest") & ~numbers["method"].isin(["whole", "random"])]
-    figure = lines(own, "k", "method", "directions", "recovery (share of logit_diff)", band=band, level=whole)
+    level = float(row_of(numbers, "whole", 0)["estimate"])
+    figure = lines(own, "k", "method", "directions", ylabel, band=n.band, level=level)
     figure.axes[0].set_xscale("log", base=2)
     figure.axes[0].set_xticks(sorted(own["k"].unique()), sorted(own["k"].unique()))
     figure.axes[0].minorticks_off()
     return figure
 
 
-def layer_figure(table: pd.DataFrame) -> Figure:
+def layer_figure(n: Numbers) -> Figure:
     """Recovery after each of the slice's layers."""
-    own = effects.reported(table)
-    own = own[own["layer"] >= 0].assign(what=lambda rows: called(rows))
-    return plots.layer_curve(own, "recovery (share of logit_diff)", by="what")
+    own = effects.reported(n.by_layer)
+    own = own[own["layer"] >= 0]
+    return plots.layer_curve(own.assign(what=called(own)), "recovery (share of logit_diff)", by="what")
 
 
-def split_figure(table: pd.DataFrame) -> Figure:
+def split_figure(n: Numbers) -> Figure:
     """The parts of each change that were split."""
-    return circuit_plots.part_bars(table, "recovery (share of logit_diff)", by="shown", panel=None)
+    return circuit_plots.part_bars(n.parts, "recovery (share of logit_diff)", by="shown", panel=None)
 
 
-def dose_figure(curves: pd.DataFrame) -> Figure:
+def dose_figure(n: Numbers) -> Figure:
     """Dose-response curves, a panel for each kind of prompt."""
-    ylabel = "logit of the class added, less the candidates' mean"
-    return lines(curves, "dose", "added", "dose (multiples of class mean - mean of all classes)", ylabel, panel="kind")
+    xlabel, ylabel = "dose (multiples of class mean - mean of all classes)", "logit of the class added, less the "
+    return lines(n.doses, "dose", "added", xlabel, ylabel + "candidates' mean", panel="kind")
 
 
-def transfer_figure(table: pd.DataFrame) -> Figure:
+def transfer_figure(n: Numbers) -> Figure:
     """Effect of moved directions as a share of the own ones', by source and target."""
-    own = table[table["source"] != "random"]
+    own = n.transfer[n.transfer["source"] != "random"]
+    order = {"index": list(dict.fromkeys(own["source"])), "columns": list(dict.fromkeys(own["target"]))}
     wide = {
         f"{k} direction{'s' * (k > 1)}": rows.pivot(index="source", columns="target", values="estimate").reindex(
-            index=list(dict.fromkeys(own["source"])), columns=list(dict.fromkeys(own["target"]))
+            **order
         )
         for k, rows in own.groupby("k")
     }
     return circuit_plots.class_matrices(wide, "share of own effect", xlabel="patched in", ylabel="fitted on", limit=1)
+
+
+# --- sentences --------------------------------------------------------------------------------------------------------
+
+
+def value(row: Any, prefix: str = "", digits: int = 2) -> str:
+    """An estimate with its interval, of a row of a table."""
+    names = ("share", "share_low", "share_high") if prefix else ("estimate", "low", "high")
+    return interval(*(row[name] for name in names), digits)
+
+
+def layer_sentences(table: pd.DataFrame, layer: int, params: Subspace) -> list[str]:
+    """Where along the slice one direction carries the class, and whether it does in the slice as a whole."""
+    own = effects.reported(table)
+    one, whole = (own[own["method"] == name].set_index("layer") for name in (ONE[0], "whole"))
+    each = [f"{at} {value(row)} ({row['share']:.0%})" for at, row in one.iterrows() if at >= 0]
+    first = table[(table["half"] == table["half"].iloc[0]) & (table["method"] == ONE[0])].set_index("layer")["estimate"]
+    reached = first[layer] >= params.slice_share
+    share = f"{params.slice_share:.0%} on the discovery half"
+    why = f"the first where it recovers {share}" if reached else f"where it recovers most: nowhere {share}"
+    random = own[(own["layer"] == -1) & (own["method"] == "random")].iloc[0]
+    low, high = one.loc[-1, "low"], whole.loc[-1, "high"]
+    more = " (more than everything: what they write beside it works against the answer)"
+    more = more if pd.notna(low) and low > high else ""
+    return [
+        f"One direction, from the mean of the pair's corrupt class to that of its clean class, patched in the residual "
+        f"stream at `last` alone, recovers of logit_diff after layer {listed(each)}; in brackets, as a share of what "
+        f"the whole residual stream does there. What follows is about layer {layer}, {why}.",
+        f"In all sites of the slice together, that component alone recovers {value(one.loc[-1])}{more}, everything "
+        f"they write {value(whole.loc[-1])}, and a random direction with a change of equal norm {value(random)}.",
+    ]
+
+
+def number_sentences(n: Numbers, params: Subspace) -> list[str]:
+    """Whether one direction suffices, how many reach the share, and whether they beat random ones."""
+    numbers, paired = n.by_number, n.against_random
+    one, every = row_of(numbers, *ONE), row_of(numbers, "whole", 0)
+    verdict = {True: "suffices", False: "does not suffice", None: "is not shown to suffice (too few quads)"}[n.restores]
+    out = [
+        f"One direction {verdict}: the class difference recovers {value(one)}, {one['share']:.0%} of the whole "
+        f"residual stream's {value(every)}; asked for was a lower end above {params.restores_recovery} and the clean "
+        f"answer on top in at least {params.restores_share:.0%} of the pairs."
+    ]
+    words = []
+    for method in ("class means", "probe", "profession means", "rotation"):
+        own = numbers[numbers["method"] == method].sort_values("k")
+        if own.empty:
+            continue
+        enough = own[own["share"] >= params.slice_share]
+        if len(enough):
+            words.append(f"{enough['k'].iloc[0]} of the {method} ({value(enough.iloc[0])})")
+        else:
+            words.append(f"no number of the {method} (at most {value(own.loc[own['estimate'].idxmax()])})")
+    out.append(
+        f"Directions shared by all pairs reach {params.slice_share:.0%} of the whole residual stream's recovery with "
+        f"{listed(words)}; the class means span at most {numbers.loc[numbers['method'] == 'class means', 'k'].max()}."
+    )
+    if paired["low"].isna().any():
+        return [*out, "There are too few quads to say whether directions beat random ones of equal norm."]
+    beats = paired["low"] > 0
+    shown = paired[~paired["method"].str.endswith("the rest")]
+    shown = shown.loc[shown.groupby("method", sort=False)["k"].idxmax()]
+    each = [f"{name} by {value(row)}" for name, (_, row) in zip(called(shown), shown.iterrows(), strict=True)]
+    weak = called(paired[~beats])
+    out.append(
+        ("Every method beats" if beats.all() else "Directions do not always beat")
+        + f" random subspaces of as many dimensions whose change has the same norm (paired by quads, share of "
+        f"logit_diff): {listed(each)}." + ("" if beats.all() else f" Not better than random: {listed(weak)}.")
+    )
+    return out
+
+
+def class_sentence(single: pd.DataFrame, params: Subspace) -> str:
+    """The direction of one class against the rest, in pairs with and without the class: does it fix the output?"""
+    own, other = single[single["there"]], single[~single["there"]]
+    each = [f"{row['class_name']} {value(row)}" for _, row in own.iterrows()]
+    without = f"; in pairs without it, at most {other['estimate'].abs().max():.2f} either way" if len(other) else ""
+    text = (
+        f"The direction of one class against the rest, in pairs with it on a side, recovers: {listed(each)}{without}."
+    )
+    if own["low"].isna().any():
+        return text
+    enough = own.loc[own["low"].astype(float) > params.restores_recovery, "class_name"]
+    return f"{text} By itself it recovers more than {params.restores_recovery} (lower end) for {listed(enough)}."
+
+
+def split_sentence(parts: pd.DataFrame, directions: pd.DataFrame) -> str:
+    """How much runs through the dormant part, and how much the activations vary along each direction."""
+    count, outside = (directions["method"] == "component").sum(), parts[parts["part"] == "outside"]
+    each = [f"{row['name']}: {value(row, 'share')}" for _, row in outside.iterrows()]
+    mostly = outside.loc[outside["share"] > 0.5, "name"]
+    verdict = (
+        f"mostly dormant, so to that extent an illusion: {listed(mostly)}" if len(mostly) else "mostly dormant: none"
+    )
+    vary, own = [], directions[directions["method"].isin(["class means", "rotation", "probe"])]
+    for (method, k), rows in own.groupby(["method", "k"], sort=False):
+        vary.append(
+            f"{method}, {k or len(rows)}: {rows['variance'].median():.0f} times ({rows['between'].median():.0%})"
+        )
+    return (
+        f"The dormant part of a change, outside the span of the {count} principal components that hold 95% of the "
+        f"variance of the model's own activations, has by itself this share of the whole change's effect: "
+        f"{listed(each)} ({verdict}). The activations' variance along the directions, over that along random ones (in "
+        f"brackets, the share of it that lies between classes; medians), is {listed(vary)}."
+    )
+
+
+def steering_sentence(n: Numbers) -> str:
+    """Dose and response, for each kind of prompt."""
+    out, curves = [], n.doses
+    for kind, rows in n.slopes.groupby("kind", sort=False):
+        real, random = rows[rows["added"] != "random"], rows[rows["added"] == "random"].iloc[0]
+        own, lead = curves[curves["kind"] == kind], real["added"].iloc[0]
+        means = own[own["added"] != "random"].pivot(index="dose", columns="added", values="estimate")
+        rising = int((means.diff().iloc[1:] > 0).all().sum())
+        ends = own[own["added"] == lead].sort_values("dose")[["dose", "top"]].to_numpy()[[0, -1]]
+        each = [f"{row['added']} {value(row)}" for _, row in real.iterrows()]
+        out.append(
+            f"{kind} ({rows['prompts'].iloc[0]} prompts): {listed(each)} (random: {value(random)}), with every dose "
+            f"higher than the one before on average for {rising} of {len(real)} classes; the {lead} leads in "
+            f"{ends[0, 1]:.0%} of them at dose {ends[0, 0]:g} and in {ends[1, 1]:.0%} at {ends[1, 0]:g}"
+        )
+    return (
+        "Steering: one dose of a class's direction adds to the class's logit, less the candidates' mean, this many "
+        f"logits (random: directions as long as the first class's): {'; '.join(out)}."
+    )
+
+
+def transfer_sentence(table: pd.DataFrame) -> str:
+    """Directions of other prompts, as a share of the own ones'."""
+    each = []
+    for target, rows in table[table["k"] == 1].groupby("target", sort=False):
+        own = rows.loc[rows["source"] == target, "recovery"].iloc[0]
+        words = [
+            f"`{row['source']}` {value(row)}" for _, row in rows.iterrows() if row["source"] not in (target, "random")
+        ]
+        chance = rows.loc[rows["source"] == "random", "estimate"]
+        words += [f"random ones {chance.iloc[0]:.2f}"] if len(chance) else []
+        each.append(f"in `{target}` ({rows['pairs'].iloc[0]} pairs, own recovery {own:.2f}): {listed(words)}")
+    return f"One direction fitted on other prompts does this share of what the own one does: {'; '.join(each)}."
+
+
+def sentences(m: Measured, n: Numbers, params: Subspace) -> tuple[list[str], list[str]]:
+    """Everything that the page says of directions, in words; and the headline."""
+    own = effects.reported(m.patches)
+    about = m.directions[(m.directions["layer"] == m.layer) & (m.directions["method"] == "class means")].iloc[0]
+    half = "discovery" if own["half"].iloc[0] != about["half"] else "only"
+    first = (
+        f"Directions were fitted on {about['prompts']} prompts of the {half} half and are reported on "
+        f"{own['pair_id'].nunique()} pairs of {own['quad_id'].nunique()} quads of the {own['half'].iloc[0]} half."
+    )
+    number = number_sentences(n, params)
+    out = [
+        first + ONE_HALF * (half == "only"),
+        *layer_sentences(n.by_layer, m.layer, params),
+        *number,
+        class_sentence(n.single_classes, params),
+        split_sentence(n.parts, m.directions),
+        steering_sentence(n),
+        transfer_sentence(n.transfer),
+    ]
+    return out, [number[0], number[-1]]
+
+
+def found(m: Measured, n: Numbers) -> dict[str, Any]:
+    """What the findings hold of directions."""
+    tables = n._replace(by_layer=effects.reported(n.by_layer))._asdict()
+    kept = ("by_layer", "by_number", "against_random", "single_classes", "parts", "slopes", "transfer")
+    return {"layer": m.layer, "restores": n.restores} | {name: tables[name].to_dict("records") for name in kept}

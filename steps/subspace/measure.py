@@ -1,10 +1,35 @@
-"""Step 08, measured."""
+"""Step 08, measured: what can be read off the residual stream, and what its directions do when they are moved along.
+
+1. `probes`: linear probes of every layer, on prompts about pairs and about one person, and the spectra of class means.
+2. `directions`: class means of the fitting half, and at one layer bases of what carries the class.
+3. `direction_sweeps`: one direction patched after each layer of the slice; `layer_table` and `chosen_layer` say after
+   which layer the rest is measured: subspaces patched there, moved to other prompts, and steered along.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import pandas as pd
 from pydantic import Field
 
+from lib import effects, stats, tasks
+from lib.batches import subsample
+from lib.data import HALVES
+from lib.effects import in_halves
+from lib.tasks import Pair, without_labels
+from pipeline.assumed import MOVED, Case, pair_of
+from pipeline.declaration import SUPERSET_TASKS, Declaration
 from pipeline.params import Counts, Doses, OfSlice, Words
+from pipeline.step import Step
+from steps.subspace import direction_sweeps, directions, probes
+from steps.subspace.direction_sweeps import LAYERS, PATCHES, STEERING, TRANSFER
+from steps.subspace.directions import CLASS_MEANS, DIRECTIONS
+from steps.subspace.probes import ACCURACIES, SPECTRA
+
+ONE = ("class difference", 1)  # the direction between the two classes of a pair
 
 
 class Subspace(OfSlice):
@@ -31,3 +56,154 @@ class Subspace(OfSlice):
     doses: Doses = Field(
         (-2, -1, -0.5, 0, 0.5, 1, 2), description="multiples of class mean - mean of all classes that are added"
     )
+
+
+def slice_layers(step: Step | Case) -> list[int]:
+    """The layers of the slice, in order."""
+    return sorted({site.layer for site in step.slice()})
+
+
+def assumed(case: Case) -> Iterator[tuple[Any, ...]]:
+    """The tables in order; the layer is assumed to be the middle one of the slice, and some pairs to be solved in
+    another template."""
+    p, layers = case.params, slice_layers(case)
+    yield ACCURACIES, None
+    yield SPECTRA, None
+    fit = pd.DataFrame({"pair_id": [pair.pair_id for pair in case.half(0)]})
+    yield CLASS_MEANS, fit, layers
+    means, pairs = directions.assumed_means(p, layers), without_labels(subsample(case.prompts(), p.pairs))
+    yield LAYERS, direction_sweeps.by_layer(case, pairs, means)
+    layer, shown = layers[len(layers) // 2], case.half(1, pairs)
+    yield DIRECTIONS, pairs, fit, layer, means
+    yield PATCHES, direction_sweeps.by_number(case, shown, layer, directions.assumed_table(p, layer, means))
+    moved = shown[: round(MOVED * len(shown))]
+    others = [replace(x, pair_id=f"{x.pair_id}@{n}", template=n) for n in directions.templates(p)[1:] for x in moved]
+    yield TRANSFER, direction_sweeps.transfer(case, [*shown, *others], layer, means)
+    yield STEERING, direction_sweeps.steering(case, assumed_prompts(case, shown), layer, means)
+
+
+def assumed_prompts(case: Case, shown: Sequence[Pair]) -> list[Pair]:
+    """Prompts to steer: one for each quad, and pairs of invented names and of things, with 2 to 5 tokens each."""
+    count, template = case.params.steering_pairs, tasks.find_template(case.params.template, case.params.task)
+    mixed = list({pair.quad_id: pair for pair in shown}.values())[:count]
+    tokens = [(2, 2), (2, 3), (3, 3), (3, 4), (4, 4), (4, 5)]
+    others = [pair_of(template, n, 0, HALVES[1], tokens[n % len(tokens)]) for n in range(2 * count)]
+    every = enumerate([*mixed, *others])
+    return without_labels(replace(pair, pair_id=f"steered {n}", half=HALVES[1]) for n, pair in every)
+
+
+STEP = Declaration(
+    "subspace",
+    Subspace,
+    assumed,
+    layered=True,
+    tasks=SUPERSET_TASKS,
+    reads={"sufficiency": ("critical_slice",)},
+    files=("people_file", "data/controls.csv"),
+    timings=probes.timings,
+)
+
+
+# --- what is chosen ---
+
+
+def parsed(frame: pd.DataFrame) -> pd.DataFrame:
+    """A table of variants with the columns method, k and part of their names, effect and gap (logits)."""
+    words = frame["variant"].str.split("|", expand=True).set_axis(["method", "k", "part"], axis=1)
+    return frame.join(words.astype({"k": int})).assign(effect=effects.effect(frame), gap=effects.gap(frame))
+
+
+def sums(frame: pd.DataFrame, by: Sequence[str] = ("method", "k")) -> tuple[pd.DataFrame, pd.Series]:
+    """Per quad, the sum over its pairs of each variant's effect (random: the mean over draws), and of the gap."""
+    each = frame.groupby(["quad_id", "pair_id", *by])[["effect", "gap"]].mean()
+    total = each.groupby(["quad_id", *by])["effect"].sum().unstack(list(by))
+    return total, each["gap"].groupby(["quad_id", "pair_id"]).first().groupby("quad_id").sum()
+
+
+def ratios(top: pd.DataFrame, bottom: pd.DataFrame | pd.Series, params: Subspace) -> pd.DataFrame:
+    """Ratios of sums over quads with intervals: a row per column of `top`. Columns whose denominator is not above 0 are
+    left out."""
+    if isinstance(bottom, pd.Series):
+        bottom = pd.DataFrame({name: bottom for name in top}, columns=top.columns)
+    kept = bottom.sum().to_numpy() > 0
+    top, bottom = top.loc[:, kept], bottom.loc[:, kept]
+    if not kept.any():
+        return pd.DataFrame(columns=[*top.columns.names, "estimate", "low", "high", "quads"])
+    spans = stats.ratio_intervals(top.to_numpy(), bottom.to_numpy(), params)
+    return top.columns.to_frame(index=False).assign(**effects.columns(spans), quads=len(top))
+
+
+def replaced(effect: pd.DataFrame, by: Callable[[Any], Any]) -> pd.DataFrame:
+    """A frame like `effect` in which each column holds what the column `by` names holds: a denominator."""
+    return pd.DataFrame({column: effect[by(column)] for column in effect}, columns=effect.columns)
+
+
+def whole(_: Any) -> tuple[str, int]:
+    """The column of everything patched."""
+    return "whole", 0
+
+
+def with_share(
+    effect: pd.DataFrame, gap: pd.Series, params: Subspace, of: Callable[[Any], Any] = whole
+) -> pd.DataFrame:
+    """Recovery of each column of `effect`, and its `share` of the effect of another column (default: of everything)."""
+    by = list(effect.columns.names)
+    share = ratios(effect, replaced(effect, of), params).set_index(by)[["estimate", "low", "high"]]
+    return ratios(effect, gap, params).join(share.set_axis(["share", "share_low", "share_high"], axis=1), on=by)
+
+
+def layer_table(scan: pd.DataFrame, layers: Sequence[int], params: Subspace) -> pd.DataFrame:
+    """Recovery of each variant after each layer (`layer`) and in all sites of the slice together (layer -1), both
+    halves; `share`: of the effect of everything patched there."""
+    places, parts = [*layers, -1], []
+    for half, own in in_halves(parsed(scan)):
+        for number, rows in own.groupby("site_set"):
+            parts.append(with_share(*sums(rows), params).assign(layer=places[number], half=half))
+    return pd.concat(parts, ignore_index=True)
+
+
+def chosen_layer(table: pd.DataFrame, params: Subspace) -> int:
+    """The first of the slice's layers after which the class difference recovers `slice_share` on the discovery half;
+    without one, the layer where it recovers most. (Later ones are nearer to the logits, which any direction that
+    favours an answer reaches.)"""
+    own = table[(table["half"] == table["half"].iloc[0]) & (table["method"] == ONE[0]) & (table["layer"] >= 0)]
+    enough = own[own["estimate"] >= params.slice_share]
+    return int(enough["layer"].min() if len(enough) else own.loc[own["estimate"].idxmax(), "layer"])
+
+
+class Measured(NamedTuple):
+    """What step 08 has measured, and what was chosen from it."""
+
+    probe_layers: list[int]  # the slice's, its leading site's first
+    dropped: tuple[str, ...]  # classes that probes leave out, and why
+    accuracies: pd.DataFrame
+    spectra: pd.DataFrame
+    pairs: list[Pair]  # in which directions are patched
+    by_layer: pd.DataFrame  # recovery after each layer of the slice
+    layer: int  # after which all that follows is measured
+    directions: pd.DataFrame
+    patches: pd.DataFrame
+    transfer: pd.DataFrame
+    steering: pd.DataFrame
+    kinds: Mapping[str, str]  # of steered prompts, by id
+
+
+def run(step: Step) -> Measured:
+    """Measure, or read what is there."""
+    p, layers, kinds = step.params, slice_layers(step), (probes.of_pairs(step), probes.of_people(step))
+    readings = probes.readings(step, kinds)
+    accuracies, spectra = step.table(ACCURACIES, readings), step.table(SPECTRA, readings)
+    table = step.pairs()
+    fit, pairs = directions.halves(step, table)
+    means, shown = step.table(CLASS_MEANS, fit, layers), directions.reported(pairs)
+    by_layer = layer_table(step.table(LAYERS, direction_sweeps.by_layer(step, pairs, means)), layers, p)
+    layer = chosen_layer(by_layer, p)
+    found = step.table(DIRECTIONS, pairs, fit, layer, means)
+    patches = step.table(PATCHES, direction_sweeps.by_number(step, shown, layer, found))
+    others = direction_sweeps.in_other_templates(step, table, shown)
+    transfer = step.table(TRANSFER, direction_sweeps.transfer(step, [*shown, *others], layer, means))
+    prompts, of_prompts = direction_sweeps.steering_prompts(step, table, pairs)
+    steering = step.table(STEERING, direction_sweeps.steering(step, prompts, layer, means))
+    dropped = tuple(why for one in kinds for why in one.dropped)
+    first = probes.slice_layers(step), dropped, accuracies, spectra
+    return Measured(*first, pairs, by_layer, layer, found, patches, transfer, steering, of_prompts)

@@ -18,8 +18,10 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, lru_cache
+from itertools import product
 from typing import NamedTuple
 
 import numpy as np
@@ -32,11 +34,15 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from lib import data, tasks
-from lib.batches import token_ids
-from lib.hooks import Model, Site
+from lib.hooks import Model
 from lib.readout import readout
-from lib.single_pass import base_run
+from lib.single_pass import plain_runs
 from lib.tasks import Prompt
+from pipeline.assumed import Case, tokens_of
+from pipeline.costs import Work, plain
+from pipeline.declaration import Table
+from pipeline.params import Shared
+from pipeline.rates import timed
 from pipeline.step import Step, StepError
 from pipeline.units import Unit
 
@@ -45,8 +51,7 @@ STRENGTHS = (0.1, 1.0, 10.0)  # ridge strengths, times the width: the mean squar
 WHOLE = -1  # the rank of a probe that is not reduced; the number of labels that are not permuted
 BATCH = 32  # prompts of one pass
 WORDS, DIRECTIONS = 6, 4  # words named at each end of a direction, and leading directions that are
-
-Readings = Mapping[str, Float[np.ndarray, "templates layers prompts hidden"]]  # by position
+PROFESSIONS = 70  # that have enough people for a probe, in the default book
 
 
 class Asked(NamedTuple):
@@ -71,6 +76,21 @@ class Labels(NamedTuple):
     @property
     def one_hot(self) -> Float[np.ndarray, "labellings rows classes"]:
         return np.eye(len(self.classes))[self.codes] * self.there[:, None]
+
+
+class Seen(NamedTuple):
+    """What was read of one kind of prompts at one layer and position."""
+
+    asked: Asked
+    position: str
+    values: Float[np.ndarray, "templates prompts hidden"]
+
+    def labels(self, params: Shared) -> list[Labels]:
+        """Of each target."""
+        return [labelled(self.asked.rows, name, params.permutations, params.seed) for name in self.asked.targets]
+
+
+Readings = Callable[[int], list[list[Seen]]]  # of a layer: by kind of prompts, by position
 
 
 def of_pairs(step: Step) -> Asked:
@@ -156,26 +176,39 @@ def folds_of(rows: pd.DataFrame, target: str, folds: int, seed: int) -> Int[np.n
     return fold
 
 
-def read(model: Model, questions: Asked, layers: Sequence[int]) -> Readings:
-    """The residual stream (block outputs) at both positions, as float32 on the CPU."""
+def read(
+    model: Model, questions: Asked, layers: Sequence[int]
+) -> Mapping[str, Float[np.ndarray, "templates layers prompts hidden"]]:
+    """The residual stream (block outputs) by position, as float32 on the CPU."""
     width = model.unembed.weight.shape[1]
     shape = (len(questions.templates), len(layers), len(questions.rows), width)
     out = {position: np.empty(shape, dtype=np.float32) for position in POSITIONS}
     for template, prompts in enumerate(questions.prompts):
-        groups: dict[tuple, list[int]] = {}
-        for index, prompt in enumerate(prompts):
-            ends = tuple(prompt.roles[f"name_{slot}"][-1] for slot in "ab" if f"name_{slot}" in prompt.roles)
-            groups.setdefault((len(prompt.ids), *ends), []).append(index)
-        for (length, *ends), own in groups.items():
-            for at in range(0, len(own), BATCH):
-                chunk = own[at : at + BATCH]
-                ids = token_ids(model, [prompts[index].ids for index in chunk])
-                kept = base_run(model, ids, (*ends, length - 1), ("resid",)).activations
-                for place, layer in enumerate(layers):
-                    seen = kept["resid", layer].float().cpu().numpy()
-                    out["names"][template, place, chunk] = seen[:, :-1].mean(1)
-                    out["last"][template, place, chunk] = seen[:, -1]
+        ids, at = [prompt.ids for prompt in prompts], [ends(prompt) for prompt in prompts]
+        for places, run in plain_runs(model, ids, at, ("resid",), size=BATCH, layers=layers):
+            for place, layer in enumerate(layers):
+                seen = run.activations["resid", layer].float().cpu().numpy()
+                out["names"][template, place, places] = seen[:, :-1].mean(1)
+                out["last"][template, place, places] = seen[:, -1]
     return out
+
+
+def ends(prompt: Prompt) -> tuple[int, ...]:
+    """The last token of each name, and the prompt's last one."""
+    names = [f"name_{slot}" for slot in "ab"]
+    return *(prompt.roles[name][-1] for name in names if name in prompt.roles), len(prompt.ids) - 1
+
+
+def readings(step: Step, kinds: Sequence[Asked]) -> Readings:
+    """What gives the readings of a layer; the model reads the prompts once, when it is first asked."""
+    every = cache(lambda: [read(step.model, one, step.layers) for one in kinds])
+
+    def at(layer: int) -> list[list[Seen]]:
+        place = step.layers.index(layer)
+        both = zip(kinds, every(), strict=True)
+        return [[Seen(one, name, seen[name][:, place]) for name in POSITIONS] for one, seen in both]
+
+    return at
 
 
 def labelled(rows: pd.DataFrame, target: str, permutations: int, seed: int) -> Labels:
@@ -227,68 +260,63 @@ def weighted(codes: np.ndarray, right: np.ndarray, classes: int) -> Float[np.nda
     return right * len(codes) / (classes * np.bincount(codes, minlength=classes)[codes])
 
 
-def people_folds(
-    own: Asked, other: Asked, x: Readings, far: Readings, place: int, position: str, permutations: int,
-    ranks: Sequence[int], seed: int,
-) -> Iterator[pd.DataFrame]:  # fmt: skip
-    """Accuracies on people that the probe has not seen: in its own template, the other one, and the other kind."""
-    labels = [labelled(own.rows, target, permutations, seed) for target in own.targets]
-    mine, theirs = x[position][:, place], far[position][0, place]
-    folds, far_folds = own.rows["fold"].to_numpy(), other.rows["fold"].to_numpy()
-    away, caps = labelled(other.rows, "superset", 0, seed), [len(one.classes) - 1 for one in labels]
-    asked_ranks = [[WHOLE, *sorted({min(rank, cap) for rank in (*ranks, cap) if ranks})] for cap in caps]
-    predicted = [np.zeros((len(r), *one.codes.shape), dtype=int) for r, one in zip(asked_ranks, labels, strict=True)]
-    moved = [np.zeros((len(mine) - 1, len(folds)), dtype=int) for _ in labels]
+def people_folds(own: Seen, other: Seen, ranks: Sequence[int], params: Shared) -> Iterator[pd.DataFrame]:
+    """Accuracies on people that the probe has not seen: in its own template (whole, and at each of `ranks` and the
+    largest, if any are asked for), in the other ones, and on the other kind of prompts."""
+    asked, labels = own.asked, own.labels(params)
+    folds, far, far_folds = asked.rows["fold"].to_numpy(), other.values[0], other.asked.rows["fold"].to_numpy()
+    caps = [len(one.classes) - 1 for one in labels]
+    whole_and = [[WHOLE, *sorted({min(rank, cap) for rank in (*ranks, cap) if ranks})] for cap in caps]
+    found: dict[tuple, np.ndarray] = defaultdict(lambda: np.zeros(len(folds), dtype=int))
     crossed = np.zeros(len(far_folds), dtype=int)
     for fold in range(folds.max() + 1):
         train, held, far_held = folds != fold, folds == fold, far_folds == fold
-        probe = Probe(mine[0], labels, train)
-        outputs = probe.outputs(mine[0, held])
-        for number, own_ranks in enumerate(asked_ranks):
-            for index, rank in enumerate(own_ranks):
-                for labelling in range(permutations + 1):
-                    predicted[number][index, labelling, held] = probe.predict(outputs, number, labelling, rank)
-        for template in range(1, len(mine)):
-            outputs = probe.outputs(mine[template, held], mine[template, train].mean(0))
-            for number in range(len(labels)):
-                moved[number][template - 1, held] = probe.predict(outputs, number, 0)
-        outputs = probe.outputs(theirs[far_held], theirs[~far_held].mean(0))
+        probe = Probe(own.values[0], labels, train)
+        for template, values in enumerate(own.values):
+            outputs = probe.outputs(values[held], values[train].mean(0) if template else None)
+            for target in range(len(labels)):
+                for rank, labelling in product(whole_and[target], range(params.permutations + 1)):
+                    if template == 0 or (rank, labelling) == (WHOLE, 0):
+                        guess = probe.predict(outputs, target, labelling, rank)
+                        found[target, template, rank, labelling][held] = guess
+        outputs = probe.outputs(far[far_held], far[~far_held].mean(0))
         crossed[far_held] = probe.predict(outputs, 0, 0)
-    about = {"position": position, "trained": own.templates[0], "folds": "people"}
-    for number, one in enumerate(labels):
-        for index, rank in enumerate(asked_ranks[number]):
-            found = predicted[number][index]
-            yield scored(own, one, found[0], **about, template=own.templates[0], rank=rank)
-            rights = [
-                weighted(codes[one.there], (guess == codes)[one.there], len(one.classes)).mean()
-                for codes, guess in zip(one.codes[1:], found[1:], strict=True)
-            ]
-            null = pd.DataFrame({"score": rights, "permutation": np.arange(len(rights))})
-            yield null.assign(kind=own.kind, target=one.target, labels="permuted", rank=rank, **about,
-                              template=own.templates[0])  # fmt: skip
-        for template, found in zip(own.templates[1:], moved[number], strict=True):
-            yield scored(own, one, found, **about, template=template)
+    about = {"position": own.position, "trained": asked.templates[0], "folds": "people"}
+    for target, one in enumerate(labels):
+        for rank in whole_and[target]:
+            at = about | {"template": asked.templates[0], "rank": rank}
+            yield scored(asked, one, found[target, 0, rank, 0], **at)
+            guesses = [found[target, 0, rank, labelling] for labelling in range(1, len(one.codes))]
+            yield permuted(one, guesses).assign(kind=asked.kind, target=one.target, labels="permuted", **at)
+        for template, name in enumerate(asked.templates[1:], 1):
+            yield scored(asked, one, found[target, template, WHOLE, 0], **about, template=name)
+    away = labelled(other.asked.rows, "superset", 0, params.seed)
     if list(labels[0].classes) == list(away.classes):
-        yield scored(other, away, crossed, **about, template=other.templates[0])
+        yield scored(other.asked, away, crossed, **about, template=other.asked.templates[0])
 
 
 def scored(own: Asked, one: Labels, found: np.ndarray, **about: object) -> pd.DataFrame:
     """A row per prompt with a class: who, what, what the probe said, and its weighted score."""
     there, codes = one.there, one.codes[0][one.there]
-    rows = own.rows.loc[there, ["item", "unit", "fold"]]
-    return rows.assign(
-        kind=own.kind, target=one.target, labels="true", label=one.classes[codes],
-        predicted=one.classes[found[there]], score=weighted(codes, found[there] == codes, len(one.classes)), **about,
-    )  # fmt: skip
+    rows = own.rows.loc[there, ["item", "unit", "fold"]].assign(kind=own.kind, target=one.target, labels="true")
+    score = weighted(codes, found[there] == codes, len(one.classes))
+    return rows.assign(label=one.classes[codes], predicted=one.classes[found[there]], score=score, **about)
 
 
-def prompt_folds(
-    own: Asked, x: Readings, place: int, position: str, permutations: int, seed: int
-) -> Iterator[pd.DataFrame]:
+def permuted(one: Labels, guesses: Sequence[np.ndarray]) -> pd.DataFrame:
+    """The balanced accuracy under each permutation of the labels."""
+    rights = [
+        weighted(codes[one.there], (guess == codes)[one.there], len(one.classes)).mean()
+        for codes, guess in zip(one.codes[1:], guesses, strict=True)
+    ]
+    return pd.DataFrame({"score": rights, "permutation": np.arange(len(rights))})
+
+
+def prompt_folds(own: Seen, params: Shared) -> Iterator[pd.DataFrame]:
     """Accuracies with every person on both sides, in one template each: the task, and the mean of the controls."""
-    labels = [labelled(own.rows, target, permutations, seed) for target in own.targets]
-    values, everyone = x[position][:2, place], np.arange(len(own.rows))
-    side = np.random.default_rng(seed).integers(2, size=len(everyone))
+    rows, labels, values = own.asked.rows, own.labels(params), own.values[:2]
+    everyone = np.arange(len(rows))
+    side = np.random.default_rng(params.seed).integers(2, size=len(everyone))
     values = values - values.mean(1, keepdims=True)  # what tells the templates apart tells nothing of people
     totals = [np.zeros(one.codes.shape) for one in labels]
     for fold in (0, 1):
@@ -298,55 +326,106 @@ def prompt_folds(
             for labelling, codes in enumerate(one.codes):
                 right = (probe.predict(outputs, number, labelling) == codes)[one.there]
                 totals[number][labelling, one.there] += weighted(codes[one.there], right, len(one.classes)) / 2
-    about = {"kind": own.kind, "position": position, "trained": "both", "template": "both", "folds": "prompts"}
+    about = {"kind": own.asked.kind, "position": own.position, "trained": "both", "template": "both"}
     for one, total in zip(labels, totals, strict=True):
         for name, score in (("true", total[0]), ("control", total[1:].mean(0))):
-            rows = own.rows[["item", "unit"]].assign(target=one.target, labels=name, score=score, **about)
-            yield rows[one.there]
+            found = rows[["item", "unit"]].assign(target=one.target, labels=name, score=score, **about, folds="prompts")
+            yield found[one.there]
 
 
-def rank_layers(layers: Sequence[int], sites: Sequence[Site]) -> list[int]:
+# --- tables -------------------------------------------------------------------------------------------------------
+
+
+def slice_layers(step: Step | Case) -> list[int]:
     """The slice's layers among those that are swept, its leading site's first; the last layer if there are none."""
-    return list(dict.fromkeys(site.layer for site in sites if site.layer in layers)) or [layers[-1]]
+    return list(dict.fromkeys(site.layer for site in step.slice() if site.layer in step.layers)) or [step.layers[-1]]
 
 
-def plan(layers: Sequence[int], slice_layers: Sequence[int], ranks: Sequence[int]) -> list[Unit]:
-    """A unit per layer; ranks are reduced in the layers of the slice."""
-    reduced = {layer: list(ranks) * (layer in slice_layers) for layer in layers}
-    return [Unit(f"layer-{layer:03d}", (), {"layer": layer, "ranks": own}) for layer, own in reduced.items()]
+def layer_unit(layer: int, ranks: Sequence[int]) -> Unit:
+    """A layer; `ranks` are those of its reduced probes."""
+    return Unit(f"layer-{layer:03d}", (), {"layer": layer, "ranks": list(ranks)})
 
 
-def prober(step: Step, pairs: Asked, people: Asked, layers: Sequence[int]) -> tuple[Callable, Callable]:
-    """What `Step.table` computes units of `plan` with: accuracies, class means. Activations are harvested once."""
-    p, kinds = step.params, (pairs, people)
-    harvest = cache(lambda: tuple(read(step.model, one, layers) for one in kinds))
+def every_layer(step: Step | Case, at: Readings | None) -> list[Unit]:
+    """Every layer; ranks are reduced in those of the slice."""
+    few = slice_layers(step)
+    return [layer_unit(layer, step.params.ranks if layer in few else ()) for layer in step.layers]
 
-    def accuracies(unit: Unit) -> pd.DataFrame:
-        x, place, parts = harvest(), list(layers).index(unit.options["layer"]), []
-        for mine in (0, 1):
-            for position in POSITIONS:
-                common = (place, position, p.permutations)
-                parts += people_folds(
-                    kinds[mine], kinds[1 - mine], x[mine], x[1 - mine], *common, unit.options["ranks"], p.seed
-                )
-                if len(kinds[mine].templates) > 1:
-                    parts += prompt_folds(kinds[mine], x[mine], *common, p.seed)
-        frame = pd.concat(parts, ignore_index=True).assign(layer=unit.options["layer"])
+
+def of_slice(step: Step | Case, at: Readings | None) -> list[Unit]:
+    """The layers of the slice."""
+    return [layer_unit(layer, ()) for layer in slice_layers(step)]
+
+
+def accuracies(step: Step, at: Readings) -> Callable[[Unit], pd.DataFrame]:
+    """Accuracies of the probes of a layer: a row per prompt, or per permutation of the labels."""
+    p = step.params
+
+    def compute(unit: Unit) -> pd.DataFrame:
+        layer, parts = unit.options["layer"], []
+        pairs, people = at(layer)
+        for one, other in ((pairs, people), (people, pairs)):
+            for own, far in zip(one, other, strict=True):
+                parts += people_folds(own, far, unit.options["ranks"], p)
+                if len(own.values) > 1:
+                    parts += prompt_folds(own, p)
+        frame = pd.concat(parts, ignore_index=True).assign(layer=layer)
         whole = {"fold": -1, "rank": WHOLE, "permutation": WHOLE, "item": "", "unit": "", "label": "", "predicted": ""}
-        return frame.fillna(whole).astype({"fold": "int32", "rank": "int32", "permutation": "int32", "layer": "int32"})
+        return frame.fillna(whole).astype(dict.fromkeys(("fold", "rank", "permutation", "layer"), "int32"))
 
-    def spectra(unit: Unit) -> pd.DataFrame:
-        x, place, parts = harvest(), list(layers).index(unit.options["layer"]), []
-        for own, seen in zip(kinds, x, strict=True):
-            for position in POSITIONS:
-                for target in own.targets:
-                    one = labelled(own.rows, target, p.permutations, p.seed)
-                    rows = spectrum(step.model, seen[position][0, place], one)
-                    parts.append(rows.assign(kind=own.kind, position=position, target=target))
-        frame = pd.concat(parts, ignore_index=True).assign(layer=unit.options["layer"])
+    return compute
+
+
+def spectra(step: Step, at: Readings) -> Callable[[Unit], pd.DataFrame]:
+    """Class means of a layer (`spectrum`), of both kinds of prompts at both positions."""
+
+    def compute(unit: Unit) -> pd.DataFrame:
+        layer, parts = unit.options["layer"], []
+        for own in (own for kind in at(layer) for own in kind):
+            for one in own.labels(step.params):
+                about = {"kind": own.asked.kind, "position": own.position, "target": one.target}
+                parts.append(spectrum(step.model, own.values[0], one).assign(**about))
+        frame = pd.concat(parts, ignore_index=True).assign(layer=layer)
         return frame.fillna({"permutation": WHOLE}).astype({"permutation": "int32", "layer": "int32"})
 
-    return accuracies, spectra
+    return compute
+
+
+def of_accuracies(case: Case, units: Sequence[Unit], at: None) -> Work:
+    """The cost of the probes, and of reading the prompts, two templates of each kind."""
+    p, shape = case.params, case.shape
+    pairs, people = 2 * len(case.pairs), 2 * p.probe_people
+    read = plain(shape, pairs, len(case.pairs[0].clean.ids), -(-pairs // 16))
+    read += plain(shape, people, tokens_of(tasks.TEMPLATES["profession_is"], [3])[0], -(-people // 16))
+    fits = len(units) * 2 * (p.probe_folds + 2)
+    table = len(units) * (p.permutations + 1) * 1400
+    return read + Work(table=table, other={"pair probes": fits, "people probes": fits})
+
+
+def of_spectra(case: Case, units: Sequence[Unit], at: None) -> Work:
+    """The cost of the class means."""
+    return Work(table=20000 * len(units), other={"spectra": len(units)})
+
+
+ACCURACIES = Table("probes", every_layer, accuracies, of_accuracies, schema=None)
+SPECTRA = Table("spectra", of_slice, spectra, of_spectra, schema=None)
+
+
+def timings(hidden: int) -> dict[str, float]:
+    """Seconds of fitting the probes of a fold and of predicting with them, at the sizes of the default profile."""
+    rng, out = np.random.default_rng(0), {}
+    for name, rows, classes in (("pair probes", 314, (5,)), ("people probes", 400, (5, PROFESSIONS))):
+        x = rng.standard_normal((rows, hidden)).astype(np.float32)
+        labels = [Labels("", np.arange(n), np.ones(rows, bool), rng.integers(n, size=(21, rows))) for n in classes]
+
+        def fitted(x: np.ndarray = x, labels: Sequence[Labels] = labels) -> None:
+            probe = Probe(x, labels, np.ones(len(x), bool))
+            outputs = probe.outputs(x[:80])
+            for target, labelling in product(range(len(labels)), range(21)):
+                probe.predict(outputs, target, labelling)
+
+        out[name] = timed(fitted, 1)
+    return out
 
 
 def spectrum(model: Model, x: Float[np.ndarray, "rows hidden"], one: Labels) -> pd.DataFrame:

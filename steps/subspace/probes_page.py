@@ -5,12 +5,13 @@
 2. `rank_table` and `spectra`: accuracy against rank, and the spectrum of the class means, each beside permuted labels;
    `verdicts` says whether the map is of low rank, by rules that it can fail.
 3. `ends` names the leading directions, `clusters` groups class means.
-4. `findings_of` says it all in sentences.
+4. `numbers` gathers all this; figures and sentences follow.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -21,9 +22,9 @@ from lib import stats
 from lib.effects import columns
 from report.plots import BLACK, BLUE, GREY, WIDTH, Figure, _canvas, _legend, _points, layer_curve
 from report.words import interval, listed
-from steps.subspace.measure import Subspace
+from steps.subspace.measure import Measured, Subspace
+from steps.subspace.probes import WHOLE
 
-WHOLE = -1  # the rank of a probe that is not reduced
 CURVE = ["kind", "target", "position"]
 MOVED = [*CURVE, "trained", "template"]
 LEADS = (("pair", "superset", "last"), ("one-name", "profession", "last"))  # the two maps whose rank is asked for
@@ -37,6 +38,9 @@ CAPTIONS = {
     "rank": "Accuracy of reduced-rank probes at the slice's layer on people that the probe has not seen; the last rank "
     "is the cap. Grey: the range under permuted labels.",
 }
+
+
+# --- numbers ----------------------------------------------------------------------------------------------------------
 
 
 def estimates(frame: pd.DataFrame, params: Subspace, by: Sequence[str]) -> pd.DataFrame:
@@ -79,25 +83,6 @@ def selectivity(frame: pd.DataFrame, params: Subspace) -> pd.DataFrame:
         means = wide.groupby("layer")[["true", "control"]].mean().reset_index()
         parts.append(estimates(differences, params, [*CURVE, "layer"]).merge(means, on="layer"))
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=[*CURVE, "layer"])
-
-
-def titled(table: pd.DataFrame) -> pd.Series:
-    """A panel's title: the target and the kind of prompts."""
-    return table["target"] + " (" + table["kind"] + " prompts)"
-
-
-def accuracy_figure(curve: pd.DataFrame, null: pd.DataFrame) -> Figure:
-    """Accuracy over layers at both positions, and the range of permuted labels."""
-    both = null.groupby(["kind", "target", "layer"], sort=False).agg(
-        estimate=("estimate", "mean"), low=("low", "min"), high=("high", "max")
-    )
-    frame = pd.concat([curve[curve["own"]], both.reset_index().assign(position="permuted labels")])
-    return layer_curve(frame.assign(panel=titled(frame)), "balanced accuracy", "position", "panel")
-
-
-def selectivity_figure(table: pd.DataFrame) -> Figure:
-    """Selectivity over layers at both positions."""
-    return layer_curve(table.assign(panel=titled(table)), "selectivity (difference of accuracy)", "position", "panel")
 
 
 def rank_table(frame: pd.DataFrame, params: Subspace) -> pd.DataFrame:
@@ -158,26 +143,6 @@ def only(table: pd.DataFrame, lead: tuple[str, str, str], layer: int) -> pd.Data
     return table[(table[[*CURVE, "layer"]] == [*lead, layer]).all(axis=1)]
 
 
-def rank_figure(ranks: pd.DataFrame, layer: int) -> Figure:
-    """Accuracy against rank for the two leading maps, a panel each; grey: the range of permuted labels."""
-    with _canvas((WIDTH, 5.2), len(LEADS)) as (figure, panels):
-        for axes, lead in zip(panels, LEADS, strict=True):
-            own = only(ranks, lead, layer).sort_values("rank")
-            true, null = own[own["labels"] == "true"], own[own["labels"] == "permuted"]
-            look = {"color": GREY, "alpha": 0.3, "lw": 0, "label": "permuted labels"}
-            axes.fill_between(null["rank"], null["low"], null["high"], **look)
-            axes.plot(true["rank"], true["estimate"], color=BLUE, lw=1, alpha=0.6)
-            _points(axes, true["rank"].to_numpy(), true, BLUE, "o", "true labels")
-            axes.axhline(1 / (true["rank"].max() + 1), color=BLACK, lw=1, ls="--", label="chance")
-            axes.set(title=f"{lead[1]} ({lead[0]} prompts, {lead[2]})", ylabel="balanced accuracy", xscale="log")
-        every = np.unique(ranks["rank"])
-        axes.set_xticks(every, [str(rank) for rank in every])
-        axes.set_xticks([], minor=True)
-        axes.set_xlabel("rank of the probe")
-        _legend(figure, panels[0])
-    return figure
-
-
 def coordinates(means: pd.DataFrame, lead: tuple[str, str, str], layer: int) -> pd.DataFrame:
     """Class means in their singular directions: classes x directions."""
     rows = only(means[means["what"] == "class mean"], lead, layer)
@@ -209,8 +174,101 @@ def clusters(places: pd.DataFrame, superset_of: dict[str, str], permutations: in
     return {"tree": tree.tolist(), "names": list(places.index), "groups": groups, "rand": float(index), "p": float(p)}
 
 
-def means_figure(places: pd.DataFrame) -> Figure:
+def transfer_table(curve: pd.DataFrame, null: pd.DataFrame, layer: int) -> pd.DataFrame:
+    """Every probe at one layer on prompts unlike its own, about other people, with the own probe of those beside it."""
+    rows = curve[curve["layer"] == layer]
+    own = rows[rows["own"]].set_index(CURVE)["estimate"].rename("own probe")
+    tops = null.groupby(CURVE)["threshold"].first()
+    return rows[~rows["own"]].join(own, on=CURVE).join(tops, on=CURVE).drop(columns="own")
+
+
+def superset_of(frame: pd.DataFrame) -> dict[str, str]:
+    """The superset of each profession, by the people who were asked about."""
+    rows = frame[(frame["kind"] == "one-name") & (frame["label"] != "")]
+    labels = rows.drop_duplicates(["item", "target"]).pivot(index="item", columns="target", values="label")
+    return dict(labels.dropna()[["profession", "superset"]].itertuples(index=False, name=None))
+
+
+class Numbers(NamedTuple):
+    """What the page says of probes."""
+
+    layer: int  # of the slice's leading site
+    curve: pd.DataFrame
+    null: pd.DataFrame
+    selectivity: pd.DataFrame
+    ranks: pd.DataFrame
+    verdicts: pd.DataFrame
+    places: pd.DataFrame  # class means of the supersets along their directions
+    ends: Mapping[str, list[dict]]  # by target
+    clusters: dict
+    superset_of: Mapping[str, str]
+    moved: pd.DataFrame
+
+
+def numbers(m: Measured, params: Subspace) -> Numbers:
+    """Everything that the page says of probes, in numbers."""
+    frame, means, layer = m.accuracies, m.spectra, m.probe_layers[0]
+    curve, null, ranks = curves(frame, params), nulls(frame), rank_table(frame, params)
+    verdict = verdicts(ranks, spectra(means))
+    named = {
+        lead[1]: ends(means, lead, layer)
+        for lead in LEADS
+        if lead[1] == "superset" or only(verdict, lead, layer)["low rank"].eq(True).any()
+    }
+    of, places = superset_of(frame), [coordinates(means, lead, layer) for lead in LEADS]
+    groups = clusters(places[1], of, params.flips, params.seed)
+    moved = transfer_table(curve, null, layer)
+    return Numbers(layer, curve, null, selectivity(frame, params), ranks, verdict, places[0], named, groups, of, moved)
+
+
+# --- figures ----------------------------------------------------------------------------------------------------------
+
+
+def titled(table: pd.DataFrame) -> pd.Series:
+    """A panel's title: the target and the kind of prompts."""
+    return table["target"] + " (" + table["kind"] + " prompts)"
+
+
+def accuracy_figure(n: Numbers) -> Figure:
+    """Accuracy over layers at both positions, and the range of permuted labels."""
+    both = n.null.groupby(["kind", "target", "layer"], sort=False).agg(
+        estimate=("estimate", "mean"), low=("low", "min"), high=("high", "max")
+    )
+    frame = pd.concat([n.curve[n.curve["own"]], both.reset_index().assign(position="permuted labels")])
+    return layer_curve(frame.assign(panel=titled(frame)), "balanced accuracy", "position", "panel")
+
+
+def selectivity_figure(n: Numbers) -> Figure | None:
+    """Selectivity over layers at both positions, where a kind of prompts has two templates."""
+    table = n.selectivity
+    if table.empty:
+        return None
+    return layer_curve(table.assign(panel=titled(table)), "selectivity (difference of accuracy)", "position", "panel")
+
+
+def rank_figure(n: Numbers) -> Figure:
+    """Accuracy against rank for the two leading maps, a panel each; grey: the range of permuted labels."""
+    with _canvas((WIDTH, 5.2), len(LEADS)) as (figure, panels):
+        for axes, lead in zip(panels, LEADS, strict=True):
+            own = only(n.ranks, lead, n.layer).sort_values("rank")
+            true, null = own[own["labels"] == "true"], own[own["labels"] == "permuted"]
+            look = {"color": GREY, "alpha": 0.3, "lw": 0, "label": "permuted labels"}
+            axes.fill_between(null["rank"], null["low"], null["high"], **look)
+            axes.plot(true["rank"], true["estimate"], color=BLUE, lw=1, alpha=0.6)
+            _points(axes, true["rank"].to_numpy(), true, BLUE, "o", "true labels")
+            axes.axhline(1 / (true["rank"].max() + 1), color=BLACK, lw=1, ls="--", label="chance")
+            axes.set(title=f"{lead[1]} ({lead[0]} prompts, {lead[2]})", ylabel="balanced accuracy", xscale="log")
+        every = np.unique(n.ranks["rank"])
+        axes.set_xticks(every, [str(rank) for rank in every])
+        axes.set_xticks([], minor=True)
+        axes.set_xlabel("rank of the probe")
+        _legend(figure, panels[0])
+    return figure
+
+
+def means_figure(n: Numbers) -> Figure:
     """Class means along their first two directions."""
+    places = n.places
     with _canvas((WIDTH, 3.6)) as (figure, (axes,)):
         y = places[1] if places.shape[1] > 1 else places[0] * 0
         axes.scatter(places[0], y, color=BLUE)
@@ -221,16 +279,20 @@ def means_figure(places: pd.DataFrame) -> Figure:
     return figure
 
 
-def cluster_figure(found: dict, superset_of: dict[str, str]) -> Figure:
+def cluster_figure(n: Numbers) -> Figure:
     """The tree of class means, each named with its superset."""
+    found = n.clusters
     with _canvas((WIDTH, 1.0 + 0.17 * len(found["names"]))) as (figure, (axes,)):
-        names = [f"{name} ({superset_of[name]})" for name in found["names"]]
+        names = [f"{name} ({n.superset_of[name]})" for name in found["names"]]
         tree = np.array(found["tree"])
         dendrogram(tree, labels=names, orientation="right", ax=axes, color_threshold=0, above_threshold_color=BLUE)
         axes.grid(False)
         axes.tick_params(axis="y", labelsize=8)
         axes.set_xlabel("1 - correlation of class means")
     return figure
+
+
+# --- sentences --------------------------------------------------------------------------------------------------------
 
 
 def shown(row: pd.Series) -> str:
@@ -322,14 +384,6 @@ def cluster_sentence(found: dict, target: str) -> str:
     )
 
 
-def transfer_table(curve: pd.DataFrame, null: pd.DataFrame, layer: int) -> pd.DataFrame:
-    """Every probe at one layer on prompts unlike its own, about other people, with the own probe of those beside it."""
-    rows = curve[curve["layer"] == layer]
-    own = rows[rows["own"]].set_index(CURVE)["estimate"].rename("own probe")
-    tops = null.groupby(CURVE)["threshold"].first()
-    return rows[~rows["own"]].join(own, on=CURVE).join(tops, on=CURVE).drop(columns="own")
-
-
 def transfer_sentence(table: pd.DataFrame, layer: int) -> list[str]:
     """How probes do on prompts that they were not trained on."""
     each = [
@@ -344,58 +398,40 @@ def transfer_sentence(table: pd.DataFrame, layer: int) -> list[str]:
     ] * bool(each)
 
 
-def superset_of(frame: pd.DataFrame) -> dict[str, str]:
-    """The superset of each profession, by the people who were asked about."""
-    rows = frame[(frame["kind"] == "one-name") & (frame["label"] != "")]
-    labels = rows.drop_duplicates(["item", "target"]).pivot(index="item", columns="target", values="label")
-    return dict(labels.dropna()[["profession", "superset"]].itertuples(index=False, name=None))
-
-
-def part(
-    frame: pd.DataFrame, means: pd.DataFrame, layers: Sequence[int], dropped: Sequence[str], params: Subspace
-) -> dict:
-    """Everything that the page says and hands on; `layers` are the slice's, its leading site's first."""
-    layer, curve, null, select = layers[0], curves(frame, params), nulls(frame), selectivity(frame, params)
-    ranks = rank_table(frame, params)
-    table, moved = verdicts(ranks, spectra(means)), transfer_table(curve, null, layer)
-    named, groups, said = {}, None, []
+def sentences(m: Measured, n: Numbers) -> list[str]:
+    """Everything that the page says of probes, in words."""
+    frame, out = m.accuracies, []
     for lead in LEADS:
-        one = only(table, lead, layer)
-        said += [rank_sentence(row) for _, row in one.iterrows()]
-        if lead[1] == "superset" or one["low rank"].eq(True).any():
-            named[lead[1]] = ends(means, lead, layer)
-            said.append(direction_sentence(named[lead[1]], lead[1]))
-        if lead[1] == "profession":
-            groups = clusters(coordinates(means, lead, layer), superset_of(frame), params.flips, params.seed)
-            said.append(cluster_sentence(groups, lead[1]))
-    figures = {
-        "probes": accuracy_figure(curve, null),
-        "rank": rank_figure(ranks, layer),
-        "means": means_figure(coordinates(means, LEADS[0], layer)),
-        "clusters": cluster_figure(groups, superset_of(frame)),
-    } | ({"selectivity": selectivity_figure(select)} if len(select) else {})
+        out += [rank_sentence(row) for _, row in only(n.verdicts, lead, n.layer).iterrows()]
+        out += [direction_sentence(n.ends[lead[1]], lead[1])] if lead[1] in n.ends else []
     sizes = frame[frame["labels"] == "true"].groupby("kind")[["unit", "item"]].nunique()
-    sentences = [
+    return [
         f"Probes were read from {sizes.loc['pair', 'item']} pair prompts of {sizes.loc['pair', 'unit']} quads, whose "
         "people the model tells apart by selection (an accuracy near 1 at the last token of the last layers is built "
         f"in), and from one-name prompts about {sizes.loc['one-name', 'item']} other people, unselected.",
-        *dropped,
-        *accuracy_sentences(curve, null, layers, frame["permutation"].max() + 1),
-        *selectivity_sentence(select, layer),
-        *said,
-        *transfer_sentence(moved, layer),
+        *m.dropped,
+        *accuracy_sentences(n.curve, n.null, m.probe_layers, frame["permutation"].max() + 1),
+        *selectivity_sentence(n.selectivity, n.layer),
+        *out,
+        cluster_sentence(n.clusters, "profession"),
+        *transfer_sentence(n.moved, n.layer),
     ]
+
+
+def found(n: Numbers) -> dict[str, dict]:
+    """What the findings hold of probes."""
+    own = n.curve[n.curve["own"]].drop(columns="own")
     return {
-        "sentences": sentences,
-        "headline": [],  # what its directions can do says more
-        "figures": figures,
-        "captions": CAPTIONS,
-        "verdicts": table,
         "probes": {
-            "accuracy": curve[curve["own"]].drop(columns="own").to_dict("records"),
-            "thresholds": null.drop_duplicates(CURVE)[[*CURVE, "threshold"]].to_dict("records"),
-            "selectivity": select.to_dict("records"),
-            "transfer": moved.to_dict("records"),
+            "accuracy": own.to_dict("records"),
+            "thresholds": n.null.drop_duplicates(CURVE)[[*CURVE, "threshold"]].to_dict("records"),
+            "selectivity": n.selectivity.to_dict("records"),
+            "transfer": n.moved.to_dict("records"),
         },
-        "rank": {"layer": layer, "verdicts": table.to_dict("records"), "directions": named, "clusters": groups},
+        "rank": {
+            "layer": n.layer,
+            "verdicts": n.verdicts.to_dict("records"),
+            "directions": n.ends,
+            "clusters": n.clusters,
+        },
     }

@@ -1,0 +1,44 @@
+"""Step 08 on its page: what probes read off the residual stream, and what its directions do."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from pipeline.step import Step
+from report.words import about_model, finished
+from steps.subspace import directions_page, probes_page
+from steps.subspace.measure import Measured
+
+
+class Numbers(NamedTuple):
+    """Everything that the page says, in numbers."""
+
+    probes: probes_page.Numbers
+    directions: directions_page.Numbers
+
+
+def numbers(step: Step, m: Measured) -> Numbers:
+    """What figures, sentences and findings rest on."""
+    return Numbers(probes_page.numbers(m, step.params), directions_page.numbers(m, step.params))
+
+
+def findings(step: Step, m: Measured, n: Numbers) -> dict[str, Any]:
+    """The findings of step 08: probes, the rank of the map, directions."""
+    sentences, headline = directions_page.sentences(m, n.directions, step.params)
+    found = {
+        "model": about_model(step),
+        "task": step.params.task,
+        "able": True,
+        **probes_page.found(n.probes),
+        "directions": directions_page.found(m, n.directions),
+        "sentences": [*probes_page.sentences(m, n.probes), *sentences],
+        "headline": headline,  # what directions can do says more than probes
+    }
+    figures = {
+        "probes": probes_page.accuracy_figure(n.probes),
+        "rank": probes_page.rank_figure(n.probes),
+        "layers": directions_page.layer_figure(n.directions),
+        "numbers": directions_page.number_figure(n.directions),
+        "doses": directions_page.dose_figure(n.directions),
+    }
+    return finished(step, found, figures, probes_page.CAPTIONS | directions_page.CAPTIONS)
