@@ -6,7 +6,7 @@
 3. `Work` adds up. Its parts are what a machine has a rate for; what the steps do beside the model is counted in
    `other`, by name (probes fitted, steps of an autoencoder, ...).
 
-No model and no weights: pairs may be stand-ins (`steps.planned`), the model is a `lib.weights.Shape`.
+No model and no weights: pairs may be stand-ins (`pipeline.assumed`), the model is a `lib.weights.Shape`.
 """
 
 from __future__ import annotations

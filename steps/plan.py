@@ -4,7 +4,7 @@
     python -m steps.plan --profile llama-3.3-70b --device "NVIDIA H100 80GB"  # from a data sheet; nothing is loaded
 
 1. The model's shape comes from its config; a profile that does not fit is refused (`lib.weights`).
-2. `steps.planned` counts every table's work from the parameters; `pipeline.rates` says how long that takes here or on a card.
+2. Every declared table counts its work from the parameters; `pipeline.rates` says how long that takes here or on a card.
 3. A step's time is that of its tables; the kernel, imports, statistics and figures of its notebook stand beside it.
 
 `--json FILE` writes {profile, device, machine, versions, commit, dirty, layers, rates, assumptions,
@@ -52,14 +52,11 @@ def step_plan(
     p = case.params
     taken = measured(step, p) if against else {}
     for table, *chosen in PLAN[step].assumed(case):
-        if isinstance(table, str):
-            name, (work,), count = {"round0": "hydra"}.get(table, table), chosen, None
-        else:
-            units = table.units(case, *chosen)
-            name, work, count = table.name, table.cost(case, units, *chosen), len(units)
+        units = table.units(case, *chosen)
+        name, work = table.name, table.cost(case, units, *chosen)
         load = 0.0 if tables else PROVING + weights.weight_gb(shape, p.dtype) / rates.get("reading", READING)
         rows += work.rows
-        own = {"table": name, "units": count, "passes": round(work.passes), "operations": work.operations}
+        own = {"table": name, "units": len(units), "passes": round(work.passes), "operations": work.operations}
         own |= {"rows": round(work.rows), "disk_gb": work.table / GB, "seconds": load + seconds(work, rates)}
         tables.append(own | {"measured_seconds": taken.get(name)})
     out: dict[str, Any] = {"step": step}

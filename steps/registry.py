@@ -9,13 +9,12 @@ from IPython.display import Markdown, display
 
 from pipeline import step as steps
 from pipeline import workers
-from pipeline.declaration import SUPERSET_TASKS, Declaration, Plan
+from pipeline.declaration import Plan
 from pipeline.step import Step
 from report.words import not_done
-from steps import planned
 from steps.baselines import measure as baselines
 from steps.coarse_sweep import measure as coarse_sweep
-from steps.generality.measure import Generality
+from steps.generality import measure as generality
 from steps.hydra import measure as hydra
 from steps.necessity import measure as necessity
 from steps.neurons import measure as neurons
@@ -24,32 +23,19 @@ from steps.story import measure as story
 from steps.subspace import measure as subspace
 from steps.sufficiency import measure as sufficiency
 
-SLICE = {"sufficiency": ("critical_slice",)}
-PEOPLE = ("people_file", "data/controls.csv")
-PLAN = Plan(
-    __name__,
-    [
-        baselines.STEP,
-        coarse_sweep.STEP,
-        necessity.STEP,
-        sufficiency.STEP,
-        hydra.STEP,
-        retrieval_heads.STEP,
-        Declaration(
-            "generality",
-            Generality,
-            planned.generality,
-            layered=True,
-            tasks=SUPERSET_TASKS,
-            reads=SLICE,
-            reads_tables=("sufficiency",),
-            files=PEOPLE,
-        ),
-        subspace.STEP,
-        neurons.STEP,
-        story.STEP,
-    ],
+ORDER = (
+    baselines,
+    coarse_sweep,
+    necessity,
+    sufficiency,
+    hydra,
+    retrieval_heads,
+    generality,
+    subspace,
+    neurons,
+    story,
 )
+PLAN = Plan(__name__, [step.STEP for step in ORDER])
 
 
 def begin(name: str, namespace: Mapping[str, Any]) -> Step:

@@ -11,7 +11,7 @@ from brute_force_paths import Place, before, plain, receiver, singles, values_at
 from test_sweep import PAIRS as SWEEP_PAIRS
 from test_sweep import ROLES
 
-from lib import batches, paths, records, sweep
+from lib import batches, paths, records
 from lib.hooks import Site, all_sites
 from lib.paths import EMBED, Receiver
 
