@@ -256,11 +256,9 @@ def equivalences(rng: np.random.Generator, trials: int) -> list[dict]:
             candidates = [draw(rng, (quads, trials)) for _ in range(5)]
 
             def passed(shifts: tuple[float, ...], scale: float = scale, candidates: list = candidates) -> float:
-                made = [
-                    class_tests.equivalence(values + shift * scale, scale)
-                    for values, shift in zip(candidates, shifts, strict=False)
-                ]
-                return share([class_tests.all_equivalent(tests) for tests in zip(*made, strict=True)])
+                given = [values + shift * scale for values, shift in zip(candidates, shifts, strict=False)]
+                p = np.stack([class_tests.equivalence(values, scale) for values in given])
+                return share(p.max(0) < 1 - LEVEL)
 
             rows.append({
                 "values": name, "quads": quads, "one_at_the_upper_margin": passed((1,)),

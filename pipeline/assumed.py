@@ -25,7 +25,7 @@ from lib.tasks import SUPERSETS, Pair, Prompt, Template
 from lib.weights import Shape
 from pipeline import costs, keys, params
 from pipeline.costs import Machine, Work, next_logits, path_unit, sweep_unit, total
-from pipeline.declaration import Plan
+from pipeline.declaration import Plan, Table
 from pipeline.params import ParameterError, Shared
 from pipeline.units import Unit
 
@@ -35,7 +35,7 @@ DEPTH, HEADS = 30, 9
 LENGTHS = {3: 0.42, 4: 0.29, 2: 0.22, 5: 0.07}  # tokens of a name, and the share of the quads with such names
 KEPT = 0.98  # quads found of those wanted
 MOVED = 0.75  # share of a quad's pairs that the model solves in another template
-CIRCUITS, REACH = 3.25, 0.6  # step 07's growing sets over slice_limit; their depth
+REACH = 0.6  # depth of the sites behind the slice
 PROFESSIONS = 70  # that have enough people for a probe
 ASSUMED = (
     "the slice, the circuit's size and how many backups are tried are those that the default book found, at the same "
@@ -92,6 +92,14 @@ class Case:
     def other(self, step: str) -> Shared:
         """The parameters of another step of the profile."""
         return params.validate(self.plan.sections, step, params.load_profile(self.params.profile))
+
+    def stored(self, table: Table) -> pd.DataFrame | None:
+        """A table as a run with these very parameters has left it; None where there is none."""
+        path = keys.results_folder(self.params) / f"{self.name}.{table.name}.parquet"
+        if not path.is_file():
+            return None
+        own = self.params.model_dump(mode="json", exclude=set(keys.PLACES))
+        return records.read(path) if records.read_metadata(path)["parameters"] == own else None
 
     # --- tables ---
 
@@ -159,18 +167,31 @@ def tokens_of(template: Template, names: Sequence[int]) -> tuple[int, dict[str, 
     return length, roles | {"names": every, "swapped": every, "last": (length - 1,), "all": tuple(range(length))}
 
 
-def pair_of(template: Template, quad: int, number: int, half: str, names: Sequence[int], labels: int = 50) -> Pair:
-    """One of a quad's pairs. The third and fourth are the mirrors of the first two, as `quads.pairs_of` has them."""
+def pair_of(
+    template: Template,
+    quad: int,
+    number: int,
+    half: str,
+    names: Sequence[int],
+    labels: int = 50,
+    answers: Sequence[str] = (),
+) -> Pair:
+    """One of a quad's pairs. The third and fourth are the mirrors of the first two, as `data.pairs_of` has them.
+
+    `answers` of the first pair, clean and corrupt; where they are not known, quads take all two supersets in turn.
+    """
     length, roles = tokens_of(template, names)
-    answers = list(combinations(range(len(SUPERSETS)), 2))[quad % 10]
+    known = {*answers} <= {*SUPERSETS} and len(answers) == 2
+    turns = list(combinations(range(len(SUPERSETS)), 2))
+    answers = [SUPERSETS.index(name) for name in answers] if known else turns[quad % len(turns)]
 
     def prompt(side: int) -> Prompt:
         which = 4 * quad + 2 * (number % 2) + side
         ids = (which % 90, which // 90 % 90, which // 8100 % 90, *range(3, length))[:length]
         return Prompt("", tuple(1 + one for one in ids), roles)
 
-    turn = number // 2
-    own = (tuple(SUPERSETS), answers[turn], answers[1 - turn], tuple(range(5)), tuple(range(5)), (), ())
+    turn, turned = number // 2, number in (1, 2)  # the order of the prompts; of their answers
+    own = (tuple(SUPERSETS), answers[turned], answers[1 - turned], tuple(range(5)), tuple(range(5)), (), ())
     label = ("word",) * labels, tuple(range(5, 5 + labels))
     name = f"q{quad:03d}-{number}"
     return Pair(name, f"q{quad:03d}", half, template.task, template.name, prompt(turn), prompt(1 - turn), *own, *label)
@@ -182,8 +203,9 @@ def few_pairs() -> list[Pair]:
     return [pair_of(template, quad, number, HALVES[0], [3, 3]) for quad in range(8) for number in range(2)]
 
 
-def quads_of(plan: Plan, p: Shared) -> list[tuple[str, list[int]]]:
-    """The half and the names' token counts of each quad: of step 01's pairs, else of the default book's lengths."""
+def quads_of(plan: Plan, p: Shared) -> list[tuple[str, list[int], tuple[str, ...]]]:
+    """The half, the names' token counts and the answers of each quad: of step 01's pairs, else of the default book's
+    lengths, without answers."""
     base = params.validate(plan.sections, "baselines", params.load_profile(p.profile)) if p.pairs_file is None else None
     try:
         table = records.read(keys.find_pairs("coarse_sweep", p)) if p.pairs_file is None else pd.read_csv(p.pairs_file)
@@ -191,11 +213,13 @@ def quads_of(plan: Plan, p: Shared) -> list[tuple[str, list[int]]]:
         table = None
     if table is not None and {"n_tokens_a", "n_tokens_b", "half"} <= {*table}:
         rows = table.drop_duplicates("quad_id").to_dict("records")
-        return [(row["half"], [int(row["n_tokens_a"]), int(row["n_tokens_b"])]) for row in rows]
+        counts = [[int(row[f"n_tokens_{slot}"]) for slot in "ab"] for row in rows]
+        answers = [(row["answer"], row["corrupt_answer"]) for row in rows]
+        return list(zip((row["half"] for row in rows), counts, answers, strict=True))
     count = max(4, round(KEPT * base.quads_per_half)) if base else len(table)
     edges = np.cumsum(list(LENGTHS.values()))
     drawn = [list(LENGTHS)[int(np.searchsorted(edges, (i + 0.5) / count))] for i in range(count)]
-    return [(half, [n, n]) for half in HALVES for n in drawn]
+    return [(half, [n, n], ()) for half in HALVES for n in drawn]
 
 
 def case_of(plan: Plan, step: str, profile: Mapping[str, Any], shape: Shape, machine: Machine) -> Case:
@@ -203,8 +227,8 @@ def case_of(plan: Plan, step: str, profile: Mapping[str, Any], shape: Shape, mac
     p = params.validate(plan.sections, step, profile)
     each = params.validate(plan.sections, "baselines", profile).pairs_per_quad
     template = tasks.find_template(p.template, p.task)
-    numbered = enumerate(quads_of(plan, p))
-    pairs = [pair_of(template, q, n, half, names) for q, (half, names) in numbered for n in range(each)]
+    quads = enumerate(quads_of(plan, p))
+    pairs = [pair_of(template, q, n, half, names, answers=own) for q, (half, names, own) in quads for n in range(each)]
     found = keys.find_findings("sufficiency", p) or {}
     named = getattr(p, "slice_sites", None) or [site["site"] for site in found.get("critical_slice", ())] or None
     sites = [site_of(name) for name in named or SLICE]

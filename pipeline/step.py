@@ -447,16 +447,15 @@ def single_sites(step: Step) -> pd.DataFrame:
     from lib import effects
 
     pairs, answers = step.pairs().set_index("pair_id"), ["answer", "corrupt_answer"]
-    columns = [*records.EFFECTS, *records.MARGINS]
     for folder in keys.sources(step.params):
         path = folder / "sufficiency.parquet"
         if not path.is_file() or not keys.same_subject(records.read_metadata(path)["parameters"], step.params):
             continue
-        frame = records.read(path, columns)
+        frame = records.read(path, records.EFFECTS)
         frame = frame[frame["component"].isin(["head", "mlp"]) & (frame["position"] == "last")]
         if len(frame) and frame["pair_id"].isin(pairs.index).all():
             return effects.in_halves(frame)[0][1].join(pairs[answers], on="pair_id")
-    return pd.DataFrame(columns=[*columns, *answers])
+    return pd.DataFrame(columns=[*records.EFFECTS, *answers])
 
 
 def begin(plan: Plan, step: str, namespace: Mapping[str, Any], engine: Callable[[Shared], Engine | None]) -> Step:

@@ -42,6 +42,16 @@ def interval(estimate: float, low: float | None, high: float | None, digits: int
     return texts[0] + ("" if bare else f" [{texts[1]}, {texts[2]}]")
 
 
+def of_row(row: Any) -> str:
+    """The estimate of a table's row with its interval; "not measured" where there is none."""
+    return "not measured" if pd.isna(row.estimate) else interval(row.estimate, row.low, row.high)
+
+
+def of_rows(rows: pd.DataFrame, name: str) -> str:
+    """Every row's name with its estimate."""
+    return listed(f"{getattr(row, name)} {of_row(row)}" for row in rows.itertuples())
+
+
 def about_model(step: Step) -> dict:
     """What a findings file says of the model."""
     record = step.record.get("model", {})
@@ -69,6 +79,13 @@ def finished(
 def answer(found: Mapping[str, Any]) -> Markdown:
     """The answer at the head of a page: the headline of the findings, else their first sentence."""
     return Markdown(" ".join(found.get("headline") or found["sentences"][:1]))
+
+
+def shown(table: pd.DataFrame | None, digits: int, otherwise: str | None = None) -> pd.DataFrame | Markdown | None:
+    """A table for the page, rounded; where it has no rows, what to say instead, or nothing."""
+    if table is None or table.empty:
+        return None if otherwise is None else Markdown(otherwise)
+    return table.round(digits)
 
 
 def statement(found: Mapping[str, Any]) -> Markdown:

@@ -15,7 +15,7 @@ from report.words import not_done
 from steps import planned
 from steps.baselines import measure as baselines
 from steps.coarse_sweep import measure as coarse_sweep
-from steps.generality.measure import Generality
+from steps.generality import measure as generality
 from steps.hydra import measure as hydra
 from steps.necessity import measure as necessity
 from steps.neurons import measure as neurons
@@ -35,16 +35,7 @@ PLAN = Plan(
         sufficiency.STEP,
         hydra.STEP,
         retrieval_heads.STEP,
-        Declaration(
-            "generality",
-            Generality,
-            planned.generality,
-            layered=True,
-            tasks=SUPERSET_TASKS,
-            reads=SLICE,
-            reads_tables=("sufficiency",),
-            files=PEOPLE,
-        ),
+        generality.STEP,
         Declaration(
             "subspace", Subspace, planned.subspace, layered=True, tasks=SUPERSET_TASKS, reads=SLICE, files=PEOPLE
         ),

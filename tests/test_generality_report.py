@@ -10,11 +10,10 @@ import pytest
 
 from lib.hooks import Site
 from lib.tasks import SUPERSETS
-from report import circuit_plots
-from steps.generality import controls_page as control_report
-from steps.generality import page as report
-from steps.generality import rule, statements
-from steps.generality.measure import Circuit, Generality
+from report.words import of_row
+from steps.generality import controls_page, name_rule, page
+from steps.generality.class_circuits import Circuit
+from steps.generality.measure import Generality
 
 PARAMS = Generality(model="config:none", resamples=200, flips=200)
 
@@ -62,7 +61,7 @@ def test_groups_recover_what_was_put_in_and_keep_classes_of_few_quads():
     )
     planted = {"artist": 0.9, "athlete": 0.4}
     joint = made_joint(grid, lambda answer, direction: planted.get(answer, 0.7) - 0.1 * (direction == "noise"))
-    table = report.groups(joint, grid, PARAMS).set_index(["kind", "group", "quantity"])
+    table = page.groups(page.with_pairs(joint, grid), PARAMS).set_index(["kind", "group", "quantity"])
     assert table.loc[("superset", "artist", "recovery"), "estimate"] == pytest.approx(0.9, abs=0.05)
     assert table.loc[("superset", "artist", "damage"), "estimate"] == pytest.approx(0.8, abs=0.05)
     assert table.loc[("superset", "athlete", "damage"), "estimate"] == pytest.approx(0.3, abs=0.05)
@@ -77,8 +76,8 @@ def test_groups_recover_what_was_put_in_and_keep_classes_of_few_quads():
 def test_an_effect_without_a_gap_is_no_number_and_no_error():
     grid = made_grid(2)
     joint = made_joint(grid, lambda *_: 0.5).assign(logit_diff_corrupt=9.0)
-    assert report.groups(joint, grid, PARAMS)["estimate"].isna().all()
-    assert np.isnan(report.joint_effect(joint.head(0), PARAMS)["estimate"])
+    assert page.groups(page.with_pairs(joint, grid), PARAMS)["estimate"].isna().all()
+    assert all(np.isnan(row["estimate"]) for row in page.both_ways(joint.head(0), PARAMS))
 
 
 def both(kind: str, group: str, low: float, estimate: float = 0.7, **about) -> list[dict]:
@@ -92,45 +91,45 @@ def held_out(superset: str, low: float) -> list[dict]:
     return both("without", "", low, **about) + both("only", "", low, **about)
 
 
-def spoken(verdict: statements.Verdict, circuits: pd.DataFrame, p: float = 0.001) -> str:
+def spoken(verdict: page.Verdict, circuits: pd.DataFrame, p: float = 0.001) -> str:
     sites = pd.DataFrame({"sure": [True, True, False]})
     tables = SimpleNamespace(circuits=circuits, interaction=(SimpleNamespace(p_overall=p), sites, ""))
-    return statements.verdict_sentence(verdict, tables, PARAMS)
+    return page.verdict_sentence(verdict, tables, PARAMS)
 
 
 def test_general_means_every_class_and_every_circuit_that_did_not_see_it():
     classes = pd.DataFrame([row for name in SUPERSETS for row in both("superset", name, 0.6)])
     circuits = pd.DataFrame([row for name in SUPERSETS for row in held_out(name, 0.55)])
-    good = statements.decide(classes, circuits, PARAMS)
+    good = page.decide(classes, circuits, PARAMS)
     assert good.verdict == "general" and good.tested == list(SUPERSETS) and good.failing.empty
     assert "Verdict: general" in spoken(good, circuits)
     assert "the shares of 2 sites differ" in spoken(good, circuits) and "differ" not in spoken(good, circuits, 0.5)
 
     weak = classes.copy()
     weak.loc[(weak["group"] == "writer") & (weak["quantity"] == "recovery"), "low"] = 0.49
-    bad = statements.decide(weak, circuits, PARAMS)
+    bad = page.decide(weak, circuits, PARAMS)
     sentence = spoken(bad, circuits)
     assert bad.verdict == "class-specific" and "the slice in writer (recovery" in sentence and "artist" not in sentence
 
     blind = circuits.copy()
     blind.loc[(blind["superset"] == "artist") & (blind["kind"] == "without"), "low"] = 0.2
-    bad = statements.decide(classes, blind, PARAMS)
+    bad = page.decide(classes, blind, PARAMS)
     assert bad.verdict == "class-specific" and set(bad.failing["superset"]) == {"artist"}
     assert "picked without it in artist" in spoken(bad, blind)
     own = circuits.copy()
     own.loc[own["kind"] == "only", "low"] = 0.1  # a class's own circuit decides nothing
-    assert statements.decide(classes, own, PARAMS).verdict == "general"
+    assert page.decide(classes, own, PARAMS).verdict == "general"
 
 
 def test_a_class_of_few_quads_is_named_and_decides_nothing():
     classes = pd.DataFrame(
         [row for name in SUPERSETS for row in both("superset", name, 0.6 if name != "writer" else np.nan)]
     )
-    verdict = statements.decide(classes, pd.DataFrame(), PARAMS)
+    verdict = page.decide(classes, pd.DataFrame(), PARAMS)
     assert verdict.verdict == "general" and verdict.untested == ["writer"]
     sentence = spoken(verdict, pd.DataFrame())
     assert "Too few quads for an interval: writer" in sentence and "were not there to test" in sentence
-    nothing = statements.decide(classes.assign(low=np.nan), pd.DataFrame(), PARAMS)
+    nothing = page.decide(classes.assign(low=np.nan), pd.DataFrame(), PARAMS)
     assert nothing.verdict == "not testable here" and nothing.untested == list(SUPERSETS)
 
 
@@ -140,11 +139,12 @@ def test_a_circuit_that_could_not_be_picked_keeps_its_rows():
     joint = pd.concat([made_joint(grid, lambda *_: 0.8), for_artists])
     empty = Circuit("without", "artist", (), ())
     found = Circuit("only", "artist", ("a",), (Site(1, "mlp"), Site(2, "mlp")), 1, True)
-    table = report.circuit_table(joint, grid, [empty, found], [Site(1, "mlp"), Site(3, "head", 0)], PARAMS)
+    joint, sites = page.with_pairs(joint, grid), [Site(1, "mlp"), Site(3, "head", 0)]
+    table = page.circuit_table(joint, [empty, found], sites, PARAMS)
     assert table["estimate"].isna().tolist() == [True, True, False, False]
     assert table["estimate"].iloc[2] == pytest.approx(0.6, abs=0.1) and table["size"].tolist() == [0, 0, 1, 1]
     assert table["overlap"].iloc[2] == pytest.approx(1 / 2)  # mlp 1 of mlp 1 and 3.0
-    moved = report.transfer(joint, grid, [empty, found], PARAMS)
+    moved = page.transfer(joint, [empty, found], PARAMS)
     assert set(moved["picked_on"]) == {"the slice", "artist"} and set(moved["tested_on"]) == set(SUPERSETS)
     moved = moved.set_index(["picked_on", "tested_on", "quantity"])["estimate"]
     assert moved["artist", "artist", "damage"] == pytest.approx(0.6, abs=0.1)
@@ -159,15 +159,15 @@ def test_a_site_that_serves_one_class_alone_shows_as_interaction_and_one_that_se
         frames.append(joint.assign(layer=0, component="head", head=head).drop(columns="site_set"))
     frame = pd.concat(frames, ignore_index=True)
     every = [Site(0, "head", head) for head in range(6)]
-    test, sites, why = report.interaction(frame, grid, every, PARAMS)
+    test, sites, why = page.interaction(page.with_pairs(frame, grid), every, PARAMS)
     assert why == "" and test.p_overall < 0.02
     first = sites.iloc[0]
     assert (first["site"], first["most"], first["sure"]) == ("0.0", "artist", True)
     assert sites["sure"].sum() == 1
     few = made_grid(1)
-    test, _, why = report.interaction(frame[frame["pair_id"].isin(few["pair_id"])], few, every, PARAMS)
+    test, _, why = page.interaction(page.with_pairs(frame[frame["pair_id"].isin(few["pair_id"])], few), every, PARAMS)
     assert test is None and "units" in why
-    test, _, why = report.interaction(frame, grid, [Site(0, "head", 0), Site(5, "mlp")], PARAMS)
+    test, _, why = page.interaction(page.with_pairs(frame, grid), [Site(0, "head", 0), Site(5, "mlp")], PARAMS)
     assert test is None and "fewer than two sites" in why
 
 
@@ -206,7 +206,7 @@ def made_controls(shift, prompts: int = 60, quads: int = 60, noise: float = 0.5)
 )
 def test_silence_is_claimed_only_where_every_candidate_stays_within_the_margin(shift, verdict, met):
     frame, prompts, grid = made_controls(np.array(shift), noise=0.5 if verdict != "undecided" else 1.0)
-    candidates, verdicts = control_report.scored(frame, prompts, grid, SUPERSETS, PARAMS)
+    candidates, verdicts = controls_page.scored(controls_page.with_controls(frame, prompts, grid), SUPERSETS, PARAMS)
     found = verdicts.drop_duplicates("control").set_index("control")
     assert (found.loc["things", "verdict"], found.loc["things", "met"]) == (verdict, met)
     assert found.loc["ordinary", "verdict"] == "active" and found.loc["ordinary", "fall"] == pytest.approx(2.4, abs=0.1)
@@ -217,14 +217,14 @@ def test_silence_is_claimed_only_where_every_candidate_stays_within_the_margin(s
 
 def test_shuffled_labels_are_silent_on_an_effect_that_right_labels_show():
     frame, prompts, grid = made_controls(np.zeros(5), quads=200)
-    _, verdicts = control_report.scored(frame, prompts, grid, SUPERSETS, PARAMS)
+    _, verdicts = controls_page.scored(controls_page.with_controls(frame, prompts, grid), SUPERSETS, PARAMS)
     found = verdicts[verdicts["scoring"] == "centred"].set_index("control")
     assert found.loc["shuffled labels", "verdict"] == "silent" and found.loc["ordinary", "verdict"] == "active"
 
 
 def test_too_few_prompts_decide_nothing():
     frame, prompts, grid = made_controls(np.zeros(5), prompts=6)
-    _, verdicts = control_report.scored(frame, prompts, grid, SUPERSETS, PARAMS)
+    _, verdicts = controls_page.scored(controls_page.with_controls(frame, prompts, grid), SUPERSETS, PARAMS)
     found = verdicts.drop_duplicates("control").set_index("control")
     assert found.loc["things", "verdict"] == "undecided" and found.loc["things", "met"] is None
 
@@ -238,21 +238,18 @@ def test_partial_means_that_both_fall_and_neither_as_far_as_an_answer(first, sec
     matrix = pd.DataFrame(np.array([first, second, 0.5]) + 0.3 * rng.standard_normal((40, 3)))
     spans = [(value, value - 0.2, value + 0.2) for value in (first, second, 0.5)]
     table = pd.DataFrame(spans, columns=["estimate", "low", "high"])
-    found = control_report.verdict_of("mixed", matrix, table, 3.0, PARAMS)
+    found = controls_page.verdict_of("mixed", matrix, table, 3.0, PARAMS)
     assert (found["verdict"], found["met"]) == (verdict, met)
 
 
 def test_changes_are_aligned_by_the_classes_of_the_names():
     change = [np.array([10.0, 20, 30, 40, 50]), np.array([1.0, 2, 3, 4, 5])]
     rows = pd.DataFrame({"change": change, "classes": ["writer,artist", "artist,athlete"], "quad_id": ["a", "b"]})
-    rng = np.random.default_rng(0)
-    mixed = control_report.aligned_changes(rows, SUPERSETS, "mixed", rng)
+    mixed = controls_page.aligned_changes(rows, SUPERSETS, "mixed", 0)
     assert mixed.to_numpy().tolist() == [[50, 10, 30], [1, 3, 11 / 3]]
-    answered = control_report.aligned_changes(rows.assign(classes=["writer", "athlete"]), SUPERSETS, "ordinary", rng)
+    answered = controls_page.aligned_changes(rows.assign(classes=["writer", "athlete"]), SUPERSETS, "ordinary", 0)
     assert answered.to_numpy().tolist() == [[50, 10, 20, 30, 40], [3, 4, 5, 1, 2]]
-    assert control_report.aligned_changes(rows, SUPERSETS, "things", rng).to_numpy().tolist() == [
-        list(c) for c in change
-    ]
+    assert controls_page.aligned_changes(rows, SUPERSETS, "things", 0).to_numpy().tolist() == [list(c) for c in change]
 
 
 def test_a_leader_that_falls_in_every_prompt_shows_although_no_name_does():
@@ -261,9 +258,9 @@ def test_a_leader_that_falls_in_every_prompt_shows_although_no_name_does():
     frame.loc[things, "after"] = pd.Series(
         [b - 2 * (b == b.max()) for b in frame[things]["before"]], index=frame.index[things]
     )
-    leaders = control_report.leaders(frame, prompts, grid, PARAMS).set_index("control")
+    leaders = controls_page.leaders(controls_page.with_controls(frame, prompts, grid), PARAMS).set_index("control")
     assert leaders.loc["things", "low"] > 1
-    candidates, _ = control_report.scored(frame, prompts, grid, SUPERSETS, PARAMS)
+    candidates, _ = controls_page.scored(controls_page.with_controls(frame, prompts, grid), SUPERSETS, PARAMS)
     own = candidates[(candidates["control"] == "things") & (candidates["scoring"] == "centred")]
     assert own["estimate"].abs().max() < 0.5
 
@@ -274,69 +271,72 @@ def test_a_leader_that_falls_in_every_prompt_shows_although_no_name_does():
 def test_rule_lines_are_the_least_squares_fits_to_the_two_steps():
     fitted = pd.DataFrame({"term": ["one name", "two names"], "estimate": [1.0, 3.0]})
     asked = pd.DataFrame({"n_a": [1] * 6 + [0] * 4, "n_b": [1] * 2 + [0] * 8})  # two names twice, one name four times
-    lines = report.rule_lines(SimpleNamespace(fitted=fitted), asked)
+    lines = name_rule.lines(SimpleNamespace(fitted=fitted), asked)
     x, y = np.array([1] * 4 + [2] * 2), np.array([1.0] * 4 + [3.0] * 2)
     assert lines["additive"][1] == pytest.approx((x * y).sum() / (x**2).sum())
     assert lines["OR"] == pytest.approx([0, y.mean(), y.mean()]) and lines["AND"] == [0, 0, 3.0]
 
 
-def made_tables(quads: int) -> statements.Tables:
+STEP = SimpleNamespace(params=PARAMS, record={})
+COUNTED = {"template": "profession_both", "possible": 9, "aligned": 9, "asked": 9, "left": 8, "quads": 4, "why": ""}
+NONE_LEFT = {"template": "both_famous", "aligned": 0, "asked": 0, "left": 0, "quads": 0, "why": "tokens differ"}
+MEASURED = SimpleNamespace(counts=[COUNTED, COUNTED | NONE_LEFT], mirrored=8)
+
+
+def made_tables(quads: int) -> page.Tables:
     grid, every = made_grid(quads), [Site(0, "head", head) for head in range(4)]
-    joint = made_joint(grid, lambda *_: 0.8)
-    frame = pd.concat(
-        [made_joint(grid, lambda *_: 0.3, seed=head).assign(layer=0, component="head", head=head) for head in range(4)]
-    )
-    changes, prompts, own = made_controls(np.zeros(5))
-    candidates, verdicts = control_report.scored(changes, prompts, own, SUPERSETS, PARAMS)
-    circuits = [Circuit(kind, name, ("p",), (), 0) for name in SUPERSETS for kind in ("without", "only")]
-    counts = [
-        {"template": "profession_both", "possible": 9, "aligned": 9, "asked": 9, "left": 8, "quads": 4, "why": ""}
+    joint = page.with_pairs(made_joint(grid, lambda *_: 0.8), grid)
+    alone = [
+        made_joint(grid, lambda *_: 0.3, seed=head).assign(layer=0, component="head", head=head) for head in range(4)
     ]
-    counts.append(
-        counts[0] | {"quads": 0, "template": "both_famous", "aligned": 0, "asked": 0, "left": 0, "why": "tokens differ"}
+    alone = page.with_pairs(pd.concat(alone), grid)
+    heads = page.class_matrices(alone)
+    changes = controls_page.with_controls(*made_controls(np.zeros(5)))
+    candidates, verdicts = controls_page.scored(changes, SUPERSETS, PARAMS)
+    circuits = [Circuit(kind, name, ("p",), (), 0) for name in SUPERSETS for kind in ("without", "only")]
+    return page.Tables(
+        groups=page.groups(joint, PARAMS),
+        sites=page.site_effects(joint, 0, [Site(0, "mlp")], PARAMS),
+        heads=heads,
+        ranks=page.ranks(heads, PARAMS),
+        interaction=page.interaction(alone, every, PARAMS),
+        circuits=page.circuit_table(joint, circuits, [Site(0, "mlp")], PARAMS),
+        transfer=page.transfer(joint, circuits, PARAMS),
+        candidates=candidates,
+        controls=verdicts,
+        leaders=controls_page.leaders(changes, PARAMS),
+        rule=None,
     )
-    return statements.Tables(
-        counts, 8, report.groups(joint, grid, PARAMS), report.site_effects(joint, grid, 0, [Site(0, "mlp")], PARAMS),
-        report.ranks(frame, grid, PARAMS), report.interaction(frame, grid, every, PARAMS),
-        report.circuit_table(joint, grid, circuits, [Site(0, "mlp")], PARAMS),
-        report.transfer(joint, grid, circuits, PARAMS), candidates, verdicts,
-        control_report.leaders(changes, prompts, own, PARAMS), None,
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize("quads", [1, 6])
 def test_every_sentence_is_made_and_every_figure_drawn_however_little_there_is(quads):
     tables = made_tables(quads)
-    step = SimpleNamespace(params=PARAMS, record={})
-    found = statements.generality(step, tables)
+    found = page.numbers(STEP, MEASURED, tables)
     text = " ".join(found["sentences"])
     assert not re.search(r"\bnan\b", text) and "0 in 0 quads are solved" in text and "tokens differ" in text
-    assert f"damage is {report_value(tables)}" in text  # the number in the sentence is the table's
+    row = tables.groups.query("kind == 'all' and quantity == 'damage'").iloc[0]
+    assert f"damage is {of_row(row)}" in text  # the number in the sentence is the table's
     assert found["verdict"] in text or found["verdict"] == "not testable here"
     assert ("no superset has enough quads" in text) == (quads == 1)
-    circuit_plots.forest(tables.groups, "share", lines=[0.5])
-    circuit_plots.controls(tables.candidates, 0.2, "logits")
-    if len(tables.ranks):
-        square = report.square(tables.ranks, "halves")
-        assert np.allclose(square, square.T) and square.notna().all(axis=None)
-        circuit_plots.class_matrices({"": square}, "correlation")
-
-
-def report_value(tables: statements.Tables) -> str:
-    row = tables.groups[(tables.groups["kind"] == "all") & (tables.groups["quantity"] == "damage")].iloc[0]
-    return statements.value(row)
+    for draw in (page.by_group, page.by_profession, page.left_out):
+        assert draw(STEP, tables) is not None
+    for draw in (page.site_figure, page.transfer_figure, page.site_table, page.interaction_table, page.circuits):
+        assert draw(tables) is not None
+    assert controls_page.figure(tables.candidates, 0.2) is not None
+    assert page.rank_figure(tables) is not None and page.counted(MEASURED).shape == (2, 6)
 
 
 def test_without_controls_circuits_or_rule_the_page_says_so():
-    tables = made_tables(1)._replace(
-        circuits=pd.DataFrame(), transfer=pd.DataFrame(), candidates=pd.DataFrame(), controls=pd.DataFrame(),
-        leaders=pd.DataFrame(), rule=None,
-    )  # fmt: skip
-    found = statements.generality(SimpleNamespace(params=PARAMS, record={}), tables)
+    nothing = dict.fromkeys(("circuits", "transfer", "candidates", "controls", "leaders"), pd.DataFrame())
+    tables = made_tables(1)._replace(**nothing, rule=None)
+    found = page.numbers(STEP, MEASURED, tables)
     text = " ".join(found["sentences"])
     for said in ("No circuits were picked", "The controls were not run", "The rule was not read"):
         assert said in text
     assert found["leave_one_out"] == [] and found["rule"] is None
+    assert page.left_out(STEP, tables) is page.transfer_figure(tables) is name_rule.figure(None, None) is None
+    assert "not in the results" in page.circuits(tables).data
 
 
 def test_the_rule_is_said_with_its_numbers():
@@ -348,9 +348,8 @@ def test_the_rule_is_said_with_its_numbers():
             n_a, n_b = int(classes[0] == index), int(classes[1] == index)
             rows.append({"prompt": number, "name_a": f"a{number}", "name_b": f"b{number}", "superset_class": word,
                          "n_a": n_a, "n_b": n_b, "y": 2 * (n_a + n_b) + 0.1 * rng.standard_normal()})  # fmt: skip
-    fit = rule.compare(pd.DataFrame(rows), PARAMS)
-    text = " ".join(statements.rule_sentences(fit))
+    fit = name_rule.compare(pd.DataFrame(rows), PARAMS)
+    text = " ".join(name_rule.sentences(fit))
     assert "additive fits" in text and "two names by 4.0" in text
-    lines = report.rule_lines(fit, pd.DataFrame(rows))
-    assert lines["additive"][2] == pytest.approx(4, abs=0.1)
-    circuit_plots.rule_points(fit.fitted, lines, "logits")
+    assert name_rule.lines(fit, pd.DataFrame(rows))["additive"][2] == pytest.approx(4, abs=0.1)
+    assert name_rule.figure(fit, pd.DataFrame(rows)) is not None

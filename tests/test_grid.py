@@ -16,10 +16,11 @@ from lib.tasks import SUPERSETS
 from pipeline import params
 from pipeline import step as steps
 from pipeline.params import ROOT
+from pipeline.step import single_sites
 from pipeline.units import Unit
-from steps.generality import controls
-from steps.generality import measure as grid
-from steps.generality import page as report
+from steps.generality import class_circuits, controls, grid, measure, name_rule_prompts
+from steps.generality.class_circuits import Circuit
+from steps.registry import PLAN
 from tests.test_sweep import PAIRS, plain
 
 # --- mirrors
@@ -73,7 +74,7 @@ def test_candidates_are_mirror_after_mirror_and_take_turns_with_the_order(tmp_pa
     quads = made_quads()
     discovery = quads.assign(half="discovery", quad_id=[f"x{i}" for i in range(4)])
     own = stored_step(tmp_path, pairs_of(quads, 2), pd.concat([quads, discovery]))
-    pairs = grid.candidates(own, report.quads(own))
+    pairs = grid.candidates(own)
     assert set(pairs["quad_id"]) == set(quads["quad_id"]) and len(pairs) == 16
     for quad, rows in pairs.groupby("quad_id"):
         first, second, third, fourth = rows.itertuples()
@@ -87,7 +88,7 @@ def test_candidates_are_mirror_after_mirror_and_take_turns_with_the_order(tmp_pa
 def stored_step(folder, pairs: pd.DataFrame, quads: pd.DataFrame | None = None, **changes) -> steps.Step:
     """Step 07 of the smoke profile on results that hold these pairs."""
     given = params.load_profile("smoke") | {"results_dir": str(folder), "memory": 1.0} | changes
-    own = steps.Step("generality", params.validate("generality", given))
+    own = steps.Step(PLAN, "generality", params.validate(PLAN.sections, "generality", given))
     about = {"ingredients": {"parameters": own.params.model_dump(mode="json")}}
     records.write_json(folder / "baselines.run.json", about)
     records.write(folder / "pairs.parquet", pairs, {}, schema=None)
@@ -121,7 +122,7 @@ def test_an_order_without_a_superset_never_sees_it_and_one_by_it_sees_nothing_el
             ("athlete", "writer"): {0: 0.1, 1: 0.2, 2: 0.5},
         }
     )
-    found = {(own.kind, own.superset): own for own in report.orders(frame, 2)}
+    found = {(own.kind, own.superset): own for own in class_circuits.orders(frame, 2)}
     heads = {key: [site.head for site in own.order] for key, own in found.items()}
     assert heads["without", "artist"] == [2, 1] and found["without", "artist"].pairs == ("p2",)
     assert heads["only", "artist"] == [0, 2] and found["only", "artist"].pairs == ("p0",)
@@ -131,9 +132,9 @@ def test_an_order_without_a_superset_never_sees_it_and_one_by_it_sees_nothing_el
 
 def test_a_circuit_is_cut_where_both_quantities_reach_the_share():
     sites = tuple(Site(0, "head", head) for head in range(3))
-    other = grid.Circuit("without", "writer", ("p1",), sites[1:])
-    circuit = grid.Circuit("only", "artist", ("p0",), sites)
-    number = grid.numbered_sets([other, circuit])
+    other = Circuit("without", "writer", ("p1",), sites[1:])
+    circuit = Circuit("only", "artist", ("p0",), sites)
+    number = class_circuits.numbered_sets([other, circuit])
     assert sorted(number.values()) == list(range(5))  # (1), (1, 2), (0), (0, 1), (0, 1, 2)
     assert number[frozenset(sites[:1])] == 2
     rows = []
@@ -147,8 +148,8 @@ def test_a_circuit_is_cut_where_both_quantities_reach_the_share():
             )
     grown = pd.DataFrame(rows)
 
-    def picked(frame: pd.DataFrame, share: float) -> grid.Circuit:
-        untested, own = report.cut([other, circuit], frame, SimpleNamespace(slice_share=share))
+    def picked(frame: pd.DataFrame, share: float) -> Circuit:
+        untested, own = class_circuits.cut([other, circuit], frame, share)
         assert untested.sites == ()  # nothing was measured for it
         return own
 
@@ -165,7 +166,7 @@ def test_sets_of_a_unit_keep_their_place_in_the_whole_list():
         frame.attrs["log"] = ["kept"]
         return frame
 
-    frame = grid.numbered(compute)(Unit("u", (), {"site_sets": ["a", "b"], "numbers": (3, 8)}))
+    frame = class_circuits.numbered(compute)(Unit("u", (), {"site_sets": ["a", "b"], "numbers": (3, 8)}))
     assert frame["site_set"].tolist() == [3, 8, 3, 8] and frame.attrs["log"] == ["kept"]
 
 
@@ -212,7 +213,7 @@ def test_evidence_is_nothing_on_average_for_people_outside_the_class():
     rng = np.random.default_rng(0)
     own = list(SUPERSETS) * 20
     logits = rng.normal(size=(100, 5)) + 3 * (np.array(own)[:, None] == np.array(SUPERSETS)) + np.arange(5)
-    found = controls.evidence(logits, own)
+    found = name_rule_prompts.evidence(logits, own)
     outside = np.array(own)[:, None] != np.array(SUPERSETS)
     assert (found * outside).sum(0) / outside.sum(0) == pytest.approx(np.zeros(5), abs=1e-12)
     assert found[~outside].mean() == pytest.approx(3, abs=0.4)  # the classes' own levels (0 to 4) are gone
@@ -237,11 +238,10 @@ def own_pairs(tmp_path_factory, smollm, smollm_tokenizer):
     path = folder / "pairs.csv"
     pd.DataFrame(rows).to_csv(path, index=False)
     given = params.load_profile("smoke") | {"results_dir": str(folder), "pairs_file": str(path), "memory": 1.0}
-    step = steps.Step("generality", params.validate("generality", given))
+    step = steps.Step(PLAN, "generality", params.validate(PLAN.sections, "generality", given))
     step.__dict__["model"] = smollm
-    assert report.quads(step) is None
-    table, counts = grid.build(step, None)
-    return step, table, counts
+    table = step.table(measure.GRID)
+    return step, table, step.metadata(measure.GRID)["templates"]
 
 
 def test_own_pairs_are_taken_as_they_are_and_only_solved_ones_in_other_templates(own_pairs):
@@ -259,15 +259,17 @@ def test_own_pairs_are_taken_as_they_are_and_only_solved_ones_in_other_templates
         "singer",
         "",
     }
-    single = report.single_sites(step)
-    assert single.empty and report.orders(single, 5) == []  # step 04 has left nothing here
-    assert grid.grown(step, []).empty
+    single = single_sites(step)
+    assert single.empty and class_circuits.orders(single, 5) == []  # step 04 has left nothing here
+    assert measure.picked_circuits(step) == []
 
 
 def test_only_pairs_without_a_mirror_are_run_twice(own_pairs):
     step, table, _ = own_pairs
     first, second = [prompt for prompt in step.prompts(table) if prompt.template == "profession_both"][:2]
-    frame = grid.swept(step, "few", [first, turned(first), second], site_sets=[[Site(21, "head", 6)]])
+    pairs = [first, turned(first), second]
+    frame = step.table(replace(measure.JOINT, name="few"), pairs, [[Site(21, "head", 6)]])
+    frame = grid.with_mirrors(frame, grid.mirrors(pairs))
     counted = frame.groupby(["pair_id", "direction"]).size()
     assert (counted == 1).all() and len(counted) == 6
     stored = records.read(step.path("few"), ["pair_id", "direction"])
@@ -283,7 +285,9 @@ def test_a_control_prompt_is_ablated_by_the_mean_of_ordinary_prompts_balanced_ov
     groups = {batches.group_of(pair) for pair in ordinary}
     assert {batches.group_of(pair) for pair in pairs} <= groups
     sites = [Site(21, "head", 6), Site(23, "mlp")]
-    changed = controls.ablated(step, sites, ordinary, pairs[:3])
+    sets = controls.named_sets(sites, controls.random_heads(step, sites))
+    changed = step.table(measure.CONTROLS, sets, ordinary, pairs[:3])
+    assert [name for name, _ in sets] == ["slice", "heads", "random", "random"]
     place = [len(pairs[0].clean.ids) - 1]
 
     def kept(prompt):
@@ -298,15 +302,14 @@ def test_a_control_prompt_is_ablated_by_the_mean_of_ordinary_prompts_balanced_ov
     plain.cache_clear()
     with hooks.patch(smollm, mean, place):
         expected = smollm.model(torch.tensor([pairs[0].clean.ids])).logits[0, -1][list(pairs[0].clean_tokens)]
-    own = changed[(changed["pair_id"] == pairs[0].pair_id) & (changed["set"] == "slice")].set_index("ablation")
+    own = changed[(changed["pair_id"] == pairs[0].pair_id) & (changed["number"] == 0)].set_index("ablation")
     assert own.loc["mean", "after"] == pytest.approx(expected.detach().numpy(), abs=1e-3)
     assert own.loc["mean", "before"] == pytest.approx(kept(pairs[0].clean)[1].detach().numpy(), abs=1e-3)
-    assert set(changed["set"]) == {"slice", "heads", "random"}
 
 
 def test_rule_rows_are_of_known_people_each_asked_once(own_pairs):
     step, _, _ = own_pairs
-    rows = controls.rule_rows(step)
+    rows = step.table(measure.RULE)
     prompts = rows.groupby("prompt")[["name_a", "name_b"]].first()
     names = prompts.to_numpy().ravel()
     assert len(set(names)) == len(names) and (rows.groupby("prompt").size() == 5).all()
@@ -322,5 +325,5 @@ def test_rule_rows_are_of_known_people_each_asked_once(own_pairs):
 
 def test_a_task_without_supersets_is_said_to_have_none():
     given = params.load_profile("smoke") | {"task": "odd_one_out", "template": None}
-    step = steps.Step("generality", params.validate("generality", given))
-    assert not grid.able(step) and "odd_one_out" in grid.able(step).why
+    step = steps.Step(PLAN, "generality", params.validate(PLAN.sections, "generality", given))
+    assert not step.able() and "odd_one_out" in step.able().why

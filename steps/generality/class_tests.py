@@ -1,6 +1,6 @@
 """Tests between classes of prompts, and tests that an effect is nearly nothing.
 
-1. `equivalence`: two one-sided t tests per column; a control is silent if every candidate's passes (`all_equivalent`).
+1. `equivalence`: two one-sided t tests per column; a control is silent if every candidate's passes.
 2. `interaction`: does a site's share of the effect differ between classes? A unit is one side of a quad, its class the
    answer there. Each unit's effects are centred over sites, so that a class in which everything is stronger makes no
    interaction; each class gets its ratio of sums; a site's statistic is the spread of its classes' ratios around their
@@ -29,56 +29,23 @@ MINIMUM_UNITS = 10  # units of a class that takes part in the test of interactio
 SPLITS = 100  # random halves behind each agreement of halves
 
 
-@dataclass(frozen=True)
-class Equivalence:
-    """Whether a mean lies within +- margin; None for p and the verdict where there are too few clusters (`reason`)."""
+def equivalence(matrix: Float[np.ndarray, "quads sites"], margin: float) -> Float[np.ndarray, " sites"] | None:
+    """p of two one-sided t tests of "the mean lies outside +- margin", per column (Schuirmann 1987): the larger one.
 
-    estimate: float
-    low: float | None  # ends of the level 1 - 2 alpha interval, which lies inside +- margin exactly if p < alpha
-    high: float | None
-    margin: float
-    level: float  # 1 - alpha
-    n: int  # clusters
-    p: float | None  # the larger of the two tests'
-    equivalent: bool | None
-    reason: str | None = None
-
-
-def equivalence(matrix: Float[np.ndarray, "quads sites"], margin: float, level: float = 0.95) -> list[Equivalence]:
-    """Two one-sided t tests of "the mean lies outside +- margin", per column (Schuirmann 1987), each at 1 - level.
-
-    `margin` is in the units of the values and is taken as known. ValueError if it is not positive, or level is not in
-    (0.5, 1).
+    All columns lie within the margin if their largest p is below 1 - level: an intersection-union test has the level of
+    each of its tests, uncorrected (Berger and Hsu 1996). `margin` is in the units of the values and is taken as known.
+    None with fewer than stats.MINIMUM_CLUSTERS quads. ValueError for a margin that is not positive.
     """
     values = stats._matrix(matrix, "matrix")
     if not (margin > 0 and np.isfinite(margin)):
         raise ValueError(f"the margin of an equivalence test must be positive; got {margin}")
-    if not 0.5 < level < 1:
-        raise ValueError(f"level must lie in (0.5, 1); got {level}")
-    n, reason, tests = len(values), stats.too_few(len(values)), []
+    n, p = len(values), []
     for column in values.T:
-        estimate = float(column.mean())
-        if reason:
-            tests.append(Equivalence(estimate, None, None, margin, level, n, None, None, reason))
-            continue
-        error = float(column.std(ddof=1) / np.sqrt(n))
-        reach = float(reference.t.ppf(level, n - 1)) * error
+        error = column.std(ddof=1) / np.sqrt(n)
         with np.errstate(divide="ignore", invalid="ignore"):  # no spread: t is infinite, or 0/0 at the margin itself
-            t = (margin - np.abs(estimate)) / np.float64(error)
-        p = 1.0 if np.isnan(t) else float(reference.t.sf(t, n - 1))
-        tests.append(Equivalence(estimate, estimate - reach, estimate + reach, margin, level, n, p, p < 1 - level))
-    return tests
-
-
-def all_equivalent(tests: Sequence[Equivalence]) -> bool | None:
-    """Whether every test passed; None if there were too few clusters for them.
-
-    An intersection-union test: its level is that of each test, uncorrected, and its p is their largest (Berger and Hsu
-    1996).
-    """
-    if not tests:
-        raise ValueError("no tests of equivalence to combine")
-    return None if any(test.equivalent is None for test in tests) else all(test.equivalent for test in tests)
+            t = (margin - np.abs(column.mean())) / np.float64(error)
+        p.append(1.0 if np.isnan(t) else reference.t.sf(t, n - 1))
+    return None if stats.too_few(n) else np.array(p)
 
 
 @dataclass(frozen=True)
@@ -125,12 +92,7 @@ def interaction(
     values, gap = stats._matrix(effects, "effects"), np.asarray(gaps, dtype=float)
     names, label = np.unique(np.asarray(classes, dtype=str), return_inverse=True)
     cluster = pd.factorize(np.asarray(clusters))[0]
-    if not len(values) == gap.size == len(label) == len(cluster) or gap.ndim != 1:
-        raise ValueError(f"need a gap, a class and a cluster per unit; got {gap.shape}, {len(label)}, {len(cluster)}")
-    if len(set(zip(cluster, label, strict=True))) < len(label):
-        raise ValueError("a cluster has two units of one class; add up their effects and gaps first")
-    if permutations < 1:
-        raise ValueError(f"permutations must be at least 1; got {permutations}")
+    _check_units(values, gap, label, cluster, permutations)
     onehot = np.eye(len(names))[label]
     units, totals = onehot.sum(0), onehot.T @ gap
     if not (totals > 0).all():
@@ -143,22 +105,41 @@ def interaction(
     used = enough[label]
     scale = (totals / units)[label[used]]
     centred = (values - values.mean(1, keepdims=True))[used] / scale[:, None]
-    kept = np.flatnonzero(enough)
-    labels = _labels(np.searchsorted(kept, label[used]), cluster[used], permutations, centred.shape[1], seed)
-    floor = stats.ZERO * (centred**2).sum(0) / used.sum() ** 2
+    kept = np.searchsorted(np.flatnonzero(enough), label[used])
+    drawn = _labels(kept, cluster[used], permutations, centred.shape[1], seed)
+    tested = _permuted(centred, gap[used] / scale, drawn)
+    return Interaction(ratios, pd.Series(units.astype(int), ratios.index), tuple(names[~enough]), *tested)
+
+
+def _check_units(
+    values: np.ndarray, gap: np.ndarray, label: np.ndarray, cluster: np.ndarray, permutations: int
+) -> None:
+    """ValueError where the units do not fit together."""
+    if not len(values) == gap.size == len(label) == len(cluster) or gap.ndim != 1:
+        raise ValueError(f"need a gap, a class and a cluster per unit; got {gap.shape}, {len(label)}, {len(cluster)}")
+    if len(set(zip(cluster, label, strict=True))) < len(label):
+        raise ValueError("a cluster has two units of one class; add up their effects and gaps first")
+    if permutations < 1:
+        raise ValueError(f"permutations must be at least 1; got {permutations}")
+
+
+def _permuted(
+    effects: Float[np.ndarray, "units sites"],
+    gaps: Float[np.ndarray, " units"],
+    labels: Iterator[Int[np.ndarray, "chunk units"]],
+) -> tuple[Float[np.ndarray, " sites"], Float[np.ndarray, " sites"], float, int]:
+    """The observed statistic (of the first labels), its familywise p, the p of its sum over sites, and the count."""
+    floor = stats.ZERO * (effects**2).sum(0) / len(effects) ** 2
     observed, largest, total, count = None, 0, 0, 0
     for chunk in labels:
-        spread = _spread(np.eye(len(kept))[chunk].swapaxes(1, 2), centred, gap[used] / scale, floor)
-        observed = spread[0] if observed is None else observed  # the identity comes first
+        spread = _spread(np.eye(chunk.max() + 1)[chunk].swapaxes(1, 2), effects, gaps, floor)
+        observed = spread[0] if observed is None else observed
         # what is equal up to rounding counts as reaching the observed value: the identity must count itself
         reached = observed * (1 - 1e-9)
         largest = largest + len(chunk) - np.searchsorted(np.sort(spread.max(1)), reached)
         total += int((spread.sum(1) >= reached.sum()).sum())
         count += len(chunk)
-    return Interaction(
-        ratios, pd.Series(units.astype(int), ratios.index), tuple(names[~enough]), observed, largest / count,
-        total / count, count,
-    )  # fmt: skip
+    return observed, largest / count, total / count, count
 
 
 def _labels(

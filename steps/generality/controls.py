@@ -1,27 +1,27 @@
-"""Prompts beside the grid: negative controls under ablation of the slice, and the rule's prompts of two known people.
+"""Negative controls: prompts in which the slice should find nothing, or half, under ablation of the slice.
 
-1. `control_prompts` draws prompts in which the slice should find nothing, or half; `ablated` takes it out there.
-2. `rule_rows` asks about two known people: the logit of a class against how many of the two are in it.
+1. `control_prompts` draws them, each of the token counts of some ordinary prompts.
+2. `named_sets` are what is ablated in them and in ordinary prompts: the slice, its heads, random heads.
+3. Each mean is over ordinary prompts, every superset counting alike: free of any class. (With the corrupt prompt's
+   activations, two prompts without a class would be exchanged, and the mean change would be nothing whatever the sites
+   do.)
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from itertools import cycle, islice, permutations
+from collections.abc import Callable, Iterator, Sequence
+from itertools import cycle, islice
 
-import numpy as np
 import pandas as pd
-from jaxtyping import Float
 
-from lib import batches, data, models, tasks
+from lib import batches, data, tasks
 from lib.hooks import Site
 from lib.tasks import SUPERSETS, Pair
 from pipeline.params import ROOT
 from pipeline.step import Step
 from pipeline.units import Unit, sweep_units
-from steps.generality.measure import prompt_options
+from steps.generality.grid import prompt_options
 
 ABLATIONS = ("mean", "zero")  # the first one decides
 LISTED = {"invented names": "invented", "things": "thing"}  # controls and their kind in data/controls.csv
@@ -63,8 +63,8 @@ def control_prompts(step: Step, ordinary: Sequence[Pair], table: pd.DataFrame) -
         pair = tasks.make_pair(step.tokenizer, prompt, **prompt_options(p))
         if batches.group_of(pair) in groups:
             rows.append(row)
-            pairs.append(replace(pair, labels=(), label_tokens=()))
-    return pd.DataFrame(rows), pairs
+            pairs.append(pair)
+    return pd.DataFrame(rows), tasks.without_labels(pairs)
 
 
 def name_lists(step: Step) -> dict[str, pd.DataFrame]:
@@ -105,87 +105,33 @@ def random_heads(step: Step, sites: Sequence[Site]) -> list[list[Site]]:
     return [own for own in sets if own]
 
 
-def ablated(step: Step, sites: Sequence[Site], ordinary: Sequence[Pair], others: Sequence[Pair]) -> pd.DataFrame:
-    """Every candidate's logit before and after sets of sites are ablated at `last`, by `mean` and by `zero`.
-
-    Each mean is over ordinary prompts, every superset counting alike: free of any class. (With the corrupt prompt's
-    activations, two prompts without a class would be exchanged, and the mean change would be nothing whatever the sites
-    do.) Columns: pair_id, quad_id, ablation, set ("slice", "heads" of the slice, "random"), number of the random set,
-    `before` and `after`, lists over the candidates.
-    """
+def named_sets(sites: Sequence[Site], random: Sequence[Sequence[Site]]) -> list[tuple[str, list[Site]]]:
+    """What is ablated: the "slice", its "heads" if it has any, "random" sets of heads."""
     heads = [site for site in sites if site.component == "head"]
-    named = [("slice", list(sites))] + [("heads", heads)] * bool(heads)
-    named += [("random", own) for own in random_heads(step, sites)]
-    ordinary = [replace(pair, labels=(), label_tokens=()) for pair in ordinary]
-    options = {"direction": "noise", "role": "last", "ablations": list(ABLATIONS), "site_sets": [s for _, s in named]}
-    plan = sweep_units("controls", [*ordinary, *others], **options)
-    sweeper = step.sweeper(ordinary)
+    return [("slice", list(sites)), *[("heads", heads)] * bool(heads), *(("random", own) for own in random)]
+
+
+Sets = Sequence[tuple[str, Sequence[Site]]]
+
+
+def units(step: Step, sets: Sets, ordinary: Sequence[Pair], others: Sequence[Pair]) -> list[Unit]:
+    """Every set ablated at `last` in ordinary and in control prompts, by `mean` and by `zero`."""
+    options = {"direction": "noise", "role": "last", "ablations": list(ABLATIONS), "site_sets": [s for _, s in sets]}
+    return sweep_units("controls", [*tasks.without_labels(ordinary), *others], **options)
+
+
+def compute(step: Step, sets: Sets, ordinary: Sequence[Pair], others: Sequence[Pair]) -> Callable[[Unit], pd.DataFrame]:
+    """Every candidate's logit before and after.
+
+    Columns: pair_id, quad_id, ablation, number of the set, `before` and `after`, lists over the candidates.
+    """
+    sweeper = step.sweeper(tasks.without_labels(ordinary))
     renamed = {"logits_before": "before", "logits_after": "after", "site_set": "number"}
 
-    def compute(unit: Unit) -> pd.DataFrame:
+    def run(unit: Unit) -> pd.DataFrame:
         frame = sweeper(unit)
         kept = frame[["pair_id", "quad_id", "ablation", *renamed]].rename(columns=renamed)
         kept.attrs = frame.attrs
         return kept
 
-    frame = step.table("controls", plan, compute, schema=None)
-    return frame.assign(set=np.array([name for name, _ in named])[frame["number"]])
-
-
-def rule_rows(step: Step) -> pd.DataFrame:
-    """Prompts of two known people, a row per class: what `rule.compare` reads."""
-    return step.table("rule", [Unit("rule")], lambda _: two_known_people(step), schema=None)
-
-
-def two_known_people(step: Step) -> pd.DataFrame:
-    """Logits of every class (`y`, less the mean of the classes of neither name) in prompts of two people, each asked
-    about once: two of one superset and two of different ones in turn, every combination and order alike.
-
-    Known is who the model gives the own superset when asked alone, as in step 01. `evidence_a` and `evidence_b` are
-    what the name alone says of the class (logits): less its mean over the person's other classes, and less the mean of
-    that over people outside the class, so that a name that says nothing of a class has 0.
-    """
-    p, model, rng = step.params, step.model, step.rng("rule")
-    template, options = tasks.find_template(p.template, p.task), prompt_options(p)
-    people = data.load_people(step.people_file)
-    people = data.add_tokens(people[~people["two_supersets"]], model.tokenizer, template, **options)
-    each = -(-4 * p.rule_prompts // people["superset"].nunique())  # twice as many as are needed: not all are known
-    asked = people.sample(frac=1, random_state=rng).groupby("superset").head(each)
-    alone: list[np.ndarray] = []
-    one_name = tasks.candidates(model.tokenizer, tasks.TEMPLATES["profession_is"])[1]
-
-    def score(prompts: list[tuple[int, ...]]) -> np.ndarray:
-        logits = models.next_logits(model, prompts)
-        alone.append(logits[:, one_name].astype(float))
-        return logits
-
-    asked = data.add_fame(asked, model.tokenizer, score, chat_template=p.chat_template)
-    asked = asked.assign(evidence=list(evidence(np.concatenate(alone), asked["superset"])))
-    free = {name: list(group.itertuples()) for name, group in asked[asked["known"]].groupby("superset")}
-    turns = zip(cycle([(name, name) for name in free]), cycle(permutations(free, 2)))
-    drawn = []
-    for own in islice((both for turn in turns for both in turn), p.rule_prompts):
-        if all(len(free[name]) >= own.count(name) for name in own):
-            drawn.append([free[name].pop() for name in own])
-    prompts = [tasks.make_prompt(model.tokenizer, template, [a.name for a in two], **options).ids for two in drawn]
-    words, tokens = tasks.candidates(model.tokenizer, template)
-    logits = np.concatenate(
-        [models.next_logits(model, prompts[at : at + 64])[:, tokens] for at in range(0, len(prompts), 64)]
-    )
-    rows = []
-    for number, ((a, b), own) in enumerate(zip(drawn, logits.astype(float), strict=True)):
-        base = np.mean([value for word, value in zip(words, own, strict=True) if word not in (a.superset, b.superset)])
-        for index, word in enumerate(words):
-            row = {"prompt": f"rule{number:03d}", "name_a": a.name, "name_b": b.name, "superset_class": word}
-            row |= {"y": own[index] - base, "n_a": int(a.superset == word), "n_b": int(b.superset == word)}
-            rows.append(row | {"evidence_a": a.evidence[index], "evidence_b": b.evidence[index]})
-    return pd.DataFrame(rows)
-
-
-def evidence(
-    logits: Float[np.ndarray, "people classes"], supersets: Sequence[str]
-) -> Float[np.ndarray, "people classes"]:
-    """What each name alone says of each class, 0 on average for people outside it."""
-    outside = np.asarray(supersets)[:, None] != np.asarray(SUPERSETS)
-    centred = logits - (logits * outside).sum(1, keepdims=True) / outside.sum(1, keepdims=True)
-    return centred - (centred * outside).sum(0) / np.maximum(outside.sum(0), 1)
+    return run

@@ -1,4 +1,4 @@
-"""The negative controls of step 07, scored: is the slice silent where there is no superset to find?
+"""The negative controls on the page: is the slice silent where there is no superset to find?
 
 1. `aligned_changes` puts the candidates' changes of a control's prompts in the order in which they are compared.
 2. `scored` tests them, control by control, against what was expected (`EXPECTATIONS`).
@@ -13,14 +13,18 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
 
 from lib import stats
 from lib.effects import columns
+from pipeline.params import Shared
+from report import circuit_plots
+from report.words import listed, of_row
 from steps.generality import class_tests
-from steps.generality.measure import Generality
+from steps.generality.controls import ABLATIONS, LISTED
+from steps.generality.measure import Measured
 
 # How each control should come out; written before any was run. Silent: every candidate's logit stays within the margin.
-LISTED = ("invented names", "things")
 EXPECTATIONS = {
     "two supersets": "their two own supersets fall, each by less than an ordinary answer",
     "mixed": "the supersets of both names fall, each by less than an ordinary answer",
@@ -31,7 +35,26 @@ EXPECTATIONS = {
 }
 
 
-def aligned_changes(rows: pd.DataFrame, words: Sequence[str], control: str, rng: np.random.Generator) -> pd.DataFrame:
+def tables(m: Measured, params: Shared) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """The candidates of every control, the verdicts, the leaders; empty where nothing was ablated."""
+    if m.changes is None:
+        return pd.DataFrame(), pd.DataFrame(), pd.DataFrame()
+    rows = with_controls(m.changes, m.controls, m.grid)
+    return *scored(rows, m.candidates, params), leaders(rows, params)
+
+
+def with_controls(changes: pd.DataFrame, prompts: pd.DataFrame, grid: pd.DataFrame) -> pd.DataFrame:
+    """The rows under ablation with their control ("ordinary" in the grid) and the classes of their names.
+
+    `before` and `change` (after - before) are fp64 over the candidates.
+    """
+    about = pd.concat([prompts, grid.assign(control="ordinary", classes=grid["answer"])])
+    rows = changes.merge(about[["pair_id", "control", "classes"]], on="pair_id")
+    before, after = (np.stack(rows[name].to_list()).astype(float) for name in ("before", "after"))
+    return rows.assign(before=list(before), change=list(after - before))
+
+
+def aligned_changes(rows: pd.DataFrame, words: Sequence[str], control: str, seed: int) -> pd.DataFrame:
     """The candidates' changes in the order in which the control compares them, a column each.
 
     Two supersets, mixed: the two own classes, then the mean of the others. Prompts with an answer: the answer, then the
@@ -39,80 +62,71 @@ def aligned_changes(rows: pd.DataFrame, words: Sequence[str], control: str, rng:
     candidates by name.
     """
     change = np.stack(rows["change"].to_list())
-    own = [[words.index(name) for name in text.split(",") if name] for text in rows["classes"]]
-    if control in ("two supersets", "mixed"):
-        others = [[index for index in range(len(words)) if index not in two] for two in own]
-        first, second = (change[np.arange(len(own)), [two[i] for two in own]] for i in (0, 1))
-        rest = np.array([row[index].mean() for row, index in zip(change, others, strict=True)])
-        names = ["first name's", "second name's"] if control == "mixed" else ["first own", "second own"]
-        return pd.DataFrame(np.column_stack([first, second, rest]), rows.index, [*names, "others, mean"])
     if control in LISTED:
         return pd.DataFrame(change, rows.index, list(words))
-    shift = np.array([one for (one,) in own])
+    own = np.array([[words.index(name) for name in text.split(",")] for text in rows["classes"]])
+    if control in ("two supersets", "mixed"):
+        rest = [np.delete(row, two).mean() for row, two in zip(change, own, strict=True)]
+        names = ["first name's", "second name's"] if control == "mixed" else ["first own", "second own"]
+        both = np.take_along_axis(change, own, axis=1)
+        return pd.DataFrame(np.column_stack([both, rest]), rows.index, [*names, "others, mean"])
     if control == "shuffled labels":
+        rng = np.random.default_rng(seed)
         drawn = {quad: rng.permutation(len(words)) for quad in sorted(set(rows["quad_id"]))}
         change = np.stack([row[drawn[quad]] for row, quad in zip(change, rows["quad_id"], strict=True)])
-    turned = np.stack([np.roll(row, -by) for row, by in zip(change, shift, strict=True)])
+    turned = np.stack([np.roll(row, -by) for row, (by,) in zip(change, own, strict=True)])
     return pd.DataFrame(turned, rows.index, ["answer", *(f"other {i}" for i in range(1, len(words)))])
 
 
-def scored(
-    frame: pd.DataFrame, prompts: pd.DataFrame, grid: pd.DataFrame, words: Sequence[str], params: Generality
-) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The controls' candidates, a row each, and a verdict for each control; both by `ablation` and `scoring`.
-
-    `frame` is `controls.ablated`'s, `prompts` the rows of `controls.control_prompts`. The first ablation and scoring
-    decide. Scoring is `centred` (less the mean change of all candidates, which moves no answer) or `raw`. The margin is
-    a share of the ordinary effect: the fall of the answer's logit in ordinary prompts, scored alike, when the slice is
-    ablated (for random heads: when its heads alone are).
-    """
-    about = pd.concat([prompts, grid.assign(control="ordinary", classes=grid["answer"])])
-    rows = frame.merge(about[["pair_id", "control", "classes"]], on="pair_id")
-    before, after = (np.stack(rows[name].to_list()).astype(float) for name in ("before", "after"))
-    raw = after - before
-    changes = {"centred": raw - raw.mean(1, keepdims=True), "raw": raw}
-    parts, verdicts = [], []
-    for (scoring, change), ablation in product(changes.items(), dict.fromkeys(rows["ablation"])):
-        own = rows.assign(change=list(change))[rows["ablation"] == ablation]
-        ordinary = {name: part for name, part in own[own["control"] == "ordinary"].groupby("set")}
-        drawn = {name: own[(own["control"] == name) & (own["set"] == "slice")] for name in EXPECTATIONS}
-        kinds = {"ordinary": ordinary["slice"], **drawn, "shuffled labels": ordinary["slice"]}
-        del kinds["random heads"]
-        if "random" in ordinary:
-            kinds |= {"slice's heads": ordinary["heads"], "random heads": ordinary["random"]}
-        fall = {}
-        for control, part in kinds.items():
-            if part.empty:
-                continue
-            rng = np.random.default_rng(params.seed)
-            matrix = control_matrix(part, words, control, rng)
-            if control in ("ordinary", "slice's heads"):
-                fall[control] = -float(matrix["answer"].mean())
-            whole = fall["slice's heads" if control == "random heads" else "ordinary"]
-            spans = stats.simultaneous(matrix.to_numpy(), params)
-            table = pd.DataFrame({"control": control, "candidate": list(matrix)} | columns(spans)).astype(
-                {"low": float, "high": float}
-            )
-            keys = {"ablation": ablation, "scoring": scoring}
-            parts.append(table.assign(**keys, fall=whole, prompts=len(part["pair_id"].unique()), clusters=len(matrix)))
-            sizes = {"prompts": part["pair_id"].nunique(), "clusters": len(matrix), "candidates": len(table)}
-            verdict = verdict_of(control, matrix, table, whole, params)
-            verdicts.append({"control": control, **keys, "fall": whole, **sizes, **verdict})
-    return pd.concat(parts, ignore_index=True), pd.DataFrame(verdicts)
-
-
-def control_matrix(rows: pd.DataFrame, words: Sequence[str], control: str, rng: np.random.Generator) -> pd.DataFrame:
+def control_matrix(rows: pd.DataFrame, words: Sequence[str], control: str, seed: int) -> pd.DataFrame:
     """The aligned changes as clusters (quads, or prompts of their own) x candidates; random sets stand side by side."""
-    aligned = aligned_changes(rows, words, control, rng)
+    aligned = aligned_changes(rows, words, control, seed)
     if control != "random heads":
         return aligned.groupby(rows["quad_id"]).mean()
     sets = [aligned[rows["number"] == number].groupby(rows["quad_id"]).mean() for number in sorted(set(rows["number"]))]
     return pd.concat([part.add_suffix(f", set {index}") for index, part in enumerate(sets, 1)], axis=1)
 
 
-def verdict_of(
-    control: str, matrix: pd.DataFrame, table: pd.DataFrame, fall: float, params: Generality
-) -> dict[str, Any]:
+def scored(rows: pd.DataFrame, words: Sequence[str], params: Shared) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The controls' candidates, a row each, and a verdict for each control; both by `ablation` and `scoring`.
+
+    `rows` are those of `with_controls`. The first ablation and scoring decide. Scoring is `centred` (less the mean
+    change of all candidates, which moves no answer) or `raw`. The margin is a share of the ordinary effect: the fall of
+    the answer's logit in ordinary prompts, scored alike, when the slice is ablated (for random heads: when its heads
+    alone are).
+    """
+    parts, verdicts, raw = [], [], np.stack(rows["change"].to_list())
+    changes = {"centred": raw - raw.mean(1, keepdims=True), "raw": raw}
+    for (scoring, change), ablation in product(changes.items(), dict.fromkeys(rows["ablation"])):
+        fall = {}
+        for control, own in samples(rows.assign(change=list(change))[rows["ablation"] == ablation]).items():
+            matrix = control_matrix(own, words, control, params.seed)
+            if control in ("ordinary", "slice's heads"):
+                fall[control] = -float(matrix["answer"].mean())
+            about = {"ablation": ablation, "scoring": scoring}
+            about["fall"] = fall["slice's heads" if control == "random heads" else "ordinary"]
+            spans = pd.DataFrame(columns(stats.simultaneous(matrix.to_numpy(), params)), dtype=float)
+            spans.insert(0, "candidate", list(matrix))
+            parts.append(spans.assign(control=control, **about))
+            sizes = {"prompts": own["pair_id"].nunique(), "clusters": len(matrix), "candidates": len(spans)}
+            verdict = verdict_of(control, matrix, spans, about["fall"], params)
+            verdicts.append({"control": control, **about, **sizes, **verdict})
+    return pd.concat(parts, ignore_index=True), pd.DataFrame(verdicts)
+
+
+def samples(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """The rows that each control is scored by, where there are any; the ordinary effects come first."""
+    of_set = {name: part for name, part in rows.groupby("set")}
+    ordinary = {name: part[part["control"] == "ordinary"] for name, part in of_set.items()}
+    drawn = {name: of_set["slice"][of_set["slice"]["control"] == name] for name in EXPECTATIONS}
+    out = {"ordinary": ordinary["slice"], **drawn, "shuffled labels": ordinary["slice"]}
+    del out["random heads"]
+    if "random" in ordinary:
+        out |= {"slice's heads": ordinary["heads"], "random heads": ordinary["random"]}
+    return {name: part for name, part in out.items() if len(part)}
+
+
+def verdict_of(control: str, matrix: pd.DataFrame, table: pd.DataFrame, fall: float, params: Shared) -> dict[str, Any]:
     """`verdict` (silent, active, partial, not partial, undecided), whether the expectation is `met` (None: undecided,
     or none was held), and `p`, the largest of the equivalence tests'.
 
@@ -128,31 +142,86 @@ def verdict_of(
         against = (own["low"] >= 0).any() or (own["high"] <= -fall).any()
         known = {"verdict": "partial" if partial else "not partial", "met": bool(partial), "p": None}
         return known if partial or against else undecided
-    tests = class_tests.equivalence(matrix.to_numpy(), margin, params.level)
-    active = bool(((table["low"] > margin) | (table["high"] < -margin)).any())
-    silent, p = bool(class_tests.all_equivalent(tests)), max(test.p for test in tests)
+    p = float(class_tests.equivalence(matrix.to_numpy(), margin).max())
+    silent, active = p < 1 - params.level, ((table["low"] > margin) | (table["high"] < -margin)).any()
     if not (silent or active):
         return undecided | {"p": p}
     return {"verdict": "silent" if silent else "active", "met": silent if control in EXPECTATIONS else None, "p": p}
 
 
-def leaders(frame: pd.DataFrame, prompts: pd.DataFrame, grid: pd.DataFrame, params: Generality) -> pd.DataFrame:
+def leaders(rows: pd.DataFrame, params: Shared) -> pd.DataFrame:
     """How far the candidate falls that leads a prompt before the slice is ablated by mean, less the candidates' mean.
 
     A candidate leads by most above its average over ordinary prompts, every answer counting alike. By name, a control's
     candidates can rise in one prompt and fall in the next; this fall cannot cancel so.
     """
-    about = pd.concat([prompts, grid.assign(control="ordinary", classes=grid["answer"])])
-    rows = frame[(frame["set"] == "slice") & (frame["ablation"] == frame["ablation"].iloc[0])]
-    rows = rows.merge(about[["pair_id", "control", "classes"]], on="pair_id")
-    before, after = (np.stack(rows[name].to_list()).astype(float) for name in ("before", "after"))
+    rows = rows[(rows["set"] == "slice") & (rows["ablation"] == rows["ablation"].iloc[0])]
+    before, change = (np.stack(rows[name].to_list()) for name in ("before", "change"))
     ordinary = (rows["control"] == "ordinary").to_numpy()
     answers = rows["classes"][ordinary].to_numpy()
     prior = np.mean([before[ordinary][answers == name].mean(0) for name in sorted(set(answers))], axis=0)
-    change = after - before
-    rows["fall"] = change.mean(1) - change[np.arange(len(rows)), (before - prior).argmax(1)]
+    rows = rows.assign(fall=change.mean(1) - change[np.arange(len(rows)), (before - prior).argmax(1)])
     out = []
     for control, part in rows.groupby("control", sort=False):
         span = stats.mean_interval(part.groupby("quad_id")["fall"].mean(), params)
         out.append({"control": control, "estimate": span.estimate, "low": span.low, "high": span.high})
     return pd.DataFrame(out)
+
+
+# --- on the page ---
+
+
+def figure(candidates: pd.DataFrame, margin: float) -> Figure | None:
+    """Every control's candidates by the ablation and scoring that decide, where any was run."""
+    if candidates.empty:
+        return None
+    first = candidates[(candidates["ablation"] == ABLATIONS[0]) & (candidates["scoring"] == "centred")]
+    return circuit_plots.controls(first, margin, "change of the logit, less the candidates' mean (logits)")
+
+
+def met(verdicts: pd.DataFrame) -> dict[str, bool | None]:
+    """Whether each control's expectation is met, by the scoring and ablation that decide."""
+    first = {row.control: row.met for row in verdicts[::-1].itertuples()}
+    return {name: first[name] for name in EXPECTATIONS if name in first}
+
+
+def headline(verdicts: pd.DataFrame) -> list[str]:
+    """Which controls came out as expected, in one sentence; none where none was run."""
+    found = met(verdicts)
+    kept, missed = ([name for name, good in found.items() if (good is True) == wanted] for wanted in (True, False))
+    return [f"Controls as expected: {listed(kept)}; not, or not decided: {listed(missed)}."] * bool(found)
+
+
+def sentences(verdicts: pd.DataFrame, candidates: pd.DataFrame, leaders: pd.DataFrame, margin: float) -> list[str]:
+    """Every control against its expectation, by the scoring and ablation that decide; the others beside."""
+    if verdicts.empty:
+        return [
+            "The controls were not run: no ordinary prompt has another quad of its token counts to take a mean from."
+        ]
+    ablation, fall = verdicts[["ablation", "fall"]].iloc[0]
+    out = [
+        f"Ablated by `{ablation}`, the slice takes {fall:.2f} logits from the ordinary answer, against the candidates' "
+        f"mean; the margin of silence is {margin:.0%} of that, {margin * fall:.2f}."
+    ]
+    for control, expected in EXPECTATIONS.items():
+        own = verdicts[verdicts["control"] == control]
+        if own.empty:
+            out.append(f"Control {control}: not run, there were no prompts or heads for it.")
+            continue
+        first = own.iloc[0]
+        good = {True: "met", False: "not met"}.get(first["met"], "not decided")
+        beside = listed(f"{row.scoring} under `{row.ablation}`: {row.verdict}" for row in own.iloc[1:].itertuples())
+        rows = candidates[candidates["control"] == control].head(first["candidates"])
+        few = ", too few for a test" if rows["low"].isna().any() else ""
+        far = rows.loc[rows["estimate"].abs().idxmax()]
+        out.append(
+            f"Control {control} ({first['prompts']} prompts{few}; expected: {expected}): {first['verdict']}, "
+            f"expectation {good}; the largest change is that of {far['candidate']}, {of_row(far)} logits. Beside that, "
+            f"{beside}."
+        )
+    falls = listed(f"{of_row(row)} ({row.control})" for row in leaders.itertuples())
+    out.append(
+        "By name, a control's candidates can rise in one prompt and fall in the next. The candidate that leads a "
+        f"prompt before the ablation falls, against the candidates' mean, by {falls} logits."
+    )
+    return out

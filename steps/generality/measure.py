@@ -1,29 +1,37 @@
-"""What generality is tested on: the dense grid of pairs, and circuits grown class by class.
+"""Step 07, measured: is the slice general? The dense grid, circuits picked class by class, controls, the rule.
 
-1. `build` lines up the pairs of the grid: those of confirmation quads, in the profile's template and in others.
-2. `swept` replaces sites in every pair of it, both ways. A pair's mirror has the same two prompts the other way round,
-   so its noise run *is* the pair's denoise run: where both are in the grid, one run says what is necessary and what is
-   sufficient.
-3. `grown` replaces the growing sets of circuits that are picked on part of the discovery pairs.
+1. `GRID`: pairs of confirmation quads, in the profile's template and in others (`grid`).
+2. `CIRCUITS`: growing sets of circuits that are picked on part of the discovery pairs (`class_circuits`).
+3. `JOINT`: the slice, those circuits and each site of the slice replaced in every pair of the grid, both ways.
+4. `SITES`: every head and MLP alone, in the pairs of the profile's template.
+5. `CONTROLS`: the slice ablated in prompts in which it should find nothing (`controls`).
+6. `RULE`: prompts of two known people (`name_rule_prompts`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 from pydantic import Field
 
-from lib import batches, data, models, records, sweep, tasks
-from lib.data import HALVES, pairs_of
+from lib import batches, records, tasks
+from lib.data import HALVES
 from lib.hooks import Site
-from lib.tasks import Pair
+from lib.tasks import SUPERSETS, Pair
+from pipeline.assumed import MOVED, Case, of_sweep, order_of, pair_of
+from pipeline.costs import Work
+from pipeline.declaration import SUPERSET_TASKS, Declaration, Table
 from pipeline.params import OfSlice, Share, Words
-from pipeline.step import Ability, Step, StepError
-from pipeline.units import Unit, sweep_units
+from pipeline.step import Step, single_sites
+from pipeline.units import Unit
+from steps.generality import class_circuits, controls, grid, name_rule_prompts
+from steps.generality.class_circuits import Circuit
+
+SHARED = 0.25  # of a circuit's sites are those of every other, in the same order: in the default book, nearly
 
 
 class Generality(OfSlice):
@@ -44,199 +52,204 @@ class Generality(OfSlice):
     general_floor: Share = Field(0.5, description="what joint recovery and damage must exceed in every class")
 
 
-SITE = ["layer", "component", "head"]
-LOGIT_DIFFS = ["logit_diff_before", "logit_diff_after", "logit_diff_clean", "logit_diff_corrupt"]
-WORDS = ["profile", "task", "template", "pair_id", "quad_id", "half", "direction", "ablation", "position"]
-COLUMNS = [*SITE, *WORDS, *LOGIT_DIFFS]  # what is read of a sweep; the rows of mirrored pairs have no others
-WITH_MARGINS = [*COLUMNS, "metric_before", "metric_after"]
-# The pairs of a quad, each followed by its mirror; every second quad begins with the other order of its names.
-TURNS = ((0, 2, 1, 3), (1, 3, 0, 2))
+# --- what is measured ---
 
 
-def able(step: Step) -> Ability:
-    """Whether there is something to generalise over: answers that are supersets, which the model can give."""
-    if step.params.task not in ("superset", "bi_association"):
-        return Ability(False, f"this step asks about supersets, and the answers of `{step.params.task}` are none")
-    return step.able()
+def joint_units(step: Step | Case, pairs: Sequence[Pair], sets: Sequence[Sequence[Site]]) -> list[Unit]:
+    """Sets of sites in every pair of the grid."""
+    return grid.mirrored_units(pairs, site_sets=sets)
 
 
-def prompt_options(params: Generality) -> dict[str, Any]:
-    """How prompts are made: the arguments that `lib.data` and `lib.tasks` share."""
-    return {"chat_template": params.chat_template, "attributes": params.attributes}
+def site_units(step: Step | Case, pairs: Sequence[Pair]) -> list[Unit]:
+    """Every head and MLP alone."""
+    return grid.mirrored_units(pairs, components=["head", "mlp"], layers=step.layers)
 
 
-# --- the grid -----------------------------------------------------------------------------------------------------
+def circuit_units(step: Step | Case, pairs: Sequence[Pair], circuits: Sequence[Circuit]) -> list[Unit]:
+    """The growing sets of circuits."""
+    return class_circuits.growing_units(circuits, pairs)
 
 
-def build(step: Step, quads: pd.DataFrame | None) -> tuple[pd.DataFrame, list[dict[str, Any]]]:
-    """The pairs of the grid, and for each template how many could be made, line up, were asked and are left.
-
-    `quads` are those of step 01, None where there are none: then the step's pairs are taken.
-    """
-    table = step.table("grid", [Unit("grid")], lambda _: solved_pairs(step, candidates(step, quads)), schema=None)
-    return table, records.read_metadata(step.path("grid"))["templates"]
+def of_pairs(step: Step, pairs: Sequence[Pair], *chosen: Any) -> Callable[[Unit], pd.DataFrame]:
+    """A sweep of pairs that are no pairs of step 01, or are without their labels."""
+    return step.sweeper(tasks.without_labels(pairs))
 
 
-def candidates(step: Step, quads: pd.DataFrame | None) -> pd.DataFrame:
-    """Every pair that could be in the grid: four of each confirmation quad; without quads, the pairs there are.
-
-    `order` is "better known first" or "better known second", by the mean fame of the two names in each slot; "" where
-    fame is not known. Professions that are not in the pairs come from the table of people, "" if it has none.
-    """
-    if quads is None:
-        pairs, people = last_half(step.pairs()), data.load_people(step.people_file).set_index("name")["profession"]
-        own = {f"clean_profession_{slot}": pairs[f"clean_{slot}"].map(people).fillna("") for slot in "ab"}
-        return pairs.assign(**{name: pairs.get(name, column) for name, column in own.items()}, order="")
-    quads = last_half(quads)
-    fame = {quad[slot]: quad[f"fame_{slot}"] for quad in quads.to_dict("records") for slot in "abcd"}
-    pairs = pairs_of(quads, 4)
-    first, second = (pairs[f"clean_{slot}"].map(fame) + pairs[f"corrupt_{slot}"].map(fame) for slot in "ab")
-    pairs["order"] = np.where(first > second, "better known first", "better known second")
-    number = pairs.groupby("quad_id").cumcount()
-    quad = pd.factorize(pairs["quad_id"])[0]
-    turn = [TURNS[q % 2].index(n) for q, n in zip(quad, number, strict=True)]
-    return pairs.iloc[np.lexsort((turn, quad))].reset_index(drop=True)
+def of_circuits(step: Step, pairs: Sequence[Pair], *chosen: Any) -> Callable[[Unit], pd.DataFrame]:
+    """The same for units whose sets have numbers of their own."""
+    return class_circuits.numbered(of_pairs(step, pairs))
 
 
-def last_half(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows of the confirmation half; all of them if they form one half."""
-    own = table[table["half"] == HALVES[1]]
-    return (own if len(own) else table).reset_index(drop=True)
-
-
-def solved_pairs(step: Step, source: pd.DataFrame) -> pd.DataFrame:
-    """The pairs of `source` that line up and that the model solves, template by template, with the counts in `attrs`.
-
-    Pairs of a `pairs_file` are taken as they are in their own template. StepError when nothing is left anywhere.
-    """
-    p, words = step.params, step.model.tokenizer
-    kept, counts = [], []
-    for name in dict.fromkeys([p.template, *p.templates]):
-        template, own = tasks.find_template(name, p.task), name == p.template
-        rows = source if own else source.assign(pair_id=source["pair_id"] + f"@{name}", template=name)
-        rows, why = data.aligned(rows.assign(task=template.task), words, **prompt_options(p))
-        each = 4 if p.pairs_file else p.pairs_per_quad if own else p.template_pairs
-        asked = rows.groupby("quad_id").head(each)
-        left = asked
-        if len(asked) and not (own and p.pairs_file):
-            score = lambda prompts: models.next_logits(step.model, prompts)  # noqa: E731
-            scored = data.add_margins(asked, words, score, **prompt_options(p))
-            left = scored[(scored["metric_clean"] > 0) & (scored["metric_corrupt"] < 0)]
-        left = pd.DataFrame(batches.subsample(list(left.itertuples(index=False)), p.pairs), columns=left.columns)
-        kept.append(left)
-        counts.append(
-            {"template": name, "possible": len(source), "aligned": len(rows), "asked": len(asked), "left": len(left)}
-            | {"quads": left["quad_id"].nunique(), "why": why[0] if why else ""}
-        )
-    grid = pd.concat(kept, ignore_index=True)
-    if grid.empty:
-        raise StepError(f"no pairs are left for the grid: {counts}")
-    grid.attrs["facts"] = {"templates": counts}
-    return grid
-
-
-def mirrors(pairs: Iterable[Pair]) -> dict[str, str]:
-    """For each pair that has one, its mirror: the same two prompts, clean and corrupt exchanged."""
-    pairs = list(pairs)
-    own = {(pair.template, pair.clean.ids, pair.corrupt.ids, pair.answer, pair.corrupt_answer): pair for pair in pairs}
-    out = {}
-    for pair in pairs:
-        key = (pair.template, pair.corrupt.ids, pair.clean.ids, pair.corrupt_answer, pair.answer)
-        if key in own:
-            out[pair.pair_id] = own[key].pair_id
+def grid_cost(case: Case, units: Sequence[Unit]) -> Work:
+    """Every prompt of the pairs that could be in the grid is asked once."""
+    out = Work()
+    for name, pairs in possible_grid(case).items():
+        prompts = {side.ids for pair in pairs for side in (pair.clean, pair.corrupt)}
+        out += case.asked(len(prompts), tasks.find_template(name, case.params.task))
+        out += Work(other={"tokenised": 3 * len(pairs)})
     return out
 
 
-def with_mirrors(frame: pd.DataFrame, mirror: Mapping[str, str]) -> pd.DataFrame:
-    """`frame` and the denoise rows that its counterfactual noise rows are, read as their mirror's.
-
-    Noise in a pair puts its corrupt activation into its clean prompt: its mirror's clean activation into its mirror's
-    corrupt prompt. The logit difference changes sign, and clean and corrupt change places.
-    """
-    noise = frame[(frame["direction"] == "noise") & frame["pair_id"].isin(mirror)]
-    turned = {
-        name: -noise[name.replace("clean", "x").replace("corrupt", "clean").replace("x", "corrupt")]
-        for name in LOGIT_DIFFS
-    }
-    same = noise.assign(pair_id=noise["pair_id"].map(mirror), direction="denoise", ablation="clean", **turned)
-    return pd.concat([frame, same], ignore_index=True)
+def control_cost(case: Case, units: Sequence[Unit], sets: Any, ordinary: Sequence[Pair], others: Any) -> Work:
+    """A sweep with means over ordinary prompts; names are drawn from lists of two thousand."""
+    return case.swept(units, ordinary) + Work(other={"tokenised": 2000})
 
 
-def swept(step: Step, name: str, pairs: Sequence[Pair], **options: Any) -> pd.DataFrame:
-    """A sweep at `last` in both directions; the denoise runs of pairs whose mirror is there are not run again."""
-    pairs = [replace(pair, labels=(), label_tokens=()) for pair in pairs]  # other words' logits are not read here
-    mirror = mirrors(pairs)
-    alone = [pair for pair in pairs if pair.pair_id not in mirror]
-    plan = sweep_units("noise", pairs, direction="noise", role="last", **options)
-    plan += sweep_units("denoise", alone, direction="denoise", role="last", **options)
-    sets = "site_sets" in options
-    schema, columns = (records.SET_SCHEMA, [*COLUMNS, "site_set"]) if sets else (records.SCHEMA, COLUMNS)
-    frame = step.table(name, plan, step.sweeper(pairs), schema=schema, columns=columns)
-    return with_mirrors(frame, mirror)
+def rule_cost(case: Case, units: Sequence[Unit]) -> Work:
+    """Everyone is asked about alone, twice as many as are needed; then two by two."""
+    p = case.params
+    alone = case.asked(4 * p.rule_prompts, tasks.TEMPLATES["profession_is"])
+    return alone + case.asked(p.rule_prompts, tasks.find_template(p.template, p.task))
 
 
-# --- circuits, class by class -------------------------------------------------------------------------------------
+OF_SETS = {"schema": records.SET_SCHEMA, "columns": (*records.EFFECTS, "site_set")}
+GRID = Table.whole("grid", grid.solved_pairs, grid_cost)
+CIRCUITS = Table("circuits", circuit_units, of_circuits, of_sweep, **OF_SETS)
+JOINT = Table("joint", joint_units, of_pairs, of_sweep, **OF_SETS)
+SITES = Table("generality", site_units, of_pairs, of_sweep, columns=records.EFFECTS)
+CONTROLS = Table("controls", controls.units, controls.compute, control_cost, schema=None)
+RULE = Table.whole("rule", name_rule_prompts.two_known_people, rule_cost)
 
 
-@dataclass(frozen=True)
-class Circuit:
-    """Heads and MLPs in order of recovery on some of the discovery pairs, and how many of them make the circuit."""
-
-    kind: str  # "without" a superset: no pair has it; "only": it is the answer of every pair
-    superset: str
-    pairs: tuple[str, ...]
-    order: tuple[Site, ...]
-    size: int = 0  # 0: no sites, or too little to choose by
-    reached: bool = False  # whether joint recovery and damage reach the critical slice's share
-
-    @property
-    def sites(self) -> tuple[Site, ...]:
-        return self.order[: self.size]
-
-    @property
-    def growing(self) -> list[frozenset[Site]]:
-        """Its first site, its first two, ..."""
-        return [frozenset(self.order[: size + 1]) for size in range(len(self.order))]
+# --- what the planner assumes ---
 
 
-def numbered_sets(circuits: Sequence[Circuit]) -> dict[frozenset[Site], int]:
-    """Every growing set of the circuits, with its place in the list of all."""
-    return {sites: number for number, sites in enumerate(dict.fromkeys(s for c in circuits for s in c.growing))}
+def possible_grid(case: Case) -> dict[str, list[Pair]]:
+    """By template, the pairs that can be asked there."""
+    p, out = case.params, {}
+    quads = {pair.quad_id: [len(pair.clean.roles[f"name_{slot}"]) for slot in "ab"] for pair in case.half(1)}
+    for name in dict.fromkeys([p.template, *p.templates]):
+        template, each = tasks.find_template(name, p.task), p.pairs_per_quad if name == p.template else p.template_pairs
+        numbered = [(int(quad[1:]), turn, names) for quad, names in quads.items() for turn in grid.TURNS[0][:each]]
+        out[name] = [pair_of(template, quad, turn, HALVES[1], names, 0) for quad, turn, names in numbered]
+    return {name: [replace(pair, pair_id=f"{pair.pair_id}@{name}") for pair in own] for name, own in out.items()}
 
 
-def grown(step: Step, circuits: Sequence[Circuit]) -> pd.DataFrame:
-    """The circuits' growing sets replaced in the pairs they were ordered by; `site_set` as in `numbered_sets`.
-
-    A set that several circuits share is run once on a pair. No rows where there are no sets.
-    """
-    number, table = numbered_sets(circuits), step.pairs()
-    wanted: dict[str, set[int]] = {}
-    for circuit in circuits:
-        for pair_id in circuit.pairs:
-            wanted.setdefault(pair_id, set()).update(number[sites] for sites in circuit.growing)
-    used = table[table["pair_id"].isin([pair_id for pair_id, sets in wanted.items() if sets])]
-    if used.empty:
-        return pd.DataFrame(columns=[*WITH_MARGINS, "site_set"])
-    prompts = [replace(pair, labels=(), label_tokens=()) for pair in step.prompts(used)]
-    groups: dict[tuple[int, ...], list[Pair]] = {}
-    for pair in prompts:
-        groups.setdefault(tuple(sorted(wanted[pair.pair_id])), []).append(pair)
-    listed, plan = [sorted(sites) for sites in number], []
-    for index, (own, pairs) in enumerate(groups.items()):
-        for direction in sweep.DIRECTIONS:
-            options = {"direction": direction, "role": "last", "site_sets": [listed[i] for i in own], "numbers": own}
-            plan += sweep_units(f"{direction}-{index:02d}", pairs, **options)
-    compute, columns = numbered(step.sweeper(prompts)), [*WITH_MARGINS, "site_set"]
-    return step.table("circuits", plan, compute, schema=records.SET_SCHEMA, columns=columns)
+def assumed_grid(case: Case) -> list[Pair]:
+    """The pairs of the grid: those of a run, else a share of those that can be asked."""
+    p, stored, pairs = case.params, case.stored(GRID), []
+    if stored is None:
+        for name, own in possible_grid(case).items():
+            left = own if name == p.template else own[: round(MOVED * len(own))]
+            pairs += batches.subsample(left, p.pairs)
+        return pairs
+    for row in stored.to_dict("records"):
+        names, turn = [row.get(f"n_tokens_{slot}", 3) for slot in "ab"], int(row["pair_id"].split("@")[0][-1])
+        template, quad = tasks.find_template(row["template"], p.task), int(row["quad_id"][1:])
+        pairs.append(replace(pair_of(template, quad, turn, row["half"], names, 0), pair_id=row["pair_id"]))
+    return pairs
 
 
-def numbered(compute: Callable[[Unit], pd.DataFrame]) -> Callable[[Unit], pd.DataFrame]:
-    """`compute` for units that sweep some of the sets of a longer list: `site_set` becomes the number in that list."""
+def assumed_circuits(case: Case, pairs: Sequence[Pair]) -> list[Circuit]:
+    """Circuits as `class_circuits.orders` makes them of these pairs: the same beginning, then a site of their own."""
+    limit = case.params.slice_limit
+    first, sites, out = round(SHARED * limit), order_of(case, limit + 2 * len(SUPERSETS)), []
+    for superset in range(len(SUPERSETS)):
+        without = [pair.pair_id for pair in pairs if superset not in (pair.answer, pair.corrupt_answer)]
+        for kind, own in (("without", without), ("only", [pair.pair_id for pair in pairs if pair.answer == superset])):
+            order = [*sites[:first], sites[limit + len(out)], *sites[first : limit - 1]]
+            out.append(Circuit(kind, SUPERSETS[superset], tuple(own), tuple(order), 4 + len(out)))
+    return out
 
-    def run(unit: Unit) -> pd.DataFrame:
-        options = {key: value for key, value in unit.options.items() if key != "numbers"}
-        frame = compute(replace(unit, options=options))
-        frame["site_set"] = np.asarray(unit.options["numbers"])[frame["site_set"]]
-        return frame
 
-    return run
+def assumed_controls(case: Case, ordinary: Sequence[Pair]) -> list[Pair]:
+    """Prompts of controls: of the token counts of ordinary prompts, in a run's table after one of those."""
+    stored, like, out = case.stored(CONTROLS), ordinary[0], []
+    if stored is None:
+        some = batches.subsample(ordinary, case.params.control_prompts)
+        return [replace(pair, pair_id=f"{pair.pair_id}c{number}") for number in range(4) for pair in some]
+    known = {pair.pair_id: pair for pair in ordinary}
+    for pair_id in dict.fromkeys(stored["pair_id"]):
+        like = known.get(pair_id, like)
+        out += [replace(like, pair_id=pair_id)] * (pair_id not in known)
+    return out
+
+
+def assumed(case: Case) -> Iterator[tuple[Any, ...]]:
+    """The tables in order."""
+    pairs, searched = assumed_grid(case), batches.subsample(case.pairs, case.other("sufficiency").pairs)
+    searched, own = case.half(0, searched), [pair for pair in pairs if pair.template == pairs[0].template]
+    circuits = assumed_circuits(case, searched)
+    yield (GRID,)
+    yield CIRCUITS, tasks.without_labels(searched), circuits
+    yield JOINT, pairs, joint_sets(case.sites, circuits)
+    yield SITES, own
+    sets = controls.named_sets(case.sites, controls.random_heads(case, case.sites))
+    ordinary = controls.poolable(own)
+    if ordinary:
+        yield CONTROLS, sets, ordinary, assumed_controls(case, ordinary)
+    yield (RULE,)
+
+
+STEP = Declaration(
+    "generality",
+    Generality,
+    assumed,
+    layered=True,
+    tasks=SUPERSET_TASKS,
+    reads={"sufficiency": ("critical_slice",)},
+    reads_tables=("sufficiency",),
+    files=("people_file", "data/controls.csv"),
+)
+
+
+# --- what is chosen ---
+
+
+def joint_sets(sites: Sequence[Site], circuits: Sequence[Circuit]) -> list[tuple[Site, ...]]:
+    """The slice; the circuits that could be picked; each site of the slice. `site_set` counts them from 0."""
+    return [tuple(sites), *(circuit.sites for circuit in circuits if circuit.sites), *((site,) for site in sites)]
+
+
+def picked_circuits(step: Step) -> list[Circuit]:
+    """Circuits without each superset, and on it alone, by step 04's single sites; none where there are no such."""
+    limit, share, table = step.params.slice_limit, step.params.slice_share, step.pairs()
+    circuits = class_circuits.orders(single_sites(step), limit)
+    used = table[table["pair_id"].isin(class_circuits.sets_by_pair(circuits))]
+    grown = step.table(CIRCUITS, step.prompts(used), circuits) if len(used) else pd.DataFrame(columns=CIRCUITS.columns)
+    return class_circuits.cut(circuits, grown, share)
+
+
+class Measured(NamedTuple):
+    """What step 07 has measured, and what was chosen from it."""
+
+    grid: pd.DataFrame  # the pairs of the grid
+    counts: list[dict[str, Any]]  # for each template, how many could be made, line up, were asked and are left
+    mirrored: int  # pairs of the profile's template whose mirror is in the grid
+    slice: list[Site]
+    circuits: list[Circuit]
+    joint: pd.DataFrame  # records of `joint_sets`
+    sites: pd.DataFrame  # records of single sites
+    candidates: tuple[str, ...]
+    controls: pd.DataFrame  # the prompts of the controls
+    changes: pd.DataFrame | None  # the candidates' logits under ablation; None where no mean can be taken
+    people: pd.DataFrame  # prompts of two known people
+
+
+def run(step: Step) -> Measured:
+    """Measure, or read what is there."""
+    table = step.table(GRID)
+    pairs, slice_sites, circuits = step.prompts(table), step.slice(), picked_circuits(step)
+    joint = grid.with_mirrors(step.table(JOINT, pairs, joint_sets(slice_sites, circuits)), grid.mirrors(pairs))
+    own = [pair for pair in pairs if pair.template == pairs[0].template]
+    mirror = grid.mirrors(own)
+    sites = grid.with_mirrors(step.table(SITES, own), mirror)
+    ordinary, changes = controls.poolable(own), None
+    prompts, others = controls.control_prompts(step, ordinary, table)
+    if ordinary:
+        sets = controls.named_sets(slice_sites, controls.random_heads(step, slice_sites))
+        changes = step.table(CONTROLS, sets, ordinary, others)
+        changes = changes.assign(set=np.array([name for name, _ in sets])[changes["number"]])
+    return Measured(
+        grid=table,
+        counts=step.metadata(GRID)["templates"],
+        mirrored=len(mirror),
+        slice=slice_sites,
+        circuits=circuits,
+        joint=joint,
+        sites=sites,
+        candidates=pairs[0].candidates,
+        controls=prompts,
+        changes=changes,
+        people=step.table(RULE),
+    )

@@ -1,161 +1,179 @@
-"""What step 07 found: effects class by class, circuits tested on classes they were not picked on, controls, the rule.
+"""Step 07 on its page: effects class by class, circuits tested on classes they were not picked on, and the verdict.
 
 1. `groups` puts damage and recovery of the slice side by side for every superset, profession, template and order.
 2. `ranks` and `interaction` ask whether the same sites carry every class, and equally.
 3. `circuit_table` and `transfer` test circuits picked without a superset, or on it alone.
-4. `rule_lines` draws the rules of `steps.generality.rule`. Controls: `control_report`; sentences: `generality_statements`.
+4. `decide` gives the verdict; every sentence is built from the numbers in it. Controls: `controls_page`; the rule:
+   `name_rule`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+from IPython.display import Markdown
+from matplotlib.figure import Figure
 
-from lib import effects, records
+from lib import effects
 from lib.effects import SITE, jaccard, quad_matrix, site_name
-from lib.hooks import Site
 from lib.tasks import SUPERSETS
-from pipeline import keys
-from pipeline.step import Step, single_sites  # noqa: F401
-from steps.generality import class_tests
+from pipeline.params import Shared
+from pipeline.step import Step
+from report import circuit_plots, plots
+from report.words import about_model, finished, interval, listed, of_row, of_rows, shown
+from steps.generality import class_tests, controls_page, name_rule
+from steps.generality.class_circuits import Circuit
 from steps.generality.class_tests import Interaction
-from steps.generality.measure import Circuit, Generality, numbered_sets
-from steps.generality.rule import RuleResult
+from steps.generality.measure import Measured
+from steps.generality.name_rule import RuleResult
 
-QUANTITY = {"noise": "damage", "denoise": "recovery"}
+CAPTIONS = {
+    "forest": "Joint damage and recovery of the critical slice by group of pairs, with 95% studentised bootstrap "
+    "intervals over quads; hollow: fewer than 20 quads. Dashed: the floor of the verdict.",
+    "left-out": "Circuits picked on the discovery pairs without a superset, tested on the confirmation pairs that this "
+    "superset answers, beside the slice; 95% intervals over quads. Dashed: the floor of the verdict.",
+    "controls": "Change of each candidate's logit, less the mean of all candidates, when the slice is ablated by the "
+    "mean over ordinary prompts; intervals hold for a control's candidates together. Shaded: the margin of silence; "
+    "dashed: the fall of the answer in ordinary prompts (random heads: when the slice's heads are ablated).",
+    "rule": "What one name in either slot, and two names, add to the logit of their class, above the classes of "
+    "neither name, with 95% intervals over prompts; lines: what each rule would make of it.",
+}
+SHARE = "joint effect (share of logit_diff)"
 
 
-def quads(step: Step) -> pd.DataFrame | None:
-    """The quads of step 01 that the pairs were made of; None for a user's own pairs."""
-    path = keys.find_pairs(step.name, step.params).with_name("baselines.quads.parquet")
-    return records.read(path) if step.params.pairs_file is None and path.is_file() else None
+class Tables(NamedTuple):
+    """What the page computes from what was measured."""
+
+    groups: pd.DataFrame
+    sites: pd.DataFrame
+    heads: Mapping[str, effects.QuadMatrix]
+    ranks: pd.DataFrame
+    interaction: tuple[Interaction | None, pd.DataFrame, str]
+    circuits: pd.DataFrame
+    transfer: pd.DataFrame
+    candidates: pd.DataFrame
+    controls: pd.DataFrame
+    leaders: pd.DataFrame
+    rule: RuleResult | None
 
 
-# --- effects by group ---------------------------------------------------------------------------------------------
+def tables(step: Step, m: Measured) -> Tables:
+    """Everything that the page's figures and sentences are made of."""
+    p, joint, alone = step.params, with_pairs(m.joint, m.grid), with_pairs(m.sites, m.grid)
+    first = 1 + sum(bool(circuit.sites) for circuit in m.circuits)
+    heads = class_matrices(alone[alone["component"] == "head"])
+    candidates, verdicts, leaders = controls_page.tables(m, p)
+    return Tables(
+        groups=groups(joint, p),
+        sites=site_effects(joint, first, m.slice, p),
+        heads=heads,
+        ranks=ranks(heads, p),
+        interaction=interaction(alone, m.slice, p),
+        circuits=circuit_table(joint, m.circuits, m.slice, p),
+        transfer=transfer(joint, m.circuits, p),
+        candidates=candidates,
+        controls=verdicts,
+        leaders=leaders,
+        rule=name_rule.compare(m.people, p) if m.people["prompt"].nunique() > 1 else None,
+    )
+
+
+# --- effects by group ---
 
 
 def with_pairs(frame: pd.DataFrame, grid: pd.DataFrame) -> pd.DataFrame:
-    """Records of the grid with what its table says of their pairs."""
+    """Records of the grid with what its table says of their pairs; `own`: in the profile's template."""
     known = ["answer", "corrupt_answer", "order", "clean_profession_a", "clean_profession_b"]
-    return frame.join(grid.set_index("pair_id")[known], on="pair_id")
+    own = frame["template"] == grid["template"].iloc[0]
+    return frame.join(grid.set_index("pair_id")[known], on="pair_id").assign(own=own)
 
 
-def joint_effect(rows: pd.DataFrame, params: Generality) -> dict[str, Any]:
-    """Damage or recovery of the rows (one set of sites, one direction): a ratio of sums with an interval over quads.
-
-    NaN where the gaps do not add up to more than 0, or there are no rows.
-    """
-    sizes = {"pairs": rows["pair_id"].nunique(), "quads": rows["quad_id"].nunique()}
-    gap = (rows["logit_diff_clean"] - rows["logit_diff_corrupt"]).sum()
-    if not gap > 0:
-        return {"estimate": np.nan, "low": np.nan, "high": np.nan} | sizes
-    ends = effects.curve(rows, params, by=[]).iloc[0]
-    return {key: float(ends[key]) if ends[key] is not None else np.nan for key in ("estimate", "low", "high")} | sizes
-
-
-def both_ways(rows: pd.DataFrame, params: Generality, **about: Any) -> list[dict[str, Any]]:
-    """`joint_effect` in both directions, as rows of a table."""
-    parts = ((quantity, rows[rows["direction"] == direction]) for direction, quantity in QUANTITY.items())
-    return [about | {"quantity": quantity} | joint_effect(part, params) for quantity, part in parts]
-
-
-def groups(joint: pd.DataFrame, grid: pd.DataFrame, params: Generality) -> pd.DataFrame:
-    """Joint damage and recovery of the slice (`site_set` 0) for every group of pairs: `kind`, `group`, `quantity`.
+def divided(frame: pd.DataFrame) -> dict[str, dict[str, pd.DataFrame]]:
+    """Records in every group of pairs, by kind of group and by group.
 
     Groups are of the profile's own template, except those of `template`. A pair is of the superset that its clean names
     are in, of each of their professions, and of "one profession" or "two professions".
     """
-    slice_rows = with_pairs(joint[joint["site_set"] == 0], grid)
-    own = slice_rows[slice_rows["template"] == grid["template"].iloc[0]]
+    own = frame[frame["own"]]
     a, b = own["clean_profession_a"], own["clean_profession_b"]
+    both = pd.Series(np.where(a == b, "one profession", "two professions"), own.index)
     labels = {
         "superset": own["answer"],
-        "two names": pd.Series(np.where(a == b, "one profession", "two professions"), own.index).where(
-            (a != "") & (b != "")
-        ),
+        "two names": both.where((a != "") & (b != "")),
         "order": own["order"].where(own["order"] != ""),
         "supersets": own["answer"] + " / " + own["corrupt_answer"],
     }
-    out = both_ways(own, params, kind="all", group="all pairs")
-    for template, rows in slice_rows.groupby("template", sort=False):
-        out += both_ways(rows, params, kind="template", group=template)
-    for kind, label in labels.items():
-        order = (
-            [name for name in SUPERSETS if name in set(label)] if kind == "superset" else sorted(set(label.dropna()))
-        )
-        for group in order:
-            out += both_ways(own[label == group], params, kind=kind, group=group)
-    for profession in sorted({*a, *b} - {""}):
-        out += both_ways(own[(a == profession) | (b == profession)], params, kind="profession", group=profession)
+    out = {"all": {"all pairs": own}, "template": dict(list(frame.groupby("template", sort=False)))}
+    out |= {kind: dict(list(own.groupby(label))) for kind, label in labels.items()}
+    out["superset"] = {name: out["superset"][name] for name in SUPERSETS if name in out["superset"]}
+    return out | {"profession": {name: own[(a == name) | (b == name)] for name in sorted({*a, *b} - {""})}}
+
+
+def both_ways(rows: pd.DataFrame, params: Shared, **about: Any) -> list[dict[str, Any]]:
+    """Damage and recovery of one set of sites in some pairs, as rows of a table: ratios of sums, intervals over quads.
+
+    NaN where the gaps do not add up to more than 0, or there are no rows.
+    """
+    out = []
+    for quantity, direction in (("damage", "noise"), ("recovery", "denoise")):
+        own = rows[rows["direction"] == direction]
+        ends = dict.fromkeys(("estimate", "low", "high"), np.nan)
+        if effects.gap(own).sum() > 0:
+            found = effects.curve(own, params, by=[]).iloc[0]
+            ends = {key: np.nan if found[key] is None else float(found[key]) for key in ends}
+        sizes = {"pairs": own["pair_id"].nunique(), "quads": own["quad_id"].nunique()}
+        out.append(about | {"quantity": quantity} | ends | sizes)
+    return out
+
+
+def groups(frame: pd.DataFrame, params: Shared) -> pd.DataFrame:
+    """Joint damage and recovery of the slice (`site_set` 0) for every group of pairs: `kind`, `group`, `quantity`."""
+    out = []
+    for kind, parts in divided(frame[frame["site_set"] == 0]).items():
+        for group, rows in parts.items():
+            out += both_ways(rows, params, kind=kind, group=group)
     return pd.DataFrame(out)
 
 
-def site_effects(
-    joint: pd.DataFrame, grid: pd.DataFrame, first: int, sites: Sequence, params: Generality
-) -> pd.DataFrame:
+def site_effects(frame: pd.DataFrame, first: int, sites: Sequence, params: Shared) -> pd.DataFrame:
     """Damage and recovery of single sites (sets `first`, `first` + 1, ...) by superset and template: one row each."""
-    frame = with_pairs(joint, grid)
-    own, out = frame["template"] == grid["template"].iloc[0], []
-    kinds = [("superset", name, own & (frame["answer"] == name)) for name in SUPERSETS]
-    kinds += [("template", name, frame["template"] == name) for name in frame["template"].unique()]
-    for kind, group, chosen in kinds:
-        rows = frame[chosen]
-        for index, site in enumerate(sites):
-            part = rows[rows["site_set"] == first + index]
-            if len(part):
-                out += both_ways(part, params, kind=kind, group=group, site=site_name(*site))
+    parts, out = divided(frame[frame["site_set"] >= first]), []
+    for kind in ("superset", "template"):
+        for group, rows in parts[kind].items():
+            for number, own in rows.groupby("site_set"):
+                out += both_ways(own, params, kind=kind, group=group, site=site_name(*sites[number - first]))
     return pd.DataFrame(out)
 
 
-# --- do the same sites carry every class? -------------------------------------------------------------------------
+# --- do the same sites carry every class? ---
 
 
-def class_matrices(frame: pd.DataFrame, grid: pd.DataFrame, value: str = "effect", reduce: str = "mean") -> dict:
-    """Each superset's counterfactual effects as quads x sites (`effects.QuadMatrix`), over pairs that it answers."""
-    noise = with_pairs(frame[frame["direction"] == "noise"], grid)
-    return {
-        name: quad_matrix(rows, value, SITE, reduce)
-        for name in SUPERSETS
-        if len(rows := noise[noise["answer"] == name])
-    }
+def class_matrices(frame: pd.DataFrame, value: str = "effect", reduce: str = "mean") -> dict[str, effects.QuadMatrix]:
+    """Each superset's counterfactual effects as quads x sites, over the pairs that it answers."""
+    parts = dict(list(frame[frame["direction"] == "noise"].groupby("answer")))
+    return {name: quad_matrix(parts[name], value, SITE, reduce) for name in SUPERSETS if name in parts}
 
 
-def ranks(frame: pd.DataFrame, grid: pd.DataFrame, params: Generality) -> pd.DataFrame:
+def ranks(heads: Mapping[str, effects.QuadMatrix], params: Shared) -> pd.DataFrame:
     """How alike two supersets rank the heads (`class_tests.between_classes`); no rows with fewer than two of them."""
-    heads = class_matrices(frame[frame["component"] == "head"], grid)
     enough = {name: matrix.values for name, matrix in heads.items() if len(matrix.values) > 1}
-    if len(enough) < 2:
-        return pd.DataFrame()
-    return class_tests.between_classes(enough, params)
-
-
-def square(ranks: pd.DataFrame, value: str) -> pd.DataFrame:
-    """A column of `ranks` as classes x classes."""
-    both = pd.concat([ranks, ranks.rename(columns={"class_a": "class_b", "class_b": "class_a"})])
-    names = list(dict.fromkeys(ranks["class_a"]))
-    return (
-        both.drop_duplicates(["class_a", "class_b"])
-        .pivot(index="class_a", columns="class_b", values=value)
-        .loc[names, names]
-    )
+    return class_tests.between_classes(enough, params) if len(enough) > 1 else pd.DataFrame()
 
 
 def interaction(
-    frame: pd.DataFrame, grid: pd.DataFrame, slice_sites: Sequence, params: Generality
+    frame: pd.DataFrame, slice_sites: Sequence, params: Shared
 ) -> tuple[Interaction | None, pd.DataFrame, str]:
     """The test of class x site interaction over the slice's sites; its sites' `p`; why there is none, else "".
 
     Only these: hundreds of sites whose effects are next to nothing, but for a few quads, break the test's level.
     """
-    own = pd.MultiIndex.from_frame(frame[SITE]).isin([tuple(site) for site in slice_sites])
-    frame = frame[own]
+    frame = frame[pd.MultiIndex.from_frame(frame[SITE]).isin([tuple(site) for site in slice_sites])]
     if len(frame.groupby(SITE)) < 2:
         return None, pd.DataFrame(), "fewer than two sites of the slice were swept one by one"
-    change, gap = (class_matrices(frame, grid, value, "sum") for value in ("effect", "gap"))
+    change, gap = (class_matrices(frame, value, "sum") for value in ("effect", "gap"))
     names = [name for name, matrix in change.items() for _ in matrix.quads]
     values, gaps = (np.vstack([matrix.values for matrix in each.values()]) for each in (change, gap))
     quads = np.concatenate([matrix.quads for matrix in change.values()])
@@ -170,89 +188,337 @@ def interaction(
     return test, table.sort_values(["sure", "spread"], ascending=False), ""
 
 
-# --- circuits picked class by class -------------------------------------------------------------------------------
+# --- circuits picked class by class ---
 
 
-def orders(frame: pd.DataFrame, limit: int) -> list[Circuit]:
-    """For each superset, the order of sites without it and the order by it alone; none where too little is left."""
-    out = []
-    for superset in sorted({*frame["answer"], *frame["corrupt_answer"]}, key=SUPERSETS.index):
-        without = (frame["answer"] != superset) & (frame["corrupt_answer"] != superset)
-        for kind, own in (("without", without), ("only", frame["answer"] == superset)):
-            rows, order = frame[own], pd.DataFrame(columns=SITE)
-            if len(rows):
-                recovery = effects.ratios(rows, SITE)
-                order = recovery[recovery > 0].nlargest(limit).reset_index()
-            sites = tuple(Site(*site) for site in order[SITE].itertuples(index=False))
-            out.append(Circuit(kind, superset, tuple(dict.fromkeys(rows["pair_id"])), sites))
-    return out
-
-
-def cut(circuits: Sequence[Circuit], grown: pd.DataFrame, params: Generality) -> list[Circuit]:
-    """The circuits with as many of their sites as the critical slice's rule takes on their own discovery pairs."""
-    number, out = numbered_sets(circuits), []
+def records_of(frame: pd.DataFrame, circuits: Sequence[Circuit]) -> list[tuple[Circuit, pd.DataFrame]]:
+    """Each circuit with its records in the profile's template: those with sites are sets 1, 2, ..."""
+    own, number, out = frame[frame["own"]], 0, []
     for circuit in circuits:
-        places, joint = [number[sites] for sites in circuit.growing], {}
-        rows = grown[grown["pair_id"].isin(circuit.pairs) & grown["site_set"].isin(places)]
-        for direction, quantity in QUANTITY.items():
-            own = rows[rows["direction"] == direction]
-            ratios = effects.ratios(own, ["site_set"]) if len(own) else pd.Series()
-            joint[quantity] = ratios.reindex(places).tolist()
-        if places and np.isfinite([*joint["recovery"], *joint["damage"]]).all():
-            chosen = effects.critical_slice(joint["recovery"], joint["damage"], params.slice_share)
-            circuit = replace(circuit, size=chosen.size, reached=chosen.reached)
-        out.append(circuit)
+        number += bool(circuit.sites)
+        out.append((circuit, own[own["site_set"] == number] if circuit.sites else own.head(0)))
     return out
 
 
-def circuit_table(
-    joint: pd.DataFrame, grid: pd.DataFrame, circuits: Sequence[Circuit], sites: Sequence, params: Generality
-) -> pd.DataFrame:
-    """Each `grid.Circuit` (those with sites are sets 1, 2, ... of `joint`) on the pairs that its superset answers.
+def circuit_table(frame: pd.DataFrame, circuits: Sequence[Circuit], sites: Sequence, params: Shared) -> pd.DataFrame:
+    """Each circuit on the pairs that its superset answers: without a superset, that is a test on the class held out.
 
-    Two rows each, for damage and recovery: without a superset, that is a test on the class held out. `overlap` is with
-    the critical slice `sites`, as a share of the sites in either. A circuit that could not be picked keeps its rows.
+    Two rows each, for damage and recovery. `overlap` is with the critical slice `sites`, as a share of the sites in
+    either. A circuit that could not be picked keeps its rows.
     """
-    frame, out = with_pairs(joint, grid), []
-    own = frame[frame["template"] == grid["template"].iloc[0]]
-    tested = [circuit for circuit in circuits if circuit.sites]
-    for circuit in circuits:
+    out = []
+    for circuit, rows in records_of(frame, circuits):
         about = {"kind": circuit.kind, "superset": circuit.superset, "picked_on": len(circuit.pairs)}
         about |= {"size": len(circuit.sites), "sites": ", ".join(site_name(*site) for site in circuit.sites)}
         about |= {"overlap": jaccard(circuit.sites, sites), "reached": circuit.reached}
-        number = 1 + tested.index(circuit) if circuit.sites else -1
-        rows = own[(own["site_set"] == number) & (own["answer"] == circuit.superset)]
-        out += both_ways(rows, params, **about)
+        out += both_ways(rows[rows["answer"] == circuit.superset], params, **about)
     return pd.DataFrame(out)
 
 
-def beside_slice(circuits: pd.DataFrame, groups: pd.DataFrame) -> pd.DataFrame:
-    """For each superset, the slice and the circuit picked without it: rows for `circuit_plots.forest`."""
-    slices = groups[groups["kind"] == "superset"].assign(kind=lambda rows: rows["group"], group="the slice")
-    held_out = circuits[circuits["kind"] == "without"]
-    held_out = held_out.assign(kind=held_out["superset"], group="picked without it")
-    both = pd.concat([slices, held_out[held_out["superset"].isin(slices["kind"])]], ignore_index=True)
-    return both.sort_values("kind", key=lambda names: names.map(SUPERSETS.index), kind="stable")
-
-
-def transfer(joint: pd.DataFrame, grid: pd.DataFrame, circuits: Sequence[Circuit], params: Generality) -> pd.DataFrame:
+def transfer(frame: pd.DataFrame, circuits: Sequence[Circuit], params: Shared) -> pd.DataFrame:
     """Every superset's own circuit (and, first, the slice) on every superset's pairs: `picked_on`, `tested_on`, ..."""
-    frame, tested = with_pairs(joint, grid), [circuit for circuit in circuits if circuit.sites]
-    own, out = frame[frame["template"] == grid["template"].iloc[0]], []
-    numbers = {"the slice": 0} | {c.superset: 1 + index for index, c in enumerate(tested) if c.kind == "only"}
-    for picked_on, number in numbers.items():
-        for name in SUPERSETS:
-            rows = own[(own["site_set"] == number) & (own["answer"] == name)]
-            if len(rows):
-                out += both_ways(rows, params, picked_on=picked_on, tested_on=name)
+    sets = {"the slice": frame[frame["own"] & (frame["site_set"] == 0)]}
+    sets |= {own.superset: rows for own, rows in records_of(frame, circuits) if own.kind == "only" and own.sites}
+    out = []
+    for picked_on, rows in sets.items():
+        parts = dict(list(rows.groupby("answer")))
+        for name in (name for name in SUPERSETS if name in parts):
+            out += both_ways(parts[name], params, picked_on=picked_on, tested_on=name)
     return pd.DataFrame(out)
 
 
-def rule_lines(fit: RuleResult, asked: pd.DataFrame) -> dict[str, list[float]]:
-    """What each rule makes of no, one and two names: its least-squares fit to the free fit's two steps."""
-    terms = fit.fitted.set_index("term")["estimate"]
-    one, two = terms["one name"], terms["two names"]
-    first, second = ((asked["n_a"] + asked["n_b"] == count).sum() for count in (1, 2))
-    slope = (first * one + 2 * second * two) / (first + 4 * second)
-    level = (first * one + second * two) / (first + second)
-    return {"additive": [0, slope, 2 * slope], "OR": [0, level, level], "AND": [0, 0, two]}
+# --- figures and tables ---
+
+
+def forest(step: Step, rows: pd.DataFrame) -> Figure:
+    """Joint effects with the floor of the verdict."""
+    return circuit_plots.forest(rows, SHARE, lines=[step.params.general_floor])
+
+
+def counted(m: Measured) -> pd.DataFrame:
+    """How many pairs of each template could be made, line up, were asked and are left."""
+    return pd.DataFrame(m.counts).drop(columns="why")
+
+
+def by_group(step: Step, t: Tables) -> Figure:
+    """The slice by superset, template, order of the names."""
+    return forest(step, t.groups[~t.groups["kind"].isin(["all", "profession", "supersets"])])
+
+
+def by_profession(step: Step, t: Tables) -> Figure | None:
+    """The slice by profession, where it is known."""
+    rows = t.groups[t.groups["kind"] == "profession"]
+    return forest(step, rows) if len(rows) else None
+
+
+def squares(rows: pd.DataFrame, by: str, index: str, columns: str) -> dict[str, pd.DataFrame]:
+    """Estimates as a table for each value of `by`, all in the order of the rows."""
+    return {
+        name: own.pivot(index=index, columns=columns, values="estimate").loc[own[index].unique(), own[columns].unique()]
+        for name, own in rows.groupby(by, sort=False)
+    }
+
+
+def site_figure(t: Tables) -> Figure:
+    """Damage of each site of the slice alone, by superset and by template."""
+    rows = t.sites[t.sites["quantity"] == "damage"]
+    panels = squares(rows, "kind", "site", "group")
+    return circuit_plots.class_matrices(panels, "damage (share of logit_diff)", limit=rows["estimate"].max())
+
+
+def site_table(t: Tables) -> pd.DataFrame:
+    """Damage and recovery of each site of the slice by superset, with intervals."""
+    rows = t.sites[t.sites["kind"] == "superset"]
+    rows = rows.assign(effect=[interval(row.estimate, row.low, row.high) for row in rows.itertuples()])
+    return rows.pivot(index=["quantity", "site"], columns="group", values="effect")
+
+
+def heads(step: Step, t: Tables) -> Figure:
+    """Every head's mean damage, by superset."""
+    means = {name: matrix.sites.assign(estimate=matrix.values.mean(0)) for name, matrix in t.heads.items()}
+    panels = {name: effects.heads_matrix(table) for name, table in means.items()}
+    return plots.heat_map(panels, "fall of logit_diff (logits)", layers=step.layers)
+
+
+def rank_figure(t: Tables) -> Figure | None:
+    """Agreement of halves of two supersets, where there are two."""
+    if t.ranks.empty:
+        return None
+    both = pd.concat([t.ranks, t.ranks.rename(columns={"class_a": "class_b", "class_b": "class_a"})])
+    names = list(dict.fromkeys(t.ranks["class_a"]))
+    square = both.drop_duplicates(["class_a", "class_b"]).pivot(index="class_a", columns="class_b", values="halves")
+    return circuit_plots.class_matrices({"": square.loc[names, names]}, "Spearman correlation")
+
+
+def interaction_table(t: Tables) -> pd.DataFrame | Markdown | None:
+    """The sites whose shares differ most between supersets, or why that was not tested."""
+    _, sites, why = t.interaction
+    return shown(sites.head(10), 4, why)
+
+
+def circuits(t: Tables) -> pd.DataFrame | Markdown | None:
+    """The circuits picked class by class."""
+    return shown(t.circuits, 2, "Step 04's table of single sites is not in the results.")
+
+
+def left_out(step: Step, t: Tables) -> Figure | None:
+    """For each superset, the slice and the circuit picked without it."""
+    if t.circuits.empty:
+        return None
+    slices = t.groups[t.groups["kind"] == "superset"].assign(kind=lambda rows: rows["group"], group="the slice")
+    held_out = t.circuits[(t.circuits["kind"] == "without") & t.circuits["superset"].isin(slices["kind"])]
+    both = pd.concat([slices, held_out.assign(kind=held_out["superset"], group="picked without it")], ignore_index=True)
+    return forest(step, both.sort_values("kind", key=lambda names: names.map(SUPERSETS.index), kind="stable"))
+
+
+def transfer_figure(t: Tables) -> Figure | None:
+    """Every superset's own circuit on every superset's pairs."""
+    if t.circuits.empty:
+        return None
+    panels = squares(t.transfer, "quantity", "picked_on", "tested_on")
+    return circuit_plots.class_matrices(panels, SHARE, "tested on", "picked on")
+
+
+# --- the verdict ---
+
+
+class Verdict(NamedTuple):
+    """Whether the slice and the circuits picked without a class hold in every class."""
+
+    verdict: str  # general, class-specific, not testable here
+    tested: list[str]
+    untested: list[str]  # classes with too few quads
+    failing: pd.DataFrame
+
+
+def decide(groups: pd.DataFrame, circuits: pd.DataFrame, params: Shared) -> Verdict:
+    """General if in every superset with enough quads the lower ends of damage and recovery exceed the floor, for the
+    slice and for the circuit picked without the superset; where there are no such circuits, for the slice alone."""
+    own = groups[groups["kind"] == "superset"]
+    tests = own.assign(superset=own["group"], circuit="the slice")
+    if len(circuits):
+        held_out = circuits[circuits["kind"] == "without"].assign(circuit="the circuit picked without it")
+        tests = pd.concat([tests, held_out], ignore_index=True)
+    enough = own.groupby("group", sort=False)["low"].agg(lambda low: low.notna().all())
+    tested, untested = enough.index[enough].tolist(), enough.index[~enough].tolist()
+    failing = tests[tests["superset"].isin(tested) & ~(tests["low"] > params.general_floor)]
+    verdict = "not testable here" if not tested else "class-specific" if len(failing) else "general"
+    return Verdict(verdict, tested, untested, failing)
+
+
+# --- sentences ---
+
+
+def quantities(rows: pd.DataFrame) -> str:
+    """ "damage is 0.8 [0.7, 0.9] and recovery is ..." of the rows of one group."""
+    return listed(f"{row.quantity} is {of_row(row)}" for row in rows.itertuples())
+
+
+def of_kind(groups: pd.DataFrame, kind: str, quantity: str = "damage") -> pd.DataFrame:
+    """One quantity of the groups of one kind."""
+    return groups[(groups["kind"] == kind) & (groups["quantity"] == quantity)]
+
+
+def grid_sentences(counts: Sequence[Mapping[str, Any]], mirrored: int, groups: pd.DataFrame) -> list[str]:
+    """What is in the grid, and what was left out of it."""
+    first, *others = counts
+    professions, supersets = (of_kind(groups, kind) for kind in ("profession", "supersets"))
+    same = ": over all pairs damage and recovery are read from nearly the same runs, by superset they are not"
+    out = [
+        f"The grid has {first['left']} pairs of {first['quads']} quads in `{first['template']}`, with "
+        f"{len(professions)} professions and {len(supersets)} ordered pairs of supersets. {mirrored} of these "
+        f"pairs have their mirror in the grid{same if mirrored > first['left'] / 2 else ''}."
+    ]
+    for count in others:
+        why = f" (the first that does not: {count['why']})" if count["why"] else ""
+        out.append(
+            f"In `{count['template']}`, never used for picking, {count['aligned']} of {count['possible']} pairs line "
+            f"up token by token{why}; of {count['asked']} asked, {count['left']} in {count['quads']} quads are solved "
+            "and used."
+        )
+    return out
+
+
+def group_sentences(groups: pd.DataFrame, template: str) -> list[str]:
+    """The slice by superset, profession, template, order of the names."""
+    out = [f"Over all pairs, jointly, the slice's {quantities(groups[groups['kind'] == 'all'])}."]
+    for quantity in ("damage", "recovery"):
+        rows = of_kind(groups, "superset", quantity).sort_values("estimate")
+        out.append(f"By superset, joint {quantity} is {of_rows(rows, 'group')}.")
+    others = groups[(groups["kind"] == "template") & (groups["group"] != template)]
+    for name, rows in others.groupby("group", sort=False):
+        out.append(f"In `{name}`, jointly, its {quantities(rows)} ({rows['quads'].max()} quads).")
+    for kind in ("two names", "order"):
+        rows = of_kind(groups, kind)
+        if len(rows) > 1:
+            out.append(f"Joint damage by {kind}: {of_rows(rows, 'group')}.")
+    rows = of_kind(groups, "profession")
+    sure = rows[rows["low"].notna()].sort_values("estimate")
+    ends = " to ".join(f"{row.group} {of_row(row)}" for row in sure.iloc[[0, -1][: len(sure)]].itertuples())
+    if len(rows):
+        out.append(
+            f"{len(rows) - len(sure)} of {len(rows)} professions are in fewer than 20 quads: estimates without interval"
+            + (f"; among the others joint damage runs from {ends}." if ends else ".")
+        )
+    return out
+
+
+def same_sites_sentences(t: Tables) -> list[str]:
+    """Ranks between classes, and class x site interaction."""
+    out = []
+    if len(t.ranks):
+        within = t.ranks[t.ranks["class_a"] == t.ranks["class_b"]]
+        between = t.ranks[t.ranks["class_a"] != t.ranks["class_b"]].sort_values("estimate")
+        ends = [f"{row.class_a} and {row.class_b} {of_row(row)}" for row in between.iloc[[0, -1]].itertuples()]
+        out.append(
+            f"Ranked by their damage, the heads of two supersets correlate (Spearman) between {' and '.join(ends)}. "
+            f"Between halves of two supersets the mean correlation is {between['halves'].mean():.2f}, between halves "
+            f"of one superset {within['halves'].mean():.2f}: the most that noise leaves."
+        )
+    test, sites, why = t.interaction
+    if test is None:
+        return [*out, f"Class x site interaction was not tested: {why}."]
+    sure = sites[sites["sure"]]
+    some = (f"{row.site} (most in {row.most}, by {row.spread:.2f} of the gap)" for row in sure.head(6).itertuples())
+    lead = "" if sure.empty else f", led by {listed(some)}"
+    out.append(
+        f"Class x site interaction (labels of whole quads permuted): p = {test.p_overall:.4f} over the "
+        f"{len(sites)} sites of the slice; {len(sure)} of them differ between supersets familywise{lead}."
+    )
+    return out
+
+
+def circuit_sentences(circuits: pd.DataFrame, verdict: str) -> list[str]:
+    """Circuits picked without a class, and on one alone."""
+    if circuits.empty:
+        return ["No circuits were picked class by class: step 04's table of single sites is not in the results."]
+    held_out = [
+        f"{name} {of_row(rows.iloc[0])} and {of_row(rows.iloc[1])}"
+        if rows["size"].iloc[0]
+        else f"{name}: none could be picked"
+        for name, rows in circuits[circuits["kind"] == "without"].groupby("superset", sort=False)
+    ]
+    own = circuits[(circuits["kind"] == "only") & (circuits["quantity"] == "damage") & (circuits["size"] > 0)]
+    shared = listed(f"{row.superset} {row.overlap:.2f} ({row.size} sites)" for row in own.itertuples())
+    named = [f"The circuit of {row.superset}: {row.sites}." for row in own.itertuples()]
+    return [
+        "Picked on the discovery pairs without a superset and tested on the confirmation pairs that it answers, "
+        f"circuits have joint damage and recovery: {'; '.join(held_out)}.",
+        f"Circuits picked on one superset alone share with the slice, of the sites in either: {shared}.",
+        *(named if verdict == "class-specific" else []),
+    ]
+
+
+def verdict_sentence(verdict: Verdict, t: Tables, params: Shared) -> str:
+    """The verdict by the profile's rule, and beside it whether the sites' shares differ between classes."""
+    floor, (test, sites, _) = f"{params.general_floor:g}", t.interaction
+    few = f" Too few quads for an interval: {listed(verdict.untested)}." if verdict.untested else ""
+    alone = " (circuits picked without a class were not there to test)" if t.circuits.empty else ""
+    if verdict.verdict == "not testable here":
+        return f"Whether the circuit is general cannot be tested here: no superset has enough quads.{few}"
+    if verdict.verdict == "class-specific":
+        rows = verdict.failing.itertuples()
+        fails = listed(f"{row.circuit} in {row.superset} ({row.quantity} {of_row(row)})" for row in rows)
+        return f"Verdict: class-specific. The lower end does not exceed {floor} for {fails}{alone}.{few}"
+    shares = ""
+    if test is not None and test.p_overall <= 1 - params.level:
+        shares = f" General does not mean equal: the shares of {sites['sure'].sum()} sites differ between supersets."
+    return (
+        f"Verdict: general. In {listed(verdict.tested)} the lower ends of joint damage and recovery exceed {floor}, "
+        f"for the slice and for the circuit picked without the superset{alone}.{shares}{few}"
+    )
+
+
+# --- findings ---
+
+
+def numbers(step: Step, m: Measured, t: Tables) -> dict[str, Any]:
+    """The findings of step 07, without their figures."""
+    verdict = decide(t.groups, t.circuits, step.params)
+    spoken, rule = verdict_sentence(verdict, t, step.params), name_rule.sentences(t.rule)
+    test, sites, why = t.interaction
+    of_circuits = {
+        name: t.circuits[t.circuits["kind"] == kind].to_dict("records") if len(t.circuits) else []
+        for name, kind in (("leave_one_out", "without"), ("circuits", "only"))
+    }
+    sentences = [
+        *grid_sentences(m.counts, m.mirrored, t.groups),
+        *group_sentences(t.groups, m.counts[0]["template"]),
+        *same_sites_sentences(t),
+        *circuit_sentences(t.circuits, verdict.verdict),
+        spoken,
+        *controls_page.sentences(t.controls, t.candidates, t.leaders, step.params.silence_margin),
+        *rule,
+    ]
+    return {
+        "model": about_model(step),
+        "task": step.params.task,
+        "able": True,
+        "verdict": verdict.verdict,
+        "failing": verdict.failing[["superset", "circuit", "quantity", "estimate", "low", "high"]].to_dict("records"),
+        "untested": verdict.untested,
+        "grid": m.counts,
+        "classes": t.groups.to_dict("records"),
+        "sites": t.sites.to_dict("records"),
+        "ranks": t.ranks.to_dict("records"),
+        "interaction": {"p": test.p_overall, "sites": sites.head(20).to_dict("records")} if test else {"why": why},
+        **of_circuits,
+        "transfer": t.transfer.to_dict("records"),
+        "controls": t.controls.to_dict("records"),
+        "leaders": t.leaders.to_dict("records"),
+        "rule": None if t.rule is None else name_rule.numbers(t.rule),
+        "sentences": sentences,
+        "headline": [spoken, *controls_page.headline(t.controls), *rule[:1], *rule[2:3]],
+    }
+
+
+def findings(step: Step, m: Measured, t: Tables) -> dict[str, Any]:
+    """The findings of step 07."""
+    figures = {
+        "forest": by_group(step, t),
+        "left-out": left_out(step, t),
+        "controls": controls_page.figure(t.candidates, step.params.silence_margin),
+        "rule": name_rule.figure(t.rule, m.people),
+    }
+    drawn = {name: figure for name, figure in figures.items() if figure is not None}
+    return finished(step, numbers(step, m, t), drawn, CAPTIONS)

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from lib.stats import Settings
-from steps.generality import rule
+from steps.generality import name_rule
 
 CLASSES = ("artist", "athlete", "politician", "scientist", "writer")
 STEPS = {"additive": (1.0, 2.0), "OR": (1.0, 1.0), "AND": (0.0, 1.0), "none": (0.0, 0.0), "neither": (1.0, 4.0)}
@@ -34,36 +34,36 @@ def prompts(
         y = logits - logits[n.sum(0) == 0].mean()
         for index, name in enumerate(CLASSES):
             rows.append((number, f"p{who[number, 0]}", f"p{who[number, 1]}", name, y[index], n[0, index], n[1, index]))
-    return pd.DataFrame(rows, columns=list(rule.COLUMNS))
+    return pd.DataFrame(rows, columns=list(name_rule.COLUMNS))
 
 
 @pytest.mark.parametrize("truth", STEPS)
 def test_the_rule_that_made_the_data_is_picked(truth):
     for seed in range(3):
-        result = rule.compare(prompts(*STEPS[truth], seed=seed), Settings(resamples=500))
+        result = name_rule.compare(prompts(*STEPS[truth], seed=seed), Settings(resamples=500))
         assert result.verdict == {"number": truth}
         errors = result.errors.set_index("rule")
-        if truth in rule.RULES:
+        if truth in name_rule.RULES:
             assert result.fitting["number"] == (truth,)
             assert errors["error"].idxmin() in (truth, "free", f"{truth} by slot", "free by slot")
             assert errors.loc[truth, "worse"] == pytest.approx(0, abs=0.01)
         if truth == "neither":
-            assert (errors.loc[list(rule.RULES), "low"] > 0).all() and result.fitting["number"] == ()
+            assert (errors.loc[list(name_rule.RULES), "low"] > 0).all() and result.fitting["number"] == ()
 
 
 def test_fitted_steps_and_their_ratio():
-    result = rule.compare(prompts(1.0, 4.0, count=400))
+    result = name_rule.compare(prompts(1.0, 4.0, count=400))
     fitted = result.fitted.set_index("term")
     for term, truth in {"one name": 1, "two names": 4, "second step": 3, "first slot": 1, "second slot": 1}.items():
         assert fitted.loc[term, "low"] < truth < fitted.loc[term, "high"]
         assert fitted.loc[term, "high"] - fitted.loc[term, "low"] < 0.5
     assert result.ratio.low < 3 < result.ratio.high and result.ratio.high - result.ratio.low < 1
-    assert rule.compare(prompts(1.0, 1.0)).ratio.estimate == pytest.approx(0, abs=0.3)
-    assert rule.compare(prompts(0.0, 1.0)).ratio is None  # a first step of 0
+    assert name_rule.compare(prompts(1.0, 1.0)).ratio.estimate == pytest.approx(0, abs=0.3)
+    assert name_rule.compare(prompts(0.0, 1.0)).ratio is None  # a first step of 0
 
 
 def test_without_noise_the_steps_are_exact():
-    result = rule.compare(prompts(0.75, 1.25, count=60, noise=0), Settings(resamples=200), folds=3)
+    result = name_rule.compare(prompts(0.75, 1.25, count=60, noise=0), Settings(resamples=200), folds=3)
     fitted = result.fitted.set_index("term")["estimate"]
     assert fitted[["one name", "two names", "second step"]].tolist() == pytest.approx([0.75, 1.25, 0.5])
     errors = result.errors.set_index("rule")["error"]
@@ -72,7 +72,7 @@ def test_without_noise_the_steps_are_exact():
 
 
 def test_slots_are_told_apart():
-    same, other = (rule.compare(prompts(1, 2, slots=slots), Settings(resamples=500)) for slots in (0.0, 0.6))
+    same, other = (name_rule.compare(prompts(1, 2, slots=slots), Settings(resamples=500)) for slots in (0.0, 0.6))
     contrast = [result.fitted.set_index("term").loc["second slot - first"] for result in (same, other)]
     assert contrast[0]["low"] < 0 < contrast[0]["high"]
     assert 0 < contrast[1]["low"] < 0.6 < contrast[1]["high"]
@@ -85,14 +85,14 @@ def test_a_group_is_whoever_is_linked_by_people():
     names = {0: ("x", "y"), 1: ("z", "w"), 2: ("y", "z"), 3: ("q", "r"), 4: ("r", "q")}  # 0 and 1 by way of 2
     for prompt, pair in names.items():
         frame.loc[frame["prompt"] == prompt, ["name_a", "name_b"]] = pair
-    groups = rule._groups(frame, pd.factorize(frame["prompt"])[0])
+    groups = name_rule._groups(frame, pd.factorize(frame["prompt"])[0])
     assert groups.tolist() == [0, 0, 0, 1, 1, 2]
 
 
 def test_folds_share_no_people(monkeypatch):
     frame, seen = prompts(1, 2, count=60, people=200), []
-    monkeypatch.setattr(rule, "_out_of_fold", lambda design, y, fold: seen.append(fold) or np.ones_like(y))
-    result = rule.compare(frame, Settings(resamples=100), folds=5)
+    monkeypatch.setattr(name_rule, "_out_of_fold", lambda design, y, fold: seen.append(fold) or np.ones_like(y))
+    result = name_rule.compare(frame, Settings(resamples=100), folds=5)
     people = frame.assign(fold=seen[0]).melt(id_vars="fold", value_vars=["name_a", "name_b"], value_name="person")
     assert (people.groupby("person")["fold"].nunique() == 1).all()
     assert set(seen[0]) == set(range(5)) and result.folds == 5 and result.groups < result.prompts == 60
@@ -101,7 +101,7 @@ def test_folds_share_no_people(monkeypatch):
 def test_errors_are_those_of_prompts_left_out():
     """By hand, for the additive rule: fit on the other folds, mean squared error over the classes of a prompt."""
     frame = prompts(1, 2, count=30)
-    result = rule.compare(frame, Settings(resamples=100, seed=4), folds=3)
+    result = name_rule.compare(frame, Settings(resamples=100, seed=4), folds=3)
     fold = np.random.default_rng(4).permutation(30) % 3
     errors = []
     for held in range(3):
@@ -125,19 +125,19 @@ def test_rules_of_evidence(truth, combine):
     for slot in ("a", "b"):
         frame[f"evidence_{slot}"] = 2 * frame[f"n_{slot}"] + rng.normal(size=len(frame))
     frame["y"] += 0.8 * combine(frame["evidence_a"], frame["evidence_b"])
-    result = rule.compare(frame, Settings(resamples=500))
+    result = name_rule.compare(frame, Settings(resamples=500))
     assert result.verdict["evidence"] == truth
     by_basis = result.errors.set_index(["basis", "rule"])["error"]
     assert by_basis["evidence", truth] < by_basis["number", truth]
 
 
 def test_few_prompts_give_numbers_without_a_verdict():
-    result = rule.compare(prompts(1, 2, count=12), Settings(resamples=100), folds=20)
+    result = name_rule.compare(prompts(1, 2, count=12), Settings(resamples=100), folds=20)
     assert result.verdict == {"number": None} and "12 groups of prompts, fewer than 20" in result.reason
     assert result.folds == 12 and result.errors["low"].isna().all() and result.fitted["estimate"].notna().all()
     mixed = prompts(1, 2, count=60)
     mixed = mixed[~mixed["prompt"].isin(mixed["prompt"][mixed["n_a"] + mixed["n_b"] == 2])]
-    result = rule.compare(mixed, Settings(resamples=100))
+    result = name_rule.compare(mixed, Settings(resamples=100))
     assert result.verdict == {"number": None} and "classes of both" in result.reason and result.ratio is None
 
 
@@ -154,4 +154,4 @@ def test_few_prompts_give_numbers_without_a_verdict():
 )
 def test_bad_frames_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
-        rule.compare(change(prompts(1, 2, count=30)), Settings(resamples=100))
+        name_rule.compare(change(prompts(1, 2, count=30)), Settings(resamples=100))

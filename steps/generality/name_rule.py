@@ -10,21 +10,27 @@ is a number: 1 if the person is in c, else 0 (`number`), or the name's own logit
    classes of neither name.
 3. Rules are compared by their squared error on prompts of people that the fit has not seen.
 4. The verdict is the rule of smallest error among those not significantly worse than `free`.
+5. `figure`, `sentences` and `numbers` show and say it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
+from matplotlib.figure import Figure
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from lib import stats
+from lib.effects import columns
 from lib.stats import DEFAULTS, Interval, Settings
+from report import circuit_plots
+from report.words import interval, listed, of_row
 
 COLUMNS = ("prompt", "name_a", "name_b", "superset_class", "y", "n_a", "n_b")
 RULES = ("additive", "OR", "AND")
@@ -81,10 +87,10 @@ def compare(frame: pd.DataFrame, settings: Settings = DEFAULTS, folds: int = 10)
     reason = stats.too_few(groups, "groups of prompts")
     if not ((n == 1).any() and (n == 2).any()):
         reason = "no rule: the prompts need classes of one of the names and classes of both"
-    for basis, columns in BASES.items():
-        if not set(columns) <= set(frame.columns):
+    for basis, given in BASES.items():
+        if not set(given) <= set(frame.columns):
             continue
-        designs = _designs(frame, prompt, *(frame[column].to_numpy(float) for column in columns))
+        designs = _designs(frame, prompt, *(frame[column].to_numpy(float) for column in given))
         losses = np.stack([_out_of_fold(design, y, fold) for design in designs.values()], axis=1)
         rows = np.bincount(prompt)
         losses = np.stack([np.bincount(prompt, column) / rows for column in losses.T], axis=1)  # per prompt
@@ -103,6 +109,7 @@ def compare(frame: pd.DataFrame, settings: Settings = DEFAULTS, folds: int = 10)
 
 
 def _validate(frame: pd.DataFrame) -> None:
+    """ValueError where the rows are not what `compare` asks for."""
     missing = [column for column in COLUMNS if column not in frame.columns]
     if missing or frame.empty:
         raise ValueError(f"the rule needs rows with the columns {', '.join(COLUMNS)}; missing: {missing or 'rows'}")
@@ -141,12 +148,15 @@ def _designs(frame: pd.DataFrame, prompt: np.ndarray, a: np.ndarray, b: np.ndarr
     priors = pd.get_dummies(frame["superset_class"]).to_numpy(float)[:, 1:]  # centred, they add up to 0: one is spare
     larger = np.maximum(a, b)
     combinations = {
-        "none": [], "additive": [a + b], "OR": [larger], "AND": [np.minimum(a, b)], "free": [a + b, larger],
-        "additive by slot": [a, b], "free by slot": [a, b, larger],
-    }  # fmt: skip
-    return {
-        rule: _centred(np.column_stack([priors, *columns]), frame, prompt) for rule, columns in combinations.items()
+        "none": [],
+        "additive": [a + b],
+        "OR": [larger],
+        "AND": [np.minimum(a, b)],
+        "free": [a + b, larger],
+        "additive by slot": [a, b],
+        "free by slot": [a, b, larger],
     }
+    return {rule: _centred(np.column_stack([priors, *own]), frame, prompt) for rule, own in combinations.items()}
 
 
 def _out_of_fold(design: np.ndarray, y: np.ndarray, fold: np.ndarray) -> Float[np.ndarray, " rows"]:
@@ -163,16 +173,11 @@ def _errors(
     rules: list[str], losses: Float[np.ndarray, "prompts rules"], group: np.ndarray, settings: Settings
 ) -> pd.DataFrame:
     """Each rule's error, and by how much it is worse than `free`'s, with an interval over groups."""
-    worse = losses - losses[:, [rules.index("free")]]
+    worse, error = losses - losses[:, [rules.index("free")]], losses.mean(0)
     sums = np.stack([np.bincount(group, column) for column in worse.T], axis=1)
-    spans = stats.ratio_intervals(sums, np.bincount(group).astype(float), settings)
-    error = losses.mean(0)
-    columns = {
-        "rule": rules, "error": error, "explained": 1 - error / error[rules.index("none")],
-        "worse": [span.estimate for span in spans],
-    }  # fmt: skip
-    ends = {end: pd.Series([getattr(span, end) for span in spans], dtype=float) for end in ("low", "high")}
-    return pd.DataFrame(columns | ends)
+    spans = columns(stats.ratio_intervals(sums, np.bincount(group).astype(float), settings))
+    table = pd.DataFrame({"rule": rules, "error": error, "explained": 1 - error / error[rules.index("none")]})
+    return table.join(pd.DataFrame(spans, dtype=float).rename(columns={"estimate": "worse"}))
 
 
 def _fitted(
@@ -193,14 +198,77 @@ def _fitted(
     a, b, either = values("free by slot").T[-3:]
     first, second = total + larger, total
     terms = {
-        "one name": first, "first slot": a + either, "second slot": b + either, "second slot - first": b - a,
-        "two names": first + second, "second step": second,
-    }  # fmt: skip
-    spans = stats.mean_intervals(np.column_stack(list(terms.values())), settings)
-    table = pd.DataFrame({"term": list(terms)}).assign(
-        **{key: pd.Series([getattr(span, key) for span in spans], dtype=float) for key in ("estimate", "low", "high")}
-    )
+        "one name": first,
+        "first slot": a + either,
+        "second slot": b + either,
+        "second slot - first": b - a,
+        "two names": first + second,
+        "second step": second,
+    }
+    spans = columns(stats.mean_intervals(np.column_stack(list(terms.values())), settings))
+    table = pd.DataFrame({"term": list(terms)}).join(pd.DataFrame(spans, dtype=float))
     low = table["low"].fillna(table["estimate"])[0]  # of one name
     if np.linalg.matrix_rank(designs["free"]) < designs["free"].shape[1] or not low > 0:
         return table, None
     return table, stats.ratio_interval(second, first, settings)
+
+
+# --- on the page ---
+
+
+def lines(fit: RuleResult, people: pd.DataFrame) -> dict[str, list[float]]:
+    """What each rule makes of no, one and two names: its least-squares fit to the free fit's two steps."""
+    terms = fit.fitted.set_index("term")["estimate"]
+    one, two = terms["one name"], terms["two names"]
+    first, second = ((people["n_a"] + people["n_b"] == count).sum() for count in (1, 2))
+    slope = (first * one + 2 * second * two) / (first + 4 * second)
+    level = (first * one + second * two) / (first + second)
+    return {"additive": [0, slope, 2 * slope], "OR": [0, level, level], "AND": [0, 0, two]}
+
+
+def figure(fit: RuleResult | None, people: pd.DataFrame) -> Figure | None:
+    """What one name in either slot, and two names, add, and what each rule would make of it."""
+    if fit is None:
+        return None
+    return circuit_plots.rule_points(fit.fitted, lines(fit, people), "logit above the classes of neither name")
+
+
+def errors(fit: RuleResult | None) -> pd.DataFrame | None:
+    """Every rule's error."""
+    return None if fit is None else fit.errors
+
+
+def sentences(rule: RuleResult | None) -> list[str]:
+    """Which rule fits."""
+    if rule is None:
+        return ["The rule was not read: too few known people."]
+    shown = {row.term: of_row(row) for row in rule.fitted.itertuples()}
+    out = [
+        f"On {rule.prompts} prompts of two known people, one name in a class raises its logit by {shown['one name']} "
+        f"above the classes of neither name (first slot {shown['first slot']}, second {shown['second slot']}), two "
+        f"names by {shown['two names']}."
+    ]
+    if rule.ratio is not None:
+        ratio = interval(rule.ratio.estimate, rule.ratio.low, rule.ratio.high)
+        out.append(f"The second name's step is {ratio} of the first's (1: additive; 0: OR).")
+    for basis, verdict in rule.verdict.items():
+        what = "the number of names" if basis == "number" else "what each name says alone"
+        if verdict is None:
+            out.append(f"By {what}, no rule is decided: {rule.reason}.")
+            continue
+        own = rule.errors[rule.errors["basis"] == basis].set_index("rule")["explained"]
+        explained = listed(f"{name} {own[name]:.1%}" for name in ("additive", "OR", "AND", "free"))
+        passing = [name for name in rule.fitting[basis] if name != verdict]
+        words = {"neither": "each of the three rules is worse than free", "none": "nothing beats class priors"}
+        out.append(
+            f"By {what}, cross-validated over people, {words.get(verdict, f'{verdict} fits')}; of the error that class "
+            f"priors leave, {explained} are explained"
+            + (f"; not significantly worse than free either: {listed(passing)}." if passing else ".")
+        )
+    return out
+
+
+def numbers(rule: RuleResult) -> dict[str, Any]:
+    """The result as findings take it."""
+    tables = {"errors": rule.errors.to_dict("records"), "fitted": rule.fitted.to_dict("records")}
+    return tables | {key: getattr(rule, key) for key in ("verdict", "fitting", "ratio", "prompts", "reason")}

@@ -1,0 +1,78 @@
+"""What the rule of two names is read from: prompts of two known people, the logit of each class, and who is in it.
+
+Known is who the model gives the own superset when asked alone, as in step 01. Two people of one superset and two of
+different ones take turns, every combination and order alike, each person once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import cycle, islice, permutations
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+
+from lib import data, models, tasks
+from lib.tasks import SUPERSETS
+from pipeline.step import Step
+from steps.generality.grid import prompt_options
+
+
+def two_known_people(step: Step) -> pd.DataFrame:
+    """Logits of every class (`y`, less the mean of the classes of neither name), a row per prompt and class.
+
+    `n_a` and `n_b` are 1 where that name is in the class. `evidence_a` and `evidence_b` are what the name alone says of
+    the class (`evidence`, logits).
+    """
+    p, model, rng = step.params, step.model, step.rng("rule")
+    template = tasks.find_template(p.template, p.task)
+    people = known_people(step, template, rng)
+    free = {name: list(group.itertuples()) for name, group in people.groupby("superset")}
+    turns = zip(cycle([(name, name) for name in free]), cycle(permutations(free, 2)))
+    drawn = []
+    for own in islice((both for turn in turns for both in turn), p.rule_prompts):
+        if all(len(free[name]) >= own.count(name) for name in own):
+            drawn.append([free[name].pop() for name in own])
+    made = [tasks.make_prompt(model.tokenizer, template, [x.name for x in two], **prompt_options(p)) for two in drawn]
+    words, tokens = tasks.candidates(model.tokenizer, template)
+    prompts = [prompt.ids for prompt in made]
+    logits = models.next_readings(model, prompts, lambda read, _: {"logits": read[:, tokens]})["logits"].astype(float)
+    rows = []
+    for number, ((a, b), own) in enumerate(zip(drawn, logits, strict=True)):
+        in_a, in_b = (np.array([word == person.superset for word in words]) for person in (a, b))
+        row = {"prompt": f"rule{number:03d}", "name_a": a.name, "name_b": b.name, "superset_class": words}
+        row |= {"y": own - own[~(in_a | in_b)].mean(), "n_a": in_a.astype(int), "n_b": in_b.astype(int)}
+        rows.append(pd.DataFrame(row | {"evidence_a": a.evidence, "evidence_b": b.evidence}))
+    return pd.concat(rows, ignore_index=True)
+
+
+def known_people(step: Step, template: tasks.Template, rng: np.random.Generator) -> pd.DataFrame:
+    """People of one superset who are known, with the `evidence` of their names; drawn from twice as many as needed."""
+    p, tokenizer, alone = step.params, step.model.tokenizer, []
+    people = data.load_people(step.people_file)
+    people = data.add_tokens(people[~people["two_supersets"]], tokenizer, template, **prompt_options(p))
+    each = -(-4 * p.rule_prompts // people["superset"].nunique())
+    asked = people.sample(frac=1, random_state=rng).groupby("superset").head(each)
+    one_name = tasks.candidates(tokenizer, tasks.TEMPLATES["profession_is"])[1]
+
+    def score(prompts: list[tuple[int, ...]]) -> np.ndarray:
+        logits = models.next_logits(step.model, prompts)
+        alone.append(logits[:, one_name].astype(float))
+        return logits
+
+    asked = data.add_fame(asked, tokenizer, score, chat_template=p.chat_template)
+    asked = asked.assign(evidence=list(evidence(np.concatenate(alone), asked["superset"])))
+    return asked[asked["known"]]
+
+
+def evidence(
+    logits: Float[np.ndarray, "people classes"], supersets: Sequence[str]
+) -> Float[np.ndarray, "people classes"]:
+    """What each name alone says of each class, 0 on average for people outside it.
+
+    Its logit, less its mean over the person's other classes, and less the mean of that over people outside the class.
+    """
+    outside = np.asarray(supersets)[:, None] != np.asarray(SUPERSETS)
+    centred = logits - (logits * outside).sum(1, keepdims=True) / outside.sum(1, keepdims=True)
+    return centred - (centred * outside).sum(0) / np.maximum(outside.sum(0), 1)
