@@ -7,7 +7,7 @@ from matplotlib.collections import LineCollection, PathCollection
 from matplotlib.colors import to_hex
 from matplotlib.patches import PathPatch
 
-from report import circuit_plots, plots
+from report import plots
 
 COLUMNS = [("names", ["names"]), ("at the names", ["mlp 23 at names"]), ("slice", ["21.6", "mlp 23"]), ("", ["answer"])]
 EDGES = pd.DataFrame(
@@ -20,7 +20,7 @@ EDGES = pd.DataFrame(
 
 
 def test_two_hop_draws_effects_as_widths():
-    figure = circuit_plots.two_hop(COLUMNS, EDGES)
+    figure = plots.two_hop(COLUMNS, EDGES)
     axes = figure.axes[0]
     drawn = {
         tuple(np.round(p.get_path().vertices[[0, -1]].ravel(), 2)): p for p in axes.patches if isinstance(p, PathPatch)
@@ -44,9 +44,9 @@ def test_two_hop_draws_effects_as_widths():
 
 def test_two_hop_refuses_what_it_cannot_place():
     with pytest.raises(ValueError, match="edges name '9.9', which is in no column; the nodes are names, mlp 23 at"):
-        circuit_plots.two_hop(COLUMNS, EDGES.replace("21.6", "9.9"))
+        plots.two_hop(COLUMNS, EDGES.replace("21.6", "9.9"))
     with pytest.raises(ValueError, match="the node 'names' is in two columns"):
-        circuit_plots.two_hop([*COLUMNS, ("again", ["names"])], EDGES)
+        plots.two_hop([*COLUMNS, ("again", ["names"])], EDGES)
 
 
 def test_probe_bars():
@@ -60,7 +60,7 @@ def test_probe_bars():
         )
     ]
     frame = pd.DataFrame(rows, columns=["label", "template", "centred", "estimate", "low", "high", "chance"])
-    figure = circuit_plots.probe_bars(frame)
+    figure = plots.probe_bars(frame)
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["superset", "profession"]
     for axes, first in zip(figure.axes, (0, 4), strict=True):
         heights = [bar.get_height() for bars in axes.containers for bar in bars]
@@ -79,7 +79,7 @@ def test_four_tests():
         ],
         columns=["site", "test", "estimate", "low", "high", "passed"],
     )  # fmt: skip
-    figure = circuit_plots.four_tests(frame, {"path": "logits", "attends": "share"})
+    figure = plots.four_tests(frame, {"path": "logits", "attends": "share"})
     path, attends = figure.axes
     assert (path.get_xlabel(), attends.get_xlabel()) == ("logits", "share")
     dots = [c for c in path.collections if isinstance(c, PathCollection) and len(c.get_offsets())]

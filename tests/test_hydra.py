@@ -11,7 +11,7 @@ from test_sweep import PAIRS, pair_of
 from lib import effects, hooks, models, records, single_pass, sweep
 from lib.hooks import Site
 from pipeline import params
-from report import circuit_plots
+from report import plots
 from steps.hydra import measure, page, splits
 from steps.registry import PLAN
 
@@ -350,17 +350,17 @@ def test_few_quads_and_one_half_go_through():
 def test_what_the_figures_show():
     frame = fabricated(rise=0.4)
     split = page.split_table(frame, P)
-    axes = circuit_plots.part_bars(split, "logits").axes[0]
+    axes = plots.part_bars(split, "logits").axes[0]
     bars = [patch.get_height() for patch in axes.patches]
     assert bars == pytest.approx(split["estimate"].tolist()) and len(bars) == 5
     ratios = pd.DataFrame({"ratio": [0.5, 0.52, -9.0, 7.0], "ablation": "zero"})
-    drawn = circuit_plots.pair_histogram(ratios, "ratio", "ratio").axes[0].patches[0].get_data().values
+    drawn = plots.pair_histogram(ratios, "ratio", "ratio").axes[0].patches[0].get_data().values
     assert drawn.sum() == 4 and drawn[0] == 1 and drawn[-1] == 1 and drawn[25] == 2
     table = measure.rises(frame, P)
     once = measure.Round([Site(3, "mlp")], frame, table, table.head(0))
     curve = page.rounds_table([once, once._replace(sites=[Site(3, "mlp"), Site(5, "head", 1)])], P)
     assert curve["n_sites"].unique().tolist() == [1, 2] and len(curve) == 8
-    figure = circuit_plots.widening_curve(curve)
+    figure = plots.widening_curve(curve)
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["joint damage (logits)", "compensation ratio"]
     rise, sure, layers = page.rise_map(table, 3, P)
     assert layers == [5] and rise.shape == (1, 3) and np.isnan(rise[0, 2]) and sure[0, :2].tolist() == [0, 1]

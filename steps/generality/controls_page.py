@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from lib import stats
 from lib.effects import columns
 from pipeline.params import Shared
-from report import circuit_plots
+from report import plots
 from report.words import listed, of_row
 from steps.generality import class_tests
 from steps.generality.controls import ABLATIONS, LISTED
@@ -176,7 +176,7 @@ def figure(candidates: pd.DataFrame, margin: float) -> Figure | None:
     if candidates.empty:
         return None
     first = candidates[(candidates["ablation"] == ABLATIONS[0]) & (candidates["scoring"] == "centred")]
-    return circuit_plots.controls(first, margin, "change of the logit, less the candidates' mean (logits)")
+    return plots.controls(first, margin, "change of the logit, less the candidates' mean (logits)")
 
 
 def met(verdicts: pd.DataFrame) -> dict[str, bool | None]:

@@ -29,7 +29,7 @@ from scipy.sparse.csgraph import connected_components
 from lib import stats
 from lib.effects import columns
 from lib.stats import DEFAULTS, Interval, Settings
-from report import circuit_plots
+from report import plots
 from report.words import interval, listed, of_row
 
 COLUMNS = ("prompt", "name_a", "name_b", "superset_class", "y", "n_a", "n_b")
@@ -230,7 +230,7 @@ def figure(fit: RuleResult | None, people: pd.DataFrame) -> Figure | None:
     """What one name in either slot, and two names, add, and what each rule would make of it."""
     if fit is None:
         return None
-    return circuit_plots.rule_points(fit.fitted, lines(fit, people), "logit above the classes of neither name")
+    return plots.rule_points(fit.fitted, lines(fit, people), "logit above the classes of neither name")
 
 
 def errors(fit: RuleResult | None) -> pd.DataFrame | None:

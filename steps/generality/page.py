@@ -22,7 +22,7 @@ from lib.effects import SITE, jaccard, quad_matrix, site_name
 from lib.tasks import SUPERSETS
 from pipeline.params import Shared
 from pipeline.step import Step
-from report import circuit_plots, plots
+from report import plots
 from report.words import about_model, finished, interval, listed, of_row, of_rows, shown
 from steps.generality import class_tests, controls_page, name_rule
 from steps.generality.class_circuits import Circuit
@@ -232,7 +232,7 @@ def transfer(frame: pd.DataFrame, circuits: Sequence[Circuit], params: Shared) -
 
 def forest(step: Step, rows: pd.DataFrame) -> Figure:
     """Joint effects with the floor of the verdict."""
-    return circuit_plots.forest(rows, SHARE, lines=[step.params.general_floor])
+    return plots.forest(rows, SHARE, lines=[step.params.general_floor])
 
 
 def counted(m: Measured) -> pd.DataFrame:
@@ -263,7 +263,7 @@ def site_figure(t: Tables) -> Figure:
     """Damage of each site of the slice alone, by superset and by template."""
     rows = t.sites[t.sites["quantity"] == "damage"]
     panels = squares(rows, "kind", "site", "group")
-    return circuit_plots.class_matrices(panels, "damage (share of logit_diff)", limit=rows["estimate"].max())
+    return plots.class_matrices(panels, "damage (share of logit_diff)", limit=rows["estimate"].max())
 
 
 def site_table(t: Tables) -> pd.DataFrame:
@@ -287,7 +287,7 @@ def rank_figure(t: Tables) -> Figure | None:
     both = pd.concat([t.ranks, t.ranks.rename(columns={"class_a": "class_b", "class_b": "class_a"})])
     names = list(dict.fromkeys(t.ranks["class_a"]))
     square = both.drop_duplicates(["class_a", "class_b"]).pivot(index="class_a", columns="class_b", values="halves")
-    return circuit_plots.class_matrices({"": square.loc[names, names]}, "Spearman correlation")
+    return plots.class_matrices({"": square.loc[names, names]}, "Spearman correlation")
 
 
 def interaction_table(t: Tables) -> pd.DataFrame | Markdown | None:
@@ -316,7 +316,7 @@ def transfer_figure(t: Tables) -> Figure | None:
     if t.circuits.empty:
         return None
     panels = squares(t.transfer, "quantity", "picked_on", "tested_on")
-    return circuit_plots.class_matrices(panels, SHARE, "tested on", "picked on")
+    return plots.class_matrices(panels, SHARE, "tested on", "picked on")
 
 
 # --- the verdict ---

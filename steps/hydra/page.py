@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from lib import effects, stats
 from lib.effects import columns, in_halves, reported
 from pipeline.step import Step
-from report import circuit_plots, plots
+from report import plots
 from report.words import OVER_QUADS, about_model, finished, interval, listed
 from steps.hydra.measure import Hydra, Round, backups_of, candidates, lead_of
 
@@ -175,13 +175,13 @@ def missed(last: Round, params: Hydra) -> list[dict]:
 
 def split_figure(step: Step, rounds: Sequence[Round]) -> Figure:
     """The total effect and its parts."""
-    return circuit_plots.part_bars(split_table(rounds[0].frame, step.params), "change of logit_diff (logits)")
+    return plots.part_bars(split_table(rounds[0].frame, step.params), "change of logit_diff (logits)")
 
 
 def pairs_figure(step: Step, rounds: Sequence[Round]) -> Figure | None:
     """The compensation ratio of single pairs, where some have a direct effect beyond the floor."""
     single = pair_ratios(rounds[0].frame, step.params)
-    return circuit_plots.pair_histogram(single, "ratio", "compensation ratio of the pair") if len(single) else None
+    return plots.pair_histogram(single, "ratio", "compensation ratio of the pair") if len(single) else None
 
 
 def heads(step: Step, rounds: Sequence[Round]) -> Figure | None:
@@ -206,7 +206,7 @@ def candidates_table(rounds: Sequence[Round]) -> pd.DataFrame | None:
 
 def widening(step: Step, rounds: Sequence[Round]) -> Figure | None:
     """The slice as it is widened, where it was."""
-    return circuit_plots.widening_curve(rounds_table(rounds, step.params)) if len(rounds) > 1 else None
+    return plots.widening_curve(rounds_table(rounds, step.params)) if len(rounds) > 1 else None
 
 
 # --- sentences ---

@@ -19,7 +19,7 @@ from lib.effects import columns, in_halves, quad_matrix
 from lib.tasks import SUPERSETS
 from pipeline.step import Step
 from report import plots
-from report.circuit_plots import class_matrices
+from report.plots import class_matrices
 from report.words import interval
 from steps.neurons.measure import Measured, Neurons
 from steps.neurons.picks import aucs, best_features, selective, stacked
@@ -160,21 +160,21 @@ def budget_curves(table: pd.DataFrame) -> Figure:
     """Effect against the number of features, neurons or directions patched together, a panel per quantity."""
     own = table[table["k"] > 0]
     order = {k: place for place, k in enumerate(sorted(own["k"].unique()))}
-    with plots._panels(own, "quantity", 2.8) as (figure, panels):
-        groups = plots._groups(pd.DataFrame({"kind": [kind for kind in KINDS if kind in set(own["kind"])]}), "kind")
+    with plots.stacked_panels(own, "quantity", 2.8) as (figure, panels):
+        groups = plots.styles_of(pd.DataFrame({"kind": [kind for kind in KINDS if kind in set(own["kind"])]}), "kind")
         for axes, part in panels:
             for index, (kind, (colour, marker)) in enumerate(groups.items()):
                 line = part[part["kind"] == kind].sort_values("k")
                 at = line["k"].map(order).to_numpy(dtype=float) + (index - (len(groups) - 1) / 2) * 0.1
                 axes.plot(at, line["estimate"], color=colour, lw=1, alpha=0.6)
-                plots._points(axes, at, line, colour, marker, label=kind)
+                plots.draw_points(axes, at, line, colour, marker, label=kind)
             rest = part_of(table, part["quantity"].iloc[0], "reconstruction")
             axes.axhline(rest["estimate"], color=plots.BLACK, lw=1, ls="--", label="all features")
-            plots._zero(axes)
+            plots.zero_line(axes)
             axes.set_xticks(list(order.values()), [str(k) for k in order])
         axes.set_xlabel("features, neurons or directions patched together")
-        plots._ylabel(figure, "share of the whole site's effect")
-        plots._legend(figure, panels[0][0])
+        plots.shared_ylabel(figure, "share of the whole site's effect")
+        plots.add_legend(figure, panels[0][0])
     return figure
 
 

@@ -209,7 +209,7 @@ def concentration(frame: pd.DataFrame) -> Figure:
         axes = figure.subplots()
         for (does, total), colour in zip(added_up(frame).items(), (BLUE, VERMILION), strict=True):
             axes.plot(np.arange(1, len(total) + 1), total, color=colour, label=f"{does} the answer on discovery")
-        plots._zero(axes)
+        plots.zero_line(axes)
         axes.set(xscale="log", xlabel="neurons added, largest discovery effect first", ylabel="sum of effects (logits)")
         axes.legend(loc="upper left")
     return figure
@@ -233,8 +233,8 @@ def cards_figure(spans: pd.DataFrame) -> Figure:
         panels = figure.subplots(rows, 2, squeeze=False).ravel()
         for axes, site in zip(panels, sites, strict=False):
             part = spans[spans["site"] == site]
-            plots._points(axes, np.arange(len(part)), part, BLUE, "o", label="", across=True)
-            plots._zero(axes, across=True)
+            plots.draw_points(axes, np.arange(len(part)), part, BLUE, "o", label="", across=True)
+            plots.zero_line(axes, across=True)
             axes.set_yticks(range(len(part)), part["superset"], fontsize=8)
             axes.grid(False, axis="y")
             axes.set(title=site, ylim=(len(part) - 0.4, -0.6))

@@ -19,7 +19,7 @@ from lib import effects, stats
 from lib.effects import in_halves, picked, quad_matrix, reported
 from lib.hooks import Site
 from pipeline.step import Step
-from report import circuit_plots, plots
+from report import plots
 from report.words import ONE_HALF, about_model, finished, interval, listed
 from steps.retrieval_heads.measure import Measured, RetrievalHeads
 from steps.retrieval_heads.routes import GROUPS
@@ -266,7 +266,7 @@ def graph(edges: pd.DataFrame, senders: Sequence[Site], slice_sites: Sequence[Si
 
 def probes_figure(step: Step, m: Measured) -> Figure:
     """Superset and profession from one name."""
-    return circuit_plots.probe_bars(probe_table(m.probes, step.params))
+    return plots.probe_bars(probe_table(m.probes, step.params))
 
 
 def ranked(m: Measured, role: str) -> Figure:
@@ -305,12 +305,12 @@ def looks_figure(step: Step, m: Measured) -> Figure:
 def tests_figure(step: Step, m: Measured) -> Figure | None:
     """The four tests, where a path was ablated."""
     tests = tests_of(m, step.params)
-    return circuit_plots.four_tests(one_table(tests), UNITS) if tests else None
+    return plots.four_tests(one_table(tests), UNITS) if tests else None
 
 
 def two_hop(step: Step, m: Measured) -> Figure:
     """The path from the names to the answer."""
-    return circuit_plots.two_hop(*graph(edges_table(m.edges, step.params), m.senders, m.slice_sites))
+    return plots.two_hop(*graph(edges_table(m.edges, step.params), m.senders, m.slice_sites))
 
 
 # --- sentences ---

@@ -17,7 +17,7 @@ import pandas as pd
 from lib import effects, stats
 from lib.effects import in_halves
 from lib.tasks import Pair
-from report import circuit_plots, plots
+from report import plots
 from report.plots import Figure
 from report.words import ONE_HALF, OVER_QUADS, interval, listed
 from steps.subspace.direction_sweeps import PARTS
@@ -192,8 +192,8 @@ def lines(
     band: pd.DataFrame | None = None, level: float | None = None,
 ) -> Figure:  # fmt: skip
     """A line with whiskers per value of `by` over the numbers `x`; `band` (x, low, high) shaded, `level` dashed."""
-    groups = plots._groups(frame, by)
-    with plots._panels(frame, panel, 2.9 if panel is None else 2.2) as (figure, panels):
+    groups = plots.styles_of(frame, by)
+    with plots.stacked_panels(frame, panel, 2.9 if panel is None else 2.2) as (figure, panels):
         for axes, part in panels:
             if band is not None:
                 ends = band["low"].to_numpy(dtype=float), band["high"].to_numpy(dtype=float)
@@ -205,11 +205,11 @@ def lines(
                 apart = 0.02 * (index - (len(groups) - 1) / 2) if x == "k" else 0.0  # on a logarithmic axis
                 at = line[x].to_numpy(dtype=float) * (1 + apart)
                 axes.plot(at, line["estimate"], color=colour, lw=1, alpha=0.6)
-                plots._points(axes, at, line, colour, marker, label=group)
-            plots._zero(axes)
+                plots.draw_points(axes, at, line, colour, marker, label=group)
+            plots.zero_line(axes)
         axes.set_xlabel(xlabel)
-        plots._ylabel(figure, ylabel)
-        plots._legend(figure, panels[0][0])
+        plots.shared_ylabel(figure, ylabel)
+        plots.add_legend(figure, panels[0][0])
     return figure
 
 
@@ -234,7 +234,7 @@ def layer_figure(n: Numbers) -> Figure:
 
 def split_figure(n: Numbers) -> Figure:
     """The parts of each change that were split."""
-    return circuit_plots.part_bars(n.parts, "recovery (share of logit_diff)", by="shown", panel=None)
+    return plots.part_bars(n.parts, "recovery (share of logit_diff)", by="shown", panel=None)
 
 
 def dose_figure(n: Numbers) -> Figure:
@@ -253,7 +253,7 @@ def transfer_figure(n: Numbers) -> Figure:
         )
         for k, rows in own.groupby("k")
     }
-    return circuit_plots.class_matrices(wide, "share of own effect", xlabel="patched in", ylabel="fitted on", limit=1)
+    return plots.class_matrices(wide, "share of own effect", xlabel="patched in", ylabel="fitted on", limit=1)
 
 
 # --- sentences --------------------------------------------------------------------------------------------------------
