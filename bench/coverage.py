@@ -1,4 +1,4 @@
-"""How often the intervals of `lib.stats` and `steps.generality.class_tests` cover the truth, and how often the tests reject it.
+"""How often the intervals of `lib.stats` cover the truth, and how often its tests and those between classes reject it.
 
     python -m bench.coverage            # about ten minutes on one core; writes bench/results/coverage.json
     python -m bench.coverage --trials 200 --out /dev/stdout
@@ -144,7 +144,7 @@ def families(rng: np.random.Generator, trials: int) -> list[dict]:
 
 def proportions(rng: np.random.Generator, trials: int) -> list[dict]:
     """Quads of two trials with a common difficulty: Wilson on effective trials, and a cluster bootstrap."""
-    rows = []
+    rows, settings = [], Settings(LEVEL, RESAMPLES)
     for truth in (0.2, 0.5, 0.8, 0.95):
         for correlation in (0.0, 0.3, 0.8):
             size = 1 / correlation - 1 if correlation else None
@@ -153,8 +153,8 @@ def proportions(rng: np.random.Generator, trials: int) -> list[dict]:
             two = np.full(50, 2)
             rows.append({
                 "truth": truth, "correlation": correlation, "quads": 50,
-                "wilson": covered([stats.proportion_interval(column, two, Settings(LEVEL)) for column in hits.T], truth),
-                "bootstrap_t": covered(stats.ratio_intervals(hits.astype(float), two, Settings(LEVEL, RESAMPLES)), truth),
+                "wilson": covered([stats.proportion_interval(column, two, settings) for column in hits.T], truth),
+                "bootstrap_t": covered(stats.ratio_intervals(hits.astype(float), two, settings), truth),
                 "level_above_chance": round(
                     float(np.mean([stats.above_chance(column, two, truth).above for column in hits.T])), 4
                 ),

@@ -362,9 +362,23 @@ def make_pair(
     if answers[0] == answers[1]:
         raise ValueError(f"{where}: answer and corrupt_answer are both {row['answer']!r}; they must differ")
     return Pair(
-        str(row["pair_id"]), str(row["quad_id"]), str(row["half"]), template.task, template.name, clean, corrupt, words,
-        answers[0], answers[1], own[0][0], own[1][0], own[0][1], own[1][1], label_words, label_tokens,
-    )  # fmt: skip
+        str(row["pair_id"]),
+        str(row["quad_id"]),
+        str(row["half"]),
+        template.task,
+        template.name,
+        clean,
+        corrupt,
+        words,
+        answers[0],
+        answers[1],
+        own[0][0],
+        own[1][0],
+        own[0][1],
+        own[1][1],
+        label_words,
+        label_tokens,
+    )
 
 
 def two_prompts(

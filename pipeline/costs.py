@@ -112,9 +112,12 @@ def limit_of(shape: Shape, tokens: int, start: int, dtype: str, memory: float) -
     """`single_pass.row_limit` of such prompts."""
     config = SimpleNamespace(hidden_size=shape.hidden, intermediate_size=shape.inner)
     own = SimpleNamespace(
-        model=SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: config)), n_heads=shape.n_heads,
-        n_kv_heads=shape.n_kv_heads, head_size=shape.head_size, dtype=getattr(torch, dtype),
-    )  # fmt: skip
+        model=SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: config)),
+        n_heads=shape.n_heads,
+        n_kv_heads=shape.n_kv_heads,
+        head_size=shape.head_size,
+        dtype=getattr(torch, dtype),
+    )
     return row_limit(own, SimpleNamespace(ids=torch.empty(1, tokens), positions=(start,)), memory)
 
 

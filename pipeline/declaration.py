@@ -1,7 +1,7 @@
 """What a step is, said once: its parameters, what its data rest on, and its tables.
 
-1. A `Table` says which work units it has, how a unit is computed and what the units cost. The notebook, the planner, the
-   keys and the workers all use this one declaration.
+1. A `Table` says which work units it has, how a unit is computed and what the units cost. Notebook, planner, keys and
+   workers all use this one declaration.
 2. A `Declaration` is a step: `steps/<step>/measure.py` makes it.
 3. A `Plan` is the steps in order: `steps/registry.py` makes it. Whatever in `pipeline` needs to know of other steps is
    handed a plan.

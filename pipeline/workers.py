@@ -237,7 +237,7 @@ class Distribution:
         self.busy[replica.compute.remote(self.table, self.work, unit, share)] = (replica, unit)
 
     def failed(self, unit: Unit | None, error: Exception, dead: bool) -> None:
-        """Put a unit back whose replica died or ran out of memory. Raises what is neither, and what happens too often."""
+        """Put a unit back whose replica died or ran out of memory. Raises what is neither, or happens too often."""
         from lib.batches import is_short
 
         cause, name = getattr(error, "cause", None), unit.id if unit else "about"

@@ -4,7 +4,8 @@
     python -m steps.plan --profile llama-3.3-70b --device "NVIDIA H100 80GB"  # from a data sheet; nothing is loaded
 
 1. The model's shape comes from its config; a profile that does not fit is refused (`lib.weights`).
-2. Every declared table counts its work from the parameters; `pipeline.rates` says how long that takes here or on a card.
+2. Every declared table counts its work from the parameters; `pipeline.rates` says how long that takes here or on
+   a card.
 3. A step's time is that of its tables; the kernel, imports, statistics and figures of its notebook stand beside it.
 
 `--json FILE` writes {profile, device, machine, versions, commit, dirty, layers, rates, assumptions,

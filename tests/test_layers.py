@@ -1,4 +1,4 @@
-"""The house stands on its floors: lib < pipeline < report < steps, no step knows another, no circles, no long functions.
+"""The house stands on its floors: lib < pipeline < report < steps, no step knows another, no circles.
 
 The checks read the imports and definitions of a tree; each is shown to fail on a small tree with the fault planted.
 """

@@ -3,7 +3,7 @@
 1. `PROBES_TABLE`: what the model says of one name. `SENDERS`: every sender's path into the slice, at the names, at the
    last token and in one-name prompts. `GROUPS`: whole kinds of senders together.
 2. `VALUES`, `ATTENTION`: what every head and MLP writes, and where heads look, in plain runs.
-3. `candidates` are picked on the discovery half; `ABLATION`: their paths alone are ablated, beside matched random heads.
+3. `candidates` are picked on the discovery half; `ABLATION`: their paths alone are ablated, beside random heads.
 4. `EDGES`: the two-hop path from the names to the answer, edge by edge.
 """
 

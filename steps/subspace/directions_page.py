@@ -188,9 +188,15 @@ def row_of(table: pd.DataFrame, method: str, k: int) -> pd.Series:
 
 
 def lines(
-    frame: pd.DataFrame, x: str, by: str, xlabel: str, ylabel: str, panel: str | None = None,
-    band: pd.DataFrame | None = None, level: float | None = None,
-) -> Figure:  # fmt: skip
+    frame: pd.DataFrame,
+    x: str,
+    by: str,
+    xlabel: str,
+    ylabel: str,
+    panel: str | None = None,
+    band: pd.DataFrame | None = None,
+    level: float | None = None,
+) -> Figure:
     """A line with whiskers per value of `by` over the numbers `x`; `band` (x, low, high) shaded, `level` dashed."""
     groups = plots.styles_of(frame, by)
     with plots.stacked_panels(frame, panel, 2.9 if panel is None else 2.2) as (figure, panels):
