@@ -1,10 +1,11 @@
-"""People, quads and pairs: from a table of names to the pairs table that every sweep reads.
+"""People and pairs: a table of names, what a model knows of them, and the pairs table that every sweep reads.
 
-1. `load_people` reads and checks the table; people known for two supersets are kept out of everything below.
+1. `load_people` reads and checks the table of people.
 2. `add_fame` asks the model about each person alone: is the own superset its first choice, and how sure is it?
-3. `build_quads` puts four people of the same token count together, a, b of one superset and c, d of another, a matched
-   to c and b to d in fame, and keeps the quads whose prompts the model answers. Failed quads free their people again.
-4. `pairs_of` turns quads into pairs; `load_pairs_file` reads a user's own; `generate_odd_one_out` makes triples.
+   `add_tokens` counts the tokens of each name.
+3. `pairs_of` turns quads (four people, a, b of one superset and c, d of another) into pairs; `load_pairs_file` reads a
+   user's own. `halves` splits either.
+4. `aligned` keeps the pairs whose prompts line up token by token; `add_margins` asks the model for their answers.
 
 A model is only ever seen through `score`: a function from a list of token id tuples to fp32 next-token logits
 (prompts, vocabulary), in the order given (`lib.models.next_logits`). Bad input raises ValueError.
@@ -12,15 +13,13 @@ A model is only ever seen through `score`: a function from a list of token id tu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from itertools import combinations, permutations
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pandera.pandas as pa
-from scipy.optimize import linear_sum_assignment
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from scipy.special import log_softmax
@@ -29,73 +28,6 @@ from lib import tasks
 from lib.tasks import SUPERSETS, TEMPLATES, Template
 
 HALVES = ("discovery", "confirmation")
-
-
-def choose(people: pd.DataFrame, wanted: Mapping[tuple[str, str], int], tolerance: float, rng: Any) -> list[dict]:
-    """Up to `wanted` quads per superset pair, from people none of whom is used twice.
-
-    Superset pairs are served in turn, the one with most quads still wanted first; each turn takes one quad from the
-    largest group of token counts that still has people of both. Within a group the people of the two supersets are
-    matched one to one with the least total difference in fame (linear_sum_assignment); matches beyond the tolerance
-    are left out.
-    """
-    free = {
-        key: list(group.index[rng.permutation(len(group))]) for key, group in people.groupby(["n_tokens", "superset"])
-    }
-    fame, wanted, planned = people.fame.to_dict(), dict(wanted), []
-    order = [list(wanted)[i] for i in rng.permutation(len(wanted))]
-    # few, large groups of token counts: they lend each other means and resamples, and share passes
-    shapes = sorted(set(people.n_tokens), key=lambda shape: (-(people.n_tokens == shape).sum(), shape))
-    # 1. how many quads of which superset pair and token count
-    left = {key: len(members) for key, members in free.items()}
-    room = {(shape, pair): 0 for shape in shapes for pair in order}
-    while True:
-        options = [
-            (-wanted[pair], i, shapes.index(shape), shape, pair)
-            for i, pair in enumerate(order)
-            for shape in shapes
-            if wanted[pair] > 0 and all(left.get((shape, side), 0) >= 2 for side in pair)
-        ]
-        if not options:
-            break
-        *_, shape, pair = min(options)
-        room[shape, pair] += 1
-        wanted[pair] -= 1
-        for side in pair:
-            left[shape, side] -= 2
-    # 2. which people
-    for (shape, (x, y)), n in room.items():
-        one, other = free.get((shape, x), []), free.get((shape, y), [])
-        if n == 0 or len(one) < 2 or len(other) < 2:
-            continue
-        cost = np.abs(np.subtract.outer([fame[p] for p in one], [fame[p] for p in other]))
-        rows, columns = linear_sum_assignment(np.where(cost <= tolerance, cost, 1e6))
-        matches = [(one[i], other[j]) for i, j in zip(rows, columns, strict=True) if cost[i, j] <= tolerance]
-        matches = [matches[i] for i in rng.permutation(len(matches))][: 2 * n]
-        for (a, c), (b, d) in zip(matches[0::2], matches[1::2], strict=False):
-            sides = {"superset": (x, y), "a": (a, c), "b": (b, d), "c": (c, a), "d": (d, b), "other": (y, x)}
-            turned = int(rng.integers(2))  # either superset may be the a, b side
-            planned.append({key: both[turned] for key, both in sides.items()})
-            free[shape, x] = [p for p in free[shape, x] if p not in (a, b)]
-            free[shape, y] = [p for p in free[shape, y] if p not in (c, d)]
-    return planned
-
-
-def describe(planned: Sequence[dict], people: pd.DataFrame, template: Template) -> pd.DataFrame:
-    """The quads frame of build_quads from planned quads of people's indices (quad_id as planned, no half yet)."""
-    rows = []
-    for number, quad in enumerate(planned):
-        four = {slot: people.loc[quad[slot]] for slot in "abcd"}
-        counts = four["a"].n_tokens
-        row = {"quad_id": f"q{number:03d}", "half": "", "task": template.task, "template": template.name}
-        row |= {"superset": quad["superset"], "other": quad["other"]}
-        row["bucket"] = "|".join([template.name, *map(str, counts)])
-        row["pair"] = " ".join(sorted((quad["superset"], quad["other"])))
-        row |= {slot: person["name"] for slot, person in four.items()}
-        row |= {f"profession_{slot}": person.profession for slot, person in four.items()}
-        row |= {f"fame_{slot}": float(person.fame) for slot, person in four.items()}
-        rows.append(row | {f"n_tokens_{slot}": n for slot, n in zip(template.slots, counts, strict=True)})
-    return pd.DataFrame(rows)
 
 
 def halves(strata: Sequence[tuple], rng: Any) -> list[str]:
@@ -134,30 +66,6 @@ def pairs_of(quads: pd.DataFrame, pairs_per_quad: int = 2) -> pd.DataFrame:
             )
             rows.append(row | {key: quad[key] for key in ("n_tokens_a", "n_tokens_b", "bucket")})
     return pd.DataFrame(rows)
-
-
-def odd_one_out_pairs(items: Sequence[Mapping[str, pd.Series]], template: Template, rng: Any) -> pd.DataFrame:
-    """The pairs table of odd-one-out items: a, b of one superset and c, d of another, a taking the place of c.
-
-    Clean holds b, c, d in some order (odd: b), corrupt holds b, a, d (odd: d). The six orders are taken in turn.
-    """
-    rows, orders = [], list(permutations(range(3)))
-    for number, item in enumerate(items):
-        order = orders[number % 6]
-        row = {"pair_id": f"odd{number:03d}.0", "quad_id": f"odd{number:03d}"}
-        row |= {"task": template.task, "template": template.name}
-        for side, swapped, odd, answer in (("clean", "c", 0, "answer"), ("corrupt", "a", 2, "corrupt_answer")):
-            three = [item["b"], item[swapped], item["d"]]
-            for slot, place in zip("abc", order, strict=True):
-                row[f"{side}_{slot}"] = three[place]["name"]
-                row[f"{side}_profession_{slot}"] = three[place]["profession"]
-            row[f"fame_{side}"] = float(np.mean([person["fame"] for person in three]))
-            row[answer] = "abc"[order.index(odd)]
-        row |= {f"n_tokens_{slot}": count for slot, count in zip("abc", item["a"]["n_tokens"], strict=True)}
-        row["bucket"] = "|".join([template.name, *map(str, item["a"]["n_tokens"])])
-        rows.append(row)
-    table = pd.DataFrame(rows)
-    return table.assign(half=halves(list(zip(table["answer"], table["bucket"], strict=True)), rng))
 
 
 def clusters(pairs: pd.DataFrame) -> np.ndarray:
@@ -259,26 +167,19 @@ def _logits(score: Score, prompts: Sequence[tuple[int, ...]], tokens: Sequence[S
     return out
 
 
-def add_fame(
-    people: pd.DataFrame,
-    tokenizer: Any,
-    score: Score,
-    template: Template = TEMPLATES["profession_is"],
-    chat_template: bool = False,
-    centred: bool = True,
-) -> pd.DataFrame:
+def add_fame(people: pd.DataFrame, tokenizer: Any, score: Score, chat_template: bool = False) -> pd.DataFrame:
     """`people` with `fame` (nats, at most 0), `known`, and `first` (the superset the model gives this name alone).
 
     The evidence for a superset is the logit of its candidate on the one-name prompt. A model prefers some words
     whatever the name, so each superset's evidence is centred on its mean over people, every superset counting alike
     (batch calibration, Zhou et al. 2023, arXiv 2309.17249). Fame is the log-softmax of the own superset's evidence.
     """
+    template = TEMPLATES["profession_is"]
     _, tokens = tasks.candidates(tokenizer, template)
     prompts = [tasks.make_prompt(tokenizer, template, [name], chat_template).ids for name in people.name]
     evidence = _logits(score, prompts, [tokens] * len(prompts)).astype(np.float64)
     own = people.superset.map(SUPERSETS.index).to_numpy()
-    if centred:
-        evidence = evidence - np.mean([evidence[own == s].mean(0) for s in np.unique(own)], axis=0)
+    evidence = evidence - np.mean([evidence[own == s].mean(0) for s in np.unique(own)], axis=0)
     first = evidence.argmax(1)
     fame = log_softmax(evidence, axis=1)[np.arange(len(own)), own]
     return people.assign(fame=fame, known=first == own, first=[SUPERSETS[i] for i in first])
@@ -302,87 +203,6 @@ def add_tokens(
         counts.append(tuple(map(len, places)))
         firsts.append(tuple(prompt.ids[place[0]] for place in places))
     return people.loc[kept].assign(n_tokens=counts, first_token=firsts)
-
-
-def build_quads(
-    people: pd.DataFrame,
-    tokenizer: Any,
-    score: Score,
-    template: str = "profession_both",
-    *,
-    quads_per_half: int = 100,
-    pairs_per_quad: int = 2,
-    fame_tolerance: float = 0.25,
-    min_bucket: int = 4,
-    seed: int = 0,
-    rounds: int = 6,
-    people_per_superset: int | None = None,
-    chat_template: bool = False,
-    attributes: Sequence[str] = tasks.DEFAULT_ATTRIBUTES,
-    one_name: Template = TEMPLATES["profession_is"],
-) -> tuple[pd.DataFrame, list[dict[str, Any]]]:
-    """Quads that the model solves, in two halves without a person in common, and what each filter dropped.
-
-    Args:
-        quads_per_half: the most quads a half may have; the superset pairs share them evenly.
-        pairs_per_quad: which prompts of a quad must be solved (see pairs_of): margin above 0 on every clean prompt and
-            below 0 on every corrupt one.
-        fame_tolerance: the largest difference in fame (nats) between a and c, and between b and d.
-        min_bucket: fewest quads of one half and bucket; the others lend a quad its means and resamples.
-        rounds: how often the people of failed quads are matched anew. Only "solved or not" is looked at.
-        people_per_superset: ask the model about a random sample of so many; None: 25 for each quad of a half.
-
-    Returns:
-        quads: quad_id, half, task, template, superset, other, bucket, and for each of a, b, c, d its name, profession
-            and fame; n_tokens_a, n_tokens_b. All four people have the same token counts, so both orders line up.
-        drops: dicts of filter, unit ("people" or "quads"), dropped, left.
-
-    Raises:
-        ValueError: nothing is left after a filter; the message has all counts.
-    """
-    words = tasks.find_template(template)
-    if len(words.slots) != 2:
-        raise ValueError(f"quads need a template of two names; {template!r} is of task {words.task!r}")
-    rng = np.random.default_rng(seed)
-    options = {"chat_template": chat_template, "attributes": attributes}
-    drops: list[dict[str, Any]] = []
-
-    def keep(table: pd.DataFrame, name: str, before: int, unit: str = "people") -> pd.DataFrame:
-        drops.append({"filter": name, "unit": unit, "dropped": before - len(table), "left": len(table)})
-        if not len(table):
-            counts = "; ".join(f"{d['filter']}: {d['dropped']} {d['unit']} dropped, {d['left']} left" for d in drops)
-            raise ValueError(f"no quads of template {template!r} are left after filtering: {counts}")
-        return table
-
-    free = keep(people[~people.two_supersets], "known for two supersets", len(people))
-    sampled = free.iloc[rng.permutation(len(free))].groupby("superset").head(people_per_superset or 25 * quads_per_half)
-    free = keep(sampled.sort_index(), "not sampled", len(free))
-    asked = add_fame(free, tokenizer, score, one_name, chat_template)
-    known = keep(asked[asked.known], "not known by the model", len(asked))
-    free = keep(add_tokens(known, tokenizer, words, **options), "name merges with the template", len(known))
-
-    chosen = list(combinations([s for s in SUPERSETS if s in set(free.superset)], 2))
-    share, extra = divmod(2 * quads_per_half, max(len(chosen), 1))
-    wanted = {chosen[i]: share + (k < extra) for k, i in enumerate(rng.permutation(len(chosen)))}
-    kept, tried = [], 0
-    for _ in range(rounds):
-        planned = choose(free, wanted, fame_tolerance, rng)
-        if not planned:
-            break
-        tried += len(planned)
-        quads = describe(planned, free, words)
-        for quad in quads[_solved(quads, pairs_per_quad, tokenizer, score, options)].to_dict("records"):
-            kept.append(quad | {"quad_id": f"q{len(kept):03d}"})
-            wanted[tuple(sorted((quad["superset"], quad["other"]), key=SUPERSETS.index))] -= 1
-        used = {quad[slot] for quad in kept for slot in "abcd"}
-        free = free[~free.name.isin(used)]
-    reason = "not solved" if tried else "no match in token count and fame"
-    quads = keep(pd.DataFrame(kept), reason, tried, "quads")
-    quads = quads.assign(half=halves(list(zip(quads.pair, quads.bucket, strict=True)), rng)).drop(columns="pair")
-    size = quads.groupby(["half", "bucket"]).quad_id.transform("size")
-    quads = keep(quads[size >= min_bucket].reset_index(drop=True), f"bucket under {min_bucket}", len(quads), "quads")
-    drops.insert(-2, {"filter": "in no solved quad", "unit": "people", "dropped": len(free), "left": 4 * len(kept)})
-    return quads, drops
 
 
 def aligned(pairs: pd.DataFrame, tokenizer: Any, **options: Any) -> tuple[pd.DataFrame, list[str]]:
@@ -417,66 +237,6 @@ def add_margins(pairs: pd.DataFrame, tokenizer: Any, score: Score, **options: An
         metric_clean=[margin(p.clean.ids, p.answer) for p in made],
         metric_corrupt=[margin(p.corrupt.ids, p.answer) for p in made],
     )
-
-
-def keep_solved(pairs: pd.DataFrame) -> pd.DataFrame:
-    """The pairs of those quads all of whose pairs have metric_clean > 0 > metric_corrupt (see add_margins)."""
-    solved = (pairs.metric_clean > 0) & (pairs.metric_corrupt < 0)
-    return pairs[solved.groupby(pairs.quad_id).transform("all")]
-
-
-def _solved(quads: pd.DataFrame, pairs_per_quad: int, tokenizer: Any, score: Score, options: Mapping) -> pd.Series:
-    """Whether every pair used of each quad is solved."""
-    pairs = add_margins(pairs_of(quads, pairs_per_quad), tokenizer, score, **options)
-    return quads.quad_id.isin(keep_solved(pairs).quad_id)
-
-
-def sample_pairs(people: pd.DataFrame, n: int, seed: int = 0) -> pd.DataFrame:
-    """`n` same-superset pairs of people drawn at random before any selection, each person once, supersets balanced.
-
-    Columns superset, a, b, profession_a, profession_b. People of two supersets are left out. For accuracies.
-    """
-    rng = np.random.default_rng(seed)
-    people = people[~people.two_supersets]
-    supersets = [superset for superset in SUPERSETS if superset in set(people.superset)]
-    rows = []
-    for i, superset in enumerate(supersets):
-        group, size = people[people.superset == superset], n // len(supersets) + (i < n % len(supersets))
-        if len(group) < 2 * size:
-            raise ValueError(f"{n} pairs need {2 * size} people of superset {superset!r}; there are {len(group)}")
-        drawn = group.iloc[rng.permutation(len(group))[: 2 * size]]
-        for one, other in zip(drawn.iloc[::2].itertuples(), drawn.iloc[1::2].itertuples(), strict=True):
-            rows.append((superset, one.name, other.name, one.profession, other.profession))
-    return pd.DataFrame(rows, columns=["superset", "a", "b", "profession_a", "profession_b"])
-
-
-def generate_odd_one_out(
-    people: pd.DataFrame, tokenizer: Any, n: int, seed: int = 0, template: str = "odd_one_out", **options: Any
-) -> pd.DataFrame:
-    """A pairs table of `n` odd-one-out items, each of four people of one token count; no person in two items.
-
-    As in the plan: clean (s1, t1, t2) asks for s1; t1 is swapped for s2 of the other superset, and (s1, s2, t2) asks
-    for t2. The three take every order in turn, so that the odd one stands in every slot equally often. Halves are
-    split as in build_quads. Raises ValueError when the people do not suffice, with how many items they allow.
-    """
-    words = tasks.find_template(template, "odd_one_out")
-    rng = np.random.default_rng(seed)
-    free = add_tokens(people[~people.two_supersets], tokenizer, words, **options)
-    free = free if "fame" in free else free.assign(fame=0.0)
-    chosen = list(combinations([s for s in SUPERSETS if s in set(free.superset)], 2))
-    items: list[dict] = []
-    for _ in range(10):
-        missing = n - len(items)
-        wanted = {pair: missing // len(chosen) + (k < missing % len(chosen)) for k, pair in enumerate(chosen)}
-        for quad in choose(free, wanted, np.inf, rng):
-            # names that share a first token cannot be told apart by it
-            if len({token for slot in "abcd" for token in set(free.first_token[quad[slot]])}) == 4:
-                items.append({slot: free.loc[quad[slot]] for slot in "abcd"})
-        used = {item[slot]["name"] for item in items for slot in "abcd"}
-        free = free[~free.name.isin(used)]
-    if len(items) < n:
-        raise ValueError(f"{n} odd-one-out items were asked for; the people given allow {len(items)}")
-    return odd_one_out_pairs(items, words, rng)
 
 
 def load_pairs_file(path: str | Path, seed: int = 0) -> pd.DataFrame:

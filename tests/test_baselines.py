@@ -11,6 +11,7 @@ import pytest
 from lib import data, models, tasks
 from steps.baselines import measure, page
 from steps.baselines.measure import Baselines
+from steps.baselines.quads import sample_pairs
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = {"model": "m", "level": 0.9, "seed": 7, "template": "profession_both", "min_pairs": 3}
@@ -232,7 +233,7 @@ def test_templates_that_are_asked_about():
 
 def test_pairs_and_single_names_are_the_same_people(people, smollm_tokenizer):
     params = Baselines(**SETTINGS | {"accuracy_pairs": 7})
-    drawn = data.sample_pairs(people, 7, 7)
+    drawn = sample_pairs(people, 7, 7)
     pairs, names = (
         measure.items(people, smollm_tokenizer, tasks.find_template(name), params)
         for name in ("profession_both", "profession_is")

@@ -1,20 +1,19 @@
-"""People, quads, pairs: the table itself, and the builder's promises for any people and seed (with a fake score)."""
+"""People and pairs: the table itself, fame and tokens, halves, and a user's own pairs (with a fake score)."""
 
 from collections import Counter
-from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import HealthCheck, given, settings
+from fake_score import fake_score, some_people
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lib import data, models, tasks
+from lib import data, tasks
 from lib.tasks import SUPERSETS
 
 ROOT = Path(__file__).resolve().parents[1]
-SLOW = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 PAIR = {
     "clean_a": "Brad Pitt", "clean_b": "Pablo Picasso", "corrupt_a": "Isaac Newton", "corrupt_b": "Albert Einstein",
     "answer": "artist", "corrupt_answer": "scientist",
@@ -24,36 +23,6 @@ PAIR = {
 @pytest.fixture(scope="session")
 def people():
     return data.load_people(ROOT / "data" / "people.csv")
-
-
-def fake_score(tokenizer, people, skill: float, seed: int = 0):
-    """A stand-in for a model: each name in the prompt votes for its superset, noise of the prompt's own votes against.
-
-    With a large `skill` every prompt is answered rightly; at 0 the answers are random. Logits depend on the ids alone.
-    """
-    superset = dict(zip(people.name, people.superset.map(SUPERSETS.index), strict=True))
-    tokens = [tasks.candidates(tokenizer, tasks.TEMPLATES[name])[1] for name in ("profession_both", "bi_association")]
-    width = max(map(max, tokens)) + 1
-
-    def score(prompts):
-        out = np.zeros((len(prompts), width), dtype=np.float32)
-        for row, ids in zip(out, prompts, strict=True):
-            text = tokenizer.decode(list(ids))
-            logits = np.random.default_rng([seed, *ids]).normal(size=len(SUPERSETS))
-            for name in (name for name in superset if name in text):
-                logits[superset[name]] += skill
-            for own in tokens:
-                row[list(own)] = logits
-        return out
-
-    return score
-
-
-def some_people(people, per_superset: int, seed: int) -> pd.DataFrame:
-    """A random few of each superset, none of whose names is a part of another's."""
-    ordinary = people[~people.two_supersets & (people.name.str.count(" ") == 1)]
-    order = ordinary.iloc[np.random.default_rng(seed).permutation(len(ordinary))]
-    return order.groupby("superset").head(per_superset).reset_index(drop=True)
 
 
 def test_the_table_has_what_was_asked_for(people):
@@ -125,89 +94,6 @@ def test_nan_logits_are_an_error(people, smollm_tokenizer):
         data.add_fame(few, smollm_tokenizer, lambda prompts: np.full((len(prompts), 30000), np.nan))
 
 
-@SLOW
-@given(
-    seed=st.integers(0, 2**32 - 1),
-    skill=st.sampled_from([1.5, 3.0, 9.0]),
-    per_quad=st.sampled_from([1, 2, 4]),
-    tolerance=st.sampled_from([0.05, 0.3, 2.0]),
-    template=st.sampled_from(["profession_both", "both_famous"]),
-)
-def test_quads_keep_their_promises(people, smollm_tokenizer, seed, skill, per_quad, tolerance, template):
-    few = some_people(people, 30, seed)
-    score = fake_score(smollm_tokenizer, few, skill, seed)
-    options = {"quads_per_half": 10, "pairs_per_quad": per_quad, "fame_tolerance": tolerance, "min_bucket": 2}
-    options |= {"seed": seed, "people_per_superset": 30}
-    try:
-        made, drops = data.build_quads(few, smollm_tokenizer, score, template, **options)
-    except ValueError as error:
-        assert "are left after filtering" in str(error) and "not known by the model" in str(error)
-        return
-    four = made[list("abcd")].to_numpy()
-    assert len(set(four.ravel())) == four.size, "a person stands in two quads"
-    superset = few.set_index("name").superset
-    assert (made.a.map(superset) == made.superset).all() and (made.b.map(superset) == made.superset).all()
-    assert (made.c.map(superset) == made.other).all() and (made.d.map(superset) == made.other).all()
-    assert (made.superset != made.other).all()
-    assert made.quad_id.is_unique and set(made.half) <= set(data.HALVES)
-    assert ((made.fame_a - made.fame_c).abs() <= tolerance).all()
-    assert ((made.fame_b - made.fame_d).abs() <= tolerance).all()
-    assert made.groupby(["half", "bucket"]).size().min() >= 2
-    # no superset pair has more than its share of the 20 quads that were asked for
-    sides = Counter(frozenset(pair) for pair in zip(made.superset, made.other, strict=True))
-    assert max(sides.values()) <= 2 and len(made) <= 20
-    # every pair of every quad lines up, both orders and both sides; the pairs used are solved
-    for row in data.pairs_of(made, 4).to_dict("records"):
-        pair = tasks.make_pair(smollm_tokenizer, row)
-        assert len(pair.clean.roles["name_a"]) == row["n_tokens_a"]
-        assert row["bucket"] == f"{template}|{row['n_tokens_a']}|{row['n_tokens_b']}"
-    used = data.add_margins(data.pairs_of(made, per_quad), smollm_tokenizer, score)
-    assert (used.metric_clean > 0).all() and (used.metric_corrupt < 0).all()
-    # the report adds up
-    assert drops[0]["left"] + drops[0]["dropped"] == len(few)
-    by_people = [drop for drop in drops if drop["unit"] == "people"]
-    for one, other in zip(by_people, by_people[1:], strict=False):
-        assert other["left"] + other["dropped"] == one["left"]
-    assert drops[-1]["left"] == len(made)
-    # the seed decides
-    again, _ = data.build_quads(few, smollm_tokenizer, score, template, **options)
-    pd.testing.assert_frame_equal(made, again)
-
-
-@settings(max_examples=40, deadline=None)
-@given(seed=st.integers(0, 2**32 - 1), sizes=st.lists(st.integers(0, 14), min_size=5, max_size=5),
-       wanted=st.integers(0, 3))  # fmt: skip
-def test_choose_serves_superset_pairs_evenly_and_no_one_twice(seed, sizes, wanted):
-    rng = np.random.default_rng(seed)
-    rows = [
-        {"superset": superset, "n_tokens": (int(k), int(k)), "fame": float(fame)}
-        for superset, size in zip(SUPERSETS, sizes, strict=True)
-        for k, fame in zip(rng.integers(2, 4, size), rng.normal(size=size), strict=True)
-    ]
-    people = pd.DataFrame(rows, columns=["superset", "n_tokens", "fame"])
-    pairs = list(combinations(SUPERSETS, 2))
-    planned = data.choose(people, dict.fromkeys(pairs, wanted), 0.5, np.random.default_rng(seed))
-    used = [quad[slot] for quad in planned for slot in "abcd"]
-    assert len(set(used)) == len(used)
-    for quad in planned:
-        four = people.loc[[quad[slot] for slot in "abcd"]]
-        assert four.n_tokens.nunique() == 1
-        assert list(four.superset) == [quad["superset"]] * 2 + [quad["other"]] * 2
-        assert abs(four.fame.iloc[0] - four.fame.iloc[2]) <= 0.5 and abs(four.fame.iloc[1] - four.fame.iloc[3]) <= 0.5
-    counts = Counter(frozenset((quad["superset"], quad["other"])) for quad in planned)
-    assert all(counts[frozenset(pair)] <= wanted for pair in pairs)
-
-
-def test_plenty_of_people_give_exactly_what_is_wanted():
-    rows = [{"superset": s, "n_tokens": (2, 2), "fame": -0.01 * i} for s in SUPERSETS for i in range(40)]
-    pairs = list(combinations(SUPERSETS, 2))
-    planned = data.choose(pd.DataFrame(rows), dict.fromkeys(pairs, 5), 1.0, np.random.default_rng(0))
-    counts = Counter(frozenset((quad["superset"], quad["other"])) for quad in planned)
-    assert counts == dict.fromkeys(map(frozenset, pairs), 5)
-    first_sides = Counter(quad["superset"] for quad in planned)
-    assert min(first_sides.values()) >= 3  # either superset of a pair may be the a, b side
-
-
 @settings(max_examples=50, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), strata=st.lists(st.tuples(st.sampled_from("xyz"), st.sampled_from("12"))))
 def test_halves_are_even_in_every_stratum(seed, strata):
@@ -232,58 +118,6 @@ def test_a_quad_gives_either_side_and_either_order():
     assert list(pairs.pair_id) == ["q0.0", "q0.1", "q0.2", "q0.3"]
     with pytest.raises(ValueError, match="1 to 4, got 5"):
         data.pairs_of(pd.DataFrame([quad]), 5)
-
-
-def test_nothing_left_is_an_error_with_the_counts(people, smollm_tokenizer):
-    few = some_people(people, 10, 0)
-    hopeless = fake_score(smollm_tokenizer, few, skill=-50.0)
-    with pytest.raises(ValueError, match="not known by the model: 50 people dropped, 0 left"):
-        data.build_quads(few, smollm_tokenizer, hopeless, quads_per_half=2)
-    able = fake_score(smollm_tokenizer, few, skill=50.0)
-    with pytest.raises(ValueError, match="bucket under 99: .* quads dropped, 0 left"):
-        data.build_quads(few, smollm_tokenizer, able, quads_per_half=2, min_bucket=99)
-    with pytest.raises(ValueError, match="no match in token count and fame: 0 quads"):
-        data.build_quads(few[few.superset == "artist"], smollm_tokenizer, able, quads_per_half=2)
-    with pytest.raises(ValueError, match="template of two names"):
-        data.build_quads(few, smollm_tokenizer, able, "odd_one_out")
-
-
-def test_sampled_pairs_are_balanced_and_use_no_one_twice(people):
-    sample = data.sample_pairs(people, 203, seed=3)
-    assert len(sample) == 203
-    assert sample.superset.value_counts().max() - sample.superset.value_counts().min() <= 1
-    names = [*sample.a, *sample.b]
-    assert len(set(names)) == len(names)
-    flagged = set(people[people.two_supersets].name)
-    assert not flagged & set(names)
-    superset = people.set_index("name").superset
-    assert (sample.a.map(superset) == sample.superset).all() and (sample.b.map(superset) == sample.superset).all()
-    pd.testing.assert_frame_equal(sample, data.sample_pairs(people, 203, seed=3))
-    assert not sample.equals(data.sample_pairs(people, 203, seed=4))
-    with pytest.raises(ValueError, match="need .* people of superset 'artist'; there are"):
-        data.sample_pairs(people, 5000)
-
-
-@pytest.mark.parametrize("seed", [0, 7])
-def test_odd_one_out_items_swap_one_name_and_stand_everywhere(people, smollm_tokenizer, seed):
-    table = data.generate_odd_one_out(people, smollm_tokenizer, 60, seed)
-    superset = people.set_index("name").superset
-    assert len(table) == 60
-    assert set(table.answer.value_counts()) == {20} and set(table.corrupt_answer.value_counts()) == {20}
-    everyone = []
-    for row in table.to_dict("records"):
-        pair = tasks.make_pair(smollm_tokenizer, row)
-        changed = [slot for slot in "abc" if row[f"clean_{slot}"] != row[f"corrupt_{slot}"]]
-        assert len(changed) == 1 and pair.clean.roles["swapped"] == pair.clean.roles[f"name_{changed[0]}"]
-        for side, answer in (("clean", "answer"), ("corrupt", "corrupt_answer")):
-            classes = {slot: superset[row[f"{side}_{slot}"]] for slot in "abc"}
-            others = [classes[slot] for slot in "abc" if slot != row[answer]]
-            assert others[0] == others[1] != classes[row[answer]]
-        everyone += sorted({row[f"{side}_{slot}"] for side in ("clean", "corrupt") for slot in "abc"})
-    assert len(everyone) == len(set(everyone)) == 4 * 60
-    assert table.groupby("half").size().to_dict() == {"confirmation": 30, "discovery": 30}
-    with pytest.raises(ValueError, match="60 odd-one-out items were asked for; the people given allow"):
-        data.generate_odd_one_out(some_people(people, 8, 0), smollm_tokenizer, 60)
 
 
 def test_the_plans_six_items(smollm_tokenizer):
@@ -382,17 +216,3 @@ def test_wrong_pairs_files(tmp_path):
     (tmp_path / "mine.txt").write_text("x")
     with pytest.raises(ValueError, match="must end in .csv or .parquet"):
         data.load_pairs_file(tmp_path / "mine.txt")
-
-
-def test_the_bundled_model_gives_solved_quads(people, smollm):
-    def score(prompts):
-        return models.next_logits(smollm, prompts)
-
-    options = {"quads_per_half": 4, "min_bucket": 2, "people_per_superset": 60}
-    made, drops = data.build_quads(people, smollm.tokenizer, score, **options)
-    assert len(made) >= 6 and set(made.half) == set(data.HALVES)
-    used = data.add_margins(data.pairs_of(made), smollm.tokenizer, score)
-    assert (used.metric_clean > 0).all() and (used.metric_corrupt < 0).all()
-    assert len(data.keep_solved(used)) == len(used)
-    known = next(drop for drop in drops if drop["filter"] == "not known by the model")
-    assert 0.45 < known["left"] / (known["left"] + known["dropped"]) < 0.75  # 0.58 of the whole table

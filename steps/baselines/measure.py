@@ -27,6 +27,7 @@ from pipeline.declaration import Declaration, Table
 from pipeline.params import ROOT, Shared, Words
 from pipeline.step import Step
 from pipeline.units import Unit
+from steps.baselines.quads import PER_QUAD, build_quads, generate_odd_one_out, keep_solved, sample_pairs
 
 
 class Baselines(Shared):
@@ -84,7 +85,7 @@ def items(people: pd.DataFrame, tokenizer: object, template: Template, params: B
             for side, answer in (("clean", "answer"), ("corrupt", "corrupt_answer"))
         ]
         return pd.DataFrame(rows).assign(superset="", professions="")
-    drawn = data.sample_pairs(people, params.accuracy_pairs, params.seed)
+    drawn = sample_pairs(people, params.accuracy_pairs, params.seed)
     rows = []
     for index, row in enumerate(drawn.to_dict("records")):
         subject = {"answer": row["superset"], "superset": row["superset"]}
@@ -103,8 +104,8 @@ def odd_pairs(people: pd.DataFrame, tokenizer: object, params: Baselines) -> pd.
         return own
     taken = {name for side in ("clean", "corrupt") for slot in tasks.SLOTS for name in own[f"{side}_{slot}"]}
     others = people[~people["name"].isin(taken)].reset_index(drop=True)
-    options = {"chat_template": params.chat_template}
-    made = data.generate_odd_one_out(others, tokenizer, params.odd_one_out_items, params.seed, **options)
+    count = params.odd_one_out_items
+    made = generate_odd_one_out(others, tokenizer, count, params.seed, params.chat_template)
     return pd.concat([own, made], ignore_index=True)
 
 
@@ -150,19 +151,7 @@ def measure(model: Model, people: pd.DataFrame, template: Template, params: Base
 
 def make_quads(model: Model, people: pd.DataFrame, params: Baselines) -> pd.DataFrame:
     """The quads of the profile's task; what each filter dropped is in `attrs["facts"]["drops"]`."""
-    quads, drops = data.build_quads(
-        people,
-        model.tokenizer,
-        score(model),
-        params.template,
-        quads_per_half=params.quads_per_half,
-        pairs_per_quad=params.pairs_per_quad,
-        fame_tolerance=params.fame_tolerance,
-        min_bucket=params.min_bucket,
-        seed=params.seed,
-        chat_template=params.chat_template,
-        attributes=params.attributes,
-    )
+    quads, drops = build_quads(people, model.tokenizer, score(model), params)
     quads.attrs["facts"] = {"drops": drops}
     return quads
 
@@ -173,7 +162,7 @@ def make_pairs(model: Model, people: pd.DataFrame, quads: pd.DataFrame | None, p
     if quads is not None:
         return data.add_margins(pairs_of(quads, params.pairs_per_quad), model.tokenizer, score(model), **options)
     pairs, _ = data.aligned(odd_pairs(people, model.tokenizer, params), model.tokenizer)
-    return data.keep_solved(data.add_margins(pairs, model.tokenizer, score(model), **options))
+    return keep_solved(data.add_margins(pairs, model.tokenizer, score(model), **options))
 
 
 # --- what is measured ---
@@ -217,7 +206,7 @@ def accuracy_cost(case: Case, units: Sequence[Unit]) -> Work:
 def quads_cost(case: Case, units: Sequence[Unit]) -> Work:
     """Everyone asked about alone, and the prompts of the quads that are tried."""
     p = case.params
-    alone = case.asked(min(ASKED, 25 * p.quads_per_half * len(SUPERSETS)), tasks.TEMPLATES["profession_is"])
+    alone = case.asked(min(ASKED, PER_QUAD * p.quads_per_half * len(SUPERSETS)), tasks.TEMPLATES["profession_is"])
     return alone + case.asked(round(TRIED * 2 * len(case.pairs)), tasks.find_template(p.template, p.task))
 
 
