@@ -20,7 +20,7 @@ from sklearn.metrics import adjusted_rand_score
 
 from lib import stats
 from lib.effects import columns
-from report.plots import BLACK, BLUE, GREY, WIDTH, Figure, _canvas, _legend, _points, layer_curve
+from report.plots import BLACK, BLUE, GREY, WIDTH, Figure, _canvas, add_legend, draw_points, layer_curve
 from report.words import interval, listed
 from steps.subspace.measure import Measured, Subspace
 from steps.subspace.probes import WHOLE
@@ -255,14 +255,14 @@ def rank_figure(n: Numbers) -> Figure:
             look = {"color": GREY, "alpha": 0.3, "lw": 0, "label": "permuted labels"}
             axes.fill_between(null["rank"], null["low"], null["high"], **look)
             axes.plot(true["rank"], true["estimate"], color=BLUE, lw=1, alpha=0.6)
-            _points(axes, true["rank"].to_numpy(), true, BLUE, "o", "true labels")
+            draw_points(axes, true["rank"].to_numpy(), true, BLUE, "o", "true labels")
             axes.axhline(1 / (true["rank"].max() + 1), color=BLACK, lw=1, ls="--", label="chance")
             axes.set(title=f"{lead[1]} ({lead[0]} prompts, {lead[2]})", ylabel="balanced accuracy", xscale="log")
         every = np.unique(n.ranks["rank"])
         axes.set_xticks(every, [str(rank) for rank in every])
         axes.set_xticks([], minor=True)
         axes.set_xlabel("rank of the probe")
-        _legend(figure, panels[0])
+        add_legend(figure, panels[0])
     return figure
 
 
