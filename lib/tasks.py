@@ -138,10 +138,10 @@ class Pair:
     corrupt_answer: int
     clean_tokens: tuple[int, ...]  # the candidates' token ids in each prompt: equal except in odd_one_out
     corrupt_tokens: tuple[int, ...]
-    clean_seconds: tuple[int, ...]  # odd_one_out: second token of each name, () if a name has only one
-    corrupt_seconds: tuple[int, ...]
-    labels: tuple[str, ...]  # words recorded beside the candidates
-    label_tokens: tuple[int, ...]
+    clean_seconds: tuple[int, ...] = ()  # odd_one_out: second token of each name, () if a name has only one
+    corrupt_seconds: tuple[int, ...] = ()
+    labels: tuple[str, ...] = ()  # words recorded beside the candidates
+    label_tokens: tuple[int, ...] = ()
 
 
 def without_labels(pairs: Iterable[Pair]) -> list[Pair]:
@@ -159,7 +159,7 @@ def in_form(word: str, form: Form) -> str:
     return {"plural": plural, "singular": str, "capitalised": str.capitalize}[form](word)
 
 
-def _answer_ids(tokenizer: Any, words: Sequence[str]) -> list[tuple[int, ...]]:
+def answer_ids(tokenizer: Any, words: Sequence[str]) -> list[tuple[int, ...]]:
     """Token ids of each " word" as the model would predict it, after another word (() if the two merge)."""
     prefix = tuple(tokenizer("both", add_special_tokens=False).input_ids)
     full = tokenizer([f"both{word}" for word in words], add_special_tokens=False).input_ids
@@ -179,7 +179,7 @@ def candidates(tokenizer: Any, template: Template) -> tuple[tuple[str, ...], tup
     Raises ValueError if an answer is not a single token for this tokenizer, or if two answers share one.
     """
     words = [f" {in_form(name, template.form)}" for name in SUPERSETS]
-    ids = _answer_ids(tokenizer, words)
+    ids = answer_ids(tokenizer, words)
     for word, tokens in zip(words, ids, strict=True):
         if len(tokens) != 1:
             raise ValueError(
@@ -200,9 +200,7 @@ PROFESSIONS = (
 )  # fmt: skip
 
 
-def labels(
-    tokenizer: Any, template: Template, professions: Sequence[str] = PROFESSIONS
-) -> tuple[tuple[str, ...], tuple[int, ...]]:
+def labels(tokenizer: Any, template: Template) -> tuple[tuple[str, ...], tuple[int, ...]]:
     """Words recorded beside the candidates, and their tokens: professions (plural, singular) and singular supersets.
 
     Only single tokens are kept, and none that is a candidate itself. Odd-one-out has none: its answers are names.
@@ -211,15 +209,15 @@ def labels(
         return (), ()
     taken = set(candidates(tokenizer, template)[1])
     forms: tuple[Form, ...] = ("plural", "singular", *(["capitalised"] if template.form == "capitalised" else []))
-    words = dict.fromkeys([in_form(p, f) for f in forms for p in professions] + list(SUPERSETS))
+    words = dict.fromkeys([in_form(p, f) for f in forms for p in PROFESSIONS] + list(SUPERSETS))
     kept: dict[int, str] = {}
-    for word, ids in zip(words, _answer_ids(tokenizer, [f" {word}" for word in words]), strict=True):
+    for word, ids in zip(words, answer_ids(tokenizer, [f" {word}" for word in words]), strict=True):
         if len(ids) == 1 and ids[0] not in taken:
             kept.setdefault(ids[0], word)
     return tuple(kept.values()), tuple(kept)
 
 
-def _fill(template: Template, names: Sequence[str], attributes: Sequence[str]) -> tuple[str, list[tuple[int, int]]]:
+def fill(template: Template, names: Sequence[str], attributes: Sequence[str]) -> tuple[str, list[tuple[int, int]]]:
     """The filled text and each name's character span in it."""
     if len(names) != len(template.slots):
         raise ValueError(f"template {template.name!r} needs {len(template.slots)} names, got {list(names)}")
@@ -263,7 +261,7 @@ def make_prompt(
         ValueError: wrong number of names, a name that is not found in the wrapped prompt, a token that mixes a name
             with the text around it, or a tokenizer that is not fast or appends a token of its own.
     """
-    text, spans = _fill(template, names, attributes)
+    text, spans = fill(template, names, attributes)
     if chat_template:
         if not getattr(tokenizer, "chat_template", None):
             raise ValueError("chat_template is true, but this tokenizer has none; set chat_template to false")
@@ -313,7 +311,6 @@ def make_pair(
     row: Mapping[str, Any],
     chat_template: bool = False,
     attributes: Sequence[str] = DEFAULT_ATTRIBUTES,
-    professions: Sequence[str] = PROFESSIONS,
 ) -> Pair:
     """Build and check one pair from a row of pairs.parquet or of a pairs_file.
 
@@ -331,29 +328,17 @@ def make_pair(
         raise ValueError(f"{where}: template {template.name!r} is of task {template.task!r}, not {row['task']!r}")
     names = {side: [row[f"{side}_{slot}"] for slot in template.slots] for side in ("clean", "corrupt")}
     clean, corrupt = (make_prompt(tokenizer, template, n, chat_template, attributes) for n in names.values())
-    for slot, one, other in zip(template.slots, names["clean"], names["corrupt"], strict=True):
-        counts = [len(prompt.roles[f"name_{slot}"]) for prompt in (clean, corrupt)]
-        if counts[0] != counts[1]:
-            raise ValueError(
-                f"{where}: the names in slot {slot} have different token counts: {one!r} has {counts[0]}, "
-                f"{other!r} has {counts[1]}; choose names of equal counts"
-            )
-    outside = set(clean.roles["all"]) - set(clean.roles["names"])
-    if clean.roles != corrupt.roles or any(clean.ids[i] != corrupt.ids[i] for i in outside):
-        raise ValueError(f"{where}: the two prompts differ outside their names: {clean.text!r} and {corrupt.text!r}")
-    differ = [s for s, one, other in zip(template.slots, names["clean"], names["corrupt"], strict=True) if one != other]
-    swapped = tuple(p for slot in differ for p in clean.roles[f"name_{slot}"])
-    if not swapped:
-        raise ValueError(f"{where}: the clean and the corrupt prompt have the same names {names['clean']}")
+    swapped = _swapped(clean, corrupt, names["clean"], names["corrupt"], where)
     clean, corrupt = (replace(prompt, roles=prompt.roles | {"swapped": swapped}) for prompt in (clean, corrupt))
 
     if template.task == "odd_one_out":
         words: tuple[str, ...] = template.slots
-        own = [_name_answers(clean, names["clean"], where), _name_answers(corrupt, names["corrupt"], where)]
+        own, other = (
+            _name_answers(prompt, names[side], where) for side, prompt in (("clean", clean), ("corrupt", corrupt))
+        )
     else:
         words, shared = candidates(tokenizer, template)
-        own = [(shared, ()), (shared, ())]
-    label_words, label_tokens = labels(tokenizer, template, professions)
+        own = other = (shared, ())
     answers = []
     for column in ("answer", "corrupt_answer"):
         if row[column] not in words:
@@ -361,24 +346,31 @@ def make_pair(
         answers.append(words.index(row[column]))
     if answers[0] == answers[1]:
         raise ValueError(f"{where}: answer and corrupt_answer are both {row['answer']!r}; they must differ")
-    return Pair(
-        str(row["pair_id"]),
-        str(row["quad_id"]),
-        str(row["half"]),
-        template.task,
-        template.name,
-        clean,
-        corrupt,
-        words,
-        answers[0],
-        answers[1],
-        own[0][0],
-        own[1][0],
-        own[0][1],
-        own[1][1],
-        label_words,
-        label_tokens,
-    )
+    about = (str(row[name]) for name in ("pair_id", "quad_id", "half"))
+    prompts = (template.task, template.name, clean, corrupt)
+    tokens = (own[0], other[0], own[1], other[1])
+    return Pair(*about, *prompts, words, *answers, *tokens, *labels(tokenizer, template))
+
+
+def _swapped(
+    clean: Prompt, corrupt: Prompt, names: Sequence[str], others: Sequence[str], where: str
+) -> tuple[int, ...]:
+    """Positions of the names that differ, after a check that the two prompts line up and differ nowhere else."""
+    positions: tuple[int, ...] = ()
+    for slot, one, other in zip(SLOTS, names, others, strict=False):
+        own, theirs = (prompt.roles[f"name_{slot}"] for prompt in (clean, corrupt))
+        if len(own) != len(theirs):
+            raise ValueError(
+                f"{where}: the names in slot {slot} have different token counts: {one!r} has {len(own)}, "
+                f"{other!r} has {len(theirs)}; choose names of equal counts"
+            )
+        positions += own if one != other else ()
+    outside = set(clean.roles["all"]) - set(clean.roles["names"])
+    if clean.roles != corrupt.roles or any(clean.ids[i] != corrupt.ids[i] for i in outside):
+        raise ValueError(f"{where}: the two prompts differ outside their names: {clean.text!r} and {corrupt.text!r}")
+    if not positions:
+        raise ValueError(f"{where}: the clean and the corrupt prompt have the same names {list(names)}")
+    return positions
 
 
 def two_prompts(
@@ -434,10 +426,6 @@ def two_prompts(
         corrupt_answer=1,
         clean_tokens=tokens,
         corrupt_tokens=tokens,
-        clean_seconds=(),
-        corrupt_seconds=(),
-        labels=(),
-        label_tokens=(),
     )
 
 

@@ -155,7 +155,7 @@ def words(text: str) -> int:
 def tokens_of(template: Template, names: Sequence[int]) -> tuple[int, dict[str, tuple[int, ...]]]:
     """Length of a prompt with names of so many tokens, and where its roles stand."""
     own = dict(zip(template.slots, names, strict=False))
-    text, spans = tasks._fill(template, list(own), tasks.DEFAULT_ATTRIBUTES)
+    text, spans = tasks.fill(template, list(own), tasks.DEFAULT_ATTRIBUTES)
     at, before, roles = 0, 0, {}
     for (slot, count), (start, end) in zip(own.items(), spans, strict=True):
         at += words(text[before:start])

@@ -81,7 +81,7 @@ def labels_of(tokenizer: Any, template: Template, superset_of: Mapping[str, str]
     it begins no other label and is no candidate (" gymn" for gymnasts).
     """
     _, candidates = tasks.candidates(tokenizer, template)
-    ids = [tasks._answer_ids(tokenizer, [f" {tasks.in_form(word, form)}" for form in forms]) for word in superset_of]
+    ids = [tasks.answer_ids(tokenizer, [f" {tasks.in_form(word, form)}" for form in forms]) for word in superset_of]
     begun = Counter(first for own in ids for first in {form[0] for form in own if form})
     tokens, scored = [], []
     for own in ids:
