@@ -24,6 +24,8 @@ from pipeline.params import Sections, Shared, step_model
 from pipeline.units import Unit
 
 SUPERSET_TASKS = ("superset", "bi_association")
+# What steps hand to all others, by the step that leaves it: pairs, and which tasks the model does; layers; the slice.
+PAIRS, CRITICAL_LAYERS, SLICE = "baselines", "coarse_sweep", "sufficiency"
 
 
 @dataclass(frozen=True)

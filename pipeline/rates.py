@@ -1,8 +1,7 @@
 """How long a machine takes for each kind of work that `pipeline.costs` counts: seconds per operation, pass, row, ...
 
-1. `calibrate` times a handful of small units on random weights of the profile's shape (fewer layers where it is a large
-   one) and solves for the rates that explain them; what the steps do beside the model is timed likewise, as far as it
-   is arithmetic.
+1. `calibrate` times a handful of small units on random weights of the profile's shape (fewer layers where it is large)
+   and solves for the rates that explain them; what steps do beside the model is timed likewise where it is arithmetic.
 2. `of_device` takes a card's rates from its data sheet (data/devices.json), and the host's part from the calibration
    that the committed plan of the default profile was made with.
 3. `seconds` puts work and rates together.
