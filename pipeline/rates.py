@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from scipy.optimize import nnls
-from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from lib import models, sweep, tasks, weights
 from lib.batches import token_ids
@@ -60,8 +60,8 @@ def timed(run: Callable[[], Any], repeats: int = 2) -> float:
     return statistics.median(times[1:])
 
 
-def calibrate(plan: Plan, config: PretrainedConfig, dtype: str, device: str, memory: float) -> dict[str, float]:
-    """Rates of this machine for the shape, in some ten seconds; on the device that the profile names."""
+def calibrate(plan: Plan, config: Any, dtype: str, device: str, memory: float) -> dict[str, float]:
+    """Rates of this machine for the shape of a transformers config, in some ten seconds, on the device that the profile names."""
     whole = weights.shape_of(config)
     shallow = copy.deepcopy(config)
     text = shallow.get_text_config()
@@ -69,7 +69,7 @@ def calibrate(plan: Plan, config: PretrainedConfig, dtype: str, device: str, mem
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[: text.num_hidden_layers]
     torch.manual_seed(0)
-    network = AutoModelForCausalLM.from_config(shallow, dtype=models.DTYPES[dtype]).to(device)
+    network = transformers.AutoModelForCausalLM.from_config(shallow, dtype=models.DTYPES[dtype]).to(device)
     model = models.find_handles(network.eval().requires_grad_(False), None, "calibration")
     rates = measured(plan, model, weights.shape_of(shallow), Machine(memory, dtype)) | BESIDE
     for step in plan:
