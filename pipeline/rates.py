@@ -61,7 +61,7 @@ def timed(run: Callable[[], Any], repeats: int = 2) -> float:
 
 
 def calibrate(plan: Plan, config: Any, dtype: str, device: str, memory: float) -> dict[str, float]:
-    """Rates of this machine for the shape of a transformers config, in some ten seconds, on the device that the profile names."""
+    """Rates of this machine for the config's shape, in some ten seconds; on the device that the profile names."""
     whole = weights.shape_of(config)
     shallow = copy.deepcopy(config)
     text = shallow.get_text_config()
