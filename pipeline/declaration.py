@@ -52,7 +52,6 @@ class Table:
     @classmethod
     def whole(cls, name: str, make: Callable[..., pd.DataFrame], cost: Callable[..., Work], **options: Any) -> Table:
         """A table of one unit, of its own name, and any columns: what `make` gives for the step and what was chosen."""
-        from pipeline.units import Unit  # pandas and torch: only where tables are made
 
         def compute(step: Any, *chosen: Any) -> Callable[[Unit], pd.DataFrame]:
             return lambda unit: make(step, *chosen)

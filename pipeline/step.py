@@ -24,7 +24,7 @@ import numpy as np
 import pandas as pd
 
 from lib import records
-from pipeline import keys, machine, params, tokens, units
+from pipeline import keys, machine, params, units
 from pipeline.declaration import CRITICAL_LAYERS, SLICE, Declaration, Plan, Table
 from pipeline.params import ParameterError, Shared
 from pipeline.units import Engine, Unit
@@ -107,7 +107,7 @@ class Step:
         return model
 
     @cached_property
-    def tokenizer(self) -> tokens.Remembered:
+    def tokenizer(self) -> Remembered:
         """The model's tokenizer; loaded only for texts that the step's finished results do not hold."""
 
         def load() -> Any:
@@ -116,7 +116,7 @@ class Step:
             loaded = "model" in self.__dict__
             return self.model.tokenizer if loaded else models.tokenizer(self.params.model, self.params.model_sha256)
 
-        return tokens.Remembered(load, self.path("tokens") if self.fresh else None)
+        return Remembered(load, self.path("tokens") if self.fresh else None)
 
     @property
     def n_layers(self) -> int:
@@ -391,6 +391,68 @@ class Step:
         table = isinstance(extra, pd.DataFrame)
         records.write(path, extra, {}, schema=None) if table else records.write_json(path, records.plain(extra))
         return path
+
+
+class Encoding(dict):
+    """Token ids and character offsets, by key or by attribute, as a tokenizer gives them."""
+
+    @property
+    def input_ids(self) -> list:
+        return self["input_ids"]
+
+
+class Remembered:
+    """What `lib.tasks` and `lib.data` ask of a tokenizer; a page is drawn again from its tables without the real one.
+
+    `load` gives the real one, which is loaded for what is new; `path` (<step>.tokens.parquet) holds what was asked.
+    """
+
+    def __init__(self, load: Callable[[], Any], path: Path | None = None) -> None:
+        table = records.read(path).to_dict("list") if path and path.exists() else {"asked": [], "answer": []}
+        self.load, self.answers = load, dict(zip(table["asked"], map(json.loads, table["answer"]), strict=True))
+        self.kept = len(self.answers)
+
+    @cached_property
+    def own(self) -> Any:
+        """The real tokenizer."""
+        return self.load()
+
+    def _answer(self, asked: list, ask: Callable[[], Any]) -> Any:
+        key = json.dumps(asked, ensure_ascii=False)
+        if key not in self.answers:
+            self.answers[key] = json.loads(json.dumps(ask()))  # as it will be read
+        return self.answers[key]
+
+    def __call__(self, text: str | list[str], **options: bool) -> Encoding:
+        """Ids, and offsets where they are asked for, of a text or of several."""
+
+        def ask() -> dict[str, list]:
+            said = self.own(text, **options)
+            return {key: said[key] for key in ("input_ids", "offset_mapping") if key in said}
+
+        return Encoding(self._answer(["tokens", text, options], ask))
+
+    def apply_chat_template(self, messages: list[dict[str, str]], **options: bool) -> str:
+        """The messages as the model was trained to read them."""
+        return self._answer(["chat", messages, options], lambda: self.own.apply_chat_template(messages, **options))
+
+    @property
+    def chat_template(self) -> str | None:
+        return self._answer(["chat_template"], lambda: getattr(self.own, "chat_template", None))
+
+    @property
+    def is_fast(self) -> bool:
+        return self._answer(["is_fast"], lambda: getattr(self.own, "is_fast", False))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.own, name)  # all else is asked of the real one
+
+    def keep(self, path: Path) -> None:
+        """Write all answers, if there are new ones."""
+        if len(self.answers) > self.kept:
+            table = pd.DataFrame({"asked": list(self.answers), "answer": map(json.dumps, self.answers.values())})
+            records.write(path, table, {}, schema=None)
+            self.kept = len(self.answers)
 
 
 RESIDENT: dict[str, Step] = {}
