@@ -169,7 +169,7 @@ def pair_of(
     half: str,
     names: Sequence[int],
     labels: int = 50,
-    answers: Sequence = (),
+    answers: Sequence[str] = (),
 ) -> Pair:
     """One of a quad's pairs. The third and fourth are the mirrors of the first two, as `data.pairs_of` has them.
 
@@ -202,7 +202,8 @@ def quads_of(plan: Plan, p: Shared) -> list[tuple[str, list[int], tuple[str, ...
     """The half, the names' token counts and the answers of each quad: of step 01's pairs, else of the default book's
     lengths, without answers."""
     try:
-        table = records.read(keys.find_pairs(declaration.PAIRS, p)) if p.pairs_file is None else pd.read_csv(p.pairs_file)
+        path = keys.find_pairs(declaration.PAIRS, p)
+        table = records.read(path) if p.pairs_file is None else pd.read_csv(path)
     except ParameterError:
         table = None
     if table is not None and {"n_tokens_a", "n_tokens_b", "half"} <= {*table}:
