@@ -80,10 +80,6 @@ class Case:
     def rng(self, purpose: str = "") -> np.random.Generator:
         return np.random.default_rng(0)
 
-    @property
-    def slice_layers(self) -> list[int]:
-        return sorted({site.layer for site in self.sites})
-
     def half(self, number: int, pairs: Sequence[Pair] | None = None) -> list[Pair]:
         own = self.pairs if pairs is None else pairs
         return [pair for pair in own if pair.half == HALVES[number]] or list(own)

@@ -94,11 +94,6 @@ class Declaration:
     samples: Callable[..., Iterator[tuple[Work, Callable[[], Any]]]] | None = None
     timings: Callable[[int], Mapping[str, float]] | None = None
 
-    @property
-    def folder(self) -> Path:
-        """Where its code is."""
-        return parameters.ROOT / "steps" / self.name
-
 
 class Plan:
     """The steps in order; `module` is where the plan can be imported from, by workers too, as PLAN."""

@@ -257,7 +257,8 @@ def measuring(step: Declaration) -> dict[str, Path]:
 def drawing(step: Declaration) -> dict[str, Path]:
     """The modules and styles that a step's page is drawn with: what any file of its folder reaches."""
     own = f"steps.{step.name}."
-    start = [f"{own}{path.stem}" for path in sorted(step.folder.glob("*.py")) if path.stem != "__init__"]
+    files = sorted((parameters.ROOT / "steps" / step.name).glob("*.py"))
+    start = [f"{own}{path.stem}" for path in files if path.stem != "__init__"]
     modules = reached(start, lambda name: name.startswith(("lib.", "pipeline.", "report.", own)))
     return modules | {path.name: path for path in sorted((parameters.ROOT / "report").glob("*.mplstyle"))}
 

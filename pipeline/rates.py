@@ -82,9 +82,8 @@ def measured(plan: Plan, model: Model, shape: Shape, place: Machine) -> dict[str
     hidden = torch.randn(128, shape.hidden, dtype=model.dtype, device=model.device)
     rates = {"logits": timed(lambda: model.logits(hidden)) / costs.vocabulary(shape, 128).logits}
     samples = [(work, timed(run)) for work, run in sweeps(model, shape, place)]
-    for step in plan:
-        for work, run in step.samples(model, shape, place) if step.samples else ():
-            samples.append((work, timed(run, 1)))
+    added = (sample for step in plan if step.samples for sample in step.samples(model, shape, place))
+    samples += [(work, timed(run, 1)) for work, run in added]
     return rates | solved(samples, rates)
 
 

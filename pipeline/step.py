@@ -120,13 +120,11 @@ class Step:
 
     @property
     def n_layers(self) -> int:
-        """Layers of the model."""
         return self.shape["n_layers"]
 
     @property
     def n_heads(self) -> int:
-        """Heads per layer of the model."""
-        return self.shape["n_heads"]
+        return self.shape["n_heads"]  # of a layer
 
     @cached_property
     def shape(self) -> dict[str, int]:
@@ -140,9 +138,8 @@ class Step:
         if self.engine and "model" not in self.__dict__:
             return dict(self.engine.about(self)["model"])
         own = self.model
-        shape = {"n_layers": own.n_layers, "n_heads": own.n_heads, "noise": own.noise}
-        kind = {"dtype": str(own.dtype).removeprefix("torch."), "device": str(own.device)}
-        return {"name": self.params.model, "sha256": own.sha256, **kind, **shape}
+        out = {"name": self.params.model, "sha256": own.sha256, "dtype": str(own.dtype).removeprefix("torch.")}
+        return out | {"device": str(own.device), "n_layers": own.n_layers, "n_heads": own.n_heads, "noise": own.noise}
 
     @property
     def critical_layers(self) -> list[int]:
@@ -160,8 +157,8 @@ class Step:
         """How `layers` was chosen, for the page."""
         if self.params.layers != "auto":
             return "all layers, by the profile" if self.params.layers == "all" else "the layers named in the parameters"
-        found = self.critical_layers
-        return "the critical layers of step 02" if found else "all layers: step 02 has left no critical layers here"
+        left = self.critical_layers
+        return "the critical layers of step 02" if left else "all layers: step 02 has left no critical layers here"
 
     # --- what earlier steps left ---
 
