@@ -20,10 +20,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import transformers
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lib.weights import ModelError
 
@@ -49,8 +49,8 @@ class Site(NamedTuple):
 class Model:
     """A causal model and its handles. Lists are indexed by layer."""
 
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase | None
+    model: transformers.PreTrainedModel
+    tokenizer: transformers.PreTrainedTokenizerBase | None
     body: nn.Module  # runs embeddings, blocks and final norm: ids -> last hidden state
     blocks: Sequence[nn.Module]
     attns: Sequence[nn.Module]

@@ -19,7 +19,6 @@ import transformers
 from jaxtyping import Float, Int
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lib import hooks, single_pass, weights
 from lib.hooks import Model, Site
@@ -41,11 +40,11 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.f
 SHARED_TOKENS = 512  # fewest tokens that running a shared prefix by itself must spare
 
 
-def tokenizer(spec: str, sha256: str | None = None) -> PreTrainedTokenizerBase:
+def tokenizer(spec: str, sha256: str | None = None) -> transformers.PreTrainedTokenizerBase:
     """The tokenizer of a model string, without the weights."""
     where, _, local = resolve(spec, sha256)
     try:
-        return AutoTokenizer.from_pretrained(where, local_files_only=local, trust_remote_code=False)
+        return transformers.AutoTokenizer.from_pretrained(where, local_files_only=local, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise load_error(spec, where, error) from error
 
@@ -105,11 +104,11 @@ def load(spec: str, **options: Any) -> Model:
     try:
         if random:
             torch.manual_seed(how.seed)
-            config, words = AutoConfig.from_pretrained(where, local_files_only=True), None
-            model = AutoModelForCausalLM.from_config(config, **arguments).to(DTYPES[how.dtype])
+            config, words = transformers.AutoConfig.from_pretrained(where, local_files_only=True), None
+            model = transformers.AutoModelForCausalLM.from_config(config, **arguments).to(DTYPES[how.dtype])
         else:
-            model = AutoModelForCausalLM.from_pretrained(where, local_files_only=local, **arguments)
-            words = AutoTokenizer.from_pretrained(where, local_files_only=local, trust_remote_code=False)
+            model = transformers.AutoModelForCausalLM.from_pretrained(where, local_files_only=local, **arguments)
+            words = transformers.AutoTokenizer.from_pretrained(where, local_files_only=local, trust_remote_code=False)
     except (OSError, ValueError, SafetensorError) as error:
         raise load_error(spec, where, error) from error
     if how.device_map is None and how.quantisation is None:
@@ -156,8 +155,8 @@ def named(root: nn.Module, part: str, names: tuple[str, ...], owner: str) -> nn.
 
 
 def find_handles(
-    model: PreTrainedModel,
-    words: PreTrainedTokenizerBase | None,
+    model: transformers.PreTrainedModel,
+    words: transformers.PreTrainedTokenizerBase | None,
     name: str,
     sha256: str | None = None,
     quantisation: str | None = None,

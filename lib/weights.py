@@ -18,8 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
-from transformers.pytorch_utils import Conv1D
+import transformers
 
 
 class ModelError(ValueError):
@@ -59,8 +58,8 @@ def converted(source: Path, sha256: str) -> Path:
     beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{sha256[:12]}-"))
     try:
         where = {"gguf_file": source.name, "local_files_only": True}
-        AutoTokenizer.from_pretrained(source.parent, **where).save_pretrained(beside)
-        model = AutoModelForCausalLM.from_pretrained(source.parent, dtype=torch.float32, **where)
+        transformers.AutoTokenizer.from_pretrained(source.parent, **where).save_pretrained(beside)
+        model = transformers.AutoModelForCausalLM.from_pretrained(source.parent, dtype=torch.float32, **where)
         # transformers refuses to save a model that came from GGUF; its weights are plain fp32 by now
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
@@ -150,34 +149,34 @@ class Shape:
         return self.inner
 
 
-def config_of(spec: str, offline: bool = True) -> PretrainedConfig | None:
+def config_of(spec: str, offline: bool = True) -> transformers.PretrainedConfig | None:
     """The config behind a model string; None where it cannot be had. Downloads no more than the config."""
     try:
         if spec.startswith("package:"):
             file = package_file(spec)
             folder = cache_folder() / sha256_of(file)  # its converted weights, if they have been made
             if folder.is_dir():
-                return AutoConfig.from_pretrained(folder, local_files_only=True)
-            return AutoConfig.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
+                return transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+            return transformers.AutoConfig.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
         if (known := json.loads(SHAPES.read_text()).get(spec)) is not None:
-            return AutoConfig.for_model(**known)
+            return transformers.AutoConfig.for_model(**known)
         where = spec.removeprefix("config:")
         local = offline or spec.startswith("config:") or Path(spec).is_dir()
-        return AutoConfig.from_pretrained(where, local_files_only=local, trust_remote_code=False)
+        return transformers.AutoConfig.from_pretrained(where, local_files_only=local, trust_remote_code=False)
     except Exception:  # whatever is wrong with the file, loading says it
         return None
 
 
-def shape_of(config: PretrainedConfig) -> Shape:
+def shape_of(config: transformers.PretrainedConfig) -> Shape:
     """Counted on the empty model: exact for every architecture that transformers knows."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = transformers.AutoModelForCausalLM.from_config(config)
     text = config.get_text_config()
     ends = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
     linear = {
         name: module.weight.numel()
         for name, module in model.named_modules()
-        if isinstance(module, (torch.nn.Linear, Conv1D)) and id(module.weight) not in ends
+        if isinstance(module, (torch.nn.Linear, transformers.Conv1D)) and id(module.weight) not in ends
     }
     heads, layers = text.num_attention_heads, text.num_hidden_layers
     attention = sum(size for name, size in linear.items() if "attn" in name)

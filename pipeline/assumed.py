@@ -23,7 +23,7 @@ from lib.data import HALVES
 from lib.hooks import Site, site_of
 from lib.tasks import SUPERSETS, Pair, Prompt, Template
 from lib.weights import Shape
-from pipeline import costs, keys, params
+from pipeline import costs, declaration, keys, params
 from pipeline.costs import Machine, Work, next_logits, path_unit, sweep_unit, total
 from pipeline.declaration import Plan, Table
 from pipeline.params import ParameterError, Shared
@@ -80,10 +80,6 @@ class Case:
     def rng(self, purpose: str = "") -> np.random.Generator:
         return np.random.default_rng(0)
 
-    @property
-    def slice_layers(self) -> list[int]:
-        return sorted({site.layer for site in self.sites})
-
     def half(self, number: int, pairs: Sequence[Pair] | None = None) -> list[Pair]:
         own = self.pairs if pairs is None else pairs
         return [pair for pair in own if pair.half == HALVES[number]] or list(own)
@@ -105,13 +101,14 @@ class Case:
     def swept(self, units: Sequence[Unit], pool: Sequence[Pair] | None = None) -> Work:
         """A table of `sweep_units` units and the step's proofs; `pool` lends means and resamples."""
         each = [sweep_unit(self.shape, unit.pairs, unit.options, self.machine) for unit in units]
-        sizes = [one.times(0) + Work(table=size(one.rows, unit)) for one, unit in zip(each, units, strict=True)]
-        return total([*each, *sizes, self.pool(units, pool), costs.proofs(self.shape, self.pairs[0])])
+        of_row = [LABELLED if unit.pairs[0].label_tokens else SHORT for unit in units]
+        size = sum(count * one.rows for count, one in zip(of_row, each, strict=True))
+        return total([*each, self.pool(units, pool), costs.proofs(self.shape, self.pairs[0]), Work(table=size)])
 
     def pathed(self, units: Sequence[Unit]) -> Work:
         each = [path_unit(self.shape, unit.pairs, unit.options, self.machine) for unit in units]
-        bytes_ = sum(one.rows for one in each) * (LABELLED + 15)
-        return total([*each, self.pool(units, self.pairs), costs.proofs(self.shape, self.pairs[0]), Work(table=bytes_)])
+        size = sum(one.rows for one in each) * (LABELLED + 15)
+        return total([*each, self.pool(units, self.pairs), costs.proofs(self.shape, self.pairs[0]), Work(table=size)])
 
     def pool(self, units: Sequence[Unit], pool: Sequence[Pair] | None) -> Work:
         """Each group that is lent means or resamples has its prompts run once, for each plan that comes to it."""
@@ -137,11 +134,6 @@ def of_sweep(case: Case, units: Sequence[Unit], *chosen: Any) -> Work:
 def of_paths(case: Case, units: Sequence[Unit], *chosen: Any) -> Work:
     """The cost of a table of path patching."""
     return case.pathed(units)
-
-
-def size(rows: int, unit: Unit) -> int:
-    """Bytes of the rows of a sweep."""
-    return rows * (LABELLED if unit.pairs[0].label_tokens else SHORT)
 
 
 # --- stand-ins ------------------------------------------------------------------------------------------------------
@@ -205,9 +197,9 @@ def few_pairs() -> list[Pair]:
 def quads_of(plan: Plan, p: Shared) -> list[tuple[str, list[int], tuple[str, ...]]]:
     """The half, the names' token counts and the answers of each quad: of step 01's pairs, else of the default book's
     lengths, without answers."""
-    base = params.validate(plan.sections, "baselines", params.load_profile(p.profile)) if p.pairs_file is None else None
     try:
-        table = records.read(keys.find_pairs("coarse_sweep", p)) if p.pairs_file is None else pd.read_csv(p.pairs_file)
+        path = keys.find_pairs(declaration.PAIRS, p)
+        table = records.read(path) if p.pairs_file is None else pd.read_csv(path)
     except ParameterError:
         table = None
     if table is not None and {"n_tokens_a", "n_tokens_b", "half"} <= {*table}:
@@ -215,7 +207,9 @@ def quads_of(plan: Plan, p: Shared) -> list[tuple[str, list[int], tuple[str, ...
         counts = [[int(row[f"n_tokens_{slot}"]) for slot in "ab"] for row in rows]
         answers = [(row["answer"], row["corrupt_answer"]) for row in rows]
         return list(zip((row["half"] for row in rows), counts, answers, strict=True))
-    count = max(4, round(KEPT * base.quads_per_half)) if base else len(table)
+    if p.pairs_file is None:
+        base = params.validate(plan.sections, declaration.PAIRS, params.load_profile(p.profile))
+    count = max(4, round(KEPT * base.quads_per_half)) if p.pairs_file is None else len(table)
     edges = np.cumsum(list(LENGTHS.values()))
     drawn = [list(LENGTHS)[int(np.searchsorted(edges, (i + 0.5) / count))] for i in range(count)]
     return [(half, [n, n], ()) for half in HALVES for n in drawn]
@@ -224,15 +218,13 @@ def quads_of(plan: Plan, p: Shared) -> list[tuple[str, list[int], tuple[str, ...
 def case_of(plan: Plan, step: str, profile: Mapping[str, Any], shape: Shape, machine: Machine) -> Case:
     """A step of a profile's content, ready to be counted."""
     p = params.validate(plan.sections, step, profile)
-    each = params.validate(plan.sections, "baselines", profile).pairs_per_quad
+    each = params.validate(plan.sections, declaration.PAIRS, profile).pairs_per_quad
     template = tasks.find_template(p.template, p.task)
     quads = enumerate(quads_of(plan, p))
     pairs = [pair_of(template, q, n, half, names, answers=own) for q, (half, names, own) in quads for n in range(each)]
-    found = keys.find_findings("sufficiency", p) or {}
-    named = getattr(p, "slice_sites", None) or [site["site"] for site in found.get("critical_slice", ())] or None
-    sites = [site_of(name) for name in named or SLICE]
-    if named is None:
-        sites = [at_depth(site, shape) for site in sites]
+    found = keys.find_findings(declaration.SLICE, p) or {}
+    named = getattr(p, "slice_sites", None) or [site["site"] for site in found.get("critical_slice", ())]
+    sites = [site_of(name) for name in named] or [at_depth(site_of(name), shape) for name in SLICE]
     return Case(plan, step, p, shape, machine, pairs, list(dict.fromkeys(sites)))
 
 

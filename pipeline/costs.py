@@ -111,14 +111,10 @@ def firsts(shape: Shape, options: Mapping[str, Any]) -> list[int]:
 def limit_of(shape: Shape, tokens: int, start: int, dtype: str, memory: float) -> int:
     """`single_pass.row_limit` of such prompts."""
     config = SimpleNamespace(hidden_size=shape.hidden, intermediate_size=shape.inner)
-    own = SimpleNamespace(
-        model=SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: config)),
-        n_heads=shape.n_heads,
-        n_kv_heads=shape.n_kv_heads,
-        head_size=shape.head_size,
-        dtype=getattr(torch, dtype),
-    )
-    return row_limit(own, SimpleNamespace(ids=torch.empty(1, tokens), positions=(start,)), memory)
+    network = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: config))
+    sizes = {name: getattr(shape, name) for name in ("n_heads", "n_kv_heads", "head_size")}
+    model = SimpleNamespace(model=network, dtype=getattr(torch, dtype), **sizes)
+    return row_limit(model, SimpleNamespace(ids=torch.empty(1, tokens), positions=(start,)), memory)
 
 
 @dataclass(frozen=True)
@@ -132,9 +128,7 @@ class Machine:
 # --- units ----------------------------------------------------------------------------------------------------------
 
 
-def packed(
-    shape: Shape, pairs: Sequence[Pair], per_pair: int, role: str, machine: Machine
-) -> Iterable[tuple[int, int, int, int]]:
+def packed(shape: Shape, pairs: Sequence[Pair], per_pair: int, role: str, machine: Machine) -> Iterable[Sequence[int]]:
     """Pairs that share their passes, as `sweep.run_sets` packs them: pairs, tokens, first token of the role, passes."""
     for group in grouped(pairs):
         tokens, start = len(group[0].clean.ids), min(group[0].clean.roles[role])
@@ -181,7 +175,8 @@ def path_unit(shape: Shape, pairs: Sequence[Pair], options: Mapping[str, Any], m
     role, frozen = options["sender_role"], options["mlps"] == "frozen"
     sets = options.get("senders")
     if sets is None:
-        sites = [hooks.EMBED, *(Site(layer, *part) for layer in range(shape.n_layers) for part in parts_of(shape))]
+        parts = [*(("head", head) for head in range(shape.n_heads)), ("mlp", -1)]
+        sites = [hooks.EMBED, *(Site(layer, *part) for layer in range(shape.n_layers) for part in parts)]
         sets = [(site,) for site in sites if any(paths.before(site, receiver) for receiver in receivers)]
     depth = {receiver: shape.n_layers - 1 if receiver.kind == "final" else receiver.layer for receiver in receivers}
     sets = [[Site(*site) for site in own] for own in sets]
@@ -193,14 +188,8 @@ def path_unit(shape: Shape, pairs: Sequence[Pair], options: Mapping[str, Any], m
     for count, tokens, start, passes in packed(shape, pairs, len(sets), role, machine):
         roles = pairs[0].clean.roles
         spoken, suffix = len(roles[role]), tokens - start
-        first = (
-            0
-            if frozen
-            else 2
-            * shape.mlp
-            * spoken
-            * (count * passes * shape.n_layers + count * sum(shape.n_layers - layer for layer in sent))
-        )
+        anew = count * passes * shape.n_layers + count * sum(shape.n_layers - layer for layer in sent)
+        first = 0 if frozen else 2 * shape.mlp * spoken * anew
         first += 2 * project * spoken * count * mixed
         for receiver in receivers:
             if receiver.kind in paths.PROJECTIONS:
@@ -212,11 +201,6 @@ def path_unit(shape: Shape, pairs: Sequence[Pair], options: Mapping[str, Any], m
         more = {"grown" if suffix == 1 else "spans": first + grown}
         out += Work(passes=2 * passes, **more, other={"jobs": 1, "receivers": len(receivers) * passes})
     return out
-
-
-def parts_of(shape: Shape) -> list[tuple[str, int]]:
-    """Heads and MLP of a layer."""
-    return [*(("head", head) for head in range(shape.n_heads)), ("mlp", -1)]
 
 
 def proofs(shape: Shape, pair: Pair) -> Work:

@@ -24,6 +24,8 @@ from pipeline.params import Sections, Shared, step_model
 from pipeline.units import Unit
 
 SUPERSET_TASKS = ("superset", "bi_association")
+# What steps hand to all others, by the step that leaves it: pairs, and which tasks the model does; layers; the slice.
+PAIRS, CRITICAL_LAYERS, SLICE = "baselines", "coarse_sweep", "sufficiency"
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,6 @@ class Table:
     @classmethod
     def whole(cls, name: str, make: Callable[..., pd.DataFrame], cost: Callable[..., Work], **options: Any) -> Table:
         """A table of one unit, of its own name, and any columns: what `make` gives for the step and what was chosen."""
-        from pipeline.units import Unit  # pandas and torch: only where tables are made
 
         def compute(step: Any, *chosen: Any) -> Callable[[Unit], pd.DataFrame]:
             return lambda unit: make(step, *chosen)
@@ -92,11 +93,6 @@ class Declaration:
     extra_files: tuple[str, ...] = ()
     samples: Callable[..., Iterator[tuple[Work, Callable[[], Any]]]] | None = None
     timings: Callable[[int], Mapping[str, float]] | None = None
-
-    @property
-    def folder(self) -> Path:
-        """Where its code is."""
-        return parameters.ROOT / "steps" / self.name
 
 
 class Plan:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import params as parameters
-from pipeline.declaration import Declaration, Plan
+from pipeline.declaration import CRITICAL_LAYERS, PAIRS, Declaration, Plan
 from pipeline.params import ParameterError, Shared, section_keys
 
 # Modules of pipeline through which the imports of a measure file are followed. What else pipeline has computes nothing.
@@ -69,10 +69,10 @@ def hash_json(value: Any) -> str:
 
 
 def hash_source(path: Path) -> str | None:
-    """Hash of a module's code without comments, docstrings and layout; None where there is no such file."""
-    if not path.is_file():
-        return None
-    return _hash_code(path.read_bytes()) if path.suffix == ".py" else hash_file(path)
+    """Hash of a module's code without comments, docstrings and layout, or of another file; None where there is none."""
+    if path.suffix == ".py" and path.is_file():
+        return _hash_code(path.read_bytes())
+    return hash_file(path) if path.is_file() else None
 
 
 @cache
@@ -92,11 +92,10 @@ def hash_notebook(path: Path) -> str | None:
     if not path.is_file():
         return None
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    kept = [
-        [cell["cell_type"], "".join(cell["source"]), {key: cell["metadata"].get(key) for key in ("tags", "mystnb")}]
-        for cell in cells
-    ]
-    return hash_json(kept)
+    marks = ("tags", "mystnb")
+    return hash_json(
+        [[c["cell_type"], "".join(c["source"]), {key: c["metadata"].get(key) for key in marks}] for c in cells]
+    )
 
 
 def weights(params: Shared) -> Any:
@@ -135,7 +134,7 @@ def find_findings(step: str, params: Shared) -> dict[str, Any] | None:
         path = folder / f"{step}.findings.json"
         if path.is_file():
             findings = json.loads(path.read_text(encoding="utf-8"))
-            if same_subject(findings.get("about", {}), params, task=step != "baselines"):
+            if same_subject(findings.get("about", {}), params, task=step != PAIRS):
                 return findings
     return None
 
@@ -148,8 +147,7 @@ def same_subject(about: Mapping[str, Any], params: Shared, task: bool = True) ->
 
 def ability(params: Shared) -> dict[str, Any] | None:
     """What step 01 found about this task: {"able": bool, "why": str}, or None where it has not been asked."""
-    findings = find_findings("baselines", params)
-    return None if findings is None else findings.get("able", {}).get(params.task)
+    return ((find_findings(PAIRS, params) or {}).get("able") or {}).get(params.task)
 
 
 def about(params: Shared) -> dict[str, Any]:
@@ -163,7 +161,7 @@ def find_pairs(step: str, params: Shared) -> Path:
         return input_file(params.pairs_file)
     for folder in sources(params):
         path = folder / "pairs.parquet"
-        stored = stored_ingredients(folder, "baselines") or {}
+        stored = stored_ingredients(folder, PAIRS) or {}
         if path.is_file() and same_subject(stored.get("parameters", {}), params):
             return path
     where = " or ".join(map(shown, sources(params)))
@@ -175,7 +173,6 @@ def find_pairs(step: str, params: Shared) -> Path:
 
 def shown(path: Path) -> str:
     """A path as a reader knows it: relative to the repository where it lies inside."""
-    path = Path(path)
     return str(path.relative_to(parameters.ROOT)) if path.is_relative_to(parameters.ROOT) else str(path)
 
 
@@ -189,7 +186,7 @@ def ingredients(step: Declaration, params: Shared) -> dict[str, Any]:
     """
     given = params.model_dump(mode="json")
     inputs: dict[str, Any] = {"weights": weights(params)}
-    if step.name != "baselines" and (ability(params) or {"able": True})["able"] is False:
+    if step.name != PAIRS and (ability(params) or {"able": True})["able"] is False:
         inputs["able"] = False
     else:
         inputs |= data_inputs(step, params)
@@ -204,12 +201,10 @@ def ingredients(step: Declaration, params: Shared) -> dict[str, Any]:
 def data_inputs(step: Declaration, params: Shared) -> dict[str, Any]:
     """What a step's data rest on beside parameters, weights and code: pairs, findings, tables and files."""
     inputs: dict[str, Any] = {}
-    if step.name != "baselines":
+    if step.name != PAIRS or params.pairs_file is not None:
         inputs["pairs"] = hash_file(find_pairs(step.name, params))
-        if params.layers == "auto" and step.layered:
-            inputs["critical_layers"] = (find_findings("coarse_sweep", params) or {}).get("critical_layers")
-    elif params.pairs_file is not None:
-        inputs["pairs"] = hash_file(input_file(params.pairs_file))
+    if step.name != PAIRS and step.layered and params.layers == "auto":
+        inputs["critical_layers"] = (find_findings(CRITICAL_LAYERS, params) or {}).get("critical_layers")
     for earlier, names in step.reads.items():
         found = find_findings(earlier, params) or {}
         inputs |= {name: found.get(name) for name in names}
@@ -262,17 +257,10 @@ def measuring(step: Declaration) -> dict[str, Path]:
 def drawing(step: Declaration) -> dict[str, Path]:
     """The modules and styles that a step's page is drawn with: what any file of its folder reaches."""
     own = f"steps.{step.name}."
-    start = [f"{own}{path.stem}" for path in sorted(step.folder.glob("*.py")) if path.stem != "__init__"]
+    files = sorted((parameters.ROOT / "steps" / step.name).glob("*.py"))
+    start = [f"{own}{path.stem}" for path in files if path.stem != "__init__"]
     modules = reached(start, lambda name: name.startswith(("lib.", "pipeline.", "report.", own)))
     return modules | {path.name: path for path in sorted((parameters.ROOT / "report").glob("*.mplstyle"))}
-
-
-# --- the keys -----------------------------------------------------------------------------------------------------
-
-
-def data_key(parts: Mapping[str, Any]) -> str:
-    """The hash of `ingredients`."""
-    return hash_json(parts)
 
 
 def page_key(plan: Plan, step: str, params: Shared, data: str) -> str:
@@ -294,16 +282,13 @@ def differences(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     out = []
     for group in ("parameters", "inputs", "modules"):
         then, here = stored.get(group, {}), now.get(group, {})
-        for key in sorted({*then, *here}):
-            if then.get(key) != here.get(key):
-                if group == "parameters" or key == "critical_layers":
-                    out.append(f"{key} was {then.get(key)!r}, now {here.get(key)!r}")
-                else:
-                    out.append(
-                        f"{key.replace('.', '/')}.py has changed"
-                        if group == "modules"
-                        else f"{key}: the contents have changed"
-                    )
+        for key in sorted(key for key in {*then, *here} if then.get(key) != here.get(key)):
+            if group == "modules":
+                out.append(f"{key.replace('.', '/')}.py has changed")
+            elif group == "parameters" or key == "critical_layers":
+                out.append(f"{key} was {then.get(key)!r}, now {here.get(key)!r}")
+            else:
+                out.append(f"{key}: the contents have changed")
     return out
 
 
@@ -311,9 +296,12 @@ def differences(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def step_files(folder: Path, step: Declaration) -> list[Path]:
-    """Everything a step has left in a folder: tables, findings, run record, work units, and its extra files."""
-    extra = [folder / name for name in step.extra_files]
-    return sorted(folder.glob(f"{step.name}.*")) + [path for path in extra if path.exists()]
+    """Everything a step has left in a folder: tables, findings, work units, extra files, and the run record.
+
+    The record last: until it has moved, what is left is still known by its key.
+    """
+    extra = [path for name in step.extra_files if (path := folder / name).exists()]
+    return sorted([*folder.glob(f"{step.name}.*"), *extra], key=lambda path: (path.name.endswith(".run.json"), path))
 
 
 def stored_ingredients(folder: Path, step: str) -> dict[str, Any] | None:
@@ -332,7 +320,7 @@ def stored_ingredients(folder: Path, step: str) -> dict[str, Any] | None:
 def stored_key(folder: Path, step: str) -> str | None:
     """The data key of the results in a folder; "unknown" if they do not say, None if there are none."""
     stored = stored_ingredients(folder, step)
-    return None if stored is None else data_key(stored) if stored else "unknown"
+    return None if stored is None else hash_json(stored) if stored else "unknown"
 
 
 def set_aside(folder: Path, step: Declaration) -> Path:
@@ -341,15 +329,14 @@ def set_aside(folder: Path, step: Declaration) -> Path:
     if target.exists():
         shutil.rmtree(target)
     target.mkdir(parents=True)
-    # the run record last: until it has moved, what is left is still known by its key
-    for path in sorted(step_files(folder, step), key=lambda path: path.name.endswith(".run.json")):
+    for path in step_files(folder, step):
         os.replace(path, target / path.name)
     return target
 
 
 def remove(folder: Path, step: Declaration) -> list[Path]:
     """Delete a step's results; returns what was deleted."""
-    gone = sorted(step_files(folder, step), key=lambda path: path.name.endswith(".run.json"))
+    gone = step_files(folder, step)
     for path in gone:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     return gone

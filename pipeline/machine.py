@@ -13,34 +13,20 @@ from typing import Any
 from lib.weights import memory_gb
 from pipeline.params import ROOT
 
-LIBRARIES = (
-    "torch",
-    "transformers",
-    "accelerate",
-    "bitsandbytes",
-    "gguf",
-    "numpy",
-    "pandas",
-    "scipy",
-    "pyarrow",
-    "pandera",
-    "pydantic",
-)
+LIBRARIES = ("torch", "transformers", "accelerate", "bitsandbytes", "gguf")
+LIBRARIES += ("numpy", "pandas", "scipy", "pyarrow", "pandera", "pydantic")
 
 
 def commit() -> dict[str, Any]:
     """{"commit": hash or None outside git, "dirty": whether tracked files differ from it}."""
 
     def git(*words: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True, timeout=60
-        ).stdout.strip()
+        command = ["git", "-C", str(ROOT), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.strip()
 
     try:
-        return {
-            "commit": git("rev-parse", "HEAD"),
-            "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
-        }
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(changed)}
     except (OSError, subprocess.SubprocessError):
         return {"commit": None, "dirty": None}
 

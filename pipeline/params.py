@@ -180,22 +180,10 @@ class OfSlice(Shared):
 
 SHARED = frozenset(Shared.model_fields)
 # Shared keys that a notebook's parameters cell lists, because one gives them by hand.
-BY_HAND = (
-    "model",
-    "task",
-    "template",
-    "seed",
-    "layers",
-    "pairs_file",
-    "people_file",
-    "results_dir",
-    "memory",
-    "overwrite",
-)
+BY_HAND = ("model", "task", "template", "seed", "layers")
+BY_HAND += ("pairs_file", "people_file", "results_dir", "memory", "overwrite")
 # Variables of an IPython session that no one gave as a parameter.
 _IPYTHON = {"In", "Out", "exit", "quit", "get_ipython", "open"}
-
-
 Sections = Mapping[str, type[Shared]]
 
 
@@ -207,8 +195,7 @@ def section_keys(model: type[Shared]) -> list[str]:
 def step_model(sections: Sections, step: str) -> type[Shared]:
     """The pydantic model of a step."""
     if step not in sections:
-        known = ", ".join(sections)
-        raise ParameterError(f"step {step!r} is unknown{_nearest(step, list(sections))}; the steps are {known}")
+        raise ParameterError(f"step {step!r} is unknown{_nearest(step, sections)}; the steps are {', '.join(sections)}")
     return sections[step]
 
 
@@ -226,9 +213,8 @@ def load_profile(name: str) -> dict[str, Any]:
     """The content of params/<name>.yaml, or of the YAML file at the path `name`; `profile` is filled in."""
     path = Path(name) if name.endswith((".yaml", ".yml")) else ROOT / "params" / f"{name}.yaml"
     if not path.is_file():
-        raise ParameterError(
-            f"profile {name!r} is unknown{_nearest(name, profiles())}; there are {', '.join(profiles())}"
-        )
+        known = profiles()
+        raise ParameterError(f"profile {name!r} is unknown{_nearest(name, known)}; there are {', '.join(known)}")
     try:
         given = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
@@ -247,17 +233,14 @@ def validate(sections: Sections, step: str, given: Mapping[str, Any]) -> Shared:
     """
     model = step_model(sections, step)
     flat = {key: value for key, value in given.items() if key not in sections and value is not None}
-    section = given.get(step)
-    if section is None:
-        section = {}
-    elif not isinstance(section, Mapping):
-        raise ParameterError(
-            f"section {step} = {section!r}: must hold keys and values ({', '.join(section_keys(model))})"
-        )
+    section = {} if given.get(step) is None else given[step]
+    own = section_keys(model)
+    if not isinstance(section, Mapping):
+        raise ParameterError(f"section {step} = {section!r}: must hold keys and values ({', '.join(own)})")
     for key in section:
-        if key not in section_keys(model):
+        if key not in own:
             shared = f"; {key!r} is a shared key: give it outside the section" if key in SHARED else ""
-            raise ParameterError(_unknown(key, section[key], section_keys(model), f"in section {step}") + shared)
+            raise ParameterError(_unknown(key, section[key], own, f"in section {step}") + shared)
     for key in flat:
         if key not in model.model_fields:
             homes = [name for name, other in sections.items() if key in section_keys(other)]
@@ -299,16 +282,12 @@ def from_notebook(sections: Sections, step: str, namespace: Mapping[str, Any]) -
         if isinstance(namespace.get(name), ModuleType):
             raise ParameterError(f"the notebook imports a module under the name {name!r}, which hides that section")
     plain = (str, int, float, list, tuple, dict)
-    given = {
-        key: value
-        for key, value in namespace.items()
-        if isinstance(value, plain) and not key.startswith("_") and key not in _IPYTHON
-    }
+    names = [key for key in namespace if not key.startswith("_") and key not in _IPYTHON]
+    given = {key: namespace[key] for key in names if isinstance(namespace[key], plain)}
     if "model" not in given:
         step_model(sections, step)
         base = load_profile(given.get("profile", Shared.model_fields["profile"].default))
-        own = {key: value for key, value in base.items() if key != "profile"}
-        given = {"profile": base["profile"]} | own | {key: value for key, value in given.items() if key != "profile"}
+        given = base | given | {"profile": base["profile"]}
     elif "profile" not in given:
         raise ParameterError("profile is not given: it names the folder of the results; run with -p profile <name>")
     return validate(sections, step, given)
@@ -322,12 +301,9 @@ def left_out(sections: Sections, step: str, own: Mapping[str, Any]) -> list[str]
 
     full = validate(sections, step, load_profile(own["full_profile"]))
     meaning = {key: field.description.split(";")[0] for key, field in type(full).model_fields.items()}
-    wanted = full.model_dump(mode="json", exclude={"profile", "full_profile"}).items()
-    return [
-        f"{meaning[key]}: {said(own[key])} instead of {said(value)}"
-        for key, value in wanted
-        if own.get(key, value) != value
-    ]
+    wanted = full.model_dump(mode="json", exclude={"profile", "full_profile"})
+    less = {key: value for key, value in wanted.items() if own.get(key, value) != value}
+    return [f"{meaning[key]}: {said(own[key])} instead of {said(value)}" for key, value in less.items()]
 
 
 def check_layers(params: Shared, n_layers: int) -> None:
@@ -336,9 +312,8 @@ def check_layers(params: Shared, n_layers: int) -> None:
     for key, layers in named.items():
         for layer in layers if isinstance(layers, tuple) else ():
             if layer != "auto" and layer >= n_layers:
-                raise ParameterError(
-                    f"parameter {key}: layer {layer} is not in {params.model}, which has layers 0 to {n_layers - 1}"
-                )
+                has = f"which has layers 0 to {n_layers - 1}"
+                raise ParameterError(f"parameter {key}: layer {layer} is not in {params.model}, {has}")
 
 
 def _template(params: Shared) -> str:

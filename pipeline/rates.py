@@ -1,8 +1,7 @@
 """How long a machine takes for each kind of work that `pipeline.costs` counts: seconds per operation, pass, row, ...
 
-1. `calibrate` times a handful of small units on random weights of the profile's shape (fewer layers where it is a large
-   one) and solves for the rates that explain them; what the steps do beside the model is timed likewise, as far as it
-   is arithmetic.
+1. `calibrate` times a handful of small units on random weights of the profile's shape (fewer layers where it is large)
+   and solves for the rates that explain them; what steps do beside the model is timed likewise where it is arithmetic.
 2. `of_device` takes a card's rates from its data sheet (data/devices.json), and the host's part from the calibration
    that the committed plan of the default profile was made with.
 3. `seconds` puts work and rates together.
@@ -20,8 +19,8 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from scipy.optimize import nnls
-from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from lib import models, sweep, tasks, weights
 from lib.batches import token_ids
@@ -61,8 +60,8 @@ def timed(run: Callable[[], Any], repeats: int = 2) -> float:
     return statistics.median(times[1:])
 
 
-def calibrate(plan: Plan, config: PretrainedConfig, dtype: str, device: str, memory: float) -> dict[str, float]:
-    """Rates of this machine for the shape, in some ten seconds; on the device that the profile names."""
+def calibrate(plan: Plan, config: Any, dtype: str, device: str, memory: float) -> dict[str, float]:
+    """Rates of this machine for the config's shape, in some ten seconds; on the device that the profile names."""
     whole = weights.shape_of(config)
     shallow = copy.deepcopy(config)
     text = shallow.get_text_config()
@@ -70,7 +69,7 @@ def calibrate(plan: Plan, config: PretrainedConfig, dtype: str, device: str, mem
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[: text.num_hidden_layers]
     torch.manual_seed(0)
-    network = AutoModelForCausalLM.from_config(shallow, dtype=models.DTYPES[dtype]).to(device)
+    network = transformers.AutoModelForCausalLM.from_config(shallow, dtype=models.DTYPES[dtype]).to(device)
     model = models.find_handles(network.eval().requires_grad_(False), None, "calibration")
     rates = measured(plan, model, weights.shape_of(shallow), Machine(memory, dtype)) | BESIDE
     for step in plan:
@@ -83,9 +82,8 @@ def measured(plan: Plan, model: Model, shape: Shape, place: Machine) -> dict[str
     hidden = torch.randn(128, shape.hidden, dtype=model.dtype, device=model.device)
     rates = {"logits": timed(lambda: model.logits(hidden)) / costs.vocabulary(shape, 128).logits}
     samples = [(work, timed(run)) for work, run in sweeps(model, shape, place)]
-    for step in plan:
-        for work, run in step.samples(model, shape, place) if step.samples else ():
-            samples.append((work, timed(run, 1)))
+    added = (sample for step in plan if step.samples for sample in step.samples(model, shape, place))
+    samples += [(work, timed(run, 1)) for work, run in added]
     return rates | solved(samples, rates)
 
 

@@ -24,19 +24,14 @@ import numpy as np
 import pandas as pd
 
 from lib import records
-from pipeline import keys, machine, params, tokens, units
-from pipeline.declaration import Declaration, Plan, Table
+from pipeline import keys, machine, params, units
+from pipeline.declaration import CRITICAL_LAYERS, SLICE, Declaration, Plan, Table
 from pipeline.params import ParameterError, Shared
 from pipeline.units import Engine, Unit
 
 if TYPE_CHECKING:
-    from pandera.pandas import DataFrameSchema
-
     from lib.hooks import Model, Site
     from lib.tasks import Pair
-
-
-Run = Callable[..., pd.DataFrame]
 
 
 class StepError(ParameterError):
@@ -84,7 +79,7 @@ class Step:
 
     @property
     def data_key(self) -> str:
-        return keys.data_key(self.ingredients)
+        return keys.hash_json(self.ingredients)
 
     @property
     def people_file(self) -> Path:
@@ -102,45 +97,34 @@ class Step:
         """The model, loaded and proved when it is first asked for; layers in the parameters are checked against it."""
         from lib import models  # torch and transformers: only for steps that compute
 
-        p = self.params
+        names = ("dtype", "device", "device_map", "seed", "quantisation", "max_memory", "offload_folder")
+        how = {name: getattr(self.params, name) for name in names}
         try:
-            model = models.load(
-                p.model,
-                sha256=p.model_sha256,
-                dtype=p.dtype,
-                device=p.device,
-                device_map=p.device_map,
-                seed=p.seed,
-                quantisation=p.quantisation,
-                max_memory=p.max_memory,
-                offload_folder=p.offload_folder,
-            )
+            model = models.load(self.params.model, sha256=self.params.model_sha256, **how)
         except ValueError as error:
             raise StepError(str(error)) from None
-        params.check_layers(p, model.n_layers)
+        params.check_layers(self.params, model.n_layers)
         return model
 
     @cached_property
-    def tokenizer(self) -> tokens.Remembered:
+    def tokenizer(self) -> Remembered:
         """The model's tokenizer; loaded only for texts that the step's finished results do not hold."""
-        return tokens.Remembered(self._load_tokenizer, self.path("tokens") if self.fresh else None)
 
-    def _load_tokenizer(self) -> Any:
-        """The real one: of the model if that has been loaded."""
-        from lib import models
+        def load() -> Any:
+            from lib import models
 
-        own = "model" in self.__dict__
-        return self.model.tokenizer if own else models.tokenizer(self.params.model, self.params.model_sha256)
+            loaded = "model" in self.__dict__
+            return self.model.tokenizer if loaded else models.tokenizer(self.params.model, self.params.model_sha256)
+
+        return Remembered(load, self.path("tokens") if self.fresh else None)
 
     @property
     def n_layers(self) -> int:
-        """Layers of the model."""
         return self.shape["n_layers"]
 
     @property
     def n_heads(self) -> int:
-        """Heads per layer of the model."""
-        return self.shape["n_heads"]
+        return self.shape["n_heads"]  # of a layer
 
     @cached_property
     def shape(self) -> dict[str, int]:
@@ -154,16 +138,18 @@ class Step:
         if self.engine and "model" not in self.__dict__:
             return dict(self.engine.about(self)["model"])
         own = self.model
-        shape = {"n_layers": own.n_layers, "n_heads": own.n_heads, "noise": own.noise}
-        kind = {"dtype": str(own.dtype).removeprefix("torch."), "device": str(own.device)}
-        return {"name": self.params.model, "sha256": own.sha256, **kind, **shape}
+        out = {"name": self.params.model, "sha256": own.sha256, "dtype": str(own.dtype).removeprefix("torch.")}
+        return out | {"device": str(own.device), "n_layers": own.n_layers, "n_heads": own.n_heads, "noise": own.noise}
+
+    @property
+    def critical_layers(self) -> list[int]:
+        """Those that step 02 has left; empty where it has left none."""
+        return (self.find(CRITICAL_LAYERS) or {}).get("critical_layers") or []
 
     @property
     def layers(self) -> list[int]:
         """The layers that are swept: all, those listed, or the critical layers of step 02 (all if there are none)."""
-        chosen = self.params.layers
-        if chosen == "auto":
-            chosen = (self.find("coarse_sweep") or {}).get("critical_layers") or "all"
+        chosen = (self.critical_layers or "all") if self.params.layers == "auto" else self.params.layers
         return list(range(self.n_layers)) if chosen == "all" else list(chosen)
 
     @property
@@ -171,8 +157,8 @@ class Step:
         """How `layers` was chosen, for the page."""
         if self.params.layers != "auto":
             return "all layers, by the profile" if self.params.layers == "all" else "the layers named in the parameters"
-        found = (self.find("coarse_sweep") or {}).get("critical_layers")
-        return "the critical layers of step 02" if found else "all layers: step 02 has left no critical layers here"
+        left = self.critical_layers
+        return "the critical layers of step 02" if left else "all layers: step 02 has left no critical layers here"
 
     # --- what earlier steps left ---
 
@@ -202,21 +188,15 @@ class Step:
         except ValueError as error:
             raise StepError(str(error)) from None
 
-    @cached_property
-    def _prompts(self) -> list[Pair]:
-        return self.prompts(self.pairs())
-
     def prompts(self, table: pd.DataFrame | None = None) -> list[Pair]:
         """The pairs (default: of `pairs`) as prompts, tokenised and checked. StepError names the pair that is wrong."""
         from lib import tasks
 
         if table is None:
-            return list(self._prompts)
-        p = self.params
+            return list(self.shared("prompts", lambda: self.prompts(self.pairs())))
+        how = (self.params.chat_template, self.params.attributes)
         try:
-            return [
-                tasks.make_pair(self.tokenizer, row, p.chat_template, p.attributes) for row in table.to_dict("records")
-            ]
+            return [tasks.make_pair(self.tokenizer, row, *how) for row in table.to_dict("records")]
         except ValueError as error:
             raise StepError(str(error)) from None
 
@@ -227,7 +207,7 @@ class Step:
             kept[name] = make()
         return kept[name]
 
-    def sweeper(self, pairs: Sequence[Pair], run: Run | None = None) -> Callable[[Unit], pd.DataFrame]:
+    def sweeper(self, pairs: Sequence[Pair], run: Callable | None = None) -> Callable[[Unit], pd.DataFrame]:
         """What computes units of `sweep_units`, or of what else `run` sweeps; means and resamples come from `pairs`.
 
         The first unit of a sitting also makes the step's two proofs, the identity patch and the whole-residual patch;
@@ -254,7 +234,7 @@ class Step:
 
         named = self.params.slice_sites
         if named is None:
-            found = self.find("sufficiency")
+            found = self.find(SLICE)
             if found is None:
                 raise StepError(
                     "step 04 has left no critical slice for this model and task: run it first (make does), or name "
@@ -284,9 +264,8 @@ class Step:
         """
         self._clear_stale()
         path, plan = self.path(table.name), table.units(self, *chosen)
-        planned = units.plan_id(plan)
-        if not (path.exists() and records.read_metadata(path)["plan"] == planned):
-            self._compute(path, plan, planned, table.compute(self, *chosen), table.schema)
+        if not (path.exists() and records.read_metadata(path)["plan"] == units.plan_id(plan)):
+            self._compute(path, plan, table, table.compute(self, *chosen))
         self.write_record()
         units.remove_units(path.with_suffix(".units"))  # once the table and its record are safe
         return records.read(path, table.columns)
@@ -295,26 +274,18 @@ class Step:
         """What a finished table says of itself: its candidates, rows, seconds and other facts."""
         return records.read_metadata(self.path(table.name))
 
-    def _compute(
-        self,
-        path: Path,
-        plan: Sequence[Unit],
-        planned: str,
-        compute: Callable[[Unit], pd.DataFrame],
-        schema: DataFrameSchema | None,
-    ) -> None:
-        folder = path.with_suffix(".units")
+    def _compute(self, path: Path, plan: Sequence[Unit], table: Table, compute: Callable) -> None:
+        folder, schema = path.with_suffix(".units"), table.schema
         intent = {
             "data_key": self.data_key,
             "ingredients": self.ingredients,
             "memory_gb": self.memory,
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        engine = self.engine.spread(self, self.memory) if self.engine else units.one_by_one
+        engine = self.engine.distributed(self, self.memory) if self.engine else units.one_by_one
         parts = units.run_units(folder, plan, compute, plan=intent, label=path.stem, schema=schema, engine=engine)
-        begun = units.read_plan(folder)
-        metadata = self._facts() | {"plan": planned, "memory_gb": begun["memory_gb"], "started": begun["started"]}
-        units.assemble(path, parts, metadata, schema)
+        begun = {name: units.read_plan(folder)[name] for name in ("memory_gb", "started")}
+        units.assemble(path, parts, self._facts() | {"plan": units.plan_id(plan)} | begun, schema)
 
     @cached_property
     def memory(self) -> float:
@@ -338,7 +309,7 @@ class Step:
         """StepError when the folder holds results that other parameters, inputs or code made, unless `overwrite`."""
         key = self.data_key  # first of all: a step whose inputs are not there is an error in any case
         stored = keys.stored_ingredients(self.results, self.name)
-        if stored is None or self.params.overwrite or keys.data_key(stored) == key:
+        if stored is None or self.params.overwrite or keys.hash_json(stored) == key:
             return
         changed = "; ".join(keys.differences(stored, self.ingredients)) if stored else "they do not say which"
         raise StepError(
@@ -357,10 +328,8 @@ class Step:
         """What every table and the run record say of how they were made."""
         p = self.params
         model: dict[str, Any] = {"name": p.model, "sha256": p.model_sha256, "dtype": p.dtype, "device": p.device}
-        if "model" in self.__dict__ or (
-            self.engine and self.engine.hired(self)
-        ):  # loaded: say what it is, not what was asked
-            model = self.model_facts
+        if "model" in self.__dict__ or (self.engine and self.engine.actors):
+            model = self.model_facts  # loaded: say what it is, not what was asked
         return {
             "step": self.name,
             "profile": p.profile,
@@ -385,14 +354,12 @@ class Step:
         order = [self.path(), *sorted({*self.results.glob(f"{self.name}.*.parquet")} - {self.path("tokens")})]
         tables = {path.stem: records.read_metadata(path) for path in order if path.exists()}
         first = next(iter(tables.values()), None) or self._facts()
+        own = ("rows", "units", "seconds", "started", "memory_gb", "commit", "log")
         record = first | {
             "ingredients": self.ingredients,
             "seconds": round(math.fsum(table["seconds"] for table in tables.values()), 3),
             "log": [line for table in tables.values() for line in table["log"]],
-            "tables": {
-                name: {key: table[key] for key in ("rows", "units", "seconds", "started", "memory_gb", "commit", "log")}
-                for name, table in tables.items()
-            },
+            "tables": {name: {key: table[key] for key in own} for name, table in tables.items()},
         }
         if record != self.record and (tables or not self.fresh):
             records.write_json(self.results / f"{self.name}.run.json", record)
@@ -423,12 +390,75 @@ class Step:
         return path
 
 
+class Encoding(dict):
+    """Token ids and character offsets, by key or by attribute, as a tokenizer gives them."""
+
+    @property
+    def input_ids(self) -> list:
+        return self["input_ids"]
+
+
+class Remembered:
+    """What `lib.tasks` and `lib.data` ask of a tokenizer; a page is drawn again from its tables without the real one.
+
+    `load` gives the real one, which is loaded for what is new; `path` (<step>.tokens.parquet) holds what was asked.
+    """
+
+    def __init__(self, load: Callable[[], Any], path: Path | None = None) -> None:
+        table = records.read(path).to_dict("list") if path and path.exists() else {"asked": [], "answer": []}
+        self.load, self.answers = load, dict(zip(table["asked"], map(json.loads, table["answer"]), strict=True))
+        self.kept = len(self.answers)
+
+    @cached_property
+    def own(self) -> Any:
+        """The real tokenizer."""
+        return self.load()
+
+    def _answer(self, asked: list, ask: Callable[[], Any]) -> Any:
+        key = json.dumps(asked, ensure_ascii=False)
+        if key not in self.answers:
+            self.answers[key] = json.loads(json.dumps(ask()))  # as it will be read
+        return self.answers[key]
+
+    def __call__(self, text: str | list[str], **options: bool) -> Encoding:
+        """Ids, and offsets where they are asked for, of a text or of several."""
+
+        def ask() -> dict[str, list]:
+            said = self.own(text, **options)
+            return {key: said[key] for key in ("input_ids", "offset_mapping") if key in said}
+
+        return Encoding(self._answer(["tokens", text, options], ask))
+
+    def apply_chat_template(self, messages: list[dict[str, str]], **options: bool) -> str:
+        """The messages as the model was trained to read them."""
+        return self._answer(["chat", messages, options], lambda: self.own.apply_chat_template(messages, **options))
+
+    @property
+    def chat_template(self) -> str | None:
+        return self._answer(["chat_template"], lambda: getattr(self.own, "chat_template", None))
+
+    @property
+    def is_fast(self) -> bool:
+        return self._answer(["is_fast"], lambda: getattr(self.own, "is_fast", False))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.own, name)  # all else is asked of the real one
+
+    def keep(self, path: Path) -> None:
+        """Write all answers, if there are new ones."""
+        if len(self.answers) > self.kept:
+            table = pd.DataFrame({"asked": list(self.answers), "answer": map(json.dumps, self.answers.values())})
+            records.write(path, table, {}, schema=None)
+            self.kept = len(self.answers)
+
+
 RESIDENT: dict[str, Step] = {}
 
 
 def resident(plan: str, step: str, params: Shared) -> Step:
-    """The step of this name and these parameters in this process: its model stays from one table to the next. `plan` is
-    the module that has the plan."""
+    """The step of this name and these parameters in this process: its model stays from one table to the next.
+
+    `plan` is the module that has the plan."""
     whole = importlib.import_module(plan).PLAN
     return RESIDENT.setdefault(f"{plan} {step} {params.model_dump_json()}", Step(whole, step, params))
 
@@ -448,7 +478,7 @@ def single_sites(step: Step) -> pd.DataFrame:
 
     pairs, answers = step.pairs().set_index("pair_id"), ["answer", "corrupt_answer"]
     for folder in keys.sources(step.params):
-        path = folder / "sufficiency.parquet"
+        path = folder / f"{SLICE}.parquet"
         if not path.is_file() or not keys.same_subject(records.read_metadata(path)["parameters"], step.params):
             continue
         frame = records.read(path, records.EFFECTS)

@@ -100,13 +100,12 @@ def one_by_one(todo: Sequence[Unit], compute: Callable[[Unit], pd.DataFrame]) ->
 class Engine(Protocol):
     """Who computes units elsewhere, on replicas that each hold the step's model (`pipeline.workers`)."""
 
+    actors: Sequence[Any]  # the replicas there are by now
+
     def about(self, step: Any) -> Mapping[str, Any]:
         """What a replica is: {"model": its facts, "memory": GB that a pass may take there}."""
 
-    def hired(self, step: Any) -> bool:
-        """Whether the step has replicas by now."""
-
-    def spread(self, step: Any, memory: float) -> Callable[[Sequence[Unit], Callable], Iterator[Done]]:
+    def distributed(self, step: Any, memory: float) -> Callable[[Sequence[Unit], Callable], Iterator[Done]]:
         """What computes units in the place of `one_by_one`."""
 
 
@@ -165,10 +164,7 @@ def read_plan(folder: Path) -> dict[str, Any] | None:
 
 
 def assemble(
-    path: Path,
-    parts: Sequence[Path],
-    metadata: Mapping[str, Any],
-    schema: pa_schema.DataFrameSchema | None = SCHEMA,
+    path: Path, parts: Sequence[Path], metadata: Mapping[str, Any], schema: pa_schema.DataFrameSchema | None = SCHEMA
 ) -> dict[str, Any]:
     """Join the units' tables in the order given into one file, values untouched; return the metadata written.
 

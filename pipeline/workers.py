@@ -1,7 +1,7 @@
 """Work units spread over Ray actors that each hold the model.
 
-1. `spread` asks the cluster for replicas. Each loads the step's model itself and says what it runs: libraries, code and
-   weights. One that differs from the others is refused, because its rows would not be theirs.
+1. `RayEngine` asks the cluster for replicas. Each loads the step's model itself and says what it runs: libraries, code
+   and weights. One that differs from the others is refused, because its rows would not be theirs.
 2. A free replica is given the next unit. Units are done whole wherever they run, so the rows are those of a local run.
 3. Frames come back to the driver, which alone writes them, in the order in which they are finished.
 4. When a replica dies, its unit goes back to the queue and the others go on; Ray restarts the replica where it can.
@@ -127,13 +127,9 @@ class RayEngine:
     def __init__(self, asked: Workers) -> None:
         self.asked, self.actors = asked, []
 
-    def hired(self, step: Step) -> bool:
-        return bool(self.actors)
-
     def replicas(self, step: Step) -> list[ActorHandle]:
         """The actors, not waited for. WorkersError when the cluster has no place for them."""
-        if not self.actors:
-            self.actors = hire(step, self.asked)
+        self.actors = self.actors or hire(step, self.asked)
         return self.actors
 
     def about(self, step: Step) -> dict[str, Any]:
@@ -145,7 +141,7 @@ class RayEngine:
             raise WorkersError(NONE_UP)
         return ray.get(up[0])
 
-    def spread(self, step: Step, memory: float) -> Callable[[Sequence[Unit], Callable], Iterator[Done]]:
+    def distributed(self, step: Step, memory: float) -> Callable[[Sequence[Unit], Callable], Iterator[Done]]:
         """Hands units to the step's replicas, with `memory` GB for a pass."""
         return lambda todo, compute: Distribution(self.replicas(step), step, memory, todo, compute).run()
 
@@ -156,10 +152,8 @@ def hire(step: Step, asked: Workers) -> list[ActorHandle]:
     import torch
 
     connect(asked.address)
-    threads = torch.get_num_threads()
-    each = {"CPU": threads, "GPU": asked.gpus_per_replica}
-    have = ray.cluster_resources()
-    for kind, count in each.items():
+    threads, have = torch.get_num_threads(), ray.cluster_resources()
+    for kind, count in {"CPU": threads, "GPU": asked.gpus_per_replica}.items():
         if count * asked.replicas > have.get(kind, 0):
             raise WorkersError(
                 f"workers: {asked.replicas} replicas with {count:g} {kind} each ask for {count * asked.replicas:g}; "
@@ -225,16 +219,14 @@ class Distribution:
             else:
                 yield self.noted(unit, answer)
             if self.queue:
-                self.hand_out(replica, self.queue.popleft())
+                unit = self.queue.popleft()
+                share = self.memory / 2 ** self.halvings[unit.id]
+                self.busy[replica.compute.remote(self.table, self.work, unit, share)] = (replica, unit)
 
     @property
     def computing(self) -> bool:
         """Whether a replica has a unit."""
         return any(unit for _, unit in self.busy.values())
-
-    def hand_out(self, replica: ActorHandle, unit: Unit) -> None:
-        share = self.memory / 2 ** self.halvings[unit.id]
-        self.busy[replica.compute.remote(self.table, self.work, unit, share)] = (replica, unit)
 
     def failed(self, unit: Unit | None, error: Exception, dead: bool) -> None:
         """Put a unit back whose replica died or ran out of memory. Raises what is neither, or happens too often."""

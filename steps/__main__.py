@@ -66,7 +66,7 @@ class Build:
     def keys_of(self, step: str) -> str:
         """The data key and the page key of a step, a line each."""
         own = self.of(step)
-        data = keys.data_key(keys.ingredients(PLAN[step], own))
+        data = keys.hash_json(keys.ingredients(PLAN[step], own))
         return f"data {data}\npage {keys.page_key(PLAN, step, own, data)}\n"
 
 
@@ -90,7 +90,7 @@ def bring_up_to_date(build: Build, step: str) -> None:
         aside = keys.set_aside(folder, PLAN[step])
         print(f"{step}: results of other parameters, inputs or code set aside in {keys.shown(aside)}", flush=True)
     page, key = build.page(step), build.key_file(step)
-    done = (folder / f"{step}.run.json").is_file() and (folder / f"{step}.findings.json").is_file()
+    done = all((folder / f"{step}.{kind}.json").is_file() for kind in ("run", "findings"))
     if done and page.is_file() and same(key, text + content(page)):
         return
     key.unlink(missing_ok=True)
@@ -139,8 +139,7 @@ def cut_short(path: Path) -> None:
     for number, cell in enumerate(notebook["cells"]):
         kept = [output for output in cell.get("outputs", ()) if output.get("ename") != "SystemExit"]
         if len(kept) < len(cell.get("outputs", ())):
-            cell["outputs"] = kept
-            notebook["cells"] = notebook["cells"][: number + 1]
+            cell["outputs"], notebook["cells"] = kept, notebook["cells"][: number + 1]
             path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False), encoding="utf-8")
             return
 
@@ -192,8 +191,8 @@ def parameters_cell(step: str) -> str:
     lines = [f'profile = "{model.model_fields["profile"].default}"  # name of params/<profile>.yaml; it has the rest']
     for key in [*shared, *params.section_keys(model)]:
         meaning = model.model_fields[key].description
-        line = f"{key} = None  # {meaning}"
-        lines.append(line if len(line) <= 120 else f"{key} = None  # {meaning.split(';')[0]}"[:120])
+        line, short = (f"{key} = None  # {text}" for text in (meaning, meaning.split(";")[0]))
+        lines.append(line if len(line) <= 120 else short[:120])
     return "\n".join(lines)
 
 

@@ -35,7 +35,8 @@ from steps.registry import PLAN
 OVERHEAD = 1.0  # GB of Python and its libraries
 GB = 1e9
 PAGE_ROW = 4.5e-5  # seconds of a page's statistics and figures for each row, and beside them, kernel and imports too
-PAGES = dict(zip(PLAN.names, (10.4, 10.5, 12.0, 14.5, 13.0, 17.0, 19.0, 20.5, 17.0, 16.0), strict=True))
+PAGES = {"baselines": 10.4, "coarse_sweep": 10.5, "necessity": 12.0, "sufficiency": 14.5, "hydra": 13.0}
+PAGES |= {"retrieval_heads": 17.0, "generality": 19.0, "subspace": 20.5, "neurons": 17.0, "story": 16.0}
 
 
 def measured(step: str, p: Shared) -> dict[str, float]:

@@ -73,7 +73,7 @@ def fake_baselines(seed: int = 0, able: bool = True) -> None:
 
 def both(step: str, **given) -> tuple[str, str]:
     own = params.validate(PLAN.sections, step, params.load_profile("smoke") | given)
-    data = keys.data_key(keys.ingredients(PLAN[step], own))
+    data = keys.hash_json(keys.ingredients(PLAN[step], own))
     return data, keys.page_key(PLAN, step, own, data)
 
 

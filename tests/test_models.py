@@ -68,7 +68,7 @@ def converter(monkeypatch, tiny_folder, fail=False):
             calls.append(part.__name__)
             return part()
 
-        monkeypatch.setattr(getattr(models, name), "from_pretrained", read)
+        monkeypatch.setattr(getattr(transformers, name), "from_pretrained", read)
     return calls
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from lib import records, tasks
-from pipeline import tokens
+from pipeline.step import Remembered
 
 ROW = {"pair_id": "p", "quad_id": "q", "half": "discovery", "answer": "artist", "corrupt_answer": "scientist"}
 NAMES = {
@@ -23,11 +23,11 @@ def gone():
 def test_what_was_asked_once_needs_no_tokenizer(smollm_tokenizer, tmp_path, template, chat):
     row = ROW | NAMES | {"task": tasks.find_template(template).task, "template": template}
     path = tmp_path / "step.tokens.parquet"
-    first = tokens.Remembered(lambda: smollm_tokenizer)
+    first = Remembered(lambda: smollm_tokenizer)
     made = tasks.make_pair(first, row, chat)
     assert made == tasks.make_pair(smollm_tokenizer, row, chat) and made.clean.roles["names"]
     first.keep(path)
-    again = tokens.Remembered(gone, path)
+    again = Remembered(gone, path)
     assert tasks.make_pair(again, row, chat) == made
     assert tasks.make_pair(again, row, chat).clean.roles == made.clean.roles  # which equality leaves out
     with pytest.raises(AssertionError, match="was loaded"):
@@ -36,13 +36,13 @@ def test_what_was_asked_once_needs_no_tokenizer(smollm_tokenizer, tmp_path, temp
 
 def test_a_file_is_written_only_for_what_is_new(smollm_tokenizer, tmp_path):
     path = tmp_path / "step.tokens.parquet"
-    words = tokens.Remembered(lambda: smollm_tokenizer, path)  # there is no such file yet
+    words = Remembered(lambda: smollm_tokenizer, path)  # there is no such file yet
     words.keep(path)
     assert not path.exists()
     assert words("both artists").input_ids == smollm_tokenizer("both artists").input_ids
     words.keep(path)
     before = path.stat().st_mtime_ns
-    again = tokens.Remembered(lambda: smollm_tokenizer, path)
+    again = Remembered(lambda: smollm_tokenizer, path)
     assert again("both artists")["input_ids"] == words("both artists")["input_ids"]
     again.keep(path)
     assert path.stat().st_mtime_ns == before
