@@ -1,22 +1,11 @@
-"""What the minimal circuit and gradient attribution come to: figures, numbers and sentences.
+"""What the minimal circuit and gradient attribution come to: numbers, figures and sentences.
 
-The numbers that a page hands on, each of `estimate`, `low`, `high` (None where there are too few quads); shares are of
-what the model has over the circuit without sites, F(model) - F(nothing), confirmation half:
+1. `circuit_numbers`: is the circuit faithful, necessary, minimal and complete, and better than other orders of sites?
+2. `compared`: how gradient attribution ranks sites and queries beside the exact effects; `cost`: what it saves.
+3. A function per figure; sentences; `part` hands on all of it.
 
-circuit      `sites` (names in order of joining), `size`, `grown` (size before pruning), `searched` (faithfulness that
-             the search saw), `reached` (whether it got to the share asked for); `why` alone where there is no circuit.
-             `faithfulness`, `faithfulness_discovery`: what the circuit keeps when all else is resampled (share).
-             `faithfulness_counterfactual`: the same when all else is taken from the pair's corrupt prompt.
-             `necessity`: what the model keeps when the circuit is resampled (share; 0 is best).
-             `leads`: share of pairs in which the answer leads the candidates under the circuit alone.
-             `members`: what the removal of each costs (`p`, all together; `matters`: shown to be above zero).
-             `weakest` is the member of least cost; `failing` names those whose cost is not shown.
-             `incompleteness`: the largest |F(C without K) - F(model without K)| over the sampled K (share), `subsets`
-             how many, `worst` its members.
-             `areas`: per order the area under faithfulness against size, and `minus` the circuit's less that order's.
-             `overlap`: with the slice of step 04, `sites` in both, `jaccard`, `p` by chance.
-attribution  `methods`: rows of `nodes` (sites, queries) and `method` (see `agreement_with`).
-             `cost`: rows of `method` (see `cost`).
+Numbers are `estimate`, `low`, `high` (None where there are too few quads). Shares are of what the model has over the
+circuit without sites, F(model) - F(nothing); all are of the confirmation half unless their name says otherwise.
 """
 
 from __future__ import annotations
@@ -40,13 +29,8 @@ from steps.story import measure
 from steps.story.measure import Measured, Story
 
 METHODS = {"atp": "AtP", "atp_qk": "AtP with QK fix", "grad_drop": "AtP with QK fix and GradDrop"}
-ORDERS = {
-    "circuit": "the search",
-    "recovery": "recovery (step 04)",
-    "damage": "damage",
-    "attribution": "attribution",
-    "random": "random",
-}
+ORDERS = {"circuit": "the search", "recovery": "recovery (step 04)"}
+ORDERS |= {name: name for name in ("damage", "attribution", "random")}
 ENDS = ["estimate", "low", "high"]
 CAPTIONS = {
     "circuit": "Faithfulness against the number of sites kept at the last token when all else there is resampled, in "
@@ -107,7 +91,7 @@ def areas(frame: pd.DataFrame, params: Story) -> pd.DataFrame:
     faithfulness over these sizes, from nothing on; trapezoids), with the circuit's area less each other's."""
     wide = sums(frame)
     whole, means, out = wide["everything"], by_order(wide), {}
-    end = max(means["circuit"], default=np.nan) if "circuit" in means else np.nan
+    end = max(means["circuit"])
     for order in [name for name in ORDERS if name in means]:
         own = means[order].loc[:, lambda table: table.columns <= end]
         points = np.concatenate([np.zeros((len(own), 1)), own.to_numpy()], axis=1)
@@ -153,7 +137,7 @@ def incompleteness(table: pd.DataFrame, subsets: Sequence[Sequence[str]]) -> dic
 
 
 def circuit_numbers(m: Measured, slice_: Sequence[str], params: Story) -> dict[str, Any]:
-    """The numbers of the minimal circuit (see the top of this file)."""
+    """The numbers of the minimal circuit, `why` alone where there is none; `slice_` is the slice of step 04."""
     sites, path = measure.circuit_of(m.search), measure.grown(m.search)
     if not sites:
         return {"sites": [], "why": "the model keeps nothing over the resampled run, so there is nothing to search for"}
@@ -167,24 +151,24 @@ def circuit_numbers(m: Measured, slice_: Sequence[str], params: Story) -> dict[s
     chance = scipy_stats.hypergeom.sf(len(both) - 1, len(m.sites), len(slice_), len(sites))
     reached = m.search.loc[m.search["chosen"] & (m.search["phase"] == "grow"), "faithfulness"].max()
     return {
-        "sites": sites,
+        "sites": sites,  # in order of joining
         "size": len(sites),
-        "grown": len(path),
-        "searched": reached,
+        "grown": len(path),  # size before pruning
+        "searched": reached,  # faithfulness that the search saw
         "reached": bool(reached >= params.faithful_share),
         "ablation": m.ablation,
         "quads": own["quad_id"].nunique(),
-        "faithfulness": share(own, "circuit", params),
+        "faithfulness": share(own, "circuit", params),  # kept when all else is ablated
         "faithfulness_discovery": share(first, "circuit", params),
         "faithfulness_counterfactual": share(last[last["ablation"] != m.ablation], "circuit", params),
-        "necessity": share(own, "necessity", params),
-        "leads": {end: getattr(leads, end) for end in ENDS},
+        "necessity": share(own, "necessity", params),  # kept by the model when the circuit is ablated; 0 is best
+        "leads": {end: getattr(leads, end) for end in ENDS},  # of pairs in which the answer leads under the circuit
         "members": table.to_dict("records"),
         "weakest": table.iloc[-1].to_dict(),
         "failing": table.loc[~table["matters"], "site"].tolist(),
         "incompleteness": incompleteness(subsets, m.subsets),
         "areas": areas(own, params).to_dict("records"),
-        "overlap": {"sites": both, "jaccard": jaccard(sites, slice_), "p": float(chance)},
+        "overlap": {"sites": both, "jaccard": jaccard(sites, slice_), "p": float(chance)},  # with the slice
     }
 
 

@@ -34,18 +34,7 @@ from pipeline.step import Step
 from report import plots
 from report.words import interval, joined, listed, not_done
 from steps.story import circuits_page, claims
-from steps.story.claims import (
-    CLAIMS,
-    LINKS,
-    NOT_SUPPORTED,
-    NOT_TESTABLE,
-    NOT_TESTED,
-    SUPPORTED,
-    VERDICTS,
-    Entry,
-    Ledger,
-    leaves,
-)
+from steps.story.claims import CLAIMS, LINKS, NOT_SUPPORTED, NOT_TESTABLE, NOT_TESTED, SUPPORTED, VERDICTS, Entry
 from steps.story.measure import Measured, Story
 
 PUBLISHED = "data/filter_heads_llama-3.3-70b.csv"
@@ -206,7 +195,7 @@ def model_sites(found: Mapping[str, Any]) -> dict[str, str]:
     step = {name: own or {} for name, own in found.items()}
     verdicts, coarse = step["retrieval_heads"].get("verdicts", {}), step["coarse_sweep"]
     return {
-        "outside": listed(leaves(verdicts.get("retrieval_heads"))),
+        "outside": listed(claims.leaves(verdicts.get("retrieval_heads"))),
         "retrievers": listed(verdicts.get("slice_heads_that_retrieve", ())),
         "slice": listed(site["site"] for site in step["sufficiency"].get("critical_slice", ())),
         "layers": listed(coarse.get("critical_layers", ())),
@@ -254,7 +243,7 @@ def value(entry: Entry) -> str:
 def document(entries: Sequence[Entry], parts: Sequence[str], params: Story) -> dict[str, Any]:
     """claims.json, by its model."""
     about = {key: getattr(params, key) for key in ("profile", "model", "task", "level")}
-    return plain(Ledger(**about, correction=claims.CORRECTION, sentence=parts, claims=entries).model_dump())
+    return plain(claims.Ledger(**about, correction=claims.CORRECTION, sentence=parts, claims=entries).model_dump())
 
 
 def table(entries: Sequence[Entry]) -> Styler:
