@@ -8,6 +8,7 @@ import jsonschema
 import numpy as np
 import pandas as pd
 import pytest
+from pydantic import ValidationError
 
 from lib import records
 from pipeline import keys, params
@@ -120,6 +121,14 @@ def judged(folder, what=None, **changed):
 
 def test_the_schema_committed_is_the_models_own():
     assert (ROOT / "data/claims.schema.json").read_text(encoding="utf-8") == claims.schema()
+
+
+def test_the_list_of_claims_takes_no_unknown_field_and_every_name_in_it_once():
+    with pytest.raises(ValidationError, match="treshold_from"):
+        claims.Claim.model_validate(CLAIMS[0].model_dump() | {"treshold_from": "level"})
+    names = [claim.id for claim in CLAIMS]
+    assert len(set(names)) == len(names)
+    assert {name for link in LINKS for name in (link.claim, *link.instead)} <= set(names)
 
 
 def test_claims_json_validates_and_a_wrong_verdict_does_not(tmp_path):

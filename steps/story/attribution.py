@@ -76,7 +76,7 @@ def queried(model: Model, clean: BaseRun, corrupt: BaseRun) -> tuple[Activations
     """The corrupt run's queries at `last`, ("query", layer), and what each head of the clean run puts out under them,
     ("head", layer); (pairs, 1, heads x size). SweepError unless heads keep their output under the queries they had."""
     count, queries, heads, handles = len(clean.ids), {}, {}, []
-    own: dict[int, Tensor] = {}
+    heads_before: dict[int, Tensor] = {}
 
     def note(q: Tensor, layer: int) -> None:
         queries["query", layer] = q.clone()
@@ -92,7 +92,7 @@ def queried(model: Model, clean: BaseRun, corrupt: BaseRun) -> tuple[Activations
         return torch.cat([q[:count], queries["query", layer].to(q)])
 
     def keep(z: Tensor, layer: int) -> None:
-        own[layer], heads["head", layer] = z[:count], z[count:].clone()
+        heads_before[layer], heads["head", layer] = z[:count], z[count:].clone()
 
     handles = []
     with hooks.removing(handles):
@@ -101,7 +101,7 @@ def queried(model: Model, clean: BaseRun, corrupt: BaseRun) -> tuple[Activations
             handles.append(on_queries(model, layer, partial(swap, layer=layer)))
             handles.append(hooks.on_activation(model, layer, "head", partial(keep, layer=layer)))
         last_token(model, clean, times=2)
-    for layer, z in own.items():
+    for layer, z in heads_before.items():
         plain = clean.activations["head", layer]
         if not (z - plain).norm() <= max(model.noise, 1e-3) * plain.norm():
             raise SweepError(
@@ -113,10 +113,10 @@ def queried(model: Model, clean: BaseRun, corrupt: BaseRun) -> tuple[Activations
 def attribute(model: Model, pairs: Sequence[Pair]) -> pd.DataFrame:
     """Every node's effect at `last` on every pair by AtP, AtP with QK fix and GradDrop (`SCHEMA`)."""
     frames = []
-    for own in grouped(pairs, BATCH):
-        clean, corrupt = both_runs(model, own, own[0].clean.roles["last"], KEPT)
+    for batch in grouped(pairs, BATCH):
+        clean, corrupt = both_runs(model, batch, batch[0].clean.roles["last"], KEPT)
         queries, heads = queried(model, clean, corrupt)
-        nodes, gradients, dropped = differentiate(model, clean, own)
+        nodes, gradients, dropped = differentiate(model, clean, batch)
         for layer in range(model.n_layers):
             moved = {part: corrupt.activations[part, layer] - clean.activations[part, layer] for part in KEPT}
             moved["query"] = queries["query", layer] - nodes["query", layer]
@@ -133,10 +133,10 @@ def attribute(model: Model, pairs: Sequence[Pair]) -> pd.DataFrame:
                 }
                 numbers = [-1] if part == "mlp" else range(model.n_heads)
                 about = {
-                    name: np.repeat([getattr(pair, name) for pair in own], size)
+                    name: np.repeat([getattr(pair, name) for pair in batch], size)
                     for name in ("pair_id", "quad_id", "half")
                 }
-                site = {"layer": layer, "component": part, "head": np.tile(numbers, len(own))}
+                site = {"layer": layer, "component": part, "head": np.tile(numbers, len(batch))}
                 values = {name: value.ravel() for name, value in columns.items()}
                 frames.append(pd.DataFrame(about | site | values | {"tokens": clean.ids.shape[1]}))
     return pd.concat(frames, ignore_index=True).astype({"layer": "int32", "head": "int32", "tokens": "int32"})
@@ -196,7 +196,7 @@ def exact(model: Model, pairs: Sequence[Pair], memory: float = 2.0) -> pd.DataFr
     how = {"direction": "noise", "role": "last", "memory": memory}
     sites = sweep.run(model, pairs, components=KEPT, ablations=("counterfactual",), **how)
 
-    def values(own: Sequence[Pair], base: BaseRun, other: BaseRun) -> dict[str, Activations]:
+    def values(batch: Sequence[Pair], base: BaseRun, other: BaseRun) -> dict[str, Activations]:
         return {"query": queried(model, base, other)[1]}
 
     sets = [(site,) for site in hooks.all_sites(model, ("head",))]

@@ -103,17 +103,17 @@ def ready(
     prompt those of `counterfactual`.
     """
     out = []
-    for own in grouped(pairs, BATCH):
-        last = own[0].clean.roles["last"]
-        clean = base_run(model, token_ids(model, [pair.clean.ids for pair in own]), last, COMPONENTS)
+    for batch in grouped(pairs, BATCH):
+        last = batch[0].clean.roles["last"]
+        clean = base_run(model, token_ids(model, [pair.clean.ids for pair in batch]), last, COMPONENTS)
         ids = [
             pair.corrupt.ids if kind == "counterfactual" else resampled(pair, pool or pairs, seed)
             for kind in ablations
-            for pair in own
+            for pair in batch
         ]
         donors = base_run(model, token_ids(model, ids), last, COMPONENTS, cache=False)
         alike = donors.ids[:, -1] == clean.ids[:, -1].repeat(len(ablations))
-        out.append(Ready(own, tuple(ablations), clean, donors.activations, alike.cpu(), memory))
+        out.append(Ready(batch, tuple(ablations), clean, donors.activations, alike.cpu(), memory))
     return out
 
 
@@ -176,7 +176,7 @@ def masked(
         """Each state of the tree has a row for every donor."""
         return (torch.from_numpy(states)[:, None] * donors + torch.arange(donors)).flatten().to(like.device)
 
-    def module(component: str, layer: int, states: np.ndarray, own: Callable) -> Callable:
+    def module(component: str, layer: int, states: np.ndarray, compute: Callable) -> Callable:
         """A module's `forward`: computed in the rows of these states, the donor's in all others."""
 
         def forward(*args: Any, **kwargs: Any) -> Tensor:
@@ -184,7 +184,7 @@ def masked(
             out = sources[component, layer].to(hidden).repeat(len(hidden) // donors, 1, 1)
             if len(states):
                 rows, inputs["past_key_values"].owner = rows_of(states, hidden), owner.repeat(len(states))
-                out[rows] = hooks.first_tensor(own(hidden[rows], *args[1:], **kwargs))
+                out[rows] = hooks.first_tensor(compute(hidden[rows], *args[1:], **kwargs))
             return out if component == "mlp" else (out, None)
 
         return forward
@@ -193,8 +193,10 @@ def masked(
         heads, mlps = (np.flatnonzero(part.any(1)) for part in (branch.kept[:, :-1], branch.kept[:, -1:]))
         some = torch.from_numpy(branch.kept[heads, :-1])[:, None, :, None]
 
-        def split(own: nn.Module, args: tuple, kwargs: dict, layer: int = layer, parent: Any = branch.parent) -> tuple:
-            (hidden, *args), kwargs = narrow(own, args, kwargs)
+        def split(
+            block: nn.Module, args: tuple, kwargs: dict, layer: int = layer, parent: Any = branch.parent
+        ) -> tuple:
+            (hidden, *args), kwargs = narrow(block, args, kwargs)
             rows = owner.repeat(len(parent)).to(hidden.device) if layer == 0 else rows_of(parent, hidden)
             return (hidden[rows], *args), kwargs
 
@@ -221,21 +223,22 @@ def scored(model: Model, ready: Ready, circuits: Sequence[Circuit]) -> Float[np.
     limit = min(row_limit(model, ready.base, ready.memory), SHARED_ROW_TOKENS)
     size, parts = max(1, limit // (len(kept) * kinds)), []
     for at in range(0, count, size):
-        own, base = ready.pairs[at : at + size], ready.base.part(at, min(at + size, count))
-        donors = [kind * count + at + index for kind in range(kinds) for index in range(len(own))]
+        batch, base = ready.pairs[at : at + size], ready.base.part(at, min(at + size, count))
+        donors = [kind * count + at + index for kind in range(kinds) for index in range(len(batch))]
         sources = {key: value[donors] for key, value in ready.sources.items()}
         hidden = masked(model, base, sources, kept)
         other = model.final_norm(sources["resid", model.n_layers - 1][:, -1]).to(hidden)
         plain = torch.stack([base.hidden.repeat(kinds, 1).to(hidden), other])
-        tokens = torch.tensor([pair.clean_tokens for pair in own] * kinds)
+        tokens = torch.tensor([pair.clean_tokens for pair in batch] * kinds)
         logits = model.logits(torch.cat([plain, hidden]), tokens).cpu()
         off = (logits[:2] - logits[2:4]).abs().amax(-1)
         off[1] *= ready.alike[donors]  # the embedding of the last token is nobody's to give
         if not (off <= model.noise).all():
             which, index = torch.nonzero(~(off <= model.noise))[0].tolist()
+            circuit, prompt = (("everything", "the clean"), ("nothing", "the lending"))[which]
             raise SweepError(
-                f"pair {own[index % len(own)].pair_id}: the circuit of {('everything', 'nothing')[which]} differs by "
-                f"{off[which, index]:.3g} logits from the plain run of {('the clean', 'the lending')[which]} prompt"
+                f"pair {batch[index % len(batch)].pair_id}: the circuit of {circuit} differs by "
+                f"{off[which, index]:.3g} logits from the plain run of {prompt} prompt"
             )
         parts.append(logits[2:].unflatten(1, (kinds, -1)).numpy())
     return np.concatenate(parts, axis=2)
@@ -250,11 +253,11 @@ def run(model: Model, pairs: Sequence[Pair], tests: Mapping[str, Sequence], **ho
     `everything` and `nothing` are tested beside them. `how` goes to `ready`.
     """
     circuits, frames = [Circuit(only, tuple(sites)) for only, sites in tests.values()], []
-    for own in ready(model, pairs, **how):
-        logits = scored(model, own, circuits).transpose(2, 1, 0, 3)  # (pairs, kinds, tests, C)
-        for pair, kinds in zip(own.pairs, logits, strict=True):
+    for batch in ready(model, pairs, **how):
+        logits = scored(model, batch, circuits).transpose(2, 1, 0, 3)  # (pairs, kinds, tests, C)
+        for pair, kinds in zip(batch.pairs, logits, strict=True):
             about = {name: getattr(pair, name) for name in ABOUT} | {"seed": how.get("seed", 0)}
-            for kind, values in zip(own.kinds, kinds, strict=True):
+            for kind, values in zip(batch.kinds, kinds, strict=True):
                 columns = {
                     "ablation": kind,
                     "test": ["everything", "nothing", *tests],
@@ -271,23 +274,23 @@ def run(model: Model, pairs: Sequence[Pair], tests: Mapping[str, Sequence], **ho
 class Faithfulness:
     """Faithfulness of circuits on some pairs: sum F(C) - F(nothing) over sum F(everything) - F(nothing), logit_diff."""
 
-    def __init__(self, model: Model, own: Sequence[Ready]) -> None:
-        self.model, self.own = model, own
+    def __init__(self, model: Model, batches: Sequence[Ready]) -> None:
+        self.model, self.batches = model, batches
         whole, self.nothing = self.differences([])
         self.gap = whole - self.nothing
 
     def differences(self, circuits: Sequence[Circuit]) -> Float[np.ndarray, " circuits"]:
         """Sum of logit_diff over pairs under everything, nothing and every circuit."""
         total = 0.0
-        for own in self.own:
-            logits, index = scored(self.model, own, circuits)[:, 0].astype(float), np.arange(len(own.pairs))
-            answers = np.array([(pair.answer, pair.corrupt_answer) for pair in own.pairs]).T
+        for batch in self.batches:
+            logits, index = scored(self.model, batch, circuits)[:, 0].astype(float), np.arange(len(batch.pairs))
+            answers = np.array([(pair.answer, pair.corrupt_answer) for pair in batch.pairs]).T
             total += (logits[:, index, answers[0]] - logits[:, index, answers[1]]).sum(1)
         return total
 
     def of(self, members: Sequence[Sequence[str]]) -> list[float]:
         """Of the circuits that keep these members alone."""
-        sums = self.differences([Circuit(True, tuple(own)) for own in members])[2:]
+        sums = self.differences([Circuit(True, tuple(kept)) for kept in members])[2:]
         return ((sums - self.nothing) / self.gap).tolist()
 
 

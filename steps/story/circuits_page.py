@@ -93,9 +93,9 @@ def areas(frame: pd.DataFrame, params: Story) -> pd.DataFrame:
     whole, means, out = wide["everything"], by_order(wide), {}
     end = max(means["circuit"])
     for order in [name for name in ORDERS if name in means]:
-        own = means[order].loc[:, lambda table: table.columns <= end]
-        points = np.concatenate([np.zeros((len(own), 1)), own.to_numpy()], axis=1)
-        out[order] = np.trapezoid(points, np.array([0, *own.columns]) / own.columns.max(), axis=1)
+        sums_by_size = means[order].loc[:, lambda table: table.columns <= end]
+        points = np.concatenate([np.zeros((len(sums_by_size), 1)), sums_by_size.to_numpy()], axis=1)
+        out[order] = np.trapezoid(points, np.array([0, *sums_by_size.columns]) / sums_by_size.columns.max(), axis=1)
     table = pd.DataFrame(out, index=wide.index)
     minus = shares(table.rsub(table["circuit"], axis=0), whole, params).add_prefix("minus_")
     return shares(table, whole, params).join(minus).rename_axis("order").reset_index()
@@ -103,8 +103,8 @@ def areas(frame: pd.DataFrame, params: Story) -> pd.DataFrame:
 
 def members(frame: pd.DataFrame, params: Story) -> pd.DataFrame:
     """What the removal of each member costs the circuit (logits), all together: familywise intervals and p values."""
-    own = frame[frame["test"].str.startswith("member ") | (frame["test"] == "circuit")]
-    wide = own.pivot(index=["quad_id", "pair_id"], columns="test", values="logit_diff").groupby("quad_id").mean()
+    tested = frame[frame["test"].str.startswith("member ") | (frame["test"] == "circuit")]
+    wide = tested.pivot(index=["quad_id", "pair_id"], columns="test", values="logit_diff").groupby("quad_id").mean()
     cost = wide.drop(columns="circuit").rsub(wide["circuit"], axis=0)
     out = pd.DataFrame(familywise(cost.to_numpy(), params, tail="greater"))
     out = out.assign(site=cost.columns.str.removeprefix("member "))
@@ -141,10 +141,10 @@ def circuit_numbers(m: Measured, slice_: Sequence[str], params: Story) -> dict[s
     sites, path = measure.circuit_of(m.search), measure.grown(m.search)
     if not sites:
         return {"sites": [], "why": "the model keeps nothing over the resampled run, so there is nothing to search for"}
-    own, last = shown(m), reported(m.tested)
+    rows, last = shown(m), reported(m.tested)
     first = in_halves(m.tested[m.tested["ablation"] == m.ablation])[0][1]
-    table, subsets = members(own, params), without_subsets(own, params)
-    circuit = own[own["test"] == "circuit"]
+    table, subsets = members(rows, params), without_subsets(rows, params)
+    circuit = rows[rows["test"] == "circuit"]
     hits = (circuit["metric"] > 0).groupby(circuit["quad_id"]).agg(["sum", "count"])
     leads = stats.proportion_interval(hits["sum"], hits["count"], params)
     both = [site for site in sites if site in slice_]
@@ -157,17 +157,17 @@ def circuit_numbers(m: Measured, slice_: Sequence[str], params: Story) -> dict[s
         "searched": reached,  # faithfulness that the search saw
         "reached": bool(reached >= params.faithful_share),
         "ablation": m.ablation,
-        "quads": own["quad_id"].nunique(),
-        "faithfulness": share(own, "circuit", params),  # kept when all else is ablated
+        "quads": rows["quad_id"].nunique(),
+        "faithfulness": share(rows, "circuit", params),  # kept when all else is ablated
         "faithfulness_discovery": share(first, "circuit", params),
         "faithfulness_counterfactual": share(last[last["ablation"] != m.ablation], "circuit", params),
-        "necessity": share(own, "necessity", params),  # kept by the model when the circuit is ablated; 0 is best
+        "necessity": share(rows, "necessity", params),  # kept by the model when the circuit is ablated; 0 is best
         "leads": {end: getattr(leads, end) for end in ENDS},  # of pairs in which the answer leads under the circuit
         "members": table.to_dict("records"),
         "weakest": table.iloc[-1].to_dict(),
         "failing": table.loc[~table["matters"], "site"].tolist(),
         "incompleteness": incompleteness(subsets, m.subsets),
-        "areas": areas(own, params).to_dict("records"),
+        "areas": areas(rows, params).to_dict("records"),
         "overlap": {"sites": both, "jaccard": jaccard(sites, slice_), "p": float(chance)},  # with the slice
     }
 
@@ -228,15 +228,15 @@ def agreement_with(means: pd.DataFrame, part: pd.DataFrame, method: str, params:
 def cost(n_layers: int, n_heads: int, tokens: float) -> pd.DataFrame:
     """What each method runs for a pair beside the two plain runs, in tokens x layers (a backward pass counts as a
     forward pass), and how often that goes into the exact sweep of all heads and MLPs; `with_runs` counts those too."""
-    own = {
+    layers = {
         "exact": (n_heads + 1) * n_layers * (n_layers + 1) / 2,
         "atp": 2 * n_layers,
         "atp_qk": 5 * n_layers,  # the corrupt queries, and two rows under them
         "grad_drop": 3 * n_layers + 2 * n_layers * (1 + n_layers),
     }
     plain = 2 * tokens * n_layers
-    out = pd.DataFrame({"method": list(own), "token_layers": list(own.values())})
-    ratios = [(own["exact"] + extra) / (out["token_layers"] + extra) for extra in (0, plain)]
+    out = pd.DataFrame({"method": list(layers), "token_layers": list(layers.values())})
+    ratios = [(layers["exact"] + extra) / (out["token_layers"] + extra) for extra in (0, plain)]
     return out.assign(ratio=ratios[0], with_runs=ratios[1])
 
 
@@ -327,14 +327,14 @@ def circuit_sentences(found: Mapping[str, Any], params: Story) -> list[str]:
 def order_sentences(found: Mapping[str, Any]) -> list[str]:
     """The circuit beside other orders of sites, and beside the critical slice."""
     table, over = {row["order"]: row for row in found["areas"]}, found["overlap"]
-    own, out = table.pop("circuit", None), []
-    if own is not None:
+    circuit, out = table.pop("circuit", None), []
+    if circuit is not None:
         each = [
             f"{ORDERS[order]} {with_ends(row)} (less by {with_ends({end: row[f'minus_{end}'] for end in ENDS})})"
             for order, row in table.items()
         ]
         out.append(
-            f"Area under faithfulness against size, up to the size that was grown: {with_ends(own)}; sites in "
+            f"Area under faithfulness against size, up to the size that was grown: {with_ends(circuit)}; sites in "
             f"other orders: {'; '.join(each)}."
         )
     out.append(

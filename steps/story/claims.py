@@ -257,10 +257,10 @@ def misplaced(name: str, held_by: Mapping[str, str | None]) -> str:
     """Why there can be no threshold of this name under `claims`."""
     if name in held_by:
         return f"its threshold is the parameter {held_by[name]}; change that"
-    own = sorted(claim for claim, key in held_by.items() if key is None)
-    near = difflib.get_close_matches(name, own, n=1)
+    names = sorted(claim for claim, key in held_by.items() if key is None)
+    near = difflib.get_close_matches(name, names, n=1)
     meant = f" (did you mean {near[0]!r}?)" if near else ""
-    return f"there is no such claim{meant}; the claims are {', '.join(own)}"
+    return f"there is no such claim{meant}; the claims are {', '.join(names)}"
 
 
 def recorded(step: str, params: Shared) -> Mapping[str, Any]:

@@ -77,9 +77,9 @@ def searched_pairs(step: Step | Case) -> tuple[list[Pair], str]:
 
 def search_units(step: Step | Case) -> list[Unit]:
     """The search is one unit."""
-    (own, kind), p = searched_pairs(step), step.params
+    (pairs, kind), p = searched_pairs(step), step.params
     options = {"sites": sites_of(step), "share": p.faithful_share, "limit": p.circuit_limit, "ablation": kind}
-    return [Unit("search", tuple(own), options)]
+    return [Unit("search", tuple(pairs), options)]
 
 
 def attributed_pairs(step: Step | Case) -> list[Pair]:
@@ -95,25 +95,25 @@ def attribution_units(step: Step | Case) -> list[Unit]:
 def circuit_units(step: Step | Case, tests: Mapping[str, Circuit]) -> list[Unit]:
     """All of the circuits under the ablation of the search, the one called `circuit` also from the corrupt prompt."""
     prompts, kind = step.prompts(), searched_pairs(step)[1]
-    own, _ = of_one_kind(subsample(prompts, step.params.pairs), prompts)
+    pairs, _ = of_one_kind(subsample(prompts, step.params.pairs), prompts)
     asked = (
         {kind: tests} if kind == "counterfactual" else {kind: tests, "counterfactual": {"circuit": tests["circuit"]}}
     )
     return [
         Unit(f"{how}-{index:04d}", tuple(chunk), {"tests": which, "ablations": [how]})
         for how, which in asked.items()
-        for index, chunk in enumerate(grouped(own, 8))
+        for index, chunk in enumerate(grouped(pairs, 8))
     ]
 
 
-def lent(step: Step) -> dict[str, Any]:
+def donor_options(step: Step) -> dict[str, Any]:
     """Where resampled values come from, and what a pass may take (`circuits.ready`)."""
     return {"pool": step.prompts(), "seed": step.params.seed, "memory": step.memory}
 
 
 def searched(step: Step) -> Callable[[Unit], pd.DataFrame]:
     """`circuits.search` of a unit."""
-    how = lent(step)
+    how = donor_options(step)
 
     def compute(unit: Unit) -> pd.DataFrame:
         options = dict(unit.options)
@@ -124,7 +124,7 @@ def searched(step: Step) -> Callable[[Unit], pd.DataFrame]:
 
 def tested(step: Step, tests: Mapping[str, Circuit]) -> Callable[[Unit], pd.DataFrame]:
     """`circuits.run` of a unit."""
-    how = lent(step)
+    how = donor_options(step)
     return lambda unit: circuits.run(step.model, unit.pairs, **unit.options, **how)
 
 
@@ -177,7 +177,7 @@ def search_cost(case: Case, units: Sequence[Unit]) -> Work:
     rounds = [([[*drawn[:count], site] for site in drawn[count : count + QUEUE]], count) for count in range(size)]
     for queue, count in [*rounds, ([drawn[:size]] * size, -1)]:
         asked = len(drawn) - count if count in REFRESH else len(queue)
-        one = [Circuit(True, tuple(own)) for own in queue]
+        one = [Circuit(True, tuple(kept)) for kept in queue]
         work += circuit_work(case.shape, pairs, one, case.machine, plain=False).times(asked / len(queue))
     return work
 
@@ -205,8 +205,8 @@ def circuits_cost(case: Case, units: Sequence[Unit], tests: Mapping[str, Circuit
     """The circuits of each unit."""
     work = Work()
     for unit in units:
-        own = list(unit.options["tests"].values())
-        work += circuit_work(case.shape, unit.pairs, own, case.machine) + Work(table=39 * len(unit.pairs) * len(own))
+        asked, rows = list(unit.options["tests"].values()), len(unit.pairs) * len(unit.options["tests"])
+        work += circuit_work(case.shape, unit.pairs, asked, case.machine) + Work(table=39 * rows)
     return work
 
 
@@ -273,14 +273,14 @@ def subsets_of(sites: Sequence[str], count: int, rng: np.random.Generator) -> li
     if len(sites) < 2:
         return []
     drawn = [rng.permutation(len(sites))[: 1 + rng.binomial(len(sites) - 2, 0.5)] for _ in range(count)]
-    return [tuple(sites[index] for index in sorted(own)) for own in drawn]
+    return [tuple(sites[index] for index in sorted(members)) for members in drawn]
 
 
 def ranked(table: pd.DataFrame, value: str, sites: Sequence[str]) -> list[str]:
     """Those of the sites that are in a table by their mean on the discovery half (or the only one), largest first."""
-    own = in_halves(table)[0][1]
-    own = own.assign(site=named(own))
-    return own[own["site"].isin(sites)].groupby("site")[value].mean().sort_values(ascending=False).index.tolist()
+    rows = in_halves(table)[0][1]
+    rows = rows.assign(site=named(rows))
+    return rows[rows["site"].isin(sites)].groupby("site")[value].mean().sort_values(ascending=False).index.tolist()
 
 
 def orders_of(
@@ -314,9 +314,9 @@ def tests_of(
         out |= {f"random {size} {number}": Circuit(True, tuple(drawn[:size])) for size in sizes if size <= len(drawn)}
     for site in sites:
         out[f"member {site}"] = Circuit(True, tuple(other for other in sites if other != site))
-    for number, own in enumerate(subsets):
-        out[f"kept {number}"] = Circuit(True, tuple(site for site in sites if site not in own))
-        out[f"model {number}"] = Circuit(False, tuple(own))
+    for number, subset in enumerate(subsets):
+        out[f"kept {number}"] = Circuit(True, tuple(site for site in sites if site not in subset))
+        out[f"model {number}"] = Circuit(False, tuple(subset))
     return out
 
 

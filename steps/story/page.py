@@ -77,8 +77,8 @@ def gather(step: Step, circuit: Mapping[str, Any] | None) -> dict[str, dict[str,
             found[name] |= {"measured": plain(compute(step, found[name]))}
     if circuit is None:
         return found | {step.name: not_done(step)}
-    own = {key: circuit[key] for key in ("circuit", "attribution")}
-    return found | {step.name: plain(own | {"overlap": overlap(own["circuit"], found["sufficiency"], step.params)})}
+    parts = {key: circuit[key] for key in ("circuit", "attribution")}
+    return found | {step.name: plain(parts | {"overlap": overlap(parts["circuit"], found["sufficiency"], step.params)})}
 
 
 def stored(step: Step, name: str, columns: Sequence[str] | None = None) -> pd.DataFrame | None:
@@ -101,10 +101,10 @@ def layers(step: Step, found: Mapping[str, Any]) -> dict[str, Any]:
     there after two thirds of the layers. The one layer is the profile's, else that of largest rise on discovery."""
     p, columns = step.params, ["half", "direction", "position", "layer", "quad_id", *LOGIT_DIFFS]
     names, frame = ("critical_layers", "one_layer", "middle_layers"), stored(step, "coarse_sweep", columns)
-    own = None if frame is None else frame[(frame["direction"] == "denoise") & (frame["position"] == "last")]
-    if own is None or own.empty:
+    last = None if frame is None else frame[(frame["direction"] == "denoise") & (frame["position"] == "last")]
+    if last is None or last.empty:
         return dict.fromkeys(names, {"why": "step 02's table is not there"})
-    matrix = quad_matrix(reported(own), "effect", ["layer"], reduce="sum")
+    matrix = quad_matrix(reported(last), "effect", ["layer"], reduce="sum")
     curve = pd.DataFrame(matrix.values, columns=matrix.sites["layer"])
     whole = curve.iloc[:, -1]
     if whole.sum() <= 0:
@@ -129,12 +129,12 @@ def flips(step: Step, found: Mapping[str, Any]) -> dict[str, Any]:
     """
     columns = ["half", "position", "site_set", "quad_id", "metric_before", "metric_after"]
     frame = stored(step, "retrieval_heads.ablation", columns)
-    own = None if frame is None else frame[(frame["position"] == "names") & (frame["site_set"] == 0)]
-    if own is None or own.empty:
+    names = None if frame is None else frame[(frame["position"] == "names") & (frame["site_set"] == 0)]
+    if names is None or names.empty:
         return {"path_ablation": {"why": "no head at the names has a path into the slice that could be ablated"}}
-    own = reported(own)
-    flipped = (own["metric_before"] > 0) & (own["metric_after"] < 0)
-    counts = flipped.groupby(own["quad_id"]).agg(["sum", "count"])
+    names = reported(names)
+    flipped = (names["metric_before"] > 0) & (names["metric_after"] < 0)
+    counts = flipped.groupby(names["quad_id"]).agg(["sum", "count"])
     return {"path_ablation": stats.proportion_interval(counts["sum"], counts["count"], step.params)}
 
 
@@ -152,11 +152,11 @@ def probes(step: Step, found: Mapping[str, Any]) -> dict[str, Any]:
         else:
             ends = ("estimate", "low", "high")
             out[name] = {end: None if row[end] is None else row[end] - top["threshold"] for end in ends}
-    own = first(rank["verdicts"], pairs | {"layer": rank["layer"]})
-    if own is None or own["low rank"] is None:
+    verdict = first(rank["verdicts"], pairs | {"layer": rank["layer"]})
+    if verdict is None or verdict["low rank"] is None:
         return out | {"low_rank": {"why": "the probe is not above permuted labels, so its rank says nothing"}}
-    below = own["effective rank"] < own["permuted effective rank"]
-    return out | {"low_rank": {"estimate": own["rank needed"] / own["cap"], "below_permuted": below}}
+    below = verdict["effective rank"] < verdict["permuted effective rank"]
+    return out | {"low_rank": {"estimate": verdict["rank needed"] / verdict["cap"], "below_permuted": below}}
 
 
 def first(rows: Sequence[Mapping[str, Any]], key: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -173,17 +173,17 @@ def overlap(circuit: Mapping[str, Any], slice_found: Mapping[str, Any] | None, p
     `p` is that of as many or more among heads drawn at random from all the model has.
     """
     published = pd.read_csv(keys.input_file(PUBLISHED), comment="#")
-    own = published[published["model"] == params.model]
-    if own.empty:
+    model_heads = published[published["model"] == params.model]
+    if model_heads.empty:
         return {"why": f"the published heads are of {listed(published['model'].unique())}, not of `{params.model}`"}
     shape = (slice_found or {}).get("model", {})
     heads = {site for site in circuit.get("sites", ()) if re.fullmatch(r"\d+\.\d+", site)}
     if not heads or not {"n_layers", "n_heads"} <= set(shape):
         return {"why": "the circuit has no heads" if not heads else "step 04 does not say how many heads there are"}
-    both = sorted(heads & set(own["layer"].astype(str) + "." + own["head"].astype(str)))
-    counts = {"heads": len(heads), "published": len(own), "total": shape["n_layers"] * shape["n_heads"]}
-    expected = len(heads) * len(own) / counts["total"]
-    p = float(hypergeom.sf(len(both) - 1, counts["total"], len(own), len(heads)))
+    both = sorted(heads & set(model_heads["layer"].astype(str) + "." + model_heads["head"].astype(str)))
+    counts = {"heads": len(heads), "published": len(model_heads), "total": shape["n_layers"] * shape["n_heads"]}
+    expected = len(heads) * len(model_heads) / counts["total"]
+    p = float(hypergeom.sf(len(both) - 1, counts["total"], len(model_heads), len(heads)))
     return counts | {"estimate": len(both), "expected": expected, "p": p, "shared": both}
 
 
@@ -192,7 +192,7 @@ def overlap(circuit: Mapping[str, Any], slice_found: Mapping[str, Any] | None, p
 
 def model_sites(found: Mapping[str, Any]) -> dict[str, str]:
     """This model's sites, by the names that data/claims.yaml calls them by."""
-    step = {name: own or {} for name, own in found.items()}
+    step = {name: findings or {} for name, findings in found.items()}
     verdicts, coarse = step["retrieval_heads"].get("verdicts", {}), step["coarse_sweep"]
     return {
         "outside": listed(claims.leaves(verdicts.get("retrieval_heads"))),
@@ -205,7 +205,7 @@ def model_sites(found: Mapping[str, Any]) -> dict[str, str]:
 
 def sentence(entries: Sequence[Entry], found: Mapping[str, Any]) -> list[str]:
     """The plan's sentence for this model: first the chain of what is supported, then what is not, link by link."""
-    entry, sites = {own.id: own for own in entries}, model_sites(found)
+    by_claim, sites = {entry.id: entry for entry in entries}, model_sites(found)
     words = {
         NOT_SUPPORTED: "The evidence does not support",
         NOT_TESTABLE: "Not testable here is",
@@ -213,14 +213,16 @@ def sentence(entries: Sequence[Entry], found: Mapping[str, Any]) -> list[str]:
     }
     chain, open_links = [], {verdict: [] for verdict in words}
     for link in LINKS:
-        own = entry[link.claim]
-        if own.verdict == SUPPORTED:
-            chain.append(f"{link.here.format(**sites)} ({value(own)})")
+        entry = by_claim[link.claim]
+        if entry.verdict == SUPPORTED:
+            chain.append(f"{link.here.format(**sites)} ({value(entry)})")
             continue
-        others = {name: text.format(**sites) for name, text in link.instead.items() if entry[name].verdict == SUPPORTED}
-        chain.append(" and ".join(f"{text} ({value(entry[name])})" for name, text in others.items()) or OPEN)
+        others = {
+            name: text.format(**sites) for name, text in link.instead.items() if by_claim[name].verdict == SUPPORTED
+        }
+        chain.append(" and ".join(f"{text} ({value(by_claim[name])})" for name, text in others.items()) or OPEN)
         instead = f"; instead {listed(others.values())}" if others else ""
-        open_links[own.verdict].append(f"{words[own.verdict]} that {link.plan} ({own.reason}){instead}.")
+        open_links[entry.verdict].append(f"{words[entry.verdict]} that {link.plan} ({entry.reason}){instead}.")
     linked = [text for text, _ in groupby(chain)]  # a gap of several open links is said once
     whole = f"The names → {' → '.join(linked)} → the answer."
     if linked == [OPEN]:
@@ -262,10 +264,10 @@ def table(entries: Sequence[Entry]) -> Styler:
         return html.escape(text.replace("`", ""))  # the table is HTML, not MyST
 
     columns = {
-        "claim (section of the plan)": [html.escape(f"{own.claim} ({own.section})") for own in entries],
-        "verdict": [own.verdict for own in entries],
-        "why (where the threshold stands)": [why(own) for own in entries],
-        "under it": [evidence(own) for own in entries],
+        "claim (section of the plan)": [html.escape(f"{entry.claim} ({entry.section})") for entry in entries],
+        "verdict": [entry.verdict for entry in entries],
+        "why (where the threshold stands)": [why(entry) for entry in entries],
+        "under it": [evidence(entry) for entry in entries],
     }
     look = laid_out(pd.DataFrame(columns), "claims", ("25%", "13%", "33%", "29%"))
     return look.map(lambda word: f"background-color: {COLOURS[word]}; color: black", subset=["verdict"])
@@ -273,7 +275,9 @@ def table(entries: Sequence[Entry]) -> Styler:
 
 def refutations(entries: Sequence[Entry]) -> Styler:
     """What would turn each verdict, as a table."""
-    rows = [{"claim": own.claim, "verdict": own.verdict, "what would turn it": own.refuted_by} for own in entries]
+    rows = [
+        {"claim": entry.claim, "verdict": entry.verdict, "what would turn it": entry.refuted_by} for entry in entries
+    ]
     return laid_out(pd.DataFrame(rows), "refutations", ("40%", "15%", "45%"))
 
 
@@ -288,7 +292,7 @@ def laid_out(frame: pd.DataFrame, name: str, widths: Sequence[str]) -> Styler:
 
 def forest(entries: Sequence[Entry]) -> Figure | None:
     """`CAPTIONS["claims"]`; None where nothing was decided by an interval."""
-    rows = [distances(own) for own in entries if own.verdict in (SUPPORTED, NOT_SUPPORTED)]
+    rows = [distances(entry) for entry in entries if entry.verdict in (SUPPORTED, NOT_SUPPORTED)]
     rows = [row for row in rows if row]
     if not rows:
         return None
@@ -324,7 +328,7 @@ def distances(entry: Entry) -> dict[str, Any] | None:
 
 def tally(entries: Sequence[Entry]) -> str:
     """How many claims have which verdict."""
-    count = pd.Series([own.verdict for own in entries]).value_counts()
+    count = pd.Series([entry.verdict for entry in entries]).value_counts()
     return f"The {len(entries)} claims of the plan: {listed(f'{count.get(word, 0)} {word}' for word in VERDICTS)}."
 
 
@@ -362,12 +366,12 @@ def findings(step: Step, judged: Judged) -> dict[str, Any]:
     if judged.circuit is None:
         return step.write_findings(not_done(step))
     found, figure = judged.found, forest(judged.entries)
-    own = {
+    ledger = {
         "sentences": [*judged.sentence, tally(judged.entries), overlap_sentence(found[step.name]["overlap"])],
         "headline": [*judged.sentence[:1], tally(judged.entries)],
         "figures": {"claims": figure} if figure else {},
         "captions": CAPTIONS,
-        "verdicts": {own.id: own.verdict for own in judged.entries},
+        "verdicts": {entry.id: entry.verdict for entry in judged.entries},
         "measured": {name: found[name]["measured"] for name in MEASURED if "measured" in (found[name] or {})},
     }
-    return step.write_findings(joined(step, [own, judged.circuit]))
+    return step.write_findings(joined(step, [ledger, judged.circuit]))
