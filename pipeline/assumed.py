@@ -201,6 +201,8 @@ def quads_of(plan: Plan, p: Shared) -> list[tuple[str, list[int], tuple[str, ...
         path = keys.find_pairs(declaration.PAIRS, p)
         table = records.read(path) if p.pairs_file is None else pd.read_csv(path)
     except ParameterError:
+        if p.pairs_file is not None:
+            raise
         table = None
     if table is not None and {"n_tokens_a", "n_tokens_b", "half"} <= {*table}:
         rows = table.drop_duplicates("quad_id").to_dict("records")
