@@ -17,6 +17,7 @@ from pathlib import Path
 import pandas as pd
 
 from pipeline import keys, params
+from steps.registry import PLAN
 
 RESULT = Path(__file__).parent / "results" / "profile.json"
 
@@ -25,7 +26,7 @@ def step_times(notebook: Path, record: dict) -> dict[str, float] | None:
     """One step's seconds; None where the notebook took less than the work units did: they were computed before."""
     content = json.loads(notebook.read_text(encoding="utf-8"))
     cells = [cell["metadata"].get("papermill", {}).get("duration") or 0.0 for cell in content["cells"]]
-    first = next(i for i, cell in enumerate(content["cells"]) if "steps.begin(" in "".join(cell["source"]))
+    first = next(i for i, cell in enumerate(content["cells"]) if 'begin("' in "".join(cell["source"]))
     whole = content["metadata"]["papermill"]["duration"]
     start = whole - sum(cells) + sum(cells[: first + 1])
     rest = whole - start - record["seconds"]
@@ -40,13 +41,13 @@ def main() -> None:
     parser.add_argument("--profile", default="smollm2-135m")
     profile = parser.parse_args().profile
     rows, about = {}, {}
-    for step, notebook in keys.NOTEBOOKS.items():
-        page = params.ROOT / "build" / profile / "executed" / Path(notebook).name
-        given = params.validate(step, params.load_profile(profile))
+    for step in PLAN.names:
+        page = params.ROOT / "build" / profile / "executed" / f"{PLAN.page(step)}.ipynb"
+        given = params.validate(PLAN.sections, step, params.load_profile(profile))
         record = json.loads((keys.results_folder(given) / f"{step}.run.json").read_text(encoding="utf-8"))
         about = {key: record[key] for key in ("machine", "versions", "commit", "dirty")}
         if times := step_times(page, record):
-            rows[Path(notebook).stem] = times
+            rows[PLAN.page(step)] = times
     table = pd.DataFrame(rows).T
     table.loc["all steps"] = table.sum()
     for part in ("starting", "computing", "the rest"):

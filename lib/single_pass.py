@@ -83,7 +83,7 @@ def base_run(
     whole, kept, handles = layers is None, {}, []
     filled = DynamicCache() if cache and whole else None
     skipped = [] if whole else model.blocks[max(layers) + 1 :]
-    at = torch.tensor(list(positions), device=ids.device)
+    at = torch.tensor(list(positions), dtype=torch.long, device=ids.device)
     with hooks.removing(handles), hooks.with_forwards([(block, skip_block) for block in skipped]):
         for layer in range(-1, model.n_layers) if whole else layers:
             handles += keeping(model, kept, layer, components, at)

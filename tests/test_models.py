@@ -335,6 +335,15 @@ def test_a_beginning_that_prompts_share_is_run_once(tiny, name, monkeypatch):
     assert np.abs(got - plain).max() < 1e-5 and min(np.ptp(plain, 0).max(), plain.std()) > 0.1
 
 
+def test_readings_of_some_prompts_at_a_time_keep_the_order(smollm):
+    def read(logits, part):
+        return {"top": logits.argmax(1), "first": np.array([ids[0] for ids in PROMPTS[part]])}
+
+    found = models.next_readings(smollm, PROMPTS, read, size=4)
+    assert np.array_equal(found["top"], models.next_logits(smollm, PROMPTS).argmax(1))
+    assert found["first"].tolist() == [ids[0] for ids in PROMPTS]
+
+
 def test_next_logits_of_no_prompts_is_an_error(tiny):
     with pytest.raises(ValueError, match="no prompts to score"):
         models.next_logits(tiny("llama"), [])

@@ -274,3 +274,46 @@ def test_no_layer_of_a_pass_waits_for_the_device(tiny):
     with waits_between_blocks(model) as seen:
         paths.grow_paths(model, base, rows, source.activations, route)
     assert len(seen) <= 1  # the proof of the base rows, behind the last block of the first run
+
+
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_prompts_are_read_in_batches_of_one_length_and_no_further_than_asked(tiny, name):
+    model, draw, seen = tiny(name), np.random.default_rng(0), []
+    texts = [draw.integers(1, 101, length).tolist() for length in (5, 7, 5, 7, 7)]
+    ends = [[0, len(ids) - 1] for ids in texts]
+    ends[3] = [2, 6]  # of one length with two others, and read elsewhere
+    with hooks.removing([hooks.on_activation(model, 2, "mlp", lambda _: seen.append(1))]):
+        runs = list(single_pass.plain_runs(model, texts, ends, ("resid", "head"), size=2, layers=[0, 1]))
+        assert not seen
+        whole = list(single_pass.plain_runs(model, texts, size=2))
+    assert [places for places, _ in runs] == [[0, 2], [1, 4], [3]] and [p for p, _ in whole] == [[0, 2], [1, 3], [4]]
+    for places, run in runs:
+        assert set(run.activations) == {(part, layer) for part in ("resid", "head") for layer in (0, 1)}
+        for row, place in enumerate(places):
+            with hooks.capture(model, [Site(1, "resid")], ends[place]) as kept:
+                model.model(torch.tensor([texts[place]]))
+            assert (run.activations["resid", 1][row] - kept[Site(1, "resid")][0]).abs().max() < TOLERANCE
+    for places, run in whole:
+        final = model.logits(run.hidden)
+        for row, place in enumerate(places):
+            assert (final[row] - plain(model, torch.tensor(texts[place]))).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_a_rerun_behind_the_kept_cache_is_the_plain_run(tiny, name):
+    model, ids, owner = tiny(name), prompts(3), torch.tensor([2, 0, 2])
+    base = single_pass.base_run(model, ids, [])
+    with torch.no_grad():
+        assert (single_pass.rerun(model, base, 8, owner) - base.hidden[owner]).abs().max() < TOLERANCE
+        other = prompts(1, 4, seed=5)
+        changed = single_pass.rerun(model, base, 8, owner[:1], other)
+        assert (model.logits(changed)[0] - plain(model, torch.cat([ids[2, :8], other[0]]))).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_a_few_tokens_have_the_logits_of_the_whole_vocabulary(tiny, name):
+    model = tiny(name)
+    hidden = torch.stack([single_pass.base_run(model, prompts(4, seed=seed), []).hidden for seed in (0, 1)])
+    whole, each = model.logits(hidden), torch.tensor([[1, 5], [7, 3], [100, 2], [0, 9]])
+    assert (model.logits(hidden, [7, 3, 90]) - whole[..., [7, 3, 90]]).abs().max() < TOLERANCE
+    assert (model.logits(hidden, each) - whole.gather(-1, each.expand(2, 4, 2))).abs().max() < TOLERANCE

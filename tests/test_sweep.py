@@ -242,6 +242,23 @@ def test_running_out_of_memory_halves_the_pass_and_says_so(tiny, monkeypatch, ca
     assert calls == [21, 10, 11, 5, 6] and len(halved) == 2 and "halved and retried" in caplog.text
 
 
+def test_work_that_finds_no_memory_is_halved_as_often_as_it_takes():
+    def attempt(work):
+        if len(work) > 3:
+            raise torch.OutOfMemoryError("simulated")
+        return sum(work)
+
+    def smaller(work):
+        return ("halves", [work[: len(work) // 2], work[len(work) // 2 :]]) if len(work) > 1 else None
+
+    lines = []
+    assert batches.with_less_memory(attempt, list(range(8)), smaller, lines) == [1, 5, 9, 13] and len(lines) == 3
+    with pytest.raises(torch.OutOfMemoryError):
+        batches.with_less_memory(attempt, list(range(8)), lambda work: None, lines)
+    with pytest.raises(RuntimeError, match="another"):
+        batches.with_less_memory(lambda work: exec('raise RuntimeError("another")'), [1], smaller, lines)
+
+
 def test_a_hook_that_never_takes_effect_is_found(tiny, monkeypatch):
     model = tiny("llama")
     monkeypatch.setattr(single_pass.Edit, "write", lambda self, activation: None)

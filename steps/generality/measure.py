@@ -206,7 +206,8 @@ def picked_circuits(step: Step) -> list[Circuit]:
     limit, share, table = step.params.slice_limit, step.params.slice_share, step.pairs()
     circuits = class_circuits.orders(single_sites(step), limit)
     used = table[table["pair_id"].isin(class_circuits.sets_by_pair(circuits))]
-    grown = step.table(CIRCUITS, step.prompts(used), circuits) if len(used) else pd.DataFrame(columns=CIRCUITS.columns)
+    prompts = tasks.without_labels(step.prompts(used))  # other words' logits are not read here
+    grown = step.table(CIRCUITS, prompts, circuits) if prompts else pd.DataFrame(columns=CIRCUITS.columns)
     return class_circuits.cut(circuits, grown, share)
 
 
