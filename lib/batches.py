@@ -39,15 +39,14 @@ AS_SCORED += ["site_delta", "fired", "arrived"]
 SHORT = ("not enough memory", "out of memory", "ALLOC_FAILED", "Cannot allocate memory")
 
 Ids = tuple[int, ...]
+Runs = tuple[BaseRun, BaseRun]
+Sets = Sequence[Sequence[Site]]
 Grow = Callable[[Model, BaseRun, Sequence[Row], Activations], Grown]
 # From the pairs, their base runs and their other runs: for each variant, what the sites are replaced by.
 Variants = Callable[[Sequence[Pair], BaseRun, BaseRun], Mapping[str, Activations]]
 Work, Result = TypeVar("Work"), TypeVar("Result")
 
 log = logging.getLogger(__name__)
-
-
-# --- pairs that share their passes ------------------------------------------------------------------------------------
 
 
 def group_of(pair: Pair) -> tuple:
@@ -99,9 +98,7 @@ def distinct_prompts(pairs: Iterable[Pair]) -> dict[Ids, tuple[Pair, str]]:
     return prompts
 
 
-def both_runs(
-    model: Model, pairs: Sequence[Pair], positions: Sequence[int], components: Sequence[str]
-) -> tuple[BaseRun, BaseRun]:
+def both_runs(model: Model, pairs: Sequence[Pair], positions: Sequence[int], components: Sequence[str]) -> Runs:
     """Plain runs of the clean and of the corrupt prompts of pairs that share a group, with their caches: one pass for
     both sides, so that the weights are read once."""
     plain = base_run(model, both_prompts(model, pairs), positions, components)
@@ -111,9 +108,6 @@ def both_runs(
 def both_prompts(model: Model, pairs: Sequence[Pair]) -> Tensor:
     """Token ids of the clean prompts, then of the corrupt ones."""
     return token_ids(model, [pair.clean.ids for pair in pairs] + [pair.corrupt.ids for pair in pairs])
-
-
-# --- donors of means and resamples ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -169,19 +163,17 @@ class Pool:
         }
 
 
-def components_of(sets: Sequence[Sequence[Site]]) -> tuple[str, ...]:
+def components_of(sets: Sets) -> tuple[str, ...]:
     """The components of the sites of some sets."""
     return tuple(sorted({site.component for sites in sets for site in sites}))
 
 
-def pool_key(like: Pair, role: str, sets: Sequence[Sequence[Site]]) -> tuple:
+def pool_key(like: Pair, role: str, sets: Sets) -> tuple:
     """What tells the pools of a sweep apart: the group, the role and, last, the components."""
     return group_of(like), role, components_of(sets)
 
 
-def pooled(
-    model: Model, kept: dict[tuple, Pool], pairs: Sequence[Pair], like: Pair, role: str, sets: Sequence[Sequence[Site]]
-) -> Pool:
+def pooled(model: Model, kept: dict[tuple, Pool], pairs: Sequence[Pair], like: Pair, role: str, sets: Sets) -> Pool:
     """The pool of the group that `like` is in, from the prompts of `pairs`; only the last one is kept."""
     key = pool_key(like, role, sets)
     if key not in kept:
@@ -211,9 +203,6 @@ def ablated(
             values = pool().values(pairs, kind, seed)
             parts.append({key: values[key] for key in other})
     return joined(parts, torch.cat)
-
-
-# --- the rows of a batch ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -276,7 +265,7 @@ class PairBatch:
         """The side whose run is edited."""
         return "clean" if self.options.direction == "noise" else "corrupt"
 
-    def sides(self, clean: BaseRun, corrupt: BaseRun) -> tuple[BaseRun, BaseRun]:
+    def sides(self, clean: BaseRun, corrupt: BaseRun) -> Runs:
         """The run that is edited and the other one of the pairs."""
         return (clean, corrupt) if self.edited == "clean" else (corrupt, clean)
 
@@ -426,9 +415,6 @@ def answers_of(pairs: Sequence[Pair], side: str) -> dict[str, Tensor]:
         "corrupt_answer": torch.tensor([pair.corrupt_answer for pair in pairs]),
         "label_tokens": torch.tensor(list(pairs[0].label_tokens), dtype=torch.long),
     }
-
-
-# --- when memory runs out ---------------------------------------------------------------------------------------------
 
 
 def with_less_memory(

@@ -30,6 +30,8 @@ from lib.weights import ModelError
 COMPONENTS = ("resid", "attn", "mlp", "head")  # what a sweep takes unless it is told otherwise
 EVERY_COMPONENT = (*COMPONENTS, "neuron")
 PARTS = ("head", "neuron")  # components of which a layer has several
+Visit = Callable[[Tensor], Tensor | None]  # what it returns, if anything, takes the activation's place
+Positions = Sequence[int] | None  # tokens; None: all
 DOWN_PROJS = ("down_proj", "c_proj")  # what an MLP's last projection is called
 # How far two runs of the same prompt through kernels of other shapes may differ in a logit (measured: 1e-5 in fp32,
 # 0.02 in fp16, 0.125 in bf16, 0.14 in 4 bits; a factor of ten or so is left for deeper models).
@@ -220,7 +222,7 @@ def split_call(args: tuple, kwargs: dict) -> tuple[Tensor, tuple, dict]:
     return kwargs["hidden_states"], (), {key: value for key, value in kwargs.items() if key != "hidden_states"}
 
 
-def on_input(module: nn.Module, visit: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
+def on_input(module: nn.Module, visit: Visit) -> RemovableHandle:
     """Call `visit` with what a module is given, each time; what it returns, if anything, is given instead."""
 
     def before(_: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
@@ -231,9 +233,7 @@ def on_input(module: nn.Module, visit: Callable[[Tensor], Tensor | None]) -> Rem
     return module.register_forward_pre_hook(before, with_kwargs=True)
 
 
-def on_activation(
-    model: Model, layer: int, component: str, visit: Callable[[Tensor], Tensor | None]
-) -> RemovableHandle:
+def on_activation(model: Model, layer: int, component: str, visit: Visit) -> RemovableHandle:
     """Call `visit` with the activation, (batch, tokens, width), each time it is computed; what it returns, if
     anything, replaces the activation for everything downstream."""
     module = module_of(model, layer, component)
@@ -283,9 +283,7 @@ def columns_of(model: Model, site: Site) -> slice:
 
 
 @contextmanager
-def capture(
-    model: Model, sites: Iterable[Site], positions: Sequence[int] | None = None
-) -> Iterator[dict[Site, Float[Tensor, "batch tokens width"]]]:
+def capture(model: Model, sites: Iterable[Site], positions: Positions = None) -> Iterator[dict[Site, Tensor]]:
     """Copy the activations of the sites (at the token positions, default all) during the forward passes inside.
 
     Yields a dict that each forward pass fills anew: site -> (batch, positions, width).
@@ -305,12 +303,9 @@ def capture(
 
 
 @contextmanager
-def patch(
-    model: Model,
-    values: Mapping[Site, Float[Tensor, "#batch #positions width"]],
-    positions: Sequence[int] | None = None,
-) -> Iterator[dict[Site, int]]:
-    """Replace the activations of the sites (at the token positions, default all) by the values given for them.
+def patch(model: Model, values: Mapping[Site, Tensor], positions: Positions = None) -> Iterator[dict[Site, int]]:
+    """Replace the activations of the sites (at the token positions, default all) by the values given for them, which
+    broadcast to (batch, positions, width).
 
     Yields a dict that counts how often each site's edit fired.
     """
@@ -332,7 +327,7 @@ def patch(
 
 
 @contextmanager
-def ablate(model: Model, sites: Iterable[Site], positions: Sequence[int] | None = None) -> Iterator[dict[Site, int]]:
+def ablate(model: Model, sites: Iterable[Site], positions: Positions = None) -> Iterator[dict[Site, int]]:
     """Zero the activations of the sites (at the token positions, default all); any other value is a `patch`."""
     with patch(model, {site: torch.zeros(1, 1, 1) for site in sites}, positions) as fired:
         yield fired

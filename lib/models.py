@@ -37,6 +37,7 @@ NAMES = {
     "down_proj": hooks.DOWN_PROJS,
 }
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16}
+Logits = Float[np.ndarray, "prompts vocab"]
 SHARED_TOKENS = 512  # fewest tokens that running a shared prefix by itself must spare
 
 
@@ -189,9 +190,6 @@ def find_handles(
     )
 
 
-# --- proofs -----------------------------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def prove(model: Model) -> None:
     """Check on one prompt that the handles are what they are taken for; ModelError names the module that is not.
@@ -280,13 +278,8 @@ def prove_whole_residual(model: Model, ids: Int[Tensor, " tokens"], other: Int[T
     return prove_same(model, logits, plain, lambda _, off: words.format(model.name, off))
 
 
-# --- reading prompts --------------------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
-def next_logits(
-    model: Model, prompts: Sequence[Sequence[int]], batch_tokens: int = 8192
-) -> Float[np.ndarray, "prompts vocab"]:
+def next_logits(model: Model, prompts: Sequence[Sequence[int]], batch_tokens: int = 8192) -> Logits:
     """fp32 logits of the next token for each prompt of token ids, in batches of one length."""
     if not prompts:
         raise ValueError("no prompts to score")
@@ -303,10 +296,7 @@ def next_logits(
 
 
 def next_readings(
-    model: Model,
-    prompts: Sequence[Sequence[int]],
-    read: Callable[[Float[np.ndarray, "prompts vocab"], slice], Mapping[str, np.ndarray]],
-    size: int = 64,
+    model: Model, prompts: Sequence[Sequence[int]], read: Callable[[Logits, slice], Mapping], size: int = 64
 ) -> dict[str, np.ndarray]:
     """What `read` makes of the prompts' `next_logits`, taken `size` prompts at a time in the order given, so that the
     logits of all are never held at once. `read` is given the logits and which prompts they are of, and returns arrays

@@ -142,9 +142,6 @@ def counted(model: Model) -> Iterator[dict[str, int]]:
             del hook.pre_forward
 
 
-# --- the batches of a sweep -------------------------------------------------------------------------------------------
-
-
 def run(
     batches: Sequence[PairBatch], kept: dict[tuple, Pool], donors: Sequence[Pair], halved: list[str]
 ) -> tuple[list[pd.DataFrame], dict[str, int]]:

@@ -39,9 +39,6 @@ class SweepError(RuntimeError):
     """A row, a base row or a patch that did not do what it must; the message has the site, the pair and the numbers."""
 
 
-# --- plain runs and reruns --------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class BaseRun:
     """Plain runs of same-length prompts."""
@@ -98,9 +95,7 @@ def skip_block(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
     return hidden_states
 
 
-def keeping(
-    model: Model, kept: dict, layer: int, components: Sequence[str], at: Int[Tensor, " positions"]
-) -> list[RemovableHandle]:
+def keeping(model: Model, kept: dict, layer: int, components: Sequence[str], at: Tensor) -> list[RemovableHandle]:
     """The hooks of a layer that put its components' activations at the positions into `kept`; layer -1 has `embed`."""
 
     def keep(activation: Tensor, key: tuple[str, int]) -> None:
@@ -197,9 +192,6 @@ def rerun(model: Model, base: BaseRun, start: int, owner: Int[Tensor, " rows"], 
     Hooks that the caller has put on see the new tokens alone; gradients flow where they are enabled.
     """
     return model.body(**suffix(base, start, owner, ids)).last_hidden_state[:, -1]
-
-
-# --- the growing pass -------------------------------------------------------------------------------------------------
 
 
 class Row(NamedTuple):
