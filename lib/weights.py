@@ -215,13 +215,17 @@ def device_gb(device: str) -> float:
     return memory_gb()
 
 
+def device_name(key: int | str) -> str:
+    """A device as accelerate's maps name it: "cuda:1" for 1, "cuda:0" for "cuda"."""
+    return f"cuda:{key}" if str(key).isdigit() else "cuda:0" if key == "cuda" else str(key)
+
+
 def room_gb(placed: str | Mapping | None, quantisation: str | None, max_memory: Mapping | None, disk: bool) -> float:
     """GB that weights may take: one device's, or what a device map spreads them over; infinite with the disk."""
     cards = {f"cuda:{i}": device_gb(f"cuda:{i}") for i in range(torch.cuda.device_count())}
     places = cards | {"cpu": memory_gb()}
-    name = lambda key: f"cuda:{key}" if str(key).isdigit() else "cuda:0" if key == "cuda" else str(key)  # noqa: E731
     if isinstance(placed, Mapping):
-        used = {name(key) for key in placed.values()}
+        used = {device_name(key) for key in placed.values()}
     elif placed in MAPS:
         used = {*places, *(["disk"] if disk else [])}
         if quantisation and cards:  # bitsandbytes keeps packed weights on the cards alone
@@ -230,7 +234,7 @@ def room_gb(placed: str | Mapping | None, quantisation: str | None, max_memory: 
         return device_gb(placed)
     if "disk" in used:
         return float("inf")
-    limits = {name(key): value * 2**30 / 1e9 for key, value in (max_memory or {}).items()}
+    limits = {device_name(key): value * 2**30 / 1e9 for key, value in (max_memory or {}).items()}
     unnamed = 0.0 if limits else float("inf")  # accelerate uses no device that max_memory leaves out
     return sum(min(places.get(key, 0.0), limits.get(key, unnamed)) for key in used)
 
