@@ -41,7 +41,7 @@ def test_a_model_that_cannot_fit_is_refused_before_it_is_loaded(tmp_path, monkey
     file = tmp_path / "config.json"
     file.write_text(json.dumps(json.loads(weights.SHAPES.read_text())[LLAMA]))
     monkeypatch.setattr(weights, "memory_gb", lambda: 25.3)
-    monkeypatch.setattr(models, "AutoModelForCausalLM", None)  # which would make the weights
+    monkeypatch.setattr(models, "find_handles", None)  # what a loaded model would be given to
     said = r"70\.6 billion weights in bfloat16 take 141\.1 GB and one small pass 0\.6 GB, but cpu has 25\.3 GB; "
     ways = r"use quantisation: nf4 \(40 GB.*\), or device_map: auto with an offload_folder.*\(141 GB on disk\)"
     with pytest.raises(ModelError, match=said + ways):
