@@ -133,9 +133,12 @@ def of_pair(
         rows = [Row((Site(layer, "neuron", number),), 0, 0) for number in range(model.n_neurons)]
         for at in range(0, len(rows), limit):
             part = slice(at, at + limit)
-            scores = scored(model, pair, tokens, base, grow(model, base, rows[part], other.activations), rows[part])
-            where = {"layer": np.full(len(rows[part]), layer), "head": np.arange(at, at + len(rows[part]))}
-            parts.append(where | scores | {name: values[part].numpy() for name, values in of_layer.items()})
+            grown = grow(model, base, rows[part], other.activations)
+            where = f"pair {pair.pair_id}, {direction} at last, layer {layer} neuron"
+            prove_rows(model, grown, lambda index, where=where, at=at: f"{where} {at + index}")
+            scores = scored(model, pair, tokens, base, grown)
+            place = {"layer": np.full(len(rows[part]), layer), "head": np.arange(at, at + len(rows[part]))}
+            parts.append(place | scores | {name: values[part].numpy() for name, values in of_layer.items()})
     columns = {key: list(values) if values.ndim == 2 else values for key, values in joined(parts).items()}
     about = {key: getattr(pair, key) for key in ("pair_id", "quad_id", "half")} | {"direction": direction}
     for side, run_of_side, words in (("clean", clean, pair.clean_tokens), ("corrupt", corrupt, pair.corrupt_tokens)):
@@ -151,11 +154,8 @@ def numbers(
     return logits, logits[:, pair.answer] - logits[:, pair.corrupt_answer], margins(logits, pair.answer)[0]
 
 
-def scored(
-    model: Model, pair: Pair, tokens: Sequence[int], base: BaseRun, grown: Grown, rows: Sequence[Row]
-) -> dict[str, np.ndarray]:
-    """Prove a pass and score its rows."""
-    prove_rows(model, grown, lambda index: f"pair {pair.pair_id} at last, {rows[index].sites[0]}")
+def scored(model: Model, pair: Pair, tokens: Sequence[int], base: BaseRun, grown: Grown) -> dict[str, np.ndarray]:
+    """Prove a pass's base row and score its rows."""
     prove_base_rows(model, base, grown, lambda _: f"pair {pair.pair_id}")
     before, after = numbers(model, pair, grown.base, tokens), numbers(model, pair, grown.hidden, tokens)
     out = {"logits_after": after[0], "site_delta": grown.site_delta.numpy(), "fired": grown.fired.numpy()}
