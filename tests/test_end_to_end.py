@@ -122,6 +122,11 @@ def test_nothing_runs_twice_and_a_sentence_redraws_without_sweeping(tree):
     assert "The question." in (tree / "build/smoke/book/_build/html/executed/03_necessity.html").read_text()
 
 
+# Tables whose units depend on what the run chose: the planner assumes as many candidates for a backup, heads whose path
+# is ablated, and sites at the names as the default book found; on a handful of pairs fewer are found, or none.
+CHOSEN = {"hydra": {"joint0"}, "retrieval_heads": {"ablation", "edges"}}
+
+
 @pytest.mark.parametrize("step", PLAN.names)
 def test_the_plan_has_the_tables_and_the_units_of_the_run(tree, step):
     """One declaration: what `make plan` counts is what the notebook ran, table by table and unit by unit."""
@@ -130,7 +135,13 @@ def test_the_plan_has_the_tables_and_the_units_of_the_run(tree, step):
     case = assumed.case_of(PLAN, step, given, shape, place)
     planned = {table.name: len(table.units(case, *chosen)) for table, *chosen in PLAN[step].assumed(case)}
     record = json.loads((tree / f"results/smoke/{step}.run.json").read_text())["tables"]
-    assert planned == {name.removeprefix(f"{step}."): table["units"] for name, table in record.items()}
+    ran = {name.removeprefix(f"{step}."): table["units"] for name, table in record.items()}
+    chosen = CHOSEN.get(step, set())
+    assert set(ran) <= set(planned) and set(planned) - set(ran) <= chosen
+    assert {name: planned[name] for name in ran if name not in chosen} == {
+        name: units for name, units in ran.items() if name not in chosen
+    }
+    assert all(ran[name] <= planned[name] for name in chosen & set(ran))
 
 
 # Put on PYTHONPATH: no Python that starts with it finds the package that holds the model.

@@ -36,7 +36,7 @@ def test_rows_are_those_of_the_sweep_and_direct_effects_by_definition(tiny, name
         usual = usual.sort_values(["pair_id", "layer", "head"], ignore_index=True)
         assert len(frame) == 2 * 2 * model.n_neurons and frame["pair_id"].tolist() == usual["pair_id"].tolist()
         for column in (
-            *"logit_diff_before",
+            "logit_diff_before",
             "logit_diff_after",
             "logit_diff_clean",
             "logit_diff_corrupt",
