@@ -172,14 +172,16 @@ def compare_tables(out: Comparison, place: str, old: Path, new: Path) -> None:
 
 
 def without_aside(value: Any) -> Any:
-    """Metadata without the keys of `ASIDE`, at any depth but not among the parameters."""
+    """Metadata without the keys of `ASIDE`, at any depth but not among the parameters; a log has each line once, for a
+    run that was killed makes its proofs again when it goes on."""
     if isinstance(value, list):
         return [without_aside(item) for item in value]
     if not isinstance(value, dict):
         return value
-    return {
-        key: item if key == "parameters" else without_aside(item) for key, item in value.items() if key not in ASIDE
-    }
+    kept = {key: item for key, item in value.items() if key not in ASIDE}
+    if "log" in kept:
+        kept["log"] = list(dict.fromkeys(kept["log"]))
+    return {key: item if key == "parameters" else without_aside(item) for key, item in kept.items()}
 
 
 def json_differences(old: Any, new: Any, path: str = "") -> list[tuple[str, str]]:

@@ -14,7 +14,7 @@ from lib import records
 from pipeline import keys, params
 from pipeline import step as steps
 from steps.registry import PLAN
-from steps.story import claims
+from steps.story import circuits_page, claims, measure
 from steps.story import page as story
 from steps.story.claims import CLAIMS, LINKS, NOT_SUPPORTED, NOT_TESTABLE, NOT_TESTED, SUPPORTED
 
@@ -395,3 +395,22 @@ def test_the_ledger_is_a_file_of_step_10_that_changed_thresholds_do_not_make_sta
     assert changed.fresh and keys.page_key(PLAN, "story", own, "d") != keys.page_key(PLAN, "story", changed.params, "d")
     with pytest.raises(steps.StepError, match="may write claims.json"):
         step.write_extra("other.json", {})
+
+
+def test_where_the_model_cannot_do_the_task_claims_are_judged_and_nothing_is_drawn(tmp_path):
+    own = story_params(tmp_path)
+    able = {"superset": {"able": False, "why": "accuracy 0.2"}}
+    records.write_json(
+        tmp_path / "baselines.findings.json", found()["baselines"] | {"able": able, "about": keys.about(own)}
+    )
+    step = steps.Step(PLAN, "story", own)
+    assert measure.run(step) is None
+    judged = story.judge(step, None)
+    told = story.findings(step, judged)
+    assert told["able"] is False and "accuracy 0.2" in told["sentences"][0]
+    written = json.loads((tmp_path / "claims.json").read_text(encoding="utf-8"))
+    assert len(written["claims"]) == len(CLAIMS) and written["sentence"] == judged.sentence
+    assert "no circuit was searched" in story.published_heads(judged).data
+    figures = (circuits_page.circuit_curves, circuits_page.circuit_members, circuits_page.circuit_completeness)
+    assert [draw(step, None) for draw in figures] == [None] * 3
+    assert circuits_page.attribution(None) is None and circuits_page.statement(step, judged.circuit) is None

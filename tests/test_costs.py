@@ -1,5 +1,7 @@
 """Costs are counted as the steps incur them: operations against PyTorch's own counter, rows against the records."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from lib import hooks, models, paths, sweep, tasks, weights
 from lib.data import HALVES
 from lib.hooks import Site
 from pipeline import assumed, costs
+from pipeline.units import Unit
 from steps.hydra import measure as hydra
 from steps.hydra import splits
 from steps.neurons import measure as neurons_measure
@@ -93,7 +96,9 @@ def test_circuits_and_attribution(both):
     tests = {"a": (True, ("1.2",)), "b": (True, ("1.2", "mlp 1")), "c": (False, ("2.0", "mlp 0"))}
     tested = [circuits.Circuit(*own) for own in tests.values()]
     agrees(story.circuit_work(shape, PAIRS, tested, PLACE), lambda: circuits.run(model, PAIRS, tests))
-    agrees(story.attribution_work(shape, PAIRS), lambda: attribution.attribute(model, PAIRS))
+    case = SimpleNamespace(shape=shape, n_layers=shape.n_layers, n_heads=shape.n_heads)
+    work = story.attribution_cost(case, [Unit("", tuple(group)) for group in circuits.grouped(PAIRS)])
+    agrees(work, lambda: attribution.attribute(model, PAIRS))
 
 
 def test_proofs_and_next_tokens(both):

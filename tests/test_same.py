@@ -144,7 +144,7 @@ def test_what_depends_on_code_machine_and_clock_is_aside(trees):
         "versions": {"numpy": "3"}, "machine": {"cores": 64},
     }  # fmt: skip
     assert set(other) == set(same.ASIDE) - {"ingredients"}
-    rewritten(new, lambda _, about: about.update(other))
+    rewritten(new, lambda _, about: about.update(other | {"log": ABOUT["log"] * 2}))  # as a resumed run has it
     record = ABOUT | other | {"ingredients": {"modules": {"effects": "dd"}}}
     records.write_json(new / "results" / "smoke" / "necessity.run.json", record)
     (new / "results" / "smoke" / "figures" / "necessity-ranked.png").write_bytes(png(note="another writer"))

@@ -11,6 +11,7 @@ circuit without sites, F(model) - F(nothing); all are of the confirmation half u
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -189,40 +190,31 @@ def node_means(both: pd.DataFrame) -> pd.DataFrame:
 
 
 def compared(both: pd.DataFrame, params: Story) -> pd.DataFrame:
-    """Each method beside the exact effects (`beside_exact`), for sites and for queries; the QK fix is about queries."""
-    rows, means = [], node_means(both)
-    for nodes, part in both.groupby("nodes", sort=False):
-        for method in METHODS:
-            if nodes == "queries" or method != "atp_qk":
-                numbers = agreement_with(means.loc[nodes], part, method, params)
-                rows.append({"nodes": nodes, "method": method} | numbers)
-    return pd.DataFrame(rows)
-
-
-def agreement_with(means: pd.DataFrame, part: pd.DataFrame, method: str, params: Story) -> dict[str, Any]:
-    """How a method agrees with the exact effects of some nodes.
+    """How each method agrees with the exact effects (`beside_exact`), for sites and for queries.
 
     `estimate`, `low`, `high`: Spearman; `kendall`; `top10`, `top20`: share of the exact top that is found; `signs`:
     share right; `missed`: names of the exact top 10 outside the estimated top 20.
     """
-    truth, guess = means["exact"], means[method]
-    order, top = truth.abs().nlargest(20).index, guess.abs().nlargest(20).index
-    if method == "grad_drop":  # unsigned
-        truth = truth.abs()
-        ends = {"estimate": scipy_stats.spearmanr(guess, truth).statistic, "low": None, "high": None}
-        signs = None
-    else:
-        wide = [part.pivot_table(index="quad_id", columns="site", values=name).to_numpy() for name in ("exact", method)]
-        span = stats.rank_agreement(*wide, params)
-        ends = {end: getattr(span, end) for end in ENDS}
-        signs = float((np.sign(guess) == np.sign(truth))[order].mean())
-    return ends | {
-        "kendall": scipy_stats.kendalltau(guess, truth).statistic,
-        "top10": len({*order[:10]} & {*top[:10]}) / min(10, len(order)),
-        "top20": len({*order} & {*top}) / len(order),
-        "signs": signs,
-        "missed": [site for site in order[:10] if site not in top],
-    }
+    rows, means = [], node_means(both)
+    for (nodes, part), method in product(both.groupby("nodes", sort=False), METHODS):
+        if nodes == "sites" and method == "atp_qk":
+            continue  # the fix is about queries
+        truth, guess = means.loc[nodes, "exact"], means.loc[nodes, method]
+        order, top = truth.abs().nlargest(20).index, guess.abs().nlargest(20).index
+        row = {"nodes": nodes, "method": method, "low": None, "high": None, "signs": None}
+        if method == "grad_drop":  # unsigned
+            truth = truth.abs()
+            row["estimate"] = scipy_stats.spearmanr(guess, truth).statistic
+        else:
+            wide = [part.pivot_table(index="quad_id", columns="site", values=name) for name in ("exact", method)]
+            span = stats.rank_agreement(*(table.to_numpy() for table in wide), params)
+            row |= {end: getattr(span, end) for end in ENDS}
+            row["signs"] = float((np.sign(guess) == np.sign(truth))[order].mean())
+        row["kendall"] = scipy_stats.kendalltau(guess, truth).statistic
+        row["top10"] = len({*order[:10]} & {*top[:10]}) / min(10, len(order))
+        row["top20"] = len({*order} & {*top}) / len(order)
+        rows.append(row | {"missed": [site for site in order[:10] if site not in top]})
+    return pd.DataFrame(rows)
 
 
 def cost(n_layers: int, n_heads: int, tokens: float) -> pd.DataFrame:
@@ -321,13 +313,8 @@ def circuit_sentences(found: Mapping[str, Any], params: Story) -> list[str]:
             f"Completeness: over {worst['subsets']} random subsets K, the circuit without K and the model without K "
             f"are at most {with_ends(worst)} apart (share of what the model has; K = {listed(worst['worst'])})."
         )
-    return [*out, *order_sentences(found)]
-
-
-def order_sentences(found: Mapping[str, Any]) -> list[str]:
-    """The circuit beside other orders of sites, and beside the critical slice."""
     table, over = {row["order"]: row for row in found["areas"]}, found["overlap"]
-    circuit, out = table.pop("circuit", None), []
+    circuit = table.pop("circuit", None)
     if circuit is not None:
         each = [
             f"{ORDERS[order]} {with_ends(row)} (less by {with_ends({end: row[f'minus_{end}'] for end in ENDS})})"

@@ -235,9 +235,15 @@ def thresholds(params: Story) -> dict[str, tuple[float | None, str]]:
     ClaimError for a claim without a threshold, and for a threshold that belongs to no claim.
     """
     held_by = {claim.id: claim.threshold_from for claim in CLAIMS}
+    names = sorted(claim for claim, key in held_by.items() if key is None)
     for name in params.claims:
-        if held_by.get(name, "") is not None:
-            raise ClaimError(f"claims of section story: {name} = {params.claims[name]!r}: {misplaced(name, held_by)}")
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            meant = f" (did you mean {near[0]!r}?)" if near else ""
+            why = f"there is no such claim{meant}; the claims are {', '.join(names)}"
+            if name in held_by:
+                why = f"its threshold is the parameter {held_by[name]}; change that"
+            raise ClaimError(f"claims of section story: {name} = {params.claims[name]!r}: {why}")
     out: dict[str, tuple[float | None, str]] = {}
     for claim in CLAIMS:
         if claim.threshold_from is not None:
@@ -253,22 +259,11 @@ def thresholds(params: Story) -> dict[str, tuple[float | None, str]]:
     return out
 
 
-def misplaced(name: str, held_by: Mapping[str, str | None]) -> str:
-    """Why there can be no threshold of this name under `claims`."""
-    if name in held_by:
-        return f"its threshold is the parameter {held_by[name]}; change that"
-    names = sorted(claim for claim, key in held_by.items() if key is None)
-    near = difflib.get_close_matches(name, names, n=1)
-    meant = f" (did you mean {near[0]!r}?)" if near else ""
-    return f"there is no such claim{meant}; the claims are {', '.join(names)}"
-
-
 def recorded(step: str, params: Shared) -> Mapping[str, Any]:
     """The parameters under which a step's results were made, {} where it has not run."""
-    for folder in keys.sources(params):
-        if (folder / f"{step}.run.json").is_file():
-            return json.loads((folder / f"{step}.run.json").read_text(encoding="utf-8")).get("parameters", {})
-    return {}
+    paths = (folder / f"{step}.run.json" for folder in keys.sources(params))
+    path = next((path for path in paths if path.is_file()), None)
+    return {} if path is None else json.loads(path.read_text(encoding="utf-8")).get("parameters", {})
 
 
 # --- verdicts -----------------------------------------------------------------------------------------------------

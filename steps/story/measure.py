@@ -150,19 +150,6 @@ def circuit_work(
     return out
 
 
-def attribution_work(shape: Shape, pairs: Sequence[Pair]) -> Work:
-    """`attribution.attribute`: forward and backward of the last token, a row for every layer dropped."""
-    out = Work()
-    for group in grouped(pairs):
-        count, tokens = len(group), len(group[0].clean.ids)
-        rows = count * (1 + shape.n_layers)
-        # backward: towards the input alone, no weight has a gradient
-        grown = 2 * costs.of_rows(shape, [0] * rows, 1, tokens) + costs.of_rows(shape, [0] * 3 * count, 1, tokens)
-        out += costs.plain(shape, 2 * count, tokens)
-        out += Work(passes=4, grown=grown, light=rows, other={"jobs": 1})
-    return out
-
-
 def assumed_order(case: Case) -> tuple[list[str], int]:
     """Sites in a random order, and how many of them the circuit takes in."""
     names = sites_of(case)
@@ -182,23 +169,29 @@ def search_cost(case: Case, units: Sequence[Unit]) -> Work:
     return work
 
 
+def node_rows(case: Case, units: Sequence[Unit]) -> int:
+    """Heads, queries and MLPs of every pair."""
+    return case.n_layers * (2 * case.n_heads + 1) * sum(len(unit.pairs) for unit in units)
+
+
 def attribution_cost(case: Case, units: Sequence[Unit]) -> Work:
-    """Gradients of every head, query and MLP."""
-    return total(
-        attribution_work(case.shape, unit.pairs) + Work(table=27 * nodes(case) * len(unit.pairs)) for unit in units
-    )
+    """Forward and backward of the last token, a row for every layer dropped (`attribution.attribute`)."""
+    shape, out = case.shape, Work(table=27 * node_rows(case, units))
+    for unit in units:
+        count, tokens = len(unit.pairs), len(unit.pairs[0].clean.ids)
+        rows = count * (1 + shape.n_layers)
+        # backward: towards the input alone, no weight has a gradient
+        grown = 2 * costs.of_rows(shape, [0] * rows, 1, tokens) + costs.of_rows(shape, [0] * 3 * count, 1, tokens)
+        out += costs.plain(shape, 2 * count, tokens)
+        out += Work(passes=4, grown=grown, light=rows, other={"jobs": 1})
+    return out
 
 
 def exact_cost(case: Case, units: Sequence[Unit]) -> Work:
     """Every head and MLP replaced, and every query."""
     each = [{"components": components} for components in (["head", "mlp"], ["head"])]
     work = total(sweep_unit(case.shape, unit.pairs, how, case.machine) for how in each for unit in units)
-    return work + Work(table=5 * nodes(case) * sum(len(unit.pairs) for unit in units))
-
-
-def nodes(case: Case) -> int:
-    """Heads, queries and MLPs."""
-    return case.n_layers * (2 * case.n_heads + 1)
+    return work + Work(table=5 * node_rows(case, units))
 
 
 def circuits_cost(case: Case, units: Sequence[Unit], tests: Mapping[str, Circuit]) -> Work:
@@ -283,17 +276,6 @@ def ranked(table: pd.DataFrame, value: str, sites: Sequence[str]) -> list[str]:
     return rows[rows["site"].isin(sites)].groupby("site")[value].mean().sort_values(ascending=False).index.tolist()
 
 
-def orders_of(
-    exact: pd.DataFrame, gradients: pd.DataFrame, recovery: pd.DataFrame, sites: Sequence[str]
-) -> dict[str, list[str]]:
-    """The sites by single effects: recovery of step 04 (where it left a table), exact damage and attribution."""
-    out = {"damage": ranked(exact, "exact", sites), "attribution": ranked(gradients, "atp", sites)}
-    if recovery.empty:
-        return out
-    rise = recovery["logit_diff_after"] - recovery["logit_diff_before"]
-    return {"recovery": ranked(recovery.assign(rise=rise), "rise", sites)} | out
-
-
 def tests_of(
     search: pd.DataFrame,
     orders: Mapping[str, Sequence[str]],
@@ -339,7 +321,11 @@ def run(step: Step) -> Measured | None:
         return None
     p, sites = step.params, sites_of(step)
     search, gradients, exact = step.table(SEARCH), step.table(ATTRIBUTION), step.table(EXACT)
-    orders = orders_of(exact, gradients, single_sites(step), sites)
+    orders = {"damage": ranked(exact, "exact", sites), "attribution": ranked(gradients, "atp", sites)}
+    single = single_sites(step)
+    if len(single):
+        rise = single["logit_diff_after"] - single["logit_diff_before"]
+        orders = {"recovery": ranked(single.assign(rise=rise), "rise", sites)} | orders
     subsets = subsets_of(circuit_of(search), p.subsets, step.rng("subsets"))
     tests = tests_of(search, orders, sites, subsets, p, step.rng("random circuits"))
     tested = step.table(CIRCUITS, tests)

@@ -190,22 +190,18 @@ def overlap(circuit: Mapping[str, Any], slice_found: Mapping[str, Any] | None, p
 # --- the plan's sentence ------------------------------------------------------------------------------------------
 
 
-def model_sites(found: Mapping[str, Any]) -> dict[str, str]:
-    """This model's sites, by the names that data/claims.yaml calls them by."""
+def sentence(entries: Sequence[Entry], found: Mapping[str, Any]) -> list[str]:
+    """The plan's sentence for this model: first the chain of what is supported, then what is not, link by link."""
     step = {name: findings or {} for name, findings in found.items()}
     verdicts, coarse = step["retrieval_heads"].get("verdicts", {}), step["coarse_sweep"]
-    return {
+    sites = {  # by the names that data/claims.yaml calls them by
         "outside": listed(claims.leaves(verdicts.get("retrieval_heads"))),
         "retrievers": listed(verdicts.get("slice_heads_that_retrieve", ())),
         "slice": listed(site["site"] for site in step["sufficiency"].get("critical_slice", ())),
         "layers": listed(coarse.get("critical_layers", ())),
         "largest": str(coarse.get("measured", {}).get("layer", "")),
     }
-
-
-def sentence(entries: Sequence[Entry], found: Mapping[str, Any]) -> list[str]:
-    """The plan's sentence for this model: first the chain of what is supported, then what is not, link by link."""
-    by_claim, sites = {entry.id: entry for entry in entries}, model_sites(found)
+    by_claim = {entry.id: entry for entry in entries}
     words = {
         NOT_SUPPORTED: "The evidence does not support",
         NOT_TESTABLE: "Not testable here is",
