@@ -25,6 +25,7 @@ from scipy.sparse.csgraph import connected_components
 from scipy.special import log_softmax
 
 from lib import tasks
+from lib.metrics import margins
 from lib.tasks import SUPERSETS, TEMPLATES, Template
 
 HALVES = ("discovery", "confirmation")
@@ -225,17 +226,13 @@ def add_margins(pairs: pd.DataFrame, tokenizer: Any, score: Score, **options: An
     highest other candidate's, so a solved pair has metric_clean > 0 > metric_corrupt.
     """
     made = [tasks.make_pair(tokenizer, row, **options) for row in pairs.to_dict("records")]
-    prompts = {
-        side.ids: tokens for p in made for side, tokens in ((p.clean, p.clean_tokens), (p.corrupt, p.corrupt_tokens))
-    }
-    logits = dict(zip(prompts, _logits(score, list(prompts), list(prompts.values())), strict=True))
-
-    def margin(ids: tuple[int, ...], answer: int) -> float:
-        return float(logits[ids][answer] - np.delete(logits[ids], answer).max())
-
+    tokens = {ids: own for p in made for ids, own in ((p.clean.ids, p.clean_tokens), (p.corrupt.ids, p.corrupt_tokens))}
+    logits = dict(zip(tokens, _logits(score, list(tokens), list(tokens.values())), strict=True))
+    answers = [pair.answer for pair in made]
+    clean, corrupt = (np.stack([logits[getattr(p, side).ids] for p in made]) for side in ("clean", "corrupt"))
     return pairs.assign(
-        metric_clean=[margin(p.clean.ids, p.answer) for p in made],
-        metric_corrupt=[margin(p.corrupt.ids, p.answer) for p in made],
+        metric_clean=margins(clean, answers)[0].astype(float),
+        metric_corrupt=margins(corrupt, answers)[0].astype(float),
     )
 
 

@@ -1,10 +1,10 @@
 """What records say about sites: effects by quad, and tables of sites with intervals and p values in both halves.
 
-1. `effect`, `gap` and `logit_changes` read each record; `quad_matrix` gathers them by quad and site.
+1. `effect` and `gap` read each record; `quad_matrix` gathers them by quad and site.
 2. `curve` and `ratios` are ratios of sums over records: damage (noise) and recovery (denoise). `tested` has the sites'
    mean effects with familywise intervals and p values; `site_effects` is both.
-3. Sites are picked on the discovery half and reported on the confirmation half: `by_half`, `picked`, `reported`,
-   `confirmed`; the tables after them answer one question each.
+3. Sites are picked on the discovery half and reported on the confirmation half: `by_half`, `both_halves`, `picked`,
+   `reported`, `confirmed`.
 4. `restores` and `critical_slice` say what those words of the design mean.
 
 Records are data frames with the columns of `lib.records`; effects are in logits.
@@ -45,24 +45,6 @@ def effect(frame: pd.DataFrame, value: Literal["logit_diff", "metric"] = "logit_
 def gap(frame: pd.DataFrame) -> pd.Series:
     """logit_diff of the clean run minus that of the corrupt run, of each record: what there is to lose or regain."""
     return frame["logit_diff_clean"].astype(float) - frame["logit_diff_corrupt"].astype(float)
-
-
-def logit_changes(frame: pd.DataFrame, candidates: Sequence[str]) -> pd.DataFrame:
-    """after - before of the answer's logit (`answer_change`) and of the base run's foil (`foil_change`), per record.
-
-    `candidates` gives the order of the lists `logits_before` and `logits_after` (the file's metadata hold it). The foil
-    is the one before the intervention, so that both columns follow one token. Names not in `candidates`: ValueError.
-    """
-    order = pd.Index(candidates)
-    change = np.stack(list(frame["logits_after"])) - np.stack(list(frame["logits_before"]))
-    columns = {}
-    for name, column in (("answer_change", "answer"), ("foil_change", "foil_before")):
-        index = order.get_indexer(frame[column])
-        if (index < 0).any():
-            unknown = sorted(set(frame[column][index < 0]))
-            raise ValueError(f"{column} holds {unknown}, which are not among the candidates {list(candidates)}")
-        columns[name] = np.take_along_axis(change, index[:, None], 1)[:, 0]
-    return pd.DataFrame(columns, index=frame.index)
 
 
 def _only(frame: pd.DataFrame, column: str) -> str:
@@ -222,45 +204,10 @@ def confirmed(table: pd.DataFrame, settings: Settings) -> pd.DataFrame:
     return out[out["site"].isin(both[both].index)].sort_values("estimate", ascending=False)
 
 
-def heads_matrix(table: pd.DataFrame, value: str = "estimate") -> np.ndarray:
-    """(layers, heads) of a column of one half's table of heads; NaN (False) where not measured."""
-    return table[table["component"] == "head"].pivot(index="layer", columns="head", values=value).to_numpy()
-
-
 def ablation_tables(records: pd.DataFrame, settings: Settings) -> dict[str, pd.DataFrame]:
     """`both_halves` for each ablation (denoise: "clean") at `last`, without `resid`: one family of tests each."""
     own = records[(records["position"] == "last") & (records["component"] != "resid")]
     return {kind: both_halves(rows, settings) for kind, rows in own.groupby("ablation", sort=False)}
-
-
-def layer_table(records: pd.DataFrame, settings: Settings, components: Sequence[str] = ("attn", "mlp")) -> pd.DataFrame:
-    """Damage or recovery per layer and component, confirmation half, for each position; whole components only."""
-    own = reported(records[records["component"].isin(components)])
-    parts = [curve(rows, settings, SITE).assign(position=role) for role, rows in own.groupby("position", sort=False)]
-    return pd.concat(parts, ignore_index=True)
-
-
-def answer_and_foil(
-    records: pd.DataFrame, sites: Sequence[str], candidates: Sequence[str], settings: Settings
-) -> pd.DataFrame:
-    """Change of the answer's and of the foil's logit at each of the sites (names), confirmation half."""
-    own = reported(records)
-    own = own[own["position"] == "last"].assign(site=lambda frame: named(frame))
-    own = own[own["site"].isin(sites)]
-    own = own.join(logit_changes(own, candidates))
-    parts = []
-    for logit in ("answer", "foil"):
-        matrix = quad_matrix(own, f"{logit}_change", ["site"])
-        means = stats.mean_intervals(matrix.values, settings)
-        parts.append(matrix.sites.assign(logit=logit, **columns(means)))
-    out = pd.concat(parts)
-    order = {site: index for index, site in enumerate(sites)}
-    return out.sort_values("site", key=lambda column: column.map(order), kind="stable").reset_index(drop=True)
-
-
-def side_by_side(table: pd.DataFrame, column: str, value: str = "estimate") -> pd.DataFrame:
-    """One row per site, a column for each value of `column`, for a scatter."""
-    return table.pivot(index=["site", *SITE], columns=column, values=value).reset_index()
 
 
 # --- what the words of the design mean ---

@@ -19,9 +19,10 @@ from typing import IO, Any
 
 import numpy as np
 import pandas as pd
-import pandera.pandas as pa_schema
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pandera.errors import SchemaErrors
+from pandera.pandas import Check, Column, DataFrameSchema
 
 METADATA_KEY = b"superset_circuit"
 COMPONENTS = ("resid", "attn", "mlp", "head", "neuron", "direction", "path")
@@ -38,37 +39,29 @@ class RecordError(ValueError):
 # --- schemas: columns that hold no gaps unless they say so ---
 
 
-def text(allowed: Sequence[str] = ()) -> pa_schema.Column:
-    """Words: any, or those allowed."""
-    return pa_schema.Column(str, pa_schema.Check.isin(allowed) if allowed else None)
+def text(allowed: Sequence[str] = ()) -> Column:
+    """Words; of those allowed, if any are named."""
+    return Column(str, Check.isin(allowed) if allowed else None)
 
 
-def whole(least: int, kind: str = "int32") -> pa_schema.Column:
+def whole(least: int, kind: str = "int32") -> Column:
     """Whole numbers from `least` on."""
-    return pa_schema.Column(kind, pa_schema.Check.ge(least))
+    return Column(kind, Check.ge(least))
 
 
-def number(nullable: bool = False) -> pa_schema.Column:
+def number(nullable: bool = False) -> Column:
     """Finite numbers."""
-    return pa_schema.Column("float64", pa_schema.Check(np.isfinite, name="finite"), nullable=nullable)
+    return Column("float64", Check(np.isfinite, name="finite"), nullable=nullable)
 
 
-def numbers(nullable: bool = False) -> pa_schema.Column:
+def numbers(nullable: bool = False) -> Column:
     """Lists of finite numbers."""
-    return pa_schema.Column(object, pa_schema.Check(_all_finite, name="finite numbers"), nullable=nullable)
+    return Column(object, Check(_all_finite, name="finite numbers"), nullable=nullable)
 
 
-def flag() -> pa_schema.Column:
+def flag() -> Column:
     """True or false."""
-    return pa_schema.Column(bool)
-
-
-def table_schema(
-    name: str, columns: Mapping[str, pa_schema.Column], unique: Sequence[str], checks: Sequence[pa_schema.Check] = ()
-) -> pa_schema.DataFrameSchema:
-    """The schema of a table that has these columns in this order; the columns `unique` name a row."""
-    how = {"strict": True, "ordered": True, "unique": list(unique), "name": name}
-    return pa_schema.DataFrameSchema(dict(columns), checks=list(checks), **how)
+    return Column(bool)
 
 
 def _all_finite(column: pd.Series) -> bool:
@@ -76,6 +69,22 @@ def _all_finite(column: pd.Series) -> bool:
     return not kept or bool(np.isfinite(np.concatenate(kept)).all())
 
 
+def table_schema(
+    name: str, columns: Mapping[str, Column], unique: Sequence[str], checks: Sequence[Check] = ()
+) -> DataFrameSchema:
+    """The schema of a table that has these columns in this order; the columns `unique` name a row."""
+    how = {"strict": True, "ordered": True, "unique": list(unique), "name": name}
+    return DataFrameSchema(dict(columns), checks=list(checks), **how)
+
+
+PARTS = Check(
+    lambda frame: frame["component"].isin(["head", "neuron"]) == (frame["head"] >= 0),
+    name="head >= 0 exactly for heads and neurons",
+)
+DENOISING = Check(
+    lambda frame: (frame["direction"] == "denoise") == (frame["ablation"] == "clean"),
+    name="ablation is 'clean' exactly when denoising",
+)
 SCHEMA = table_schema(
     "sweep table",
     {
@@ -84,11 +93,7 @@ SCHEMA = table_schema(
         "head": whole(-1),  # the head's or neuron's number; -1 where the component has no such parts
         "metric_before": number(),  # margin of the base row of the same pass, logits
         "metric_after": number(),
-        "profile": text(),
-        "task": text(),
-        "template": text(),
-        "pair_id": text(),
-        "quad_id": text(),
+        **{name: text() for name in ("profile", "task", "template", "pair_id", "quad_id")},
         "half": text(("discovery", "confirmation")),
         "direction": text(("noise", "denoise")),
         "ablation": text(ABLATIONS),
@@ -96,10 +101,7 @@ SCHEMA = table_schema(
         "seed": whole(0, "int64"),
         "metric_clean": number(),
         "metric_corrupt": number(),
-        "logit_diff_before": number(),
-        "logit_diff_after": number(),
-        "logit_diff_clean": number(),
-        "logit_diff_corrupt": number(),
+        **{f"logit_diff_{run}": number() for run in ("before", "after", "clean", "corrupt")},
         "answer": text(),  # candidate names; the clean prompt's answer in both directions
         "foil_before": text(),
         "foil_after": text(),
@@ -119,48 +121,37 @@ SCHEMA = table_schema(
         "metric_both_before": number(nullable=True),  # odd_one_out: margin over both tokens of a name
         "metric_both_after": number(nullable=True),
     },
-    checks=[
-        pa_schema.Check(
-            lambda frame: frame["component"].isin(["head", "neuron"]) == (frame["head"] >= 0),
-            name="head >= 0 exactly for heads and neurons",
-        ),
-        pa_schema.Check(
-            lambda frame: (frame["direction"] == "denoise") == (frame["ablation"] == "clean"),
-            name="ablation is 'clean' exactly when denoising",
-        ),
-    ],
-    unique=IDENTITY,
+    IDENTITY,
+    [PARTS, DENOISING],
 )
 
 # Rows in which a set of sites is changed together: layer, component and head name its first site, `site_set` its place
 # in the list of sets.
-SET_SCHEMA = SCHEMA.add_columns({"site_set": whole(0)})
-SET_SCHEMA.unique = [*IDENTITY, "site_set"]
-SET_SCHEMA.name = "table of site sets"
+SET_SCHEMA = table_schema(
+    "table of site sets", SCHEMA.columns | {"site_set": whole(0)}, [*IDENTITY, "site_set"], SCHEMA.checks
+)
 
 # Rows in which sites are replaced by values that a step makes: `variant` names the values.
-VARIANT_SCHEMA = SET_SCHEMA.add_columns({"variant": text()})
-VARIANT_SCHEMA.unique = [*SET_SCHEMA.unique, "variant"]
-VARIANT_SCHEMA.name = "table of variants"
+VARIANT_SCHEMA = table_schema(
+    "table of variants", SET_SCHEMA.columns | {"variant": text()}, [*SET_SCHEMA.unique, "variant"], SCHEMA.checks
+)
 
 # Rows of path patching: layer and head are the (first) sender's, `sender` its component; `receivers` names the set.
-PATH_SCHEMA = SET_SCHEMA.update_columns({"layer": {"checks": pa_schema.Check.ge(-1)}}).add_columns(
-    {
-        "sender": text(("embed", "head", "attn", "mlp")),
-        "receivers": text(),
-        "mlps": text(("frozen", "recomputed")),
-        "arrived": number(),  # L2 norm of the change at the receivers' inputs
-    }
+_PATH = {
+    "sender": text(("embed", "head", "attn", "mlp")),
+    "receivers": text(),
+    "mlps": text(("frozen", "recomputed")),
+}
+PATH_SCHEMA = table_schema(
+    "table of paths",
+    # the embedding lies below layer 0; L2 norm of the change that arrived at the receivers' inputs
+    SET_SCHEMA.columns | {"layer": whole(-1)} | _PATH | {"arrived": number()},
+    [*SET_SCHEMA.unique, *_PATH],
+    [DENOISING],
 )
-PATH_SCHEMA.checks = [check for check in SCHEMA.checks if not check.name.startswith("head >= 0")]
-PATH_SCHEMA.unique = [*SET_SCHEMA.unique, "sender", "receivers", "mlps"]
-PATH_SCHEMA.name = "table of paths"
-
 
 # What the findings of steps 02 to 04 read of a table: leaving out the long lists of labels makes reading quick.
 ANALYSED = [name for name in SCHEMA.columns if not name.startswith("label_logits")]
-
-
 # What raw effects are read from: which site in which pair, and logit_diff; with `MARGINS`, the margin as well.
 EFFECTS = (
     *("layer", "component", "head"),
@@ -170,7 +161,7 @@ EFFECTS = (
 MARGINS = ("metric_before", "metric_after")
 
 
-def conform(frame: pd.DataFrame, schema: pa_schema.DataFrameSchema = SCHEMA) -> pd.DataFrame:
+def conform(frame: pd.DataFrame, schema: DataFrameSchema = SCHEMA) -> pd.DataFrame:
     """The frame in the schema's column order and types; nullable columns it lacks are added empty.
 
     Raises RecordError naming the column, the rule, a value and its row. Integers are only narrowed when exact.
@@ -200,11 +191,11 @@ def conform(frame: pd.DataFrame, schema: pa_schema.DataFrameSchema = SCHEMA) -> 
     return check(pd.DataFrame(out).reset_index(drop=True), schema)
 
 
-def check(frame: pd.DataFrame, schema: pa_schema.DataFrameSchema = SCHEMA) -> pd.DataFrame:
+def check(frame: pd.DataFrame, schema: DataFrameSchema = SCHEMA) -> pd.DataFrame:
     """The frame, validated; the first broken rule as one RecordError."""
     try:
         return schema.validate(frame, lazy=True)
-    except pa_schema.errors.SchemaErrors as errors:
+    except SchemaErrors as errors:
         first = errors.failure_cases.iloc[0]
         where = f" at row {first['index']}" if pd.notna(first["index"]) else ""
         if first["schema_context"] == "Column":
@@ -283,7 +274,7 @@ def write(
     path: Path,
     frame: pd.DataFrame,
     metadata: Mapping[str, Any],
-    schema: pa_schema.DataFrameSchema | None = SCHEMA,
+    schema: DataFrameSchema | None = SCHEMA,
 ) -> None:
     """Write a table to Parquet (zstd), whole or not at all. `schema=None` takes any columns."""
     frame = frame if schema is None else conform(frame, schema)

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -75,7 +75,6 @@ class MaxT(NamedTuple):
 
     p: Float[np.ndarray, " sites"]  # familywise
     p_raw: Float[np.ndarray, " sites"]  # of each site alone; what `benjamini_hochberg` takes
-    t: Float[np.ndarray, " sites"]
     flips: int  # sign patterns counted, the identity among them; 1 / flips is the smallest p
     exact: bool  # every pattern was enumerated
 
@@ -264,27 +263,24 @@ def max_t(
     """
     values = _matrix(matrix, "matrix")
     n, sites = values.shape
-    flips = settings.flips
-    if flips < 1:
-        raise ValueError(f"flips must be at least 1; got {flips}")
-    if tail not in ("two-sided", "greater", "less"):
+    if settings.flips < 1:
+        raise ValueError(f"flips must be at least 1; got {settings.flips}")
+    if tail not in get_args(Tail):
         raise ValueError(f"tail must be two-sided, greater or less; got {tail!r}")
     norm = np.sqrt((values**2).sum(0))
     scaled = np.divide(values, norm, out=np.zeros_like(values), where=norm > 0)
     reshape = {"two-sided": np.abs, "greater": np.positive, "less": np.negative}[tail]
     total = scaled.sum(0)
-    with np.errstate(divide="ignore", invalid="ignore"):  # one quad has no t
-        t = total * np.sqrt((n - 1) / np.maximum(n - total**2, 0.0))
     # What is equal up to rounding counts as reaching the observed value: the identity must count itself.
     reached = reshape(total) - 1e-9
-    exact = n <= 60 and 2**n <= flips
-    count = 2**n if exact else flips
+    exact = n <= 60 and 2**n <= settings.flips
+    count = 2**n if exact else settings.flips
     familywise, alone = np.zeros(sites), np.zeros(sites)
     for signs in _signs(n, sites, count, exact, settings.seed):
         flipped = reshape(signs @ scaled)
         alone += (flipped >= reached).sum(0)
         familywise += len(signs) - np.searchsorted(np.sort(flipped.max(1)), reached)
-    return MaxT(familywise / count, alone / count, t, count, exact)
+    return MaxT(familywise / count, alone / count, count, exact)
 
 
 def _signs(n: int, sites: int, total: int, exact: bool, seed: int) -> Iterator[Float[np.ndarray, "chunk n"]]:
@@ -387,7 +383,6 @@ class AboveChance(NamedTuple):
 
     above: bool
     p: float
-    proportion: float
 
 
 def above_chance(successes: ArrayLike, n: ArrayLike, chance: float, confidence: float = 0.95) -> AboveChance:
@@ -400,4 +395,4 @@ def above_chance(successes: ArrayLike, n: ArrayLike, chance: float, confidence: 
         raise ValueError(f"chance and confidence must lie in (0, 1); got {chance} and {confidence}")
     k, trials = effective_trials(successes, n)
     p = float(stats.beta.cdf(chance, k, trials - k + 1)) if k > 0 else 1.0
-    return AboveChance(p < 1 - confidence, p, k / trials)
+    return AboveChance(p < 1 - confidence, p)

@@ -1,8 +1,10 @@
-"""Where a model's weights lie, and what they are: `package:`, a folder, a hub id or `config:`.
+"""Where a model's weights lie, what they weigh, and whether they fit.
 
-1. `resolve` turns a model string into what transformers loads, and checks the SHA-256 of a single local file.
-2. `converted` keeps a GGUF file's weights as fp32 safetensors in the user's cache, so that it is read once.
-3. `load_error` says in one sentence why a model could not be had.
+1. `resolve` turns a model string (`package:`, a folder, a hub id or `config:`) into what transformers loads, and checks
+   the SHA-256 of a single local file. `converted` keeps a GGUF file's weights as fp32 safetensors in the user's cache,
+   so that it is read once. `load_error` says in one sentence why a model could not be had.
+2. `config_of` and `shape_of` count a model's weights without having them; `weight_gb` and `pass_gb` say what they take.
+3. `check` refuses a model that does not fit, with two ways in which it would.
 """
 
 from __future__ import annotations
@@ -114,7 +116,6 @@ def load_error(spec: str, where: str, error: Exception) -> ModelError:
 
 
 # --- what they weigh, and where they fit ---
-
 
 SHAPES = Path(__file__).with_name("shapes.json")
 BYTES = {"float64": 8.0, "float32": 4.0, "float16": 2.0, "bfloat16": 2.0}

@@ -25,7 +25,7 @@ from matplotlib.colors import TwoSlopeNorm, to_rgba
 from matplotlib.patches import PathPatch
 from matplotlib.path import Path as Outline
 
-from lib import effects
+from report import site_tables
 
 STYLE = Path(__file__).with_name("superset.mplstyle")
 WIDTH = 7.5  # inches
@@ -434,7 +434,7 @@ def halves(sites: pd.DataFrame) -> Figure | None:
     if sites["half"].nunique() < 2:
         return None
     axes = ("discovery", "confirmation", "discovery (logits)", "confirmation (logits)")
-    return agreement(effects.side_by_side(sites, "half"), *axes, by="component")
+    return agreement(site_tables.side_by_side(sites, "half"), *axes, by="component")
 
 
 # --- circuits ---

@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 
 from lib import effects, stats
+from report import site_tables
 
 
 def records(rows: list[dict], **shared) -> pd.DataFrame:
@@ -102,10 +103,10 @@ def test_mixtures_and_gaps_are_errors():
 def test_logit_changes_follow_the_answer_and_the_first_foil():
     before, after = [1.0, 2.0, 3.0], [0.5, 4.0, 3.5]
     rows = [{"logits_before": before, "logits_after": after, "answer": "b", "foil_before": "a", "foil_after": "c"}]
-    changes = effects.logit_changes(records(rows), ["a", "b", "c"])
+    changes = site_tables.logit_changes(records(rows), ["a", "b", "c"])
     assert changes.loc[0].to_dict() == {"answer_change": 2.0, "foil_change": -0.5}
     with pytest.raises(ValueError, match=r"foil_before holds \['a'\]"):
-        effects.logit_changes(records(rows), ["x", "b", "c"])
+        site_tables.logit_changes(records(rows), ["x", "b", "c"])
 
 
 def test_restores_needs_the_answer_and_the_interval():

@@ -195,7 +195,6 @@ def test_enumerated_flips_equal_brute_force(tail):
     assert got.exact and got.flips == 512
     np.testing.assert_allclose(got.p, familywise)
     np.testing.assert_allclose(got.p_raw, alone)
-    np.testing.assert_allclose(got.t, reference.ttest_1samp(values, 0).statistic)
 
 
 def test_three_quads_by_hand():
@@ -328,6 +327,6 @@ def test_bad_input_is_an_error(call, message):
         call()
 
 
-def test_one_quad_has_a_p_of_one_no_t_and_no_warning(recwarn):
+def test_one_quad_has_a_p_of_one_and_no_warning(recwarn):
     test = stats.max_t(np.array([[1.0, -2.0, 0.5]]))
-    assert test.p.tolist() == [1, 1, 1] and np.isnan(test.t).all() and not recwarn.list
+    assert test.p.tolist() == [1, 1, 1] and not recwarn.list

@@ -12,7 +12,7 @@ from lib import effects, stats
 from lib.effects import SITE
 from lib.hooks import Site
 from pipeline.params import Shared
-from report import words
+from report import site_tables, words
 from steps.coarse_sweep import measure as coarse_measure
 from steps.coarse_sweep import page as coarse_page
 from steps.necessity import measure as necessity_measure
@@ -394,10 +394,10 @@ def test_layer_tables_hold_whole_modules_of_the_confirmation_half():
         record(9.0, component="resid", layer=2), record(9.0, component="mlp", layer=2, half="discovery"),
         record(9.0, component="attn", layer=2, half="discovery"),
     ]  # fmt: skip
-    found = effects.layer_table(table(rows), PARAMS)
+    found = site_tables.layer_table(table(rows), PARAMS)
     kept = found[["position", "component", "estimate"]].to_numpy().tolist()
     assert kept == [["last", "attn", 2 / 4], ["last", "mlp", 1 / 4], ["names", "mlp", 3 / 4]]
-    assert effects.layer_table(table(rows), PARAMS, ["resid"])["estimate"].tolist() == [9 / 4]
+    assert site_tables.layer_table(table(rows), PARAMS, ["resid"])["estimate"].tolist() == [9 / 4]
 
 
 # --- agreement of ablations, answer and foil
@@ -474,7 +474,7 @@ def test_changes_of_answer_and_foil_at_the_sites_in_their_order():
         row(0.5, 0.25, 1), row(0.5, 0.25, 1, pair_id="other"), row(0.5, 0.75, 1, quad="q2"),
         row(9.0, 9.0, 2), row(9.0, 9.0, 0, half="discovery", quad="q3"), row(9.0, 9.0, 0, position="names"),
     ]  # fmt: skip
-    found = effects.answer_and_foil(table(rows), ["0.1", "0.0"], ["a", "b", "c"], PARAMS)
+    found = site_tables.answer_and_foil(table(rows), ["0.1", "0.0"], ["a", "b", "c"], PARAMS)
     assert found[["site", "logit", "estimate"]].to_numpy().tolist() == [
         ["0.1", "answer", 0.5],
         ["0.1", "foil", 0.5],  # (0.25 + 0.75) / 2
@@ -483,7 +483,7 @@ def test_changes_of_answer_and_foil_at_the_sites_in_their_order():
     ]
     assert found["low"].isna().all()
     with pytest.raises(ValueError, match="not among the candidates"):
-        effects.answer_and_foil(table(rows), ["0.1"], ["a", "b", "d"], PARAMS)
+        site_tables.answer_and_foil(table(rows), ["0.1"], ["a", "b", "d"], PARAMS)
 
 
 def test_changes_of_answer_and_foil_have_the_profiles_intervals():
@@ -493,7 +493,7 @@ def test_changes_of_answer_and_foil_have_the_profiles_intervals():
         record(0.0, quad=f"q{i:02d}", logits_before=[0.0, 0.0], logits_after=[value, -value], **shared)
         for i, value in enumerate(values)
     ]
-    found = effects.answer_and_foil(table(rows), ["mlp 0"], ["a", "b"], PARAMS)
+    found = site_tables.answer_and_foil(table(rows), ["mlp 0"], ["a", "b"], PARAMS)
     (own,) = stats.mean_intervals(np.array(values)[:, None], OWN)
     assert found.loc[0, ["logit", "estimate", "low", "high"]].tolist() == ["answer", 2.0, own.low, own.high]
     assert found.loc[1, ["low", "high"]].tolist() == pytest.approx([-own.high, -own.low])
@@ -618,7 +618,7 @@ def test_the_critical_slice_is_the_first_in_which_both_reach_the_share_on_discov
 
 def test_tables_for_the_figures():
     both = effects_of([1.0, 2.0], [3.0, 4.0])
-    beside = effects.side_by_side(both, "half")
+    beside = site_tables.side_by_side(both, "half")
     assert beside[["site", "discovery", "confirmation"]].to_numpy().tolist() == [["0.0", 1.0, 3.0], ["0.1", 2.0, 4.0]]
     kinds = necessity_page.by_kind({"zero": both, "mean": effects_of([0.0, 0.0], [6.0, 5.0])})
     assert kinds[["site", "zero", "other", "ablation"]].to_numpy().tolist() == [
@@ -628,7 +628,7 @@ def test_tables_for_the_figures():
     earlier = sufficiency_page.with_earlier(both, [{"site": "0.1", "estimate": 7.0}, {"site": "9.9", "estimate": 8.0}])
     assert earlier[["site", "fall", "rise"]].to_numpy().tolist() == [["0.1", 7.0, 4.0]]
     heads = sites({"0.1": (1.0, 0, 0, 0), "2.0": (2.0, 0, 0, 0), "mlp 1": (9.0, 0, 0, 0)})
-    np.testing.assert_array_equal(effects.heads_matrix(heads), [[np.nan, 1.0], [2.0, np.nan]])
+    np.testing.assert_array_equal(site_tables.heads_matrix(heads), [[np.nan, 1.0], [2.0, np.nan]])
     assert effects.named(heads).tolist() == heads["site"].tolist()
 
 

@@ -22,7 +22,7 @@ from lib.effects import SITE, jaccard, quad_matrix, site_name
 from lib.tasks import SUPERSETS
 from pipeline.params import Shared
 from pipeline.step import Step
-from report import plots
+from report import plots, site_tables
 from report.words import about_model, finished, interval, listed, of_row, of_rows, shown
 from steps.generality import class_tests, controls_page, name_rule
 from steps.generality.class_circuits import Circuit
@@ -276,7 +276,7 @@ def site_table(t: Tables) -> pd.DataFrame:
 def heads(step: Step, t: Tables) -> Figure:
     """Every head's mean damage, by superset."""
     means = {name: matrix.sites.assign(estimate=matrix.values.mean(0)) for name, matrix in t.heads.items()}
-    panels = {name: effects.heads_matrix(table) for name, table in means.items()}
+    panels = {name: site_tables.heads_matrix(table) for name, table in means.items()}
     return plots.heat_map(panels, "fall of logit_diff (logits)", layers=step.layers)
 
 

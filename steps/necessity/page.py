@@ -8,13 +8,13 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from lib import effects, stats
+from lib import stats
 from lib.effects import SITE, in_halves, picked, quad_matrix, reported
 from lib.hooks import site_name
 from lib.stats import Interval
 from pipeline.params import Shared
 from pipeline.step import Step
-from report import plots
+from report import plots, site_tables
 from report.words import (
     OVER_QUADS,
     about_model,
@@ -64,7 +64,7 @@ def by_kind(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
 
 def modules_of(m: Measured, params: Shared) -> pd.DataFrame:
     """Damage of whole attention and MLP modules under the leading ablation, confirmation half, at each role."""
-    return effects.layer_table(m.records[m.records["ablation"] == m.lead], params)
+    return site_tables.layer_table(m.records[m.records["ablation"] == m.lead], params)
 
 
 # --- figures ---
@@ -75,9 +75,9 @@ def heads(step: Step, m: Measured) -> Figure | None:
     if "head" not in step.params.components:
         return None
     kinds = {kind: reported(sites) for kind, sites in m.sites.items()}
-    falls = {kind: effects.heads_matrix(sites) for kind, sites in kinds.items()}
+    falls = {kind: site_tables.heads_matrix(sites) for kind, sites in kinds.items()}
     sure = {
-        kind: effects.heads_matrix(sites.assign(sure=sites["p"] <= 1 - step.params.level), "sure")
+        kind: site_tables.heads_matrix(sites.assign(sure=sites["p"] <= 1 - step.params.level), "sure")
         for kind, sites in kinds.items()
     }
     return plots.heat_map(falls, "fall of logit_diff (logits)", sure, layers=step.layers)
@@ -111,7 +111,7 @@ def answer_and_foil(step: Step, m: Measured) -> Figure:
     names = picked(m.sites[m.lead], 10)["site"].drop_duplicates().tolist()
     under_lead = m.records[m.records["ablation"] == m.lead]
     candidates = step.metadata(measure.SWEEP)["candidates"]
-    return plots.answer_and_foil(effects.answer_and_foil(under_lead, names, candidates, step.params))
+    return plots.answer_and_foil(site_tables.answer_and_foil(under_lead, names, candidates, step.params))
 
 
 # --- findings ---

@@ -19,7 +19,7 @@ from lib import effects, stats
 from lib.effects import in_halves, picked, quad_matrix, reported
 from lib.hooks import Site
 from pipeline.step import Step
-from report import plots
+from report import plots, site_tables
 from report.words import ONE_HALF, about_model, finished, interval, listed
 from steps.retrieval_heads.measure import Measured, RetrievalHeads
 from steps.retrieval_heads.routes import GROUPS
@@ -248,8 +248,8 @@ def head_panels(tables: Mapping[str, pd.DataFrame], params: RetrievalHeads) -> d
     own = {f"at {role}": reported(table) for role, table in tables.items()}
     sure = {role: table.assign(sure=table["p"] <= 1 - params.level) for role, table in own.items()}
     return {
-        "matrix": {role: effects.heads_matrix(table) for role, table in own.items()},
-        "significant": {role: effects.heads_matrix(table, "sure") for role, table in sure.items()},
+        "matrix": {role: site_tables.heads_matrix(table) for role, table in own.items()},
+        "significant": {role: site_tables.heads_matrix(table, "sure") for role, table in sure.items()},
     }
 
 

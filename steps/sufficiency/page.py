@@ -13,7 +13,7 @@ from lib.effects import in_halves, picked, reported
 from lib.stats import Interval
 from pipeline.params import Shared
 from pipeline.step import Step
-from report import plots
+from report import plots, site_tables
 from report.words import about_model, finished, heads_or_mlps, interval, listed, site_rows, top_sites_sentence
 from steps.sufficiency import measure
 from steps.sufficiency.measure import Measured
@@ -55,13 +55,13 @@ def heads(step: Step, m: Measured) -> Figure | None:
     if "head" not in step.params.components:
         return None
     own = reported(m.sites)
-    sure = effects.heads_matrix(own.assign(sure=own["p"] <= 1 - step.params.level), "sure")
-    return plots.heat_map(effects.heads_matrix(own), "rise of logit_diff (logits)", sure, layers=step.layers)
+    sure = site_tables.heads_matrix(own.assign(sure=own["p"] <= 1 - step.params.level), "sure")
+    return plots.heat_map(site_tables.heads_matrix(own), "rise of logit_diff (logits)", sure, layers=step.layers)
 
 
 def modules(step: Step, m: Measured) -> Figure:
     """Recovery of whole attention and MLP modules."""
-    by_layer = effects.layer_table(m.records, step.params)
+    by_layer = site_tables.layer_table(m.records, step.params)
     return plots.layer_bars(by_layer, "recovery (share of logit_diff)", panel="position")
 
 
@@ -91,7 +91,7 @@ def answer_and_foil(step: Step, m: Measured) -> Figure:
     """Change of the answer's and of the foil's logit at the leading sites."""
     names = picked(m.sites, 10)["site"].drop_duplicates().tolist()
     candidates = step.metadata(measure.SITES)["candidates"]
-    return plots.answer_and_foil(effects.answer_and_foil(m.records, names, candidates, step.params))
+    return plots.answer_and_foil(site_tables.answer_and_foil(m.records, names, candidates, step.params))
 
 
 def slice_figure(step: Step, m: Measured) -> Figure:
