@@ -319,7 +319,8 @@ def test_every_sentence_is_made_and_every_figure_drawn_however_little_there_is(q
     assert f"damage is {of_row(row)}" in text  # the number in the sentence is the table's
     assert found["verdict"] in text or found["verdict"] == "not testable here"
     assert ("no superset has enough quads" in text) == (quads == 1)
-    for draw in (page.by_group, page.by_profession, page.left_out):
+    assert page.by_group(STEP, tables, ["profession"]) is not None and page.by_group(STEP, tables, ["none"]) is None
+    for draw in (page.by_group, page.left_out):
         assert draw(STEP, tables) is not None
     for draw in (page.site_figure, page.transfer_figure, page.site_table, page.interaction_table, page.circuits):
         assert draw(tables) is not None

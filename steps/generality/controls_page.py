@@ -179,17 +179,13 @@ def figure(candidates: pd.DataFrame, margin: float) -> Figure | None:
     return plots.controls(first, margin, "change of the logit, less the candidates' mean (logits)")
 
 
-def met(verdicts: pd.DataFrame) -> dict[str, bool | None]:
-    """Whether each control's expectation is met, by the scoring and ablation that decide."""
-    first = {row.control: row.met for row in verdicts[::-1].itertuples()}
-    return {name: first[name] for name in EXPECTATIONS if name in first}
-
-
 def headline(verdicts: pd.DataFrame) -> list[str]:
-    """Which controls came out as expected, in one sentence; none where none was run."""
-    found = met(verdicts)
-    kept, missed = ([name for name, good in found.items() if (good is True) == wanted] for wanted in (True, False))
-    return [f"Controls as expected: {listed(kept)}; not, or not decided: {listed(missed)}."] * bool(found)
+    """Which controls came out as expected, by the scoring and ablation that decide; nothing if none was run."""
+    met = {row.control: row.met for row in verdicts[::-1].itertuples() if row.control in EXPECTATIONS}
+    kept, missed = (
+        [name for name in EXPECTATIONS if name in met and (met[name] is True) == good] for good in (True, False)
+    )
+    return [f"Controls as expected: {listed(kept)}; not, or not decided: {listed(missed)}."] * bool(met)
 
 
 def sentences(verdicts: pd.DataFrame, candidates: pd.DataFrame, leaders: pd.DataFrame, margin: float) -> list[str]:

@@ -241,16 +241,6 @@ def run(step: Step) -> Measured:
         sets = controls.named_sets(slice_sites, controls.random_heads(step, slice_sites))
         changes = step.table(CONTROLS, sets, ordinary, others)
         changes = changes.assign(set=np.array([name for name, _ in sets])[changes["number"]])
-    return Measured(
-        grid=table,
-        counts=step.metadata(GRID)["templates"],
-        mirrored=len(mirror),
-        slice=slice_sites,
-        circuits=circuits,
-        joint=joint,
-        sites=sites,
-        candidates=pairs[0].candidates,
-        controls=prompts,
-        changes=changes,
-        people=step.table(RULE),
-    )
+    counts, people = step.metadata(GRID)["templates"], step.table(RULE)
+    mirrored, candidates = len(mirror), pairs[0].candidates
+    return Measured(table, counts, mirrored, slice_sites, circuits, joint, sites, candidates, prompts, changes, people)

@@ -66,19 +66,11 @@ def tables(step: Step, m: Measured) -> Tables:
     first = 1 + sum(bool(circuit.sites) for circuit in m.circuits)
     heads = class_matrices(alone[alone["component"] == "head"])
     candidates, verdicts, leaders = controls_page.tables(m, p)
-    return Tables(
-        groups=groups(joint, p),
-        sites=site_effects(joint, first, m.slice, p),
-        heads=heads,
-        ranks=ranks(heads, p),
-        interaction=interaction(alone, m.slice, p),
-        circuits=circuit_table(joint, m.circuits, m.slice, p),
-        transfer=transfer(joint, m.circuits, p),
-        candidates=candidates,
-        controls=verdicts,
-        leaders=leaders,
-        rule=name_rule.compare(m.people, p) if m.people["prompt"].nunique() > 1 else None,
-    )
+    tested, moved = circuit_table(joint, m.circuits, m.slice, p), transfer(joint, m.circuits, p)
+    by_group, by_site = groups(joint, p), site_effects(joint, first, m.slice, p)
+    same, shares = ranks(heads, p), interaction(alone, m.slice, p)
+    rule = name_rule.compare(m.people, p) if m.people["prompt"].nunique() > 1 else None
+    return Tables(by_group, by_site, heads, same, shares, tested, moved, candidates, verdicts, leaders, rule)
 
 
 # --- effects by group ---
@@ -230,25 +222,21 @@ def transfer(frame: pd.DataFrame, circuits: Sequence[Circuit], params: Shared) -
 # --- figures and tables ---
 
 
-def forest(step: Step, rows: pd.DataFrame) -> Figure:
-    """Joint effects with the floor of the verdict."""
-    return plots.forest(rows, SHARE, lines=[step.params.general_floor])
-
-
 def counted(m: Measured) -> pd.DataFrame:
     """How many pairs of each template could be made, line up, were asked and are left."""
     return pd.DataFrame(m.counts).drop(columns="why")
 
 
-def by_group(step: Step, t: Tables) -> Figure:
-    """The slice by superset, template, order of the names."""
-    return forest(step, t.groups[~t.groups["kind"].isin(["all", "profession", "supersets"])])
+def forest(step: Step, rows: pd.DataFrame) -> Figure | None:
+    """Joint effects with the floor of the verdict, where there are any."""
+    return plots.forest(rows, SHARE, lines=[step.params.general_floor]) if len(rows) else None
 
 
-def by_profession(step: Step, t: Tables) -> Figure | None:
-    """The slice by profession, where it is known."""
-    rows = t.groups[t.groups["kind"] == "profession"]
-    return forest(step, rows) if len(rows) else None
+def by_group(
+    step: Step, t: Tables, kinds: Sequence[str] = ("template", "superset", "two names", "order")
+) -> Figure | None:
+    """The slice by groups of pairs of some kinds."""
+    return forest(step, t.groups[t.groups["kind"].isin(kinds)])
 
 
 def squares(rows: pd.DataFrame, by: str, index: str, columns: str) -> dict[str, pd.DataFrame]:
