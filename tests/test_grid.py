@@ -160,13 +160,14 @@ def test_a_circuit_is_cut_where_both_quantities_reach_the_share():
 
 
 def test_sets_of_a_unit_keep_their_place_in_the_whole_list():
-    def compute(unit: Unit) -> pd.DataFrame:
+    def sweep_(unit: Unit) -> pd.DataFrame:
         assert set(unit.options) == {"site_sets"}  # the sweep takes no other
         frame = pd.DataFrame({"site_set": [0, 1, 0, 1]})
         frame.attrs["log"] = ["kept"]
         return frame
 
-    frame = class_circuits.numbered(compute)(Unit("u", (), {"site_sets": ["a", "b"], "numbers": (3, 8)}))
+    compute = class_circuits.grown(SimpleNamespace(sweeper=lambda pairs: sweep_), [], [])
+    frame = compute(Unit("u", (), {"site_sets": ["a", "b"], "numbers": (3, 8)}))
     assert frame["site_set"].tolist() == [3, 8, 3, 8] and frame.attrs["log"] == ["kept"]
 
 
@@ -202,11 +203,12 @@ def test_matched_names_fit_a_shape_share_a_key_and_are_used_once():
 def test_random_heads_are_of_the_same_layers_in_the_same_number_and_outside_the_slice():
     sites = [Site(1, "head", 0), Site(1, "head", 3), Site(2, "head", 1), Site(2, "mlp")]
     own = SimpleNamespace(rng=lambda _: np.random.default_rng(0), params=SimpleNamespace(random_sets=7), n_heads=4)
-    sets = controls.random_heads(own, sites)
-    assert len(sets) == 7
-    for drawn in sets:
+    sets = controls.named_sets(own, sites)
+    assert sets[:2] == [("slice", sites), ("heads", sites[:3])] and len(sets) == 9
+    for name, drawn in sets[2:]:
+        assert name == "random"
         assert [site.layer for site in drawn] == [1, 1, 2] and not set(drawn) & set(sites)
-    assert controls.random_heads(own, [Site(2, "mlp")]) == []
+    assert controls.named_sets(own, [Site(2, "mlp")]) == [("slice", [Site(2, "mlp")])]
 
 
 def test_evidence_is_nothing_on_average_for_people_outside_the_class():
@@ -285,7 +287,7 @@ def test_a_control_prompt_is_ablated_by_the_mean_of_ordinary_prompts_balanced_ov
     groups = {batches.group_of(pair) for pair in ordinary}
     assert {batches.group_of(pair) for pair in pairs} <= groups
     sites = [Site(21, "head", 6), Site(23, "mlp")]
-    sets = controls.named_sets(sites, controls.random_heads(step, sites))
+    sets = controls.named_sets(step, sites)
     changed = step.table(measure.CONTROLS, sets, ordinary, pairs[:3])
     assert [name for name, _ in sets] == ["slice", "heads", "random", "random"]
     place = [len(pairs[0].clean.ids) - 1]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -17,7 +18,11 @@ from lib import effects, sweep
 from lib.effects import SITE
 from lib.hooks import Site
 from lib.tasks import SUPERSETS, Pair
+from pipeline.step import Step
 from pipeline.units import Unit, sweep_units
+
+if TYPE_CHECKING:
+    from pipeline.assumed import Case
 
 
 @dataclass(frozen=True)
@@ -64,49 +69,44 @@ def numbered_sets(circuits: Sequence[Circuit]) -> dict[frozenset[Site], int]:
     return {sites: number for number, sites in enumerate(dict.fromkeys(s for c in circuits for s in c.growing))}
 
 
-def sets_by_pair(circuits: Sequence[Circuit]) -> dict[str, tuple[int, ...]]:
-    """The numbers of the growing sets that are replaced in each pair; pairs that have any."""
-    number, wanted = numbered_sets(circuits), {}
-    for circuit in circuits:
-        for pair_id in circuit.pairs:
-            wanted.setdefault(pair_id, set()).update(number[sites] for sites in circuit.growing)
-    return {pair_id: tuple(sorted(numbers)) for pair_id, numbers in wanted.items() if numbers}
-
-
-def growing_units(circuits: Sequence[Circuit], pairs: Sequence[Pair]) -> list[Unit]:
+def growing_units(step: Step | Case, pairs: Sequence[Pair], circuits: Sequence[Circuit]) -> list[Unit]:
     """The circuits' growing sets in the pairs they were ordered by, both ways; `numbers` as in `numbered_sets`.
 
     A set that several circuits share is run once on a pair.
     """
-    listed, wanted, plan = [sorted(sites) for sites in numbered_sets(circuits)], sets_by_pair(circuits), []
-    groups: dict[tuple[int, ...], list[Pair]] = {}
+    number, wanted, groups, plan = numbered_sets(circuits), {}, {}, []
+    for circuit in circuits:
+        for pair_id in circuit.pairs:
+            wanted.setdefault(pair_id, set()).update(number[sites] for sites in circuit.growing)
     for pair in pairs:
-        groups.setdefault(wanted[pair.pair_id], []).append(pair)
+        groups.setdefault(tuple(sorted(wanted[pair.pair_id])), []).append(pair)
+    listed = [sorted(sites) for sites in number]
     for index, (numbers, own) in enumerate(groups.items()):
         for direction in sweep.DIRECTIONS:
-            sets = {"site_sets": [listed[number] for number in numbers], "numbers": numbers}
+            sets = {"site_sets": [listed[place] for place in numbers], "numbers": numbers}
             plan += sweep_units(f"{direction}-{index:02d}", own, direction=direction, role="last", **sets)
     return plan
 
 
-def numbered(compute: Callable[[Unit], pd.DataFrame]) -> Callable[[Unit], pd.DataFrame]:
-    """`compute` for units that sweep some of the sets of a longer list: `site_set` becomes the number in that list."""
+def grown(step: Step, pairs: Sequence[Pair], circuits: Sequence[Circuit]) -> Callable[[Unit], pd.DataFrame]:
+    """Sweeps some sets of a longer list: `site_set` becomes the number in that list."""
+    sweeper = step.sweeper(pairs)
 
-    def run(unit: Unit) -> pd.DataFrame:
+    def compute(unit: Unit) -> pd.DataFrame:
         options = {key: value for key, value in unit.options.items() if key != "numbers"}
-        frame = compute(replace(unit, options=options))
+        frame = sweeper(replace(unit, options=options))
         frame["site_set"] = np.asarray(unit.options["numbers"])[frame["site_set"]]
         return frame
 
-    return run
+    return compute
 
 
-def cut(circuits: Sequence[Circuit], grown: pd.DataFrame, share: float) -> list[Circuit]:
+def cut(circuits: Sequence[Circuit], records: pd.DataFrame, share: float) -> list[Circuit]:
     """The circuits with as many of their sites as the critical slice's rule takes on their own discovery pairs."""
     number, out = numbered_sets(circuits), []
     for circuit in circuits:
         places, joint = [number[sites] for sites in circuit.growing], {}
-        rows = grown[grown["pair_id"].isin(circuit.pairs) & grown["site_set"].isin(places)]
+        rows = records[records["pair_id"].isin(circuit.pairs) & records["site_set"].isin(places)]
         for direction, quantity in (("noise", "damage"), ("denoise", "recovery")):
             own = rows[rows["direction"] == direction]
             ratios = effects.ratios(own, ["site_set"]) if len(own) else pd.Series()

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import cycle, islice
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
@@ -22,6 +23,9 @@ from pipeline.params import ROOT
 from pipeline.step import Step
 from pipeline.units import Unit, sweep_units
 from steps.generality.grid import prompt_options
+
+if TYPE_CHECKING:
+    from pipeline.assumed import Case
 
 ABLATIONS = ("mean", "zero")  # the first one decides
 LISTED = {"invented names": "invented", "things": "thing"}  # controls and their kind in data/controls.csv
@@ -91,36 +95,29 @@ def matched(names: pd.DataFrame, shapes: Sequence[tuple[int, ...]], count: int) 
             return
 
 
-def random_heads(step: Step, sites: Sequence[Site]) -> list[list[Site]]:
-    """Sets of heads outside the slice: as many in each layer as the slice has there, where the layer has that many."""
-    rng, layers = step.rng("random heads"), Counter(site.layer for site in sites if site.component == "head")
-    sets = []
-    for _ in range(step.params.random_sets if layers else 0):
+def named_sets(step: Step | Case, sites: Sequence[Site]) -> list[tuple[str, list[Site]]]:
+    """What is ablated: the "slice"; its "heads" if it has any; "random" sets of heads outside the slice, as many in
+    each layer as the slice has there, where the layer has that many."""
+    rng, heads, out = step.rng("random heads"), [site for site in sites if site.component == "head"], []
+    for _ in range(step.params.random_sets):
         chosen = []
-        for layer, count in sorted(layers.items()):
+        for layer, count in sorted(Counter(site.layer for site in heads).items()):
             free = [Site(layer, "head", head) for head in range(step.n_heads)]
             free = [site for site in free if site not in sites]
             chosen += [free[index] for index in rng.permutation(len(free))[:count]]
-        sets.append(sorted(chosen))
-    return [own for own in sets if own]
+        out += [("random", sorted(chosen))] * bool(chosen)
+    return [("slice", list(sites)), *[("heads", heads)] * bool(heads), *out]
 
 
-def named_sets(sites: Sequence[Site], random: Sequence[Sequence[Site]]) -> list[tuple[str, list[Site]]]:
-    """What is ablated: the "slice", its "heads" if it has any, "random" sets of heads."""
-    heads = [site for site in sites if site.component == "head"]
-    return [("slice", list(sites)), *[("heads", heads)] * bool(heads), *(("random", own) for own in random)]
-
-
-Sets = Sequence[tuple[str, Sequence[Site]]]
-
-
-def units(step: Step, sets: Sets, ordinary: Sequence[Pair], others: Sequence[Pair]) -> list[Unit]:
+def units(step: Step, sets: Sequence[tuple], ordinary: Sequence[Pair], others: Sequence[Pair]) -> list[Unit]:
     """Every set ablated at `last` in ordinary and in control prompts, by `mean` and by `zero`."""
     options = {"direction": "noise", "role": "last", "ablations": list(ABLATIONS), "site_sets": [s for _, s in sets]}
     return sweep_units("controls", [*tasks.without_labels(ordinary), *others], **options)
 
 
-def compute(step: Step, sets: Sets, ordinary: Sequence[Pair], others: Sequence[Pair]) -> Callable[[Unit], pd.DataFrame]:
+def compute(
+    step: Step, sets: Sequence[tuple], ordinary: Sequence[Pair], others: Sequence[Pair]
+) -> Callable[[Unit], pd.DataFrame]:
     """Every candidate's logit before and after.
 
     Columns: pair_id, quad_id, ablation, number of the set, `before` and `after`, lists over the candidates.

@@ -168,9 +168,6 @@ def leaders(rows: pd.DataFrame, params: Shared) -> pd.DataFrame:
     return pd.DataFrame(out)
 
 
-# --- on the page ---
-
-
 def figure(candidates: pd.DataFrame, margin: float) -> Figure | None:
     """Every control's candidates by the ablation and scoring that decide, where any was run."""
     if candidates.empty:

@@ -34,9 +34,6 @@ def prompt_options(params: Shared) -> dict[str, Any]:
     return {"chat_template": params.chat_template, "attributes": params.attributes}
 
 
-# --- the pairs ---
-
-
 def candidates(step: Step) -> pd.DataFrame:
     """Every pair that could be in the grid: four of each confirmation quad of step 01; without quads, the pairs there
     are.
@@ -89,9 +86,6 @@ def solved_pairs(step: Step) -> pd.DataFrame:
         raise StepError(f"no pairs are left for the grid: {counts}")
     grid.attrs["facts"] = {"templates": counts}
     return grid
-
-
-# --- one run, read both ways ---
 
 
 def mirrors(pairs: Sequence[Pair]) -> dict[str, str]:

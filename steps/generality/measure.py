@@ -52,9 +52,6 @@ class Generality(OfSlice):
     general_floor: Share = Field(0.5, description="what joint recovery and damage must exceed in every class")
 
 
-# --- what is measured ---
-
-
 def joint_units(step: Step | Case, pairs: Sequence[Pair], sets: Sequence[Sequence[Site]]) -> list[Unit]:
     """Sets of sites in every pair of the grid."""
     return grid.mirrored_units(pairs, site_sets=sets)
@@ -65,19 +62,9 @@ def site_units(step: Step | Case, pairs: Sequence[Pair]) -> list[Unit]:
     return grid.mirrored_units(pairs, components=["head", "mlp"], layers=step.layers)
 
 
-def circuit_units(step: Step | Case, pairs: Sequence[Pair], circuits: Sequence[Circuit]) -> list[Unit]:
-    """The growing sets of circuits."""
-    return class_circuits.growing_units(circuits, pairs)
-
-
 def of_pairs(step: Step, pairs: Sequence[Pair], *chosen: Any) -> Callable[[Unit], pd.DataFrame]:
     """A sweep of pairs that are no pairs of step 01, or are without their labels."""
     return step.sweeper(tasks.without_labels(pairs))
-
-
-def of_circuits(step: Step, pairs: Sequence[Pair], *chosen: Any) -> Callable[[Unit], pd.DataFrame]:
-    """The same for units whose sets have numbers of their own."""
-    return class_circuits.numbered(of_pairs(step, pairs))
 
 
 def grid_cost(case: Case, units: Sequence[Unit]) -> Work:
@@ -104,14 +91,11 @@ def rule_cost(case: Case, units: Sequence[Unit]) -> Work:
 
 OF_SETS = {"schema": records.SET_SCHEMA, "columns": (*records.EFFECTS, "site_set")}
 GRID = Table.whole("grid", grid.solved_pairs, grid_cost)
-CIRCUITS = Table("circuits", circuit_units, of_circuits, of_sweep, **OF_SETS)
+CIRCUITS = Table("circuits", class_circuits.growing_units, class_circuits.grown, of_sweep, **OF_SETS)
 JOINT = Table("joint", joint_units, of_pairs, of_sweep, **OF_SETS)
 SITES = Table("generality", site_units, of_pairs, of_sweep, columns=records.EFFECTS)
 CONTROLS = Table("controls", controls.units, controls.compute, control_cost, schema=None)
 RULE = Table.whole("rule", name_rule_prompts.two_known_people, rule_cost)
-
-
-# --- what the planner assumes ---
 
 
 def possible_grid(case: Case) -> dict[str, list[Pair]]:
@@ -174,7 +158,7 @@ def assumed(case: Case) -> Iterator[tuple[Any, ...]]:
     yield CIRCUITS, tasks.without_labels(searched), circuits
     yield JOINT, pairs, joint_sets(case.sites, circuits)
     yield SITES, own
-    sets = controls.named_sets(case.sites, controls.random_heads(case, case.sites))
+    sets = controls.named_sets(case, case.sites)
     ordinary = controls.poolable(own)
     if ordinary:
         yield CONTROLS, sets, ordinary, assumed_controls(case, ordinary)
@@ -193,9 +177,6 @@ STEP = Declaration(
 )
 
 
-# --- what is chosen ---
-
-
 def joint_sets(sites: Sequence[Site], circuits: Sequence[Circuit]) -> list[tuple[Site, ...]]:
     """The slice; the circuits that could be picked; each site of the slice. `site_set` counts them from 0."""
     return [tuple(sites), *(circuit.sites for circuit in circuits if circuit.sites), *((site,) for site in sites)]
@@ -203,12 +184,11 @@ def joint_sets(sites: Sequence[Site], circuits: Sequence[Circuit]) -> list[tuple
 
 def picked_circuits(step: Step) -> list[Circuit]:
     """Circuits without each superset, and on it alone, by step 04's single sites; none where there are no such."""
-    limit, share, table = step.params.slice_limit, step.params.slice_share, step.pairs()
-    circuits = class_circuits.orders(single_sites(step), limit)
-    used = table[table["pair_id"].isin(class_circuits.sets_by_pair(circuits))]
-    prompts = tasks.without_labels(step.prompts(used))  # other words' logits are not read here
+    circuits, table = class_circuits.orders(single_sites(step), step.params.slice_limit), step.pairs()
+    used = table["pair_id"].isin({pair for circuit in circuits if circuit.order for pair in circuit.pairs})
+    prompts = tasks.without_labels(step.prompts(table[used]))  # other words' logits are not read here
     grown = step.table(CIRCUITS, prompts, circuits) if prompts else pd.DataFrame(columns=CIRCUITS.columns)
-    return class_circuits.cut(circuits, grown, share)
+    return class_circuits.cut(circuits, grown, step.params.slice_share)
 
 
 class Measured(NamedTuple):
@@ -238,7 +218,7 @@ def run(step: Step) -> Measured:
     ordinary, changes = controls.poolable(own), None
     prompts, others = controls.control_prompts(step, ordinary, table)
     if ordinary:
-        sets = controls.named_sets(slice_sites, controls.random_heads(step, slice_sites))
+        sets = controls.named_sets(step, slice_sites)
         changes = step.table(CONTROLS, sets, ordinary, others)
         changes = changes.assign(set=np.array([name for name, _ in sets])[changes["number"]])
     counts, people = step.metadata(GRID)["templates"], step.table(RULE)

@@ -195,9 +195,6 @@ def _fitted(
     return table, stats.ratio_interval(second, first, settings)
 
 
-# --- on the page ---
-
-
 def lines(fit: RuleResult, people: pd.DataFrame) -> dict[str, list[float]]:
     """What each rule makes of no, one and two names: its least-squares fit to the free fit's two steps."""
     terms = fit.fitted.set_index("term")["estimate"]

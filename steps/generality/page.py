@@ -73,9 +73,6 @@ def tables(step: Step, m: Measured) -> Tables:
     return Tables(by_group, by_site, heads, same, shares, tested, moved, candidates, verdicts, leaders, rule)
 
 
-# --- effects by group ---
-
-
 def with_pairs(frame: pd.DataFrame, grid: pd.DataFrame) -> pd.DataFrame:
     """Records of the grid with what its table says of their pairs; `own`: in the profile's template."""
     known = ["answer", "corrupt_answer", "order", "clean_profession_a", "clean_profession_b"]
@@ -140,9 +137,6 @@ def site_effects(frame: pd.DataFrame, first: int, sites: Sequence, params: Share
     return pd.DataFrame(out)
 
 
-# --- do the same sites carry every class? ---
-
-
 def class_matrices(frame: pd.DataFrame, value: str = "effect", reduce: str = "mean") -> dict[str, effects.QuadMatrix]:
     """Each superset's counterfactual effects as quads x sites, over the pairs that it answers."""
     parts = dict(list(frame[frame["direction"] == "noise"].groupby("answer")))
@@ -180,9 +174,6 @@ def interaction(
     return test, table.sort_values(["sure", "spread"], ascending=False), ""
 
 
-# --- circuits picked class by class ---
-
-
 def records_of(frame: pd.DataFrame, circuits: Sequence[Circuit]) -> list[tuple[Circuit, pd.DataFrame]]:
     """Each circuit with its records in the profile's template: those with sites are sets 1, 2, ..."""
     own, number, out = frame[frame["own"]], 0, []
@@ -217,9 +208,6 @@ def transfer(frame: pd.DataFrame, circuits: Sequence[Circuit], params: Shared) -
         for name in (name for name in SUPERSETS if name in parts):
             out += both_ways(parts[name], params, picked_on=picked_on, tested_on=name)
     return pd.DataFrame(out)
-
-
-# --- figures and tables ---
 
 
 def counted(m: Measured) -> pd.DataFrame:
@@ -307,9 +295,6 @@ def transfer_figure(t: Tables) -> Figure | None:
     return plots.class_matrices(panels, SHARE, "tested on", "picked on")
 
 
-# --- the verdict ---
-
-
 class Verdict(NamedTuple):
     """Whether the slice and the circuits picked without a class hold in every class."""
 
@@ -332,9 +317,6 @@ def decide(groups: pd.DataFrame, circuits: pd.DataFrame, params: Shared) -> Verd
     failing = tests[tests["superset"].isin(tested) & ~(tests["low"] > params.general_floor)]
     verdict = "not testable here" if not tested else "class-specific" if len(failing) else "general"
     return Verdict(verdict, tested, untested, failing)
-
-
-# --- sentences ---
 
 
 def quantities(rows: pd.DataFrame) -> str:
@@ -457,18 +439,16 @@ def verdict_sentence(verdict: Verdict, t: Tables, params: Shared) -> str:
     )
 
 
-# --- findings ---
-
-
 def numbers(step: Step, m: Measured, t: Tables) -> dict[str, Any]:
     """The findings of step 07, without their figures."""
     verdict = decide(t.groups, t.circuits, step.params)
     spoken, rule = verdict_sentence(verdict, t, step.params), name_rule.sentences(t.rule)
     test, sites, why = t.interaction
-    of_circuits = {
-        name: t.circuits[t.circuits["kind"] == kind].to_dict("records") if len(t.circuits) else []
-        for name, kind in (("leave_one_out", "without"), ("circuits", "only"))
-    }
+    tables = {"classes": t.groups, "sites": t.sites, "ranks": t.ranks, "transfer": t.transfer}
+    tables |= {"controls": t.controls, "leaders": t.leaders}
+    for name, kind in (("leave_one_out", "without"), ("circuits", "only")):
+        tables[name] = t.circuits[t.circuits["kind"] == kind] if len(t.circuits) else t.circuits
+    tables["failing"] = verdict.failing[["superset", "circuit", "quantity", "estimate", "low", "high"]]
     sentences = [
         *grid_sentences(m.counts, m.mirrored, t.groups),
         *group_sentences(t.groups, m.counts[0]["template"]),
@@ -483,17 +463,10 @@ def numbers(step: Step, m: Measured, t: Tables) -> dict[str, Any]:
         "task": step.params.task,
         "able": True,
         "verdict": verdict.verdict,
-        "failing": verdict.failing[["superset", "circuit", "quantity", "estimate", "low", "high"]].to_dict("records"),
         "untested": verdict.untested,
         "grid": m.counts,
-        "classes": t.groups.to_dict("records"),
-        "sites": t.sites.to_dict("records"),
-        "ranks": t.ranks.to_dict("records"),
+        **{name: table.to_dict("records") for name, table in tables.items()},
         "interaction": {"p": test.p_overall, "sites": sites.head(20).to_dict("records")} if test else {"why": why},
-        **of_circuits,
-        "transfer": t.transfer.to_dict("records"),
-        "controls": t.controls.to_dict("records"),
-        "leaders": t.leaders.to_dict("records"),
         "rule": None if t.rule is None else name_rule.numbers(t.rule),
         "sentences": sentences,
         "headline": [spoken, *controls_page.headline(t.controls), *rule[:1], *rule[2:3]],
