@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from lib.effects import in_halves, reported
+from lib.effects import reported
 from pipeline.step import Step
 from report import plots
 from report.words import OVER_QUADS, about_model, finished, interval, listed
@@ -80,7 +80,7 @@ def moves_of(m: Measured, confirmation: pd.DataFrame) -> dict[str, str]:
 
 def findings(step: Step, m: Measured) -> dict[str, Any]:
     """The findings of step 02."""
-    params, confirmation = step.params, in_halves(m.records)[-1][1]
+    params, confirmation = step.params, reported(m.records)
     moves = moves_of(m, confirmation)
     sentences = list(moves.values())
     rises = [f"{layer} ({rise:+.2f})" for layer, rise in zip(m.critical.layers, m.critical.rises, strict=True)]

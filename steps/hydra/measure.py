@@ -192,7 +192,7 @@ def joint_tests(joint: pd.DataFrame, rising: pd.DataFrame, params: Hydra) -> pd.
     cost alone (`alone`), so that a site which opposes the answer through the slice passes too; `stands_in` where the
     whole interval of `gone` is above 0.
     """
-    matrix = quad_matrix(in_halves(joint)[-1][1], "effect", ["site_set"]).values
+    matrix = quad_matrix(reported(joint), "effect", ["site_set"]).values
     count, spans = len(rising), {}
     whole, together, alone = matrix[:, :1], matrix[:, 1 : 1 + count], matrix[:, 1 + count :]
     for name, values in {"": together - whole - alone, "gone_": together - whole, "alone_": alone}.items():

@@ -54,7 +54,7 @@ def changes(frame: pd.DataFrame) -> pd.DataFrame:
 def split_table(frame: pd.DataFrame, params: Hydra) -> pd.DataFrame:
     """Mean change of each part over the confirmation quads, with intervals, for each ablation and for the slice and
     the random slices (their mean)."""
-    own = in_halves(changes(frame))[-1][1]
+    own = reported(changes(frame))
     own = own.assign(slice=own["slice"].where(own["slice"] == "slice", "random slices"))
     parts = []
     order = [(kind, name) for kind in params.ablations for name in own["slice"].unique()]
@@ -89,7 +89,7 @@ def compensation(frame: pd.DataFrame, params: Hydra) -> pd.DataFrame:
 
 def pair_ratios(frame: pd.DataFrame, params: Hydra) -> pd.DataFrame:
     """Compensation of each confirmation pair whose slice has a direct effect beyond the floor, by ablation."""
-    own = in_halves(changes(frame[frame["slice"] == "slice"]))[-1][1]
+    own = reported(changes(frame[frame["slice"] == "slice"]))
     own = own[own["direct"].abs() > params.direct_floor]
     return own.assign(ratio=-(own["heads"] + own["mlps"]) / own["direct"])[["quad_id", "pair_id", "ablation", "ratio"]]
 
@@ -158,7 +158,7 @@ def missed(last: Round, params: Hydra) -> list[dict]:
     """How large a backup could be there unseen, among heads and among MLPs: the largest upper end of the rises'
     simultaneous intervals over sites that are no backup (logits, and as a share of the slice's direct effect)."""
     lead = last.frame[(last.frame["slice"] == "slice") & (last.frame["ablation"] == lead_of(last.frame, params))]
-    direct = in_halves(changes(lead))[-1][1].groupby("quad_id")["direct"].mean().mean()
+    direct = reported(changes(lead)).groupby("quad_id")["direct"].mean().mean()
     names = [effects.site_name(*site) for site in backups_of(last.tests)]
     own = reported(last.rises) if len(last.rises) else last.rises
     own = own[~own["site"].isin(names)].dropna(subset="high").astype({"high": float})
@@ -353,7 +353,7 @@ def findings(step: Step, rounds: Sequence[Round]) -> dict[str, Any]:
     params, first, last = step.params, rounds[0], rounds[-1]
     split, ratios = split_table(first.frame, params), compensation(first.frame, params)
     spread = distribution(pair_ratios(first.frame, params), params)
-    own = in_halves(changes(first.frame))[-1][1]
+    own = reported(changes(first.frame))
     residual = max(changes(one.frame)["residual"].abs().max() for one in rounds)
     end, compared = ending(rounds, params), split_sentences(split, ratios, spread, params)
     sentences = [

@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from lib import stats
-from lib.effects import SITE, in_halves, picked, quad_matrix, reported
+from lib.effects import SITE, picked, quad_matrix, reported
 from lib.hooks import site_name
 from lib.stats import Interval
 from pipeline.params import Shared
@@ -39,7 +39,7 @@ CAPTIONS = {
 def agreement(frame: pd.DataFrame, kinds: Sequence[str], params: Shared) -> dict[str, Interval]:
     """Spearman's correlation, over sites at `last`, of each ablation's effects with the first one's; confirmation."""
     own = frame[(frame["position"] == "last") & (frame["component"] != "resid")]
-    own = in_halves(own)[-1][1]
+    own = reported(own)
     quads = [set(rows["quad_id"]) for _, rows in own.groupby("ablation")]
     own = own[own["quad_id"].isin(set.intersection(*quads))]  # a quad without a pool has no mean and no resample
     if own.empty:
@@ -120,7 +120,7 @@ def answer_and_foil(step: Step, m: Measured) -> Figure:
 def findings(step: Step, m: Measured) -> dict[str, Any]:
     """The findings of step 03. The leading ablation decides; the others are compared with it."""
     params = step.params
-    lead, sites, confirmation = m.lead, m.sites[m.lead], in_halves(m.records)[-1][1]
+    lead, sites, confirmation = m.lead, m.sites[m.lead], reported(m.records)
     agree = agreement(m.records, list(m.sites), params)
     by_role = modules_of(m, params)
     sample = f"{confirmation['pair_id'].nunique()} pairs of {confirmation['quad_id'].nunique()} quads"

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from scipy.optimize import linear_sum_assignment
 
 from lib import stats
-from lib.effects import columns, in_halves, quad_matrix
+from lib.effects import columns, in_halves, quad_matrix, reported
 from lib.tasks import SUPERSETS
 from pipeline.step import Step
 from report import plots
@@ -91,7 +91,7 @@ def budget_table(records: pd.DataFrame, params: Neurons) -> pd.DataFrame:
     """Each kind's effect at each budget as a share of the whole site's own, confirmation half, with its interval over
     quads; the random draws of a pair are averaged. NaN where the whole site has no effect in the right direction."""
     parts = []
-    for direction, rows in parsed(in_halves(records)[-1][1]).groupby("direction", sort=False):
+    for direction, rows in parsed(reported(records)).groupby("direction", sort=False):
         matrix = quad_matrix(rows, "effect", ["kind", "k"])
         whole = matrix.values[:, matrix.sites["kind"] == "whole"]
         out = matrix.sites.assign(quantity="recovery" if direction == "denoise" else "damage", quads=len(whole))
@@ -107,7 +107,7 @@ def compared(records: pd.DataFrame, params: Neurons) -> pd.DataFrame:
     """SAE features less each other kind at equal budget (logits, confirmation half): paired over quads, intervals that
     hold for all budgets and kinds of one direction together."""
     parts = []
-    for direction, rows in parsed(in_halves(records)[-1][1]).groupby("direction", sort=False):
+    for direction, rows in parsed(reported(records)).groupby("direction", sort=False):
         matrix = quad_matrix(rows[rows["k"] > 0], "effect", ["kind", "k"])
         values = pd.DataFrame(matrix.values, columns=pd.MultiIndex.from_frame(matrix.sites))
         others = [kind for kind in KINDS[1:] if kind in values]

@@ -81,7 +81,7 @@ def shares(table: pd.DataFrame, sets: Sequence[Set], params: Neurons) -> pd.Data
     `above_random` is the lower end of the interval of helping minus random neurons (logits). No rows where the
     MLPs have no positive effect.
     """
-    own = in_halves(with_sets(table, sets))[-1][1]
+    own = reported(with_sets(table, sets))
     own, out = own.assign(effect=effects.effect(own)), []
     alone = {one.sites[0]: index for index, one in enumerate(sets) if one.kind == "single"}
     for ablation, quantity in QUANTITY.items():
@@ -153,7 +153,7 @@ def selective(classes: pd.DataFrame, params: Neurons, column: str = "auc") -> pd
 def direct_by_class(classes: pd.DataFrame, chosen: pd.DataFrame) -> pd.DataFrame:
     """The direct effect of the chosen neurons on each superset's logit (confirmation half): what activation on the
     superset's prompts, above that on the others, writes on its logit."""
-    own = in_halves(classes)[-1][1]
+    own = reported(classes)
     own = own.assign(direct=(own["mean"] - own["mean_others"]) * own["weight"])
     table = own.pivot_table(index=NEURON, columns="superset", values="direct").reset_index()
     return chosen[[*NEURON, "site"]].merge(table, on=NEURON).drop(columns=NEURON).set_index("site")
@@ -174,7 +174,7 @@ def named_prompts(activations: pd.DataFrame, pairs: pd.DataFrame) -> pd.DataFram
 
 def by_class(activations: pd.DataFrame, cards: pd.DataFrame, params: Neurons) -> pd.DataFrame:
     """Mean activation of each card's neuron by superset, with intervals over quads, confirmation half."""
-    own, rows = in_halves(activations)[-1][1], []
+    own, rows = reported(activations), []
     for card in cards.itertuples():
         mine = own[(own["layer"] == card.layer) & (own["head"] == card.head)]
         for superset, part in mine.groupby("superset"):
@@ -217,7 +217,7 @@ def concentration(frame: pd.DataFrame) -> Figure:
 
 def direct_figure(frame: pd.DataFrame, chosen: pd.DataFrame, named: int = 6) -> Figure:
     """The whole effect of each chosen neuron against its direct effect, confirmation half, the first ones named."""
-    own = chosen[NEURON].merge(means(in_halves(frame)[-1][1]), on=NEURON)
+    own = chosen[NEURON].merge(means(reported(frame)), on=NEURON)
     own = own.assign(of="layer " + own["layer"].astype(str)).sort_values("layer")
     words = "effect on logit_diff (logits)"
     first = list(chosen["site"].head(named))
@@ -361,7 +361,7 @@ def scope_sentences(frame: pd.DataFrame, chosen: pd.DataFrame) -> tuple[list[str
 
 def top_sentences(tables: dict[str, pd.DataFrame], table: pd.DataFrame, params: Neurons) -> tuple[list[str], dict]:
     """The top neurons in more pairs: their effects, and how many are significant in both halves, by ablation."""
-    lead, last = tables["counterfactual"], in_halves(table)[-1][1]
+    lead, last = tables["counterfactual"], reported(table)
     own = reported(lead).sort_values("rank")
     each = listed(f"{row.site} ({interval(row.estimate, row.low, row.high)})" for row in own.head(6).itertuples())
     counts = {kind: significant(rows, params) for kind, rows in tables.items()}
@@ -386,7 +386,7 @@ def top_sentences(tables: dict[str, pd.DataFrame], table: pd.DataFrame, params: 
 
 def direct_sentence(frame: pd.DataFrame, chosen: pd.DataFrame) -> str:
     """How much of the top neurons' effect is direct, by layer."""
-    last = in_halves(frame)[-1][1]
+    last = reported(frame)
     own = means(last).merge(chosen[NEURON], on=NEURON)
     each = [
         f"{layer} ({len(rows)} neurons): {rows['direct'].sum():+.2f} of {rows['effect'].sum():+.2f}"

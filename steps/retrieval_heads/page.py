@@ -16,7 +16,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from lib import effects, stats
-from lib.effects import in_halves, picked, quad_matrix, reported
+from lib.effects import picked, quad_matrix, reported
 from lib.hooks import Site
 from pipeline.step import Step
 from report import plots, site_tables
@@ -45,7 +45,7 @@ CAPTIONS = {
 
 def shares(records: pd.DataFrame, params: RetrievalHeads) -> pd.DataFrame:
     """What each set of senders carries of the clean-to-corrupt gap, confirmation half, by receivers and MLP mode."""
-    own = in_halves(records)[-1][1]
+    own = reported(records)
     parts = []
     for (receivers, mlps), rows in own.groupby(["receivers", "mlps"], sort=False):
         parts.append(effects.curve(rows, params, ["site_set"]).assign(receivers=receivers, mlps=mlps))
@@ -55,7 +55,7 @@ def shares(records: pd.DataFrame, params: RetrievalHeads) -> pd.DataFrame:
 
 def difference(records: pd.DataFrame, one: int, other: int, params: RetrievalHeads) -> stats.Interval:
     """The effect of one set of senders less that of another, per quad (logits), confirmation half."""
-    matrix = quad_matrix(in_halves(records)[-1][1], "effect", ["site_set"]).values
+    matrix = quad_matrix(reported(records), "effect", ["site_set"]).values
     return stats.mean_interval(matrix[:, one] - matrix[:, other], params)
 
 
@@ -117,7 +117,7 @@ def verification_table(
     `sets` are (kind, sites) in the order of `site_set`; kinds are `candidate`, `together`, `slice`, `random`,
     `random together`. `p_random`: the share of matched random ones whose fall is at least as large, itself counted.
     """
-    own = in_halves(records)[-1][1]
+    own = reported(records)
     matrix = quad_matrix(own, "margin_effect", ["site_set"])
     spans = stats.mean_intervals(matrix.values, params)
     flipped = (own["metric_before"] > 0) & (own["metric_after"] < 0)
@@ -202,7 +202,7 @@ def passing(tests: pd.DataFrame, which: Sequence[str] = TESTS) -> list[str]:
 def edges_table(records: pd.DataFrame, params: RetrievalHeads) -> pd.DataFrame:
     """Edges of the two-hop path, confirmation half: source, target, mean effect (logits), and whether it is other than
     zero (max-T over all edges at one token; nothing is claimed of too few quads)."""
-    own = in_halves(records)[-1][1].assign(component=lambda frame: frame["sender"])
+    own = reported(records).assign(component=lambda frame: frame["sender"])
     there = np.where(own["position"] == "names", " at names", "")
     own = own.assign(source=effects.named(own) + there, target=own["receivers"])
     own = own.replace({"source": {"embed -1 at names": "names"}})

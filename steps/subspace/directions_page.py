@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from lib import effects, stats
-from lib.effects import in_halves
+from lib.effects import reported
 from lib.tasks import Pair
 from report import plots
 from report.plots import Figure
@@ -39,7 +39,7 @@ CAPTIONS = {
 
 def last_half(patches: pd.DataFrame) -> pd.DataFrame:
     """The reported half of a table of variants, its names parsed."""
-    return in_halves(parsed(patches))[-1][1]
+    return reported(parsed(patches))
 
 
 def by_number(own: pd.DataFrame, params: Subspace) -> pd.DataFrame:

@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from lib import effects
-from lib.effects import in_halves, picked, reported
+from lib.effects import picked, reported
 from lib.stats import Interval
 from pipeline.params import Shared
 from pipeline.step import Step
@@ -28,7 +28,7 @@ CAPTIONS = {
 
 def restoring_sites(records: pd.DataFrame, sites: pd.DataFrame, params: Shared) -> list[str]:
     """Single heads and MLPs that restore the answer by the design's definition, on the confirmation half."""
-    own = in_halves(records[records["component"].isin(["head", "mlp"])])[-1][1]
+    own = reported(records[records["component"].isin(["head", "mlp"])])
     out = []
     for row in reported(sites).itertuples():
         if row.component == "attn" or row.ratio_low is None or not row.ratio_low > params.restores_recovery:
