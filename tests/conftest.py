@@ -5,9 +5,11 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+import smoke_book
 import tokenizers
 import torch
 import transformers
@@ -37,8 +39,22 @@ CONFIGS = {
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The smoke book first: with several processes, files go to them in this order and it takes longest."""
-    items.sort(key=lambda item: item.path.name != "test_end_to_end.py")
+    """The smoke book first, and last what needs it: with several processes, files go to them in this order."""
+    place = {"test_end_to_end.py": -1, "test_redrawn.py": 1, "test_rerun.py": 2}
+    items.sort(key=lambda item: place.get(item.path.name, 0))
+
+
+@pytest.fixture(scope="session")
+def smoke_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the tree with its smoke book built, shared by all processes: to be read only."""
+    own = tmp_path_factory.getbasetemp()
+    return smoke_book.built(own.parent if "PYTEST_XDIST_WORKER" in os.environ else own)
+
+
+@pytest.fixture(scope="module")
+def own_tree(smoke_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of it that a file of tests may change."""
+    return Path(shutil.copytree(smoke_tree, tmp_path_factory.mktemp("own") / "superset", symlinks=True))
 
 
 @pytest.fixture(scope="session")
