@@ -55,6 +55,13 @@ def group_of(pair: Pair) -> tuple:
     return pair.half, pair.task, pair.template, len(pair.clean.ids), tuple(sorted(pair.clean.roles.items()))
 
 
+def check_role(pair: Pair, role: str) -> None:
+    """ValueError where no token of the pair's prompts has the role."""
+    if role not in pair.clean.roles:
+        have = ", ".join(pair.clean.roles)
+        raise ValueError(f"role {role!r} is not in template {pair.template!r}, pair {pair.pair_id}; it has {have}")
+
+
 def grouped(pairs: Sequence[Pair], size: int | None = None) -> list[list[Pair]]:
     """Pairs by `group_of`, at most `size` together, in their order; groups in the order of first appearance."""
     places = index_batches([group_of(pair) for pair in pairs], size or max(1, len(pairs)))

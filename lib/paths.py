@@ -29,7 +29,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lib import hooks, sweep
-from lib.batches import Grow, Options, grouped
+from lib.batches import Grow, Options, check_role, grouped
 from lib.hooks import EMBED, Model, Site
 from lib.single_pass import Activations, BaseRun, Batch, Growing, Grown, Row, SweepError
 from lib.tasks import Pair
@@ -173,9 +173,7 @@ def check_roles(pair: Pair, receivers: Sequence[Receiver], sender_role: str) -> 
     """ValueError where the template lacks a role, or no token of the sender's role can reach a receiver."""
     roles = pair.clean.roles
     for role in (sender_role, *(receiver.role for receiver in receivers)):
-        if role not in roles:
-            have = ", ".join(roles)
-            raise ValueError(f"role {role!r} is not in template {pair.template!r}; it has {have}")
+        check_role(pair, role)
     if not any(set(roles[sender_role]) & set(roles[receiver.role]) for receiver in receivers):
         raise ValueError(
             f"no path from {sender_role!r} to {', '.join(map(str, receivers))}: attention is held, so a sender is "

@@ -26,7 +26,7 @@ from pandera.pandas import Check, Column, DataFrameSchema
 
 METADATA_KEY = b"superset_circuit"
 COMPONENTS = ("resid", "attn", "mlp", "head", "neuron", "direction", "path")
-ROLES = ("name_a", "name_b", "name_c", "names", "swapped", "last", "all")
+ROLES = ("name_a", "name_b", "name_c", "names", "swapped", "between", "last", "rest", "all")
 ABLATIONS = ("zero", "mean", "resample", "counterfactual", "clean")
 # A row is one pair x site x intervention x seed: these columns name it.
 IDENTITY = ["task", "template", "pair_id", "layer", "component", "head", "position", "direction", "ablation", "seed"]

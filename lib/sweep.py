@@ -28,7 +28,7 @@ import numpy as np
 import pandas as pd
 
 from lib import hooks, offload
-from lib.batches import ABLATIONS, DIRECTIONS, Grow, Options, PairBatch, Variants, grouped, pooled  # noqa: F401
+from lib.batches import ABLATIONS, DIRECTIONS, Grow, Options, PairBatch, Variants, check_role, grouped, pooled  # noqa: F401
 from lib.hooks import Model, Site
 from lib.models import prove_identity, prove_whole_residual
 from lib.single_pass import base_run, grow, token_ids
@@ -134,9 +134,7 @@ def check(model: Model, pairs: Sequence[Pair], sets: Sequence[Sequence[Site]], r
     if not pairs:
         raise ValueError("no pairs to sweep")
     for pair in pairs:
-        if role not in pair.clean.roles:
-            have = ", ".join(pair.clean.roles)
-            raise ValueError(f"role {role!r} is not in template {pair.template!r}, pair {pair.pair_id}; it has {have}")
+        check_role(pair, role)
     if not kinds:
         raise ValueError(f"no ablations to run; give some of {', '.join(ABLATIONS)}")
     if not sets or not all(sets):

@@ -115,7 +115,7 @@ def find_template(name: str, task: str = "superset", form: Form = "plural") -> T
 
 @dataclass(frozen=True)
 class Prompt:
-    """A text, its token ids, and the absolute token positions of every role (name_a, ..., names, last, all)."""
+    """A text, its token ids, and the absolute token positions of every role (see `outside_names`)."""
 
     text: str
     ids: tuple[int, ...]
@@ -288,8 +288,16 @@ def make_prompt(
     for slot, name, (start, end) in zip(template.slots, names, spans, strict=True):
         roles[f"name_{slot}"] = _name_tokens(text, offsets, name, start, end)
     roles["names"] = tuple(p for positions in roles.values() for p in positions)
-    roles |= {"last": (len(ids) - 1,), "all": tuple(range(len(ids)))}
-    return Prompt(text, ids, roles)
+    return Prompt(text, ids, roles | outside_names(roles["names"], len(ids)))
+
+
+def outside_names(names: Sequence[int], length: int) -> dict[str, tuple[int, ...]]:
+    """The roles of a prompt beside its names, which they share out with them: `between` (after the names, before the
+    last token), `last`, `rest` (what no other role has); and `all`. A role without a token is left out."""
+    between = range(max(names) + 1, length - 1)
+    rest = set(range(length - 1)) - {*names, *between}
+    roles = {"between": between, "last": (length - 1,), "rest": sorted(rest), "all": range(length)}
+    return {role: tuple(tokens) for role, tokens in roles.items() if tokens}
 
 
 def _name_tokens(text: str, offsets: Sequence[tuple[int, int]], name: str, start: int, end: int) -> tuple[int, ...]:

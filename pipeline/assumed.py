@@ -155,7 +155,7 @@ def tokens_of(template: Template, names: Sequence[int]) -> tuple[int, dict[str, 
         at, before = at + count, end
     every = tuple(token for tokens in roles.values() for token in tokens)
     length = at + words(text[before:] + template.answer_prefix)
-    return length, roles | {"names": every, "swapped": every, "last": (length - 1,), "all": tuple(range(length))}
+    return length, roles | {"names": every, "swapped": every} | tasks.outside_names(every, length)
 
 
 def pair_of(

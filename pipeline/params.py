@@ -35,7 +35,7 @@ class ParameterError(ValueError):
 
 Component = Literal["resid", "attn", "mlp", "head"]
 Ablation = Literal["zero", "mean", "resample", "counterfactual"]
-Role = Literal["name_a", "name_b", "name_c", "names", "swapped", "last", "all"]
+Role = Literal["name_a", "name_b", "name_c", "names", "swapped", "between", "last", "rest", "all"]
 
 
 def _words(value: Any) -> Any:

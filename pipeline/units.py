@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from lib.batches import grouped, has_donors
+from lib.batches import check_role, grouped, has_donors
 from lib.records import METADATA_KEY, SCHEMA, RecordError, write, write_json, write_table
 from lib.tasks import Pair
 
@@ -66,7 +66,10 @@ def sweep_units(label: str, pairs: Sequence[Pair], /, size: int = 8, **options: 
     """The work units of one sweep: a pure function of the pair list and the options of `run`.
 
     Means and resamples are left out for pairs whose group has no other quad to take them from (`has_donors`).
+    ValueError for a role that a template lacks, before anything is computed.
     """
+    for pair in pairs:
+        check_role(pair, options.get("role", "last"))
     chunks = [group[at : at + size] for group in grouped(pairs) for at in range(0, len(group), size)]
     units = []
     for index, chunk in enumerate(chunks):

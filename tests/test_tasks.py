@@ -59,6 +59,8 @@ def test_roles_are_exactly_the_names(smollm_tokenizer, name, chat):
     assert prompt.roles["names"] == tuple(own)
     assert prompt.roles["last"] == (len(prompt.ids) - 1,)
     assert prompt.roles["all"] == tuple(range(len(prompt.ids)))
+    shared_out = [prompt.roles.get(role, ()) for role in ("names", "between", "last", "rest")]
+    assert sorted(sum(shared_out, ())) == list(prompt.roles["all"]), "every token has one of the four roles"
     assert smollm_tokenizer.decode(prompt.ids) == prompt.text
     assert prompt.text.endswith(template.answer_prefix)
 
@@ -68,6 +70,16 @@ def test_a_name_has_its_leading_space_only_where_the_template_has_one(smollm_tok
     first = make_prompt(smollm_tokenizer, TEMPLATES["both_famous"], ["Isaac Newton", "Brad Pitt"])
     assert pieces(smollm_tokenizer, inside, "name_a") == [" Isaac", " Newton"]
     assert pieces(smollm_tokenizer, first, "name_a") == ["Isa", "ac", " Newton"]
+
+
+def test_the_tokens_around_the_names(smollm_tokenizer):
+    both = make_prompt(smollm_tokenizer, TEMPLATES["profession_both"], ["Isaac Newton", "Brad Pitt"])
+    assert pieces(smollm_tokenizer, both, "between") == [" is", " that", " they", " are"]
+    assert pieces(smollm_tokenizer, both, "rest") == ["The", " profession", " of", " and"]
+    alone = make_prompt(smollm_tokenizer, TEMPLATES["profession_is"], ["Isaac Newton"])
+    assert "between" not in alone.roles and pieces(smollm_tokenizer, alone, "rest") == ["The", " profession", " of"]
+    at_end = make_prompt(smollm_tokenizer, Template("x", "one_name", "{a}"), ["Isaac Newton"])
+    assert set(at_end.roles) == {"name_a", "names", "last", "all"}, "a role without a token is not there"
 
 
 def test_a_name_that_also_stands_in_the_template_is_found_in_its_slot(smollm_tokenizer):
