@@ -31,6 +31,12 @@ class Sufficiency(Shared):
 
     components: Components = Field(("resid", "attn", "mlp", "head"), description="components swept at `last`")
     pairs: int | None = Field(None, ge=1, description="pairs at `last`; default all")
+    specific_ratio: float = Field(
+        0.5,
+        gt=0,
+        le=1,
+        description="specific: share of the placebo gap over share of the task's gap surely below this",
+    )
 
 
 # --- what is measured ---
