@@ -8,8 +8,8 @@
    the parts inside and outside the span in which the model's activations vary. `transfer`: directions of other prompts.
 3. `steering` adds multiples of a class's direction to prompts that have no one class.
 
-Source: Makelov, Lange and Nanda 2023 (arXiv 2311.17030: a change along a patched direction may work through a part of
-it along which the model's own activations do not vary).
+Source: Makelov, Lange, Geiger and Nanda 2024 (arXiv 2311.17030: a change along a patched direction may work through a
+part of it along which the model's own activations do not vary).
 """
 
 from __future__ import annotations
