@@ -8,7 +8,8 @@ So each function takes one value per quad, or one value per quad and site, and r
    tails it covers better than the equal-tailed form.
 2. Tests over many sites: the sign of whole quads is flipped, and the largest statistic over sites is compared (max-T;
    Westfall and Young 1993), or p values are adjusted by Benjamini and Hochberg.
-3. Proportions: Wilson's interval and the binomial test, with the number of trials reduced for what trials of one
+3. `p_of_interval` reads a p value off an interval, so that claims decided by intervals can be corrected together.
+4. Proportions: Wilson's interval and the binomial test, with the number of trials reduced for what trials of one
    quad share.
 
 Resamples are drawn once per call as a matrix of weights and used for all sites, so that everything is a matrix
@@ -110,6 +111,23 @@ def weights(n: int, sites: int, resamples: int, seed: int | Sequence[int]) -> It
         size = min(step, resamples - start)
         drawn = rng.integers(n, size=(size, n)) + n * np.arange(size)[:, None]
         yield np.bincount(drawn.ravel(), minlength=size * n).reshape(size, n).astype(float)
+
+
+def p_of_interval(estimate: float, end: float, threshold: float, above: bool, level: float = 0.95) -> float:
+    """p of "the value is beyond the threshold", from an interval: one minus the highest level whose interval would
+    still lie beyond it. `end` is the interval's end towards the threshold: the lower one if `above`.
+
+    With the bootstrap's draws at hand, that is the share of |t*| that reach (estimate - threshold) / error. A stored
+    interval keeps one quantile of |t*|; the others are taken to stand to it as in Student's t with as few degrees of
+    freedom as an interval may rest on, whose tails are heavier than those with more. p is below 1 - level exactly where
+    the interval lies beyond the threshold, and 1 where not even the estimate does.
+    """
+    distance = estimate - threshold if above else threshold - estimate
+    if distance <= 0:
+        return 1.0
+    reach, df = abs(estimate - end), MINIMUM_CLUSTERS - 1
+    quantile = stats.t.ppf((1 + level) / 2, df)
+    return float(2 * stats.t.sf(quantile * distance / reach, df)) if reach else 0.0
 
 
 class _Ratios(NamedTuple):

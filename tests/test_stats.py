@@ -41,6 +41,31 @@ def test_an_interval_prints_itself():
     assert pd.DataFrame([interval, interval])["high"].tolist() == [0.3812, 0.3812]
 
 
+@pytest.mark.parametrize("tail", ["normal", "heavy"])
+def test_the_p_value_of_an_interval_is_that_of_its_bootstrap(tail):
+    """Against the share of |t*| in the very resamples that made the interval; below 0.05 exactly where it excludes."""
+    rng, given = np.random.default_rng(1), Settings(resamples=20_000)
+    for n in (20, 40, 100):
+        values = rng.normal(size=n) if tail == "normal" else rng.standard_t(3, size=n)
+        interval = stats.mean_interval(values, given)
+        table = np.concatenate(list(stats._Ratios.of(values[:, None], np.ones((n, 1))).t_values(given)))
+        for wanted in (0.2, 0.05, 0.01, 0.002):  # thresholds at which the bootstrap itself has these p values
+            t = np.quantile(np.abs(table), 1 - wanted)
+            threshold = interval.estimate - t * values.std(ddof=1) / np.sqrt(n)
+            p = stats.p_of_interval(interval.estimate, interval.low, threshold, above=True)
+            assert 0.4 * wanted < p < 4 * wanted, (n, wanted, p)
+            mirrored = stats.p_of_interval(-interval.estimate, -interval.low, -threshold, above=False)
+            assert mirrored == pytest.approx(p)
+            assert wanted == 0.05 or (p < 0.05) == (interval.low > threshold) == (wanted < 0.05)
+
+
+def test_the_p_value_of_an_interval_at_its_ends():
+    assert stats.p_of_interval(0.5, 0.3, 0.3, above=True) == pytest.approx(0.05)
+    assert stats.p_of_interval(0.5, 0.3, 0.3, above=True, level=0.9) == pytest.approx(0.1)
+    assert stats.p_of_interval(0.5, 0.3, 0.5, above=True) == stats.p_of_interval(0.5, 0.6, 0.4, above=False) == 1
+    assert stats.p_of_interval(0.5, 0.5, 0.4, above=True) == 0  # no spread
+
+
 def test_too_few_clusters_give_estimates_without_intervals():
     assert stats.too_few(20) is None
     few = np.arange(19.0)
