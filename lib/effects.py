@@ -195,10 +195,14 @@ def picked(table: pd.DataFrame, count: int) -> pd.DataFrame:
     return pd.concat([table[table["site"] == site] for site in order], ignore_index=True)
 
 
+def significant(table: pd.DataFrame, settings: Settings) -> pd.Series:
+    """Which sites are significant familywise; none where there are too few quads for an interval."""
+    return (table["p"] <= 1 - settings.level) & table["low"].notna()
+
+
 def confirmed(table: pd.DataFrame, settings: Settings) -> pd.DataFrame:
     """Sites with a positive effect that is familywise significant on discovery and again on confirmation."""
-    alpha = 1 - settings.level
-    good = table[(table["p"] <= alpha) & (table["estimate"] > 0)]
+    good = table[significant(table, settings) & (table["estimate"] > 0)]
     both = good.groupby("site")["half"].nunique() == table["half"].nunique()
     out = reported(table)
     return out[out["site"].isin(both[both].index)].sort_values("estimate", ascending=False)

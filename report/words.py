@@ -130,12 +130,15 @@ def top_sites_sentence(table: pd.DataFrame, params: Shared, count: int, what: st
     top = reported(picked(table, count))
     each = [f"{row.site} ({interval(row.estimate, row.low, row.high)})" for row in top.itertuples()]
     found = len(effects.confirmed(table, params))
+    many = (
+        f"Of {table['site'].nunique()} sites, {found} are significant familywise in both halves with a positive effect."
+    )
+    if table["low"].isna().any():
+        many = f"There are too few quads to say of any of the {table['site'].nunique()} sites that it is significant."
     return (
         f"The {count} sites of largest {what} on the discovery half are, with their effect on logit_diff on the "
         f"confirmation half (logits, familywise {params.level:.0%} intervals): {listed(each)}. "
-        f"Of {table['site'].nunique()} sites, {found} are significant familywise in both halves with a positive effect."
-        + ONE_HALF
-        * (table["half"].nunique() == 1)
+        f"{many}" + ONE_HALF * (table["half"].nunique() == 1)
     )
 
 
@@ -150,10 +153,10 @@ def heads_or_mlps(table: pd.DataFrame, params: Shared, what: str) -> str:
             row = reported(rows).iloc[0]
             share = interval(row["ratio"], row["ratio_low"], row["ratio_high"])
             best.append(f"{row['site']} among {name} ({share} of logit_diff)")
-    return (
-        f"Significant in both halves are {listed(f'{count} {name}' for name, count in counts.items())}; "
-        f"the largest {what} is that of {listed(best)}."
-    )
+    lead = f"Significant in both halves are {listed(f'{count} {name}' for name, count in counts.items())}; the"
+    if table["low"].isna().any():
+        lead = "The"
+    return f"{lead} largest {what} is that of {listed(best)}."
 
 
 def site_rows(table: pd.DataFrame) -> list[dict]:

@@ -808,7 +808,7 @@ def test_what_step_04_says(tmp_path):
     def found(**other: float) -> dict:
         params = sufficiency_measure.Sufficiency(**SETTINGS | other)
         critical = sufficiency_measure.critical_slice(curves, params.slice_share)
-        made = sufficiency_measure.Measured(frame, own, order, curves, critical)
+        made = sufficiency_measure.Measured(frame, own, order, table(joint), curves, critical)
         return sufficiency_page.findings(step(params, results=tmp_path, write_findings=dict), made)
 
     good = found()
@@ -822,6 +822,8 @@ def test_what_step_04_says(tmp_path):
         "on the discovery half: 0.0 and mlp 0."
     )
     assert said[4] == "On the confirmation half its joint recovery is 0.90 and its joint counterfactual damage 0.85."
+    assert said[5].startswith("With the slice's clean values the clean answer comes first in 100% of the confirmation")
+    assert said[5].endswith("have to meet, too few quads leave it open.")
     assert good["headline"] == [said[0], *said[3:]]
     assert [figure["file"] for figure in good["figures"]] == ["figures/step-slice.png", "figures/step-ranked.png"]
     short = found(slice_share=0.99, restores_recovery=0.8)["sentences"]
@@ -829,6 +831,20 @@ def test_what_step_04_says(tmp_path):
     assert "does not reach 99% in both on the discovery half (recovery 0.95, damage 0.90)" in short[3]
     one = found(slice_share=0.5)["sentences"]
     assert "has 1 site and reaches 50% in both on the discovery half: 0.0." in one[3]
+
+
+@pytest.mark.parametrize(("effect", "lead", "met"), [(3.6, 2.0, True), (3.6, 0.5, False), (1.0, 2.0, False)])
+def test_a_slice_restores_the_answer_by_the_definition_for_single_sites(effect, lead, met):
+    """Of a gap of 4, 3.6 is enough and 1 is not; where the margin stays below zero, the clean answer does not lead."""
+    rows = [
+        record(value, half=half, direction=direction, site_set=i, quad=f"{half}{quad}", margin=lead if i else 5.0)
+        for half, quad, direction, (i, value) in itertools.product(
+            ("discovery", "confirmation"), range(20), ("denoise", "noise"), enumerate((0.1, effect))
+        )
+    ]
+    curves = effects.reported(sufficiency_measure.slice_curves(table(rows), PARAMS))
+    found = sufficiency_page.slice_restores(table(rows), curves[curves["n_sites"] == 2], PARAMS)
+    assert found == {"share": float(lead > 1), "restores": met}
 
 
 def test_a_step_of_a_task_that_the_model_cannot_do_says_why():

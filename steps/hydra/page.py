@@ -119,7 +119,7 @@ def rise_map(table: pd.DataFrame, n_heads: int, params: Hydra) -> tuple[np.ndarr
     own = reported(table[table["component"] == "head"])
     maps = [
         own.assign(value=values).pivot(index="layer", columns="head", values="value").reindex(columns=range(n_heads))
-        for values in (own["estimate"], (own["p"] <= 1 - params.level).astype(float))
+        for values in (own["estimate"], effects.significant(own, params).astype(float))
     ]
     return maps[0].to_numpy(), maps[1].to_numpy(), maps[0].index.tolist()
 
@@ -156,7 +156,8 @@ def rounds_table(rounds: Sequence[Round], params: Hydra) -> pd.DataFrame:
 
 def missed(last: Round, params: Hydra) -> list[dict]:
     """How large a backup could be there unseen, among heads and among MLPs: the largest upper end of the rises'
-    simultaneous intervals over sites that are no backup (logits, and as a share of the slice's direct effect)."""
+    simultaneous intervals over sites that are no backup (logits; as a share of the slice's direct effect, beside the
+    `rise` that the interval is about)."""
     lead = last.frame[(last.frame["slice"] == "slice") & (last.frame["ablation"] == lead_of(last.frame, params))]
     direct = reported(changes(lead)).groupby("quad_id")["direct"].mean().mean()
     names = [effects.site_name(*site) for site in backups_of(last.tests)]
@@ -165,7 +166,8 @@ def missed(last: Round, params: Hydra) -> list[dict]:
     tops = [rows.loc[rows["high"].idxmax()] for _, rows in own.groupby("component")]
     return [
         {key: row[key] for key in ("site", "component")}
-        | {"logits": row["high"], "share": row["high"] / -direct if direct < 0 else None}
+        | {"logits": row["high"]}
+        | {name: row[end] / -direct if direct < 0 else None for name, end in (("rise", "estimate"), ("share", "high"))}
         for row in tops
     ]
 
@@ -257,7 +259,7 @@ def verdict(ratio: Any) -> str:
         return "later sites, which read the slice, lose as well; on the whole they repair nothing"
     if ratio.low > 0:
         return f"later sites make up for {ratio.estimate:.0%} of what the slice itself loses"
-    return "on the whole later sites neither repair nor lose, within the interval"
+    return "neither repair nor loss by later sites is shown"
 
 
 def share(span: stats.Interval) -> str:
@@ -309,9 +311,9 @@ def ending(rounds: Sequence[Round], params: Hydra) -> str:
     last, stand_in = rounds[-1], any(one.tests["stands_in"].any() for one in rounds if len(one.tests))
     names = [effects.site_name(*site) for one in rounds for site in backups_of(one.tests)]
     if last.rises.empty:
-        left = "the pathway is unique in that no other site comes after the slice"
+        left = "no other site comes after the slice, so none could stand in for it"
         return f"Backups by both tests: {listed(names)}; {left}."
-    bounds, unique = missed(last, params), "the pathway is unique as far as this test can see"
+    bounds, unique = missed(last, params), "no other pathway is seen at the last token"
     if not bounds:
         return f"Backups by both tests: {listed(names)}. There are too few quads to confirm one, or to rule one out."
     if not names:
@@ -320,7 +322,7 @@ def ending(rounds: Sequence[Round], params: Hydra) -> str:
         stopped = len(candidates(last.rises, params)) and last.tests.empty
         text = f"Backups by both tests: {listed(names)}; "
         text += f"the limit of rounds ({params.rounds}) was reached." if stopped else "no further one after widening."
-        text += "" if stand_in else f" None of them is shown to stand in for the slice: in that sense {unique}."
+        text += "" if stand_in else f" None of them is shown to stand in for the slice: {unique}."
     each = [
         f"{KINDS[bound['component']]} whose direct effect rises by up to "
         f"{bound['logits']:.2f} logits ({bound['site']}"

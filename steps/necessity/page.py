@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from lib import stats
-from lib.effects import SITE, picked, quad_matrix, reported
+from lib.effects import SITE, picked, quad_matrix, reported, significant
 from lib.hooks import site_name
 from lib.stats import Interval
 from pipeline.params import Shared
@@ -77,7 +77,7 @@ def heads(step: Step, m: Measured) -> Figure | None:
     kinds = {kind: reported(sites) for kind, sites in m.sites.items()}
     falls = {kind: site_tables.heads_matrix(sites) for kind, sites in kinds.items()}
     sure = {
-        kind: site_tables.heads_matrix(sites.assign(sure=sites["p"] <= 1 - step.params.level), "sure")
+        kind: site_tables.heads_matrix(sites.assign(sure=significant(sites, step.params)), "sure")
         for kind, sites in kinds.items()
     }
     return plots.heat_map(falls, "fall of logit_diff (logits)", sure, layers=step.layers)

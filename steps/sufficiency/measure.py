@@ -106,7 +106,8 @@ class Measured(NamedTuple):
     records: pd.DataFrame  # single sites
     sites: pd.DataFrame  # their effects by half
     order: pd.DataFrame  # heads and MLPs in order of discovery recovery
-    curves: pd.DataFrame  # what the growing sets do together, by half
+    joint: pd.DataFrame  # the growing sets
+    curves: pd.DataFrame  # what they do together, by half
     critical: CriticalSlice
 
 
@@ -117,4 +118,4 @@ def run(step: Step) -> Measured:
     order = slice_order(sites, p.slice_limit)
     joint = step.table(SETS, [Site(*site) for site in order[SITE].itertuples(index=False)])
     curves = slice_curves(joint, p)
-    return Measured(swept_sites, sites, order, curves, critical_slice(curves, p.slice_share))
+    return Measured(swept_sites, sites, order, joint, curves, critical_slice(curves, p.slice_share))

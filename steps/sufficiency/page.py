@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -40,6 +40,20 @@ def restoring_sites(records: pd.DataFrame, sites: pd.DataFrame, params: Shared) 
     return out
 
 
+def slice_restores(joint: pd.DataFrame, held: pd.DataFrame, params: Shared) -> dict[str, Any]:
+    """Whether the slice restores the answer, by the same definition as a single site; confirmation half.
+
+    `held` are the slice's rows of the curves. `share`: pairs in which the clean answer comes first. `restores` is None
+    where too few quads leave it open.
+    """
+    row = held[held["quantity"] == "recovery"].iloc[0]
+    own = reported(joint)
+    own = own[(own["direction"] == "denoise") & (own["site_set"] == row["site_set"])]
+    span = Interval(row["estimate"], row["low"], row["high"], params.level, row["quads"], "")
+    met = effects.restores(own, span, params.restores_share, params.restores_recovery)
+    return {"share": float((own["metric_after"] > 0).mean()), "restores": met}
+
+
 def with_earlier(sites: pd.DataFrame, ablated: Sequence[dict]) -> pd.DataFrame:
     """Each site's rise when patched beside its fall when ablated in step 03, confirmation half."""
     fall = pd.DataFrame(ablated)[["site", "estimate"]].rename(columns={"estimate": "fall"})
@@ -55,7 +69,7 @@ def heads(step: Step, m: Measured) -> Figure | None:
     if "head" not in step.params.components:
         return None
     own = reported(m.sites)
-    sure = site_tables.heads_matrix(own.assign(sure=own["p"] <= 1 - step.params.level), "sure")
+    sure = site_tables.heads_matrix(own.assign(sure=effects.significant(own, step.params)), "sure")
     return plots.heat_map(site_tables.heads_matrix(own), "rise of logit_diff (logits)", sure, layers=step.layers)
 
 
@@ -110,6 +124,7 @@ def findings(step: Step, m: Measured) -> dict[str, Any]:
     best_text = f"{best['site']} recovers most: {interval(best['ratio'], best['ratio_low'], best['ratio_high'])}"
     held = reported(m.curves)
     held = held[held["n_sites"] == m.critical.size]
+    together = slice_restores(m.joint, held, params)
     sentences = [
         f"No single head or MLP restores the answer on its own: {best_text}."
         if not restoring
@@ -117,6 +132,7 @@ def findings(step: Step, m: Measured) -> dict[str, Any]:
         top_sites_sentence(m.sites, params, 6, "recovery"),
         heads_or_mlps(m.sites, params, "recovery"),
         *slice_sentences(m, held, params),
+        restores_sentence(together),
     ]
     found = {
         "model": about_model(step),
@@ -126,11 +142,25 @@ def findings(step: Step, m: Measured) -> dict[str, Any]:
         "restoring": restoring,
         "critical_slice": m.order[["site", "layer", "component", "head"]].head(m.critical.size).to_dict("records"),
         "critical_slice_reached": m.critical.reached,
+        "slice_restores": together,
         "joint": held[["quantity", "estimate", "low", "high"]].to_dict("records"),
         "sentences": sentences,
         "headline": [sentences[0], *sentences[3:]],
     }
     return finished(step, found, {"slice": slice_figure(step, m), "ranked": ranked(m)}, CAPTIONS)
+
+
+def restores_sentence(together: Mapping[str, Any]) -> str:
+    """Whether the slice as a whole restores the answer."""
+    words = {
+        True: "it restores the answer",
+        False: "it does not restore the answer",
+        None: "too few quads leave it open",
+    }
+    return (
+        f"With the slice's clean values the clean answer comes first in {together['share']:.0%} of the confirmation "
+        f"pairs: by the definition that single sites have to meet, {words[together['restores']]}."
+    )
 
 
 def slice_sentences(m: Measured, held: pd.DataFrame, params: Shared) -> list[str]:
