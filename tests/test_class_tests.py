@@ -50,6 +50,19 @@ def test_values_without_spread():
 
 
 @pytest.mark.parametrize("margin", [0, -0.1, np.nan, np.inf])
+def test_the_power_to_find_silence_is_the_share_of_silent_samples():
+    """Against the normal formula for one column: P(|mean| < margin - t x error), were the mean 0."""
+    rng = np.random.default_rng(0)
+    column = rng.normal(3.0, 1.0, 50)  # the mean does not matter
+    error, t = column.std() / np.sqrt(50), reference.t.ppf(0.95, 49)
+    for margin in (0.3, 0.4, 0.6):
+        normal = max(0.0, 2 * reference.norm.cdf(margin / error - t) - 1)
+        assert class_tests.equivalence_power(column, margin) == pytest.approx(normal, abs=0.05)
+    both = class_tests.equivalence_power(np.column_stack([column, column]), 0.4)
+    assert both == class_tests.equivalence_power(column, 0.4)  # they pass together
+    assert class_tests.equivalence_power(column, 0.1) == 0 and class_tests.equivalence_power(column[:19], 0.4) is None
+
+
 def test_a_margin_must_be_positive(margin):
     with pytest.raises(ValueError, match="margin"):
         class_tests.equivalence(np.ones(20), margin)

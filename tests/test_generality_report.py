@@ -102,7 +102,7 @@ def test_general_means_every_class_and_every_circuit_that_did_not_see_it():
     circuits = pd.DataFrame([row for name in SUPERSETS for row in held_out(name, 0.55)])
     good = page.decide(classes, circuits, PARAMS)
     assert good.verdict == "general" and good.tested == list(SUPERSETS) and good.failing.empty
-    assert "Verdict: general" in spoken(good, circuits)
+    assert "Verdict: the slice as a whole is general" in spoken(good, circuits)
     assert "the shares of 2 sites differ" in spoken(good, circuits) and "differ" not in spoken(good, circuits, 0.5)
 
     weak = classes.copy()
@@ -351,6 +351,6 @@ def test_the_rule_is_said_with_its_numbers():
                          "n_a": n_a, "n_b": n_b, "y": 2 * (n_a + n_b) + 0.1 * rng.standard_normal()})  # fmt: skip
     fit = name_rule.compare(pd.DataFrame(rows), PARAMS)
     text = " ".join(name_rule.sentences(fit))
-    assert "additive fits" in text and "two names by 4.0" in text
+    assert "additive predicts best" in text and "two names by 4.0" in text
     assert name_rule.lines(fit, pd.DataFrame(rows))["additive"][2] == pytest.approx(4, abs=0.1)
     assert name_rule.figure(fit, pd.DataFrame(rows)) is not None

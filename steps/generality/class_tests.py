@@ -1,6 +1,7 @@
 """Tests between classes of prompts, and tests that an effect is nearly nothing.
 
 1. `equivalence`: two one-sided t tests per column; a control is silent if every candidate's passes.
+   `equivalence_power`: how probable that is at this size where there is nothing.
 2. `interaction`: does a site's share of the effect differ between classes? A unit is one side of a quad, its class the
    answer there. Each unit's effects are centred over sites, so that a class in which everything is stronger makes no
    interaction; each class gets its ratio of sums; a site's statistic is the spread of its classes' ratios around their
@@ -44,6 +45,25 @@ def equivalence(matrix: Float[np.ndarray, "quads sites"], margin: float) -> Floa
             t = (margin - np.abs(column.mean())) / np.float64(error)
         p.append(1.0 if np.isnan(t) else reference.t.sf(t, n - 1))
     return None if stats.too_few(n) else np.array(p)
+
+
+def equivalence_power(
+    matrix: Float[np.ndarray, "quads sites"], margin: float, settings: Settings = DEFAULTS
+) -> float | None:
+    """Probability that all columns pass `equivalence` at this size, were there no effect at all.
+
+    The share of resamples of whole quads, with each column's mean taken off, in which they do. None with too few quads.
+    """
+    values = stats._matrix(matrix, "matrix")
+    n = len(values)
+    if stats.too_few(n):
+        return None
+    passed, quantile, nothing = [], reference.t.ppf(settings.level, n - 1), values - values.mean(0)
+    for weights in stats.weights(n, values.shape[1], settings.resamples, settings.seed):
+        mean = weights @ nothing / n
+        error = np.sqrt(np.maximum(weights @ nothing**2 / n - mean**2, 0) / (n - 1))
+        passed.append((margin - np.abs(mean) > quantile * error).all(1))
+    return float(np.concatenate(passed).mean())
 
 
 @dataclass(frozen=True)

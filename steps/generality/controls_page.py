@@ -24,7 +24,7 @@ from steps.generality import class_tests
 from steps.generality.controls import ABLATIONS, LISTED
 from steps.generality.measure import Measured
 
-# How each control should come out; written before any was run. Silent: every candidate's logit stays within the margin.
+# How each control should come out. Silent: every candidate's logit stays within the margin.
 EXPECTATIONS = {
     "two supersets": "their two own supersets fall, each by less than an ordinary answer",
     "mixed": "the supersets of both names fall, each by less than an ordinary answer",
@@ -128,25 +128,32 @@ def samples(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 def verdict_of(control: str, matrix: pd.DataFrame, table: pd.DataFrame, fall: float, params: Shared) -> dict[str, Any]:
     """`verdict` (silent, active, partial, not partial, undecided), whether the expectation is `met` (None: undecided,
-    or none was held), and `p`, the largest of the equivalence tests'.
+    or none was held), `p`, the largest of the tests', and the `power` to find silence, were there nothing.
 
     Silent: every candidate passes the equivalence test. Active: some candidate's interval lies outside the margin.
     Partial: both own candidates fall, each by less than the ordinary answer; the intervals hold together.
     """
-    undecided = {"verdict": "undecided", "met": None, "p": None}
+    undecided = {"verdict": "undecided", "met": None, "p": None, "power": None}
     if not fall > 0 or table["low"].isna().any():
         return undecided
     margin, own = params.silence_margin * fall, table.head(2)
     if control in ("two supersets", "mixed"):
+        rows = list(own.itertuples())
+        p = max(
+            max(stats.p_of_interval(row.estimate, row.high, 0, above=False, level=params.level) for row in rows),
+            max(stats.p_of_interval(row.estimate, row.low, -fall, above=True, level=params.level) for row in rows),
+        )
         partial = (own["high"] < 0).all() and (own["low"] > -fall).all()
         against = (own["low"] >= 0).any() or (own["high"] <= -fall).any()
-        known = {"verdict": "partial" if partial else "not partial", "met": bool(partial), "p": None}
+        known = {"verdict": "partial" if partial else "not partial", "met": bool(partial), "p": p, "power": None}
         return known if partial or against else undecided
     p = float(class_tests.equivalence(matrix.to_numpy(), margin).max())
+    power = class_tests.equivalence_power(matrix.to_numpy(), margin, params)
     silent, active = p < 1 - params.level, ((table["low"] > margin) | (table["high"] < -margin)).any()
     if not (silent or active):
-        return undecided | {"p": p}
-    return {"verdict": "silent" if silent else "active", "met": silent if control in EXPECTATIONS else None, "p": p}
+        return undecided | {"p": p, "power": power}
+    met = bool(silent) if control in EXPECTATIONS else None
+    return {"verdict": "silent" if silent else "active", "met": met, "p": p, "power": power}
 
 
 def leaders(rows: pd.DataFrame, params: Shared) -> pd.DataFrame:
@@ -206,9 +213,10 @@ def sentences(verdicts: pd.DataFrame, candidates: pd.DataFrame, leaders: pd.Data
         beside = listed(f"{row.scoring} under `{row.ablation}`: {row.verdict}" for row in own.iloc[1:].itertuples())
         rows = candidates[candidates["control"] == control].head(first["candidates"])
         few = ", too few for a test" if rows["low"].isna().any() else ""
+        power = "" if pd.isna(first["power"]) else f" (were there nothing, found with probability {first['power']:.2f})"
         far = rows.loc[rows["estimate"].abs().idxmax()]
         out.append(
-            f"Control {control} ({first['prompts']} prompts{few}; expected: {expected}): {first['verdict']}, "
+            f"Control {control} ({first['prompts']} prompts{few}; expected: {expected}): {first['verdict']}{power}, "
             f"expectation {good}; the largest change is that of {far['candidate']}, {of_row(far)} logits. Beside that, "
             f"{beside}."
         )

@@ -234,8 +234,9 @@ def sentences(rule: RuleResult | None) -> list[str]:
         explained = listed(f"{name} {own[name]:.1%}" for name in ("additive", "OR", "AND", "free"))
         passing = [name for name in rule.fitting[basis] if name != verdict]
         words = {"neither": "each of the three rules is worse than free", "none": "nothing beats class priors"}
+        best = words.get(verdict, f"{verdict} predicts best")
         out.append(
-            f"By {what}, cross-validated over people, {words.get(verdict, f'{verdict} fits')}; of the error that class "
+            f"By {what}, cross-validated over people, {best}; of the error that class "
             f"priors leave, {explained} are explained"
             + (f"; not significantly worse than free either: {listed(passing)}." if passing else ".")
         )

@@ -429,13 +429,13 @@ def verdict_sentence(verdict: Verdict, t: Tables, params: Shared) -> str:
     if verdict.verdict == "class-specific":
         rows = verdict.failing.itertuples()
         fails = listed(f"{row.circuit} in {row.superset} ({row.quantity} {of_row(row)})" for row in rows)
-        return f"Verdict: class-specific. The lower end does not exceed {floor} for {fails}{alone}.{few}"
+        return f"Verdict: not shown to be general. The lower end does not exceed {floor} for {fails}{alone}.{few}"
     shares = ""
     if test is not None and test.p_overall <= 1 - params.level:
-        shares = f" General does not mean equal: the shares of {sites['sure'].sum()} sites differ between supersets."
+        shares = f" Its sites do not share the work alike: those of {sites['sure'].sum()} differ between supersets."
     return (
-        f"Verdict: general. In {listed(verdict.tested)} the lower ends of joint damage and recovery exceed {floor}, "
-        f"for the slice and for the circuit picked without the superset{alone}.{shares}{few}"
+        f"Verdict: the slice as a whole is general. In {listed(verdict.tested)} the lower ends of joint damage and "
+        f"recovery exceed {floor}, for the slice and for the circuit picked without the superset{alone}.{shares}{few}"
     )
 
 
