@@ -268,7 +268,11 @@ def patches(better, quads=30):
 
 @pytest.mark.parametrize(
     "better,wanted",
-    [(1, "better than neurons and directions at some"), (0, "no better than neurons or directions"), (-1, "no better")],
+    [
+        (1, "better than neurons and directions at some"),
+        (0, "not shown to be better than neurons or directions"),
+        (-1, "not shown"),
+    ],
 )
 def test_the_verdict_follows_the_numbers(better, wanted):
     own = patches(better)

@@ -261,7 +261,7 @@ def effect_sentences(table: pd.DataFrame, gaps: pd.DataFrame, params: Neurons) -
     beaten = [other for other in rivals if other in better]
     end = f"SAE features are better than {' and '.join(beaten)} at some budget here" if beaten else ""
     left = [other for other in rivals if other not in better]
-    worse = f"SAE features are no better than {' or '.join(left)} at any budget here" if left else ""
+    worse = f"SAE features are not shown to be better than {' or '.join(left)} at any budget here" if left else ""
     return [*out, "; ".join(filter(None, (end, worse))) + "."]
 
 

@@ -68,7 +68,7 @@ def singles(table: pd.DataFrame, sets: Sequence[Set], params: Neurons) -> dict[s
 
 def significant(table: pd.DataFrame, params: Neurons) -> pd.Series:
     """Sites of `singles` that are familywise significant in each half with one sign; their sign."""
-    sure = table[table["p"] <= 1 - params.level]
+    sure = table[effects.significant(table, params)]
     sign = np.sign(sure["estimate"]).groupby(sure["site"])
     agreed = (sign.nunique() == 1) & (sign.size() == table["half"].nunique())
     return sign.first()[agreed]
@@ -433,7 +433,7 @@ def card_sentence(told: pd.DataFrame, words: pd.DataFrame, lead: pd.DataFrame, c
         f"logits and writes most on {words.loc[site, 'writes most on']}, least on {words.loc[site, 'writes least on']}"
         for site, row in zip(rows.index, rows.itertuples(), strict=True)
     ]
-    return "; ".join(each) + "."
+    return "; ".join(each) + ". (The words are shown without a test: any vector writes most on some.)"
 
 
 def part(step: Step, m: Measured) -> dict[str, Any]:

@@ -297,7 +297,8 @@ def number_sentences(n: Numbers, params: Subspace) -> list[str]:
     """Whether one direction suffices, how many reach the share, and whether they beat random ones."""
     numbers, paired = n.by_number, n.against_random
     one, every = row_of(numbers, *ONE), row_of(numbers, "whole", 0)
-    verdict = {True: "suffices", False: "does not suffice", None: "is not shown to suffice (too few quads)"}[n.restores]
+    few = " (too few quads)" * (n.restores is None)
+    verdict = "suffices" if n.restores else f"is not shown to suffice{few}"
     out = [
         f"One direction {verdict}: the class difference recovers {value(one)}, {one['share']:.0%} of the whole "
         f"residual stream's {value(every)}; asked for was a lower end above {params.restores_recovery} and the clean "
@@ -350,10 +351,8 @@ def split_sentence(parts: pd.DataFrame, directions: pd.DataFrame) -> str:
     """How much runs through the dormant part, and how much the activations vary along each direction."""
     count, outside = (directions["method"] == "component").sum(), parts[parts["part"] == "outside"]
     each = [f"{row['name']}: {value(row, 'share')}" for _, row in outside.iterrows()]
-    mostly = outside.loc[outside["share"] > 0.5, "name"]
-    verdict = (
-        f"mostly dormant, so to that extent an illusion: {listed(mostly)}" if len(mostly) else "mostly dormant: none"
-    )
+    mostly = outside.loc[outside["share_low"].astype(float) > 0.5, "name"]
+    verdict = f"shown to be mostly dormant, and to that extent an illusion: {listed(mostly)}"
     vary, own = [], directions[directions["method"].isin(["class means", "rotation", "probe"])]
     for (method, k), rows in own.groupby(["method", "k"], sort=False):
         vary.append(

@@ -372,7 +372,7 @@ def direction_sentence(found: Sequence[dict], target: str) -> str:
         f"{own['low_words']}) to {own['high']} ({own['high_words']})"
         for own in found
     ]
-    return f"The leading directions of the {target} means run: {'; '.join(each)}."
+    return f"The leading directions of the {target} means run (nearest words untested): {'; '.join(each)}."
 
 
 def cluster_sentence(found: dict, target: str) -> str:
