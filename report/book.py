@@ -132,6 +132,7 @@ def landing(results: Path, steps: Mapping[str, str], to: Path) -> dict[str, str]
     ]
     return {
         "model": short(model["name"]),
+        "outline": "\n\n".join(findings[last].get("outline", {}).get("sentences", ())),
         "answer": "\n\n".join(answer),
         "claims": verdicts(results),
         "figures": "\n\n".join(figures),
@@ -142,11 +143,16 @@ def landing(results: Path, steps: Mapping[str, str], to: Path) -> dict[str, str]
 
 
 def verdicts(results: Path) -> str:
-    """The claims ledger of step 10 (claims.json; no rows where it is not there) as a MyST table."""
-    path, keys = results / "claims.json", ("claim", "verdict", "reason")
+    """The claims ledger of step 10 (claims.json; no rows where it is not there) as MyST tables: claims, then checks."""
+    path, keys = results / "claims.json", ("claim", "verdict", "alone", "tier", "reason")
     claims = json.loads(path.read_text(encoding="utf-8"))["claims"] if path.is_file() else []
-    rows = [" | ".join(claim[key].replace("|", "\\|") for key in keys) for claim in claims]
-    return "\n".join(["| claim | verdict | why |", "| --- | --- | --- |", *(f"| {row} |" for row in rows)])
+    parts = []
+    for check in (False, True):
+        own = [claim for claim in claims if (claim["check"] is not None) == check]
+        rows = [" | ".join((claim[key] or "").replace("|", "\\|") for key in keys) for claim in own]
+        head = f"| {'check' if check else 'claim'} | verdict | alone | evidence | why |"
+        parts.append("\n".join([head, "| --- | --- | --- | --- | --- |", *(f"| {row} |" for row in rows)]))
+    return "\n\n".join(parts)
 
 
 def short(model: str) -> str:

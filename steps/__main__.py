@@ -5,6 +5,8 @@ run     brings the pages up to date, as far as a step or to the book: sets stale
 key     prints a step's data key and page key
 clean   deletes a step's results and its page
 format  writes the parameters cell of every notebook from its step's parameters
+freeze  prints the hash of the profile's thresholds and of the claims' rules: `frozen` of section story, where they are
+        set before a model's results are seen
 
 The profile is the name of a file in params/, or comes from the variable PROFILE of the environment.
 """
@@ -28,6 +30,7 @@ from pipeline.params import ParameterError, Shared
 from report import book
 from report.book import BookError, Folders
 from steps.registry import PLAN
+from steps.story import claims
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 
@@ -62,6 +65,11 @@ class Build:
 
     def key_file(self, name: str) -> Path:
         return self.folder / "keys" / f"{name}.key"
+
+    def fingerprint(self) -> str:
+        """The hash of the profile's thresholds and of the claims' rules."""
+        own = self.of("story")
+        return claims.fingerprint(claims.thresholds(own, lambda step, _: self.of(step).model_dump()), own.level)
 
     def keys_of(self, step: str) -> str:
         """The data key and the page key of a step, a line each."""
@@ -214,7 +222,7 @@ def write_parameters(step: str) -> None:
 def main(arguments: Sequence[str] | None = None, environment: Mapping[str, str] = os.environ) -> int:
     """The exit status."""
     parser = argparse.ArgumentParser(prog="python -m steps", description=__doc__.splitlines()[0])
-    parser.add_argument("command", choices=("run", "key", "clean", "format"))
+    parser.add_argument("command", choices=("run", "key", "clean", "format", "freeze"))
     parser.add_argument("step", nargs="?", help=", ".join(PLAN.names))
     default = environment.get("PROFILE", Shared.model_fields["profile"].default)
     parser.add_argument("--profile", default=default, help="name in params/")
@@ -228,6 +236,8 @@ def main(arguments: Sequence[str] | None = None, environment: Mapping[str, str] 
         elif options.command == "format":
             for step in PLAN.names:
                 write_parameters(step)
+        elif options.command == "freeze":
+            print(build.fingerprint())
         elif options.step is None:
             parser.error(f"{options.command} which step? {', '.join(PLAN.names)}")
         elif options.command == "key":

@@ -5,8 +5,10 @@
 2. `at` follows a claim's path into findings. A path that a step that ran does not have is an error.
 3. `thresholds` takes each threshold from the profile (`claims` of section `story`), or from the parameter that already
    holds it, as the step that used it recorded it.
-4. `judge` gives one claim's entry; `ledger` all of them, p values beside Holm's correction over the ledger.
-5. `Ledger` is the model of claims.json; its JSON schema is committed as data/claims.schema.json.
+4. `judge` gives one claim's entry, decided alone; `ledger` all of them, decided under Holm's correction over every
+   claim that was tested. Checks (claims that cannot fail here) are judged alone and count for nothing.
+5. `fingerprint` is the hash of thresholds and rules. A profile that holds it, as `frozen`, set them before its results.
+6. `Ledger` is the model of claims.json; its JSON schema is committed as data/claims.schema.json.
 
 Words for verdicts: supported, not supported, not testable here, not tested. No number of a model stands in this file.
 """
@@ -22,7 +24,9 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
+from scipy.stats import norm
 
+from lib.stats import MINIMUM_CLUSTERS, p_of_interval
 from pipeline import keys
 from pipeline.declaration import Plan
 from pipeline.params import ROOT, ParameterError, Shared
@@ -33,9 +37,16 @@ FILE = ROOT / "data" / "claims.yaml"
 SUPPORTED, NOT_SUPPORTED, NOT_TESTABLE, NOT_TESTED = "supported", "not supported", "not testable here", "not tested"
 VERDICTS = (SUPPORTED, NOT_SUPPORTED, NOT_TESTABLE, NOT_TESTED)
 CORRECTION = (
-    "Each interval holds on its own at the level given, not for all claims together. p_holm is Holm's correction over "
-    "the p values of this ledger; verdicts go by the uncorrected p."
+    "Verdicts hold for all tested claims together: by Holm's correction of their p values. Each interval holds on its "
+    "own; its claim's p value is one minus the highest level at which it would still lie beyond the threshold."
 )
+FRESH, HALF, EXPLORATORY = "fresh people", "confirmation half", "exploratory"
+TIERS = {
+    FRESH: "measured on people who were kept aside until the claim was set",
+    HALF: "set before results were seen, measured on the half that had no say in what was picked",
+    EXPLORATORY: "set when results on the same people had been seen",
+}
+POWER = 0.8  # that a number of quads is worked out for
 
 
 class ClaimError(ParameterError):
@@ -52,6 +63,8 @@ class Numbers(NamedTuple):
     met: bool | None = None  # whether the step's own test meets what was expected
     verdict: str | None = None  # in that test's words
     why: str | None = None  # why there is nothing to judge
+    power: float | None = None  # of the step's own test, were the claim true
+    of: int = 1  # rows that this is the largest of
 
 
 class Rule(NamedTuple):
@@ -81,6 +94,14 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
 
+class Came(Strict):
+    """When threshold and rule were set, by commits (see data/claims.yaml)."""
+
+    word: Literal["before", "after"]
+    set: str
+    seen: str | None
+
+
 class Claim(Strict):
     """One claim of the plan and how it is decided; data/claims.yaml says what each field means."""
 
@@ -102,6 +123,8 @@ class Claim(Strict):
     requires: tuple[str, str] | None = None
     excludes: tuple[str, str] | None = None
     companion: str | None = None
+    came: str | None = None
+    check: str | None = None
 
 
 class Link(Strict):
@@ -113,8 +136,17 @@ class Link(Strict):
     instead: dict[str, str] = {}
 
 
+class Part(Strict):
+    """One sentence of the three that say what the circuit is: what it is about, and a clause for each claim."""
+
+    about: str
+    clauses: dict[str, str]
+
+
 _READ = yaml.safe_load(FILE.read_text(encoding="utf-8"))
+CAME = {name: Came.model_validate(came) for name, came in _READ["came"].items()}
 CLAIMS = tuple(Claim.model_validate(claim) for claim in _READ["claims"])
+OUTLINE = tuple(Part.model_validate(part) for part in _READ["outline"])
 LINKS = tuple(Link.model_validate(link) for link in _READ["sentence"])
 
 
@@ -138,12 +170,19 @@ class Entry(Strict):
     low: float | None
     high: float | None
     p: float | None
-    p_holm: float | None
-    p_reason: str | None = Field(description="why there is no p value")
+    p_holm: float | None = Field(description="corrected over all tested claims; null for checks")
+    p_from: str = Field(description="the step's own test, or the interval")
+    power: float | None = Field(description="of an equivalence test, were there nothing")
+    check: str | None = Field(description="why this cannot fail here, and so is outside the tally; null for claims")
+    came: Literal["before", "after"] = Field(description="set before or after results were seen")
+    set: str | None = Field(description="commit that set threshold and rule last; null if frozen by the profile")
+    seen: str | None = Field(description="commit whose results had been seen, or by which they could first be had")
+    tier: Literal[tuple(TIERS)] | None = Field(description="what kind of evidence the verdict is; null if undecided")
     asked: str = Field(description="what must hold for the claim to be supported")
     threshold: float | None
     threshold_from: str = Field(description="the parameter that holds the threshold")
-    verdict: Literal[VERDICTS]
+    alone: Literal[VERDICTS] = Field(description="verdict of this claim by itself, uncorrected")
+    verdict: Literal[VERDICTS] = Field(description="under the correction; of checks: alone")
     reason: str
     refuted_by: str = Field(description="what would turn the verdict")
     figure: str | None = Field(description="page and figure, from the root of the book")
@@ -158,6 +197,8 @@ class Ledger(Strict):
     task: str
     level: float
     correction: str
+    fingerprint: str = Field(description="hash of all thresholds and rules")
+    frozen: bool = Field(description="whether the profile holds this hash, set before its results")
     sentence: list[str] = Field(description="the plan's sentence, part by part, worded by the verdicts")
     claims: list[Entry]
 
@@ -192,6 +233,18 @@ def at(found: Mapping[str, Any], path: str, params: Shared) -> Any:
     return value
 
 
+def p_of_some(passing: Mapping[str, Sequence[str]], tests: Sequence[Mapping[str, Any]]) -> float:
+    """p of "some site passes all its tests": the smallest over sites of their largest p, times the sites tried."""
+    largest: dict[str, float] = {}
+    for row in tests:
+        p = row.get("p")
+        if p is None:
+            p = 1.0 if row["low"] is None else p_of_interval(row["estimate"], row["low"], 0.0, True)
+        largest[row["site"]] = max(p, largest.get(row["site"], 0.0))
+    passed = [f"{site} at {role}" for role, sites in passing.items() for site in sites]
+    return min([1.0, *(len(largest) * largest[site] for site in passed if site in largest)])
+
+
 def leaves(value: Any) -> Iterator[Any]:
     """What a list, or a mapping, of lists holds."""
     for item in value.values() if isinstance(value, Mapping) else value or ():
@@ -206,14 +259,14 @@ def numbers_of(claim: Claim, found: Mapping[str, Any], params: Shared) -> Number
             tests = at(found, claim.tests, params) if claim.tests else ()
             if claim.tests and not any(row["low"] is not None for row in tests):
                 return Numbers(why="its tests were not made, or rest on too few quads")
-            return Numbers(estimate=len(list(leaves(value))))
+            return Numbers(estimate=len(list(leaves(value))), p=p_of_some(value, tests))
         rows = [row for row in (value if isinstance(value, list) else [value]) if row is not None]
         if not rows:
             return Numbers(why="the step has no such numbers here")
         if rows[0].get("why"):
             return Numbers(why=rows[0]["why"])
         columns = dict(zip(("estimate", "low", "high"), claim.columns, strict=True)) | {"p": claim.p}
-        columns |= {"met": "met", "verdict": "verdict"} if claim.rule == "own" else {}
+        columns |= {"met": "met", "verdict": "verdict", "power": "power"} if claim.rule == "own" else {}
         read = [Numbers(**{name: row[column] for name, column in columns.items() if column}) for row in rows]
     except KeyError as error:
         raise ClaimError(
@@ -223,16 +276,21 @@ def numbers_of(claim: Claim, found: Mapping[str, Any], params: Shared) -> Number
     if claim.columns[0]:  # a number that is not defined is null
         read = [n for n in read if n.estimate is not None] or [Numbers(why="its numbers are not defined here")]
     if claim.pick == "largest":
-        return max(read, key=lambda n: n.estimate or 0)
+        return max(read, key=lambda n: n.estimate or 0)._replace(of=len(read))
+    if claim.pick == "weakest" and claim.rule == "below":
+        return max(read, key=lambda n: -np.inf if n.high is None else n.high)
     if claim.pick == "weakest":
         return min(read, key=lambda n: np.inf if n.low is None else n.low)
     return read[0]
 
 
-def thresholds(params: Story) -> dict[str, tuple[float | None, str]]:
+def thresholds(
+    params: Story, parameters: Callable[[str, Shared], Mapping[str, Any]] | None = None
+) -> dict[str, tuple[float | None, str]]:
     """Threshold of each claim and the parameter that holds it; None where the step that holds it has not run.
 
-    ClaimError for a claim without a threshold, and for a threshold that belongs to no claim.
+    `parameters` gives those of another step; by default as they were when it ran. ClaimError for a claim without a
+    threshold, and for a threshold that belongs to no claim.
     """
     held_by = {claim.id: claim.threshold_from for claim in CLAIMS}
     names = sorted(claim for claim, key in held_by.items() if key is None)
@@ -248,7 +306,8 @@ def thresholds(params: Story) -> dict[str, tuple[float | None, str]]:
     for claim in CLAIMS:
         if claim.threshold_from is not None:
             step, _, key = claim.threshold_from.rpartition(".")
-            out[claim.id] = recorded(step, params).get(key) if step else getattr(params, key), claim.threshold_from
+            held = (parameters or recorded)(step, params).get(key) if step else getattr(params, key)
+            out[claim.id] = held, claim.threshold_from
         elif claim.id in params.claims:
             out[claim.id] = params.claims[claim.id], f"story.claims.{claim.id}"
         else:
@@ -257,6 +316,13 @@ def thresholds(params: Story) -> dict[str, tuple[float | None, str]]:
                 f"section story of the profile; it is asked of {claim.quantity}"
             )
     return out
+
+
+def fingerprint(held: Mapping[str, tuple[float | None, str]], level: float) -> str:
+    """The hash of every claim's threshold and rule: what decides a verdict, but for the numbers."""
+    words = {"section", "text", "quantity", "figure", "rows", "came"}
+    rules = {claim.id: [held[claim.id][0], claim.model_dump(mode="json", exclude=words)] for claim in CLAIMS}
+    return keys.hash_json({"level": level, "correction": "Holm", "claims": rules})[:16]
 
 
 def recorded(step: str, params: Shared) -> Mapping[str, Any]:
@@ -272,7 +338,7 @@ def recorded(step: str, params: Shared) -> Mapping[str, Any]:
 def judge(
     claim: Claim, found: Mapping[str, Any] | None, threshold: float | None, held_by: str, plan: Plan, params: Shared
 ) -> Entry:
-    """The entry of one claim; `found` are the findings of its step, None if it has not run."""
+    """The entry of one claim, decided alone; `found` are the findings of its step, None if it has not run."""
     rule, page, n = RULES[claim.rule], plan.page(claim.step), Numbers()
     if found is None:
         verdict, reason = NOT_TESTED, f"step {page[:2]} ({claim.step}) has not run"
@@ -289,21 +355,26 @@ def judge(
     there, rows = verdict in turned, None
     if there and claim.rows:
         rows = Rows(file=f"{claim.rows[0]}.parquet", filter=claim.rows[1].format(**params.model_dump()))
-    without_p = "no test of this kind gives one" if there else "nothing was tested"
-    without_p = without_p if n.low is None else "the verdict rests on the interval"
+    came = CAME.get(claim.came or "", Came(word="after", set="", seen=None))
     return Entry(
-        **claim.model_dump(include={"id", "section", "step", "quantity"}),
+        **claim.model_dump(include={"id", "section", "step", "quantity", "check"}),
         estimate=n.estimate,
         low=n.low,
         high=n.high,
-        p=n.p,
+        p=p_value(claim, n, threshold, params.level) if there else None,
         p_holm=None,
+        p_from="the interval" if n.p is None and n.low is not None else "the step's own test",
+        power=n.power,
+        came=came.word,
+        set=came.set or None,
+        seen=came.seen,
+        tier=None,
         claim=claim.text,
         numbers=claim.path,
-        p_reason=without_p if n.p is None else None,
         asked=asked,
         threshold=threshold,
         threshold_from=held_by,
+        alone=verdict,
         verdict=verdict,
         reason=reason,
         refuted_by=turned.get(verdict, f"Decided, once it can be measured, by this: {asked}."),
@@ -315,7 +386,7 @@ def judge(
 def decided(
     claim: Claim, n: Numbers, found: Mapping[str, Any], threshold: float | None, params: Shared
 ) -> tuple[str, str]:
-    """Verdict and reason of a claim whose step ran."""
+    """Verdict and reason of a claim whose step ran, by itself."""
     rule = RULES[claim.rule]
     if claim.companion:
         able = (found.get("able") or {}).get(claim.companion, {"able": False, "why": "the model was not asked"})
@@ -325,7 +396,10 @@ def decided(
         return NOT_TESTABLE, n.why or "the parameter that holds its threshold is not in the run record"
     value = "" if n.estimate is None else interval(n.estimate, n.low, n.high)
     if any(getattr(n, need) is None for need in rule.needs):
-        few = "the step's own test did not decide" if claim.rule == "own" else "too few quads for an interval or a test"
+        few = f"too few quads for an interval or a test, which need {MINIMUM_CLUSTERS}"
+        if claim.rule == "own":
+            few = "the step's own test did not decide"
+            few += "" if n.power is None else f"; were there nothing, it would find so with probability {n.power:.2f}"
         return NOT_TESTABLE, "; ".join(filter(None, (value, few)))
     if claim.rule == "own":
         value = f"found {n.verdict}"
@@ -335,20 +409,68 @@ def decided(
         value = f"{n.estimate:g}"
     reason = f"{value}; asked for: {rule.asked.format(t=f'{threshold:g}', c=claim.centre)}"
     if not rule.holds(n, threshold, claim.centre):
-        return NOT_SUPPORTED, reason
+        unsure = claim.rule == "within" and n.low < claim.centre + threshold and n.high > claim.centre - threshold
+        if unsure and n.high - n.low > 2 * threshold:
+            return NOT_TESTABLE, f"{reason}; an interval this wide could not lie there, wherever its middle"
+        return NOT_SUPPORTED, reason + shortfall(claim, n, threshold, 1 - params.level)
     for condition, good in ((claim.requires, True), (claim.excludes, False)):
         if condition and any(leaves([at(found, condition[0], params)])) != good:
             return NOT_SUPPORTED, f"{reason}; {condition[1]}"
     return SUPPORTED, reason
 
 
+def p_value(claim: Claim, n: Numbers, threshold: float | None, level: float) -> float | None:
+    """The p value of the step's own test, else that of the interval; for the largest of several, times their number."""
+    if n.p is not None or threshold is None or claim.rule not in ("above", "below", "within"):
+        return n.p
+    bottom, top, own = claim.centre - threshold, claim.centre + threshold, threshold
+    p = {
+        "above": lambda: min(1.0, n.of * p_of_interval(n.estimate, n.low, own, True, level)),
+        "below": lambda: p_of_interval(n.estimate, n.high, own, False, level),
+        "within": lambda: max(
+            p_of_interval(n.estimate, n.low, bottom, True, level), p_of_interval(n.estimate, n.high, top, False, level)
+        ),
+    }
+    return p[claim.rule]()
+
+
+def shortfall(claim: Claim, n: Numbers, threshold: float, alpha: float) -> str:
+    """What an interval that does not decide for its claim says: against it, or how many more quads would decide.
+
+    So many times as many quads would put the interval beyond the threshold with probability `POWER`, at a level of
+    1 - alpha, were the estimate the truth. The interval is read as a normal one of level 95%.
+    """
+    if claim.rule not in ("above", "below"):
+        return ""
+    above = claim.rule == "above"
+    end, far = (n.low, n.high) if above else (n.high, n.low)
+    distance = n.estimate - threshold if above else threshold - n.estimate
+    if far is not None and (far < threshold) == above and far != threshold:
+        return "; the whole interval lies on the other side"
+    if distance <= 0:
+        return "; the estimate lies on the other side"
+    error = abs(n.estimate - end) / norm.isf(0.025)
+    times = ((norm.isf(alpha / 2) + norm.isf(1 - POWER)) * error / distance) ** 2
+    return f"; were the estimate the truth, {max(times, 1.1):.2g} times as many quads would show it, four times in five"
+
+
 def ledger(found: Mapping[str, Mapping[str, Any] | None], plan: Plan, params: Story) -> list[Entry]:
     """Every claim's entry, in the plan's order; `found` are the findings by step (`steps.story.page.gather`)."""
     held = thresholds(params)
     entries = [judge(claim, found.get(claim.step), *held[claim.id], plan, params) for claim in CLAIMS]
-    tested = [entry for entry in entries if entry.p is not None and entry.verdict in (SUPPORTED, NOT_SUPPORTED)]
-    for entry, p in zip(tested, holm([entry.p for entry in tested]), strict=True):
+    tested = [entry for entry in entries if entry.check is None and entry.alone in (SUPPORTED, NOT_SUPPORTED)]
+    corrected = holm([1.0 if entry.p is None else entry.p for entry in tested])
+    for entry, p in zip(tested, corrected, strict=True):
         entry.p_holm = float(p)
+        if entry.alone == SUPPORTED and not p < 1 - params.level:
+            entry.verdict = NOT_SUPPORTED
+            entry.reason += f"; it holds alone, but not among {len(tested)} claims (p after Holm's correction {p:.2g})"
+    frozen = params.frozen == fingerprint(held, params.level)
+    for entry in entries:
+        if frozen:
+            entry.came, entry.set, entry.seen = "before", None, None
+        if entry.verdict in (SUPPORTED, NOT_SUPPORTED):
+            entry.tier = HALF if entry.came == "before" else EXPLORATORY
     return entries
 
 

@@ -3,8 +3,8 @@
 1. `gather` reads every step's findings. `MEASURED` are numbers that no step's findings hold, each taken from that
    step's table, with an interval over quads: fame, rises of single layers, answers that flip when a path is ablated.
 2. `overlap` sets the circuit's heads against those published for the same model (hypergeometric).
-3. `judge` has the ledger (`steps.story.claims`) judged from these, writes claims.json, and puts the plan's sentence
-   together from its links, each worded by the verdict of its claim (`sentence`).
+3. `judge` has the ledger (`steps.story.claims`) judged from these, writes claims.json, and has the circuit and the
+   plan's sentence put into words by the verdicts (`steps.story.sentences`).
 4. `table`, `refutations` and `forest` show the ledger; `findings` joins it with the circuit (`circuits_page`).
 
 Sites, layers and numbers are read from findings: none of a model stands in this file.
@@ -15,7 +15,6 @@ from __future__ import annotations
 import html
 import re
 from collections.abc import Mapping, Sequence
-from itertools import groupby
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,10 +31,11 @@ from pipeline import keys
 from pipeline.params import Shared
 from pipeline.step import Step
 from report import plots
-from report.words import interval, joined, listed, not_done
+from report.words import joined, listed, not_done
 from steps.story import circuits_page, claims
-from steps.story.claims import CLAIMS, LINKS, NOT_SUPPORTED, NOT_TESTABLE, NOT_TESTED, SUPPORTED, VERDICTS, Entry
+from steps.story.claims import CLAIMS, NOT_SUPPORTED, SUPPORTED, VERDICTS, Entry
 from steps.story.measure import Measured, Story
+from steps.story.sentences import outline, sentence
 
 PUBLISHED = "data/filter_heads_llama-3.3-70b.csv"
 COLOURS = dict(zip(VERDICTS, ("#cfe8dc", "#f6d5c6", "#e6e6e6", "#ffffff"), strict=True))
@@ -43,7 +43,6 @@ CAPTIONS = {
     "claims": "Every claim that an interval decides, as its distance from the threshold in units of the threshold. "
     "Right of zero the claim holds; it is supported if the whole interval lies there. 95% intervals, each on its own."
 }
-OPEN = "[a link that is open]"
 LOGIT_DIFFS = [f"logit_diff_{run}" for run in ("before", "after", "clean", "corrupt")]
 
 
@@ -52,8 +51,19 @@ class Judged(NamedTuple):
 
     found: dict[str, dict[str, Any] | None]  # findings by step
     entries: list[Entry]
+    outline: list[str]  # the circuit, in three sentences
     sentence: list[str]  # the plan's, part by part
     circuit: dict[str, Any] | None  # what `circuits_page` hands on; None where the model does not do the task
+
+    @property
+    def claims(self) -> list[Entry]:
+        """What is counted."""
+        return [entry for entry in self.entries if entry.check is None]
+
+    @property
+    def checks(self) -> list[Entry]:
+        """What cannot fail here."""
+        return [entry for entry in self.entries if entry.check is not None]
 
 
 def judge(step: Step, m: Measured | None) -> Judged:
@@ -63,7 +73,7 @@ def judge(step: Step, m: Measured | None) -> Judged:
     entries = claims.ledger(found, step.plan, step.params)
     parts = sentence(entries, found)
     step.write_extra("claims.json", document(entries, parts, step.params))
-    return Judged(found, entries, parts, circuit)
+    return Judged(found, entries, outline(entries, found), parts, circuit)
 
 
 # --- what is read -------------------------------------------------------------------------------------------------
@@ -187,65 +197,19 @@ def overlap(circuit: Mapping[str, Any], slice_found: Mapping[str, Any] | None, p
     return counts | {"estimate": len(both), "expected": expected, "p": p, "shared": both}
 
 
-# --- the plan's sentence ------------------------------------------------------------------------------------------
-
-
-def sentence(entries: Sequence[Entry], found: Mapping[str, Any]) -> list[str]:
-    """The plan's sentence for this model: first the chain of what is supported, then what is not, link by link."""
-    step = {name: findings or {} for name, findings in found.items()}
-    verdicts, coarse = step["retrieval_heads"].get("verdicts", {}), step["coarse_sweep"]
-    sites = {  # by the names that data/claims.yaml calls them by
-        "outside": listed(claims.leaves(verdicts.get("retrieval_heads"))),
-        "retrievers": listed(verdicts.get("slice_heads_that_retrieve", ())),
-        "slice": listed(site["site"] for site in step["sufficiency"].get("critical_slice", ())),
-        "layers": listed(coarse.get("critical_layers", ())),
-        "largest": str(coarse.get("measured", {}).get("layer", "")),
-    }
-    by_claim = {entry.id: entry for entry in entries}
-    words = {
-        NOT_SUPPORTED: "The evidence does not support",
-        NOT_TESTABLE: "Not testable here is",
-        NOT_TESTED: "Not tested is",
-    }
-    chain, open_links = [], {verdict: [] for verdict in words}
-    for link in LINKS:
-        entry = by_claim[link.claim]
-        if entry.verdict == SUPPORTED:
-            chain.append(f"{link.here.format(**sites)} ({value(entry)})")
-            continue
-        others = {
-            name: text.format(**sites) for name, text in link.instead.items() if by_claim[name].verdict == SUPPORTED
-        }
-        chain.append(" and ".join(f"{text} ({value(by_claim[name])})" for name, text in others.items()) or OPEN)
-        instead = f"; instead {listed(others.values())}" if others else ""
-        open_links[entry.verdict].append(f"{words[entry.verdict]} that {link.plan} ({entry.reason}){instead}.")
-    linked = [text for text, _ in groupby(chain)]  # a gap of several open links is said once
-    whole = f"The names → {' → '.join(linked)} → the answer."
-    if linked == [OPEN]:
-        whole = "No link of the plan's chain from the names to the answer is supported here."
-    return [whole, *(text for each in open_links.values() for text in each)]
-
-
-def value(entry: Entry) -> str:
-    """What an entry measured, for a sentence."""
-    if entry.estimate is None:
-        return entry.reason
-    unit = re.search(r"\(([^()]*)\)$", entry.quantity)
-    unit = f" {unit[1]}" if unit and not unit[1].startswith(("share", "ratio")) else ""
-    return interval(entry.estimate, entry.low, entry.high) + unit if entry.low is not None else f"{entry.estimate:g}"
-
-
 # --- the ledger ---------------------------------------------------------------------------------------------------
 
 
 def document(entries: Sequence[Entry], parts: Sequence[str], params: Story) -> dict[str, Any]:
     """claims.json, by its model."""
     about = {key: getattr(params, key) for key in ("profile", "model", "task", "level")}
-    return plain(claims.Ledger(**about, correction=claims.CORRECTION, sentence=parts, claims=entries).model_dump())
+    print_of = claims.fingerprint(claims.thresholds(params), params.level)
+    about |= {"correction": claims.CORRECTION, "fingerprint": print_of, "frozen": print_of == params.frozen}
+    return plain(claims.Ledger(**about, sentence=parts, claims=entries).model_dump())
 
 
 def table(entries: Sequence[Entry]) -> Styler:
-    """The ledger as a table: verdict in words (and colour), why, and links to the figure and the rows under it."""
+    """Entries as a table: verdict in words (and colour), why, when it was set, links to what is under it."""
 
     def evidence(entry: Entry) -> str:
         page, _, name = (entry.figure or "").partition("#")
@@ -255,18 +219,33 @@ def table(entries: Sequence[Entry]) -> Styler:
         return link + rows
 
     def why(entry: Entry) -> str:
-        corrected = "" if entry.p_holm is None else f"; p after Holm's correction {entry.p_holm:.2g}"
-        text = f"{entry.quantity}: {entry.reason}{corrected} ({entry.threshold_from})"
+        text = f"{entry.quantity}: {entry.reason} ({entry.threshold_from})"
+        if entry.check:
+            text += f"; no claim, because {entry.check}"
         return html.escape(text.replace("`", ""))  # the table is HTML, not MyST
+
+    def tested(entry: Entry) -> str:
+        p = "" if entry.p is None else f"p {entry.p:.2g}"
+        p += "" if entry.p_holm is None else f", corrected {entry.p_holm:.2g}; alone {entry.alone}"
+        return p + ("" if entry.power is None else f"; power {entry.power:.2f}")
 
     columns = {
         "claim (section of the plan)": [html.escape(f"{entry.claim} ({entry.section})") for entry in entries],
         "verdict": [entry.verdict for entry in entries],
         "why (where the threshold stands)": [why(entry) for entry in entries],
+        "test": [tested(entry) for entry in entries],
+        "set": [when(entry) for entry in entries],
         "under it": [evidence(entry) for entry in entries],
     }
-    look = laid_out(pd.DataFrame(columns), "claims", ("25%", "13%", "33%", "29%"))
+    look = laid_out(pd.DataFrame(columns), "claims", ("21%", "11%", "26%", "12%", "12%", "18%"))
     return look.map(lambda word: f"background-color: {COLOURS[word]}; color: black", subset=["verdict"])
+
+
+def when(entry: Entry) -> str:
+    """Before or after results, by commits, and the tier of the verdict."""
+    seen = f", when results of {entry.seen} had been seen" if entry.came == "after" and entry.seen else ""
+    text = f"{entry.came} results" + (f" ({entry.set}{seen})" if entry.set else "")
+    return text if entry.tier is None else f"{text}: {entry.tier}"
 
 
 def refutations(entries: Sequence[Entry]) -> Styler:
@@ -323,9 +302,30 @@ def distances(entry: Entry) -> dict[str, Any] | None:
 
 
 def tally(entries: Sequence[Entry]) -> str:
-    """How many claims have which verdict."""
-    count = pd.Series([entry.verdict for entry in entries]).value_counts()
-    return f"The {len(entries)} claims of the plan: {listed(f'{count.get(word, 0)} {word}' for word in VERDICTS)}."
+    """How many claims have which verdict, corrected and alone, and what kind of evidence the supported ones have."""
+    own, checks = ([entry for entry in entries if (entry.check is None) == claim] for claim in (True, False))
+
+    def counted(words: Sequence[str], kinds: Sequence[str]) -> str:
+        return listed(f"{words.count(kind)} {kind}" for kind in kinds)
+
+    kinds = counted([entry.tier for entry in own if entry.verdict == SUPPORTED], list(claims.TIERS))
+    return (
+        f"The {len(own)} claims of the plan, corrected for the {sum(e.p_holm is not None for e in own)} that were "
+        f"tested: {counted([entry.verdict for entry in own], VERDICTS)} (each alone: "
+        f"{counted([entry.alone for entry in own], VERDICTS[:2])}). What supports them: {kinds}; "
+        f"{sum(entry.came == 'before' for entry in own)} of {len(own)} thresholds were set before results were seen. "
+        f"{len(checks)} checks, which cannot fail here, count for nothing: "
+        f"{sum(entry.verdict == SUPPORTED for entry in checks)} hold."
+    )
+
+
+def fingerprint_sentence(params: Story) -> str:
+    """The hash of thresholds and rules, and whether it was set before the results."""
+    own = claims.fingerprint(claims.thresholds(params), params.level)
+    if own == params.frozen:
+        return f"Thresholds and rules were frozen before results of this profile were seen: their hash is `{own}`."
+    other = f", which holds `{params.frozen}`: a threshold or rule is another now" if params.frozen else ""
+    return f"Thresholds and rules have the hash `{own}`; it was not frozen by this profile{other}."
 
 
 def overlap_sentence(found: Mapping[str, Any] | None) -> str:
@@ -342,9 +342,16 @@ def overlap_sentence(found: Mapping[str, Any] | None) -> str:
 # --- what the notebook shows and hands on -------------------------------------------------------------------------
 
 
-def how_many(judged: Judged) -> Markdown:
-    """The tally, and what the intervals hold for."""
-    return Markdown(f"{tally(judged.entries)} {claims.CORRECTION}")
+def how_many(step: Step, judged: Judged) -> Markdown:
+    """The tally, what verdicts and intervals hold for, and the hash of the rules."""
+    tiers = "; ".join(f"*{name}*: {meaning}" for name, meaning in claims.TIERS.items())
+    said = (tally(judged.entries), claims.CORRECTION, f"Kinds of evidence: {tiers}.", fingerprint_sentence(step.params))
+    return Markdown("\n\n".join(said))
+
+
+def in_three_sentences(judged: Judged) -> Markdown:
+    """What the circuit is."""
+    return Markdown("\n\n".join(judged.outline))
 
 
 def plan_sentence(judged: Judged) -> Markdown:
@@ -361,10 +368,16 @@ def findings(step: Step, judged: Judged) -> dict[str, Any]:
     """The findings of step 10: the ledger first, then the circuit."""
     if judged.circuit is None:
         return step.write_findings(not_done(step))
-    found, figure = judged.found, forest(judged.entries)
+    found, figure = judged.found, forest(judged.claims)
     ledger = {
-        "sentences": [*judged.sentence, tally(judged.entries), overlap_sentence(found[step.name]["overlap"])],
-        "headline": [*judged.sentence[:1], tally(judged.entries)],
+        "sentences": [
+            *judged.outline,
+            *judged.sentence,
+            tally(judged.entries),
+            overlap_sentence(found[step.name]["overlap"]),
+        ],
+        "headline": [*judged.outline, tally(judged.entries)],
+        "outline": {"sentences": judged.outline},
         "figures": {"claims": figure} if figure else {},
         "captions": CAPTIONS,
         "verdicts": {entry.id: entry.verdict for entry in judged.entries},

@@ -1,0 +1,107 @@
+"""The circuit and the plan's sentence in words, by the verdicts of the claims: nothing here outlives its number.
+
+1. `outline` says in three sentences what the circuit is: each clause stands on a claim, and says so where that claim is
+   not supported, or cannot be tested.
+2. `sentence` is the plan's chain, link by link, with what there is instead of a link that does not hold.
+
+Clauses and links stand in data/claims.yaml; `site_names` are the sites that they name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from typing import Any
+
+from report.words import interval, listed
+from steps.story import claims
+from steps.story.claims import LINKS, NOT_SUPPORTED, NOT_TESTABLE, NOT_TESTED, OUTLINE, SUPPORTED, Entry
+
+OPEN = "[a link that is open]"
+LEADING = 4  # senders at the names that are named
+
+
+def site_names(found: Mapping[str, Any]) -> dict[str, str]:
+    """The sites of this model, by the names that data/claims.yaml calls them by."""
+    step = {name: findings or {} for name, findings in found.items()}
+    retrieval, coarse = step["retrieval_heads"], step["coarse_sweep"]
+    verdicts, members = retrieval.get("verdicts", {}), step["sufficiency"].get("critical_slice", ())
+    circuit = step["story"].get("circuit") or {}
+    names = [site["site"] for site in members]
+    lists = {
+        "name_mlps": leading(retrieval, "mlp"),
+        "name_heads": leading(retrieval, r"\d"),
+        "outside": [*claims.leaves(verdicts.get("retrieval_heads"))],
+        "retrievers": verdicts.get("slice_heads_that_retrieve", ()),
+        "slice": names,
+        "slice_heads": [name for name in names if name[0].isdigit()],
+        "circuit": circuit.get("sites", ()),
+        "layers": coarse.get("critical_layers", ()),
+    }
+    largest = str(coarse.get("measured", {}).get("layer", ""))
+    return {name: listed(sites) for name, sites in lists.items()} | {"largest": largest}
+
+
+def leading(retrieval: Mapping[str, Any], start: str) -> list[str]:
+    """The senders at the names of largest path effect into the slice, of one kind: those above zero, if any is."""
+    rows = [row for row in retrieval.get("senders", {}).get("slice at names", ()) if re.match(start, row["site"])]
+    shown = [row for row in rows if row["low"] is not None and row["low"] > 0]
+    return [row["site"] for row in (shown or rows)[:LEADING]]
+
+
+def outline(entries: Sequence[Entry], found: Mapping[str, Any]) -> list[str]:
+    """What the circuit is, in three sentences: who writes at the names, who carries it on, what follows and what else
+    travels the same road."""
+    sites, by_claim = site_names(found), {entry.id: entry for entry in entries}
+    wording = {
+        SUPPORTED: lambda text, entry: f"{text} ({value(entry)})",
+        NOT_SUPPORTED: lambda text, e: f"it is not supported that {text} ({value(e)}; asked for: {e.asked})",
+        NOT_TESTABLE: lambda text, entry: f"not testable here is whether {text} ({entry.reason})",
+        NOT_TESTED: lambda text, entry: f"not tested is whether {text} ({entry.reason})",
+    }
+    out = []
+    for part in OUTLINE:
+        clauses = []
+        for claim, text in part.clauses.items():
+            entry = by_claim[claim]
+            clauses.append(wording[entry.verdict](text.format(**sites), entry))
+        out.append(f"**{part.about}**: {'; '.join(clauses)}.")
+    return out
+
+
+def sentence(entries: Sequence[Entry], found: Mapping[str, Any]) -> list[str]:
+    """The plan's sentence for this model: first the chain of what is supported, then what is not, link by link."""
+    sites = site_names(found)
+    by_claim = {entry.id: entry for entry in entries}
+    words = {
+        NOT_SUPPORTED: "The evidence does not support",
+        NOT_TESTABLE: "Not testable here is",
+        NOT_TESTED: "Not tested is",
+    }
+    chain, open_links = [], {verdict: [] for verdict in words}
+    for link in LINKS:
+        entry = by_claim[link.claim]
+        if entry.verdict == SUPPORTED:
+            chain.append(f"{link.here.format(**sites)} ({value(entry)})")
+            continue
+        others = {
+            name: text.format(**sites) for name, text in link.instead.items() if by_claim[name].verdict == SUPPORTED
+        }
+        chain.append(" and ".join(f"{text} ({value(by_claim[name])})" for name, text in others.items()) or OPEN)
+        instead = f"; instead {listed(others.values())}" if others else ""
+        open_links[entry.verdict].append(f"{words[entry.verdict]} that {link.plan} ({entry.reason}){instead}.")
+    linked = [text for text, _ in groupby(chain)]  # a gap of several open links is said once
+    whole = f"The names → {' → '.join(linked)} → the answer."
+    if linked == [OPEN]:
+        whole = "No link of the plan's chain from the names to the answer is supported here."
+    return [whole, *(text for each in open_links.values() for text in each)]
+
+
+def value(entry: Entry) -> str:
+    """What an entry measured, for a sentence."""
+    if entry.estimate is None:
+        return entry.reason
+    unit = re.search(r"\(([^()]*)\)$", entry.quantity)
+    unit = f" {unit[1]}" if unit and not unit[1].startswith(("share", "ratio")) else ""
+    return interval(entry.estimate, entry.low, entry.high) + unit if entry.low is not None else f"{entry.estimate:g}"
