@@ -378,6 +378,20 @@ def test_what_was_frozen_came_before_until_a_threshold_or_a_rule_changes(tmp_pat
     assert "is another now" in story.fingerprint_sentence(frozen)
 
 
+def test_fresh_people_are_opened_once_under_frozen_rules(tmp_path):
+    own = story_params(tmp_path).model_copy(update={"fresh": True})
+    with pytest.raises(claims.ClaimError, match="under frozen rules alone"):
+        claims.open_fresh(own)
+    frozen = own.model_copy(update={"frozen": claims.fingerprint(claims.thresholds(own), own.level)})
+    claims.open_fresh(frozen)
+    claims.open_fresh(frozen)  # the same again
+    assert {entry.tier for entry in claims.ledger(found(), PLAN, frozen)} == {claims.FRESH, None}
+    other = story_params(tmp_path, one_layer=0.4).model_copy(update={"fresh": True})
+    other = other.model_copy(update={"frozen": claims.fingerprint(claims.thresholds(other), other.level)})
+    with pytest.raises(claims.ClaimError, match=f"opened under the thresholds and rules '{frozen.frozen}'"):
+        claims.open_fresh(other)
+
+
 def git(*words):
     return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False)
 

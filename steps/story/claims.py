@@ -26,6 +26,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field
 from scipy.stats import norm
 
+from lib import records
 from lib.stats import MINIMUM_CLUSTERS, p_of_interval
 from pipeline import keys
 from pipeline.declaration import Plan
@@ -470,8 +471,29 @@ def ledger(found: Mapping[str, Mapping[str, Any] | None], plan: Plan, params: St
         if frozen:
             entry.came, entry.set, entry.seen = "before", None, None
         if entry.verdict in (SUPPORTED, NOT_SUPPORTED):
-            entry.tier = HALF if entry.came == "before" else EXPLORATORY
+            entry.tier = FRESH if params.fresh else HALF if entry.came == "before" else EXPLORATORY
     return entries
+
+
+def open_fresh(params: Story) -> None:
+    """Record, beside the results, under which thresholds and rules people who were kept aside have been looked at.
+
+    ClaimError where that is another set than it was the first time: what has been seen once is no longer fresh.
+    """
+    own = fingerprint(thresholds(params), params.level)
+    if params.frozen != own:
+        raise ClaimError(
+            f"fresh people are opened under frozen rules alone: give frozen = {own!r} (it is {params.frozen!r})"
+        )
+    path = keys.results_folder(params) / "fresh.json"
+    if not path.is_file():
+        records.write_json(path, {"fingerprint": own, "people_file": params.people_file, "model": params.model})
+    first = json.loads(path.read_text(encoding="utf-8"))
+    if first["fingerprint"] != own:
+        raise ClaimError(
+            f"these people were opened under the thresholds and rules {first['fingerprint']!r} ({path}); under {own!r} "
+            "they are not fresh: judge the claims with fresh = false"
+        )
 
 
 def holm(p: Sequence[float]) -> np.ndarray:

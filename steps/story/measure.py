@@ -48,6 +48,7 @@ class Story(OfSlice):
         32, ge=1, description="pairs on which gradient attribution is compared with patching"
     )
     claims: dict[str, float] = Field(default_factory=dict, description="threshold of each claim; none may be missing")
+    fresh: bool = Field(False, description="the people were kept aside until now; opened once, under one `frozen` hash")
     frozen: str = Field("", description="hash of thresholds and rules, if set before results (python -m steps freeze)")
 
 
@@ -242,7 +243,7 @@ STEP = Declaration(
     always=True,
     reads={"sufficiency": ("critical_slice",)},
     reads_tables=("sufficiency", "necessity"),
-    page_keys=("claims", "frozen"),
+    page_keys=("claims", "fresh", "frozen"),
     page_files=("data/filter_heads_llama-3.3-70b.csv", "data/claims.yaml", "data/claims.schema.json"),
     extra_files=("claims.json",),
 )

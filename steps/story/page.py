@@ -68,6 +68,8 @@ class Judged(NamedTuple):
 
 def judge(step: Step, m: Measured | None) -> Judged:
     """Judge every claim, and write claims.json."""
+    if step.params.fresh:
+        claims.open_fresh(step.params)
     circuit = None if m is None else circuits_page.part(step, m)
     found = gather(step, circuit)
     entries = claims.ledger(found, step.plan, step.params)
