@@ -29,6 +29,7 @@ from scipy import stats
 
 MINIMUM_CLUSTERS = 20  # below it, estimates are given without intervals
 CHUNK = 2**21  # elements of the largest temporary: 16 MB in fp64
+TAILS = 7  # degrees of freedom of the Student's t whose tails stand in for a bootstrap's, see `p_of_interval`
 ZERO = 1e-12  # a variance below this share of the values' mean square is rounding, not spread
 
 
@@ -118,16 +119,16 @@ def p_of_interval(estimate: float, end: float, threshold: float, above: bool, le
     still lie beyond it. `end` is the interval's end towards the threshold: the lower one if `above`.
 
     With the bootstrap's draws at hand, that is the share of |t*| that reach (estimate - threshold) / error. A stored
-    interval keeps one quantile of |t*|; the others are taken to stand to it as in Student's t with as few degrees of
-    freedom as an interval may rest on, whose tails are heavier than those with more. p is below 1 - level exactly where
+    interval keeps one quantile of |t*|; the others are taken to stand to it as in Student's t with `TAILS` degrees of
+    freedom. Those tails were heavier than the bootstrap's own with normal values and with those of the default model,
+    mostly with Student's t of 3, and lighter with lognormal ones, from 20 quads on. p is below 1 - level exactly where
     the interval lies beyond the threshold, and 1 where not even the estimate does.
     """
     distance = estimate - threshold if above else threshold - estimate
     if distance <= 0:
         return 1.0
-    reach, df = abs(estimate - end), MINIMUM_CLUSTERS - 1
-    quantile = stats.t.ppf((1 + level) / 2, df)
-    return float(2 * stats.t.sf(quantile * distance / reach, df)) if reach else 0.0
+    reach, quantile = abs(estimate - end), stats.t.ppf((1 + level) / 2, TAILS)
+    return float(2 * stats.t.sf(quantile * distance / reach, TAILS)) if reach else 0.0
 
 
 class _Ratios(NamedTuple):

@@ -219,7 +219,7 @@ def test_the_book_loads_nothing_from_outside(built, made):
 
 def test_landing_page(built):
     words = text(built / "index.html")
-    assert "The answer, for Tiny-Model" in words
+    assert "The circuit, for Tiny-Model" in words and "The answer, step by step" in words
     for number in (number for number, step in enumerate(STEPS) if step != "sufficiency"):
         assert f"Sentence {number} with {0.25 * number:.2f}" in words
     assert "Sufficiency: This model cannot do the task superset, so nothing was measured." in words

@@ -284,7 +284,9 @@ def test_a_table_without_repair_is_reported_as_unique_with_its_bound():
     assert mlp["logits"] == own.loc[own["site"] == "mlp 5", "high"].item() < 0
     assert head["share"] == pytest.approx(head["logits"] / 2, rel=0.1)
     text = page.ending([once], P)
-    assert "No backup was found" in text and "unique" in text and f"{head['logits']:.2f} logits" in text
+    assert (
+        "No backup was found" in text and "no other pathway is seen" in text and f"{head['logits']:.2f} logits" in text
+    )
     assert "0 of 3 later sites rises" in page.backup_sentences([once], P)[0]
 
 

@@ -43,7 +43,7 @@ def test_an_interval_prints_itself():
 
 @pytest.mark.parametrize("tail", ["normal", "heavy"])
 def test_the_p_value_of_an_interval_is_that_of_its_bootstrap(tail):
-    """Against the share of |t*| in the very resamples that made the interval; below 0.05 exactly where it excludes."""
+    """Against the share of |t*| in the very resamples that made the interval: it errs towards larger p values."""
     rng, given = np.random.default_rng(1), Settings(resamples=20_000)
     for n in (20, 40, 100):
         values = rng.normal(size=n) if tail == "normal" else rng.standard_t(3, size=n)
@@ -53,7 +53,7 @@ def test_the_p_value_of_an_interval_is_that_of_its_bootstrap(tail):
             t = np.quantile(np.abs(table), 1 - wanted)
             threshold = interval.estimate - t * values.std(ddof=1) / np.sqrt(n)
             p = stats.p_of_interval(interval.estimate, interval.low, threshold, above=True)
-            assert 0.4 * wanted < p < 4 * wanted, (n, wanted, p)
+            assert 0.8 * wanted < p < 5 * wanted, (n, wanted, p)
             mirrored = stats.p_of_interval(-interval.estimate, -interval.low, -threshold, above=False)
             assert mirrored == pytest.approx(p)
             assert wanted == 0.05 or (p < 0.05) == (interval.low > threshold) == (wanted < 0.05)
