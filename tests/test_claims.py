@@ -256,7 +256,7 @@ def test_too_few_quads_decide_nothing(tmp_path):
     what["retrieval_heads"]["tests"] = [few(1.0)]
     own = judged(tmp_path, what)
     assert {own[name].verdict for name in ("slice_necessary", "slice_sufficient", "retrieval_heads")} == {NOT_TESTABLE}
-    assert own["slice_necessary"].reason == "0.99; too few quads for an interval or a test, which need 20"
+    assert own["slice_necessary"].reason == "0.99; too few quads: an interval needs 20 of a half"
 
 
 def emptied(value):
@@ -435,7 +435,10 @@ def test_the_circuit_in_three_sentences_by_the_verdicts(tmp_path):
     what = found()
     what["sufficiency"]["joint"] = [few(0.99, quantity="recovery"), few(0.99, quantity="damage")]
     road = story.outline(list(judged(tmp_path, what).values()), what)[1]
-    assert "not testable here is whether the slice (5.3 and mlp 7)" in road and "too few quads" in road
+    assert "not tested, for want of quads: the slice (5.3 and mlp 7) at the last token is enough" in road
+    assert "bring the answer back (0.99)" in road
+    unable = [entry.model_copy(update={"estimate": None}) for entry in judged(tmp_path, what).values()]
+    assert "not testable here is whether the slice (5.3 and mlp 7)" in story.outline(unable, what)[1]
 
 
 def test_holms_correction():

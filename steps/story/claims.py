@@ -397,7 +397,7 @@ def decided(
         return NOT_TESTABLE, n.why or "the parameter that holds its threshold is not in the run record"
     value = "" if n.estimate is None else interval(n.estimate, n.low, n.high)
     if any(getattr(n, need) is None for need in rule.needs):
-        few = f"too few quads for an interval or a test, which need {MINIMUM_CLUSTERS}"
+        few = f"too few quads: an interval needs {MINIMUM_CLUSTERS} of a half"
         if claim.rule == "own":
             few = "the step's own test did not decide"
             few += "" if n.power is None else f"; were there nothing, it would find so with probability {n.power:.2f}"

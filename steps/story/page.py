@@ -310,12 +310,13 @@ def tally(entries: Sequence[Entry]) -> str:
     def counted(words: Sequence[str], kinds: Sequence[str]) -> str:
         return listed(f"{words.count(kind)} {kind}" for kind in kinds)
 
-    kinds = counted([entry.tier for entry in own if entry.verdict == SUPPORTED], list(claims.TIERS))
+    kinds = [entry.tier for entry in own if entry.verdict == SUPPORTED]
+    fresh, half, after = (kinds.count(kind) for kind in (claims.FRESH, claims.HALF, claims.EXPLORATORY))
     return (
         f"The {len(own)} claims of the plan, corrected for the {sum(e.p_holm is not None for e in own)} that were "
         f"tested: {counted([entry.verdict for entry in own], VERDICTS)} (each alone: "
-        f"{counted([entry.alone for entry in own], VERDICTS[:2])}). What supports them: {kinds}; "
-        f"{sum(entry.came == 'before' for entry in own)} of {len(own)} thresholds were set before results were seen. "
+        f"{counted([entry.alone for entry in own], VERDICTS[:2])}). Of those supported, {fresh} are confirmed on fresh "
+        f"people and {half} on the confirmation half by a threshold set before; {after} are exploratory. "
         f"{len(checks)} checks, which cannot fail here, count for nothing: "
         f"{sum(entry.verdict == SUPPORTED for entry in checks)} hold."
     )

@@ -54,20 +54,22 @@ def outline(entries: Sequence[Entry], found: Mapping[str, Any]) -> list[str]:
     """What the circuit is, in three sentences: who writes at the names, who carries it on, what follows and what else
     travels the same road."""
     sites, by_claim = site_names(found), {entry.id: entry for entry in entries}
-    wording = {
-        SUPPORTED: lambda text, entry: f"{text} ({value(entry)})",
-        NOT_SUPPORTED: lambda text, e: f"it is not supported that {text} ({value(e)}; asked for: {e.asked})",
-        NOT_TESTABLE: lambda text, entry: f"not testable here is whether {text} ({entry.reason})",
-        NOT_TESTED: lambda text, entry: f"not tested is whether {text} ({entry.reason})",
-    }
     out = []
     for part in OUTLINE:
-        clauses = []
-        for claim, text in part.clauses.items():
-            entry = by_claim[claim]
-            clauses.append(wording[entry.verdict](text.format(**sites), entry))
+        clauses = [clause(by_claim[claim], text.format(**sites)) for claim, text in part.clauses.items()]
         out.append(f"**{part.about}**: {'; '.join(clauses)}.")
     return out
+
+
+def clause(entry: Entry, text: str) -> str:
+    """One clause with its number, worded by the verdict."""
+    if entry.verdict == SUPPORTED:
+        return f"{text} ({value(entry)})"
+    if entry.verdict == NOT_SUPPORTED:
+        return f"it is not supported that {text} ({value(entry)}; asked for: {entry.asked})"
+    if entry.verdict == NOT_TESTABLE and entry.estimate is not None:
+        return f"not tested, for want of quads: {text} ({value(entry)})"
+    return f"{entry.verdict} is whether {text} ({entry.reason})"
 
 
 def sentence(entries: Sequence[Entry], found: Mapping[str, Any]) -> list[str]:
