@@ -26,6 +26,7 @@ from lib.single_pass import Activations, BaseRun, Grown, Row, base_run, index_ba
 from lib.tasks import Pair
 
 ABLATIONS = ("zero", "mean", "resample", "counterfactual")
+NEUTRAL = ("resample", "mean")  # what other quads give takes the side of neither class of a pair (`neutral_classes`)
 DIRECTIONS = ("noise", "denoise")
 # Rows of full-vocabulary logits held at once: larger blocks go back to the system and are faulted in anew each time.
 LOGIT_ROWS = 128
@@ -68,10 +69,33 @@ def grouped(pairs: Sequence[Pair], size: int | None = None) -> list[list[Pair]]:
     return [[pairs[place] for place in batch] for batch in places]
 
 
-def has_donors(pair: Pair, pairs: Iterable[Pair]) -> bool:
-    """Whether another quad of the pair's group is there to take a mean or a resample from."""
-    group = group_of(pair)
-    return any(other.quad_id != pair.quad_id and group_of(other) == group for other in pairs)
+def classes_of(pair: Pair) -> set[str]:
+    """The answers of a pair's two prompts."""
+    return {pair.candidates[pair.answer], pair.candidates[pair.corrupt_answer]}
+
+
+def neutral_classes(pair: Pair, offered: set[str], ablation: str) -> list[str]:
+    """The classes, of those that other quads offer, whose prompts can stand for a pair's without taking the side of
+    either of its own: a resample is of another class; a mean has both of the pair's own, alike, or neither."""
+    own = classes_of(pair)
+    return sorted(offered - own if ablation == "resample" or not own <= offered else offered)
+
+
+def with_donors(pairs: Sequence[Pair], pool: Sequence[Pair], ablation: str) -> list[Pair]:
+    """The pairs to which other quads of their group in the pool can give a `mean` or a `resample`; all of them for
+    the other kinds of ablation."""
+    if ablation not in NEUTRAL:
+        return list(pairs)
+    offered: dict[tuple, dict[str, set[str]]] = {}  # the classes of each quad, by group
+    for other in pool:
+        offered.setdefault(group_of(other), {}).setdefault(other.quad_id, set()).update(classes_of(other))
+
+    def able(pair: Pair) -> bool:
+        quads = offered.get(group_of(pair), {})
+        others = (classes for quad, classes in quads.items() if quad != pair.quad_id)
+        return bool(neutral_classes(pair, set().union(*others), ablation))
+
+    return [pair for pair in pairs if able(pair)]
 
 
 def subsample(pairs: Sequence[Pair], count: int | None) -> list[Pair]:
@@ -137,14 +161,15 @@ class Pool:
     def weights(self, pair: Pair, ablation: str, seed: int) -> np.ndarray:
         """How much each prompt counts in this pair's mean (summing to one), or the one-hot choice of a resample.
 
-        Prompts of the pair's own quad never count; every superset that is left counts alike.
+        Prompts of the pair's own quad never count; every superset that is left by `neutral_classes` counts alike.
         """
         free = self.quad != pair.quad_id
-        present = np.unique(self.superset[free])
-        if not len(present):
+        present = neutral_classes(pair, set(self.superset[free].tolist()), ablation)
+        if not present:
             raise ValueError(
-                f"pair {pair.pair_id}: no other quad of its half, template and token counts to take a {ablation} from; "
-                "use ablations zero and counterfactual, or give more pairs of these token counts"
+                f"pair {pair.pair_id}: no other quad of its half, template and token counts to take a {ablation} from "
+                f"that is of another class than {' and '.join(sorted(classes_of(pair)))}; use ablations zero and "
+                "counterfactual, or give more pairs of these token counts"
             )
         if ablation == "mean":
             weights = np.zeros(len(free))

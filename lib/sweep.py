@@ -53,7 +53,8 @@ def run(
                component, head then name its first site, and `site_set` is its place in the list.
     options    the fields of `Options`: direction, role, ablations, pool, seed, memory, profile, pools. Means and
                resamples come from the prompts of `pool` in the pair's own group, its own quad left out, balanced over
-               supersets; a pair whose group has no other quad is an error. Under `denoise` the column `ablation` says
+               supersets and without those that would take a side (`batches.neutral_classes`); a pair without any is
+               an error. Under `denoise` the column `ablation` says
                "clean". A pass that does not fit is halved and retried, with a line in the log and in
                `frame.attrs["log"]`.
 

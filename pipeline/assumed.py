@@ -115,7 +115,7 @@ class Case:
         groups = {
             (unit.id.rpartition("-")[0], batches.group_of(unit.pairs[0]))
             for unit in units
-            if {*unit.options.get("ablations", ())} & {*costs.POOLED}
+            if {*unit.options.get("ablations", ())} & {*batches.NEUTRAL}
         }
         donors = [[pair for pair in pool or self.pairs if batches.group_of(pair) == group] for _, group in groups]
         return total(costs.pool(self.shape, own) for own in donors)

@@ -27,8 +27,6 @@ from lib.single_pass import row_limit
 from lib.tasks import Pair
 from lib.weights import Shape
 
-POOLED = ("mean", "resample")
-
 
 @dataclass(frozen=True)
 class Work:

@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from lib.batches import check_role, grouped, has_donors
+from lib.batches import check_role, grouped, with_donors
 from lib.records import METADATA_KEY, SCHEMA, RecordError, write, write_json, write_table
 from lib.tasks import Pair
 
@@ -62,22 +62,27 @@ def plan_id(units: Sequence[Unit]) -> str:
     return hashlib.sha256("\n".join(map(content_id, units)).encode()).hexdigest()[:16]
 
 
-def sweep_units(label: str, pairs: Sequence[Pair], /, size: int = 8, **options: Any) -> list[Unit]:
-    """The work units of one sweep: a pure function of the pair list and the options of `run`.
+def sweep_units(
+    label: str, pairs: Sequence[Pair], pool: Sequence[Pair] | None = None, /, size: int = 8, **options: Any
+) -> list[Unit]:
+    """The work units of one sweep: a pure function of the pair lists and the options of `run`.
 
-    Means and resamples are left out for pairs whose group has no other quad to take them from (`has_donors`).
+    Means and resamples, which come from `pool` (default: the pairs), are left out for pairs that have no donors there.
     ValueError for a role that a template lacks, before anything is computed.
     """
     for pair in pairs:
         check_role(pair, options.get("role", "last"))
-    chunks = [group[at : at + size] for group in grouped(pairs) for at in range(0, len(group), size)]
-    units = []
-    for index, chunk in enumerate(chunks):
-        own = dict(options)
-        if "ablations" in own and not has_donors(chunk[0], pairs):
-            own["ablations"] = [kind for kind in own["ablations"] if kind not in ("mean", "resample")]
-        if own.get("ablations", True):
-            units.append(Unit(f"{label}-{index:04d}", tuple(chunk), own))
+    kinds = options.get("ablations", [""])
+    able = {kind: {pair.pair_id for pair in with_donors(pairs, pool or pairs, kind)} for kind in kinds}
+    units: list[Unit] = []
+    for group in grouped(pairs):
+        alike: dict[tuple[str, ...], list[Pair]] = {}  # the group's pairs by the kinds that they have donors for
+        for pair in group:
+            alike.setdefault(tuple(kind for kind in kinds if pair.pair_id in able[kind]), []).append(pair)
+        for own, members in alike.items():
+            there = options | ({"ablations": list(own)} if "ablations" in options else {})
+            for at in range(0, len(members) if own else 0, size):
+                units.append(Unit(f"{label}-{len(units):04d}", tuple(members[at : at + size]), there))
     return units
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,8 @@ from lib.hooks import Site
 from lib.tasks import Pair, Prompt
 from pipeline.units import sweep_units
 
-ROLES = {"name_a": (3, 4), "name_b": (6,), "names": (3, 4, 6), "swapped": (4, 6), "last": (9,), "all": tuple(range(10))}
+ROLES = {"name_a": (3, 4), "name_b": (6,), "names": (3, 4, 6), "swapped": (4, 6), "between": (7, 8), "last": (9,)}
+ROLES |= {"rest": (0, 1, 2, 5), "all": tuple(range(10))}
 FP32_TOLERANCE = 1e-4  # x max(1, the row's largest logit change)
 FP64_TOLERANCE = 1e-9
 # fp32 on random models of every architecture as well: the tolerance is the issue's
@@ -73,7 +75,8 @@ def source_by_hand(model, pair, ablation, seed, site, role):
     pool = batches.pooled(model, {}, PAIRS, pair, role, [[site]])
     chosen = int(np.flatnonzero(pool.weights(pair, "resample", seed))[0])
     ids = list(dict.fromkeys(i for lender in PAIRS for i in (lender.clean.ids, lender.corrupt.ids)))[chosen]
-    assert pool.quad[chosen] != pair.quad_id
+    own = {pair.candidates[pair.answer], pair.candidates[pair.corrupt_answer]}
+    assert pool.quad[chosen] != pair.quad_id and pool.superset[chosen] not in own
     return kept(Prompt("", ids, ROLES))
 
 
@@ -296,6 +299,61 @@ def test_resamples_and_means_leave_the_own_quad_out_and_balance_supersets(tiny):
     assert shares == pytest.approx([1 / len(shares)] * len(shares))
     chosen = {int(pool.weights(PAIRS[0], "resample", seed).argmax()) for seed in range(50)}
     assert len(chosen) > 4 and not any(pool.quad[i] == "q0" for i in chosen)
+
+
+def of_classes(*pairs: tuple[int, int]) -> list[Pair]:
+    """A pair for each, of a quad of its own, with these answers."""
+    made = [pair_of(2 * number) for number in range(len(pairs))]
+    return [replace(own, answer=a, corrupt_answer=c) for own, (a, c) in zip(made, pairs, strict=True)]
+
+
+def test_a_mean_has_both_of_the_pairs_classes_or_neither():
+    classes = ["w", "x", "y", "z"]
+    for others, counted in (
+        ([(0, 1), (2, 3)], ["w", "x", "y", "z"]),
+        ([(0, 2), (2, 3)], ["y", "z"]),  # x, the pair's other class, is not there
+        ([(2, 3)], ["y", "z"]),
+        ([(0, 1)], ["w", "x"]),
+    ):
+        pairs = of_classes((0, 1), *others)
+        pool = batches.Pool.of(pairs, pairs[0])
+        weights = pool.weights(pairs[0], "mean", 0)
+        shares = [weights[pool.superset == name].sum() for name in classes]
+        assert shares == pytest.approx([(name in counted) / len(counted) for name in classes])
+
+
+def test_with_two_classes_only_nothing_can_be_resampled(tiny):
+    pairs = of_classes((0, 1), (1, 0), (0, 1))
+    with pytest.raises(ValueError, match="pair p0: no other quad .* of another class than w and x; use ablations zero"):
+        sweep.run(tiny("llama"), pairs, ablations=["resample"])
+    assert batches.with_donors(pairs, pairs, "resample") == [] and batches.with_donors(pairs, pairs, "mean") == pairs
+
+
+def test_what_some_pairs_cannot_be_given_is_left_out_for_them_alone():
+    first, second, other = of_classes((0, 1), (0, 2), (0, 1))
+    pairs = [first, replace(second, quad_id=first.quad_id), other]  # the first one's quad alone offers a third class
+    units = sweep_units("x", pairs, ablations=["zero", "resample"])
+    assert [[pair.pair_id for pair in unit.pairs] for unit in units] == [["p0"], ["p2", "p4"]]
+    assert [unit.options["ablations"] for unit in units] == [["zero"], ["zero", "resample"]]
+    (unit,) = sweep_units("x", [first], pairs + of_classes((2, 3), (2, 3), (2, 3), (2, 3))[3:], ablations=["resample"])
+    assert unit.pairs == (first,), "the pool gives what the pairs swept do not"
+
+
+def test_noise_in_a_pair_is_denoise_in_its_mirror(tiny):
+    """With counterfactual values: the same run, read from the other side."""
+    model, own = tiny("llama"), PAIRS[0]
+    turned = {"clean": own.corrupt, "corrupt": own.clean, "answer": own.corrupt_answer, "corrupt_answer": own.answer}
+    noise = sweep.run(model, [own], direction="noise")
+    denoise = sweep.run(model, [replace(own, **turned)], direction="denoise")
+    fall = noise["logit_diff_before"] - noise["logit_diff_after"]
+    rise = denoise["logit_diff_after"] - denoise["logit_diff_before"]
+    assert fall.abs().max() > 0.1 and np.abs(fall - rise).max() < FP64_TOLERANCE
+
+
+def test_the_stream_at_all_roles_is_the_whole_gap(tiny):
+    """After any one layer: the names, the tokens between, the last one and the rest are everything there is."""
+    frame = sweep.run(tiny("llama"), PAIRS[:2], direction="denoise", role="all", components=["resid"])
+    assert np.abs(frame["logit_diff_after"] - frame["logit_diff_clean"]).max() < FP64_TOLERANCE
 
 
 def test_nan_logits_name_the_row(tiny, monkeypatch):

@@ -33,7 +33,7 @@ LISTED = {"invented names": "invented", "things": "thing"}  # controls and their
 
 def poolable(pairs: Sequence[Pair]) -> list[Pair]:
     """The pairs whose group has another quad, so that a mean can be taken in it."""
-    return [pair for pair in pairs if batches.has_donors(pair, pairs)]
+    return batches.with_donors(pairs, pairs, "mean")
 
 
 def control_prompts(step: Step, ordinary: Sequence[Pair], table: pd.DataFrame) -> tuple[pd.DataFrame, list[Pair]]:
@@ -112,7 +112,7 @@ def named_sets(step: Step | Case, sites: Sequence[Site]) -> list[tuple[str, list
 def units(step: Step, sets: Sequence[tuple], ordinary: Sequence[Pair], others: Sequence[Pair]) -> list[Unit]:
     """Every set ablated at `last` in ordinary and in control prompts, by `mean` and by `zero`."""
     options = {"direction": "noise", "role": "last", "ablations": list(ABLATIONS), "site_sets": [s for _, s in sets]}
-    return sweep_units("controls", [*tasks.without_labels(ordinary), *others], **options)
+    return sweep_units("controls", [*tasks.without_labels(ordinary), *others], ordinary, **options)
 
 
 def compute(

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from lib import paths as path_patching
-from lib.batches import has_donors
+from lib.batches import with_donors
 from lib.hooks import EMBED, Model, Site, site_name
 from lib.tasks import Pair
 from pipeline.params import ParameterError
@@ -143,7 +143,7 @@ def ablation_units(
     """The paths of these sets from a role into the slice, resampled; counterfactual where no pair has another quad of
     its half and token counts to take a resample from."""
     route, into = (NAMES, sites_that_read(sites)) if role == "names" else (LAST, sites)
-    kind = "resample" if any(has_donors(pair, pairs) for pair in pairs) else "counterfactual"
+    kind = "resample" if with_donors(pairs, pairs, "resample") else "counterfactual"
     senders = [together for _, together in sets]
     return paths(f"slice at {role}", pairs, into, route, mlps, senders, kind) if senders else []
 

@@ -99,8 +99,8 @@ def ready(
 ) -> list[Ready]:
     """The pairs with everything that their circuits are tested with, a batch of one group at a time.
 
-    Another prompt of the pair's group in `pool` (default: `pairs`) gives the values of `resample`, the pair's corrupt
-    prompt those of `counterfactual`.
+    Another prompt of the pair's group in `pool` (default: `pairs`), of another class than the pair's two, gives the
+    values of `resample`, the pair's corrupt prompt those of `counterfactual`.
     """
     out = []
     for batch in grouped(pairs, BATCH):

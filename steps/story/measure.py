@@ -18,7 +18,7 @@ import pandas as pd
 from pydantic import Field
 
 from lib import hooks
-from lib.batches import grouped, has_donors, subsample
+from lib.batches import grouped, subsample, with_donors
 from lib.effects import in_halves, named
 from lib.hooks import site_name
 from lib.sweep import SHARED_ROW_TOKENS
@@ -66,7 +66,7 @@ def sites_of(step: Step | Case) -> list[str]:
 def of_one_kind(pairs: Sequence[Pair], pool: Sequence[Pair]) -> tuple[list[Pair], str]:
     """The pairs to which other quads of the pool can give values, and `resample`; where none can, all pairs and
     `counterfactual`."""
-    able = [pair for pair in pairs if has_donors(pair, pool)]
+    able = with_donors(pairs, pool, "resample")
     return (able, "resample") if able else (list(pairs), "counterfactual")
 
 
