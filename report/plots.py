@@ -37,7 +37,7 @@ COLOURS = {
     "noise": VERMILION, "denoise": BLUE, "damage": VERMILION, "recovery": BLUE,
     "discovery": GREY, "confirmation": BLUE,
     "name_a": SKY, "name_b": GREEN, "name_c": ORANGE, "names": PURPLE, "swapped": VERMILION,
-    "between": ORANGE, "last": BLUE, "rest": GREY, "all": BLACK,
+    "between": ORANGE, "last": BLUE, "rest": GREY, "remainder": BLACK, "all": BLACK,
     "resid": BLACK, "attn": BLUE, "mlp": ORANGE, "head": GREEN,
     "zero": BLACK, "mean": GREEN, "resample": ORANGE, "counterfactual": VERMILION, "clean": BLUE,
     "answer": BLUE, "foil": ORANGE,

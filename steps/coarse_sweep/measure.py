@@ -1,4 +1,4 @@
-"""Step 02, measured: the residual stream at the names and at the last token, every layer; which layers are critical."""
+"""Step 02, measured: the residual stream at every role, every layer; which layers are critical."""
 
 from __future__ import annotations
 
@@ -19,14 +19,17 @@ from pipeline.declaration import Declaration, Table
 from pipeline.params import Roles, Shared
 from pipeline.step import Step, swept
 from pipeline.units import Unit, sweep_units
+from steps.coarse_sweep.lens import LENS
 
 
 class CoarseSweep(Shared):
-    """02: the residual stream at the names and at the last token, every layer."""
+    """02: the residual stream at every role, every layer."""
 
-    roles: Roles = Field(("name_a", "name_b", "names", "last"), min_length=1, description="token roles that are swept")
+    roles: Roles = Field(
+        ("name_a", "name_b", "names", "between", "last", "rest"), min_length=1, description="token roles that are swept"
+    )
     pairs: int | None = Field(None, ge=1, description="pairs at `last`; default all")
-    name_pairs: int = Field(80, ge=1, description="pairs at the name roles")
+    name_pairs: int = Field(80, ge=1, description="pairs at the other roles")
 
 
 def units(step: Step | Case) -> list[Unit]:
@@ -45,11 +48,12 @@ SWEEP = Table("coarse_sweep", units, swept, of_sweep, columns=tuple(records.ANAL
 
 
 def assumed(case: Case) -> Iterator[tuple[Any, ...]]:
-    """The one table."""
+    """The tables in order."""
     yield (SWEEP,)
+    yield (LENS,)
 
 
-STEP = Declaration("coarse_sweep", CoarseSweep, assumed, layered=True)
+STEP = Declaration("coarse_sweep", CoarseSweep, assumed, layered=True, page_files=("data/patching_llama-3.3-70b.csv",))
 
 
 def coarse_curves(sweep: pd.DataFrame, params: Shared) -> pd.DataFrame:
@@ -112,10 +116,11 @@ class Measured(NamedTuple):
     records: pd.DataFrame
     curves: pd.DataFrame  # damage and recovery by half, direction, role and layer
     critical: CriticalLayers
+    ranks: pd.DataFrame  # of the answer, by the logit lens
 
 
 def run(step: Step) -> Measured:
     """Measure, or read what is there."""
     sweep = step.table(SWEEP)
     curves = coarse_curves(sweep, step.params)
-    return Measured(sweep, curves, critical_layers(curves, step.params.critical_share))
+    return Measured(sweep, curves, critical_layers(curves, step.params.critical_share), step.table(LENS))

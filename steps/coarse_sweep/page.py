@@ -1,22 +1,36 @@
-"""Step 02 on its page: where the signal leaves the names and arrives at the last token."""
+"""Step 02 on its page: where the signal leaves the names, which way it goes, and where it arrives at the last token.
+
+1. `crossing`, `first_flip_layer` and `rises_of` read the curves of single roles.
+2. `account` shares the gap out over the roles, layer by layer, with what is left over; `through_between` reads it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from lib.effects import reported
+from lib import stats
+from lib.effects import by_half, columns, effect, in_halves, quad_matrix, reported
+from lib.stats import Settings
+from pipeline import keys
+from pipeline.params import Shared
 from pipeline.step import Step
 from report import plots
-from report.words import OVER_QUADS, about_model, finished, interval, listed
-from steps.coarse_sweep.measure import Measured
+from report.words import OVER_QUADS, about_model, finished, interval, listed, of_row
+from steps.coarse_sweep.measure import Measured, fewest_layers
 
+PARTS = ("names", "between", "last", "rest")  # every token has one of these roles
+REMAINDER = "remainder"
+OUTSIDE = "data/patching_llama-3.3-70b.csv"
 CAPTIONS = {
     "curves": "Recovery (denoise) and damage (noise) when the residual stream at one role is replaced after "
     f"each layer; {OVER_QUADS}. Shaded: the critical layers, picked on the discovery half.",
+    "account": "The gap between clean and corrupt, shared out after each layer: what each role recovers alone, and the "
+    f"remainder, which none does; together 1. {OVER_QUADS[0].upper()}{OVER_QUADS[1:]}.",
 }
 
 
@@ -47,12 +61,157 @@ def first_flip_layer(frame: pd.DataFrame, share: float) -> int | None:
     return int(enough[0]) if len(enough) else None
 
 
+def flip_sentence(direction: str, layer: int | None, params: Shared) -> str:
+    """The first layer that flips the answer in one direction."""
+    what = "gives the clean answer" if direction == "denoise" else "takes the clean answer away"
+    where = f"layer {layer} is the first that" if layer is not None else "no layer"
+    return (
+        f"Replacing the residual stream at `last` ({direction}): {where} {what} in at least "
+        f"{params.restores_share:.0%} of the pairs."
+    )
+
+
 def rises_of(curves: pd.DataFrame, layers: Sequence[int]) -> float:
     """What the rises at these layers make up of the confirmation curve at `last`."""
     own = reported(curves)
     own = own[(own["direction"] == "denoise") & (own["position"] == "last")].set_index("layer")["estimate"].sort_index()
     rises = own.diff().fillna(own.iloc[0])
     return float(rises[list(layers)].sum() / own.iloc[-1])
+
+
+def account(records: pd.DataFrame, settings: Settings) -> pd.DataFrame:
+    """The gap shared out after each layer: the recovery of each of PARTS that was swept, alone, and the `remainder`,
+    with which they add up to 1, in `position`; `rise` is the change of each from the layer before. One half; the pairs
+    that were swept at all of the roles."""
+    own = records[(records["direction"] == "denoise") & records["position"].isin(PARTS)]
+    roles = own.groupby("pair_id")["position"].nunique()
+    own = own[own["pair_id"].isin(roles.index[roles == own["position"].nunique()])]
+    by_role = ["layer", "position"]
+    moved, gaps = (quad_matrix(own, value, by_role, "sum") for value in ("effect", "gap"))
+    layers, names = (list(dict.fromkeys(moved.sites[column])) for column in by_role)
+    gap = gaps.values[:, 0]
+    shares = moved.values.reshape(len(gap), len(layers), len(names))
+    shares = np.append(shares, gap[:, None, None] - shares.sum(2, keepdims=True), axis=2)
+    out = pd.DataFrame({"layer": np.repeat(layers, len(names) + 1), "position": [*names, REMAINDER] * len(layers)})
+    for prefix, each in (("", shares), ("rise_", np.diff(shares, axis=1, prepend=0))):
+        spans = stats.ratio_intervals(each.reshape(len(gap), -1), gap, settings)
+        out = out.assign(**columns(spans, prefix))
+    return out.assign(quads=len(gap))
+
+
+def through_between(table: pd.DataFrame, share: float) -> tuple[dict[str, Any], list[str]]:
+    """What passes through the tokens between the names and the last one: numbers, and sentences. `table` is `account`
+    of each half; layers are picked on the first of them, and reported on the last.
+
+    `at` is the layer after which the role carries most; it fills in the fewest layers whose rises make up `share` of
+    all rises up to there, and empties in those whose falls make up `share` of all falls from there on.
+    """
+    first, own = in_halves(table)[0][1], reported(table).set_index(["position", "layer"])
+    curve = first[first["position"] == "between"].set_index("layer")["estimate"]
+    at = int(curve.idxmax())
+    parts = own.xs(at, level="layer")
+    sample = f"{parts['quads'].iloc[0]} quads, {reported(table)['half'].iloc[0]} half"
+    shares = listed(f"`{name}` {of_row(row)}" for name, row in parts.iterrows() if name != REMAINDER)
+    text = (
+        f"The account after layer {at}, where `between` carries most (picked on the {first['half'].iloc[0]} half): "
+        f"{shares} of the gap, each alone; the remainder, which no role brings back alone, is "
+        f"{of_row(parts.loc[REMAINDER])}. Together they are {parts['estimate'].sum():.2f} ({sample})."
+    )
+    found = {"at": at, "parts": parts.reset_index().to_dict("records")}
+    held = parts.loc["between"]
+    if curve[at] <= 0 or pd.isna(held["low"]) or held["low"] <= 0:
+        why = "there are too few quads to test whether it is" if pd.isna(held["low"]) else "it is not shown to be"
+        return found, [text, f"What `between` carries there: {why} above zero."]
+
+    def moved(layers: tuple[int, ...], role: str) -> str:
+        rises = own.loc[role].loc[list(layers), [f"rise_{end}" for end in ("estimate", "low", "high")]]
+        return listed(f"{layer} ({interval(*rise)})" for layer, rise in zip(layers, rises.to_numpy(), strict=True))
+
+    fills = fewest_layers(curve.loc[:at], share).layers
+    found |= {"fills": fills}
+    lines = [f"`between` fills in layers {moved(fills, 'between')}"]
+    if curve.loc[at:].iloc[-1] < curve.loc[at]:
+        empties = fewest_layers(curve.loc[at] - curve.loc[at:], share).layers
+        found |= {"empties": empties}
+        lines += [f"empties in {moved(empties, 'between')}, where `last` gains {moved(empties, 'last')}"]
+    return found, [text, f"{' and '.join(lines)} of the gap."]
+
+
+def mirror(m: Measured) -> dict[str, float]:
+    """How noise and denoise agree: the correlation over quads of their effects at `last`, after the critical layer of
+    the largest rise, confirmation half."""
+    layer = m.critical.layers[int(np.argmax(m.critical.rises))]
+    own = reported(m.records)
+    own = own[(own["position"] == "last") & (own["layer"] == layer)].assign(effect=effect)
+    ways = own.pivot_table(index="quad_id", columns="direction", values="effect")
+    return {"layer": layer, "correlation": ways.corr().iloc[0, -1], "quads": len(ways)}
+
+
+def account_of(m: Measured, params: Shared) -> pd.DataFrame:
+    """The account of the gap in each half."""
+    return by_half(m.records, lambda half: account(half, params))
+
+
+def account_figure(step: Step, m: Measured) -> Figure:
+    """The gap shared out over the roles, layer by layer."""
+    return plots.layer_curve(reported(account_of(m, step.params)), "share of the clean - corrupt logit_diff")
+
+
+def lens(ranks: pd.DataFrame, settings: Settings) -> pd.DataFrame:
+    """The rank of the right superset's word when each layer is read as if it were the last, confirmation half: mean
+    over quads of its logarithm (base 10), by position and layer."""
+    own = reported(ranks).assign(log=lambda rows: np.log10(rows["rank"]))
+    wide = own.pivot_table(index="quad_id", columns=["position", "layer"], values="log")
+    spans = stats.mean_intervals(wide.to_numpy(), settings)
+    return wide.columns.to_frame(index=False).assign(**columns(spans), quads=len(wide))
+
+
+def lens_sentence(table: pd.DataFrame, layers: Sequence[int]) -> str:
+    """Where the right word can be read off."""
+
+    def typical(row: pd.Series) -> str:
+        return interval(*(10.0 ** row[["estimate", "low", "high"]].astype(float)), digits=0)
+
+    last = table[table["position"] == "last"].set_index("layer")
+    steps = listed(f"{typical(last.loc[layer])} after layer {layer}" for layer in layers)
+    names = table[table["position"] != "last"]
+    best, count = names.loc[names["estimate"].idxmin()], last["quads"].iloc[0]
+    return (
+        f"Read through the final norm and the unembedding (logit lens), the right word stands at `last` at rank "
+        f"{steps} of the vocabulary (geometric means over {count} quads, confirmation half; 1 is first); "
+        f"at the names it comes no higher than {typical(best)} (`{best['position']}`, after layer {best['layer']})."
+    )
+
+
+def lens_figure(step: Step, m: Measured) -> Figure:
+    """The rank of the right word, layer by layer."""
+    label = "rank of the right word in the vocabulary (log10)"
+    return plots.layer_curve(lens(m.ranks, step.params), label, marked=m.critical.layers)
+
+
+def outside(step: Step, m: Measured) -> pd.DataFrame:
+    """What was measured elsewhere on this model, beside the recovery here, by layer; no rows for other models."""
+    table = pd.read_csv(keys.input_file(OUTSIDE), comment="#")
+    own = reported(m.curves)
+    own = own[(own["direction"] == "denoise") & (own["position"] == "last")]
+    here = own[["layer", "estimate"]].rename(columns={"estimate": "residual here"})
+    return table[table["model"] == step.params.model].drop(columns="model").merge(here, on="layer")
+
+
+def outside_sentence(table: pd.DataFrame) -> str:
+    """Where the outside curve rises most, and what carries it there."""
+    rises = table["residual"].diff()
+    most = table.loc[rises.idxmax()]
+    strong = table[table["attention_window5"] > 0.5]
+    here = table["residual here"].diff()
+    return (
+        f"Elsewhere (activation patching of a fine-tuned Llama-3.3-70B on long bi-association prompts, seven pairs; "
+        f"github.com/giordanorogers/mechinterp) the residual stream at `last` rises most at layer {most['layer']:.0f} "
+        f"({rises.max():+.2f}, to {most['residual']:.2f}); windows of five layers' attention reach "
+        f"{strong['attention_window5'].max():.2f} around layers {strong['layer'].min()} to {strong['layer'].max()}, of "
+        f"their MLPs {strong['mlp_window5'].max():.2f} there. In this run the largest rise is at layer "
+        f"{table.loc[here.idxmax(), 'layer']:.0f} ({here.max():+.2f})."
+    )
 
 
 def curves_figure(m: Measured) -> Figure:
@@ -62,10 +221,12 @@ def curves_figure(m: Measured) -> Figure:
 
 
 def moves_of(m: Measured, confirmation: pd.DataFrame) -> dict[str, str]:
-    """For each role, a sentence on where recovery crosses one half."""
+    """For `last` and the names, a sentence on where recovery crosses one half."""
     moves = {}
     denoise = confirmation[confirmation["direction"] == "denoise"]
     for position in dict.fromkeys(m.records["position"]):
+        if position in ("between", "rest"):  # where the signal neither begins nor ends
+            continue
         layer, row = crossing(m.curves, position)
         rows = denoise[denoise["position"] == position]
         sample = f"{rows['pair_id'].nunique()} pairs of {rows['quad_id'].nunique()} quads, confirmation half"
@@ -91,17 +252,23 @@ def findings(step: Step, m: Measured) -> dict[str, Any]:
     )
     confirmed_rises = rises_of(m.curves, m.critical.layers)
     sentences += [critical_text, f"On the confirmation half the same layers make up {confirmed_rises:.0%}."]
+    headline = [critical_text, *(moves[role] for role in ("names", "swapped", "last") if role in moves)]
+    figures = {"curves": curves_figure(m)}
     flips = {
         direction: first_flip_layer(rows, params.restores_share)
         for direction, rows in confirmation[confirmation["position"] == "last"].groupby("direction", sort=False)
     }
-    for direction, layer in flips.items():
-        what = "gives the clean answer" if direction == "denoise" else "takes the clean answer away"
-        where = f"layer {layer} is the first that" if layer is not None else "no layer"
-        sentences.append(
-            f"Replacing the residual stream at `last` ({direction}): {where} {what} in at least "
-            f"{params.restores_share:.0%} of the pairs."
-        )
+    sentences += [flip_sentence(direction, layer, params) for direction, layer in flips.items()]
+    passing: dict[str, Any] = {}
+    if {"between", "last"} <= {*m.records["position"]}:
+        passing, told = through_between(account_of(m, params), params.critical_share)
+        sentences += told
+        headline.append(told[-1])
+        figures["account"] = account_figure(step, m)
+    read_at = sorted({max(0, m.critical.layers[0] - 1), *m.critical.layers, int(m.ranks["layer"].max())})
+    sentences.append(lens_sentence(lens(m.ranks, params), read_at))
+    if len(known := outside(step, m)) > 1:
+        sentences.append(outside_sentence(known))
     if params.aggregator_layer != "auto":
         inside = "is" if params.aggregator_layer in m.critical.layers else "is not"
         sentences.append(f"The hypothesis of the profile, layer {params.aggregator_layer}, {inside} among them.")
@@ -114,6 +281,8 @@ def findings(step: Step, m: Measured) -> dict[str, Any]:
         "critical_share_confirmation": confirmed_rises,
         "first_flip_layer": flips,
         "sentences": sentences,
-        "headline": [critical_text, *(moves[role] for role in ("names", "swapped", "last") if role in moves)],
+        "between": passing,
+        "mirror": mirror(m),
+        "headline": headline,
     }
-    return finished(step, found, {"curves": curves_figure(m)}, CAPTIONS)
+    return finished(step, found, figures, CAPTIONS)
