@@ -4,7 +4,7 @@
 2. `curve` and `ratios` are ratios of sums over records: damage (noise) and recovery (denoise). `tested` has the sites'
    mean effects with familywise intervals and p values; `site_effects` is both.
 3. Sites are picked on the discovery half and reported on the confirmation half: `by_half`, `both_halves`, `picked`,
-   `reported`, `confirmed`.
+   `reported`, `confirmed`. `shares_of_ceiling` sets a site's damage beside what its ablation can take away at most.
 4. `restores` and `critical_slice` say what those words of the design mean.
 
 Records are data frames with the columns of `lib.records`; effects are in logits.
@@ -206,6 +206,31 @@ def confirmed(table: pd.DataFrame, settings: Settings) -> pd.DataFrame:
     both = good.groupby("site")["half"].nunique() == table["half"].nunique()
     out = reported(table)
     return out[out["site"].isin(both[both].index)].sort_values("estimate", ascending=False)
+
+
+def damages(frame: pd.DataFrame, settings: Settings) -> dict[str, Interval]:
+    """Damage under each ablation, over all of the records: a ratio of sums."""
+    return {
+        kind: stats.ratio_interval(*(quad_matrix(rows, of, [], "sum").values for of in ("effect", "gap")), settings)
+        for kind, rows in frame.groupby("ablation", sort=False)
+    }
+
+
+def shares_of_ceiling(
+    frame: pd.DataFrame, whole: pd.DataFrame, settings: Settings, by: Sequence[str] = SITE
+) -> pd.DataFrame:
+    """The damage of each combination of `by` as a share of its ablation's ceiling, which is what that takes away at
+    most: its damage in `whole`, the records of the whole final residual stream. A ratio of sums over the quads of both,
+    for the ablations whose ceiling lies above 0 with its whole interval. Columns: `by`, ablation, estimate, low, high.
+    """
+    parts = [pd.DataFrame(columns=[*by, "ablation", "estimate", "low", "high"])]
+    for kind, limit in damages(whole, settings).items():
+        if limit.low is not None and limit.low > 0:
+            lost = quad_matrix(frame[frame["ablation"] == kind], "effect", by, "sum")
+            most = quad_matrix(whole[whole["ablation"] == kind], "effect", [], "sum").values[:, 0]
+            spans = stats.ratio_intervals(lost.values, most, settings)
+            parts.append(lost.sites.assign(ablation=kind, **columns(spans)))
+    return pd.concat(parts[1:] or parts, ignore_index=True)
 
 
 def ablation_tables(records: pd.DataFrame, settings: Settings) -> dict[str, pd.DataFrame]:

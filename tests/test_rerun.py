@@ -25,7 +25,7 @@ def test_a_parameter_of_a_step_reruns_it_and_redraws_what_depends_on_it(own_tree
     tables, pages = "results/smoke/*.parquet", "build/smoke/executed/*"
     before = stamps(own_tree, tables, pages)
     profile = own_tree / "params/smoke.yaml"
-    profile.write_text(profile.read_text().replace("name_roles: [names]", "name_roles: [name_a]", 1))
+    profile.write_text(profile.read_text().replace("name_roles: [names,", "name_roles: [name_a,", 1))
     assert make(own_tree, "step-sufficiency").returncode == 0
     after = stamps(own_tree, tables, pages)
     changed = {Path(path).name for path in before if after[path] != before[path]}

@@ -158,6 +158,72 @@ def test_coarse_curves_of_one_half():
     assert curves[["half", "estimate"]].to_dict("records") == [{"half": "discovery", "estimate": 0.25}]
 
 
+def shares_by_role(values: dict[str, tuple[float, ...]], half: str, quads: int = MANY) -> list[dict]:
+    """Denoise records of roles by layer, the same shares of gaps of 4 or 6 in as many quads."""
+    return [
+        record(share * gap, gap, f"{half}{quad:02d}", position=role, layer=layer, half=half)
+        for role, shares in values.items()
+        for layer, share in enumerate(shares)
+        for quad, gap in ((number, (4.0, 6.0)[number % 2]) for number in range(quads))
+    ]
+
+
+ROUTE = {
+    "names": (1.0, 0.6, 0.2, 0.0), "between": (0.0, 0.1, 0.3, 0.05), "last": (0.0, 0.2, 0.4, 0.95),
+    "rest": (0.0, 0.05, 0.05, 0.0),
+}  # fmt: skip
+
+
+def test_the_account_of_the_gap_adds_up_to_one():
+    rows = shares_by_role(ROUTE, "confirmation")
+    rows += [record(9.0, quad="elsewhere", position="last", layer=layer) for layer in range(4)]  # not at every role
+    rows += [row | {"direction": "noise", "ablation": "counterfactual"} for row in rows]
+    account = coarse_page.account(table(rows), PARAMS)
+    assert account["quads"].unique().tolist() == [MANY]
+    wide = account.pivot(index="layer", columns="position", values="estimate")
+    assert wide.sum(axis=1).tolist() == pytest.approx([1.0] * 4)
+    assert wide["remainder"].tolist() == pytest.approx([0.0, 0.05, 0.05, 0.0])
+    for role, shares in ROUTE.items():
+        assert wide[role].tolist() == pytest.approx(list(shares))
+    rises = account[account["position"] == "between"]["rise_estimate"]
+    assert rises.tolist() == pytest.approx([0.0, 0.1, 0.2, -0.25])
+
+
+def test_the_accounts_intervals_are_those_of_ratios_over_quads():
+    gaps, last = [4.0 + i % 3 for i in range(MANY)], [float(i % 5) / 2 for i in range(MANY)]
+    rows = many(last, gaps) + many([1.0] * MANY, gaps, position="names")
+    account = coarse_page.account(table(rows), PARAMS).set_index("position")
+    left = [gap - moved - 1.0 for gap, moved in zip(gaps, last, strict=True)]
+    own = stats.ratio_intervals(np.array([last, [1.0] * MANY, left]).T, np.array(gaps), OWN)
+    for role, span in zip(("last", "names", "remainder"), own, strict=True):
+        found = account.loc[role, ["estimate", "low", "high"]].tolist()
+        assert found == pytest.approx([span.estimate, span.low, span.high])
+
+
+def test_what_is_said_of_the_tokens_between():
+    other = ROUTE | {"between": (0.0, 0.2, 0.25, 0.05)}
+    rows = shares_by_role(ROUTE, "discovery") + shares_by_role(other, "confirmation")
+    both = effects.by_half(table(rows), lambda half: coarse_page.account(half, PARAMS))
+    found, said = coarse_page.through_between(both, 0.6)
+    assert (found["at"], found["fills"], found["empties"]) == (2, (2,), (3,)), "0.2 of 0.3 is enough of it"
+    assert said[0].startswith(
+        "The account after layer 2, where `between` carries most (picked on the discovery half): "
+    )
+    assert "`between` 0.25 [0.25, 0.25], `last` 0.40" in said[0] and "is 0.10 [0.10, 0.10]." in said[0]
+    assert said[0].endswith("Together they are 1.00 (20 quads, confirmation half).")
+    assert said[1] == (
+        "`between` fills in layers 2 (0.05 [0.05, 0.05]) and empties in 3 (-0.20 [-0.20, -0.20]), where `last` gains "
+        "3 (0.55 [0.55, 0.55]) of the gap."
+    )
+    few = effects.by_half(table(rows), lambda half: coarse_page.account(half[half["quad_id"].str[-2:] < "05"], PARAMS))
+    assert "too few quads to test" in coarse_page.through_between(few, 0.6)[1][-1]
+    none = shares_by_role(ROUTE | {"between": (0.0, -0.1, -0.1, -0.2)}, "discovery")
+    (last,) = coarse_page.through_between(
+        effects.by_half(table(none), lambda half: coarse_page.account(half, PARAMS)), 0.6
+    )[1][1:]
+    assert last == "What `between` carries there: it is not shown to be above zero."
+
+
 # --- critical layers, crossings, rises
 
 
@@ -620,11 +686,6 @@ def test_tables_for_the_figures():
     both = effects_of([1.0, 2.0], [3.0, 4.0])
     beside = site_tables.side_by_side(both, "half")
     assert beside[["site", "discovery", "confirmation"]].to_numpy().tolist() == [["0.0", 1.0, 3.0], ["0.1", 2.0, 4.0]]
-    kinds = necessity_page.by_kind({"zero": both, "mean": effects_of([0.0, 0.0], [6.0, 5.0])})
-    assert kinds[["site", "zero", "other", "ablation"]].to_numpy().tolist() == [
-        ["0.0", 3.0, 6.0, "mean"],
-        ["0.1", 4.0, 5.0, "mean"],
-    ]
     earlier = sufficiency_page.with_earlier(both, [{"site": "0.1", "estimate": 7.0}, {"site": "9.9", "estimate": 8.0}])
     assert earlier[["site", "fall", "rise"]].to_numpy().tolist() == [["0.1", 7.0, 4.0]]
     heads = sites({"0.1": (1.0, 0, 0, 0), "2.0": (2.0, 0, 0, 0), "mlp 1": (9.0, 0, 0, 0)})
@@ -659,11 +720,34 @@ def step(params: Shared, **more: object) -> SimpleNamespace:
     return SimpleNamespace(params=params, record={}, name="step", layers_from="all layers, by the profile", **more)
 
 
+def ranks(quads: int = MANY) -> pd.DataFrame:
+    """The answer's rank by the logit lens: 1000, 100, 1 at `last` in half of the quads, else ten times that."""
+    spots = {"name_a": (5000, 2000, 3000), "last": (1000, 100, 1)}
+    return pd.DataFrame(
+        {"half": half, "quad_id": f"q{quad:02d}", "position": role, "layer": layer, "rank": rank * (1, 10)[quad % 2]}
+        for half in ("discovery", "confirmation")
+        for quad in range(quads)
+        for role, by_layer in spots.items()
+        for layer, rank in enumerate(by_layer)
+    )
+
+
+def test_the_logit_lens_is_a_geometric_mean_over_quads():
+    table = coarse_page.lens(ranks(), PARAMS).set_index(["position", "layer"])
+    assert table["estimate"].loc["last"].tolist() == pytest.approx([3.5, 2.5, 0.5])
+    own = stats.mean_interval([3.0, 4.0] * (MANY // 2), OWN)
+    assert table.loc[("last", 0), ["low", "high"]].tolist() == pytest.approx([own.low, own.high])
+    said = coarse_page.lens_sentence(coarse_page.lens(ranks(4), PARAMS), [0, 2])
+    assert "at rank 3162 after layer 0 and 3 after layer 2 of the vocabulary" in said
+    assert said.endswith("at the names it comes no higher than 6325 (`name_a`, after layer 1).")
+
+
 def told_of_02(frame: pd.DataFrame, folder: Path, **other: object) -> dict:
     """The findings of step 02 from its records."""
     params = coarse_measure.CoarseSweep(**SETTINGS | other)
     curves = coarse_measure.coarse_curves(frame, params)
-    made = coarse_measure.Measured(frame, curves, coarse_measure.critical_layers(curves, params.critical_share))
+    critical = coarse_measure.critical_layers(curves, params.critical_share)
+    made = coarse_measure.Measured(frame, curves, critical, ranks())
     return coarse_page.findings(step(params, results=folder, write_findings=dict), made)
 
 
@@ -692,8 +776,10 @@ def test_what_step_02_says(tmp_path):
         "least 50% of the pairs.",
         "Replacing the residual stream at `last` (noise): no layer takes the clean answer away in at least 50% of the "
         "pairs.",
+        found["sentences"][-2],
         "The hypothesis of the profile, layer 0, is not among them.",
     ]
+    assert found["sentences"][-2].startswith("Read through the final norm and the unembedding (logit lens)")
     assert found["headline"] == [found["sentences"][i] for i in (2, 1, 0)]
     last = told_of_02(table(rows), tmp_path, aggregator_layer=2)["sentences"][-1]
     assert last == "The hypothesis of the profile, layer 2, is among them."
@@ -745,16 +831,19 @@ def test_leading_sites_are_picked_on_discovery_and_told_on_confirmation():
 
 
 def test_what_step_03_says(tmp_path):
-    moved = {"0.0": 1.0, "0.1": 2.0, "mlp 0": 3.0, "attn 0": 0.5}
-    turned = {"0.0": 3.0, "0.1": 2.0, "mlp 0": 1.0, "attn 0": 0.5}
+    moved = {"0.0": 1.0, "0.1": 2.0, "mlp 0": 3.0, "attn 0": 0.5, "resid 0": 3.0}
+    turned = {"0.0": 3.0, "0.1": 2.0, "mlp 0": 1.0, "attn 0": 0.5, "resid 0": 4.0}
     shared = {"direction": "noise"}
     rows = measured("discovery", moved, ablation="zero", **shared)
     rows += measured("confirmation", moved, ablation="zero", **shared)
     rows += measured("confirmation", turned, quads=MANY - 1, ablation="mean", **shared)
-    rows += measured("confirmation", {"mlp 0": 1.0, "attn 0": 1.4}, ablation="zero", position="names", **shared)
-    frame, params = table(rows), necessity_measure.Necessity(**SETTINGS)
-    own = step(params, results=tmp_path, write_findings=dict)
-    made = necessity_measure.Measured(frame, effects.ablation_tables(frame, params), "zero")
+    aside = {"ablation": "counterfactual", "position": "between"}
+    rows += measured("confirmation", {"mlp 0": 1.0, "attn 0": 1.4}, **aside, **shared)
+    frame, params = table(rows), necessity_measure.Necessity(**SETTINGS | {"ablations": ("zero", "mean")})
+    seen = {"mirror": {"layer": 0, "correlation": 0.971, "quads": 20}}
+    own = step(params, results=tmp_path, write_findings=dict, n_layers=1, find={"coarse_sweep": seen}.get)
+    tables = effects.ablation_tables(frame[frame["position"] == "last"], params)
+    made = necessity_measure.Measured(frame, tables, necessity_measure.lead_of(tables))
     found = necessity_page.findings(own, made)
     # ranks under zero 2 3 4 1, under mean 4 3 2 1: differences 2 0 2 0: 1 - 6 x 8 / (4 x 15) = 0.2
     assert found["agreement"]["mean"].estimate == pytest.approx(0.2)
@@ -765,30 +854,65 @@ def test_what_step_03_says(tmp_path):
     )
     assert "zero damage" in said[1]
     assert "mlp 0 (3.00 [3.00, 3.00]), 0.1 (2.00 [2.00, 2.00]), 0.0 (1.00" in said[1]
-    assert said[3].startswith("Over sites, effects rank as under `zero` with a Spearman correlation of 0.20")
-    assert said[4] == "Under `mean`, 0.0 (3.00), 0.1 (2.00) and mlp 0 (1.00) lead.", "19 quads have no interval"
-    assert said[5].startswith("`mean` is there for 19 of 40 pairs")
-    assert said[6] == (
-        "At `names`, the attention or MLP module of largest damage is attn 0: 0.35 [0.35, 0.35] of the gap."
+    assert said[3] == (
+        "`counterfactual` noise in a pair is denoise in its mirror pair (over 20 quads the two effects of the residual "
+        "stream at `last` after layer 0 correlate at 0.97); no class-neutral ablation could be run in both halves, so "
+        "necessity is not judged here: what follows is about `zero`."
     )
-    assert found["ablation"] == "zero" and len(found["sites"]) == 4 and found["headline"] == said[1:3]
+    assert said[4].startswith(
+        "What an ablation takes away at most, the whole residual stream of the last layer at `last`, is 0.75 [0.75, "
+        "0.75] under `zero` and 1.00 (no interval: 19 clusters"
+    )
+    assert said[5].endswith(
+        "own ceiling: under `zero` mlp 0 1.00 [1.00, 1.00], 0.1 0.67 [0.67, 0.67], 0.0 0.33 [0.33, 0.33] and attn 0 "
+        "0.17 [0.17, 0.17]."
+    )
+    assert said[6] == "Shares of the ceiling under `mean` are not testable: it is not shown to be above zero."
+    assert said[7].startswith("Over sites, effects rank as under `zero` with a Spearman correlation of 0.20")
+    assert said[8] == "Under `mean`, 0.0 (3.00), 0.1 (2.00) and mlp 0 (1.00) lead.", "19 quads have no interval"
+    assert said[9].startswith("`mean` is there for 19 of 40 pairs: the others lack donors")
+    assert said[10] == (
+        "At `between`, the attention or MLP module of largest counterfactual damage is attn 0: 0.35 [0.35, 0.35] of "
+        "the gap."
+    )
+    assert found["ablation"] == "zero" and len(found["sites"]) == 4 and found["headline"] == [*said[1:3], said[4]]
     only = frame[frame["ablation"] == "zero"]
     alone = necessity_measure.Measured(only, effects.ablation_tables(only, params), "zero")
-    assert necessity_page.findings(own, alone)["sentences"][3] == "Only `zero` was run."
+    said = necessity_page.findings(own, alone)["sentences"]
+    assert said[6] == "Only `zero` was run." and said[7].startswith("`mean` is there for 0 of 40 pairs")
 
 
-def test_the_counterfactual_ablation_leads_where_it_was_run():
-    rows = ablated({"zero": [1.0, 2.0], "counterfactual": [3.0, 4.0], "mean": [5.0, 6.0]})
+def test_a_share_of_the_ceiling_is_over_the_same_quads_and_has_an_interval():
+    lost, most = [float(i % 3) for i in range(MANY)], [4.0 + i % 5 for i in range(MANY)]
+    shared = {"direction": "noise", "ablation": "resample"}
+    rows = many(lost, [10.0] * MANY, component="mlp", **shared) + many(most, [10.0] * MANY, **shared)
+    rows += many([9.0] * MANY, [10.0] * MANY, layer=1, component="mlp", position="names", **shared)
+    (row,) = necessity_page.of_ceiling(table(rows), 1, PARAMS).itertuples()
+    own = stats.ratio_interval(lost, most, OWN)
+    assert [row.site, row.ablation] == ["mlp 0", "resample"]
+    assert [row.estimate, row.low, row.high] == pytest.approx([own.estimate, own.low, own.high])
+    # 0 + 1 + 2 in turn: 19; 4 + 5 + 6 + 7 + 8, four times: 120
+    assert row.estimate == pytest.approx(19 / 120)
+    (limit,) = effects.damages(necessity_page.at_ceiling(table(rows), 1), PARAMS).values()
+    assert limit.estimate == pytest.approx(120 / 200)
+    none = table(rows + many([-most for most in most], [10.0] * MANY, **shared | {"ablation": "zero"}))
+    assert {*necessity_page.of_ceiling(none, 1, PARAMS)["ablation"]} == {"resample"}, "no ceiling above zero: no share"
+
+
+def test_a_class_neutral_ablation_leads_where_both_halves_have_it():
+    moved = {"zero": [1.0, 2.0], "counterfactual": [3.0, 4.0], "mean": [5.0, 6.0], "resample": [7.0, 8.0]}
+    rows = ablated(moved) + ablated(moved, half="discovery", quad="q2")
 
     def run(frame: pd.DataFrame) -> necessity_measure.Measured:
         params = necessity_measure.Necessity(**SETTINGS)
         return necessity_measure.run(SimpleNamespace(params=params, table=lambda _: frame))
 
     made = run(table(rows))
-    assert made.lead == "counterfactual" and list(made.sites) == ["counterfactual", "zero", "mean"]
-    assert [own["estimate"].tolist() for own in made.sites.values()] == [[3.0, 4.0], [1.0, 2.0], [5.0, 6.0]]
-    without = run(table([row for row in rows if row["ablation"] != "counterfactual"]))
-    assert without.lead == "zero" and list(without.sites) == ["zero", "mean"]
+    assert made.lead == "resample" and list(made.sites) == ["resample", "zero", "counterfactual", "mean"]
+    assert effects.reported(made.sites["resample"])["estimate"].tolist() == [7.0, 8.0]
+    once = run(table([row for row in rows if (row["ablation"], row["half"]) != ("resample", "discovery")]))
+    assert once.lead == "mean"
+    assert run(table([row for row in rows if row["ablation"] in ("zero", "counterfactual")])).lead == "zero"
 
 
 def test_what_step_04_says(tmp_path):

@@ -5,6 +5,7 @@
 3. `JOINT`: slice + candidate, and each alone. `joint_tests` asks on the confirmation half whether the two together cost
    more than apart: then the candidate is a backup.
 4. The slice is widened by its backups, and the next round begins, until nothing rises or `rounds` is reached.
+5. `NEEDED`: the slice as it was, ablated class-neutrally, beside all that such an ablation can take away.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import pandas as pd
 from pydantic import Field
 
 from lib import records, stats
-from lib.batches import grouped, subsample
+from lib.batches import NEUTRAL, grouped, subsample
 from lib.effects import SITE, by_half, columns, in_halves, named, quad_matrix, reported, tested
 from lib.hooks import Site
 from lib.readout import post_norms, readout
@@ -55,7 +56,7 @@ class Hydra(OfSlice):
 def split_units(step: Step | Case, slices: Mapping[str, Sequence[Site]]) -> list[Unit]:
     """The slices ablated in every pair."""
     pairs = subsample(step.prompts(), step.params.pairs)
-    return sweep_units("split", pairs, ablations=step.params.ablations, slices=slices)
+    return sweep_units("split", pairs, step.prompts(), ablations=step.params.ablations, slices=slices)
 
 
 def splitter(step: Step, slices: Mapping[str, Sequence[Site]]) -> Callable[[Unit], pd.DataFrame]:
@@ -98,11 +99,19 @@ def split_unit(shape: Shape, pairs: Sequence[Pair], slices: Sequence[Sequence[Si
 def joint_units(step: Step | Case, ablation: str, sets: Sequence[tuple[Site, ...]]) -> list[Unit]:
     """Sets of sites ablated together in every pair."""
     pairs = subsample(step.prompts(), step.params.pairs)
-    return sweep_units("joint", pairs, role="last", ablations=[ablation], site_sets=sets)
+    return sweep_units("joint", pairs, step.prompts(), role="last", ablations=[ablation], site_sets=sets)
+
+
+def needed_units(step: Step | Case, sites: Sequence[Site]) -> list[Unit]:
+    """The slice and, as the ceiling, the whole final residual stream: ablated class-neutrally, and counterfactually."""
+    pairs, whole = subsample(step.prompts(), step.params.pairs), Site(step.n_layers - 1, "resid")
+    how = {"role": "last", "ablations": [*NEUTRAL, "counterfactual"], "site_sets": [tuple(sites), (whole,)]}
+    return sweep_units("needed", pairs, step.prompts(), **how)
 
 
 SPLITS = Table("hydra", split_units, splitter, split_cost, schema=splits.SCHEMA)
 JOINT = Table("joint", joint_units, swept, of_sweep, schema=records.SET_SCHEMA)
+NEEDED = Table("needed", needed_units, swept, of_sweep, records.SET_SCHEMA, (*records.ANALYSED, "site_set"))
 
 
 def numbered(table: Table, number: int) -> Table:
@@ -126,6 +135,7 @@ def assumed(case: Case) -> Iterator[tuple[Any, ...]]:
         yield numbered(SPLITS, number), slices_of(case, sites, number)
         rising = order_of(case, len(sites) + min(count, case.params.candidates))[len(sites) :]
         yield numbered(JOINT, number), case.params.ablations[0], joint_sets(sites, rising)
+    yield NEEDED, sites
 
 
 STEP = Declaration("hydra", Hydra, assumed, reads={"sufficiency": ("critical_slice",)})
@@ -223,3 +233,8 @@ def run(step: Step) -> list[Round]:
         rounds.append(Round(sites, frame, risen, tests))
         sites = [*sites, *backups_of(tests)]
     return rounds
+
+
+def needed(step: Step) -> pd.DataFrame:
+    """The records of `NEEDED`, the slice in `site_set` 0 and the whole final residual stream in 1."""
+    return step.table(NEEDED, step.slice())

@@ -15,10 +15,11 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from lib import effects, stats
+from lib.batches import NEUTRAL
 from lib.effects import columns, in_halves, reported
 from pipeline.step import Step
 from report import plots
-from report.words import OVER_QUADS, about_model, finished, interval, listed
+from report.words import OVER_QUADS, about_model, finished, interval, listed, of_row
 from steps.hydra.measure import Hydra, Round, backups_of, candidates, lead_of
 
 LATER = {"heads and MLPs": ["heads", "mlps"], "heads": ["heads"], "MLPs": ["mlps"]}
@@ -350,19 +351,50 @@ def control_sentences(split: pd.DataFrame) -> list[str]:
     return out
 
 
-def findings(step: Step, rounds: Sequence[Round]) -> dict[str, Any]:
+def necessity(frame: pd.DataFrame, params: Hydra) -> pd.DataFrame:
+    """The slice's damage under each kind of ablation, confirmation half: `damage` and `ceiling` (text) of the gap, and,
+    in `estimate`, as a share of the ceiling. `judges`: the first class-neutral kind that both halves have."""
+    own = reported(frame)
+    slice_alone, whole = own[own["site_set"] == 0], own[own["site_set"] == 1]
+    damage, limits = effects.damages(slice_alone, params), effects.damages(whole, params)
+    out = effects.shares_of_ceiling(slice_alone, whole, params, ["site_set"]).drop(columns="site_set")
+    both = set.intersection(*({*rows["ablation"]} for _, rows in in_halves(frame)))
+    lead = next((kind for kind in NEUTRAL if kind in both), None)
+    of_gap = {
+        "damage": [str(damage[kind]) for kind in out["ablation"]],
+        "ceiling": [str(limits[k]) for k in out["ablation"]],
+    }
+    return out.assign(**of_gap, judges=out["ablation"] == lead)
+
+
+def necessity_sentence(table: pd.DataFrame) -> str:
+    """Whether the slice is needed, judged under a class-neutral ablation."""
+    each = listed(
+        f"{row.damage} of at most {row.ceiling} of the gap under `{row.ablation}`, {of_row(row)} of its ceiling"
+        for row in table.itertuples()
+    )
+    if not table["judges"].any():
+        return (
+            "Necessity of the slice is not testable: no class-neutral ablation has a ceiling above zero here. " + each
+        )
+    return f"Ablated as a whole, the slice takes away {each} (confirmation half)."
+
+
+def findings(step: Step, rounds: Sequence[Round], needed: pd.DataFrame) -> dict[str, Any]:
     """The findings of step 05."""
     params, first, last = step.params, rounds[0], rounds[-1]
     split, ratios = split_table(first.frame, params), compensation(first.frame, params)
     spread = distribution(pair_ratios(first.frame, params), params)
     own = reported(changes(first.frame))
     residual = max(changes(one.frame)["residual"].abs().max() for one in rounds)
+    taken = necessity(needed, params)
     end, compared = ending(rounds, params), split_sentences(split, ratios, spread, params)
     sentences = [
         f"The slice ({listed(effects.site_name(*site) for site in first.sites)}) was ablated as a whole at `last`; "
         f"what follows is about {own['pair_id'].nunique()} pairs of {own['quad_id'].nunique()} quads of the "
         f"{own['half'].iloc[0]} half. In every pair the parts add up to the total change: the largest residual is "
         f"{residual:.1e} logits.",
+        necessity_sentence(taken),
         *compared,
         *control_sentences(split),
         *backup_sentences(rounds, params),
@@ -378,6 +410,7 @@ def findings(step: Step, rounds: Sequence[Round]) -> dict[str, Any]:
         "task": params.task,
         "able": True,
         "backups": backups,
+        "needed": taken.to_dict("records"),
         "widened_slice": [{"site": effects.site_name(*site), **site._asdict()} for site in last.sites],
         "compensation": reported(ratios).to_dict("records"),
         "per_pair": list(spread),
@@ -386,7 +419,11 @@ def findings(step: Step, rounds: Sequence[Round]) -> dict[str, Any]:
         "missed": missed(last, params),
         "largest_residual": residual,
         "sentences": sentences,
-        "headline": [end, compared[0].partition(" In the ")[0]],  # without the spread over single pairs
+        "headline": [
+            end,
+            necessity_sentence(taken),
+            compared[0].partition(" In the ")[0],
+        ],  # without the spread over single pairs
     }
     figures = {"split": split_figure(step, rounds)}
     if len(first.rises):

@@ -1,15 +1,20 @@
-"""Step 03, measured: every site ablated in the clean run, under each kind of ablation."""
+"""Step 03, measured: every site ablated in the clean run, under each kind of ablation.
+
+With counterfactual values, noise in a pair is denoise in its mirror pair, run for run: that cannot tell a site which is
+needed from one which suffices. So sites are judged under a class-neutral ablation (NEUTRAL), and each kind is set
+beside what it can take away at most: the whole residual stream of the last layer, ablated likewise.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import pandas as pd
 from pydantic import Field
 
 from lib import effects, records
-from lib.batches import subsample
+from lib.batches import NEUTRAL, subsample
 from pipeline.assumed import Case, of_sweep
 from pipeline.declaration import Declaration, Table
 from pipeline.params import Ablations, Components, Roles, Shared
@@ -25,16 +30,22 @@ class Necessity(Shared):
         ("zero", "mean", "resample", "counterfactual"), description="kinds of ablation at `last`"
     )
     pairs: int | None = Field(None, ge=1, description="pairs at `last`; default all")
-    name_roles: Roles = Field(("name_a", "name_b", "names"), description="name roles swept, counterfactual only")
-    name_components: Components = Field(("resid", "attn", "mlp"), description="components swept at the name roles")
-    name_pairs: int = Field(40, ge=1, description="pairs at the name roles")
+    name_roles: Roles = Field(
+        ("name_a", "name_b", "names", "between"), description="other roles swept, counterfactual only"
+    )
+    name_components: Components = Field(("resid", "attn", "mlp"), description="components swept at the other roles")
+    name_pairs: int = Field(40, ge=1, description="pairs at the other roles")
 
 
 def units(step: Step | Case) -> list[Unit]:
-    """Every site at `last` under each ablation; the names' modules under the counterfactual one."""
-    p, prompts, layers = step.params, step.prompts(), step.layers
+    """Every site at `last` under each ablation, the whole final residual among them; the other roles' modules under the
+    counterfactual one."""
+    p, prompts, layers, final = step.params, step.prompts(), step.layers, step.n_layers - 1
     last, names = subsample(prompts, p.pairs), subsample(prompts, p.name_pairs)
-    out = sweep_units("last", last, role="last", components=p.components, ablations=p.ablations, layers=layers)
+    how = {"role": "last", "ablations": p.ablations}
+    out = sweep_units("last", last, prompts, components=p.components, layers=layers, **how)
+    if "resid" not in p.components or final not in layers:
+        out += sweep_units("ceiling", last, prompts, components=["resid"], layers=[final], **how)
     for role in p.name_roles:
         out += sweep_units(role, names, role=role, components=p.name_components, layers=layers)
     return out
@@ -59,9 +70,17 @@ class Measured(NamedTuple):
     lead: str  # the ablation that sites are ranked by
 
 
+def lead_of(tables: Mapping[str, pd.DataFrame]) -> str:
+    """The ablation that judges: the first class-neutral one that both halves have (a pair may lack donors), else the
+    first of all."""
+    halves = {kind: {*table["half"]} for kind, table in tables.items()}
+    whole = [kind for kind in tables if halves[kind] == set.union(*halves.values())]
+    return next((kind for kind in NEUTRAL if kind in whole), [*whole, *tables][0])
+
+
 def run(step: Step) -> Measured:
-    """Measure, or read what is there. The counterfactual ablation leads where it was run."""
+    """Measure, or read what is there."""
     sweep = step.table(SWEEP)
     tables = effects.ablation_tables(sweep, step.params)
-    lead = "counterfactual" if "counterfactual" in tables else next(iter(tables))
+    lead = lead_of(tables)
     return Measured(sweep, {lead: tables[lead], **tables}, lead)

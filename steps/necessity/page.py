@@ -1,4 +1,8 @@
-"""Step 03 on its page: which sites the answer needs."""
+"""Step 03 on its page: which sites the answer needs.
+
+1. `agreement` compares the kinds of ablation by how they rank the sites.
+2. `of_ceiling` says what each site takes of what its kind of ablation takes away at most.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from lib import stats
-from lib.effects import SITE, picked, quad_matrix, reported, significant
+from lib.batches import NEUTRAL
+from lib.effects import SITE, damages, named, picked, quad_matrix, reported, shares_of_ceiling, significant
 from lib.hooks import site_name
 from lib.stats import Interval
 from pipeline.params import Shared
@@ -20,8 +25,9 @@ from report.words import (
     about_model,
     finished,
     heads_or_mlps,
-    interval,
     listed,
+    of_row,
+    of_rows,
     site_rows,
     top_sites,
     top_sites_sentence,
@@ -49,22 +55,25 @@ def agreement(frame: pd.DataFrame, kinds: Sequence[str], params: Shared) -> dict
     return {kind: stats.rank_agreement(first, matrices[kind], params) for kind in kinds[1:]}
 
 
-def by_kind(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
-    """Each site under the first ablation and, in `other`, under each of the others; confirmation half."""
-    (lead, first), *rest = tables.items()
-    own = reported(first)[["site", "estimate"]].rename(columns={"estimate": lead})
-    parts = [
-        own.merge(reported(table)[["site", "estimate"]], on="site")
-        .rename(columns={"estimate": "other"})
-        .assign(ablation=kind)
-        for kind, table in rest
-    ]
-    return pd.concat(parts, ignore_index=True)
+def at_ceiling(frame: pd.DataFrame, n_layers: int) -> pd.DataFrame:
+    """The confirmation records of the whole final residual stream at `last`."""
+    own = frame[(frame["position"] == "last") & (frame["component"] == "resid") & (frame["layer"] == n_layers - 1)]
+    return reported(own)
+
+
+def of_ceiling(frame: pd.DataFrame, n_layers: int, params: Shared) -> pd.DataFrame:
+    """Each site's damage at `last` as a share of its ablation's own ceiling, confirmation half."""
+    own = reported(frame[(frame["position"] == "last") & (frame["component"] != "resid")])
+    out = shares_of_ceiling(own, at_ceiling(frame, n_layers), params)
+    return out.assign(site=named(out))
 
 
 def modules_of(m: Measured, params: Shared) -> pd.DataFrame:
-    """Damage of whole attention and MLP modules under the leading ablation, confirmation half, at each role."""
-    return site_tables.layer_table(m.records[m.records["ablation"] == m.lead], params)
+    """Damage of whole attention and MLP modules, confirmation half: at `last` under the leading ablation, at the other
+    roles under the counterfactual one."""
+    return site_tables.layer_table(
+        m.records[(m.records["ablation"] == m.lead) | (m.records["position"] != "last")], params
+    )
 
 
 # --- figures ---
@@ -98,12 +107,14 @@ def halves(m: Measured) -> Figure | None:
     return plots.halves(m.sites[m.lead])
 
 
-def kinds(m: Measured) -> Figure | None:
-    """Every site under the leading ablation against the others, where there are others."""
-    if len(m.sites) < 2:
+def kinds(step: Step, m: Measured) -> Figure | None:
+    """The leading sites under every kind of ablation, each as a share of that kind's own ceiling."""
+    shares = of_ceiling(m.records, step.n_layers, step.params)
+    if shares.empty:
         return None
-    axes = (f"{m.lead} (logits)", "other ablation (logits)")
-    return plots.agreement(by_kind(m.sites), m.lead, "other", *axes, by="ablation")
+    order = list(dict.fromkeys(picked(m.sites[m.lead], 10)["site"]))
+    shares = shares[shares["site"].isin(order)].sort_values("site", key=lambda own: own.map(order.index), kind="stable")
+    return plots.ranked_sites(shares, "damage (share of the ablation's own ceiling)", by="ablation")
 
 
 def answer_and_foil(step: Step, m: Measured) -> Figure:
@@ -117,6 +128,64 @@ def answer_and_foil(step: Step, m: Measured) -> Figure:
 # --- findings ---
 
 
+def shares_sentence(shares: pd.DataFrame, m: Measured, kind: str, count: int) -> str:
+    """The leading sites under one kind of ablation as shares of its ceiling."""
+    order = list(dict.fromkeys(picked(m.sites[m.lead], count)["site"]))
+    rows = shares[shares["ablation"] == kind].set_index("site", drop=False).loc[order]
+    return f"under `{kind}` {of_rows(rows, 'site')}"
+
+
+def ceiling_sentences(step: Step, m: Measured) -> tuple[list[str], dict[str, Interval]]:
+    """Under which ablation necessity is judged, what each kind takes away at most, and what the leading sites take."""
+    limits = damages(at_ceiling(m.records, step.n_layers), step.params)
+    shares = of_ceiling(m.records, step.n_layers, step.params)
+    told = mirror_sentence(step, m)
+    told.append(
+        "What an ablation takes away at most, the whole residual stream of the last layer at `last`, is "
+        + listed(f"{limit} under `{kind}`" for kind, limit in limits.items())
+        + " of the gap between clean and corrupt."
+    )
+    there = [kind for kind in m.sites if kind in {*shares["ablation"]}]
+    if there:
+        told.append(
+            f"The leading sites under `{m.lead}`, each as a share of its ablation's own ceiling: "
+            + "; ".join(shares_sentence(shares, m, kind, 4) for kind in there)
+            + "."
+        )
+    if left := [f"`{kind}`" for kind in limits if kind not in there]:
+        told.append(f"Shares of the ceiling under {listed(left)} are not testable: it is not shown to be above zero.")
+    return told, limits
+
+
+def mirror_sentence(step: Step, m: Measured) -> list[str]:
+    """Why counterfactual values do not judge necessity, and which ablation does."""
+    seen = (step.find("coarse_sweep") or {}).get("mirror")
+    number = (
+        f" (over {seen['quads']} quads the two effects of the residual stream at `last` after layer {seen['layer']} "
+        f"correlate at {seen['correlation']:.2f})"
+        if seen and seen["correlation"] is not None
+        else ""
+    )
+    judged = (
+        f"necessity is judged under `{m.lead}`, whose values carry neither answer of the pair"
+        if m.lead in NEUTRAL
+        else "no class-neutral ablation could be run in both halves, so necessity is not judged here: what follows is "
+        f"about `{m.lead}`"
+    )
+    return [f"`counterfactual` noise in a pair is denoise in its mirror pair{number}; {judged}."]
+
+
+def donor_sentences(m: Measured, asked: Sequence[str]) -> list[str]:
+    """Which kinds of ablation some pairs or all of them lack, for want of donors."""
+    counts = m.records[m.records["position"] == "last"].groupby("ablation")["pair_id"].nunique()
+    why = "other quads of the same half, template and token counts, for `resample` of other classes than the pair's two"
+    return [
+        f"`{kind}` is there for {counts.get(kind, 0)} of {counts.max()} pairs: the others lack donors ({why})."
+        for kind in asked
+        if counts.get(kind, 0) < counts.max()
+    ]
+
+
 def findings(step: Step, m: Measured) -> dict[str, Any]:
     """The findings of step 03. The leading ablation decides; the others are compared with it."""
     params = step.params
@@ -124,29 +193,27 @@ def findings(step: Step, m: Measured) -> dict[str, Any]:
     agree = agreement(m.records, list(m.sites), params)
     by_role = modules_of(m, params)
     sample = f"{confirmation['pair_id'].nunique()} pairs of {confirmation['quad_id'].nunique()} quads"
+    told, limits = ceiling_sentences(step, m)
     sentences = [
         f"Each site at `last` was ablated in the clean run, {step.layers_from}; the confirmation half has {sample}.",
         top_sites_sentence(sites, params, 6, f"{lead} damage"),
         heads_or_mlps(sites, params, "damage"),
+        *told,
         f"Over sites, effects rank as under `{lead}` with a Spearman correlation of "
         + listed(f"{value} under `{kind}`" for kind, value in agree.items())
         + "."
         if agree
         else f"Only `{lead}` was run.",
         *[f"Under `{kind}`, {top_sites(own, 3)} lead." for kind, own in m.sites.items() if kind != lead],
+        *donor_sentences(m, params.ablations),
     ]
-    last = m.records[m.records["position"] == "last"]
-    counts = last.groupby("ablation")["pair_id"].nunique()
-    for kind, count in counts[counts < counts.max()].items():
-        sentences.append(
-            f"`{kind}` is there for {count} of {counts.max()} pairs: the others have no other quad of their half, "
-            "template and token counts to take it from."
-        )
     for role, rows in by_role[by_role["position"] != "last"].groupby("position", sort=False):
         best = rows.loc[rows["estimate"].idxmax()]
-        value = interval(best["estimate"], best["low"], best["high"])
         site = site_name(best["layer"], best["component"])
-        sentences.append(f"At `{role}`, the attention or MLP module of largest damage is {site}: {value} of the gap.")
+        sentences.append(
+            f"At `{role}`, the attention or MLP module of largest counterfactual damage is {site}: {of_row(best)} of "
+            "the gap."
+        )
     found = {
         "model": about_model(step),
         "task": params.task,
@@ -154,7 +221,8 @@ def findings(step: Step, m: Measured) -> dict[str, Any]:
         "ablation": lead,
         "sites": site_rows(sites),
         "agreement": agree,
+        "ceilings": limits,
         "sentences": sentences,
-        "headline": sentences[1:3],
+        "headline": [*sentences[1:3], told[1]],
     }
     return finished(step, found, {"ranked": ranked(m), "layers": modules(step, m)}, CAPTIONS)
