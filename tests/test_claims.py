@@ -63,7 +63,8 @@ def found():
             "sites": [{"component": kind, "ratio": ratio, "ratio_low": ratio - 0.01, "ratio_high": ratio + 0.01}
                       for kind, ratio in (("head", 0.2), ("mlp", 0.6), ("attn", 0.95))],
             "critical_slice": [{"site": "5.3"}, {"site": "mlp 7"}], "model": {"n_layers": 10, "n_heads": 10}},
-        "hydra": {"compensation": [span(-0.2, half="confirmation", later="heads and MLPs")],
+        "hydra": {"needed": [span(0.2, judges=False), span(0.9, judges=True)],
+                  "compensation": [span(-0.2, half="confirmation", later="heads and MLPs")],
                   "missed": [{"rise": 0.01, "share": 0.02}, {"rise": 0.02, "share": 0.05}],
                   "backups": [{"site": "6.1", "stands_in": False}]},
         "retrieval_heads": {
@@ -220,7 +221,7 @@ def test_a_step_that_did_not_run_is_not_tested(tmp_path):
     own = judged(tmp_path, found() | {"hydra": None})
     assert own["no_repair"].verdict == NOT_TESTED and "step 05 (hydra) has not run" in own["no_repair"].reason
     assert own["no_repair"].figure is None and own["no_repair"].estimate is None
-    assert own["slice_necessary"].verdict == SUPPORTED
+    assert own["slice_necessary"].verdict == NOT_TESTED and own["slice_sufficient"].verdict == SUPPORTED
 
 
 def test_a_task_the_model_cannot_do_is_not_testable(tmp_path):
@@ -241,11 +242,11 @@ def test_numbers_that_are_not_where_they_should_be_are_an_error(claim, tmp_path)
 
 
 def test_a_column_that_is_not_there_is_an_error_and_rows_that_are_not_are_none(tmp_path):
-    own, claim = story_params(tmp_path), next(claim for claim in CLAIMS if claim.id == "slice_necessary")
+    own, claim = story_params(tmp_path), next(claim for claim in CLAIMS if claim.id == "slice_sufficient")
     with pytest.raises(claims.ClaimError, match="'quantity'"):
         claims.numbers_of(claim, {"joint": [span(0.5)]}, own)
     with pytest.raises(claims.ClaimError, match="have no low"):
-        claims.numbers_of(claim, {"joint": [{"quantity": "damage", "estimate": 0.5}]}, own)
+        claims.numbers_of(claim, {"joint": [{"quantity": "recovery", "estimate": 0.5}]}, own)
     assert claims.numbers_of(claim, {"joint": []}, own).why == "the step has no such numbers here"
     assert claims.numbers_of(claim, {"joint": None}, own).why == "the step has no such numbers here"
 
@@ -253,6 +254,7 @@ def test_a_column_that_is_not_there_is_an_error_and_rows_that_are_not_are_none(t
 def test_too_few_quads_decide_nothing(tmp_path):
     what = found()
     what["sufficiency"]["joint"] = [few(0.99, quantity="recovery"), few(0.99, quantity="damage")]
+    what["hydra"]["needed"] = [few(0.99, judges=True)]
     what["retrieval_heads"]["tests"] = [few(1.0)]
     own = judged(tmp_path, what)
     assert {own[name].verdict for name in ("slice_necessary", "slice_sufficient", "retrieval_heads")} == {NOT_TESTABLE}
@@ -270,11 +272,13 @@ def emptied(value):
 
 
 def test_without_any_interval_nothing_is_decided_and_nothing_crashes(tmp_path):
-    own = judged(tmp_path, emptied(found()) | {"hydra": found()["hydra"] | {"missed": [], "compensation": []}})
+    own = judged(
+        tmp_path, emptied(found()) | {"hydra": found()["hydra"] | {"missed": [], "compensation": [], "needed": []}}
+    )
     assert {entry.verdict for entry in own.values() if entry.id != "low_rank"} == {NOT_TESTABLE}
     assert story.forest(list(own.values())) is None and story.table(list(own.values())).to_html()
-    undefined = {"joint": [{"quantity": "damage", "estimate": None, "low": None, "high": None}]}
-    claim = next(claim for claim in CLAIMS if claim.id == "slice_necessary")
+    undefined = {"joint": [{"quantity": "recovery", "estimate": None, "low": None, "high": None}]}
+    claim = next(claim for claim in CLAIMS if claim.id == "slice_sufficient")
     assert claims.numbers_of(claim, undefined, story_params(tmp_path)).why == "its numbers are not defined here"
 
 
@@ -463,7 +467,7 @@ def test_no_site_or_layer_stands_in_the_words():
 def test_the_table_says_the_verdict_in_words_and_links_to_what_is_under_it(tmp_path):
     page = story.table(list(judged(tmp_path).values())).to_html()
     assert '<a href="04_sufficiency.html#fig-slice">04, fig-slice</a>' in page
-    assert "sufficiency.slice.parquet: <code>direction == &#x27;noise&#x27; and half" in page
+    assert "sufficiency.slice.parquet: <code>direction == &#x27;denoise&#x27; and half" in page
     assert page.count(f">{NOT_SUPPORTED}<") == sum(e.verdict == NOT_SUPPORTED for e in judged(tmp_path).values())
 
 
