@@ -68,7 +68,8 @@ def quick_notes(sections: params.Sections, results: Path, steps: Mapping[str, st
             notes[step] = f"This page was made with {which}. It leaves out:\n\n- " + "\n- ".join(less)
             notes["index"] = (
                 f"This report was made with {which}: every page, from fewer prompts, so that intervals are "
-                f"wider. Each page says what it leaves out. The full report: `make book PROFILE={full}`."
+                "wider, and missing where fewer than 20 quads are left: what needs one is then not decided. "
+                f"Each page says what it leaves out. The full report: `make book PROFILE={full}`."
             )
     return {name: f":::{{admonition}} The quick form\n{note}\n:::" for name, note in notes.items()}
 

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from lib import effects
 from lib.effects import picked, reported
+from lib.stats import MINIMUM_CLUSTERS
 from pipeline.params import Shared
 from pipeline.step import Step
 from report import plots
@@ -40,6 +41,13 @@ def interval(estimate: float, low: float | None, high: float | None, digits: int
     shown = [round(value, digits) + 0.0 for value in ((estimate,) if bare else (estimate, low, high))]  # no "-0.00"
     texts = [f"{value:.{digits}f}" for value in shown]
     return texts[0] + ("" if bare else f" [{texts[1]}, {texts[2]}]")
+
+
+def in_logits(rows: pd.DataFrame, kind: str) -> str:
+    """What stands in brackets after effects: "logits, familywise intervals", or that there are none."""
+    return (
+        f"logits, {kind}" if rows["low"].notna().any() else f"logits; fewer than {MINIMUM_CLUSTERS} quads: no intervals"
+    )
 
 
 def of_row(row: Any) -> str:
@@ -132,7 +140,7 @@ def top_sites_sentence(table: pd.DataFrame, params: Shared, count: int, what: st
     found = len(effects.confirmed(table, params))
     return (
         f"The {count} sites of largest {what} on the discovery half are, with their effect on logit_diff on the "
-        f"confirmation half (logits, familywise {params.level:.0%} intervals): {listed(each)}. "
+        f"confirmation half ({in_logits(top, f'familywise {params.level:.0%} intervals')}): {listed(each)}. "
         f"Of {table['site'].nunique()} sites, {found} are significant familywise in both halves with a positive effect."
         + ONE_HALF
         * (table["half"].nunique() == 1)

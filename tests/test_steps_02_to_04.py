@@ -731,6 +731,8 @@ def test_leading_sites_are_picked_on_discovery_and_told_on_confirmation():
     )
     alone = words.top_sites_sentence(own[own["half"] == "discovery"], PARAMS, 1, "damage")
     assert alone.endswith("picked and reported on the same data.")
+    few = words.top_sites_sentence(own.assign(low=np.nan), PARAMS, 1, "damage")
+    assert "half (logits; fewer than 20 quads: no intervals): 0.1 (-1.00). " in few
     assert words.top_sites(own, 1) == "0.1 (-1.00 [-1.00, -1.00])"
     assert words.heads_or_mlps(own, PARAMS, "damage") == (
         "Significant in both halves are 1 heads, 1 MLPs and 0 attention modules; the largest damage is that of 0.1 "

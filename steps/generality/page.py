@@ -212,7 +212,7 @@ def transfer(frame: pd.DataFrame, circuits: Sequence[Circuit], params: Shared) -
 
 def counted(m: Measured) -> pd.DataFrame:
     """How many pairs of each template could be made, line up, were asked and are left."""
-    return pd.DataFrame(m.counts).drop(columns="why")
+    return pd.DataFrame(m.counts).set_index("template")[["possible", "aligned", "asked", "left", "quads"]]
 
 
 def forest(step: Step, rows: pd.DataFrame) -> Figure | None:
@@ -273,8 +273,13 @@ def interaction_table(t: Tables) -> pd.DataFrame | Markdown | None:
 
 
 def circuits(t: Tables) -> pd.DataFrame | Markdown | None:
-    """The circuits picked class by class."""
-    return shown(t.circuits, 2, "Step 04's table of single sites is not in the results.")
+    """The circuits picked class by class, a row each."""
+    if t.circuits.empty:
+        return shown(t.circuits, 2, "Step 04's table of single sites is not in the results.")
+    effects = {name: [of_row(row) for row in rows.itertuples()] for name, rows in t.circuits.groupby("quantity")}
+    rows = t.circuits.drop_duplicates(["superset", "kind"]).set_index(["superset", "kind"])
+    rows = rows[["picked_on", "size", "overlap", "reached", "quads", "sites"]].round(2).assign(**effects)
+    return rows[[name for name in rows if name != "sites"] + ["sites"]]
 
 
 def left_out(step: Step, t: Tables) -> Figure | None:

@@ -20,7 +20,7 @@ from lib.effects import in_halves, reported
 from pipeline.step import Step
 from report import plots
 from report.plots import BLUE, STYLE, VERMILION, WIDTH, Figure
-from report.words import interval, listed
+from report.words import in_logits, interval, listed
 from steps.neurons.measure import Measured, Neurons
 from steps.neurons.picks import NEURON, Set, means
 
@@ -372,8 +372,8 @@ def top_sentences(tables: dict[str, pd.DataFrame], table: pd.DataFrame, params: 
     }
     sentences = [
         f"In {last['pair_id'].nunique()} pairs of {last['quad_id'].nunique()} {last['half'].iloc[0]} quads, the first "
-        f"{min(6, len(own))}, picked on discovery, change logit_diff by (logits, familywise intervals over the "
-        f"{len(own)}; positive: it helps the answer): {each}.",
+        f"{min(6, len(own))}, picked on discovery, change logit_diff by "
+        f"({in_logits(own, f'familywise intervals over the {len(own)}')}; positive: it helps the answer): {each}.",
         f"Significant familywise in each half with one sign are, of these {len(own)}, "
         + listed(
             f"{int((sign > 0).sum())} that help and {int((sign < 0).sum())} that oppose the answer under {words[kind]}"

@@ -335,12 +335,14 @@ def attribution_sentences(table: pd.DataFrame, costs: pd.DataFrame, pairs: int) 
     """How much of the exact ranking attribution finds, at what cost."""
     out = []
     for row in table.itertuples():
-        signs = "" if row.signs is None or np.isnan(row.signs) else f", the right sign in {row.signs:.0%} of the top 20"
+        unsigned = row.signs is None or np.isnan(row.signs)
+        signs = "" if unsigned else f", the right sign in {row.signs:.0%} of the top 20"
+        exact = "the sizes of the exact effects, as it has no sign" if unsigned else "the exact effects"
         out.append(
             f"{METHODS[row.method]} for {row.nodes} ({pairs} pairs): Spearman "
-            f"{interval(row.estimate, row.low, row.high)}, Kendall {row.kendall:.2f} with the exact effects; it finds "
-            f"{row.top10:.0%} of the exact top 10 and {row.top20:.0%} of the top 20{signs}; "
-            f"missed: {listed(row.missed)}."
+            f"{interval(row.estimate, row.low, row.high)}, Kendall {row.kendall:.2f} with {exact}; it finds "
+            f"{row.top10:.0%} of the exact top 10 and {row.top20:.0%} of the top 20{signs}; of the exact top 10, its "
+            f"top 20 missed: {listed(row.missed)}."
         )
     cheap = costs.set_index("method")
     out.append(
