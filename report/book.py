@@ -92,6 +92,9 @@ def clean_notebook(path: Path, step: str, note: str = "") -> str:
         tags = cell["metadata"].get("tags", [])
         if {"parameters", "injected-parameters"} & set(tags) and "hide-input" not in tags:
             cell["metadata"]["tags"] = [*tags, "hide-input"]
+        shown = cell["metadata"].get("mystnb", {})
+        if "figure" in shown:  # for who does not see it
+            shown["image"] = {"alt": shown["figure"]["caption"]} | shown.get("image", {})
         if cell["cell_type"] != "code" or not "".join(cell["source"]).strip():
             continue
         for output in cell.get("outputs", ()):

@@ -414,3 +414,18 @@ class Value(tuple):
     )
     assert "class Value(tuple):\n    x: int = 1" in found and "def method(self)" in found
     assert "<code>first: one &lt;b&gt;line&lt;/b&gt;" in found
+
+
+def test_a_figure_without_a_text_for_who_does_not_see_it_has_its_caption(tmp_path):
+    cells = []
+    for shown in ({"figure": {"caption": "Two."}}, {"figure": {"caption": "Three."}, "image": {"alt": "points"}}, {}):
+        about = {"mystnb": shown} if shown else {}
+        cells.append({"cell_type": "code", "metadata": about, "source": "", "outputs": [], "execution_count": 1})
+    path = tmp_path / "page.ipynb"
+    path.write_text(json.dumps({"cells": cells, "metadata": {}, "nbformat": 4, "nbformat_minor": 5}))
+    made = json.loads(book.clean_notebook(path, "page"))["cells"]
+    assert [cell["metadata"].get("mystnb", {}).get("image") for cell in made] == [
+        {"alt": "Two."},
+        {"alt": "points"},
+        None,
+    ]
