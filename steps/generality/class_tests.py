@@ -78,14 +78,13 @@ def interaction(
     circuit's sites where classes differ in size or spread, 8 to 11% where effects are lognormal as well; over all 300
     sites of a real model, most of them silent but for a few quads, it was 37 to 70%.
 
-    ValueError for a cluster with two units of one class, gaps of a class that do not add up to more than 0, and fewer
-    than 2 classes with MINIMUM_UNITS units.
+    ValueError for shapes that do not match, a cluster with two units of one class, gaps of a class that do not add up
+    to more than 0, and fewer than 2 classes with MINIMUM_UNITS units.
     """
     values, gap = stats._matrix(effects, "effects"), np.asarray(gaps, dtype=float)
     names, label = np.unique(np.asarray(classes, dtype=str), return_inverse=True)
     cluster = pd.factorize(np.asarray(clusters))[0]
-    if len(set(zip(cluster, label, strict=True))) < len(gap):
-        raise ValueError("a cluster has two units of one class; add up their effects and gaps first")
+    _check_units(values, gap, label, cluster, permutations)
     onehot = np.eye(len(names))[label]
     units, totals = onehot.sum(0), onehot.T @ gap
     if not (totals > 0).all():
@@ -101,6 +100,18 @@ def interaction(
     kept = np.searchsorted(np.flatnonzero(enough), label[used])
     drawn = _labels(kept, cluster[used], permutations, centred.shape[1], seed)
     return Interaction(ratios, *_permuted(centred, gap[used] / scale, drawn))
+
+
+def _check_units(
+    values: np.ndarray, gap: np.ndarray, label: np.ndarray, cluster: np.ndarray, permutations: int
+) -> None:
+    """ValueError where the units do not fit together."""
+    if not len(values) == gap.size == len(label) == len(cluster) or gap.ndim != 1:
+        raise ValueError(f"need a gap, a class and a cluster per unit; got {gap.shape}, {len(label)}, {len(cluster)}")
+    if len(set(zip(cluster, label, strict=True))) < len(label):
+        raise ValueError("a cluster has two units of one class; add up their effects and gaps first")
+    if permutations < 1:
+        raise ValueError(f"permutations must be at least 1; got {permutations}")
 
 
 def _permuted(
