@@ -3,16 +3,15 @@
 1. `effect` and `gap` read each record; `quad_matrix` gathers them by quad and site.
 2. `curve` and `ratios` are ratios of sums over records: damage (noise) and recovery (denoise). `tested` has the sites'
    mean effects with familywise intervals and p values; `site_effects` is both.
-3. Sites are picked on the discovery half and reported on the confirmation half: `by_half`, `both_halves`, `picked`,
-   `reported`, `confirmed`.
-4. `restores` and `critical_slice` say what those words of the design mean.
+3. Sites are picked on the discovery half and reported on the confirmation half: `by_half`, `both_halves`, `reported`,
+   `confirmed`. `critical_slice` says how many sites that is.
 
 Records are data frames with the columns of `lib.records`; effects are in logits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -189,12 +188,6 @@ def both_halves(frame: pd.DataFrame, settings: Settings) -> pd.DataFrame:
     return out.assign(site=named(out))
 
 
-def picked(table: pd.DataFrame, count: int) -> pd.DataFrame:
-    """The `count` sites of largest discovery effect, each with its rows of both halves, in that order."""
-    order = table[table["half"] == table["half"].iloc[0]].nlargest(count, "estimate")["site"]
-    return pd.concat([table[table["site"] == site] for site in order], ignore_index=True)
-
-
 def confirmed(table: pd.DataFrame, settings: Settings) -> pd.DataFrame:
     """Sites with a positive effect that is familywise significant on discovery and again on confirmation."""
     alpha = 1 - settings.level
@@ -211,20 +204,6 @@ def ablation_tables(records: pd.DataFrame, settings: Settings) -> dict[str, pd.D
 
 
 # --- what the words of the design mean ---
-
-
-def restores(frame: pd.DataFrame, interval: Interval, share: float = 0.5, floor: float = 0.5) -> bool | None:
-    """Whether a site's denoise records restore the answer, by the design's definition.
-
-    True if in at least `share` of the pairs the top candidate is the clean answer (`metric_after` above 0) and the
-    lower end of recovery's `interval` is above `floor`. None where the share is reached but there are too few
-    clusters for an interval: not decided, so not claimed.
-    """
-    if _only(frame, "direction") != "denoise":
-        raise ValueError("only denoise records can restore the answer; got noise records")
-    if (frame["metric_after"] > 0).mean() < share:
-        return False
-    return None if interval.low is None else bool(interval.low > floor)
 
 
 @dataclass(frozen=True)
@@ -250,9 +229,3 @@ def critical_slice(joint_recovery: Sequence[float], joint_damage: Sequence[float
     both = np.minimum(joint_recovery, joint_damage) >= share
     size = int(np.argmax(both)) + 1 if both.any() else measured
     return CriticalSlice(size, float(joint_recovery[size - 1]), float(joint_damage[size - 1]), bool(both.any()))
-
-
-def jaccard(one: Iterable, other: Iterable) -> float:
-    """What two sets share, of all that is in either; NaN for two empty ones."""
-    one, other = {*one}, {*other}
-    return len(one & other) / len(one | other) if one | other else np.nan

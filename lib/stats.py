@@ -302,43 +302,6 @@ def benjamini_hochberg(p: ArrayLike) -> Float[np.ndarray, " sites"]:
     return stats.false_discovery_control(p, method="bh")
 
 
-def rank_agreement(
-    first: Float[np.ndarray, "quads sites"],
-    second: Float[np.ndarray, "quads sites"],
-    settings: Settings = DEFAULTS,
-) -> Interval:
-    """Spearman's correlation between the sites' mean effects under two ablations, the same quads and sites in both.
-
-    The interval is z +- Student's t x the bootstrap's standard deviation of z, Fisher's transform, resampling the same
-    quads in both. It is about the correlation to be expected with this many quads: where noise rivals the differences
-    between sites, that lies below the correlation of the true effects, and no resampling of quads can tell how far.
-    """
-    check(settings)
-    level = settings.level
-    a, b = _matrix(first, "first"), _matrix(second, "second")
-    if a.shape != b.shape or a.shape[1] < 3:
-        raise ValueError(f"rank agreement needs the same quads and at least 3 sites; got {a.shape} and {b.shape}")
-    n = len(a)
-    estimate = float(_spearman(a.mean(0)[None], b.mean(0)[None])[0])
-    reason = too_few(n)
-    if reason or np.isnan(estimate):
-        return Interval(estimate, None, None, level, n, reason or "no interval: all sites have equal effects")
-    drawn = [_spearman(w @ a, w @ b) for w in weights(n, a.shape[1], settings.resamples, settings.seed)]
-    # z of 1 is infinite: clip
-    z, middle = (np.arctanh(np.clip(value, -1 + 1e-12, 1 - 1e-12)) for value in (np.concatenate(drawn), estimate))
-    reach = stats.t.ppf((1 + level) / 2, n - 1) * np.nanstd(z)
-    low, high = np.tanh(middle - reach), np.tanh(middle + reach)
-    return Interval(estimate, float(low), float(high), level, n, "bootstrap on Fisher's z")
-
-
-def _spearman(a: Float[np.ndarray, "rows sites"], b: Float[np.ndarray, "rows sites"]) -> Float[np.ndarray, " rows"]:
-    """Spearman's correlation of each row of a with the same row of b; NaN where one is constant."""
-    x, y = (stats.rankdata(values, axis=1) for values in (a, b))
-    x, y = (ranks - ranks.mean(1, keepdims=True) for ranks in (x, y))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return (x * y).sum(1) / np.sqrt((x**2).sum(1) * (y**2).sum(1))
-
-
 def effective_trials(successes: ArrayLike, n: ArrayLike) -> tuple[float, float]:
     """Successes and trials, reduced for what the trials of one unit share: both over the design effect.
 

@@ -11,11 +11,12 @@ from IPython.display import Markdown
 from matplotlib.figure import Figure
 
 from lib import effects
-from lib.effects import picked, reported
+from lib.effects import reported
 from lib.stats import MINIMUM_CLUSTERS
 from pipeline.params import Shared
 from pipeline.step import Step
 from report import plots
+from report.site_tables import picked
 
 ONE_HALF = (
     " The pairs form a single half here: what is said of discovery and confirmation is about the same pairs, so the "
@@ -135,12 +136,10 @@ def top_sites(table: pd.DataFrame, count: int) -> str:
 
 def top_sites_sentence(table: pd.DataFrame, params: Shared, count: int, what: str) -> str:
     """The leading sites, picked on discovery, with their confirmation effects."""
-    top = reported(picked(table, count))
-    each = [f"{row.site} ({interval(row.estimate, row.low, row.high)})" for row in top.itertuples()]
-    found = len(effects.confirmed(table, params))
+    top, found = reported(picked(table, count)), len(effects.confirmed(table, params))
     return (
         f"The {count} sites of largest {what} on the discovery half are, with their effect on logit_diff on the "
-        f"confirmation half ({in_logits(top, f'familywise {params.level:.0%} intervals')}): {listed(each)}. "
+        f"confirmation half ({in_logits(top, f'familywise {params.level:.0%} intervals')}): {top_sites(table, count)}. "
         f"Of {table['site'].nunique()} sites, {found} are significant familywise in both halves with a positive effect."
         + ONE_HALF
         * (table["half"].nunique() == 1)

@@ -14,6 +14,7 @@ from scipy import stats as reference
 
 from lib import stats
 from lib.stats import Settings
+from report import site_tables
 
 QUADS = 30
 VALUES = arrays(float, QUADS, elements=st.floats(-100, 100, allow_subnormal=False).map(lambda x: round(x, 3)))
@@ -49,7 +50,7 @@ def test_too_few_clusters_give_estimates_without_intervals():
         stats.ratio_interval(few, few + 1),
         stats.simultaneous(few[:, None])[0],
         stats.proportion_interval(np.ones(19), np.ones(19)),
-        stats.rank_agreement(np.eye(19), np.eye(19)),
+        site_tables.rank_agreement(np.eye(19), np.eye(19)),
     ]
     for interval in intervals:
         assert interval.low is None and interval.high is None and interval.n == 19
@@ -255,15 +256,15 @@ def test_rank_agreement():
     rng = np.random.default_rng(0)
     means, noise = np.linspace(-2, 2, 30), rng.normal(size=(50, 30))
     first, second = means + noise, 0.5 * means + rng.normal(size=(50, 30))
-    got = stats.rank_agreement(first, second, Settings(resamples=500))
+    got = site_tables.rank_agreement(first, second, Settings(resamples=500))
     assert got.estimate == pytest.approx(reference.spearmanr(first.mean(0), second.mean(0)).statistic)
     assert got.low < got.estimate < got.high < 1
-    assert stats.rank_agreement(second, first, Settings(resamples=500)) == got
-    same = stats.rank_agreement(first, np.exp(1) * first, Settings(resamples=500))
+    assert site_tables.rank_agreement(second, first, Settings(resamples=500)) == got
+    same = site_tables.rank_agreement(first, np.exp(1) * first, Settings(resamples=500))
     assert ends(same) == pytest.approx((1, 1, 1), abs=1e-6)
-    assert "equal effects" in stats.rank_agreement(first, np.zeros_like(first)).method
+    assert "equal effects" in site_tables.rank_agreement(first, np.zeros_like(first)).method
     with pytest.raises(ValueError, match="same quads and at least 3 sites"):
-        stats.rank_agreement(first, second[:, :5])
+        site_tables.rank_agreement(first, second[:, :5])
 
 
 # --- proportions

@@ -328,7 +328,7 @@ def effects_of(discovery: list[float], confirmation: list[float]) -> pd.DataFram
 
 
 def test_sites_are_picked_by_discovery_alone():
-    found = effects.picked(effects_of([1.0, 3.0, 2.0, -4.0], [9.0, 0.5, 7.0, 8.0]), 2)
+    found = site_tables.picked(effects_of([1.0, 3.0, 2.0, -4.0], [9.0, 0.5, 7.0, 8.0]), 2)
     assert found["site"].tolist() == ["0.1", "0.1", "0.2", "0.2"]
     assert found["half"].tolist() == ["discovery", "confirmation"] * 2
     assert found["estimate"].tolist() == [3.0, 0.5, 2.0, 7.0]
@@ -344,10 +344,10 @@ def test_sites_are_picked_by_discovery_alone():
     ],
 )
 def test_picks_with_ties_nan_and_few_sites(discovery, count, expected):
-    found = effects.picked(effects_of(discovery, [0.0] * len(discovery)), count)
+    found = site_tables.picked(effects_of(discovery, [0.0] * len(discovery)), count)
     assert found["site"].drop_duplicates().tolist() == expected
     alone = effects_of(discovery, [0.0] * len(discovery))[: len(discovery)]
-    assert effects.picked(alone, count)["site"].tolist() == expected, "one half only"
+    assert site_tables.picked(alone, count)["site"].tolist() == expected, "one half only"
 
 
 def test_confirmed_sites_are_significant_and_positive_twice():
@@ -451,7 +451,7 @@ def test_agreement_is_of_the_mean_over_quads_with_the_profiles_interval():
         for row in ablated({kind: own[quad].tolist() for kind, own in values.items()}, quad=f"q{quad:02d}")
     ]
     found = necessity_page.agreement(table(rows), ["zero", "mean"], PARAMS)["mean"]
-    own = stats.rank_agreement(values["zero"], values["mean"], OWN)
+    own = site_tables.rank_agreement(values["zero"], values["mean"], OWN)
     # logit_diff_after holds 2 - effect, so that effects come back but for rounding
     assert [found.estimate, found.low, found.high] == pytest.approx([own.estimate, own.low, own.high], abs=1e-9)
     assert found.n == MANY and found.low < found.estimate

@@ -22,6 +22,7 @@ from scipy import stats as reference
 
 from lib import stats
 from lib.stats import DEFAULTS, Settings
+from report.site_tables import spearman
 
 MINIMUM_UNITS = 10  # units of a class that takes part in the test of interaction
 SPLITS = 100  # random halves behind each agreement of halves
@@ -178,9 +179,9 @@ def between_classes(
 ) -> pd.DataFrame:
     """Spearman's correlation of the sites' mean effects between classes, and between halves of one class.
 
-    One row per two classes: `class_a`, `class_b`, `estimate`, `low`, `high` (as in `stats.rank_agreement`, but each
-    class's quads are resampled on their own; NaN with fewer than stats.MINIMUM_CLUSTERS of either), `n_a`, `n_b`
-    (quads), and `halves`: the mean correlation over random halves of the quads. With class_a = class_b the halves are
+    One row per two classes: `class_a`, `class_b`, `estimate`, `low`, `high` (as in `rank_agreement`, but each class's
+    quads are resampled on their own; NaN with fewer than stats.MINIMUM_CLUSTERS of either), `n_a`, `n_b` (quads), and
+    `halves`: the mean correlation over random halves of the quads. With class_a = class_b the halves are
     disjoint and `estimate` is that mean, without an interval: the agreement that noise alone leaves. No Spearman-Brown
     correction is applied, so it lies below what two samples of full size would reach; `halves` of two classes compare
     like with like. Where a quad has sides of both classes, noise that they share raises their agreement a little.
@@ -200,15 +201,15 @@ def between_classes(
         halves[name] = [matrix[part].mean(1) if n > 1 else np.full((SPLITS, matrix.shape[1]), np.nan) for part in parts]
     rows = []
     for a, b in combinations_with_replacement(values, 2):
-        between_halves = float(stats._spearman(halves[a][0], halves[b][1]).mean())
+        between_halves = float(spearman(halves[a][0], halves[b][1]).mean())
         estimate, low, high = between_halves, np.nan, np.nan
         if a != b:
-            estimate = float(stats._spearman(values[a].mean(0)[None], values[b].mean(0)[None])[0])
+            estimate = float(spearman(values[a].mean(0)[None], values[b].mean(0)[None])[0])
             if drawn[a] is not None and drawn[b] is not None and not np.isnan(estimate):
                 # z of 1 is infinite: clip half way between 1 and the largest correlation of ranks below it
                 sites = values[a].shape[1]
                 most = 1 - 6 / (sites * (sites**2 - 1))
-                both = (stats._spearman(drawn[a], drawn[b]), estimate)
+                both = (spearman(drawn[a], drawn[b]), estimate)
                 z, middle = (np.arctanh(np.clip(value, -most, most)) for value in both)
                 degrees = min(len(values[a]), len(values[b])) - 1
                 reach = reference.t.ppf((1 + settings.level) / 2, degrees) * np.nanstd(z)

@@ -18,7 +18,7 @@ from IPython.display import Markdown
 from matplotlib.figure import Figure
 
 from lib import effects
-from lib.effects import SITE, jaccard, quad_matrix, site_name
+from lib.effects import SITE, quad_matrix, site_name
 from lib.tasks import SUPERSETS
 from pipeline.params import Shared
 from pipeline.step import Step
@@ -193,7 +193,7 @@ def circuit_table(frame: pd.DataFrame, circuits: Sequence[Circuit], sites: Seque
     for circuit, rows in records_of(frame, circuits):
         about = {"kind": circuit.kind, "superset": circuit.superset, "picked_on": len(circuit.pairs)}
         about |= {"size": len(circuit.sites), "sites": ", ".join(site_name(*site) for site in circuit.sites)}
-        about |= {"overlap": jaccard(circuit.sites, sites), "reached": circuit.reached}
+        about |= {"overlap": site_tables.jaccard(circuit.sites, sites), "reached": circuit.reached}
         out += both_ways(rows[rows["answer"] == circuit.superset], params, **about)
     return pd.DataFrame(out)
 

@@ -8,8 +8,7 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from lib import stats
-from lib.effects import SITE, picked, quad_matrix, reported
+from lib.effects import SITE, quad_matrix, reported
 from lib.hooks import site_name
 from lib.stats import Interval
 from pipeline.params import Shared
@@ -46,7 +45,7 @@ def agreement(frame: pd.DataFrame, kinds: Sequence[str], params: Shared) -> dict
         return {}
     matrices = {kind: quad_matrix(own[own["ablation"] == kind], "effect", SITE).values for kind in kinds}
     first = matrices[kinds[0]]
-    return {kind: stats.rank_agreement(first, matrices[kind], params) for kind in kinds[1:]}
+    return {kind: site_tables.rank_agreement(first, matrices[kind], params) for kind in kinds[1:]}
 
 
 def by_kind(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
@@ -90,7 +89,7 @@ def modules(step: Step, m: Measured) -> Figure:
 
 def ranked(m: Measured) -> Figure:
     """The leading sites with their effect in both halves."""
-    return plots.ranked_sites(picked(m.sites[m.lead], 15), "fall of logit_diff (logits)")
+    return plots.ranked_sites(site_tables.picked(m.sites[m.lead], 15), "fall of logit_diff (logits)")
 
 
 def halves(m: Measured) -> Figure | None:
@@ -108,7 +107,7 @@ def kinds(m: Measured) -> Figure | None:
 
 def answer_and_foil(step: Step, m: Measured) -> Figure:
     """Change of the answer's and of the foil's logit at the leading sites."""
-    names = picked(m.sites[m.lead], 10)["site"].drop_duplicates().tolist()
+    names = site_tables.picked(m.sites[m.lead], 10)["site"].drop_duplicates().tolist()
     under_lead = m.records[m.records["ablation"] == m.lead]
     candidates = step.metadata(measure.SWEEP)["candidates"]
     return plots.answer_and_foil(site_tables.answer_and_foil(under_lead, names, candidates, step.params))

@@ -16,11 +16,12 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from lib import effects, stats
-from lib.effects import picked, quad_matrix, reported
+from lib.effects import quad_matrix, reported
 from lib.hooks import Site
 from pipeline.step import Step
 from report import plots, site_tables
-from report.words import ONE_HALF, about_model, finished, in_logits, interval, listed
+from report.site_tables import picked
+from report.words import ONE_HALF, about_model, finished, in_logits, interval, listed, top_sites
 from steps.retrieval_heads.measure import Measured, RetrievalHeads
 from steps.retrieval_heads.routes import GROUPS
 
@@ -416,13 +417,12 @@ def verdict_sentences(found: dict, tests: Mapping[str, pd.DataFrame]) -> list[st
 def senders_sentence(table: pd.DataFrame, role: str, params: RetrievalHeads, count: int = 6) -> str:
     """The leading senders of a route."""
     leading = reported(picked(table, count))
-    top = [f"{r.site} ({interval(r.estimate, r.low, r.high)})" for r in leading.itertuples()]
     sure = effects.confirmed(table, params)
     sites = {"head": "heads", "mlp": "MLPs"}
     kinds = [f"{(sure['component'] == kind).sum()} {word}" for kind, word in sites.items()]
     kinds = ["the embedding"] * (not sure["component"].isin(list(sites)).all()) + kinds
     return (
-        f"At `{role}`, the senders of largest path effect into the slice are {listed(top)} "
+        f"At `{role}`, the senders of largest path effect into the slice are {top_sites(table, count)} "
         f"({in_logits(leading, 'familywise intervals')}); significant in both halves are {listed(kinds)}, of "
         f"{table['site'].nunique()} senders." + ONE_HALF * (table["half"].nunique() == 1)
     )
