@@ -67,27 +67,6 @@ def has_donors(pair: Pair, pairs: Iterable[Pair]) -> bool:
     return any(other.quad_id != pair.quad_id and group_of(other) == group for other in pairs)
 
 
-def subsample(pairs: Sequence[Pair], count: int | None) -> list[Pair]:
-    """At most `count` pairs (None: all), from both halves alike and from as many quads as possible, in their order.
-
-    A subset of evenly spaced quads of each half; a quad gives a second pair only after every quad has given one, and
-    which of its pairs comes first alternates from quad to quad, so that both sides and both orders are there.
-    """
-    if count is None or count >= len(pairs):
-        return list(pairs)
-    ranked: list[tuple[int, float, int]] = []  # (turn of the quad, place within the half, index)
-    for half in dict.fromkeys(pair.half for pair in pairs):
-        quads: dict[str, list[int]] = {}
-        for index, pair in enumerate(pairs):
-            if pair.half == half:
-                quads.setdefault(pair.quad_id, []).append(index)
-        for number, members in enumerate(quads.values()):
-            place = (number * 0.6180339887498949) % 1  # the golden ratio's multiples spread any first few evenly
-            turned = members[number % len(members) :] + members[: number % len(members)]
-            ranked += [(turn, place, index) for turn, index in enumerate(turned)]
-    return [pairs[index] for index in sorted(index for _, _, index in sorted(ranked)[:count])]
-
-
 def distinct_prompts(pairs: Iterable[Pair]) -> dict[Ids, tuple[Pair, str]]:
     """Every prompt of the pairs once, by its token ids: the first pair that has it, and its side there (`clean` or
     `corrupt`). In the order of the pairs, clean before corrupt."""

@@ -7,9 +7,8 @@ So each function takes one value per quad, or one value per quad and site, and r
    (Hall 1988), for means, ratios of sums and differences, and for all sites together by the largest |t|. With heavy
    tails it covers better than the equal-tailed form.
 2. Tests over many sites: the sign of whole quads is flipped, and the largest statistic over sites is compared (max-T;
-   Westfall and Young 1993), or p values are adjusted by Benjamini and Hochberg.
-3. Proportions: Wilson's interval and the binomial test, with the number of trials reduced for what trials of one
-   quad share.
+   Westfall and Young 1993).
+3. Proportions: Wilson's interval, with the number of trials reduced for what trials of one quad share.
 
 Resamples are drawn once per call as a matrix of weights and used for all sites, so that everything is a matrix
 product, done in chunks; a seed decides everything. `bench/coverage.py` measures coverage and level.
@@ -74,7 +73,7 @@ class MaxT(NamedTuple):
     """A test of every site by flipping signs of quads."""
 
     p: Float[np.ndarray, " sites"]  # familywise
-    p_raw: Float[np.ndarray, " sites"]  # of each site alone; what `benjamini_hochberg` takes
+    p_raw: Float[np.ndarray, " sites"]  # of each site alone
     flips: int  # sign patterns counted, the identity among them; 1 / flips is the smallest p
     exact: bool  # every pattern was enumerated
 
@@ -297,11 +296,6 @@ def _signs(n: int, sites: int, total: int, exact: bool, seed: int) -> Iterator[F
         yield np.where(negative, -1.0, 1.0)
 
 
-def benjamini_hochberg(p: ArrayLike) -> Float[np.ndarray, " sites"]:
-    """p values adjusted so that a list cut at q has an expected share of at most q false entries (1995, step-up)."""
-    return stats.false_discovery_control(p, method="bh")
-
-
 def effective_trials(successes: ArrayLike, n: ArrayLike) -> tuple[float, float]:
     """Successes and trials, reduced for what the trials of one unit share: both over the design effect.
 
@@ -339,23 +333,3 @@ def proportion_interval(successes: ArrayLike, n: ArrayLike, settings: Settings =
     # rounding must not push the interval off its estimate at 0 and 1
     low, high = min(p, max(0.0, float(middle - reach))), max(p, min(1.0, float(middle + reach)))
     return Interval(p, low, high, level, units, "Wilson")
-
-
-class AboveChance(NamedTuple):
-    """One-sided test of a proportion against chance."""
-
-    above: bool
-    p: float
-
-
-def above_chance(successes: ArrayLike, n: ArrayLike, chance: float, confidence: float = 0.95) -> AboveChance:
-    """Whether a proportion is above chance with the confidence given: the exact one-sided binomial test.
-
-    `successes` and `n` are totals of independent trials, or one entry per unit, which enter with their
-    `effective_trials`; then p = P(at least k of n) is continued to fractions by the incomplete beta function.
-    """
-    if not 0 < chance < 1 or not 0 < confidence < 1:
-        raise ValueError(f"chance and confidence must lie in (0, 1); got {chance} and {confidence}")
-    k, trials = effective_trials(successes, n)
-    p = float(stats.beta.cdf(chance, k, trials - k + 1)) if k > 0 else 1.0
-    return AboveChance(p < 1 - confidence, p)

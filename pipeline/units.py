@@ -1,6 +1,6 @@
 """Work units: a step's work in pieces that are done whole, kept on disk and never repeated.
 
-1. A `Unit` says what is asked of which pairs; its id is a pure function of that.
+1. A `Unit` says what is asked of which pairs (`subsample`); its id is a pure function of that.
 2. `run_units` computes the units whose Parquet file is missing, here or elsewhere (`engine`), with a progress bar.
 3. `assemble` joins the files in unit order into the step's table: the same data as an undisturbed run, bit for bit.
 4. `remove_units` clears the folder.
@@ -76,6 +76,27 @@ def sweep_units(label: str, pairs: Sequence[Pair], /, size: int = 8, **options: 
         if own.get("ablations", True):
             units.append(Unit(f"{label}-{index:04d}", tuple(chunk), own))
     return units
+
+
+def subsample(pairs: Sequence[Pair], count: int | None) -> list[Pair]:
+    """At most `count` pairs (None: all), from both halves alike and from as many quads as possible, in their order.
+
+    A subset of evenly spaced quads of each half; a quad gives a second pair only after every quad has given one, and
+    which of its pairs comes first alternates from quad to quad, so that both sides and both orders are there.
+    """
+    if count is None or count >= len(pairs):
+        return list(pairs)
+    ranked: list[tuple[int, float, int]] = []  # (turn of the quad, place within the half, index)
+    for half in dict.fromkeys(pair.half for pair in pairs):
+        quads: dict[str, list[int]] = {}
+        for index, pair in enumerate(pairs):
+            if pair.half == half:
+                quads.setdefault(pair.quad_id, []).append(index)
+        for number, members in enumerate(quads.values()):
+            place = (number * 0.6180339887498949) % 1  # the golden ratio's multiples spread any first few evenly
+            turned = members[number % len(members) :] + members[: number % len(members)]
+            ranked += [(turn, place, index) for turn, index in enumerate(turned)]
+    return [pairs[index] for index in sorted(index for _, _, index in sorted(ranked)[:count])]
 
 
 class Done(NamedTuple):

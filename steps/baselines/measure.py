@@ -13,8 +13,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 from pydantic import Field
 from scipy.special import logsumexp
+from scipy.stats import beta
 
 from lib import data, models, stats, tasks
 from lib.data import pairs_of
@@ -242,6 +244,16 @@ STEP = Declaration(
 # --- what is decided ---
 
 
+def p_above(successes: ArrayLike, n: ArrayLike, chance: float) -> float:
+    """p of a proportion against chance: the exact one-sided binomial test, P(at least k of n).
+
+    `successes` and `n` are totals of independent trials, or one entry per unit, which enter with their
+    `stats.effective_trials`; to fractions the probability is continued by the incomplete beta function.
+    """
+    k, trials = stats.effective_trials(successes, n)
+    return float(beta.cdf(chance, k, trials - k + 1)) if k > 0 else 1.0
+
+
 def accuracies(frame: pd.DataFrame, params: Shared, by: list[str]) -> pd.DataFrame:
     """Share of prompts answered right, with Wilson intervals; each item is a unit (its people are in no other)."""
     rows = []
@@ -249,9 +261,10 @@ def accuracies(frame: pd.DataFrame, params: Shared, by: list[str]) -> pd.DataFra
         units = part.groupby("item")["correct"].agg(["sum", "count"])
         span = stats.proportion_interval(units["sum"], units["count"], params)
         chance = CHANCE[part["task"].iloc[0]]
-        test = stats.above_chance(units["sum"], units["count"], chance, params.level)
+        p = p_above(units["sum"], units["count"], chance)
         numbers = {"estimate": span.estimate, "low": span.low, "high": span.high, "prompts": len(part)}
-        rows.append(dict(zip(by, key, strict=True)) | numbers | {"chance": chance, "above": test.above, "p": test.p})
+        numbers |= {"chance": chance, "above": p < 1 - params.level, "p": p}
+        rows.append(dict(zip(by, key, strict=True)) | numbers)
     return pd.DataFrame(rows)
 
 

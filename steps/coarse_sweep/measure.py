@@ -11,14 +11,13 @@ import pandas as pd
 from pydantic import Field
 
 from lib import records
-from lib.batches import subsample
 from lib.effects import curve, in_halves
 from lib.sweep import DIRECTIONS
 from pipeline.assumed import Case, of_sweep
 from pipeline.declaration import Declaration, Table
 from pipeline.params import Roles, Shared
 from pipeline.step import Step, swept
-from pipeline.units import Unit, sweep_units
+from pipeline.units import Unit, subsample, sweep_units
 
 
 class CoarseSweep(Shared):

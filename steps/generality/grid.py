@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lib import batches, data, models, records, tasks
+from lib import data, models, records, tasks
 from lib.data import HALVES, pairs_of
 from lib.tasks import Pair
 from pipeline import keys
 from pipeline.params import Shared
 from pipeline.step import Step, StepError
-from pipeline.units import Unit, sweep_units
+from pipeline.units import Unit, subsample, sweep_units
 
 LOGIT_DIFFS = [name for name in records.EFFECTS if name.startswith("logit_diff")]
 # The pairs of a quad, each followed by its mirror; every second quad begins with the other order of its names.
@@ -77,7 +77,7 @@ def solved_pairs(step: Step) -> pd.DataFrame:
         if len(asked) and not (own and p.pairs_file):
             scored = data.add_margins(asked, tokenizer, partial(models.next_logits, step.model), **prompt_options(p))
             left = scored[(scored["metric_clean"] > 0) & (scored["metric_corrupt"] < 0)]
-        left = pd.DataFrame(batches.subsample(list(left.itertuples(index=False)), p.pairs), columns=left.columns)
+        left = pd.DataFrame(subsample(list(left.itertuples(index=False)), p.pairs), columns=left.columns)
         kept.append(left)
         sizes = {"possible": len(source), "aligned": len(rows), "asked": len(asked), "left": len(left)}
         counts.append({"template": name, **sizes, "quads": left["quad_id"].nunique(), "why": why[0] if why else ""})

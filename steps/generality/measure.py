@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 from pydantic import Field
 
-from lib import batches, records, tasks
+from lib import records, tasks
 from lib.data import HALVES
 from lib.hooks import Site
 from lib.tasks import SUPERSETS, Pair
@@ -27,7 +27,7 @@ from pipeline.costs import Work
 from pipeline.declaration import SUPERSET_TASKS, Declaration, Table
 from pipeline.params import OfSlice, Share, Words
 from pipeline.step import Step, single_sites
-from pipeline.units import Unit
+from pipeline.units import Unit, subsample
 from steps.generality import class_circuits, controls, grid, name_rule_prompts
 from steps.generality.class_circuits import Circuit
 
@@ -115,7 +115,7 @@ def assumed_grid(case: Case) -> list[Pair]:
     if stored is None:
         for name, own in possible_grid(case).items():
             left = own if name == p.template else own[: round(MOVED * len(own))]
-            pairs += batches.subsample(left, p.pairs)
+            pairs += subsample(left, p.pairs)
         return pairs
     for row in stored.to_dict("records"):
         names, turn = [row.get(f"n_tokens_{slot}", 3) for slot in "ab"], int(row["pair_id"].split("@")[0][-1])
@@ -140,7 +140,7 @@ def assumed_controls(case: Case, ordinary: Sequence[Pair]) -> list[Pair]:
     """Prompts of controls: of the token counts of ordinary prompts, in a run's table after one of those."""
     stored, like, out = case.stored(CONTROLS), ordinary[0], []
     if stored is None:
-        some = batches.subsample(ordinary, case.params.control_prompts)
+        some = subsample(ordinary, case.params.control_prompts)
         return [replace(pair, pair_id=f"{pair.pair_id}c{number}") for number in range(4) for pair in some]
     known = {pair.pair_id: pair for pair in ordinary}
     for pair_id in dict.fromkeys(stored["pair_id"]):
@@ -151,7 +151,7 @@ def assumed_controls(case: Case, ordinary: Sequence[Pair]) -> list[Pair]:
 
 def assumed(case: Case) -> Iterator[tuple[Any, ...]]:
     """The tables in order."""
-    pairs, searched = assumed_grid(case), batches.subsample(case.pairs, case.other("sufficiency").pairs)
+    pairs, searched = assumed_grid(case), subsample(case.pairs, case.other("sufficiency").pairs)
     searched, own = case.half(0, searched), [pair for pair in pairs if pair.template == pairs[0].template]
     circuits = assumed_circuits(case, searched)
     yield (GRID,)

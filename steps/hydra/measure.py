@@ -18,7 +18,7 @@ import pandas as pd
 from pydantic import Field
 
 from lib import records, stats
-from lib.batches import grouped, subsample
+from lib.batches import grouped
 from lib.effects import SITE, by_half, columns, in_halves, named, quad_matrix, reported, tested
 from lib.hooks import Site
 from lib.readout import post_norms, readout
@@ -30,7 +30,7 @@ from pipeline.costs import Work, total
 from pipeline.declaration import Declaration, Table
 from pipeline.params import Ablations, OfSlice
 from pipeline.step import Step, swept
-from pipeline.units import Unit, sweep_units
+from pipeline.units import Unit, subsample, sweep_units
 from steps.hydra import splits
 
 RISING = (7, 5)  # candidates of the first round and of the second, in the default book

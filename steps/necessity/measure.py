@@ -9,12 +9,11 @@ import pandas as pd
 from pydantic import Field
 
 from lib import effects, records
-from lib.batches import subsample
 from pipeline.assumed import Case, of_sweep
 from pipeline.declaration import Declaration, Table
 from pipeline.params import Ablations, Components, Roles, Shared
 from pipeline.step import Step, swept
-from pipeline.units import Unit, sweep_units
+from pipeline.units import Unit, subsample, sweep_units
 
 
 class Necessity(Shared):

@@ -30,12 +30,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from lib import batches, data, hooks, tasks
+from lib import data, hooks, tasks
 from lib.hooks import Model, Site
 from lib.single_pass import plain_runs
 from pipeline.params import ROOT
 from pipeline.step import Step, StepError
-from pipeline.units import Unit
+from pipeline.units import Unit, subsample
 
 BATCH, WARM_UP, RATE = 256, 20, 3e-3  # samples of a step; steps until the rate is full; Adam's rate
 # tensors by the names they have in each format: ours, and whether they are stored transposed
@@ -259,7 +259,7 @@ def trainer(step: Step, site: Site) -> Callable[[Unit], pd.DataFrame]:
     @cache
     def harvested() -> tuple[Samples, Samples]:
         own = [pair for pair in step.prompts() if pair.half == "confirmation"] or step.prompts()
-        own = batches.subsample(own, step.params.top_pairs)
+        own = subsample(own, step.params.top_pairs)
         held = [prompt.ids for pair in own for prompt in (pair.clean, pair.corrupt)]
         return tuple(harvest(step.model, site, prompts) for prompts in (sentences(step), held))
 

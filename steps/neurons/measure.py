@@ -19,7 +19,6 @@ import torch
 from pydantic import Field
 
 from lib import records, sweep
-from lib.batches import subsample
 from lib.hooks import Model, Site
 from lib.tasks import Pair
 from lib.weights import Shape
@@ -29,7 +28,7 @@ from pipeline.costs import Machine, Work, total
 from pipeline.declaration import SUPERSET_TASKS, Declaration, Table
 from pipeline.params import Counts, OfSlice, SaeSite, Share
 from pipeline.step import Step
-from pipeline.units import Unit, sweep_units
+from pipeline.units import Unit, subsample, sweep_units
 from steps.neurons import feature_patches, features, neurons, picks
 from steps.neurons.features import Coder
 from steps.neurons.picks import NEURON, Set

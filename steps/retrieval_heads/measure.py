@@ -17,7 +17,6 @@ import pandas as pd
 from pydantic import Field
 
 from lib import data, effects, records, tasks
-from lib.batches import subsample
 from lib.effects import SITE
 from lib.hooks import Model, Site
 from lib.tasks import Pair
@@ -28,7 +27,7 @@ from pipeline.costs import Machine, Work
 from pipeline.declaration import Declaration, Table
 from pipeline.params import OfSlice
 from pipeline.step import Step
-from pipeline.units import Unit
+from pipeline.units import Unit, subsample
 from steps.retrieval_heads import one_name, routes, values
 from steps.retrieval_heads.routes import LAST, NAMES, sites_that_read
 

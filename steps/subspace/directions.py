@@ -25,7 +25,7 @@ from sklearn.linear_model import Ridge
 from torch import Tensor
 from torch.nn.utils.parametrizations import orthogonal
 
-from lib import batches, data, hooks, tasks
+from lib import data, hooks, tasks
 from lib.hooks import Model
 from lib.single_pass import BaseRun, base_run, plain_runs, rerun, token_ids
 from lib.tasks import SUPERSETS, Pair, without_labels
@@ -35,7 +35,7 @@ from pipeline.costs import Work, plain
 from pipeline.declaration import Table
 from pipeline.params import Shared
 from pipeline.step import Step
-from pipeline.units import Unit
+from pipeline.units import Unit, subsample
 
 ONE_NAME = "profession_is"
 VARIANCE = 0.95  # share of the variance that the principal components hold
@@ -56,7 +56,7 @@ def halves(step: Step, table: pd.DataFrame) -> tuple[pd.DataFrame, list[Pair]]:
     own = own if len(own) else table
     classes = {*own["answer"], *own["corrupt_answer"]}
     there = table[table["answer"].isin(classes) & table["corrupt_answer"].isin(classes)]
-    return own, without_labels(batches.subsample(step.prompts(there), step.params.pairs))
+    return own, without_labels(subsample(step.prompts(there), step.params.pairs))
 
 
 def reported(pairs: Sequence[Pair]) -> list[Pair]:
@@ -202,7 +202,7 @@ def found(
         professions = prompts["names"].map(lambda names: [profession.get(name) for name in names])
         bases = subspaces(values, prompts["superset"], professions)
         sizes = sorted({1, min(len(bases["class means", 0]), max(p.dimensions))})
-        training = batches.subsample(step.prompts(fit), p.pairs)
+        training = subsample(step.prompts(fit), p.pairs)
         learned = rotations(step.model, training, layer, sizes, p.rotation_steps, p.seed)
         bases |= {("rotation", k): basis for k, basis in learned.items()}
         there, classes = seen(step, pairs, layer)

@@ -15,7 +15,6 @@ import pandas as pd
 from pydantic import Field
 
 from lib import effects, records
-from lib.batches import subsample
 from lib.effects import SITE, CriticalSlice, curve, in_halves
 from lib.hooks import Site
 from lib.tasks import Pair
@@ -23,7 +22,7 @@ from pipeline.assumed import Case, of_sweep, order_of
 from pipeline.declaration import Declaration, Table
 from pipeline.params import Components, Shared
 from pipeline.step import Step, swept
-from pipeline.units import Unit, sweep_units
+from pipeline.units import Unit, subsample, sweep_units
 
 
 class Sufficiency(Shared):
