@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import errno
 import json
-import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -150,16 +148,6 @@ PATH_SCHEMA = table_schema(
     [DENOISING],
 )
 
-# What the findings of steps 02 to 04 read of a table: leaving out the long lists of labels makes reading quick.
-ANALYSED = [name for name in SCHEMA.columns if not name.startswith("label_logits")]
-# What raw effects are read from: which site in which pair, and logit_diff; with `MARGINS`, the margin as well.
-EFFECTS = (
-    *("layer", "component", "head"),
-    *("profile", "task", "template", "pair_id", "quad_id", "half", "direction", "ablation", "position"),
-    *("logit_diff_before", "logit_diff_after", "logit_diff_clean", "logit_diff_corrupt"),
-)
-MARGINS = ("metric_before", "metric_after")
-
 
 def conform(frame: pd.DataFrame, schema: DataFrameSchema = SCHEMA) -> pd.DataFrame:
     """The frame in the schema's column order and types; nullable columns it lacks are added empty.
@@ -238,13 +226,6 @@ def atomic(path: Path) -> Iterator[IO[bytes]]:
         os.close(folder)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Atomically, with sorted keys: equal values give equal bytes."""
-    text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
-    with atomic(path) as file:
-        file.write(text.encode() + b"\n")
-
-
 def _lists(column: pd.Series) -> pa.Array:
     """An object column of number sequences (or None) as list<float32>."""
     values = [None if row is None else np.asarray(row, dtype=np.float32) for row in column]
@@ -308,24 +289,3 @@ def _open(path: Path) -> pq.ParquetFile:
         raise RecordError(f"there is no {path}") from None
     except pa.ArrowInvalid as error:
         raise RecordError(f"{path} is not a Parquet file: {error}") from None
-
-
-def plain(value: Any) -> Any:
-    """Findings as JSON takes them: numpy and dataclasses unpacked, floats to 12 significant digits, NaN as None."""
-    if is_dataclass(value) and not isinstance(value, type):
-        return plain(asdict(value))
-    if hasattr(value, "_asdict"):
-        return plain(value._asdict())
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple, np.ndarray, pd.Series)):
-        return [plain(item) for item in value]
-    if isinstance(value, np.generic):
-        return plain(value.item())
-    if isinstance(value, float):
-        if math.isinf(value):
-            raise ValueError("a finding is infinite; check the numbers it was made from")
-        return None if math.isnan(value) else float(f"{value:.12g}")
-    if value is None or isinstance(value, (bool, int, str)):
-        return value
-    raise TypeError(f"a finding of type {type(value).__name__} cannot be written: {value!r}")

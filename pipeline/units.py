@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from lib.batches import grouped, has_donors
-from lib.records import METADATA_KEY, SCHEMA, RecordError, write, write_json, write_table
+from lib.records import METADATA_KEY, SCHEMA, RecordError, atomic, write, write_table
 from lib.tasks import Pair
 
 
@@ -97,6 +97,13 @@ def subsample(pairs: Sequence[Pair], count: int | None) -> list[Pair]:
             turned = members[number % len(members) :] + members[: number % len(members)]
             ranked += [(turn, place, index) for turn, index in enumerate(turned)]
     return [pairs[index] for index in sorted(index for _, _, index in sorted(ranked)[:count])]
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Atomically, with sorted keys: equal values give equal bytes."""
+    text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    with atomic(path) as file:
+        file.write(text.encode() + b"\n")
 
 
 class Done(NamedTuple):

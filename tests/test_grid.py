@@ -13,7 +13,7 @@ from lib import batches, data, hooks, records, sweep, tasks
 from lib.data import pairs_of
 from lib.hooks import Site
 from lib.tasks import SUPERSETS
-from pipeline import params
+from pipeline import params, units
 from pipeline import step as steps
 from pipeline.params import ROOT
 from pipeline.step import single_sites
@@ -90,7 +90,7 @@ def stored_step(folder, pairs: pd.DataFrame, quads: pd.DataFrame | None = None, 
     given = params.load_profile("smoke") | {"results_dir": str(folder), "memory": 1.0} | changes
     own = steps.Step(PLAN, "generality", params.validate(PLAN.sections, "generality", given))
     about = {"ingredients": {"parameters": own.params.model_dump(mode="json")}}
-    records.write_json(folder / "baselines.run.json", about)
+    units.write_json(folder / "baselines.run.json", about)
     records.write(folder / "pairs.parquet", pairs, {}, schema=None)
     if quads is not None:
         records.write(folder / "baselines.quads.parquet", quads, {}, schema=None)

@@ -24,7 +24,7 @@ from pipeline.params import Shared
 from pipeline.step import Step, StepError
 from pipeline.units import Unit, subsample, sweep_units
 
-LOGIT_DIFFS = [name for name in records.EFFECTS if name.startswith("logit_diff")]
+LOGIT_DIFFS = [f"logit_diff_{run}" for run in ("before", "after", "clean", "corrupt")]
 # The pairs of a quad, each followed by its mirror; every second quad begins with the other order of its names.
 TURNS = ((0, 2, 1, 3), (1, 3, 0, 2))
 

@@ -24,7 +24,7 @@ from lib.hooks import Site
 from lib.tasks import SUPERSETS, Pair
 from pipeline.assumed import MOVED, Case, of_sweep, order_of, pair_of
 from pipeline.costs import Work
-from pipeline.declaration import SUPERSET_TASKS, Declaration, Table
+from pipeline.declaration import EFFECTS, SUPERSET_TASKS, Declaration, Table
 from pipeline.params import OfSlice, Share, Words
 from pipeline.step import Step, single_sites
 from pipeline.units import Unit, subsample
@@ -89,11 +89,11 @@ def rule_cost(case: Case, units: Sequence[Unit]) -> Work:
     return alone + case.asked(p.rule_prompts, tasks.find_template(p.template, p.task))
 
 
-OF_SETS = {"schema": records.SET_SCHEMA, "columns": (*records.EFFECTS, "site_set")}
+OF_SETS = {"schema": records.SET_SCHEMA, "columns": (*EFFECTS, "site_set")}
 GRID = Table.whole("grid", grid.solved_pairs, grid_cost)
 CIRCUITS = Table("circuits", class_circuits.growing_units, class_circuits.grown, of_sweep, **OF_SETS)
 JOINT = Table("joint", joint_units, of_pairs, of_sweep, **OF_SETS)
-SITES = Table("generality", site_units, of_pairs, of_sweep, columns=records.EFFECTS)
+SITES = Table("generality", site_units, of_pairs, of_sweep, columns=EFFECTS)
 CONTROLS = Table("controls", controls.units, controls.compute, control_cost, schema=None)
 RULE = Table.whole("rule", name_rule_prompts.two_known_people, rule_cost)
 

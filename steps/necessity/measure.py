@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import pandas as pd
 from pydantic import Field
 
-from lib import effects, records
+from lib import effects
 from pipeline.assumed import Case, of_sweep
-from pipeline.declaration import Declaration, Table
+from pipeline.declaration import ANALYSED, Declaration, Table
 from pipeline.params import Ablations, Components, Roles, Shared
 from pipeline.step import Step, swept
 from pipeline.units import Unit, subsample, sweep_units
@@ -39,7 +39,7 @@ def units(step: Step | Case) -> list[Unit]:
     return out
 
 
-SWEEP = Table("necessity", units, swept, of_sweep, columns=tuple(records.ANALYSED))
+SWEEP = Table("necessity", units, swept, of_sweep, columns=ANALYSED)
 
 
 def assumed(case: Case) -> Iterator[tuple[Any, ...]]:

@@ -25,7 +25,7 @@ from lib.weights import Shape
 from pipeline import costs, rates
 from pipeline.assumed import Case, few_pairs, of_sweep
 from pipeline.costs import Machine, Work, total
-from pipeline.declaration import SUPERSET_TASKS, Declaration, Table
+from pipeline.declaration import EFFECTS, SUPERSET_TASKS, Declaration, Table
 from pipeline.params import Counts, OfSlice, SaeSite, Share
 from pipeline.step import Step
 from pipeline.units import Unit, subsample, sweep_units
@@ -33,7 +33,7 @@ from steps.neurons import feature_patches, features, neurons, picks
 from steps.neurons.features import Coder
 from steps.neurons.picks import NEURON, Set
 
-SET_COLUMNS = (*records.EFFECTS, *records.MARGINS, "metric_clean", "metric_corrupt", "site_set")
+SET_COLUMNS = (*EFFECTS, *(f"metric_{run}" for run in ("before", "after", "clean", "corrupt")), "site_set")
 NEURON_ROW = 51  # bytes of a row of the table of neurons in Parquet
 
 

@@ -24,7 +24,7 @@ from lib.weights import Shape
 from pipeline import costs
 from pipeline.assumed import Case, few_pairs, of_paths, order_of, pair_of
 from pipeline.costs import Machine, Work
-from pipeline.declaration import Declaration, Table
+from pipeline.declaration import ANALYSED, Declaration, Table
 from pipeline.params import OfSlice
 from pipeline.step import Step
 from pipeline.units import Unit, subsample
@@ -35,7 +35,7 @@ from steps.retrieval_heads.routes import LAST, NAMES, sites_that_read
 PROBES = (("plural", "profession_is"), ("singular", "The profession of {a} is"), ("singular", "{a} is a"))
 HOPS = 6  # sites at the names whose paths are followed edge by edge
 VALUE = 15  # bytes of a row of value vectors in Parquet
-COLUMNS = (*records.ANALYSED, "site_set", "sender", "receivers", "mlps")
+COLUMNS = (*ANALYSED, "site_set", "sender", "receivers", "mlps")
 
 
 class RetrievalHeads(OfSlice):

@@ -27,10 +27,9 @@ from scipy.stats import hypergeom
 
 from lib import records, stats
 from lib.effects import quad_matrix, reported
-from lib.records import plain
 from pipeline import keys
 from pipeline.params import Shared
-from pipeline.step import Step
+from pipeline.step import Step, plain
 from report import plots
 from report.words import interval, joined, listed, not_done
 from steps.story import circuits_page, claims

@@ -19,7 +19,7 @@ from lib.effects import SITE, CriticalSlice, curve, in_halves
 from lib.hooks import Site
 from lib.tasks import Pair
 from pipeline.assumed import Case, of_sweep, order_of
-from pipeline.declaration import Declaration, Table
+from pipeline.declaration import ANALYSED, Declaration, Table
 from pipeline.params import Components, Shared
 from pipeline.step import Step, swept
 from pipeline.units import Unit, subsample, sweep_units
@@ -53,8 +53,8 @@ def set_units(step: Step | Case, order: Sequence[Site]) -> list[Unit]:
     return denoise + sweep_units("noise", pairs, direction="noise", role="last", site_sets=sets)
 
 
-SITES = Table("sufficiency", site_units, swept, of_sweep, columns=records.ANALYSED)
-SETS = Table("slice", set_units, swept, of_sweep, schema=records.SET_SCHEMA, columns=(*records.ANALYSED, "site_set"))
+SITES = Table("sufficiency", site_units, swept, of_sweep, columns=ANALYSED)
+SETS = Table("slice", set_units, swept, of_sweep, schema=records.SET_SCHEMA, columns=(*ANALYSED, "site_set"))
 
 
 def assumed(case: Case) -> Iterator[tuple[Any, ...]]:
