@@ -23,8 +23,6 @@ from pandera.errors import SchemaErrors
 from pandera.pandas import Check, Column, DataFrameSchema
 
 METADATA_KEY = b"superset_circuit"
-COMPONENTS = ("resid", "attn", "mlp", "head", "neuron", "direction", "path")
-ROLES = ("name_a", "name_b", "name_c", "names", "swapped", "last", "all")
 ABLATIONS = ("zero", "mean", "resample", "counterfactual", "clean")
 # A row is one pair x site x intervention x seed: these columns name it.
 IDENTITY = ["task", "template", "pair_id", "layer", "component", "head", "position", "direction", "ablation", "seed"]
@@ -57,11 +55,6 @@ def numbers(nullable: bool = False) -> Column:
     return Column(object, Check(_all_finite, name="finite numbers"), nullable=nullable)
 
 
-def flag() -> Column:
-    """True or false."""
-    return Column(bool)
-
-
 def _all_finite(column: pd.Series) -> bool:
     kept = [np.asarray(values, dtype=np.float32) for values in column if values is not None]
     return not kept or bool(np.isfinite(np.concatenate(kept)).all())
@@ -87,7 +80,7 @@ SCHEMA = table_schema(
     "sweep table",
     {
         "layer": whole(0),
-        "component": text(COMPONENTS),
+        "component": text(("resid", "attn", "mlp", "head", "neuron", "direction", "path")),
         "head": whole(-1),  # the head's or neuron's number; -1 where the component has no such parts
         "metric_before": number(),  # margin of the base row of the same pass, logits
         "metric_after": number(),
@@ -95,7 +88,7 @@ SCHEMA = table_schema(
         "half": text(("discovery", "confirmation")),
         "direction": text(("noise", "denoise")),
         "ablation": text(ABLATIONS),
-        "position": text(ROLES),
+        "position": text(("name_a", "name_b", "name_c", "names", "swapped", "last", "all")),
         "seed": whole(0, "int64"),
         "metric_clean": number(),
         "metric_corrupt": number(),
@@ -135,11 +128,7 @@ VARIANT_SCHEMA = table_schema(
 )
 
 # Rows of path patching: layer and head are the (first) sender's, `sender` its component; `receivers` names the set.
-_PATH = {
-    "sender": text(("embed", "head", "attn", "mlp")),
-    "receivers": text(),
-    "mlps": text(("frozen", "recomputed")),
-}
+_PATH = {"sender": text(("embed", "head", "attn", "mlp")), "receivers": text(), "mlps": text(("frozen", "recomputed"))}
 PATH_SCHEMA = table_schema(
     "table of paths",
     # the embedding lies below layer 0; L2 norm of the change that arrived at the receivers' inputs
@@ -176,13 +165,8 @@ def conform(frame: pd.DataFrame, schema: DataFrameSchema = SCHEMA) -> pd.DataFra
             if kind.startswith("int") and not (cast == frame[name]).all():
                 raise RecordError(f"{schema.name}: column {name!r} holds values that are not whole numbers")
             out[name] = cast
-    return check(pd.DataFrame(out).reset_index(drop=True), schema)
-
-
-def check(frame: pd.DataFrame, schema: DataFrameSchema = SCHEMA) -> pd.DataFrame:
-    """The frame, validated; the first broken rule as one RecordError."""
     try:
-        return schema.validate(frame, lazy=True)
+        return schema.validate(pd.DataFrame(out).reset_index(drop=True), lazy=True)
     except SchemaErrors as errors:
         first = errors.failure_cases.iloc[0]
         where = f" at row {first['index']}" if pd.notna(first["index"]) else ""
@@ -226,51 +210,37 @@ def atomic(path: Path) -> Iterator[IO[bytes]]:
         os.close(folder)
 
 
-def _lists(column: pd.Series) -> pa.Array:
-    """An object column of number sequences (or None) as list<float32>."""
-    values = [None if row is None else np.asarray(row, dtype=np.float32) for row in column]
-    return pa.array(values, type=pa.list_(pa.float32()))
+def write_table(path: Path, table: pa.Table, metadata: Mapping[str, Any]) -> None:
+    """To Parquet (zstd), whole or not at all, with the metadata as sorted JSON."""
+    text = json.dumps(metadata, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    with atomic(path) as file:
+        pq.write_table(table.replace_schema_metadata({METADATA_KEY: text.encode()}), file, compression="zstd")
 
 
-def to_arrow(frame: pd.DataFrame, metadata: Mapping[str, Any]) -> pa.Table:
-    """Sequences of numbers become list<float32>; everything else keeps its type. Metadata as sorted JSON."""
-    arrays, names = [], []
+def write(
+    path: Path, frame: pd.DataFrame, metadata: Mapping[str, Any], schema: DataFrameSchema | None = SCHEMA
+) -> None:
+    """`write_table` of a frame in its schema; None takes any columns. Sequences of numbers become list<float32>."""
+    frame, arrays = frame if schema is None else conform(frame, schema), []
     for name in frame.columns:
         column = frame[name]
         first = next((row for row in column if row is not None), None) if column.dtype == object else None
         numbers = isinstance(first, (list, tuple, np.ndarray)) and not any(isinstance(x, str) for x in first)
-        empty_list = column.dtype == object and first is None and name in SCHEMA.columns
-        arrays.append(_lists(column) if numbers or empty_list else pa.array(column, from_pandas=True))
-        names.append(str(name))
-    text = json.dumps(metadata, sort_keys=True, ensure_ascii=False, allow_nan=False)
-    return pa.table(arrays, names=names).replace_schema_metadata({METADATA_KEY: text.encode()})
-
-
-def write_table(path: Path, table: pa.Table) -> None:
-    with atomic(path) as file:
-        pq.write_table(table, file, compression="zstd")
-
-
-def write(
-    path: Path,
-    frame: pd.DataFrame,
-    metadata: Mapping[str, Any],
-    schema: DataFrameSchema | None = SCHEMA,
-) -> None:
-    """Write a table to Parquet (zstd), whole or not at all. `schema=None` takes any columns."""
-    frame = frame if schema is None else conform(frame, schema)
-    write_table(Path(path), to_arrow(frame, metadata))
+        if numbers or (column.dtype == object and first is None and name in SCHEMA.columns):
+            values = [None if row is None else np.asarray(row, dtype=np.float32) for row in column]
+            arrays.append(pa.array(values, type=pa.list_(pa.float32())))
+        else:
+            arrays.append(pa.array(column, from_pandas=True))
+    write_table(path, pa.table(arrays, names=[str(name) for name in frame.columns]), metadata)
 
 
 def read(path: Path, columns: Sequence[str] | None = None) -> pd.DataFrame:
     """The table, or some of its columns; list columns come back as float32 arrays. Unknown columns are an error."""
     file = _open(path)
     names = file.schema_arrow.names
-    unknown = [name for name in columns or () if name not in names]
-    if unknown:
-        raise RecordError(
-            f"{Path(path).name} has no column {unknown[0]!r}; it has {', '.join(file.schema_arrow.names)}"
-        )
+    for name in columns or ():
+        if name not in names:
+            raise RecordError(f"{Path(path).name} has no column {name!r}; it has {', '.join(names)}")
     return file.read(columns=None if columns is None else list(columns)).to_pandas()
 
 

@@ -220,8 +220,7 @@ def assemble(
         "seconds": round(math.fsum(unit["seconds"] for unit in about), 3),
         "log": [line for unit in about for line in unit["log"]],
     }
-    text = json.dumps(full, sort_keys=True, ensure_ascii=False, allow_nan=False)
-    write_table(path, table.replace_schema_metadata({METADATA_KEY: text.encode()}))
+    write_table(path, table, full)
     return full
 
 
