@@ -79,7 +79,7 @@ def quad_matrix(
 
     `value` is `effect` (raw, logit_diff), `margin_effect`, `gap` (clean - corrupt) or a numeric column. `sites` are the
     columns that tell sites apart; an empty list gives one column. With `reduce="sum"`, the matrices of `effect` and
-    `gap` are the numerators and denominators of `stats.ratio_interval`.
+    `gap` are the numerators and denominators of `stats.ratio_intervals`.
 
     Raises ValueError for no records, for records that differ in direction, ablation, task, ... without being told
     apart by `sites`, and for a site that some quads lack: a test over sites needs every quad at every site.
@@ -161,7 +161,7 @@ def familywise(
     matrix: Float[np.ndarray, "quads sites"], settings: Settings, tail: stats.Tail = "two-sided"
 ) -> dict[str, Sequence[float]]:
     """Columns of a table of sites: the mean of each site, its interval and p value, for all sites together."""
-    return columns(stats.simultaneous(matrix, settings)) | {"p": stats.max_t(matrix, settings, tail).p}
+    return columns(stats.simultaneous(matrix, settings)) | {"p": stats.max_t(matrix, settings, tail)}
 
 
 def tested(

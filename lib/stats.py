@@ -32,10 +32,7 @@ ZERO = 1e-12  # a variance below this share of the values' mean square is roundi
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate with its interval; None for its ends where there are too few clusters (`method` says so).
-
-    `pandas.DataFrame(intervals)` makes a list of them a table.
-    """
+    """An estimate with its interval; None for its ends where there are too few clusters (`method` says so)."""
 
     estimate: float
     low: float | None
@@ -43,16 +40,6 @@ class Interval:
     level: float
     n: int  # clusters
     method: str
-
-    def __format__(self, spec: str) -> str:
-        """`f"{interval:.3f}"` formats all three numbers; the default is two decimals."""
-        spec = spec or ".2f"
-        if self.low is None:
-            return f"{self.estimate:{spec}} ({self.method})"
-        return f"{self.estimate:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
-
-    def __str__(self) -> str:
-        return format(self, "")
 
 
 @dataclass(frozen=True)
@@ -67,15 +54,6 @@ class Settings:
 
 DEFAULTS = Settings()
 Tail = Literal["two-sided", "greater", "less"]
-
-
-class MaxT(NamedTuple):
-    """A test of every site by flipping signs of quads."""
-
-    p: Float[np.ndarray, " sites"]  # familywise
-    p_raw: Float[np.ndarray, " sites"]  # of each site alone
-    flips: int  # sign patterns counted, the identity among them; 1 / flips is the smallest p
-    exact: bool  # every pattern was enumerated
 
 
 def too_few(n: int, unit: str = "clusters") -> str | None:
@@ -212,25 +190,17 @@ def mean_interval(values: ArrayLike, settings: Settings = DEFAULTS) -> Interval:
     return mean_intervals(np.ravel(values)[:, None], settings)[0]
 
 
-def ratio_intervals(
-    numerators: Float[np.ndarray, "quads sites"],
-    denominators: ArrayLike,
-    settings: Settings = DEFAULTS,
-) -> list[Interval]:
+def ratio_intervals(numerators: ArrayLike, denominators: ArrayLike, settings: Settings = DEFAULTS) -> list[Interval]:
     """Bootstrap-t interval, with delta-method errors, for each column's sum(numerator) / sum(denominator).
 
-    For damage and recovery: the quads' sums of effects and of clean - corrupt. `denominators` is (quads, sites), or
-    (quads,) where all sites share them. ValueError if they do not add up to more than 0.
+    For damage and recovery: the quads' sums of effects and of clean - corrupt. `numerators` are (quads, sites), or
+    (quads,) for one site; `denominators` likewise, (quads,) also where all sites share them. ValueError if they do not
+    add up to more than 0.
     """
     top, bottom = _matrix(numerators, "numerators"), _matrix(denominators, "denominators")
     if len(top) != len(bottom) or bottom.shape[1] not in (1, top.shape[1]):
         raise ValueError(f"numerators {top.shape} and denominators {bottom.shape} must have the same quads and sites")
     return _intervals(top, bottom, settings)
-
-
-def ratio_interval(numerator: ArrayLike, denominator: ArrayLike, settings: Settings = DEFAULTS) -> Interval:
-    """`ratio_intervals` for one ratio; one numerator and one denominator per quad."""
-    return ratio_intervals(np.ravel(numerator)[:, None], denominator, settings)[0]
 
 
 def simultaneous(matrix: Float[np.ndarray, "quads sites"], settings: Settings = DEFAULTS) -> list[Interval]:
@@ -245,10 +215,8 @@ def simultaneous(matrix: Float[np.ndarray, "quads sites"], settings: Settings = 
 
 
 def max_t(
-    matrix: Float[np.ndarray, "quads sites"],
-    settings: Settings = DEFAULTS,
-    tail: Tail = "two-sided",
-) -> MaxT:
+    matrix: Float[np.ndarray, "quads sites"], settings: Settings = DEFAULTS, tail: Tail = "two-sided"
+) -> Float[np.ndarray, " sites"]:
     """Familywise p values for "this site's mean effect is 0", by flipping the sign of whole quads (single step).
 
     All sites of a quad flip together, and each site's t is compared with the largest t over sites (Westfall and Young
@@ -274,12 +242,11 @@ def max_t(
     reached = reshape(total) - 1e-9
     exact = n <= 60 and 2**n <= settings.flips
     count = 2**n if exact else settings.flips
-    familywise, alone = np.zeros(sites), np.zeros(sites)
+    familywise = np.zeros(sites)
     for signs in _signs(n, sites, count, exact, settings.seed):
-        flipped = reshape(signs @ scaled)
-        alone += (flipped >= reached).sum(0)
-        familywise += len(signs) - np.searchsorted(np.sort(flipped.max(1)), reached)
-    return MaxT(familywise / count, alone / count, count, exact)
+        largest = np.sort(reshape(signs @ scaled).max(1))
+        familywise += len(signs) - np.searchsorted(largest, reached)
+    return familywise / count
 
 
 def _signs(n: int, sites: int, total: int, exact: bool, seed: int) -> Iterator[Float[np.ndarray, "chunk n"]]:

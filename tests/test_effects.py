@@ -65,7 +65,7 @@ def test_tested_sites_have_the_numbers_of_their_matrix():
     together = stats.simultaneous(matrix, own)
     assert list(table.columns) == [*effects.SITE, "estimate", "low", "high", "p", "quads"]
     assert table["low"].tolist() == [span.low for span in together]
-    assert table["p"].tolist() == stats.max_t(matrix, own, "greater").p.tolist()
+    assert table["p"].tolist() == stats.max_t(matrix, own, "greater").tolist()
     both = effects.by_half(pd.concat([frame, frame.assign(half="confirmation")]), lambda part: part.head(1))
     assert both["half"].tolist() == ["discovery", "confirmation"]
 

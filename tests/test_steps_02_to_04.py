@@ -282,7 +282,7 @@ def test_site_effects_have_intervals_for_all_sites_together_and_ratios_with_thei
     assert found["low"].tolist() == [i.low for i in together] != [i.low for i in alone]
     assert found["high"].tolist() == [i.high for i in together]
     assert found["ratio_low"].tolist() == [i.low for i in own] and found["ratio_high"].tolist() == [i.high for i in own]
-    assert found["p"].tolist() == stats.max_t(matrix, OWN).p.tolist()
+    assert found["p"].tolist() == stats.max_t(matrix, OWN).tolist()
 
 
 def test_one_quad_less_at_one_site_is_an_error():

@@ -210,7 +210,7 @@ def _fitted(
     low = table["low"].fillna(table["estimate"])[0]  # of one name
     if np.linalg.matrix_rank(designs["free"]) < designs["free"].shape[1] or not low > 0:
         return table, None
-    return table, stats.ratio_interval(second, first, settings)
+    return table, stats.ratio_intervals(second, first, settings)[0]
 
 
 def lines(fit: RuleResult, people: pd.DataFrame) -> dict[str, list[float]]:

@@ -210,7 +210,7 @@ def edges_table(records: pd.DataFrame, params: RetrievalHeads) -> pd.DataFrame:
     parts = []
     for _, rows in own.groupby(["position", "mlps"], sort=False):
         matrix = quad_matrix(rows, "effect", ["source", "target"])
-        sure = stats.max_t(matrix.values, params).p <= 1 - params.level
+        sure = stats.max_t(matrix.values, params) <= 1 - params.level
         few = stats.too_few(len(matrix.quads)) is not None
         parts.append(matrix.sites.assign(estimate=matrix.values.mean(0), significant=sure & (not few)))
     return pd.concat(parts, ignore_index=True)

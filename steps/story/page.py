@@ -115,7 +115,7 @@ def layers(step: Step, found: Mapping[str, Any]) -> dict[str, Any]:
     parts = (rises[found["critical_layers"]].sum(axis=1), rises.get(one), curve[middle[-1]] if middle else None)
     missing = {"why": "the layer was not swept"}
     out = {
-        name: missing if part is None else stats.ratio_interval(part, whole, p)
+        name: missing if part is None else stats.ratio_intervals(part, whole, p)[0]
         for name, part in zip(names, parts, strict=True)
     }
     return out | {"layer": one}
