@@ -12,7 +12,6 @@ Records are data frames with the columns of `lib.records`; effects are in logits
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -46,19 +45,11 @@ def gap(frame: pd.DataFrame) -> pd.Series:
     return frame["logit_diff_clean"].astype(float) - frame["logit_diff_corrupt"].astype(float)
 
 
-def _only(frame: pd.DataFrame, column: str) -> str:
-    """The one value of a column; ValueError if there are none or several."""
-    values = frame[column].unique()
-    if len(values) != 1:
-        raise ValueError(f"expected records with one {column}; got {sorted(map(str, values)) or 'no records'}")
-    return values[0]
-
-
 def _agree(frame: pd.DataFrame, grouped: Sequence[str]) -> None:
     """ValueError if records would be averaged over ablations, directions, ... that the caller did not group by."""
     for column in CONSTANT:
-        if column in frame.columns and column not in grouped:
-            _only(frame, column)
+        if column in frame.columns and column not in grouped and len(values := frame[column].unique()) != 1:
+            raise ValueError(f"expected records with one {column}; got {sorted(map(str, values)) or 'no records'}")
 
 
 class QuadMatrix(NamedTuple):
@@ -70,10 +61,7 @@ class QuadMatrix(NamedTuple):
 
 
 def quad_matrix(
-    frame: pd.DataFrame,
-    value: str = "effect",
-    sites: Sequence[str] = SITE,
-    reduce: Literal["mean", "sum"] = "mean",
+    frame: pd.DataFrame, value: str = "effect", sites: Sequence[str] = SITE, reduce: Literal["mean", "sum"] = "mean"
 ) -> QuadMatrix:
     """Records as a matrix of quads x sites: the mean (or sum) over a quad's pairs.
 
@@ -176,10 +164,10 @@ def tested(
     return matrix.sites.assign(**familywise(matrix.values, settings, tail), quads=len(matrix.quads))
 
 
-def site_effects(frame: pd.DataFrame, settings: Settings, by: Sequence[str] = SITE) -> pd.DataFrame:
+def site_effects(frame: pd.DataFrame, settings: Settings) -> pd.DataFrame:
     """`tested` on the raw effect (logits), and beside it the ratio of sums with an interval of its own."""
-    own = curve(frame, settings, by)
-    return tested(frame, settings, by=by).assign(ratio=own["estimate"], ratio_low=own["low"], ratio_high=own["high"])
+    own = curve(frame, settings, SITE)
+    return tested(frame, settings).assign(ratio=own["estimate"], ratio_low=own["low"], ratio_high=own["high"])
 
 
 def both_halves(frame: pd.DataFrame, settings: Settings) -> pd.DataFrame:
@@ -203,11 +191,7 @@ def ablation_tables(records: pd.DataFrame, settings: Settings) -> dict[str, pd.D
     return {kind: both_halves(rows, settings) for kind, rows in own.groupby("ablation", sort=False)}
 
 
-# --- what the words of the design mean ---
-
-
-@dataclass(frozen=True)
-class CriticalSlice:
+class CriticalSlice(NamedTuple):
     """The first `size` sites of an order, and what they do together."""
 
     size: int
@@ -220,8 +204,7 @@ def critical_slice(joint_recovery: Sequence[float], joint_damage: Sequence[float
     """How many sites, in order of discovery recovery, the critical slice has.
 
     Entry k - 1 of the two sequences is the joint recovery, or joint counterfactual damage, of the first k sites. The
-    size is the smallest k at which both reach `share`, or else as many as were measured. Raises ValueError for
-    sequences of different length and empty ones.
+    size is the smallest k at which both reach `share`, or else as many as were measured.
     """
     measured = len(joint_recovery)
     if measured == 0 or measured != len(joint_damage):
