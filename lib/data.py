@@ -62,9 +62,8 @@ def pairs_of(quads: pd.DataFrame, pairs_per_quad: int = 2) -> pd.DataFrame:
                 row |= {f"{side}_profession_{s}": quad[f"profession_{p}"] for s, p in zip("ab", people, strict=True)}
                 row[f"{side}_c"] = row[f"{side}_profession_c"] = ""
                 row[f"fame_{side}"] = float(np.mean([quad[f"fame_{person}"] for person in people]))
-            row["answer"], row["corrupt_answer"] = (
-                quad["superset" if p[0] in "ab" else "other"] for p in (clean, corrupt)
-            )
+            for answer, people in (("answer", clean), ("corrupt_answer", corrupt)):
+                row[answer] = quad["superset" if people[0] in "ab" else "other"]
             rows.append(row | {key: quad[key] for key in ("n_tokens_a", "n_tokens_b", "bucket")})
     return pd.DataFrame(rows)
 
@@ -75,10 +74,9 @@ def clusters(pairs: pd.DataFrame) -> np.ndarray:
     codes = pd.factorize(names.ravel())[0].reshape(names.shape) + len(pairs)
     rows = np.repeat(np.arange(len(pairs)), names.shape[1])[names.ravel() != ""]
     columns = codes.ravel()[names.ravel() != ""]
-    size = int(codes.max()) + 1
-    return connected_components(coo_matrix((np.ones(len(rows)), (rows, columns)), (size, size)), directed=False)[1][
-        : len(pairs)
-    ]
+    shape = (int(codes.max()) + 1,) * 2
+    _, found = connected_components(coo_matrix((np.ones(len(rows)), (rows, columns)), shape), directed=False)
+    return found[: len(pairs)]
 
 
 Score = Callable[[list[tuple[int, ...]]], np.ndarray]
@@ -107,9 +105,9 @@ def _read(path: Path, what: str) -> pd.DataFrame:
     if path.suffix not in (".csv", ".parquet"):
         raise ValueError(f"{what} {str(path)!r} must end in .csv or .parquet")
     try:
-        return (
-            pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path, dtype=str, keep_default_na=False)
-        )
+        if path.suffix == ".parquet":
+            return pd.read_parquet(path)
+        return pd.read_csv(path, dtype=str, keep_default_na=False)
     except ValueError as error:
         raise ValueError(f"{what} {str(path)!r} is not a readable table, or empty: {error}") from None
 
@@ -161,10 +159,8 @@ def _logits(score: Score, prompts: Sequence[tuple[int, ...]], tokens: Sequence[S
         logits = np.asarray(score(list(prompts[at : at + _CHUNK])))
         parts.append(np.take_along_axis(logits, np.asarray(tokens[at : at + _CHUNK]), axis=1))
     out = np.concatenate(parts)
-    if not np.isfinite(out).all():
-        raise ValueError(
-            f"the model gives NaN or infinite logits, first for prompt {int(np.argmin(np.isfinite(out).all(1)))}"
-        )
+    if not (finite := np.isfinite(out).all(1)).all():
+        raise ValueError(f"the model gives NaN or infinite logits, first for prompt {int(np.argmin(finite))}")
     return out
 
 
@@ -230,10 +226,8 @@ def add_margins(pairs: pd.DataFrame, tokenizer: Any, score: Score, **options: An
     logits = dict(zip(tokens, _logits(score, list(tokens), list(tokens.values())), strict=True))
     answers = [pair.answer for pair in made]
     clean, corrupt = (np.stack([logits[getattr(p, side).ids] for p in made]) for side in ("clean", "corrupt"))
-    return pairs.assign(
-        metric_clean=margins(clean, answers)[0].astype(float),
-        metric_corrupt=margins(corrupt, answers)[0].astype(float),
-    )
+    clean, corrupt = (margins(own, answers)[0].astype(float) for own in (clean, corrupt))
+    return pairs.assign(metric_clean=clean, metric_corrupt=corrupt)
 
 
 def load_pairs_file(path: str | Path, seed: int = 0) -> pd.DataFrame:
@@ -289,9 +283,8 @@ def _own_pair(row: dict[str, str], where: str, number: int) -> dict[str, str]:
     allowed = words.slots if task == "odd_one_out" else SUPERSETS
     for column in [f"{side}_{slot}" for slot in words.slots for side in ("clean", "corrupt")]:
         if not row[column]:
-            raise ValueError(
-                f"{where}: {column} is empty; task {task} needs the names {', '.join(words.slots)} of both sides"
-            )
+            needed = f"task {task} needs the names {', '.join(words.slots)} of both sides"
+            raise ValueError(f"{where}: {column} is empty; {needed}")
     for column in ("answer", "corrupt_answer"):
         if row[column] not in allowed:
             raise ValueError(f"{where}: {column} {row[column]!r} is unknown; allowed: {', '.join(allowed)}")
