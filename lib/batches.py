@@ -13,6 +13,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -262,11 +263,8 @@ class PairBatch:
             middle, words = len(rows) // 2, f"{len(rows)} rows of pairs {self.pairs[0].pair_id} ... halved and retried"
             return words, [rows[:middle], rows[middle:]]
 
-        def attempt(rows: list[Row]) -> dict[str, np.ndarray]:
-            return self.one_pass(base, rows, sources)
-
         for at in range(0, len(rows), limit):
-            parts += with_less_memory(attempt, rows[at : at + limit], halves, halved)
+            parts += with_less_memory(partial(self.one_pass, base, sources), rows[at : at + limit], halves, halved)
         return self.frame(rows, joined(parts), clean, corrupt)
 
     def sources(self, base: BaseRun, other: BaseRun, pool: Callable[[], Pool]) -> Activations:
@@ -279,7 +277,7 @@ class PairBatch:
         replaced = {key: value for key, value in other.activations.items() if key[0] in components_of(self.sets)}
         return ablated(self.kinds, self.pairs, replaced, pool, self.options.seed)
 
-    def one_pass(self, base: BaseRun, rows: list[Row], sources: Activations) -> dict[str, np.ndarray]:
+    def one_pass(self, base: BaseRun, sources: Activations, rows: list[Row]) -> dict[str, np.ndarray]:
         """Grow, prove and score one pass; where candidates have two tokens, one more for each of them."""
         grown = self.grow(self.model, base, rows, sources)
         runs = (base_run(self.model, ids, base.positions, self.components) for ids in self.continued(base.ids))
@@ -369,14 +367,11 @@ class PairBatch:
             columns[f"foil_{when}"] = candidates[owner, scored[f"foil_{when}"]]
             columns[f"logits_{when}"] = list(scored[f"candidate_logits_{when}"].astype(np.float32))
             columns[f"label_logits_{when}"] = list(scored[f"label_logits_{when}"].astype(np.float32))
-        columns["top_token_after"] = self.words(scored["top_token_after"])
+        ids, inverse = np.unique(scored["top_token_after"], return_inverse=True)
+        tokenizer = self.model.tokenizer  # where there is none, tokens stay numbers
+        words = [tokenizer.decode([token]) if tokenizer else str(token) for token in ids.tolist()]
+        columns["top_token_after"] = np.array(words)[inverse]
         return pd.DataFrame(columns | {name: scored[name] for name in AS_SCORED if name in scored})
-
-    def words(self, tokens: np.ndarray) -> np.ndarray:
-        """Tokens as text; as numbers where the model has no tokenizer."""
-        ids, inverse = np.unique(tokens, return_inverse=True)
-        tokenizer = self.model.tokenizer
-        return np.array([tokenizer.decode([i]) if tokenizer else str(i) for i in ids.tolist()])[inverse]
 
 
 def logit_rows(model: Model) -> int:

@@ -98,18 +98,26 @@ PEOPLE = pa.DataFrameSchema(
 )
 
 
-def _read(path: Path, what: str) -> pd.DataFrame:
-    """A CSV (every cell as text) or Parquet file."""
+def _read(path: Path, what: str, required: Sequence[str], optional: Sequence[str] = ()) -> pd.DataFrame:
+    """A CSV (every cell as text) or Parquet file with these columns, and at least one row."""
     if not path.is_file():
         raise ValueError(f"{what} {str(path)!r} does not exist")
     if path.suffix not in (".csv", ".parquet"):
         raise ValueError(f"{what} {str(path)!r} must end in .csv or .parquet")
     try:
-        if path.suffix == ".parquet":
-            return pd.read_parquet(path)
-        return pd.read_csv(path, dtype=str, keep_default_na=False)
+        csv = path.suffix == ".csv"
+        table = pd.read_csv(path, dtype=str, keep_default_na=False) if csv else pd.read_parquet(path)
     except ValueError as error:
         raise ValueError(f"{what} {str(path)!r} is not a readable table, or empty: {error}") from None
+    missing = [column for column in required if column not in table]
+    unknown = [column for column in table if column not in (*required, *optional)]
+    if missing or unknown:
+        besides = f", allowed besides {', '.join(optional)}" if optional else ""
+        wrong = f"missing columns {missing}, unknown columns {unknown}"
+        raise ValueError(f"{what} {path.name}: {wrong}; needed are {', '.join(required)}{besides}")
+    if not len(table):
+        raise ValueError(f"{what} {path.name} has no rows")
+    return table
 
 
 def load_people(path: str | Path) -> pd.DataFrame:
@@ -118,14 +126,7 @@ def load_people(path: str | Path) -> pd.DataFrame:
     Columns: name, profession, superset, two_supersets, second_superset ("" if none), region, century (-5: fifth BC).
     Raises ValueError naming the file's row (the header is row 1), the column, the value and what is allowed.
     """
-    table = _read(Path(path), "people_file").astype(str)
-    missing, unknown = set(PEOPLE.columns) - set(table), set(table) - set(PEOPLE.columns)
-    if missing or unknown:
-        raise ValueError(
-            f"{path}: columns missing: {sorted(missing)}, unknown: {sorted(unknown)}; needed: {list(PEOPLE.columns)}"
-        )
-    if not len(table):
-        raise ValueError(f"{path} has no rows")
+    table = _read(Path(path), "people_file", list(PEOPLE.columns)).astype(str)
     flags = {"true": True, "True": True, "false": False, "False": False}
     for column, allowed in (("two_supersets", flags), ("century", None)):
         known = table[column].isin(allowed) if allowed else table[column].str.fullmatch(r"-?\d+")
@@ -142,8 +143,7 @@ def load_people(path: str | Path) -> pd.DataFrame:
         first = error.failure_cases.iloc[0]
         row = "" if pd.isna(first["index"]) else f", row {int(first['index']) + 2}"
         raise ValueError(f"{path}{row}: {first['column']} {first['failure_case']!r} fails {first['check']}") from None
-    odd = table[table.two_supersets != table.second_superset.ne("")]
-    odd = pd.concat([odd, table[table.second_superset == table.superset]])
+    odd = table[(table.two_supersets != table.second_superset.ne("")) | (table.second_superset == table.superset)]
     if len(odd):
         raise ValueError(
             f"{path}, row {odd.index[0] + 2}: {odd['name'].iloc[0]!r}: second_superset must be given where "
@@ -204,15 +204,13 @@ def add_tokens(
 
 def aligned(pairs: pd.DataFrame, tokenizer: Any, **options: Any) -> tuple[pd.DataFrame, list[str]]:
     """The pairs whose prompts line up token by token under this tokenizer, and why each of the others does not."""
-    fits, reasons = [], []
-    for row in pairs.to_dict("records"):
+    reasons: dict[int, str] = {}
+    for place, row in enumerate(pairs.to_dict("records")):
         try:
             tasks.make_pair(tokenizer, row, **options)
-            fits.append(True)
         except ValueError as error:
-            fits.append(False)
-            reasons.append(str(error))
-    return pairs[fits], reasons
+            reasons[place] = str(error)
+    return pairs[[place not in reasons for place in range(len(pairs))]], list(reasons.values())
 
 
 def add_margins(pairs: pd.DataFrame, tokenizer: Any, score: Score, **options: Any) -> pd.DataFrame:
@@ -241,16 +239,7 @@ def load_pairs_file(path: str | Path, seed: int = 0) -> pd.DataFrame:
     Raises ValueError naming the column, the row (the header is row 1) and what is allowed.
     """
     path = Path(path)
-    table = _read(path, "pairs_file")
-    missing = [column for column in _REQUIRED if column not in table]
-    unknown = [column for column in table if column not in (*_REQUIRED, *_OPTIONAL)]
-    if missing or unknown:
-        raise ValueError(
-            f"pairs_file {path.name}: missing columns {missing}, unknown columns {unknown}; needed are "
-            f"{', '.join(_REQUIRED)}, allowed besides {', '.join(_OPTIONAL)}"
-        )
-    if not len(table):
-        raise ValueError(f"pairs_file {path.name} has no rows")
+    table = _read(path, "pairs_file", _REQUIRED, _OPTIONAL)
     table = table.fillna("").astype(str).apply(lambda column: column.str.strip())
     given = table.columns
     table = table.reindex(columns=[*_REQUIRED, *_OPTIONAL], fill_value="")
