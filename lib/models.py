@@ -205,8 +205,7 @@ def prove(model: Model) -> None:
     sites = [Site(layer, component) for layer in ends for component in ("attn", "mlp", "resid")]
     fired: list[tuple[int, str]] = []
     inputs: dict[tuple[int, str], Tensor] = {}
-    handles: list = []
-    with hooks.removing(handles), hooks.capture(model, sites) as seen:
+    with hooks.removing() as handles, hooks.capture(model, sites) as seen:
         for key in itertools.product(range(model.n_layers), hooks.COMPONENTS):
             handles.append(hooks.on_activation(model, *key, lambda _, key=key: fired.append(key)))
         for key in itertools.product(ends, hooks.PARTS if model.down_projs else ("head",)):

@@ -203,8 +203,7 @@ def grow_paths(model: Model, base: BaseRun, rows: Sequence[Row], sources: Activa
     batch = Batch(model, base, rows, first)
     start = min(token for change in changes.values() for token in change.tokens)
     device, fired = batch.owner.device, {}  # asked only when the pass is over: an answer waits for the device
-    handles: list = []
-    with hooks.removing(handles):
+    with hooks.removing() as handles:
         for layer in range(model.n_layers):
             handles.append(batch.joining(model, layer))
         for receiver in route.receivers:
@@ -278,12 +277,12 @@ class FirstRun(Growing):
 
     def run(self) -> dict[Receiver, Change]:
         """Each receiver's change, where it shares tokens with the senders."""
-        model, base, layers, handles = self.model, self.base, range(self.model.n_layers), []
+        model, base, layers = self.model, self.base, range(self.model.n_layers)
         forwards = [(model.attns[layer], partial(self.attend, layer)) for layer in layers]
         if self.route.mlps == "frozen":
             forwards += [(model.mlps[layer], partial(self.held, "mlp", layer)) for layer in layers]
         written = [("embed", -1)] + [("mlp", layer) for layer in layers if self.route.mlps == "recomputed"]
-        with hooks.removing(handles), hooks.with_forwards(forwards):
+        with hooks.removing() as handles, hooks.with_forwards(forwards):
             handles += [self.batch.joining(model, layer) for layer in layers]
             handles += [hooks.on_activation(model, at, part, partial(self.send, part, at)) for part, at in written]
             for receiver in self.route.receivers:

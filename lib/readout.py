@@ -129,14 +129,13 @@ def post_norms(model: Model) -> list[PostNorms]:
     """Each layer's `PostNorms`: the block's child that is given the very tensor that attention or MLP returned."""
     outputs: dict[tuple[int, str], Tensor] = {}
     found: dict[tuple[int, str], nn.Module] = {}
-    handles: list = []
 
     def given(layer: int, child: nn.Module, args: tuple) -> None:
         for key in ((layer, "attn"), (layer, "mlp")):
             if args and args[0] is outputs.get(key):
                 found.setdefault(key, child)
 
-    with hooks.removing(handles):
+    with hooks.removing() as handles:
         for key in product(range(model.n_layers), ("attn", "mlp")):
             handles.append(hooks.on_activation(model, *key, lambda x, key=key: outputs.update({key: x})))
         for layer, block in enumerate(model.blocks):

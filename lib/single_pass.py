@@ -77,22 +77,18 @@ def base_run(
     With `layers`, only their activations are kept, nothing behind the last of them is computed, and there are neither
     final states nor a cache. Without `cache`, the final states and activations alone are kept.
     """
-    whole, kept, handles = layers is None, {}, []
+    whole, kept = layers is None, {}
     filled = DynamicCache() if cache and whole else None
     skipped = [] if whole else model.blocks[max(layers) + 1 :]
     at = torch.tensor(list(positions), dtype=torch.long, device=ids.device)
-    with hooks.removing(handles), hooks.with_forwards([(block, skip_block) for block in skipped]):
+    nothing = [(block, lambda hidden_states, *_, **__: hidden_states) for block in skipped]
+    with hooks.removing() as handles, hooks.with_forwards(nothing):
         for layer in range(-1, model.n_layers) if whole else layers:
             handles += keeping(model, kept, layer, components, at)
         out = model.body(input_ids=ids, past_key_values=filled, use_cache=filled is not None)
     hidden = out.last_hidden_state[:, -1] if whole else ids.new_empty(len(ids), 0)
     kv = [] if filled is None else [(layer.keys, layer.values) for layer in filled.layers]
     return BaseRun(ids, tuple(positions), hidden, kept, kv)
-
-
-def skip_block(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-    """A block's `forward` that does nothing."""
-    return hidden_states
 
 
 def keeping(model: Model, kept: dict, layer: int, components: Sequence[str], at: Tensor) -> list[RemovableHandle]:
@@ -217,8 +213,8 @@ class Grown:
 @torch.no_grad()
 def grow(model: Model, base: BaseRun, rows: Sequence[Row], sources: Activations) -> Grown:
     """Run every row in one growing pass. `sources[component, layer]` is (sources, positions, width)."""
-    growing, handles = Growing(model, base, rows, sources), []
-    with hooks.removing(handles):
+    growing = Growing(model, base, rows, sources)
+    with hooks.removing() as handles:
         for layer in range(model.n_layers):
             handles += growing.layer_hooks(layer)
         return growing.grown(growing.batch.run(model, base, growing.start))

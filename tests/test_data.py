@@ -66,9 +66,7 @@ def test_wrong_files_of_people(tmp_path):
     with pytest.raises(ValueError, match="does not exist"):
         data.load_people(tmp_path / "none.csv")
     pd.DataFrame({"name": [], "job": []}).to_csv(tmp_path / "people.csv", index=False)
-    with pytest.raises(
-        ValueError, match="missing columns .*'superset'.*unknown columns .'job'.*needed are name,"
-    ):
+    with pytest.raises(ValueError, match="missing columns .*'superset'.*unknown columns .'job'.*needed are name,"):
         data.load_people(tmp_path / "people.csv")
     pd.DataFrame(columns=list(data.PEOPLE.columns)).to_csv(tmp_path / "people.csv", index=False)
     with pytest.raises(ValueError, match="no rows"):

@@ -220,8 +220,7 @@ def last_token(model: Model, base: BaseRun, rows: Sequence[Row], sources: Activa
     edits = edits_by_module(rows, {index: prompts + index for index in range(len(rows))})
     offset = torch.tensor([0], device=base.ids.device)
     kept: dict[tuple[str, int], Tensor] = {}
-    handles: list = []
-    with hooks.removing(handles):
+    with hooks.removing() as handles:
         for layer in range(model.n_layers):
             for component in hooks.COMPONENTS:
                 key = component, layer

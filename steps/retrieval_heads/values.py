@@ -109,8 +109,7 @@ def _attention(model: Model, pairs: Sequence[Pair]) -> list[pd.DataFrame]:
     asked = [("last", name) for name in names] + [(name, name) for name in names]
     shares = torch.zeros(len(asked), len(pairs), model.n_layers, model.n_heads)
     plain = model.logits(model.body(input_ids=ids, use_cache=False).last_hidden_state[:, -1])
-    handles: list = []
-    with eager(model), hooks.removing(handles):
+    with eager(model), hooks.removing() as handles:
         for layer, module in enumerate(model.attns):
 
             def keep(_: torch.nn.Module, __: tuple, output: Any, layer: int = layer) -> None:
