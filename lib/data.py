@@ -13,7 +13,7 @@ A model is only ever seen through `score`: a function from a list of token id tu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,7 @@ def clusters(pairs: pd.DataFrame) -> np.ndarray:
     return found[: len(pairs)]
 
 
-Score = Callable[[list[tuple[int, ...]]], np.ndarray]
+Score = Callable[[Sequence[Sequence[int]]], np.ndarray]
 _CHUNK = 256  # prompts scored at once: their full-vocabulary logits are 50 MB at 50,000 tokens
 _REQUIRED = ("clean_a", "clean_b", "corrupt_a", "corrupt_b", "answer", "corrupt_answer")
 _OPTIONAL = ("task", "template", "clean_c", "corrupt_c", "pair_id", "quad_id")
@@ -152,13 +152,23 @@ def load_people(path: str | Path) -> pd.DataFrame:
     return table
 
 
-def _logits(score: Score, prompts: Sequence[tuple[int, ...]], tokens: Sequence[Sequence[int]]) -> np.ndarray:
-    """Logits (prompts, k) of k tokens per prompt, scored in chunks so that few full-vocabulary rows are held."""
+def readings(
+    score: Score, prompts: Sequence[Sequence[int]], read: Callable[[np.ndarray, slice], Mapping], size: int = 64
+) -> dict[str, np.ndarray]:
+    """What `read` makes of the prompts' logits, scored `size` prompts at a time in the order given, so that the logits
+    of all are never held at once. `read` is given the logits and which prompts they are of, and returns arrays with a
+    row for each."""
     parts = []
-    for at in range(0, len(prompts), _CHUNK):
-        logits = np.asarray(score(list(prompts[at : at + _CHUNK])))
-        parts.append(np.take_along_axis(logits, np.asarray(tokens[at : at + _CHUNK]), axis=1))
-    out = np.concatenate(parts)
+    for at in range(0, len(prompts), size):
+        part = slice(at, at + size)
+        parts.append(read(np.asarray(score(prompts[part])), part))
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _logits(score: Score, prompts: Sequence[tuple[int, ...]], tokens: Sequence[Sequence[int]]) -> np.ndarray:
+    """Logits (prompts, k) of k tokens per prompt."""
+    own = np.asarray(tokens)
+    out = readings(score, prompts, lambda all_, part: {"own": np.take_along_axis(all_, own[part], 1)}, _CHUNK)["own"]
     if not (finite := np.isfinite(out).all(1)).all():
         raise ValueError(f"the model gives NaN or infinite logits, first for prompt {int(np.argmin(finite))}")
     return out

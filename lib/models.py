@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -292,19 +292,6 @@ def next_logits(model: Model, prompts: Sequence[Sequence[int]], batch_tokens: in
             out = np.empty((len(prompts), logits.shape[-1]), dtype=np.float32)
         out[places] = logits
     return out
-
-
-def next_readings(
-    model: Model, prompts: Sequence[Sequence[int]], read: Callable[[Logits, slice], Mapping], size: int = 64
-) -> dict[str, np.ndarray]:
-    """What `read` makes of the prompts' `next_logits`, taken `size` prompts at a time in the order given, so that the
-    logits of all are never held at once. `read` is given the logits and which prompts they are of, and returns arrays
-    with a row for each."""
-    parts = []
-    for at in range(0, len(prompts), size):
-        part = slice(at, at + size)
-        parts.append(read(next_logits(model, prompts[part]), part))
-    return single_pass.joined(parts)
 
 
 def final_states(model: Model, ids: Int[Tensor, "prompts tokens"]) -> Float[Tensor, "prompts hidden"]:

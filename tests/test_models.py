@@ -5,6 +5,7 @@ import dataclasses
 import json
 import shutil
 from collections import Counter
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,7 +16,7 @@ from accelerate.utils import OffloadedWeightsLoader
 from conftest import CONFIGS, SMOLLM, TINY
 from huggingface_hub.errors import GatedRepoError
 
-from lib import batches, hooks, models, single_pass, sweep, weights
+from lib import batches, data, hooks, models, single_pass, sweep, weights
 from lib.hooks import Site
 
 NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -339,7 +340,7 @@ def test_readings_of_some_prompts_at_a_time_keep_the_order(smollm):
     def read(logits, part):
         return {"top": logits.argmax(1), "first": np.array([ids[0] for ids in PROMPTS[part]])}
 
-    found = models.next_readings(smollm, PROMPTS, read, size=4)
+    found = data.readings(partial(models.next_logits, smollm), PROMPTS, read, size=4)
     assert np.array_equal(found["top"], models.next_logits(smollm, PROMPTS).argmax(1))
     assert found["first"].tolist() == [ids[0] for ids in PROMPTS]
 

@@ -134,7 +134,7 @@ def measure(model: Model, people: pd.DataFrame, template: Template, params: Base
         labelled = np.exp(logits[:, list(label_ids)] - total).sum(1) if labels else np.full(len(own), np.nan)
         return out | {"label_probability": labelled}
 
-    scored = models.next_readings(model, [prompt.ids for prompt in prompts], read, 128)
+    scored = data.readings(score(model), [prompt.ids for prompt in prompts], read, 128)
     answer = np.array([row.tolist().index(word) for row, word in zip(names, table["answer"], strict=True)])
     margin, _ = margins(scored["candidates"], answer)
     return table.assign(

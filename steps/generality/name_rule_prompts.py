@@ -7,6 +7,7 @@ different ones take turns, every combination and order alike, each person once.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import cycle, islice, permutations
 
 import numpy as np
@@ -37,7 +38,8 @@ def two_known_people(step: Step) -> pd.DataFrame:
     made = [tasks.make_prompt(model.tokenizer, template, [x.name for x in two], **prompt_options(p)) for two in drawn]
     words, tokens = tasks.candidates(model.tokenizer, template)
     prompts = [prompt.ids for prompt in made]
-    logits = models.next_readings(model, prompts, lambda read, _: {"logits": read[:, tokens]})["logits"].astype(float)
+    score = partial(models.next_logits, model)
+    logits = data.readings(score, prompts, lambda read, _: {"own": read[:, tokens]})["own"].astype(float)
     rows = []
     for number, ((a, b), own) in enumerate(zip(drawn, logits, strict=True)):
         in_a, in_b = (np.array([word == person.superset for word in words]) for person in (a, b))

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +22,7 @@ import pandera.pandas as pa
 from jaxtyping import Float
 from scipy.special import logsumexp
 
-from lib import models, tasks
+from lib import data, models, tasks
 from lib.hooks import Model
 from lib.tasks import SUPERSETS, Form, Template
 
@@ -164,7 +165,7 @@ def _probe(
         logits = logits.astype(np.float64)
         return {"own": logits[:, list(tokens)], "total": logsumexp(logits, axis=1), "top": logits.argmax(1)}
 
-    answers = models.next_readings(model, prompts, read, CHUNK)
+    answers = data.readings(partial(models.next_logits, model), prompts, read, CHUNK)
     logits, total, top = np.where(scored, answers["own"], np.nan), answers["total"], answers["top"]
     own = {
         "superset": people["superset"].map(SUPERSETS.index).to_numpy(),
