@@ -13,7 +13,7 @@ their roles hold. Nothing is linearised. What the first run records is the row's
 same pass; in the second run the receiver is given the base row's input with this difference, and so nothing of what
 other receivers do. What does not arrive changes nothing, to the bit.
 
-With grouped queries, k and v are made once for a group of query heads: their paths reach all of them (`reached`).
+With grouped queries, k and v are made once for a group of query heads: their paths reach all of them.
 """
 
 from __future__ import annotations
@@ -55,14 +55,6 @@ class Receiver(NamedTuple):
             return f"final norm at {self.role}"
         where = f"{self.layer}.{self.head} {self.kind}" if self.head >= 0 else f"{self.kind} {self.layer}"
         return f"{where} at {self.role}"
-
-
-def reached(model: Model, receiver: Receiver) -> tuple[int, ...]:
-    """The query heads that a q, k or v path reaches: with grouped queries, k and v reach the whole group."""
-    if receiver.kind not in PROJECTIONS:
-        return ()
-    group = model.n_heads // model.n_kv_heads if receiver.kind != "q" else 1
-    return tuple(range(receiver.head * group, (receiver.head + 1) * group))
 
 
 def receivers_of(model: Model, sites: Sequence[Site], roles: Mapping[str, str]) -> list[Receiver]:
