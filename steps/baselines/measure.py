@@ -19,7 +19,6 @@ from scipy.special import logsumexp
 from scipy.stats import beta
 
 from lib import data, models, stats, tasks
-from lib.data import pairs_of
 from lib.hooks import Model
 from lib.metrics import margins
 from lib.tasks import SUPERSETS, Template
@@ -27,6 +26,7 @@ from pipeline.assumed import Case
 from pipeline.costs import Work
 from pipeline.declaration import Declaration, Table
 from pipeline.params import ROOT, Shared, Words
+from pipeline.population import load_people, pairs_of
 from pipeline.step import Step
 from pipeline.units import Unit
 from steps.baselines.quads import PER_QUAD, build_quads, generate_odd_one_out, keep_solved, sample_pairs
@@ -172,7 +172,7 @@ def make_pairs(model: Model, people: pd.DataFrame, quads: pd.DataFrame | None, p
 
 def people_of(step: Step) -> pd.DataFrame:
     """The table of people."""
-    return data.load_people(step.people_file)
+    return load_people(step.people_file)
 
 
 def accuracy_of(step: Step) -> Callable[[Unit], pd.DataFrame]:

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from lib import batches, data, tasks
+from lib import batches, tasks
 from lib.hooks import Site
 from lib.tasks import SUPERSETS, Pair
 from pipeline.params import ROOT
+from pipeline.population import add_tokens, load_people
 from pipeline.step import Step
 from pipeline.units import Unit, sweep_units
 from steps.generality.grid import prompt_options
@@ -48,7 +49,7 @@ def control_prompts(step: Step, ordinary: Sequence[Pair], table: pd.DataFrame) -
     shapes = [tuple(len(pair.clean.roles[f"name_{slot}"]) for slot in "ab") for pair in ordinary]
     drawn = []  # control, name_a, name_b, classes, quad_id ("": a quad of its own), shape
     for control, names in name_lists(step).items():
-        counted = data.add_tokens(names, step.tokenizer, template, **prompt_options(p)).sample(frac=1, random_state=rng)
+        counted = add_tokens(names, step.tokenizer, template, **prompt_options(p)).sample(frac=1, random_state=rng)
         wanted = [shapes[index] for index in rng.permutation(len(shapes))]
         drawn += [(control, *names, "", shape) for *names, shape in matched(counted, wanted, p.control_prompts)]
     known = table.set_index("pair_id").loc[[pair.pair_id for pair in ordinary]].assign(shape=shapes)
@@ -73,7 +74,7 @@ def control_prompts(step: Step, ordinary: Sequence[Pair], table: pd.DataFrame) -
 
 def name_lists(step: Step) -> dict[str, pd.DataFrame]:
     """The names of the controls that are drawn from lists; only names of one `key` are put together."""
-    people = data.load_people(step.people_file)
+    people = load_people(step.people_file)
     people = people[people["two_supersets"]]
     both = [",".join(sorted(pair, key=SUPERSETS.index)) for pair in people[["superset", "second_superset"]].to_numpy()]
     names = pd.read_csv(ROOT / "data" / "controls.csv", dtype=str).assign(key="")

@@ -17,10 +17,11 @@ import numpy as np
 import pandas as pd
 
 from lib import data, models, records, tasks
-from lib.data import HALVES, pairs_of
+from lib.data import HALVES
 from lib.tasks import Pair
 from pipeline import keys
 from pipeline.params import Shared
+from pipeline.population import load_people, pairs_of
 from pipeline.step import Step, StepError
 from pipeline.units import Unit, subsample, sweep_units
 
@@ -43,7 +44,7 @@ def candidates(step: Step) -> pd.DataFrame:
     """
     path = keys.find_pairs(step.name, step.params).with_name("baselines.quads.parquet")
     if step.params.pairs_file is not None or not path.is_file():
-        pairs, people = last_half(step.pairs()), data.load_people(step.people_file).set_index("name")["profession"]
+        pairs, people = last_half(step.pairs()), load_people(step.people_file).set_index("name")["profession"]
         own = {f"clean_profession_{slot}": pairs[f"clean_{slot}"].map(people).fillna("") for slot in "ab"}
         return pairs.assign(**{name: pairs.get(name, column) for name, column in own.items()}, order="")
     quads = last_half(records.read(path))

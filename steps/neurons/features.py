@@ -30,10 +30,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from lib import data, hooks, tasks
+from lib import hooks, tasks
 from lib.hooks import Model, Site
 from lib.single_pass import plain_runs
 from pipeline.params import ROOT
+from pipeline.population import load_people
 from pipeline.step import Step, StepError
 from pipeline.units import Unit, subsample
 
@@ -180,7 +181,7 @@ def sentences(step: Step) -> list[tuple[int, ...]]:
     out = [tasks.make_prompt(tokenizer, *side, step.params.chat_template).ids for side in chosen]
     slots = [f"{side}_{slot}" for side in ("clean", "corrupt") for slot in tasks.SLOTS if f"{side}_{slot}" in table]
     held = table.loc[table["half"] == "confirmation", slots]
-    people = data.load_people(step.people_file)["name"]
+    people = load_people(step.people_file)["name"]
     people = rng.permutation(people[~people.isin(held.to_numpy().ravel())])
     about = ["The profession of {a} is", *texts["person"]]
     lines = [text.replace("{a}", name) for text, name in islice(zip(cycle(about), cycle(people)), third)]

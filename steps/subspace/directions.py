@@ -34,6 +34,7 @@ from pipeline.assumed import Case, tokens_of
 from pipeline.costs import Work, plain
 from pipeline.declaration import Table
 from pipeline.params import Shared
+from pipeline.population import load_people
 from pipeline.step import Step
 from pipeline.units import Unit, subsample
 
@@ -198,7 +199,7 @@ def found(
     def compute(_: Unit) -> pd.DataFrame:
         prompts = prompts_of(step, fit, p.template)
         values = activations(step.model, prompts["ids"].tolist(), [layer])[layer]
-        profession = data.load_people(step.people_file).set_index("name")["profession"].to_dict()
+        profession = load_people(step.people_file).set_index("name")["profession"].to_dict()
         professions = prompts["names"].map(lambda names: [profession.get(name) for name in names])
         bases = subspaces(values, prompts["superset"], professions)
         sizes = sorted({1, min(len(bases["class means", 0]), max(p.dimensions))})
