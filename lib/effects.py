@@ -185,12 +185,6 @@ def confirmed(table: pd.DataFrame, settings: Settings) -> pd.DataFrame:
     return out[out["site"].isin(both[both].index)].sort_values("estimate", ascending=False)
 
 
-def ablation_tables(records: pd.DataFrame, settings: Settings) -> dict[str, pd.DataFrame]:
-    """`both_halves` for each ablation (denoise: "clean") at `last`, without `resid`: one family of tests each."""
-    own = records[(records["position"] == "last") & (records["component"] != "resid")]
-    return {kind: both_halves(rows, settings) for kind, rows in own.groupby("ablation", sort=False)}
-
-
 class CriticalSlice(NamedTuple):
     """The first `size` sites of an order, and what they do together."""
 

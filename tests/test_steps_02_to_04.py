@@ -379,7 +379,7 @@ def test_ablation_tables_leave_out_resid_and_the_names():
         shared = {"direction": "noise", "ablation": ablation, "component": "mlp"}
         rows += [record(effect, **shared), record(7.0, **shared | {"component": "resid"})]
         rows += [record(8.0, **shared | {"position": "names"})]
-    tables = effects.ablation_tables(table(rows), PARAMS)
+    tables = necessity_measure.ablation_tables(table(rows), PARAMS)
     assert list(tables) == ["zero", "mean"], "in the order of the records"
     assert [own[["site", "estimate"]].to_numpy().tolist() for own in tables.values()] == [
         [["mlp 0", 1.0]],
@@ -756,7 +756,7 @@ def test_what_step_03_says(tmp_path):
     rows += measured("confirmation", {"mlp 0": 1.0, "attn 0": 1.4}, ablation="zero", position="names", **shared)
     frame, params = table(rows), necessity_measure.Necessity(**SETTINGS)
     own = step(params, results=tmp_path, write_findings=dict)
-    made = necessity_measure.Measured(frame, effects.ablation_tables(frame, params), "zero")
+    made = necessity_measure.Measured(frame, necessity_measure.ablation_tables(frame, params), "zero")
     found = necessity_page.findings(own, made)
     # ranks under zero 2 3 4 1, under mean 4 3 2 1: differences 2 0 2 0: 1 - 6 x 8 / (4 x 15) = 0.2
     assert found["agreement"]["mean"].estimate == pytest.approx(0.2)
@@ -775,7 +775,7 @@ def test_what_step_03_says(tmp_path):
     )
     assert found["ablation"] == "zero" and len(found["sites"]) == 4 and found["headline"] == said[1:3]
     only = frame[frame["ablation"] == "zero"]
-    alone = necessity_measure.Measured(only, effects.ablation_tables(only, params), "zero")
+    alone = necessity_measure.Measured(only, necessity_measure.ablation_tables(only, params), "zero")
     assert necessity_page.findings(own, alone)["sentences"][3] == "Only `zero` was run."
 
 
@@ -796,7 +796,7 @@ def test_the_counterfactual_ablation_leads_where_it_was_run():
 def test_what_step_04_says(tmp_path):
     moved = {"0.0": 3.0, "0.1": 0.5, "mlp 0": 1.0}
     frame = table(measured("discovery", moved, margin=2.0) + measured("confirmation", moved, margin=2.0))
-    own = effects.ablation_tables(frame, PARAMS)["clean"]
+    own = effects.both_halves(frame, PARAMS)
     order = sufficiency_measure.slice_order(own, 24)
     assert order["site"].tolist() == ["0.0", "mlp 0", "0.1"]
     joint = [

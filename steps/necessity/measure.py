@@ -50,6 +50,12 @@ def assumed(case: Case) -> Iterator[tuple[Any, ...]]:
 STEP = Declaration("necessity", Necessity, assumed, layered=True)
 
 
+def ablation_tables(records: pd.DataFrame, settings: Shared) -> dict[str, pd.DataFrame]:
+    """`both_halves` for each ablation at `last`, without `resid`: one family of tests each."""
+    own = records[(records["position"] == "last") & (records["component"] != "resid")]
+    return {kind: effects.both_halves(rows, settings) for kind, rows in own.groupby("ablation", sort=False)}
+
+
 class Measured(NamedTuple):
     """What step 03 has measured."""
 
@@ -61,6 +67,6 @@ class Measured(NamedTuple):
 def run(step: Step) -> Measured:
     """Measure, or read what is there. The counterfactual ablation leads where it was run."""
     sweep = step.table(SWEEP)
-    tables = effects.ablation_tables(sweep, step.params)
+    tables = ablation_tables(sweep, step.params)
     lead = "counterfactual" if "counterfactual" in tables else next(iter(tables))
     return Measured(sweep, {lead: tables[lead], **tables}, lead)

@@ -106,7 +106,7 @@ class Measured(NamedTuple):
 def run(step: Step) -> Measured:
     """Measure, or read what is there."""
     p, swept_sites = step.params, step.table(SITES)
-    sites = effects.ablation_tables(swept_sites, p)["clean"]
+    sites = effects.both_halves(swept_sites[swept_sites["component"] != "resid"], p)
     order = slice_order(sites, p.slice_limit)
     joint = step.table(SETS, [Site(*site) for site in order[SITE].itertuples(index=False)])
     curves = slice_curves(joint, p)
