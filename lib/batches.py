@@ -109,9 +109,7 @@ class Pool:
 
     def weights(self, pair: Pair, ablation: str, seed: int) -> np.ndarray:
         """How much each prompt counts in this pair's mean (summing to one), or the one-hot choice of a resample.
-
-        Prompts of the pair's own quad never count; every superset that is left counts alike.
-        """
+        Prompts of the pair's own quad never count; every superset that is left counts alike."""
         free = self.quad != pair.quad_id
         present = np.unique(self.superset[free])
         if not len(present):
@@ -170,8 +168,8 @@ def ablated(
 ) -> Activations:
     """What ablations put in place of the pairs' activations: (kinds x pairs, positions, width), kinds outermost.
 
-    `other` are the activations of the pairs' other runs, for every key that is replaced; `clean` and `counterfactual`
-    are these. `pool` makes the pool when a mean or a resample needs it.
+    `other`, for every key that is replaced, is what `clean` and `counterfactual` put there. `pool` makes the pool when
+    a mean or a resample needs it.
     """
     parts = []
     for kind in kinds:

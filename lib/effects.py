@@ -29,10 +29,8 @@ CONSTANT = ("profile", "task", "template", "direction", "ablation", "position")
 
 
 def effect(frame: pd.DataFrame, value: Literal["logit_diff", "metric"] = "logit_diff") -> pd.Series:
-    """Raw effect of each record in logits: before - after for noise, after - before for denoise.
-
-    Positive where ablating hurts the answer, or patching helps it.
-    """
+    """Raw effect of each record in logits: before - after for noise, after - before for denoise, so that it is positive
+    where ablating hurts the answer, or patching helps it."""
     known = frame["direction"].isin(["noise", "denoise"])
     if not known.all():
         raise ValueError(f"direction must be noise or denoise; got {sorted(set(frame['direction'][~known]))}")
@@ -195,11 +193,8 @@ class CriticalSlice(NamedTuple):
 
 
 def critical_slice(joint_recovery: Sequence[float], joint_damage: Sequence[float], share: float) -> CriticalSlice:
-    """How many sites, in order of discovery recovery, the critical slice has.
-
-    Entry k - 1 of the two sequences is the joint recovery, or joint counterfactual damage, of the first k sites. The
-    size is the smallest k at which both reach `share`, or else as many as were measured.
-    """
+    """The smallest slice whose joint recovery and joint counterfactual damage both reach `share`, or else as many sites
+    as were measured. Entry k - 1 of the two sequences is of the first k sites, in order of discovery recovery."""
     measured = len(joint_recovery)
     if measured == 0 or measured != len(joint_damage):
         raise ValueError(f"need joint recovery and damage for the same sets; got {measured} and {len(joint_damage)}")

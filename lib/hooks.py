@@ -279,10 +279,8 @@ def columns_of(model: Model, site: Site) -> slice:
 
 @contextmanager
 def capture(model: Model, sites: Iterable[Site], positions: Positions = None) -> Iterator[dict[Site, Tensor]]:
-    """Copy the activations of the sites (at the token positions, default all) during the forward passes inside.
-
-    Yields a dict that each forward pass fills anew: site -> (batch, positions, width).
-    """
+    """Copy the activations of the sites (at the token positions, default all) during the forward passes inside: into
+    the dict that is yielded, and filled anew by each pass, site -> (batch, positions, width)."""
     seen: dict[Site, Tensor] = {}
     with removing() as handles:
         for site in sites:
@@ -299,10 +297,7 @@ def capture(model: Model, sites: Iterable[Site], positions: Positions = None) ->
 @contextmanager
 def patch(model: Model, values: Mapping[Site, Tensor], positions: Positions = None) -> Iterator[dict[Site, int]]:
     """Replace the activations of the sites (at the token positions, default all) by the values given for them, which
-    broadcast to (batch, positions, width).
-
-    Yields a dict that counts how often each site's edit fired.
-    """
+    broadcast to (batch, positions, width). Yields a dict that counts how often each site's edit fired."""
     fired = dict.fromkeys(values, 0)
     with removing() as handles:
         for site, value in values.items():

@@ -169,10 +169,8 @@ def _check(logits: Tensor, base: Tensor, count: int, **indices: tuple[Tensor, tu
 
 
 def margins(candidate_logits: ArrayLike, answer: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    """Margin and foil from candidate logits (rows, C) and answer indices (rows,) or one index.
-
-    For margins over both tokens of a name, pass the sums of the two tokens' logits.
-    """
+    """Margin and foil from candidate logits (rows, C) and answer indices (rows,) or one index. For margins over both
+    tokens of a name, pass the sums of the two tokens' logits."""
     candidate_logits = np.asarray(candidate_logits)
     answer = np.broadcast_to(np.asarray(answer), len(candidate_logits))[:, None]
     others = candidate_logits.copy()

@@ -252,10 +252,8 @@ def prove_projection(model: Model, layer: int, part: str, z: Tensor, seen: Mappi
 
 
 def prove_identity(model: Model, base: BaseRun) -> float:
-    """The identity patch: every component of every layer replaced by its own value must change nothing.
-
-    Returns the largest logit difference; SweepError when it exceeds the noise of the dtype.
-    """
+    """The identity patch: every component of every layer replaced by its own value must change nothing. Returns the
+    largest logit difference; SweepError when it exceeds the noise of the dtype."""
     sites = hooks.all_sites(model, ("resid", "attn", "mlp"))
     sites += [Site(layer, "head", head) for layer in range(model.n_layers) for head in {0, model.n_heads - 1}]
     rows = [Row((site,), owner, owner) for owner in range(len(base.ids)) for site in sites]

@@ -107,9 +107,8 @@ def run(
     label: str = "",
     **options: Any,
 ) -> pd.DataFrame:
-    """Path patching of sets of senders into one set of receivers; one row per pair x set x ablation.
+    """Path patching of sets of senders into receivers that are set together; one row per pair x set x ablation.
 
-    receivers    set together.
     senders      sets of heads, MLPs, attention modules or `EMBED`, replaced together at `sender_role`; default: all
                  that come before a receiver, each alone.
     mlps         `recomputed` or `frozen`: the MLPs between senders and receivers.
@@ -184,10 +183,8 @@ class Change(NamedTuple):
 
 @torch.no_grad()
 def grow_paths(model: Model, base: BaseRun, rows: Sequence[Row], sources: Activations, route: Route) -> Grown:
-    """Both runs for every row: `row.sites` are its senders, at the base run's positions.
-
-    `base` holds `attn`, `head`, `mlp` and `resid` beside the senders' components. Returns the final hidden states.
-    """
+    """Both runs for every row: `row.sites` are its senders, at the base run's positions. `base` holds `attn`, `head`,
+    `mlp` and `resid` beside the senders' components."""
     first_run = FirstRun(model, base, rows, sources, route)
     changes, last = first_run.run(), model.n_layers - 1
     joins = {receiver: last if receiver.kind == "final" else receiver.layer for receiver in route.receivers}

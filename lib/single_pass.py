@@ -183,10 +183,8 @@ def suffix(base: BaseRun, start: int, owner: Int[Tensor, " rows"], ids: Ids | No
 
 
 def rerun(model: Model, base: BaseRun, start: int, owner: Int[Tensor, " rows"], ids: Ids | None = None) -> Hidden:
-    """The one rerun from the kept cache (arguments as in `suffix`): final hidden states at the last token.
-
-    Hooks that the caller has put on see the new tokens alone; gradients flow where they are enabled.
-    """
+    """The one rerun from the kept cache (arguments as in `suffix`): final hidden states at the last token. Hooks that
+    the caller has put on see the new tokens alone; gradients flow where they are enabled."""
     return model.body(**suffix(base, start, owner, ids)).last_hidden_state[:, -1]
 
 
@@ -328,10 +326,8 @@ def joiner(owners: Int[Tensor, " new"], prompts: int) -> Any:
 
 
 class Edit:
-    """The replacement of one module's activation in some rows of the batch, at the role's positions.
-
-    `edits` are as in `edits_by_module`, `offsets` the positions in the pass, `source` (sources, positions, width).
-    """
+    """The replacement of one module's activation in some rows of the batch, at the role's positions: `edits` as in
+    `edits_by_module`, `offsets` the positions in the pass, `source` (sources, positions, width)."""
 
     def __init__(self, model: Model, component: str, edits: list[tuple], offsets: Tensor, source: Tensor) -> None:
         self.size = hooks.part_size(model, component)
@@ -384,10 +380,8 @@ def row_limit(model: Model, base: BaseRun, memory: float) -> int:
 
 
 def prove_rows(model: Model, grown: Grown, describe: Callable[[int], str]) -> None:
-    """SweepError for the first row whose hook did not fire once or whose site did not arrive at its source.
-
-    `describe(row index)` names the site and the pair.
-    """
+    """SweepError for the first row whose hook did not fire once or whose site did not arrive at its source; in it,
+    `describe(row index)` names the site and the pair."""
     # the plain run and the pass meet at the site through kernels of other shapes, hence a relative allowance
     loose = 1e-2 if model.low_precision else 1e-3
     missed = (grown.site_delta - grown.expected).abs() > loose * grown.expected

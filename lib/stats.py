@@ -217,7 +217,7 @@ def simultaneous(matrix: Float[np.ndarray, "quads sites"], settings: Settings = 
 def max_t(
     matrix: Float[np.ndarray, "quads sites"], settings: Settings = DEFAULTS, tail: Tail = "two-sided"
 ) -> Float[np.ndarray, " sites"]:
-    """Familywise p values for "this site's mean effect is 0", by flipping the sign of whole quads (single step).
+    """Familywise p values for "this site's mean effect is 0", by flipping the sign of whole quads.
 
     All sites of a quad flip together, and each site's t is compared with the largest t over sites (Westfall and Young
     1993; single step). The assumption: under the null, a quad's effects are as likely as their negatives (symmetry

@@ -175,9 +175,7 @@ def _distinct(names: Sequence[str], tokens: Sequence[int], where: str) -> None:
 
 def candidates(tokenizer: Any, template: Template) -> tuple[tuple[str, ...], tuple[int, ...]]:
     """The superset names and, for each, the token id of its answer in the template's form with its leading space.
-
-    Raises ValueError if an answer is not a single token for this tokenizer, or if two answers share one.
-    """
+    ValueError if an answer is not a single token for this tokenizer, or if two answers share one."""
     words = [f" {in_form(name, template.form)}" for name in SUPERSETS]
     ids = answer_ids(tokenizer, words)
     for word, tokens in zip(words, ids, strict=True):
@@ -201,10 +199,8 @@ PROFESSIONS = (
 
 
 def labels(tokenizer: Any, template: Template) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """Words recorded beside the candidates, and their tokens: professions (plural, singular) and singular supersets.
-
-    Only single tokens are kept, and none that is a candidate itself. Odd-one-out has none: its answers are names.
-    """
+    """Words recorded beside the candidates, and their tokens: professions (plural, singular) and singular supersets, of
+    one token, and no candidate itself. Odd-one-out has none: its answers are names."""
     if template.task == "odd_one_out":
         return (), ()
     taken = set(candidates(tokenizer, template)[1])
