@@ -71,12 +71,7 @@ class Loading:
             idle = "max_memory" if self.max_memory else "offload_folder"
             raise ModelError(f"{idle} is for models on several devices: give device_map: auto with it, or leave it out")
 
-    @property
-    def placed(self) -> str | dict:
-        """Where the weights go."""
-        return self.device_map or pick_device(self.device)
-
-    def arguments(self, random: bool) -> dict[str, Any]:
+    def arguments(self, random: bool, placed: str | dict) -> dict[str, Any]:
         """Those of transformers' loader, or of its maker of random weights."""
         out = {"dtype": DTYPES[self.dtype], "trust_remote_code": False, "attn_implementation": self.attention}
         out |= quantised(self.quantisation, DTYPES[self.dtype])
@@ -85,7 +80,7 @@ class Loading:
         memory = {key: f"{value}GiB" for key, value in self.max_memory.items()} if self.max_memory else None
         spread = self.device_map or self.quantisation
         out |= {"use_safetensors": True, "offload_folder": self.offload_folder, "max_memory": memory}
-        return out | {"device_map": self.placed if spread else None}
+        return out | {"device_map": placed if spread else None}
 
 
 def load(spec: str, **options: Any) -> Model:
@@ -95,13 +90,13 @@ def load(spec: str, **options: Any) -> Model:
     without a tokenizer). The options are the fields of `Loading`. Raises ModelError with what was wrong and what to do.
     """
     how, random = Loading(**options), spec.startswith("config:")
-    placed = how.placed
+    placed = how.device_map or pick_device(how.device)
     weights.check(spec, how.dtype, placed, how.quantisation, how.max_memory, how.offload_folder)
     transformers.logging.disable_progress_bar()
     where, actual, local = resolve(spec, how.sha256)
     if random and (how.quantisation or how.device_map):
         raise ModelError(f"model {spec!r} has random weights: quantisation and device_map do not apply")
-    arguments = how.arguments(random)
+    arguments = how.arguments(random, placed)
     try:
         if random:
             torch.manual_seed(how.seed)

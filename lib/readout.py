@@ -67,10 +67,6 @@ class Readout:
     norm: FixedNorm
     unembed: Float[Tensor, "vocab hidden"]  # in the model's dtype, where the model keeps it
 
-    def scale(self, resid: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows"]:
-        """What the final norm divides each final residual stream by."""
-        return self.norm.scale(resid)
-
     def directions(self, tokens: Int[Tensor, "*rows"] | Sequence[int] | int) -> Float[Tensor, "*rows hidden"]:
         """A vector x of the residual stream at scale s adds x @ direction / s to the token's logit, before any cap."""
         return self.norm.pull(self.unembed[torch.as_tensor(tokens, device=self.unembed.device)])

@@ -42,7 +42,7 @@ def test_logits_are_sums_over_directions(uneven, name):
     # the norms of most architectures compute in fp32 inside
     assert (wide - hidden[0]).abs().max() < (1e-12 if name == "gpt2" else 1e-5)
     constant = read.norm.bias @ model.unembed.weight[tokens[0]].T
-    logits = torch.einsum("ph,kh->pk", resid, read.directions(tokens)[0]) / read.scale(resid)[:, None] + constant
+    logits = torch.einsum("ph,kh->pk", resid, read.directions(tokens)[0]) / read.norm.scale(resid)[:, None] + constant
     assert (logits - wide @ model.unembed.weight[tokens[0]].T).abs().max() < 1e-11
     assert read.directions(7).shape == (32,) and read.directions(tokens).shape == (1, 3, 32)
     assert read.norm.centres == (name == "gpt2")

@@ -187,7 +187,7 @@ def split(
     logit_diff = (runs.hidden.cpu().double() * difference).sum(-1) + (biases[:, 0] - biases[:, 1]).double()[owner]
     direction = reading.out.norm.pull(difference)
     resid = runs.kept["resid", model.n_layers - 1]
-    inverse = 1 / reading.out.scale(resid)
+    inverse = 1 / reading.out.norm.scale(resid)
     effects = direct_effects(model, runs, direction * inverse[owner, None], min(map(turn, sum(sets, ())))[0], reading)
     rescaled = (resid.cpu().double() * direction).sum(-1) * (inverse - inverse[owner])
     frames = []

@@ -270,7 +270,7 @@ def _said(
         norm = getattr(posts[layer], component)
         return final if norm is None else final * norm.scale(of(component, layer))[..., None]
 
-    final = read.scale(of("resid", model.n_layers - 1))[..., None]
+    final = read.norm.scale(of("resid", model.n_layers - 1))[..., None]
     heads = [
         torch.einsum("nphs,hsl->nphl", of("head", layer).unflatten(-1, own.head.shape[:2]), own.head)
         / scale("attn", layer)[..., None]
