@@ -1,15 +1,12 @@
-"""Pairs: a user's own as the pairs table that every sweep reads, and what a model makes of them.
+"""A user's own pairs as the pairs table that every sweep reads. Bad input raises ValueError.
 
-1. `load_pairs_file` reads and checks a user's own pairs. `halves` splits them.
-2. `aligned` keeps the pairs whose prompts line up token by token; `add_margins` asks the model for their answers.
-
-A model is only ever seen through `score`: a function from a list of token id tuples to fp32 next-token logits
-(prompts, vocabulary), in the order given (`lib.models.next_logits`). Bad input raises ValueError.
+1. `load_pairs_file` reads and checks them.
+2. `clusters` finds those that share names, and `halves` splits the clusters.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +16,6 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
 from lib import tasks
-from lib.metrics import margins
 from lib.tasks import SUPERSETS, TEMPLATES
 
 HALVES = ("discovery", "confirmation")
@@ -49,8 +45,6 @@ def clusters(pairs: pd.DataFrame) -> np.ndarray:
     return found[: len(pairs)]
 
 
-Score = Callable[[Sequence[Sequence[int]]], np.ndarray]
-_CHUNK = 256  # prompts scored at once: their full-vocabulary logits are 50 MB at 50,000 tokens
 _REQUIRED = ("clean_a", "clean_b", "corrupt_a", "corrupt_b", "answer", "corrupt_answer")
 _OPTIONAL = ("task", "template", "clean_c", "corrupt_c", "pair_id", "quad_id")
 
@@ -75,54 +69,6 @@ def read_table(path: Path, what: str, required: Sequence[str], optional: Sequenc
     if not len(table):
         raise ValueError(f"{what} {path.name} has no rows")
     return table
-
-
-def readings(
-    score: Score, prompts: Sequence[Sequence[int]], read: Callable[[np.ndarray, slice], Mapping], size: int = 64
-) -> dict[str, np.ndarray]:
-    """What `read` makes of the prompts' logits, scored `size` prompts at a time in the order given, so that the logits
-    of all are never held at once. `read` is given the logits and which prompts they are of, and returns arrays with a
-    row for each."""
-    parts = []
-    for at in range(0, len(prompts), size):
-        part = slice(at, at + size)
-        parts.append(read(np.asarray(score(prompts[part])), part))
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-
-
-def logits_of(score: Score, prompts: Sequence[tuple[int, ...]], tokens: Sequence[Sequence[int]]) -> np.ndarray:
-    """Logits (prompts, k) of k tokens per prompt."""
-    own = np.asarray(tokens)
-    out = readings(score, prompts, lambda all_, part: {"own": np.take_along_axis(all_, own[part], 1)}, _CHUNK)["own"]
-    if not (finite := np.isfinite(out).all(1)).all():
-        raise ValueError(f"the model gives NaN or infinite logits, first for prompt {int(np.argmin(finite))}")
-    return out
-
-
-def aligned(pairs: pd.DataFrame, tokenizer: Any, **options: Any) -> tuple[pd.DataFrame, list[str]]:
-    """The pairs whose prompts line up token by token under this tokenizer, and why each of the others does not."""
-    reasons: dict[int, str] = {}
-    for place, row in enumerate(pairs.to_dict("records")):
-        try:
-            tasks.make_pair(tokenizer, row, **options)
-        except ValueError as error:
-            reasons[place] = str(error)
-    return pairs[[place not in reasons for place in range(len(pairs))]], list(reasons.values())
-
-
-def add_margins(pairs: pd.DataFrame, tokenizer: Any, score: Score, **options: Any) -> pd.DataFrame:
-    """`pairs` with `metric_clean` and `metric_corrupt`: the margin of the clean answer in both prompts, in logits.
-
-    Options (chat_template, attributes) go to make_pair. The margin is the logit of the clean prompt's answer minus the
-    highest other candidate's, so a solved pair has metric_clean > 0 > metric_corrupt.
-    """
-    made = [tasks.make_pair(tokenizer, row, **options) for row in pairs.to_dict("records")]
-    tokens = {ids: own for p in made for ids, own in ((p.clean.ids, p.clean_tokens), (p.corrupt.ids, p.corrupt_tokens))}
-    logits = dict(zip(tokens, logits_of(score, list(tokens), list(tokens.values())), strict=True))
-    answers = [pair.answer for pair in made]
-    clean, corrupt = (np.stack([logits[getattr(p, side).ids] for p in made]) for side in ("clean", "corrupt"))
-    clean, corrupt = (margins(own, answers)[0].astype(float) for own in (clean, corrupt))
-    return pairs.assign(metric_clean=clean, metric_corrupt=corrupt)
 
 
 def load_pairs_file(path: str | Path, seed: int = 0) -> pd.DataFrame:

@@ -4,10 +4,15 @@
 2. `add_fame` asks the model about each person alone: is the own superset its first choice, and how sure is it?
    `add_tokens` counts the tokens of each name.
 3. `pairs_of` turns quads (four people, a, b of one superset and c, d of another) into pairs.
+4. `aligned` keeps the pairs whose prompts line up token by token; `add_margins` asks the model for their answers.
+
+A model is only ever seen through `score`: a function from a list of token id tuples to fp32 next-token logits
+(prompts, vocabulary), in the order given (`lib.models.next_logits`). Bad input raises ValueError.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +22,12 @@ import pandera.pandas as pa
 from scipy.special import log_softmax
 
 from lib import tasks
-from lib.data import Score, logits_of, read_table
+from lib.data import read_table
+from lib.metrics import margins
 from lib.tasks import SUPERSETS, TEMPLATES, Template
 
+Score = Callable[[Sequence[Sequence[int]]], np.ndarray]
+CHUNK = 256  # prompts scored at once: their full-vocabulary logits are 50 MB at 50,000 tokens
 PEOPLE = pa.DataFrameSchema(
     {
         "name": pa.Column(str, pa.Check.str_matches(r"^\S(.*\S)?$"), unique=True),
@@ -64,6 +72,28 @@ def load_people(path: str | Path) -> pd.DataFrame:
             "two_supersets is true, be empty where it is false, and differ from superset"
         )
     return table
+
+
+def readings(
+    score: Score, prompts: Sequence[Sequence[int]], read: Callable[[np.ndarray, slice], Mapping], size: int = 64
+) -> dict[str, np.ndarray]:
+    """What `read` makes of the prompts' logits, scored `size` prompts at a time in the order given, so that the logits
+    of all are never held at once. `read` is given the logits and which prompts they are of, and returns arrays with a
+    row for each."""
+    parts = []
+    for at in range(0, len(prompts), size):
+        part = slice(at, at + size)
+        parts.append(read(np.asarray(score(prompts[part])), part))
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def logits_of(score: Score, prompts: Sequence[tuple[int, ...]], tokens: Sequence[Sequence[int]]) -> np.ndarray:
+    """Logits (prompts, k) of k tokens per prompt."""
+    own = np.asarray(tokens)
+    out = readings(score, prompts, lambda all_, part: {"own": np.take_along_axis(all_, own[part], 1)}, CHUNK)["own"]
+    if not (finite := np.isfinite(out).all(1)).all():
+        raise ValueError(f"the model gives NaN or infinite logits, first for prompt {int(np.argmin(finite))}")
+    return out
 
 
 def add_fame(people: pd.DataFrame, tokenizer: Any, score: Score, chat_template: bool = False) -> pd.DataFrame:
@@ -126,3 +156,29 @@ def pairs_of(quads: pd.DataFrame, pairs_per_quad: int = 2) -> pd.DataFrame:
                 row[answer] = quad["superset" if people[0] in "ab" else "other"]
             rows.append(row | {key: quad[key] for key in ("n_tokens_a", "n_tokens_b", "bucket")})
     return pd.DataFrame(rows)
+
+
+def aligned(pairs: pd.DataFrame, tokenizer: Any, **options: Any) -> tuple[pd.DataFrame, list[str]]:
+    """The pairs whose prompts line up token by token under this tokenizer, and why each of the others does not."""
+    reasons: dict[int, str] = {}
+    for place, row in enumerate(pairs.to_dict("records")):
+        try:
+            tasks.make_pair(tokenizer, row, **options)
+        except ValueError as error:
+            reasons[place] = str(error)
+    return pairs[[place not in reasons for place in range(len(pairs))]], list(reasons.values())
+
+
+def add_margins(pairs: pd.DataFrame, tokenizer: Any, score: Score, **options: Any) -> pd.DataFrame:
+    """`pairs` with `metric_clean` and `metric_corrupt`: the margin of the clean answer in both prompts, in logits.
+
+    Options (chat_template, attributes) go to make_pair. The margin is the logit of the clean prompt's answer minus the
+    highest other candidate's, so a solved pair has metric_clean > 0 > metric_corrupt.
+    """
+    made = [tasks.make_pair(tokenizer, row, **options) for row in pairs.to_dict("records")]
+    tokens = {ids: own for p in made for ids, own in ((p.clean.ids, p.clean_tokens), (p.corrupt.ids, p.corrupt_tokens))}
+    logits = dict(zip(tokens, logits_of(score, list(tokens), list(tokens.values())), strict=True))
+    answers = [pair.answer for pair in made]
+    clean, corrupt = (np.stack([logits[getattr(p, side).ids] for p in made]) for side in ("clean", "corrupt"))
+    clean, corrupt = (margins(own, answers)[0].astype(float) for own in (clean, corrupt))
+    return pairs.assign(metric_clean=clean, metric_corrupt=corrupt)

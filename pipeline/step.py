@@ -399,7 +399,7 @@ class Encoding(dict):
 
 
 class Remembered:
-    """What `lib.tasks` and `lib.data` ask of a tokenizer; a page is drawn again from its tables without the real one.
+    """What `lib.tasks` and `population` ask of a tokenizer; a page is drawn again from its tables without the real one.
 
     `load` gives the real one, which is loaded for what is new; `path` (<step>.tokens.parquet) holds what was asked.
     """

@@ -136,7 +136,7 @@ def test_the_plans_six_items(smollm_tokenizer):
         ("Barack Obama", "Bob Dylan", "George Bush"): "Bob Dylan",
         ("Barack Obama", "Bob Dylan", "John Lennon"): "Barack Obama",
     }
-    fits, reasons = data.aligned(table, smollm_tokenizer)
+    fits, reasons = population.aligned(table, smollm_tokenizer)
     assert list(fits.pair_id) == ["plan.actors_scientists"]
     assert len(reasons) == 2 and "'Stephen King' has 2, 'Lionel Messi' has 4" in reasons[0]
 

@@ -61,7 +61,7 @@ def test_quads_keep_their_promises(people, smollm_tokenizer, seed, skill, per_qu
         pair = tasks.make_pair(smollm_tokenizer, row)
         assert len(pair.clean.roles["name_a"]) == row["n_tokens_a"]
         assert row["bucket"] == f"{template}|{row['n_tokens_a']}|{row['n_tokens_b']}"
-    used = data.add_margins(population.pairs_of(made, per_quad), smollm_tokenizer, score)
+    used = population.add_margins(population.pairs_of(made, per_quad), smollm_tokenizer, score)
     assert (used.metric_clean > 0).all() and (used.metric_corrupt < 0).all()
     # the report adds up
     assert drops[0]["left"] + drops[0]["dropped"] == len(few)
@@ -166,7 +166,7 @@ def test_the_bundled_model_gives_solved_quads(people, smollm):
 
     made, drops = quads.build_quads(people, smollm.tokenizer, score, Options(quads_per_half=4, min_bucket=2))
     assert len(made) >= 6 and set(made.half) == set(data.HALVES)
-    used = data.add_margins(population.pairs_of(made), smollm.tokenizer, score)
+    used = population.add_margins(population.pairs_of(made), smollm.tokenizer, score)
     assert (used.metric_clean > 0).all() and (used.metric_corrupt < 0).all()
     assert len(quads.keep_solved(used)) == len(used)
     known = next(drop for drop in drops if drop["filter"] == "not known by the model")

@@ -26,7 +26,7 @@ from pipeline.assumed import Case
 from pipeline.costs import Work
 from pipeline.declaration import Declaration, Table
 from pipeline.params import ROOT, Shared, Words
-from pipeline.population import load_people, pairs_of
+from pipeline.population import add_margins, aligned, load_people, pairs_of, readings
 from pipeline.step import Step
 from pipeline.units import Unit
 from steps.baselines.quads import PER_QUAD, build_quads, generate_odd_one_out, keep_solved, sample_pairs
@@ -57,7 +57,7 @@ CHANCE = {"superset": 1 / 5, "bi_association": 1 / 5, "one_name": 1 / 5, "odd_on
 
 
 def score(model: Model) -> Callable[[Sequence[Sequence[int]]], np.ndarray]:
-    """What `lib.data` asks a model with: token ids to fp32 next-token logits."""
+    """What `pipeline.population` asks a model with: token ids to fp32 next-token logits."""
     return lambda prompts: models.next_logits(model, prompts)
 
 
@@ -134,7 +134,7 @@ def measure(model: Model, people: pd.DataFrame, template: Template, params: Base
         labelled = np.exp(logits[:, list(label_ids)] - total).sum(1) if labels else np.full(len(own), np.nan)
         return out | {"label_probability": labelled}
 
-    scored = data.readings(score(model), [prompt.ids for prompt in prompts], read, 128)
+    scored = readings(score(model), [prompt.ids for prompt in prompts], read, 128)
     answer = np.array([row.tolist().index(word) for row, word in zip(names, table["answer"], strict=True)])
     margin, _ = margins(scored["candidates"], answer)
     return table.assign(
@@ -162,9 +162,9 @@ def make_pairs(model: Model, people: pd.DataFrame, quads: pd.DataFrame | None, p
     """The pairs that every later step sweeps, with their margins: of the quads, or the solved odd-one-out pairs."""
     options = {"chat_template": params.chat_template, "attributes": params.attributes}
     if quads is not None:
-        return data.add_margins(pairs_of(quads, params.pairs_per_quad), model.tokenizer, score(model), **options)
-    pairs, _ = data.aligned(odd_pairs(people, model.tokenizer, params), model.tokenizer)
-    return keep_solved(data.add_margins(pairs, model.tokenizer, score(model), **options))
+        return add_margins(pairs_of(quads, params.pairs_per_quad), model.tokenizer, score(model), **options)
+    pairs, _ = aligned(odd_pairs(people, model.tokenizer, params), model.tokenizer)
+    return keep_solved(add_margins(pairs, model.tokenizer, score(model), **options))
 
 
 # --- what is measured ---

@@ -20,10 +20,10 @@ import numpy as np
 import pandas as pd
 from scipy.optimize import linear_sum_assignment
 
-from lib import data, tasks
-from lib.data import Score, halves
+from lib import tasks
+from lib.data import halves
 from lib.tasks import DEFAULT_ATTRIBUTES, SUPERSETS, Template
-from pipeline.population import add_fame, add_tokens, pairs_of
+from pipeline.population import Score, add_fame, add_margins, add_tokens, pairs_of
 
 ROUNDS = 6  # how often the people of failed quads are matched anew; only "solved or not" is looked at
 PER_QUAD = 25  # people of each superset whom the model is asked about, for each quad of a half
@@ -97,7 +97,7 @@ def build_quads(
             break
         tried += len(planned)
         quads = describe(planned, free, words)
-        pairs = data.add_margins(pairs_of(quads, options.pairs_per_quad), tokenizer, score, **prompting)
+        pairs = add_margins(pairs_of(quads, options.pairs_per_quad), tokenizer, score, **prompting)
         for quad in quads[quads.quad_id.isin(keep_solved(pairs).quad_id)].to_dict("records"):
             kept.append(quad | {"quad_id": f"q{len(kept):03d}"})
             wanted[tuple(sorted((quad["superset"], quad["other"]), key=SUPERSETS.index))] -= 1

@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lib import data, models, records, tasks
+from lib import models, records, tasks
 from lib.data import HALVES
 from lib.tasks import Pair
 from pipeline import keys
 from pipeline.params import Shared
-from pipeline.population import load_people, pairs_of
+from pipeline.population import add_margins, aligned, load_people, pairs_of
 from pipeline.step import Step, StepError
 from pipeline.units import Unit, subsample, sweep_units
 
@@ -31,7 +31,7 @@ TURNS = ((0, 2, 1, 3), (1, 3, 0, 2))
 
 
 def prompt_options(params: Shared) -> dict[str, Any]:
-    """How prompts are made: the arguments that `lib.data` and `lib.tasks` share."""
+    """How prompts are made: the arguments that `lib.tasks` and `pipeline.population` share."""
     return {"chat_template": params.chat_template, "attributes": params.attributes}
 
 
@@ -72,11 +72,11 @@ def solved_pairs(step: Step) -> pd.DataFrame:
     for name in dict.fromkeys([p.template, *p.templates]):
         template, own = tasks.find_template(name, p.task), name == p.template
         rows = source if own else source.assign(pair_id=source["pair_id"] + f"@{name}", template=name)
-        rows, why = data.aligned(rows.assign(task=template.task), tokenizer, **prompt_options(p))
+        rows, why = aligned(rows.assign(task=template.task), tokenizer, **prompt_options(p))
         each = 4 if p.pairs_file else p.pairs_per_quad if own else p.template_pairs
         asked = left = rows.groupby("quad_id").head(each)
         if len(asked) and not (own and p.pairs_file):
-            scored = data.add_margins(asked, tokenizer, partial(models.next_logits, step.model), **prompt_options(p))
+            scored = add_margins(asked, tokenizer, partial(models.next_logits, step.model), **prompt_options(p))
             left = scored[(scored["metric_clean"] > 0) & (scored["metric_corrupt"] < 0)]
         left = pd.DataFrame(subsample(list(left.itertuples(index=False)), p.pairs), columns=left.columns)
         kept.append(left)

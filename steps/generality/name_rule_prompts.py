@@ -14,9 +14,9 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from lib import data, models, tasks
+from lib import models, tasks
 from lib.tasks import SUPERSETS
-from pipeline.population import add_fame, add_tokens, load_people
+from pipeline.population import add_fame, add_tokens, load_people, readings
 from pipeline.step import Step
 from steps.generality.grid import prompt_options
 
@@ -40,7 +40,7 @@ def two_known_people(step: Step) -> pd.DataFrame:
     words, tokens = tasks.candidates(model.tokenizer, template)
     prompts = [prompt.ids for prompt in made]
     score = partial(models.next_logits, model)
-    logits = data.readings(score, prompts, lambda read, _: {"own": read[:, tokens]})["own"].astype(float)
+    logits = readings(score, prompts, lambda read, _: {"own": read[:, tokens]})["own"].astype(float)
     rows = []
     for number, ((a, b), own) in enumerate(zip(drawn, logits, strict=True)):
         in_a, in_b = (np.array([word == person.superset for word in words]) for person in (a, b))

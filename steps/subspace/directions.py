@@ -25,7 +25,7 @@ from sklearn.linear_model import Ridge
 from torch import Tensor
 from torch.nn.utils.parametrizations import orthogonal
 
-from lib import data, hooks, tasks
+from lib import hooks, tasks
 from lib.hooks import Model
 from lib.single_pass import BaseRun, base_run, plain_runs, rerun, token_ids
 from lib.tasks import SUPERSETS, Pair, without_labels
@@ -34,7 +34,7 @@ from pipeline.assumed import Case, tokens_of
 from pipeline.costs import Work, plain
 from pipeline.declaration import Table
 from pipeline.params import Shared
-from pipeline.population import load_people
+from pipeline.population import aligned, load_people
 from pipeline.step import Step
 from pipeline.units import Unit, subsample
 
@@ -79,7 +79,7 @@ def prompts_of(step: Step, table: pd.DataFrame, name: str) -> pd.DataFrame:
     if name != p.template:  # a quad's first pair has all its people
         table = table.drop_duplicates("quad_id")
     if len(template.slots) == 2:
-        table, _ = data.aligned(table.assign(template=name, task=template.task), step.tokenizer, **options)
+        table, _ = aligned(table.assign(template=name, task=template.task), step.tokenizer, **options)
     for row in table.to_dict("records"):
         for side, superset in (("clean", row["answer"]), ("corrupt", row["corrupt_answer"])):
             both = [row[f"{side}_a"], row[f"{side}_b"]]
