@@ -62,12 +62,6 @@ def grouped(pairs: Sequence[Pair], size: int | None = None) -> list[list[Pair]]:
     return [[pairs[place] for place in batch] for batch in places]
 
 
-def has_donors(pair: Pair, pairs: Iterable[Pair]) -> bool:
-    """Whether another quad of the pair's group is there to take a mean or a resample from."""
-    group = group_of(pair)
-    return any(other.quad_id != pair.quad_id and group_of(other) == group for other in pairs)
-
-
 def distinct_prompts(pairs: Iterable[Pair]) -> dict[Ids, tuple[Pair, str]]:
     """Every prompt of the pairs once, by its token ids: the first pair that has it, and its side there (`clean` or
     `corrupt`). In the order of the pairs, clean before corrupt."""

@@ -16,7 +16,7 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol
@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from lib.batches import grouped, has_donors
+from lib.batches import group_of, grouped
 from lib.records import METADATA_KEY, SCHEMA, RecordError, atomic, write, write_table
 from lib.tasks import Pair
 
@@ -60,6 +60,12 @@ def content_id(unit: Unit) -> str:
 def plan_id(units: Sequence[Unit]) -> str:
     """One id for a sequence of units, in order."""
     return hashlib.sha256("\n".join(map(content_id, units)).encode()).hexdigest()[:16]
+
+
+def has_donors(pair: Pair, pairs: Iterable[Pair]) -> bool:
+    """Whether another quad of the pair's group is there to take a mean or a resample from."""
+    group = group_of(pair)
+    return any(other.quad_id != pair.quad_id and group_of(other) == group for other in pairs)
 
 
 def sweep_units(label: str, pairs: Sequence[Pair], /, size: int = 8, **options: Any) -> list[Unit]:

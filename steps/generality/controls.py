@@ -22,7 +22,7 @@ from lib.tasks import SUPERSETS, Pair
 from pipeline.params import ROOT
 from pipeline.population import add_tokens, load_people
 from pipeline.step import Step
-from pipeline.units import Unit, sweep_units
+from pipeline.units import Unit, has_donors, sweep_units
 from steps.generality.grid import prompt_options
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ LISTED = {"invented names": "invented", "things": "thing"}  # controls and their
 
 def poolable(pairs: Sequence[Pair]) -> list[Pair]:
     """The pairs whose group has another quad, so that a mean can be taken in it."""
-    return [pair for pair in pairs if batches.has_donors(pair, pairs)]
+    return [pair for pair in pairs if has_donors(pair, pairs)]
 
 
 def control_prompts(step: Step, ordinary: Sequence[Pair], table: pd.DataFrame) -> tuple[pd.DataFrame, list[Pair]]:

@@ -13,11 +13,10 @@ import numpy as np
 import pandas as pd
 
 from lib import paths as path_patching
-from lib.batches import has_donors
 from lib.hooks import EMBED, Model, Site, site_name
 from lib.tasks import Pair
 from pipeline.params import ParameterError
-from pipeline.units import Unit, sweep_units
+from pipeline.units import Unit, has_donors, sweep_units
 
 NAMES = {"k": "names", "v": "names"}
 LAST = {"q": "last", "k": "last", "v": "last", "mlp": "last"}
