@@ -23,6 +23,7 @@ from pandera.errors import SchemaErrors
 from pandera.pandas import Check, Column, DataFrameSchema
 
 METADATA_KEY = b"superset_circuit"
+WHEN = ("before", "after")
 ABLATIONS = ("zero", "mean", "resample", "counterfactual", "clean")
 # A row is one pair x site x intervention x seed: these columns name it.
 IDENTITY = ["task", "template", "pair_id", "layer", "component", "head", "position", "direction", "ablation", "seed"]
@@ -92,12 +93,10 @@ SCHEMA = table_schema(
         "seed": whole(0, "int64"),
         "metric_clean": number(),
         "metric_corrupt": number(),
-        **{f"logit_diff_{run}": number() for run in ("before", "after", "clean", "corrupt")},
+        **{f"logit_diff_{run}": number() for run in (*WHEN, "clean", "corrupt")},
         "answer": text(),  # candidate names; the clean prompt's answer in both directions
-        "foil_before": text(),
-        "foil_after": text(),
-        "logits_before": numbers(),  # all candidates, in the order of the metadata's "candidates"
-        "logits_after": numbers(),
+        **{f"foil_{when}": text() for when in WHEN},
+        **{f"logits_{when}": numbers() for when in WHEN},  # all candidates, in the order of the metadata's "candidates"
         "top_token_after": text(),
         "top_logit_after": number(),
         "logsumexp_after": number(),
@@ -105,12 +104,9 @@ SCHEMA = table_schema(
         "kl_after": number(),
         "site_delta": number(),
         "fired": whole(0),
-        "label_logits_before": numbers(nullable=True),  # in the order of the metadata's "labels"
-        "label_logits_after": numbers(nullable=True),
-        "candidate_probability_before": number(nullable=True),
-        "candidate_probability_after": number(nullable=True),
-        "metric_both_before": number(nullable=True),  # odd_one_out: margin over both tokens of a name
-        "metric_both_after": number(nullable=True),
+        **{f"label_logits_{when}": numbers(nullable=True) for when in WHEN},  # in the order of the metadata's "labels"
+        **{f"candidate_probability_{when}": number(nullable=True) for when in WHEN},
+        **{f"metric_both_{when}": number(nullable=True) for when in WHEN},  # odd_one_out: over both tokens of a name
     },
     IDENTITY,
     [PARTS, DENOISING],

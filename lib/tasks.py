@@ -10,7 +10,7 @@ Nothing here needs torch: any Hugging Face *fast* tokenizer will do. All bad inp
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -142,11 +142,6 @@ class Pair:
     corrupt_seconds: tuple[int, ...] = ()
     labels: tuple[str, ...] = ()  # words recorded beside the candidates
     label_tokens: tuple[int, ...] = ()
-
-
-def without_labels(pairs: Iterable[Pair]) -> list[Pair]:
-    """The pairs with no words recorded beside the candidates, where nothing reads those words' logits."""
-    return [replace(pair, labels=(), label_tokens=()) for pair in pairs]
 
 
 def plural(word: str) -> str:

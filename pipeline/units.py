@@ -17,7 +17,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol
 
@@ -60,6 +60,11 @@ def content_id(unit: Unit) -> str:
 def plan_id(units: Sequence[Unit]) -> str:
     """One id for a sequence of units, in order."""
     return hashlib.sha256("\n".join(map(content_id, units)).encode()).hexdigest()[:16]
+
+
+def without_labels(pairs: Iterable[Pair]) -> list[Pair]:
+    """The pairs with no words recorded beside the candidates, where nothing reads those words' logits."""
+    return [replace(pair, labels=(), label_tokens=()) for pair in pairs]
 
 
 def has_donors(pair: Pair, pairs: Iterable[Pair]) -> bool:

@@ -22,7 +22,7 @@ from lib.tasks import SUPERSETS, Pair
 from pipeline.params import ROOT
 from pipeline.population import add_tokens, load_people
 from pipeline.step import Step
-from pipeline.units import Unit, has_donors, sweep_units
+from pipeline.units import Unit, has_donors, sweep_units, without_labels
 from steps.generality.grid import prompt_options
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def control_prompts(step: Step, ordinary: Sequence[Pair], table: pd.DataFrame) -
         if batches.group_of(pair) in groups:
             rows.append(row)
             pairs.append(pair)
-    return pd.DataFrame(rows), tasks.without_labels(pairs)
+    return pd.DataFrame(rows), without_labels(pairs)
 
 
 def name_lists(step: Step) -> dict[str, pd.DataFrame]:
@@ -113,7 +113,7 @@ def named_sets(step: Step | Case, sites: Sequence[Site]) -> list[tuple[str, list
 def units(step: Step, sets: Sequence[tuple], ordinary: Sequence[Pair], others: Sequence[Pair]) -> list[Unit]:
     """Every set ablated at `last` in ordinary and in control prompts, by `mean` and by `zero`."""
     options = {"direction": "noise", "role": "last", "ablations": list(ABLATIONS), "site_sets": [s for _, s in sets]}
-    return sweep_units("controls", [*tasks.without_labels(ordinary), *others], **options)
+    return sweep_units("controls", [*without_labels(ordinary), *others], **options)
 
 
 def compute(
@@ -123,7 +123,7 @@ def compute(
 
     Columns: pair_id, quad_id, ablation, number of the set, `before` and `after`, lists over the candidates.
     """
-    sweeper = step.sweeper(tasks.without_labels(ordinary))
+    sweeper = step.sweeper(without_labels(ordinary))
     renamed = {"logits_before": "before", "logits_after": "after", "site_set": "number"}
 
     def run(unit: Unit) -> pd.DataFrame:

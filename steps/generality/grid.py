@@ -23,7 +23,7 @@ from pipeline import keys
 from pipeline.params import Shared
 from pipeline.population import add_margins, aligned, load_people, pairs_of
 from pipeline.step import Step, StepError
-from pipeline.units import Unit, subsample, sweep_units
+from pipeline.units import Unit, subsample, sweep_units, without_labels
 
 LOGIT_DIFFS = [f"logit_diff_{run}" for run in ("before", "after", "clean", "corrupt")]
 # The pairs of a quad, each followed by its mirror; every second quad begins with the other order of its names.
@@ -98,7 +98,7 @@ def mirrors(pairs: Sequence[Pair]) -> dict[str, str]:
 
 def mirrored_units(pairs: Sequence[Pair], **options: Any) -> list[Unit]:
     """Noise at `last` in every pair; denoising in those alone whose mirror's noise run does not say it."""
-    pairs, mirror = tasks.without_labels(pairs), mirrors(pairs)
+    pairs, mirror = without_labels(pairs), mirrors(pairs)
     alone = [pair for pair in pairs if pair.pair_id not in mirror]
     noise = sweep_units("noise", pairs, direction="noise", role="last", **options)
     return noise + sweep_units("denoise", alone, direction="denoise", role="last", **options)

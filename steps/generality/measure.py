@@ -27,7 +27,7 @@ from pipeline.costs import Work
 from pipeline.declaration import EFFECTS, SUPERSET_TASKS, Declaration, Table
 from pipeline.params import OfSlice, Share, Words
 from pipeline.step import Step, single_sites
-from pipeline.units import Unit, subsample
+from pipeline.units import Unit, subsample, without_labels
 from steps.generality import class_circuits, controls, grid, name_rule_prompts
 from steps.generality.class_circuits import Circuit
 
@@ -64,7 +64,7 @@ def site_units(step: Step | Case, pairs: Sequence[Pair]) -> list[Unit]:
 
 def of_pairs(step: Step, pairs: Sequence[Pair], *chosen: Any) -> Callable[[Unit], pd.DataFrame]:
     """A sweep of pairs that are no pairs of step 01, or are without their labels."""
-    return step.sweeper(tasks.without_labels(pairs))
+    return step.sweeper(without_labels(pairs))
 
 
 def grid_cost(case: Case, units: Sequence[Unit]) -> Work:
@@ -155,7 +155,7 @@ def assumed(case: Case) -> Iterator[tuple[Any, ...]]:
     searched, own = case.half(0, searched), [pair for pair in pairs if pair.template == pairs[0].template]
     circuits = assumed_circuits(case, searched)
     yield (GRID,)
-    yield CIRCUITS, tasks.without_labels(searched), circuits
+    yield CIRCUITS, without_labels(searched), circuits
     yield JOINT, pairs, joint_sets(case.sites, circuits)
     yield SITES, own
     sets = controls.named_sets(case, case.sites)
@@ -186,7 +186,7 @@ def picked_circuits(step: Step) -> list[Circuit]:
     """Circuits without each superset, and on it alone, by step 04's single sites; none where there are no such."""
     circuits, table = class_circuits.orders(single_sites(step), step.params.slice_limit), step.pairs()
     used = table["pair_id"].isin({pair for circuit in circuits if circuit.order for pair in circuit.pairs})
-    prompts = tasks.without_labels(step.prompts(table[used]))  # other words' logits are not read here
+    prompts = without_labels(step.prompts(table[used]))  # other words' logits are not read here
     grown = step.table(CIRCUITS, prompts, circuits) if prompts else pd.DataFrame(columns=CIRCUITS.columns)
     return class_circuits.cut(circuits, grown, step.params.slice_share)
 

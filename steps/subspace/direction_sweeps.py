@@ -28,14 +28,14 @@ from torch import Tensor
 from lib import hooks, records, sweep, tasks
 from lib.hooks import Model, Site
 from lib.single_pass import Activations, BaseRun
-from lib.tasks import Pair, without_labels
+from lib.tasks import Pair
 from pipeline.assumed import Case
 from pipeline.costs import Work
 from pipeline.declaration import Table
 from pipeline.params import ROOT
 from pipeline.population import aligned
 from pipeline.step import Step
-from pipeline.units import Unit, sweep_units
+from pipeline.units import Unit, sweep_units, without_labels
 from steps.subspace.directions import Vectors, against_rest, reported, spanned, unit, vectors_of
 
 PARTS = ("inside", "outside")

@@ -28,7 +28,7 @@ from torch.nn.utils.parametrizations import orthogonal
 from lib import hooks, tasks
 from lib.hooks import Model
 from lib.single_pass import BaseRun, base_run, plain_runs, rerun, token_ids
-from lib.tasks import SUPERSETS, Pair, without_labels
+from lib.tasks import SUPERSETS, Pair
 from pipeline import costs
 from pipeline.assumed import Case, tokens_of
 from pipeline.costs import Work, plain
@@ -36,7 +36,7 @@ from pipeline.declaration import Table
 from pipeline.params import Shared
 from pipeline.population import aligned, load_people
 from pipeline.step import Step
-from pipeline.units import Unit, subsample
+from pipeline.units import Unit, subsample, without_labels
 
 ONE_NAME = "profession_is"
 VARIANCE = 0.95  # share of the variance that the principal components hold
