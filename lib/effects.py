@@ -96,9 +96,6 @@ def quad_matrix(
     return QuadMatrix(total / count if reduce == "mean" else total, np.asarray(quads), keys)
 
 
-# --- tables of sites ---
-
-
 def columns(intervals: Sequence[Interval], prefix: str = "") -> dict[str, list]:
     """Estimates and ends of intervals as columns of a table."""
     return {f"{prefix}{key}": [getattr(i, key) for i in intervals] for key in ("estimate", "low", "high")}
@@ -126,7 +123,6 @@ def reported(frame: pd.DataFrame) -> pd.DataFrame:
 
 def curve(frame: pd.DataFrame, settings: Settings, by: Sequence[str] = ("layer",)) -> pd.DataFrame:
     """Damage or recovery (a ratio of sums, with its own interval) for each combination of `by`; one direction."""
-    by = list(by)
     change = quad_matrix(frame, "effect", by, reduce="sum")
     gap = quad_matrix(frame, "gap", by, reduce="sum")
     spans = stats.ratio_intervals(change.values, gap.values, settings)

@@ -6,8 +6,6 @@ are read in blocks of rows that stay in cache, and each block is fetched from me
 1. the top logit and its token;
 2. how many logits exceed the answer's (rank);
 3. centred on the top logit: the expectation under the base distribution (for KL) and the sum of exponentials.
-
-NaN and infinite logits show in these sums, so looking for them costs no pass of its own.
 """
 
 from __future__ import annotations

@@ -90,7 +90,8 @@ def readings(
 def logits_of(score: Score, prompts: Sequence[tuple[int, ...]], tokens: Sequence[Sequence[int]]) -> np.ndarray:
     """Logits (prompts, k) of k tokens per prompt."""
     own = np.asarray(tokens)
-    out = readings(score, prompts, lambda all_, part: {"own": np.take_along_axis(all_, own[part], 1)}, CHUNK)["own"]
+    read = readings(score, prompts, lambda logits, at: {"own": np.take_along_axis(logits, own[at], 1)}, CHUNK)
+    out = read["own"]
     if not (finite := np.isfinite(out).all(1)).all():
         raise ValueError(f"the model gives NaN or infinite logits, first for prompt {int(np.argmin(finite))}")
     return out
