@@ -185,15 +185,14 @@ def check_site(model: Model, site: Site) -> None:
     """Raise ValueError when the model has no such site, saying what is allowed."""
     if site == EMBED:
         return
-    if site.component not in EVERY_COMPONENT:
-        raise ValueError(f"component {site.component!r} is unknown; allowed are {', '.join(EVERY_COMPONENT)}")
-    if not 0 <= site.layer < model.n_layers:
-        raise ValueError(f"layer {site.layer} is not in {model.name}: it has layers 0 to {model.n_layers - 1}")
-    if site.component in PARTS and not 0 <= site.head < n_parts(model, site.component):
-        last = n_parts(model, site.component) - 1
-        raise ValueError(
-            f"{site.component} {site.head} is not in {model.name}: a layer has {site.component}s 0 to {last}"
-        )
+    layer, kind, head = site
+    if kind not in EVERY_COMPONENT:
+        raise ValueError(f"component {kind!r} is unknown; allowed are {', '.join(EVERY_COMPONENT)}")
+    if not 0 <= layer < model.n_layers:
+        raise ValueError(f"layer {layer} is not in {model.name}: it has layers 0 to {model.n_layers - 1}")
+    count = n_parts(model, kind) if kind in PARTS else 0
+    if kind in PARTS and not 0 <= head < count:
+        raise ValueError(f"{kind} {head} is not in {model.name}: a layer has {kind}s 0 to {count - 1}")
 
 
 def first_tensor(output: Tensor | tuple) -> Tensor:

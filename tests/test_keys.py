@@ -140,6 +140,7 @@ EDITS = {
         set(STEPS),
         set(STEPS),
     ),
+    "whom the study asks": (lambda house: append(house / "pipeline/population.py", "\nEXTRA = 1\n"), ASKING, ASKING),
     "the odd-one-out items": (
         lambda house: append(house / "data/odd_one_out.csv", "x\n"),
         {"baselines"},
@@ -284,15 +285,11 @@ def test_a_local_models_weights_are_known_by_their_contents(house):
 # --- what is reached -------------------------------------------------------------------------------------
 
 
-ASKING_PEOPLE = {"baselines", "retrieval_heads", "generality", "subspace", "neurons"}
-
-
 def test_what_measures_is_found_by_import():
     """Nothing is listed by hand: every module of lib that a measure file reaches counts, and nothing that draws."""
     for step in PLAN:
         found = keys.measuring(step)
         assert {f"steps.{step.name}.measure", "pipeline.units", "lib.single_pass", "lib.sweep"} <= set(found)
-        assert ("pipeline.population" in found) == (step.name in ASKING_PEOPLE)
         assert not [name for name in found if name.startswith("report") or "page" in name]
         assert {name.split(".")[1] for name in found if name.startswith("steps.")} == {step.name}
         assert set(found) <= set(keys.drawing(step)) | {"pipeline.units"}
