@@ -41,6 +41,16 @@ class Interval:
     n: int  # clusters
     method: str
 
+    def __format__(self, spec: str) -> str:
+        """`f"{interval:.3f}"` formats all three numbers; the default is two decimals."""
+        spec = spec or ".2f"
+        if self.low is None:
+            return f"{self.estimate:{spec}} ({self.method})"
+        return f"{self.estimate:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
+
+    def __str__(self) -> str:
+        return format(self, "")
+
 
 @dataclass(frozen=True)
 class Settings:

@@ -35,8 +35,10 @@ def heavy_tailed(quads: int, trials: int, seed: int = 0) -> tuple[np.ndarray, np
 # --- what an interval is
 
 
-def test_intervals_make_a_table():
+def test_an_interval_prints_itself():
     interval = stats.Interval(1 / 3, 0.28, 0.3812, 0.95, 50, "bootstrap-t")
+    assert str(interval) == f"{interval}" == "0.33 [0.28, 0.38]"
+    assert f"{interval:.3f}" == "0.333 [0.280, 0.381]"
     assert json.loads(json.dumps(asdict(interval)))["low"] == 0.28
     assert pd.DataFrame([interval, interval])["high"].tolist() == [0.3812, 0.3812]
 
@@ -53,8 +55,8 @@ def test_too_few_clusters_give_estimates_without_intervals():
     ]
     for interval in intervals:
         assert interval.low is None and interval.high is None and interval.n == 19
-        assert interval.method == "no interval: 19 clusters, fewer than 20"
-    assert intervals[0].estimate == 9
+        assert "19 clusters, fewer than 20" in str(interval)
+    assert str(intervals[0]) == "9.00 (no interval: 19 clusters, fewer than 20)"
 
 
 # --- the studentised bootstrap
