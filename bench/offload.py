@@ -36,10 +36,10 @@ import torch
 from accelerate.utils import OffloadedWeightsLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lib import data, hooks, models, offload, sweep, tasks, weights
+from lib import hooks, models, offload, sweep, tasks, weights
 from lib.hooks import Model
 from lib.tasks import Pair
-from pipeline import machine, params
+from pipeline import machine, params, population
 from steps.baselines.quads import sample_pairs
 
 RESULT = Path(__file__).parent / "results" / "offload.json"
@@ -54,7 +54,7 @@ GIVING_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "131
 
 def some_pairs(tokenizer: object, count: int) -> list[Pair]:
     """Pairs of people drawn at random, each person once; prompts of several lengths."""
-    left = sample_pairs(data.load_people(params.ROOT / "data" / "people.csv"), 120).to_dict("records")
+    left = sample_pairs(population.load_people(params.ROOT / "data" / "people.csv"), 120).to_dict("records")
     out: list[Pair] = []
     while left and len(out) < count:
         one = left.pop(0)

@@ -30,7 +30,5 @@ for role in ("landmark", "last"):
     frame = sweep.run(model, pairs, direction="denoise", role=role, components=["resid"])
     change = (frame["logit_diff_after"] - frame["logit_diff_before"]).groupby(frame["layer"]).sum()
     gap = (frame["logit_diff_clean"] - frame["logit_diff_corrupt"]).groupby(frame["layer"]).sum()
-    curve = (change / gap).round(2)
-    print(
-        f"recovery at `{role}`, {len(pairs)} pairs:", *(f"{layer}: {share}" for layer, share in curve.items()), sep="  "
-    )
+    shares = (f"{layer}: {share:.2f}" for layer, share in (change / gap).items())
+    print(f"recovery at `{role}`, {len(pairs)} pairs:", *shares, sep="  ")

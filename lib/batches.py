@@ -13,6 +13,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -96,27 +97,6 @@ def with_donors(pairs: Sequence[Pair], pool: Sequence[Pair], ablation: str) -> l
         return bool(neutral_classes(pair, set().union(*others), ablation))
 
     return [pair for pair in pairs if able(pair)]
-
-
-def subsample(pairs: Sequence[Pair], count: int | None) -> list[Pair]:
-    """At most `count` pairs (None: all), from both halves alike and from as many quads as possible, in their order.
-
-    A subset of evenly spaced quads of each half; a quad gives a second pair only after every quad has given one, and
-    which of its pairs comes first alternates from quad to quad, so that both sides and both orders are there.
-    """
-    if count is None or count >= len(pairs):
-        return list(pairs)
-    ranked: list[tuple[int, float, int]] = []  # (turn of the quad, place within the half, index)
-    for half in dict.fromkeys(pair.half for pair in pairs):
-        quads: dict[str, list[int]] = {}
-        for index, pair in enumerate(pairs):
-            if pair.half == half:
-                quads.setdefault(pair.quad_id, []).append(index)
-        for number, members in enumerate(quads.values()):
-            place = (number * 0.6180339887498949) % 1  # the golden ratio's multiples spread any first few evenly
-            turned = members[number % len(members) :] + members[: number % len(members)]
-            ranked += [(turn, place, index) for turn, index in enumerate(turned)]
-    return [pairs[index] for index in sorted(index for _, _, index in sorted(ranked)[:count])]
 
 
 def distinct_prompts(pairs: Iterable[Pair]) -> dict[Ids, tuple[Pair, str]]:
@@ -222,8 +202,8 @@ def ablated(
 ) -> Activations:
     """What ablations put in place of the pairs' activations: (kinds x pairs, positions, width), kinds outermost.
 
-    `other` are the activations of the pairs' other runs, for every key that is replaced; `clean` and `counterfactual`
-    are these. `pool` makes the pool when a mean or a resample needs it.
+    `other`, for every key that is replaced, is what `clean` and `counterfactual` put there. `pool` makes the pool when
+    a mean or a resample needs it.
     """
     parts = []
     for kind in kinds:
@@ -315,11 +295,8 @@ class PairBatch:
             middle, words = len(rows) // 2, f"{len(rows)} rows of pairs {self.pairs[0].pair_id} ... halved and retried"
             return words, [rows[:middle], rows[middle:]]
 
-        def attempt(rows: list[Row]) -> dict[str, np.ndarray]:
-            return self.one_pass(base, rows, sources)
-
         for at in range(0, len(rows), limit):
-            parts += with_less_memory(attempt, rows[at : at + limit], halves, halved)
+            parts += with_less_memory(partial(self.one_pass, base, sources), rows[at : at + limit], halves, halved)
         return self.frame(rows, joined(parts), clean, corrupt)
 
     def sources(self, base: BaseRun, other: BaseRun, pool: Callable[[], Pool]) -> Activations:
@@ -332,7 +309,7 @@ class PairBatch:
         replaced = {key: value for key, value in other.activations.items() if key[0] in components_of(self.sets)}
         return ablated(self.kinds, self.pairs, replaced, pool, self.options.seed)
 
-    def one_pass(self, base: BaseRun, rows: list[Row], sources: Activations) -> dict[str, np.ndarray]:
+    def one_pass(self, base: BaseRun, sources: Activations, rows: list[Row]) -> dict[str, np.ndarray]:
         """Grow, prove and score one pass; where candidates have two tokens, one more for each of them."""
         grown = self.grow(self.model, base, rows, sources)
         runs = (base_run(self.model, ids, base.positions, self.components) for ids in self.continued(base.ids))
@@ -422,14 +399,11 @@ class PairBatch:
             columns[f"foil_{when}"] = candidates[owner, scored[f"foil_{when}"]]
             columns[f"logits_{when}"] = list(scored[f"candidate_logits_{when}"].astype(np.float32))
             columns[f"label_logits_{when}"] = list(scored[f"label_logits_{when}"].astype(np.float32))
-        columns["top_token_after"] = self.words(scored["top_token_after"])
+        ids, inverse = np.unique(scored["top_token_after"], return_inverse=True)
+        tokenizer = self.model.tokenizer  # where there is none, tokens stay numbers
+        words = [tokenizer.decode([token]) if tokenizer else str(token) for token in ids.tolist()]
+        columns["top_token_after"] = np.array(words)[inverse]
         return pd.DataFrame(columns | {name: scored[name] for name in AS_SCORED if name in scored})
-
-    def words(self, tokens: np.ndarray) -> np.ndarray:
-        """Tokens as text; as numbers where the model has no tokenizer."""
-        ids, inverse = np.unique(tokens, return_inverse=True)
-        tokenizer = self.model.tokenizer
-        return np.array([tokenizer.decode([i]) if tokenizer else str(i) for i in ids.tolist()])[inverse]
 
 
 def logit_rows(model: Model) -> int:

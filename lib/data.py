@@ -1,32 +1,22 @@
-"""People and pairs: a table of names, what a model knows of them, and the pairs table that every sweep reads.
+"""A user's own pairs as the pairs table that every sweep reads. Bad input raises ValueError.
 
-1. `load_people` reads and checks the table of people.
-2. `add_fame` asks the model about each person alone: is the own superset its first choice, and how sure is it?
-   `add_tokens` counts the tokens of each name.
-3. `pairs_of` turns quads (four people, a, b of one superset and c, d of another) into pairs; `load_pairs_file` reads a
-   user's own. `halves` splits either.
-4. `aligned` keeps the pairs whose prompts line up token by token; `add_margins` asks the model for their answers.
-
-A model is only ever seen through `score`: a function from a list of token id tuples to fp32 next-token logits
-(prompts, vocabulary), in the order given (`lib.models.next_logits`). Bad input raises ValueError.
+1. `load_pairs_file` reads and checks them.
+2. `clusters` finds those that share names, and `halves` splits the clusters.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import pandera.pandas as pa
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
-from scipy.special import log_softmax
 
 from lib import tasks
-from lib.metrics import margins
-from lib.tasks import SUPERSETS, TEMPLATES, Template
+from lib.tasks import SUPERSETS, TEMPLATES
 
 HALVES = ("discovery", "confirmation")
 
@@ -44,196 +34,41 @@ def halves(strata: Sequence[tuple], rng: Any) -> list[str]:
     return chosen
 
 
-# The pairs of a quad: clean names, corrupt names. The first two show both sides and both orders.
-_PAIRS = (("ab", "cd"), ("dc", "ba"), ("cd", "ab"), ("ba", "dc"))
-
-
-def pairs_of(quads: pd.DataFrame, pairs_per_quad: int = 2) -> pd.DataFrame:
-    """The pairs table: one row per pair, `pairs_per_quad` (1 to 4) of each quad, made of the quads frame alone."""
-    if not 1 <= pairs_per_quad <= 4:
-        raise ValueError(f"pairs_per_quad must be 1 to 4, got {pairs_per_quad}")
-    rows = []
-    for quad in quads.to_dict("records"):
-        for number, (clean, corrupt) in enumerate(_PAIRS[:pairs_per_quad]):
-            row = {"pair_id": f"{quad['quad_id']}.{number}"}
-            row |= {key: quad[key] for key in ("quad_id", "half", "task", "template")}
-            for side, people in (("clean", clean), ("corrupt", corrupt)):
-                row |= {f"{side}_{slot}": quad[person] for slot, person in zip("ab", people, strict=True)}
-                row |= {f"{side}_profession_{s}": quad[f"profession_{p}"] for s, p in zip("ab", people, strict=True)}
-                row[f"{side}_c"] = row[f"{side}_profession_c"] = ""
-                row[f"fame_{side}"] = float(np.mean([quad[f"fame_{person}"] for person in people]))
-            row["answer"], row["corrupt_answer"] = (
-                quad["superset" if p[0] in "ab" else "other"] for p in (clean, corrupt)
-            )
-            rows.append(row | {key: quad[key] for key in ("n_tokens_a", "n_tokens_b", "bucket")})
-    return pd.DataFrame(rows)
-
-
 def clusters(pairs: pd.DataFrame) -> np.ndarray:
     """A cluster number per pair: pairs that share a name, directly or through other pairs, have the same one."""
     names = pairs[[f"{side}_{slot}" for side in ("clean", "corrupt") for slot in "abc"]].to_numpy()
     codes = pd.factorize(names.ravel())[0].reshape(names.shape) + len(pairs)
     rows = np.repeat(np.arange(len(pairs)), names.shape[1])[names.ravel() != ""]
     columns = codes.ravel()[names.ravel() != ""]
-    size = int(codes.max()) + 1
-    return connected_components(coo_matrix((np.ones(len(rows)), (rows, columns)), (size, size)), directed=False)[1][
-        : len(pairs)
-    ]
+    shape = (int(codes.max()) + 1,) * 2
+    _, found = connected_components(coo_matrix((np.ones(len(rows)), (rows, columns)), shape), directed=False)
+    return found[: len(pairs)]
 
 
-Score = Callable[[list[tuple[int, ...]]], np.ndarray]
-_CHUNK = 256  # prompts scored at once: their full-vocabulary logits are 50 MB at 50,000 tokens
 _REQUIRED = ("clean_a", "clean_b", "corrupt_a", "corrupt_b", "answer", "corrupt_answer")
 _OPTIONAL = ("task", "template", "clean_c", "corrupt_c", "pair_id", "quad_id")
 
-PEOPLE = pa.DataFrameSchema(
-    {
-        "name": pa.Column(str, pa.Check.str_matches(r"^\S(.*\S)?$"), unique=True),
-        "profession": pa.Column(str, pa.Check.str_matches(r"^[a-z][a-z -]*$")),
-        "superset": pa.Column(str, pa.Check.isin(SUPERSETS)),
-        "two_supersets": pa.Column(bool),
-        "second_superset": pa.Column(str, pa.Check.isin((*SUPERSETS, ""))),
-        "region": pa.Column(str, pa.Check.str_length(min_value=1)),
-        "century": pa.Column(int, pa.Check.in_range(-30, 21)),
-    },
-    strict=True,
-)
 
-
-def _read(path: Path, what: str) -> pd.DataFrame:
-    """A CSV (every cell as text) or Parquet file."""
+def read_table(path: Path, what: str, required: Sequence[str], optional: Sequence[str] = ()) -> pd.DataFrame:
+    """A CSV (every cell as text) or Parquet file with these columns, and at least one row."""
     if not path.is_file():
         raise ValueError(f"{what} {str(path)!r} does not exist")
     if path.suffix not in (".csv", ".parquet"):
         raise ValueError(f"{what} {str(path)!r} must end in .csv or .parquet")
     try:
-        return (
-            pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path, dtype=str, keep_default_na=False)
-        )
+        csv = path.suffix == ".csv"
+        table = pd.read_csv(path, dtype=str, keep_default_na=False) if csv else pd.read_parquet(path)
     except ValueError as error:
         raise ValueError(f"{what} {str(path)!r} is not a readable table, or empty: {error}") from None
-
-
-def load_people(path: str | Path) -> pd.DataFrame:
-    """The table of people, checked: one row per name, superset and profession known, flags consistent.
-
-    Columns: name, profession, superset, two_supersets, second_superset ("" if none), region, century (-5: fifth BC).
-    Raises ValueError naming the file's row (the header is row 1), the column, the value and what is allowed.
-    """
-    table = _read(Path(path), "people_file").astype(str)
-    missing, unknown = set(PEOPLE.columns) - set(table), set(table) - set(PEOPLE.columns)
+    missing = [column for column in required if column not in table]
+    unknown = [column for column in table if column not in (*required, *optional)]
     if missing or unknown:
-        raise ValueError(
-            f"{path}: columns missing: {sorted(missing)}, unknown: {sorted(unknown)}; needed: {list(PEOPLE.columns)}"
-        )
+        besides = f", allowed besides {', '.join(optional)}" if optional else ""
+        wrong = f"missing columns {missing}, unknown columns {unknown}"
+        raise ValueError(f"{what} {path.name}: {wrong}; needed are {', '.join(required)}{besides}")
     if not len(table):
-        raise ValueError(f"{path} has no rows")
-    flags = {"true": True, "True": True, "false": False, "False": False}
-    for column, allowed in (("two_supersets", flags), ("century", None)):
-        known = table[column].isin(allowed) if allowed else table[column].str.fullmatch(r"-?\d+")
-        if not known.all():
-            row = int(np.argmin(known))
-            raise ValueError(
-                f"{path}, row {row + 2}: {column} is {table[column][row]!r}; allowed: "
-                f"{'true, false' if allowed else 'a whole number'}"
-            )
-        table[column] = table[column].map(allowed) if allowed else table[column].astype(int)
-    try:
-        table = PEOPLE.validate(table, lazy=True)
-    except pa.errors.SchemaErrors as error:
-        first = error.failure_cases.iloc[0]
-        row = "" if pd.isna(first["index"]) else f", row {int(first['index']) + 2}"
-        raise ValueError(f"{path}{row}: {first['column']} {first['failure_case']!r} fails {first['check']}") from None
-    odd = table[table.two_supersets != table.second_superset.ne("")]
-    odd = pd.concat([odd, table[table.second_superset == table.superset]])
-    if len(odd):
-        raise ValueError(
-            f"{path}, row {odd.index[0] + 2}: {odd['name'].iloc[0]!r}: second_superset must be given where "
-            "two_supersets is true, be empty where it is false, and differ from superset"
-        )
+        raise ValueError(f"{what} {path.name} has no rows")
     return table
-
-
-def _logits(score: Score, prompts: Sequence[tuple[int, ...]], tokens: Sequence[Sequence[int]]) -> np.ndarray:
-    """Logits (prompts, k) of k tokens per prompt, scored in chunks so that few full-vocabulary rows are held."""
-    parts = []
-    for at in range(0, len(prompts), _CHUNK):
-        logits = np.asarray(score(list(prompts[at : at + _CHUNK])))
-        parts.append(np.take_along_axis(logits, np.asarray(tokens[at : at + _CHUNK]), axis=1))
-    out = np.concatenate(parts)
-    if not np.isfinite(out).all():
-        raise ValueError(
-            f"the model gives NaN or infinite logits, first for prompt {int(np.argmin(np.isfinite(out).all(1)))}"
-        )
-    return out
-
-
-def add_fame(people: pd.DataFrame, tokenizer: Any, score: Score, chat_template: bool = False) -> pd.DataFrame:
-    """`people` with `fame` (nats, at most 0), `known`, and `first` (the superset the model gives this name alone).
-
-    The evidence for a superset is the logit of its candidate on the one-name prompt. A model prefers some words
-    whatever the name, so each superset's evidence is centred on its mean over people, every superset counting alike
-    (batch calibration, Zhou et al. 2023, arXiv 2309.17249). Fame is the log-softmax of the own superset's evidence.
-    """
-    template = TEMPLATES["profession_is"]
-    _, tokens = tasks.candidates(tokenizer, template)
-    prompts = [tasks.make_prompt(tokenizer, template, [name], chat_template).ids for name in people.name]
-    evidence = _logits(score, prompts, [tokens] * len(prompts)).astype(np.float64)
-    own = people.superset.map(SUPERSETS.index).to_numpy()
-    evidence = evidence - np.mean([evidence[own == s].mean(0) for s in np.unique(own)], axis=0)
-    first = evidence.argmax(1)
-    fame = log_softmax(evidence, axis=1)[np.arange(len(own)), own]
-    return people.assign(fame=fame, known=first == own, first=[SUPERSETS[i] for i in first])
-
-
-def add_tokens(
-    people: pd.DataFrame, tokenizer: Any, template: Template, chat_template: bool = False, **options: Any
-) -> pd.DataFrame:
-    """`people` with `n_tokens` and `first_token`: tuples, how many tokens the name has in each slot and its first one.
-
-    People whose name cannot be told from the template's text in some slot ("Jr.," is one token) are left out.
-    """
-    kept, counts, firsts = [], [], []
-    for index, name in people.name.items():
-        try:
-            prompt = tasks.make_prompt(tokenizer, template, [name] * len(template.slots), chat_template, **options)
-        except ValueError:
-            continue
-        places = [prompt.roles[f"name_{slot}"] for slot in template.slots]
-        kept.append(index)
-        counts.append(tuple(map(len, places)))
-        firsts.append(tuple(prompt.ids[place[0]] for place in places))
-    return people.loc[kept].assign(n_tokens=counts, first_token=firsts)
-
-
-def aligned(pairs: pd.DataFrame, tokenizer: Any, **options: Any) -> tuple[pd.DataFrame, list[str]]:
-    """The pairs whose prompts line up token by token under this tokenizer, and why each of the others does not."""
-    fits, reasons = [], []
-    for row in pairs.to_dict("records"):
-        try:
-            tasks.make_pair(tokenizer, row, **options)
-            fits.append(True)
-        except ValueError as error:
-            fits.append(False)
-            reasons.append(str(error))
-    return pairs[fits], reasons
-
-
-def add_margins(pairs: pd.DataFrame, tokenizer: Any, score: Score, **options: Any) -> pd.DataFrame:
-    """`pairs` with `metric_clean` and `metric_corrupt`: the margin of the clean answer in both prompts, in logits.
-
-    Options (chat_template, attributes) go to make_pair. The margin is the logit of the clean prompt's answer minus the
-    highest other candidate's, so a solved pair has metric_clean > 0 > metric_corrupt.
-    """
-    made = [tasks.make_pair(tokenizer, row, **options) for row in pairs.to_dict("records")]
-    tokens = {ids: own for p in made for ids, own in ((p.clean.ids, p.clean_tokens), (p.corrupt.ids, p.corrupt_tokens))}
-    logits = dict(zip(tokens, _logits(score, list(tokens), list(tokens.values())), strict=True))
-    answers = [pair.answer for pair in made]
-    clean, corrupt = (np.stack([logits[getattr(p, side).ids] for p in made]) for side in ("clean", "corrupt"))
-    return pairs.assign(
-        metric_clean=margins(clean, answers)[0].astype(float),
-        metric_corrupt=margins(corrupt, answers)[0].astype(float),
-    )
 
 
 def load_pairs_file(path: str | Path, seed: int = 0) -> pd.DataFrame:
@@ -247,16 +82,7 @@ def load_pairs_file(path: str | Path, seed: int = 0) -> pd.DataFrame:
     Raises ValueError naming the column, the row (the header is row 1) and what is allowed.
     """
     path = Path(path)
-    table = _read(path, "pairs_file")
-    missing = [column for column in _REQUIRED if column not in table]
-    unknown = [column for column in table if column not in (*_REQUIRED, *_OPTIONAL)]
-    if missing or unknown:
-        raise ValueError(
-            f"pairs_file {path.name}: missing columns {missing}, unknown columns {unknown}; needed are "
-            f"{', '.join(_REQUIRED)}, allowed besides {', '.join(_OPTIONAL)}"
-        )
-    if not len(table):
-        raise ValueError(f"pairs_file {path.name} has no rows")
+    table = read_table(path, "pairs_file", _REQUIRED, _OPTIONAL)
     table = table.fillna("").astype(str).apply(lambda column: column.str.strip())
     given = table.columns
     table = table.reindex(columns=[*_REQUIRED, *_OPTIONAL], fill_value="")
@@ -289,9 +115,8 @@ def _own_pair(row: dict[str, str], where: str, number: int) -> dict[str, str]:
     allowed = words.slots if task == "odd_one_out" else SUPERSETS
     for column in [f"{side}_{slot}" for slot in words.slots for side in ("clean", "corrupt")]:
         if not row[column]:
-            raise ValueError(
-                f"{where}: {column} is empty; task {task} needs the names {', '.join(words.slots)} of both sides"
-            )
+            needed = f"task {task} needs the names {', '.join(words.slots)} of both sides"
+            raise ValueError(f"{where}: {column} is empty; {needed}")
     for column in ("answer", "corrupt_answer"):
         if row[column] not in allowed:
             raise ValueError(f"{where}: {column} {row[column]!r} is unknown; allowed: {', '.join(allowed)}")

@@ -3,17 +3,16 @@
 1. `effect` and `gap` read each record; `quad_matrix` gathers them by quad and site.
 2. `curve` and `ratios` are ratios of sums over records: damage (noise) and recovery (denoise). `tested` has the sites'
    mean effects with familywise intervals and p values; `site_effects` is both.
-3. Sites are picked on the discovery half and reported on the confirmation half: `by_half`, `both_halves`, `picked`,
-   `reported`, `confirmed`. `shares_of_ceiling` sets a site's damage beside what its ablation can take away at most.
-4. `restores` and `critical_slice` say what those words of the design mean.
+3. Sites are picked on the discovery half and reported on the confirmation half: `by_half`, `both_halves`, `reported`,
+   `confirmed`. `shares_of_ceiling` sets a site's damage beside what its ablation can take away at most;
+   `critical_slice` says how many sites that is.
 
 Records are data frames with the columns of `lib.records`; effects are in logits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -31,10 +30,8 @@ CONSTANT = ("profile", "task", "template", "direction", "ablation", "position")
 
 
 def effect(frame: pd.DataFrame, value: Literal["logit_diff", "metric"] = "logit_diff") -> pd.Series:
-    """Raw effect of each record in logits: before - after for noise, after - before for denoise.
-
-    Positive where ablating hurts the answer, or patching helps it.
-    """
+    """Raw effect of each record in logits: before - after for noise, after - before for denoise, so that it is positive
+    where ablating hurts the answer, or patching helps it."""
     known = frame["direction"].isin(["noise", "denoise"])
     if not known.all():
         raise ValueError(f"direction must be noise or denoise; got {sorted(set(frame['direction'][~known]))}")
@@ -47,19 +44,11 @@ def gap(frame: pd.DataFrame) -> pd.Series:
     return frame["logit_diff_clean"].astype(float) - frame["logit_diff_corrupt"].astype(float)
 
 
-def _only(frame: pd.DataFrame, column: str) -> str:
-    """The one value of a column; ValueError if there are none or several."""
-    values = frame[column].unique()
-    if len(values) != 1:
-        raise ValueError(f"expected records with one {column}; got {sorted(map(str, values)) or 'no records'}")
-    return values[0]
-
-
 def _agree(frame: pd.DataFrame, grouped: Sequence[str]) -> None:
     """ValueError if records would be averaged over ablations, directions, ... that the caller did not group by."""
     for column in CONSTANT:
-        if column in frame.columns and column not in grouped:
-            _only(frame, column)
+        if column in frame.columns and column not in grouped and len(values := frame[column].unique()) != 1:
+            raise ValueError(f"expected records with one {column}; got {sorted(map(str, values)) or 'no records'}")
 
 
 class QuadMatrix(NamedTuple):
@@ -71,16 +60,13 @@ class QuadMatrix(NamedTuple):
 
 
 def quad_matrix(
-    frame: pd.DataFrame,
-    value: str = "effect",
-    sites: Sequence[str] = SITE,
-    reduce: Literal["mean", "sum"] = "mean",
+    frame: pd.DataFrame, value: str = "effect", sites: Sequence[str] = SITE, reduce: Literal["mean", "sum"] = "mean"
 ) -> QuadMatrix:
     """Records as a matrix of quads x sites: the mean (or sum) over a quad's pairs.
 
     `value` is `effect` (raw, logit_diff), `margin_effect`, `gap` (clean - corrupt) or a numeric column. `sites` are the
     columns that tell sites apart; an empty list gives one column. With `reduce="sum"`, the matrices of `effect` and
-    `gap` are the numerators and denominators of `stats.ratio_interval`.
+    `gap` are the numerators and denominators of `stats.ratio_intervals`.
 
     Raises ValueError for no records, for records that differ in direction, ablation, task, ... without being told
     apart by `sites`, and for a site that some quads lack: a test over sites needs every quad at every site.
@@ -111,9 +97,6 @@ def quad_matrix(
     return QuadMatrix(total / count if reduce == "mean" else total, np.asarray(quads), keys)
 
 
-# --- tables of sites ---
-
-
 def columns(intervals: Sequence[Interval], prefix: str = "") -> dict[str, list]:
     """Estimates and ends of intervals as columns of a table."""
     return {f"{prefix}{key}": [getattr(i, key) for i in intervals] for key in ("estimate", "low", "high")}
@@ -141,7 +124,6 @@ def reported(frame: pd.DataFrame) -> pd.DataFrame:
 
 def curve(frame: pd.DataFrame, settings: Settings, by: Sequence[str] = ("layer",)) -> pd.DataFrame:
     """Damage or recovery (a ratio of sums, with its own interval) for each combination of `by`; one direction."""
-    by = list(by)
     change = quad_matrix(frame, "effect", by, reduce="sum")
     gap = quad_matrix(frame, "gap", by, reduce="sum")
     spans = stats.ratio_intervals(change.values, gap.values, settings)
@@ -162,7 +144,7 @@ def familywise(
     matrix: Float[np.ndarray, "quads sites"], settings: Settings, tail: stats.Tail = "two-sided"
 ) -> dict[str, Sequence[float]]:
     """Columns of a table of sites: the mean of each site, its interval and p value, for all sites together."""
-    return columns(stats.simultaneous(matrix, settings)) | {"p": stats.max_t(matrix, settings, tail).p}
+    return columns(stats.simultaneous(matrix, settings)) | {"p": stats.max_t(matrix, settings, tail)}
 
 
 def tested(
@@ -177,22 +159,16 @@ def tested(
     return matrix.sites.assign(**familywise(matrix.values, settings, tail), quads=len(matrix.quads))
 
 
-def site_effects(frame: pd.DataFrame, settings: Settings, by: Sequence[str] = SITE) -> pd.DataFrame:
+def site_effects(frame: pd.DataFrame, settings: Settings) -> pd.DataFrame:
     """`tested` on the raw effect (logits), and beside it the ratio of sums with an interval of its own."""
-    own = curve(frame, settings, by)
-    return tested(frame, settings, by=by).assign(ratio=own["estimate"], ratio_low=own["low"], ratio_high=own["high"])
+    own = curve(frame, settings, SITE)
+    return tested(frame, settings).assign(ratio=own["estimate"], ratio_low=own["low"], ratio_high=own["high"])
 
 
 def both_halves(frame: pd.DataFrame, settings: Settings) -> pd.DataFrame:
     """`site_effects` of each half, with the column `half` and the site's name."""
     out = by_half(frame, lambda part: site_effects(part, settings))
     return out.assign(site=named(out))
-
-
-def picked(table: pd.DataFrame, count: int) -> pd.DataFrame:
-    """The `count` sites of largest discovery effect, each with its rows of both halves, in that order."""
-    order = table[table["half"] == table["half"].iloc[0]].nlargest(count, "estimate")["site"]
-    return pd.concat([table[table["site"] == site] for site in order], ignore_index=True)
 
 
 def significant(table: pd.DataFrame, settings: Settings) -> pd.Series:
@@ -211,7 +187,7 @@ def confirmed(table: pd.DataFrame, settings: Settings) -> pd.DataFrame:
 def damages(frame: pd.DataFrame, settings: Settings) -> dict[str, Interval]:
     """Damage under each ablation, over all of the records: a ratio of sums."""
     return {
-        kind: stats.ratio_interval(*(quad_matrix(rows, of, [], "sum").values for of in ("effect", "gap")), settings)
+        kind: stats.ratio_intervals(*(quad_matrix(rows, of, [], "sum").values for of in ("effect", "gap")), settings)[0]
         for kind, rows in frame.groupby("ablation", sort=False)
     }
 
@@ -233,31 +209,7 @@ def shares_of_ceiling(
     return pd.concat(parts[1:] or parts, ignore_index=True)
 
 
-def ablation_tables(records: pd.DataFrame, settings: Settings) -> dict[str, pd.DataFrame]:
-    """`both_halves` for each ablation (denoise: "clean") at `last`, without `resid`: one family of tests each."""
-    own = records[(records["position"] == "last") & (records["component"] != "resid")]
-    return {kind: both_halves(rows, settings) for kind, rows in own.groupby("ablation", sort=False)}
-
-
-# --- what the words of the design mean ---
-
-
-def restores(frame: pd.DataFrame, interval: Interval, share: float = 0.5, floor: float = 0.5) -> bool | None:
-    """Whether a site's denoise records restore the answer, by the design's definition.
-
-    True if in at least `share` of the pairs the top candidate is the clean answer (`metric_after` above 0) and the
-    lower end of recovery's `interval` is above `floor`. None where the share is reached but there are too few
-    clusters for an interval: not decided, so not claimed.
-    """
-    if _only(frame, "direction") != "denoise":
-        raise ValueError("only denoise records can restore the answer; got noise records")
-    if (frame["metric_after"] > 0).mean() < share:
-        return False
-    return None if interval.low is None else bool(interval.low > floor)
-
-
-@dataclass(frozen=True)
-class CriticalSlice:
+class CriticalSlice(NamedTuple):
     """The first `size` sites of an order, and what they do together."""
 
     size: int
@@ -267,21 +219,11 @@ class CriticalSlice:
 
 
 def critical_slice(joint_recovery: Sequence[float], joint_damage: Sequence[float], share: float) -> CriticalSlice:
-    """How many sites, in order of discovery recovery, the critical slice has.
-
-    Entry k - 1 of the two sequences is the joint recovery, or joint counterfactual damage, of the first k sites. The
-    size is the smallest k at which both reach `share`, or else as many as were measured. Raises ValueError for
-    sequences of different length and empty ones.
-    """
+    """The smallest slice whose joint recovery and joint counterfactual damage both reach `share`, or else as many sites
+    as were measured. Entry k - 1 of the two sequences is of the first k sites, in order of discovery recovery."""
     measured = len(joint_recovery)
     if measured == 0 or measured != len(joint_damage):
         raise ValueError(f"need joint recovery and damage for the same sets; got {measured} and {len(joint_damage)}")
     both = np.minimum(joint_recovery, joint_damage) >= share
     size = int(np.argmax(both)) + 1 if both.any() else measured
     return CriticalSlice(size, float(joint_recovery[size - 1]), float(joint_damage[size - 1]), bool(both.any()))
-
-
-def jaccard(one: Iterable, other: Iterable) -> float:
-    """What two sets share, of all that is in either; NaN for two empty ones."""
-    one, other = {*one}, {*other}
-    return len(one & other) / len(one | other) if one | other else np.nan

@@ -15,7 +15,7 @@ is tested against these.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -113,9 +113,8 @@ class Model:
         """Logits of final hidden states (after the final norm), in fp32 or better whatever the model's dtype.
 
         Of the whole vocabulary; or of a few `tokens`: (C,), the same for every row, or (rows, C), each row's own. The
-        three are computed by kernels of other shapes and agree up to rounding.
-
-        bf16 logits between 16 and 32 move in steps of 0.125, more than most heads' effect.
+        three are computed by kernels of other shapes and agree up to rounding. (bf16 logits between 16 and 32 move in
+        steps of 0.125, more than most heads' effect.)
         """
         weight, bias = self.unembedding(tokens)
         wide = torch.promote_types(hidden.dtype, torch.float32)
@@ -165,16 +164,11 @@ def site_of(name: str) -> Site:
 def all_sites(model: Model, components: Iterable[str] = COMPONENTS, layers: Iterable[int] | None = None) -> list[Site]:
     """Every site of the components at the layers (default: all), by layer. Unknown names and layers are errors."""
     components, layers = list(components), list(range(model.n_layers) if layers is None else layers)
-    for component in components:
-        check_site(model, Site(0, component, 0 if component in PARTS else -1))
-    for layer in layers:
-        check_site(model, Site(layer, "resid"))
-    return [
-        Site(layer, component, head)
-        for layer in layers
-        for component in components
-        for head in (range(n_parts(model, component)) if component in PARTS else (-1,))
-    ]
+    asked = [Site(0, name, 0 if name in PARTS else -1) for name in components]
+    for site in asked + [Site(layer, "resid") for layer in layers]:
+        check_site(model, site)
+    heads = {name: range(n_parts(model, name)) if name in PARTS else (-1,) for name in components}
+    return [Site(layer, name, head) for layer in layers for name in components for head in heads[name]]
 
 
 def n_parts(model: Model, component: str) -> int:
@@ -191,15 +185,14 @@ def check_site(model: Model, site: Site) -> None:
     """Raise ValueError when the model has no such site, saying what is allowed."""
     if site == EMBED:
         return
-    if site.component not in EVERY_COMPONENT:
-        raise ValueError(f"component {site.component!r} is unknown; allowed are {', '.join(EVERY_COMPONENT)}")
-    if not 0 <= site.layer < model.n_layers:
-        raise ValueError(f"layer {site.layer} is not in {model.name}: it has layers 0 to {model.n_layers - 1}")
-    if site.component in PARTS and not 0 <= site.head < n_parts(model, site.component):
-        last = n_parts(model, site.component) - 1
-        raise ValueError(
-            f"{site.component} {site.head} is not in {model.name}: a layer has {site.component}s 0 to {last}"
-        )
+    layer, kind, head = site
+    if kind not in EVERY_COMPONENT:
+        raise ValueError(f"component {kind!r} is unknown; allowed are {', '.join(EVERY_COMPONENT)}")
+    if not 0 <= layer < model.n_layers:
+        raise ValueError(f"layer {layer} is not in {model.name}: it has layers 0 to {model.n_layers - 1}")
+    count = n_parts(model, kind) if kind in PARTS else 0
+    if kind in PARTS and not 0 <= head < count:
+        raise ValueError(f"{kind} {head} is not in {model.name}: a layer has {kind}s 0 to {count - 1}")
 
 
 def first_tensor(output: Tensor | tuple) -> Tensor:
@@ -250,10 +243,11 @@ def on_activation(model: Model, layer: int, component: str, visit: Visit) -> Rem
 
 
 @contextmanager
-def removing(handles: list[RemovableHandle]) -> Iterator[None]:
-    """Remove the handles on every way out of the block, also those added to the list inside it."""
+def removing(handles: list[RemovableHandle] | None = None) -> Iterator[list[RemovableHandle]]:
+    """Remove the handles on every way out of the block, also those added inside it to the list that is yielded."""
+    handles = [] if handles is None else handles
     try:
-        yield
+        yield handles
     finally:
         for handle in handles:
             handle.remove()
@@ -284,13 +278,10 @@ def columns_of(model: Model, site: Site) -> slice:
 
 @contextmanager
 def capture(model: Model, sites: Iterable[Site], positions: Positions = None) -> Iterator[dict[Site, Tensor]]:
-    """Copy the activations of the sites (at the token positions, default all) during the forward passes inside.
-
-    Yields a dict that each forward pass fills anew: site -> (batch, positions, width).
-    """
+    """Copy the activations of the sites (at the token positions, default all) during the forward passes inside: into
+    the dict that is yielded, and filled anew by each pass, site -> (batch, positions, width)."""
     seen: dict[Site, Tensor] = {}
-    handles: list[RemovableHandle] = []
-    with removing(handles):
+    with removing() as handles:
         for site in sites:
             check_site(model, site)
 
@@ -305,13 +296,9 @@ def capture(model: Model, sites: Iterable[Site], positions: Positions = None) ->
 @contextmanager
 def patch(model: Model, values: Mapping[Site, Tensor], positions: Positions = None) -> Iterator[dict[Site, int]]:
     """Replace the activations of the sites (at the token positions, default all) by the values given for them, which
-    broadcast to (batch, positions, width).
-
-    Yields a dict that counts how often each site's edit fired.
-    """
+    broadcast to (batch, positions, width). Yields a dict that counts how often each site's edit fired."""
     fired = dict.fromkeys(values, 0)
-    handles: list[RemovableHandle] = []
-    with removing(handles):
+    with removing() as handles:
         for site, value in values.items():
             check_site(model, site)
 
@@ -326,8 +313,6 @@ def patch(model: Model, values: Mapping[Site, Tensor], positions: Positions = No
         yield fired
 
 
-@contextmanager
-def ablate(model: Model, sites: Iterable[Site], positions: Positions = None) -> Iterator[dict[Site, int]]:
+def ablate(model: Model, sites: Iterable[Site], positions: Positions = None) -> AbstractContextManager[dict[Site, int]]:
     """Zero the activations of the sites (at the token positions, default all); any other value is a `patch`."""
-    with patch(model, {site: torch.zeros(1, 1, 1) for site in sites}, positions) as fired:
-        yield fired
+    return patch(model, {site: torch.zeros(1, 1, 1) for site in sites}, positions)

@@ -6,8 +6,6 @@ are read in blocks of rows that stay in cache, and each block is fetched from me
 1. the top logit and its token;
 2. how many logits exceed the answer's (rank);
 3. centred on the top logit: the expectation under the base distribution (for KL) and the sum of exponentials.
-
-NaN and infinite logits show in these sums, so looking for them costs no pass of its own.
 """
 
 from __future__ import annotations
@@ -169,10 +167,8 @@ def _check(logits: Tensor, base: Tensor, count: int, **indices: tuple[Tensor, tu
 
 
 def margins(candidate_logits: ArrayLike, answer: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    """Margin and foil from candidate logits (rows, C) and answer indices (rows,) or one index.
-
-    For margins over both tokens of a name, pass the sums of the two tokens' logits.
-    """
+    """Margin and foil from candidate logits (rows, C) and answer indices (rows,) or one index. For margins over both
+    tokens of a name, pass the sums of the two tokens' logits."""
     candidate_logits = np.asarray(candidate_logits)
     answer = np.broadcast_to(np.asarray(answer), len(candidate_logits))[:, None]
     others = candidate_logits.copy()

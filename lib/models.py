@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,12 +71,7 @@ class Loading:
             idle = "max_memory" if self.max_memory else "offload_folder"
             raise ModelError(f"{idle} is for models on several devices: give device_map: auto with it, or leave it out")
 
-    @property
-    def placed(self) -> str | dict:
-        """Where the weights go."""
-        return self.device_map or pick_device(self.device)
-
-    def arguments(self, random: bool) -> dict[str, Any]:
+    def arguments(self, random: bool, placed: str | dict) -> dict[str, Any]:
         """Those of transformers' loader, or of its maker of random weights."""
         out = {"dtype": DTYPES[self.dtype], "trust_remote_code": False, "attn_implementation": self.attention}
         out |= quantised(self.quantisation, DTYPES[self.dtype])
@@ -85,7 +80,7 @@ class Loading:
         memory = {key: f"{value}GiB" for key, value in self.max_memory.items()} if self.max_memory else None
         spread = self.device_map or self.quantisation
         out |= {"use_safetensors": True, "offload_folder": self.offload_folder, "max_memory": memory}
-        return out | {"device_map": self.placed if spread else None}
+        return out | {"device_map": placed if spread else None}
 
 
 def load(spec: str, **options: Any) -> Model:
@@ -95,13 +90,13 @@ def load(spec: str, **options: Any) -> Model:
     without a tokenizer). The options are the fields of `Loading`. Raises ModelError with what was wrong and what to do.
     """
     how, random = Loading(**options), spec.startswith("config:")
-    placed = how.placed
+    placed = how.device_map or pick_device(how.device)
     weights.check(spec, how.dtype, placed, how.quantisation, how.max_memory, how.offload_folder)
     transformers.logging.disable_progress_bar()
     where, actual, local = resolve(spec, how.sha256)
     if random and (how.quantisation or how.device_map):
         raise ModelError(f"model {spec!r} has random weights: quantisation and device_map do not apply")
-    arguments = how.arguments(random)
+    arguments = how.arguments(random, placed)
     try:
         if random:
             torch.manual_seed(how.seed)
@@ -205,8 +200,7 @@ def prove(model: Model) -> None:
     sites = [Site(layer, component) for layer in ends for component in ("attn", "mlp", "resid")]
     fired: list[tuple[int, str]] = []
     inputs: dict[tuple[int, str], Tensor] = {}
-    handles: list = []
-    with hooks.removing(handles), hooks.capture(model, sites) as seen:
+    with hooks.removing() as handles, hooks.capture(model, sites) as seen:
         for key in itertools.product(range(model.n_layers), hooks.COMPONENTS):
             handles.append(hooks.on_activation(model, *key, lambda _, key=key: fired.append(key)))
         for key in itertools.product(ends, hooks.PARTS if model.down_projs else ("head",)):
@@ -253,10 +247,8 @@ def prove_projection(model: Model, layer: int, part: str, z: Tensor, seen: Mappi
 
 
 def prove_identity(model: Model, base: BaseRun) -> float:
-    """The identity patch: every component of every layer replaced by its own value must change nothing.
-
-    Returns the largest logit difference; SweepError when it exceeds the noise of the dtype.
-    """
+    """The identity patch: every component of every layer replaced by its own value must change nothing. Returns the
+    largest logit difference; SweepError when it exceeds the noise of the dtype."""
     sites = hooks.all_sites(model, ("resid", "attn", "mlp"))
     sites += [Site(layer, "head", head) for layer in range(model.n_layers) for head in {0, model.n_heads - 1}]
     rows = [Row((site,), owner, owner) for owner in range(len(base.ids)) for site in sites]
@@ -293,19 +285,6 @@ def next_logits(model: Model, prompts: Sequence[Sequence[int]], batch_tokens: in
             out = np.empty((len(prompts), logits.shape[-1]), dtype=np.float32)
         out[places] = logits
     return out
-
-
-def next_readings(
-    model: Model, prompts: Sequence[Sequence[int]], read: Callable[[Logits, slice], Mapping], size: int = 64
-) -> dict[str, np.ndarray]:
-    """What `read` makes of the prompts' `next_logits`, taken `size` prompts at a time in the order given, so that the
-    logits of all are never held at once. `read` is given the logits and which prompts they are of, and returns arrays
-    with a row for each."""
-    parts = []
-    for at in range(0, len(prompts), size):
-        part = slice(at, at + size)
-        parts.append(read(next_logits(model, prompts[part]), part))
-    return single_pass.joined(parts)
 
 
 def final_states(model: Model, ids: Int[Tensor, "prompts tokens"]) -> Float[Tensor, "prompts hidden"]:

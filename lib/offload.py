@@ -67,10 +67,8 @@ def through(model: Model, passes: Sequence[Pass]) -> list[Float[Tensor, "batch h
         for layer, block in enumerate(model.blocks):
             with loaded(block):
                 for index, each in enumerate(passes):
-                    handles: list[RemovableHandle] = []
                     _, args, kwargs = calls[index][layer]
-                    with hooks.removing(handles):
-                        handles += each.hooks(layer)
+                    with hooks.removing(each.hooks(layer)):
                         out = hooks.first_tensor(block(waiting[index].to(homes[index]), *args, **kwargs))
                     waiting[index], homes[index] = out.cpu(), out.device
                     each.left(layer)

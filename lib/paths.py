@@ -13,7 +13,7 @@ their roles hold. Nothing is linearised. What the first run records is the row's
 same pass; in the second run the receiver is given the base row's input with this difference, and so nothing of what
 other receivers do. What does not arrive changes nothing, to the bit.
 
-With grouped queries, k and v are made once for a group of query heads: their paths reach all of them (`reached`).
+With grouped queries, k and v are made once for a group of query heads: their paths reach all of them.
 """
 
 from __future__ import annotations
@@ -55,14 +55,6 @@ class Receiver(NamedTuple):
             return f"final norm at {self.role}"
         where = f"{self.layer}.{self.head} {self.kind}" if self.head >= 0 else f"{self.kind} {self.layer}"
         return f"{where} at {self.role}"
-
-
-def reached(model: Model, receiver: Receiver) -> tuple[int, ...]:
-    """The query heads that a q, k or v path reaches: with grouped queries, k and v reach the whole group."""
-    if receiver.kind not in PROJECTIONS:
-        return ()
-    group = model.n_heads // model.n_kv_heads if receiver.kind != "q" else 1
-    return tuple(range(receiver.head * group, (receiver.head + 1) * group))
 
 
 def receivers_of(model: Model, sites: Sequence[Site], roles: Mapping[str, str]) -> list[Receiver]:
@@ -115,9 +107,8 @@ def run(
     label: str = "",
     **options: Any,
 ) -> pd.DataFrame:
-    """Path patching of sets of senders into one set of receivers; one row per pair x set x ablation.
+    """Path patching of sets of senders into receivers that are set together; one row per pair x set x ablation.
 
-    receivers    set together.
     senders      sets of heads, MLPs, attention modules or `EMBED`, replaced together at `sender_role`; default: all
                  that come before a receiver, each alone.
     mlps         `recomputed` or `frozen`: the MLPs between senders and receivers.
@@ -190,10 +181,8 @@ class Change(NamedTuple):
 
 @torch.no_grad()
 def grow_paths(model: Model, base: BaseRun, rows: Sequence[Row], sources: Activations, route: Route) -> Grown:
-    """Both runs for every row: `row.sites` are its senders, at the base run's positions.
-
-    `base` holds `attn`, `head`, `mlp` and `resid` beside the senders' components. Returns the final hidden states.
-    """
+    """Both runs for every row: `row.sites` are its senders, at the base run's positions. `base` holds `attn`, `head`,
+    `mlp` and `resid` beside the senders' components."""
     first_run = FirstRun(model, base, rows, sources, route)
     changes, last = first_run.run(), model.n_layers - 1
     joins = {receiver: last if receiver.kind == "final" else receiver.layer for receiver in route.receivers}
@@ -201,8 +190,7 @@ def grow_paths(model: Model, base: BaseRun, rows: Sequence[Row], sources: Activa
     batch = Batch(model, base, rows, first)
     start = min(token for change in changes.values() for token in change.tokens)
     device, fired = batch.owner.device, {}  # asked only when the pass is over: an answer waits for the device
-    handles: list = []
-    with hooks.removing(handles):
+    with hooks.removing() as handles:
         for layer in range(model.n_layers):
             handles.append(batch.joining(model, layer))
         for receiver in route.receivers:
@@ -276,12 +264,12 @@ class FirstRun(Growing):
 
     def run(self) -> dict[Receiver, Change]:
         """Each receiver's change, where it shares tokens with the senders."""
-        model, base, layers, handles = self.model, self.base, range(self.model.n_layers), []
+        model, base, layers = self.model, self.base, range(self.model.n_layers)
         forwards = [(model.attns[layer], partial(self.attend, layer)) for layer in layers]
         if self.route.mlps == "frozen":
             forwards += [(model.mlps[layer], partial(self.held, "mlp", layer)) for layer in layers]
         written = [("embed", -1)] + [("mlp", layer) for layer in layers if self.route.mlps == "recomputed"]
-        with hooks.removing(handles), hooks.with_forwards(forwards):
+        with hooks.removing() as handles, hooks.with_forwards(forwards):
             handles += [self.batch.joining(model, layer) for layer in layers]
             handles += [hooks.on_activation(model, at, part, partial(self.send, part, at)) for part, at in written]
             for receiver in self.route.receivers:

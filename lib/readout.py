@@ -1,4 +1,4 @@
-"""How a vector of the residual stream speaks through the final norm and the unembedding, and what each head writes.
+"""How a vector of the residual stream speaks through the final norm and the unembedding.
 
 A norm is g * c(x) / s(x) + b, where c subtracts the mean or does nothing and s = sqrt(mean(c(x)^2) + epsilon). At a
 fixed scale s it is linear, so a logit is a sum over everything that wrote into the residual stream (Elhage et al.
@@ -8,7 +8,6 @@ fixed scale s it is linear, so a logit is a sum over everything that wrote into 
    need no cases of their own. `readout` joins the final norm to the unembedding.
 2. `post_norms` finds the norms that an attention or MLP output passes before it is added (Gemma 2 and 3), by watching
    which module is given that output; names do not tell (`post_attention_layernorm` comes before the MLP in Llama).
-3. `head_outputs` splits an attention output into its heads' own contributions.
 
 Everything is in fp64 on the CPU, whatever the model's dtype and device.
 """
@@ -68,10 +67,6 @@ class Readout:
     norm: FixedNorm
     unembed: Float[Tensor, "vocab hidden"]  # in the model's dtype, where the model keeps it
 
-    def scale(self, resid: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows"]:
-        """What the final norm divides each final residual stream by."""
-        return self.norm.scale(resid)
-
     def directions(self, tokens: Int[Tensor, "*rows"] | Sequence[int] | int) -> Float[Tensor, "*rows hidden"]:
         """A vector x of the residual stream at scale s adds x @ direction / s to the token's logit, before any cap."""
         return self.norm.pull(self.unembed[torch.as_tensor(tokens, device=self.unembed.device)])
@@ -130,14 +125,13 @@ def post_norms(model: Model) -> list[PostNorms]:
     """Each layer's `PostNorms`: the block's child that is given the very tensor that attention or MLP returned."""
     outputs: dict[tuple[int, str], Tensor] = {}
     found: dict[tuple[int, str], nn.Module] = {}
-    handles: list = []
 
     def given(layer: int, child: nn.Module, args: tuple) -> None:
         for key in ((layer, "attn"), (layer, "mlp")):
             if args and args[0] is outputs.get(key):
                 found.setdefault(key, child)
 
-    with hooks.removing(handles):
+    with hooks.removing() as handles:
         for key in product(range(model.n_layers), ("attn", "mlp")):
             handles.append(hooks.on_activation(model, *key, lambda x, key=key: outputs.update({key: x})))
         for layer, block in enumerate(model.blocks):
@@ -149,20 +143,3 @@ def post_norms(model: Model) -> list[PostNorms]:
         if not isinstance(child, (nn.Dropout, nn.Identity))
     }
     return [PostNorms(norms.get((layer, "attn")), norms.get((layer, "mlp"))) for layer in range(model.n_layers)]
-
-
-@torch.no_grad()
-def head_outputs(
-    model: Model, layer: int, z: Float[Tensor, "*rows heads_and_size"]
-) -> Float[Tensor, "*rows heads hidden"]:
-    """What each head of the layer adds to the attention output, given the o_proj inputs z; o_proj's bias is left out.
-
-    o_proj itself is run on each head's slice with the others at zero, so that its kind (quantised, transposed) does not
-    matter. In the model's dtype, on its device. A post-attention norm is not applied.
-    """
-    if z.shape[-1] != model.n_heads * model.head_size:
-        raise ValueError(f"z must hold {model.n_heads} heads x {model.head_size}; its width is {z.shape[-1]}")
-    o_proj = model.o_projs[layer]
-    alone = torch.eye(model.n_heads, dtype=z.dtype, device=z.device)[:, :, None]
-    masked = (z.unflatten(-1, (model.n_heads, -1))[..., None, :, :] * alone).flatten(-2)
-    return o_proj(masked) - o_proj(torch.zeros_like(masked[..., :1, :]))

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import errno
 import json
-import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -25,8 +23,8 @@ from pandera.errors import SchemaErrors
 from pandera.pandas import Check, Column, DataFrameSchema
 
 METADATA_KEY = b"superset_circuit"
-COMPONENTS = ("resid", "attn", "mlp", "head", "neuron", "direction", "path")
 ROLES = ("name_a", "name_b", "name_c", "names", "swapped", "between", "last", "rest", "all")
+WHEN = ("before", "after")
 ABLATIONS = ("zero", "mean", "resample", "counterfactual", "clean")
 # A row is one pair x site x intervention x seed: these columns name it.
 IDENTITY = ["task", "template", "pair_id", "layer", "component", "head", "position", "direction", "ablation", "seed"]
@@ -59,11 +57,6 @@ def numbers(nullable: bool = False) -> Column:
     return Column(object, Check(_all_finite, name="finite numbers"), nullable=nullable)
 
 
-def flag() -> Column:
-    """True or false."""
-    return Column(bool)
-
-
 def _all_finite(column: pd.Series) -> bool:
     kept = [np.asarray(values, dtype=np.float32) for values in column if values is not None]
     return not kept or bool(np.isfinite(np.concatenate(kept)).all())
@@ -89,7 +82,7 @@ SCHEMA = table_schema(
     "sweep table",
     {
         "layer": whole(0),
-        "component": text(COMPONENTS),
+        "component": text(("resid", "attn", "mlp", "head", "neuron", "direction", "path")),
         "head": whole(-1),  # the head's or neuron's number; -1 where the component has no such parts
         "metric_before": number(),  # margin of the base row of the same pass, logits
         "metric_after": number(),
@@ -101,12 +94,10 @@ SCHEMA = table_schema(
         "seed": whole(0, "int64"),
         "metric_clean": number(),
         "metric_corrupt": number(),
-        **{f"logit_diff_{run}": number() for run in ("before", "after", "clean", "corrupt")},
+        **{f"logit_diff_{run}": number() for run in (*WHEN, "clean", "corrupt")},
         "answer": text(),  # candidate names; the clean prompt's answer in both directions
-        "foil_before": text(),
-        "foil_after": text(),
-        "logits_before": numbers(),  # all candidates, in the order of the metadata's "candidates"
-        "logits_after": numbers(),
+        **{f"foil_{when}": text() for when in WHEN},
+        **{f"logits_{when}": numbers() for when in WHEN},  # all candidates, in the order of the metadata's "candidates"
         "top_token_after": text(),
         "top_logit_after": number(),
         "logsumexp_after": number(),
@@ -114,12 +105,9 @@ SCHEMA = table_schema(
         "kl_after": number(),
         "site_delta": number(),
         "fired": whole(0),
-        "label_logits_before": numbers(nullable=True),  # in the order of the metadata's "labels"
-        "label_logits_after": numbers(nullable=True),
-        "candidate_probability_before": number(nullable=True),
-        "candidate_probability_after": number(nullable=True),
-        "metric_both_before": number(nullable=True),  # odd_one_out: margin over both tokens of a name
-        "metric_both_after": number(nullable=True),
+        **{f"label_logits_{when}": numbers(nullable=True) for when in WHEN},  # in the order of the metadata's "labels"
+        **{f"candidate_probability_{when}": number(nullable=True) for when in WHEN},
+        **{f"metric_both_{when}": number(nullable=True) for when in WHEN},  # odd_one_out: over both tokens of a name
     },
     IDENTITY,
     [PARTS, DENOISING],
@@ -137,11 +125,7 @@ VARIANT_SCHEMA = table_schema(
 )
 
 # Rows of path patching: layer and head are the (first) sender's, `sender` its component; `receivers` names the set.
-_PATH = {
-    "sender": text(("embed", "head", "attn", "mlp")),
-    "receivers": text(),
-    "mlps": text(("frozen", "recomputed")),
-}
+_PATH = {"sender": text(("embed", "head", "attn", "mlp")), "receivers": text(), "mlps": text(("frozen", "recomputed"))}
 PATH_SCHEMA = table_schema(
     "table of paths",
     # the embedding lies below layer 0; L2 norm of the change that arrived at the receivers' inputs
@@ -149,16 +133,6 @@ PATH_SCHEMA = table_schema(
     [*SET_SCHEMA.unique, *_PATH],
     [DENOISING],
 )
-
-# What the findings of steps 02 to 04 read of a table: leaving out the long lists of labels makes reading quick.
-ANALYSED = [name for name in SCHEMA.columns if not name.startswith("label_logits")]
-# What raw effects are read from: which site in which pair, and logit_diff; with `MARGINS`, the margin as well.
-EFFECTS = (
-    *("layer", "component", "head"),
-    *("profile", "task", "template", "pair_id", "quad_id", "half", "direction", "ablation", "position"),
-    *("logit_diff_before", "logit_diff_after", "logit_diff_clean", "logit_diff_corrupt"),
-)
-MARGINS = ("metric_before", "metric_after")
 
 
 def conform(frame: pd.DataFrame, schema: DataFrameSchema = SCHEMA) -> pd.DataFrame:
@@ -188,13 +162,8 @@ def conform(frame: pd.DataFrame, schema: DataFrameSchema = SCHEMA) -> pd.DataFra
             if kind.startswith("int") and not (cast == frame[name]).all():
                 raise RecordError(f"{schema.name}: column {name!r} holds values that are not whole numbers")
             out[name] = cast
-    return check(pd.DataFrame(out).reset_index(drop=True), schema)
-
-
-def check(frame: pd.DataFrame, schema: DataFrameSchema = SCHEMA) -> pd.DataFrame:
-    """The frame, validated; the first broken rule as one RecordError."""
     try:
-        return schema.validate(frame, lazy=True)
+        return schema.validate(pd.DataFrame(out).reset_index(drop=True), lazy=True)
     except SchemaErrors as errors:
         first = errors.failure_cases.iloc[0]
         where = f" at row {first['index']}" if pd.notna(first["index"]) else ""
@@ -238,58 +207,37 @@ def atomic(path: Path) -> Iterator[IO[bytes]]:
         os.close(folder)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Atomically, with sorted keys: equal values give equal bytes."""
-    text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
+def write_table(path: Path, table: pa.Table, metadata: Mapping[str, Any]) -> None:
+    """To Parquet (zstd), whole or not at all, with the metadata as sorted JSON."""
+    text = json.dumps(metadata, sort_keys=True, ensure_ascii=False, allow_nan=False)
     with atomic(path) as file:
-        file.write(text.encode() + b"\n")
+        pq.write_table(table.replace_schema_metadata({METADATA_KEY: text.encode()}), file, compression="zstd")
 
 
-def _lists(column: pd.Series) -> pa.Array:
-    """An object column of number sequences (or None) as list<float32>."""
-    values = [None if row is None else np.asarray(row, dtype=np.float32) for row in column]
-    return pa.array(values, type=pa.list_(pa.float32()))
-
-
-def to_arrow(frame: pd.DataFrame, metadata: Mapping[str, Any]) -> pa.Table:
-    """Sequences of numbers become list<float32>; everything else keeps its type. Metadata as sorted JSON."""
-    arrays, names = [], []
+def write(
+    path: Path, frame: pd.DataFrame, metadata: Mapping[str, Any], schema: DataFrameSchema | None = SCHEMA
+) -> None:
+    """`write_table` of a frame in its schema; None takes any columns. Sequences of numbers become list<float32>."""
+    frame, arrays = frame if schema is None else conform(frame, schema), []
     for name in frame.columns:
         column = frame[name]
         first = next((row for row in column if row is not None), None) if column.dtype == object else None
         numbers = isinstance(first, (list, tuple, np.ndarray)) and not any(isinstance(x, str) for x in first)
-        empty_list = column.dtype == object and first is None and name in SCHEMA.columns
-        arrays.append(_lists(column) if numbers or empty_list else pa.array(column, from_pandas=True))
-        names.append(str(name))
-    text = json.dumps(metadata, sort_keys=True, ensure_ascii=False, allow_nan=False)
-    return pa.table(arrays, names=names).replace_schema_metadata({METADATA_KEY: text.encode()})
-
-
-def write_table(path: Path, table: pa.Table) -> None:
-    with atomic(path) as file:
-        pq.write_table(table, file, compression="zstd")
-
-
-def write(
-    path: Path,
-    frame: pd.DataFrame,
-    metadata: Mapping[str, Any],
-    schema: DataFrameSchema | None = SCHEMA,
-) -> None:
-    """Write a table to Parquet (zstd), whole or not at all. `schema=None` takes any columns."""
-    frame = frame if schema is None else conform(frame, schema)
-    write_table(Path(path), to_arrow(frame, metadata))
+        if numbers or (column.dtype == object and first is None and name in SCHEMA.columns):
+            values = [None if row is None else np.asarray(row, dtype=np.float32) for row in column]
+            arrays.append(pa.array(values, type=pa.list_(pa.float32())))
+        else:
+            arrays.append(pa.array(column, from_pandas=True))
+    write_table(path, pa.table(arrays, names=[str(name) for name in frame.columns]), metadata)
 
 
 def read(path: Path, columns: Sequence[str] | None = None) -> pd.DataFrame:
     """The table, or some of its columns; list columns come back as float32 arrays. Unknown columns are an error."""
     file = _open(path)
     names = file.schema_arrow.names
-    unknown = [name for name in columns or () if name not in names]
-    if unknown:
-        raise RecordError(
-            f"{Path(path).name} has no column {unknown[0]!r}; it has {', '.join(file.schema_arrow.names)}"
-        )
+    for name in columns or ():
+        if name not in names:
+            raise RecordError(f"{Path(path).name} has no column {name!r}; it has {', '.join(names)}")
     return file.read(columns=None if columns is None else list(columns)).to_pandas()
 
 
@@ -308,24 +256,3 @@ def _open(path: Path) -> pq.ParquetFile:
         raise RecordError(f"there is no {path}") from None
     except pa.ArrowInvalid as error:
         raise RecordError(f"{path} is not a Parquet file: {error}") from None
-
-
-def plain(value: Any) -> Any:
-    """Findings as JSON takes them: numpy and dataclasses unpacked, floats to 12 significant digits, NaN as None."""
-    if is_dataclass(value) and not isinstance(value, type):
-        return plain(asdict(value))
-    if hasattr(value, "_asdict"):
-        return plain(value._asdict())
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple, np.ndarray, pd.Series)):
-        return [plain(item) for item in value]
-    if isinstance(value, np.generic):
-        return plain(value.item())
-    if isinstance(value, float):
-        if math.isinf(value):
-            raise ValueError("a finding is infinite; check the numbers it was made from")
-        return None if math.isnan(value) else float(f"{value:.12g}")
-    if value is None or isinstance(value, (bool, int, str)):
-        return value
-    raise TypeError(f"a finding of type {type(value).__name__} cannot be written: {value!r}")

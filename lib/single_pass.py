@@ -77,22 +77,18 @@ def base_run(
     With `layers`, only their activations are kept, nothing behind the last of them is computed, and there are neither
     final states nor a cache. Without `cache`, the final states and activations alone are kept.
     """
-    whole, kept, handles = layers is None, {}, []
+    whole, kept = layers is None, {}
     filled = DynamicCache() if cache and whole else None
     skipped = [] if whole else model.blocks[max(layers) + 1 :]
     at = torch.tensor(list(positions), dtype=torch.long, device=ids.device)
-    with hooks.removing(handles), hooks.with_forwards([(block, skip_block) for block in skipped]):
+    nothing = [(block, lambda hidden_states, *_, **__: hidden_states) for block in skipped]
+    with hooks.removing() as handles, hooks.with_forwards(nothing):
         for layer in range(-1, model.n_layers) if whole else layers:
             handles += keeping(model, kept, layer, components, at)
         out = model.body(input_ids=ids, past_key_values=filled, use_cache=filled is not None)
     hidden = out.last_hidden_state[:, -1] if whole else ids.new_empty(len(ids), 0)
     kv = [] if filled is None else [(layer.keys, layer.values) for layer in filled.layers]
     return BaseRun(ids, tuple(positions), hidden, kept, kv)
-
-
-def skip_block(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-    """A block's `forward` that does nothing."""
-    return hidden_states
 
 
 def keeping(model: Model, kept: dict, layer: int, components: Sequence[str], at: Tensor) -> list[RemovableHandle]:
@@ -187,10 +183,8 @@ def suffix(base: BaseRun, start: int, owner: Int[Tensor, " rows"], ids: Ids | No
 
 
 def rerun(model: Model, base: BaseRun, start: int, owner: Int[Tensor, " rows"], ids: Ids | None = None) -> Hidden:
-    """The one rerun from the kept cache (arguments as in `suffix`): final hidden states at the last token.
-
-    Hooks that the caller has put on see the new tokens alone; gradients flow where they are enabled.
-    """
+    """The one rerun from the kept cache (arguments as in `suffix`): final hidden states at the last token. Hooks that
+    the caller has put on see the new tokens alone; gradients flow where they are enabled."""
     return model.body(**suffix(base, start, owner, ids)).last_hidden_state[:, -1]
 
 
@@ -217,8 +211,8 @@ class Grown:
 @torch.no_grad()
 def grow(model: Model, base: BaseRun, rows: Sequence[Row], sources: Activations) -> Grown:
     """Run every row in one growing pass. `sources[component, layer]` is (sources, positions, width)."""
-    growing, handles = Growing(model, base, rows, sources), []
-    with hooks.removing(handles):
+    growing = Growing(model, base, rows, sources)
+    with hooks.removing() as handles:
         for layer in range(model.n_layers):
             handles += growing.layer_hooks(layer)
         return growing.grown(growing.batch.run(model, base, growing.start))
@@ -332,10 +326,8 @@ def joiner(owners: Int[Tensor, " new"], prompts: int) -> Any:
 
 
 class Edit:
-    """The replacement of one module's activation in some rows of the batch, at the role's positions.
-
-    `edits` are as in `edits_by_module`, `offsets` the positions in the pass, `source` (sources, positions, width).
-    """
+    """The replacement of one module's activation in some rows of the batch, at the role's positions: `edits` as in
+    `edits_by_module`, `offsets` the positions in the pass, `source` (sources, positions, width)."""
 
     def __init__(self, model: Model, component: str, edits: list[tuple], offsets: Tensor, source: Tensor) -> None:
         self.size = hooks.part_size(model, component)
@@ -388,10 +380,8 @@ def row_limit(model: Model, base: BaseRun, memory: float) -> int:
 
 
 def prove_rows(model: Model, grown: Grown, describe: Callable[[int], str]) -> None:
-    """SweepError for the first row whose hook did not fire once or whose site did not arrive at its source.
-
-    `describe(row index)` names the site and the pair.
-    """
+    """SweepError for the first row whose hook did not fire once or whose site did not arrive at its source; in it,
+    `describe(row index)` names the site and the pair."""
     # the plain run and the pass meet at the site through kernels of other shapes, hence a relative allowance
     loose = 1e-2 if model.low_precision else 1e-3
     missed = (grown.site_delta - grown.expected).abs() > loose * grown.expected

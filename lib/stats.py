@@ -7,10 +7,9 @@ So each function takes one value per quad, or one value per quad and site, and r
    (Hall 1988), for means, ratios of sums and differences, and for all sites together by the largest |t|. With heavy
    tails it covers better than the equal-tailed form.
 2. Tests over many sites: the sign of whole quads is flipped, and the largest statistic over sites is compared (max-T;
-   Westfall and Young 1993), or p values are adjusted by Benjamini and Hochberg.
+   Westfall and Young 1993).
 3. `p_of_interval` reads a p value off an interval, so that claims decided by intervals can be corrected together.
-4. Proportions: Wilson's interval and the binomial test, with the number of trials reduced for what trials of one
-   quad share.
+4. Proportions: Wilson's interval, with the number of trials reduced for what trials of one quad share.
 
 Resamples are drawn once per call as a matrix of weights and used for all sites, so that everything is a matrix
 product, done in chunks; a seed decides everything. `bench/coverage.py` measures coverage and level.
@@ -35,10 +34,7 @@ ZERO = 1e-12  # a variance below this share of the values' mean square is roundi
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate with its interval; None for its ends where there are too few clusters (`method` says so).
-
-    `pandas.DataFrame(intervals)` makes a list of them a table.
-    """
+    """An estimate with its interval; None for its ends where there are too few clusters (`method` says so)."""
 
     estimate: float
     low: float | None
@@ -70,15 +66,6 @@ class Settings:
 
 DEFAULTS = Settings()
 Tail = Literal["two-sided", "greater", "less"]
-
-
-class MaxT(NamedTuple):
-    """A test of every site by flipping signs of quads."""
-
-    p: Float[np.ndarray, " sites"]  # familywise
-    p_raw: Float[np.ndarray, " sites"]  # of each site alone; what `benjamini_hochberg` takes
-    flips: int  # sign patterns counted, the identity among them; 1 / flips is the smallest p
-    exact: bool  # every pattern was enumerated
 
 
 def too_few(n: int, unit: str = "clusters") -> str | None:
@@ -232,25 +219,17 @@ def mean_interval(values: ArrayLike, settings: Settings = DEFAULTS) -> Interval:
     return mean_intervals(np.ravel(values)[:, None], settings)[0]
 
 
-def ratio_intervals(
-    numerators: Float[np.ndarray, "quads sites"],
-    denominators: ArrayLike,
-    settings: Settings = DEFAULTS,
-) -> list[Interval]:
+def ratio_intervals(numerators: ArrayLike, denominators: ArrayLike, settings: Settings = DEFAULTS) -> list[Interval]:
     """Bootstrap-t interval, with delta-method errors, for each column's sum(numerator) / sum(denominator).
 
-    For damage and recovery: the quads' sums of effects and of clean - corrupt. `denominators` is (quads, sites), or
-    (quads,) where all sites share them. ValueError if they do not add up to more than 0.
+    For damage and recovery: the quads' sums of effects and of clean - corrupt. `numerators` are (quads, sites), or
+    (quads,) for one site; `denominators` likewise, (quads,) also where all sites share them. ValueError if they do not
+    add up to more than 0.
     """
     top, bottom = _matrix(numerators, "numerators"), _matrix(denominators, "denominators")
     if len(top) != len(bottom) or bottom.shape[1] not in (1, top.shape[1]):
         raise ValueError(f"numerators {top.shape} and denominators {bottom.shape} must have the same quads and sites")
     return _intervals(top, bottom, settings)
-
-
-def ratio_interval(numerator: ArrayLike, denominator: ArrayLike, settings: Settings = DEFAULTS) -> Interval:
-    """`ratio_intervals` for one ratio; one numerator and one denominator per quad."""
-    return ratio_intervals(np.ravel(numerator)[:, None], denominator, settings)[0]
 
 
 def simultaneous(matrix: Float[np.ndarray, "quads sites"], settings: Settings = DEFAULTS) -> list[Interval]:
@@ -265,11 +244,9 @@ def simultaneous(matrix: Float[np.ndarray, "quads sites"], settings: Settings = 
 
 
 def max_t(
-    matrix: Float[np.ndarray, "quads sites"],
-    settings: Settings = DEFAULTS,
-    tail: Tail = "two-sided",
-) -> MaxT:
-    """Familywise p values for "this site's mean effect is 0", by flipping the sign of whole quads (single step).
+    matrix: Float[np.ndarray, "quads sites"], settings: Settings = DEFAULTS, tail: Tail = "two-sided"
+) -> Float[np.ndarray, " sites"]:
+    """Familywise p values for "this site's mean effect is 0", by flipping the sign of whole quads.
 
     All sites of a quad flip together, and each site's t is compared with the largest t over sites (Westfall and Young
     1993; single step). The assumption: under the null, a quad's effects are as likely as their negatives (symmetry
@@ -294,12 +271,11 @@ def max_t(
     reached = reshape(total) - 1e-9
     exact = n <= 60 and 2**n <= settings.flips
     count = 2**n if exact else settings.flips
-    familywise, alone = np.zeros(sites), np.zeros(sites)
+    familywise = np.zeros(sites)
     for signs in _signs(n, sites, count, exact, settings.seed):
-        flipped = reshape(signs @ scaled)
-        alone += (flipped >= reached).sum(0)
-        familywise += len(signs) - np.searchsorted(np.sort(flipped.max(1)), reached)
-    return MaxT(familywise / count, alone / count, count, exact)
+        largest = np.sort(reshape(signs @ scaled).max(1))
+        familywise += len(signs) - np.searchsorted(largest, reached)
+    return familywise / count
 
 
 def _signs(n: int, sites: int, total: int, exact: bool, seed: int) -> Iterator[Float[np.ndarray, "chunk n"]]:
@@ -314,48 +290,6 @@ def _signs(n: int, sites: int, total: int, exact: bool, seed: int) -> Iterator[F
             negative = rng.random((len(numbers), n)) < 0.5
             negative[numbers == 0] = False
         yield np.where(negative, -1.0, 1.0)
-
-
-def benjamini_hochberg(p: ArrayLike) -> Float[np.ndarray, " sites"]:
-    """p values adjusted so that a list cut at q has an expected share of at most q false entries (1995, step-up)."""
-    return stats.false_discovery_control(p, method="bh")
-
-
-def rank_agreement(
-    first: Float[np.ndarray, "quads sites"],
-    second: Float[np.ndarray, "quads sites"],
-    settings: Settings = DEFAULTS,
-) -> Interval:
-    """Spearman's correlation between the sites' mean effects under two ablations, the same quads and sites in both.
-
-    The interval is z +- Student's t x the bootstrap's standard deviation of z, Fisher's transform, resampling the same
-    quads in both. It is about the correlation to be expected with this many quads: where noise rivals the differences
-    between sites, that lies below the correlation of the true effects, and no resampling of quads can tell how far.
-    """
-    check(settings)
-    level = settings.level
-    a, b = _matrix(first, "first"), _matrix(second, "second")
-    if a.shape != b.shape or a.shape[1] < 3:
-        raise ValueError(f"rank agreement needs the same quads and at least 3 sites; got {a.shape} and {b.shape}")
-    n = len(a)
-    estimate = float(_spearman(a.mean(0)[None], b.mean(0)[None])[0])
-    reason = too_few(n)
-    if reason or np.isnan(estimate):
-        return Interval(estimate, None, None, level, n, reason or "no interval: all sites have equal effects")
-    drawn = [_spearman(w @ a, w @ b) for w in weights(n, a.shape[1], settings.resamples, settings.seed)]
-    # z of 1 is infinite: clip
-    z, middle = (np.arctanh(np.clip(value, -1 + 1e-12, 1 - 1e-12)) for value in (np.concatenate(drawn), estimate))
-    reach = stats.t.ppf((1 + level) / 2, n - 1) * np.nanstd(z)
-    low, high = np.tanh(middle - reach), np.tanh(middle + reach)
-    return Interval(estimate, float(low), float(high), level, n, "bootstrap on Fisher's z")
-
-
-def _spearman(a: Float[np.ndarray, "rows sites"], b: Float[np.ndarray, "rows sites"]) -> Float[np.ndarray, " rows"]:
-    """Spearman's correlation of each row of a with the same row of b; NaN where one is constant."""
-    x, y = (stats.rankdata(values, axis=1) for values in (a, b))
-    x, y = (ranks - ranks.mean(1, keepdims=True) for ranks in (x, y))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return (x * y).sum(1) / np.sqrt((x**2).sum(1) * (y**2).sum(1))
 
 
 def effective_trials(successes: ArrayLike, n: ArrayLike) -> tuple[float, float]:
@@ -395,23 +329,3 @@ def proportion_interval(successes: ArrayLike, n: ArrayLike, settings: Settings =
     # rounding must not push the interval off its estimate at 0 and 1
     low, high = min(p, max(0.0, float(middle - reach))), max(p, min(1.0, float(middle + reach)))
     return Interval(p, low, high, level, units, "Wilson")
-
-
-class AboveChance(NamedTuple):
-    """One-sided test of a proportion against chance."""
-
-    above: bool
-    p: float
-
-
-def above_chance(successes: ArrayLike, n: ArrayLike, chance: float, confidence: float = 0.95) -> AboveChance:
-    """Whether a proportion is above chance with the confidence given: the exact one-sided binomial test.
-
-    `successes` and `n` are totals of independent trials, or one entry per unit, which enter with their
-    `effective_trials`; then p = P(at least k of n) is continued to fractions by the incomplete beta function.
-    """
-    if not 0 < chance < 1 or not 0 < confidence < 1:
-        raise ValueError(f"chance and confidence must lie in (0, 1); got {chance} and {confidence}")
-    k, trials = effective_trials(successes, n)
-    p = float(stats.beta.cdf(chance, k, trials - k + 1)) if k > 0 else 1.0
-    return AboveChance(p < 1 - confidence, p)

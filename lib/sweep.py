@@ -1,10 +1,7 @@
 """Sweeps of noise and denoise interventions over pairs of prompts, one tidy row per pair x site x ablation.
 
-1. Pairs whose prompts have one length and whose roles stand at the same tokens are run together.
-2. Clean and corrupt prompts are run plainly; the activations at the role's tokens are kept (`lib.single_pass`).
-3. The sources are laid out: zeros, means, a resampled prompt's values, or the other run of the pair.
-4. All sites x ablations x pairs become rows of growing passes, as many per pass as the memory budget allows.
-5. Each row is proved and scored against the base row of its own pass.
+Pairs whose prompts have one length and whose roles stand at the same tokens share their passes (`lib.batches`), in
+which all sites x ablations x pairs are rows (`lib.single_pass`).
 
 Ten lines sweep any model on any two prompts, without a profile::
 
@@ -51,10 +48,9 @@ def run(
 
     site_sets  sets of sites replaced together, instead of every single site: one row per set; the columns layer,
                component, head then name its first site, and `site_set` is its place in the list.
-    options    the fields of `Options`: direction, role, ablations, pool, seed, memory, profile, pools. Means and
-               resamples come from the prompts of `pool` in the pair's own group, its own quad left out, balanced over
-               supersets and without those that would take a side (`batches.neutral_classes`); a pair without any is
-               an error. Under `denoise` the column `ablation` says
+    options    the fields of `Options`. Means and resamples come from the prompts of `pool` in the pair's own group, its
+               own quad left out, balanced over supersets and without those that would take a side
+               (`batches.neutral_classes`); a pair without any is an error. Under `denoise` the column `ablation` says
                "clean". A pass that does not fit is halved and retried, with a line in the log and in
                `frame.attrs["log"]`.
 
@@ -153,10 +149,8 @@ def packs(group: Sequence[Pair], rows_per_pair: int, role: str) -> Iterator[list
 
 
 def prove(model: Model, pair: Pair) -> list[str]:
-    """The two proofs of a step, on one pair; SweepError when they fail, else a line each with the largest difference.
-
-    The identity patch changes nothing; the whole residual stream at all positions gives the other run.
-    """
+    """The two proofs of a step, on one pair: the identity patch changes nothing; the whole residual stream at all
+    positions gives the other run. SweepError when they fail, else a line each with the largest difference."""
     clean, corrupt = (token_ids(model, [prompt.ids]) for prompt in (pair.clean, pair.corrupt))
     still = prove_identity(model, base_run(model, clean, pair.clean.roles["names"]))
     whole = prove_whole_residual(model, corrupt[0], clean[0])

@@ -10,7 +10,7 @@ Nothing here needs torch: any Hugging Face *fast* tokenizer will do. All bad inp
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -144,11 +144,6 @@ class Pair:
     label_tokens: tuple[int, ...] = ()
 
 
-def without_labels(pairs: Iterable[Pair]) -> list[Pair]:
-    """The pairs with no words recorded beside the candidates, where nothing reads those words' logits."""
-    return [replace(pair, labels=(), label_tokens=()) for pair in pairs]
-
-
 def plural(word: str) -> str:
     """The plural of a profession or superset: dancers, tennis players, coaches."""
     return word + ("es" if word.endswith(("s", "x", "ch", "sh")) else "s")
@@ -175,9 +170,7 @@ def _distinct(names: Sequence[str], tokens: Sequence[int], where: str) -> None:
 
 def candidates(tokenizer: Any, template: Template) -> tuple[tuple[str, ...], tuple[int, ...]]:
     """The superset names and, for each, the token id of its answer in the template's form with its leading space.
-
-    Raises ValueError if an answer is not a single token for this tokenizer, or if two answers share one.
-    """
+    ValueError if an answer is not a single token for this tokenizer, or if two answers share one."""
     words = [f" {in_form(name, template.form)}" for name in SUPERSETS]
     ids = answer_ids(tokenizer, words)
     for word, tokens in zip(words, ids, strict=True):
@@ -201,10 +194,8 @@ PROFESSIONS = (
 
 
 def labels(tokenizer: Any, template: Template) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """Words recorded beside the candidates, and their tokens: professions (plural, singular) and singular supersets.
-
-    Only single tokens are kept, and none that is a candidate itself. Odd-one-out has none: its answers are names.
-    """
+    """Words recorded beside the candidates, and their tokens: professions (plural, singular) and singular supersets, of
+    one token, and no candidate itself. Odd-one-out has none: its answers are names."""
     if template.task == "odd_one_out":
         return (), ()
     taken = set(candidates(tokenizer, template)[1])
@@ -247,19 +238,15 @@ def make_prompt(
     chat_template: bool = False,
     attributes: Sequence[str] = DEFAULT_ATTRIBUTES,
 ) -> Prompt:
-    """Fill `template` with `names`, tokenise it once with the tokenizer's own special tokens, and find the roles.
+    """Fill `template` with `names`, one per slot, tokenise it once with the tokenizer's own special tokens, and find
+    the roles.
 
-    Args:
-        tokenizer: a Hugging Face fast tokenizer (its offset mapping is needed).
-        template: see TEMPLATES and find_template.
-        names: one per slot, without spaces around them.
-        chat_template: wrap the text as a user message in the tokenizer's chat template, with its generation prompt.
-            The answer prefix then opens the reply; without one, a reply may not begin with a leading-space token.
-        attributes: what the bi-association prompt asks about; other templates do not use it.
+    `chat_template` wraps the text as a user message in the tokenizer's chat template, with its generation prompt. The
+    answer prefix then opens the reply; without one, a reply may not begin with a leading-space token. `attributes` are
+    what the bi-association prompt asks about.
 
-    Raises:
-        ValueError: wrong number of names, a name that is not found in the wrapped prompt, a token that mixes a name
-            with the text around it, or a tokenizer that is not fast or appends a token of its own.
+    Raises ValueError for a wrong number of names, a name that is not found in the wrapped prompt, a token that mixes a
+    name with the text around it, and a tokenizer that is not fast or appends a token of its own.
     """
     text, spans = fill(template, names, attributes)
     if chat_template:
@@ -315,20 +302,14 @@ def _name_tokens(text: str, offsets: Sequence[tuple[int, int]], name: str, start
 
 
 def make_pair(
-    tokenizer: Any,
-    row: Mapping[str, Any],
-    chat_template: bool = False,
-    attributes: Sequence[str] = DEFAULT_ATTRIBUTES,
+    tokenizer: Any, row: Mapping[str, Any], chat_template: bool = False, attributes: Sequence[str] = DEFAULT_ATTRIBUTES
 ) -> Pair:
-    """Build and check one pair from a row of pairs.parquet or of a pairs_file.
+    """Build and check one pair from a row of pairs.parquet or of a pairs_file: pair_id, quad_id, half, task, template,
+    clean_a, clean_b, corrupt_a, corrupt_b (and clean_c, corrupt_c), answer, corrupt_answer: superset names, or a slot
+    (a, b, c) in odd_one_out.
 
-    Args:
-        row: pair_id, quad_id, half, task, template, clean_a, clean_b, corrupt_a, corrupt_b (and clean_c, corrupt_c),
-            answer, corrupt_answer: superset names, or a slot (a, b, c) in odd_one_out.
-
-    Raises:
-        ValueError: names with different token counts, tokens outside the names that differ, clean and corrupt names
-            the same, an unknown answer, or answers that are the same; plus everything make_prompt and candidates raise.
+    Raises ValueError for names with different token counts, tokens outside the names that differ, clean and corrupt
+    names the same, an unknown answer, answers that are the same, and for what make_prompt and candidates refuse.
     """
     template = find_template(row["template"], row["task"])
     where = f"pair {row['pair_id']!r}"
@@ -338,12 +319,9 @@ def make_pair(
     clean, corrupt = (make_prompt(tokenizer, template, n, chat_template, attributes) for n in names.values())
     swapped = _swapped(clean, corrupt, names["clean"], names["corrupt"], where)
     clean, corrupt = (replace(prompt, roles=prompt.roles | {"swapped": swapped}) for prompt in (clean, corrupt))
-
     if template.task == "odd_one_out":
         words: tuple[str, ...] = template.slots
-        own, other = (
-            _name_answers(prompt, names[side], where) for side, prompt in (("clean", clean), ("corrupt", corrupt))
-        )
+        own, other = (_name_answers(*each, where) for each in zip((clean, corrupt), names.values(), strict=True))
     else:
         words, shared = candidates(tokenizer, template)
         own = other = (shared, ())
@@ -394,15 +372,13 @@ def two_prompts(
 ) -> Pair:
     """A pair from any two texts whose tokens line up, without a template: roles `swapped`, `last` and `all`.
 
-    Args:
-        answer, corrupt_answer, foils: the candidates, written as they continue the text (" Paris"); the first token
-            of each is read.
-        roles: more roles by name: the words that have it in the clean and in the corrupt text, the same tokens of both.
-        pair_id: of its own where several pairs are swept together; each is a cluster by itself.
+    answer, corrupt_answer, foils  the candidates, written as they continue the text (" Paris"); the first token of each
+                                   is read.
+    roles                          more roles by name: the words that have it in the clean and in the corrupt text.
+    pair_id                        of its own where several pairs are swept together; each is a cluster by itself.
 
-    Raises:
-        ValueError: different token counts, the same text twice, candidates that share a first token, or a role whose
-            words are not there once, or not at the same tokens of both texts.
+    Raises ValueError for different token counts, the same text twice, candidates that share a first token, and a role
+    whose words are not there once, or not at the same tokens of both texts.
     """
     sides = [tuple(tokenizer(text).input_ids) for text in (clean, corrupt)]
     if len(sides[0]) != len(sides[1]):
@@ -421,20 +397,10 @@ def two_prompts(
     candidates = (answer, corrupt_answer, *foils)
     tokens = tuple(tokenizer(word, add_special_tokens=False).input_ids[0] for word in candidates)
     _distinct(candidates, tokens, "two_prompts")
-    return Pair(
-        pair_id=pair_id,
-        quad_id=pair_id,
-        half="discovery",
-        task="superset",
-        template="two_prompts",
-        clean=Prompt(clean, sides[0], places),
-        corrupt=Prompt(corrupt, sides[1], places),
-        candidates=candidates,
-        answer=0,
-        corrupt_answer=1,
-        clean_tokens=tokens,
-        corrupt_tokens=tokens,
-    )
+    about = {"pair_id": pair_id, "quad_id": pair_id, "half": "discovery", "task": "superset", "template": "two_prompts"}
+    prompts = {"clean": Prompt(clean, sides[0], places), "corrupt": Prompt(corrupt, sides[1], places)}
+    answers = {"answer": 0, "corrupt_answer": 1, "clean_tokens": tokens, "corrupt_tokens": tokens}
+    return Pair(**about, **prompts, candidates=candidates, **answers)
 
 
 def words_tokens(tokenizer: Any, text: str, words: str) -> tuple[int, ...]:

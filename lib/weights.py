@@ -134,7 +134,7 @@ class Shape:
     n_kv_heads: int
     head_size: int
     hidden: int
-    inner: int  # neurons of an MLP
+    n_neurons: int  # of an MLP
     vocabulary: int
     attention: int  # weights of one block's attention
     mlp: int  # and of its MLP
@@ -144,10 +144,6 @@ class Shape:
     @property
     def parameters(self) -> int:
         return self.linear + self.other
-
-    @property
-    def n_neurons(self) -> int:
-        return self.inner
 
 
 def config_of(spec: str, offline: bool = True) -> transformers.PretrainedConfig | None:
@@ -187,7 +183,7 @@ def shape_of(config: transformers.PretrainedConfig) -> Shape:
         n_kv_heads=getattr(text, "num_key_value_heads", None) or heads,
         head_size=getattr(text, "head_dim", None) or text.hidden_size // heads,
         hidden=text.hidden_size,
-        inner=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+        n_neurons=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
         vocabulary=text.vocab_size,
         attention=attention // layers,
         mlp=(sum(linear.values()) - attention) // layers,
@@ -204,16 +200,9 @@ def weight_gb(shape: Shape, dtype: str, quantisation: str | None = None) -> floa
 def pass_gb(shape: Shape, dtype: str, rows: int = 2) -> float:
     """GB that the smallest pass takes: two prompts, their cache, logits, a slice of the unembedding in fp32."""
     cache = 2 * shape.n_layers * shape.n_kv_heads * shape.head_size
-    block = 10 * shape.hidden + 4 * shape.inner + 4 * shape.n_heads * shape.head_size
+    block = 10 * shape.hidden + 4 * shape.n_neurons + 4 * shape.n_heads * shape.head_size
     logits = 4 * (rows * shape.vocabulary + min(SLICE, shape.vocabulary) * shape.hidden)
     return (rows * PROMPT * (cache + block) * BYTES[dtype] + logits) / 1e9
-
-
-def device_gb(device: str) -> float:
-    """GB of one device: a card's memory, the machine's for the CPU and for Apple's MPS."""
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_properties(torch.device(device)).total_memory / 1e9
-    return memory_gb()
 
 
 def device_name(key: int | str) -> str:
@@ -223,8 +212,9 @@ def device_name(key: int | str) -> str:
 
 def room_gb(placed: str | Mapping | None, quantisation: str | None, max_memory: Mapping | None, disk: bool) -> float:
     """GB that weights may take: one device's, or what a device map spreads them over; infinite with the disk."""
-    cards = {f"cuda:{i}": device_gb(f"cuda:{i}") for i in range(torch.cuda.device_count())}
-    places = cards | {"cpu": memory_gb()}
+    sizes = [torch.cuda.get_device_properties(index).total_memory for index in range(torch.cuda.device_count())]
+    cards = {f"cuda:{index}": size / 1e9 for index, size in enumerate(sizes)}
+    places = cards | {"cpu": memory_gb()}  # which is Apple's MPS's, too
     if isinstance(placed, Mapping):
         used = {device_name(key) for key in placed.values()}
     elif placed in MAPS:
@@ -232,7 +222,7 @@ def room_gb(placed: str | Mapping | None, quantisation: str | None, max_memory: 
         if quantisation and cards:  # bitsandbytes keeps packed weights on the cards alone
             used = set(cards)
     else:
-        return device_gb(placed)
+        return places.get(device_name(placed), places["cpu"])
     if "disk" in used:
         return float("inf")
     limits = {device_name(key): value * 2**30 / 1e9 for key, value in (max_memory or {}).items()}

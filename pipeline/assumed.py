@@ -167,7 +167,7 @@ def pair_of(
     labels: int = 50,
     answers: Sequence[str] = (),
 ) -> Pair:
-    """One of a quad's pairs. The third and fourth are the mirrors of the first two, as `data.pairs_of` has them.
+    """One of a quad's pairs. The third and fourth are the mirrors of the first two, as `population.pairs_of` has them.
 
     `answers` of the first pair, clean and corrupt; where they are not known, quads take all two supersets in turn.
     """

@@ -108,7 +108,7 @@ def firsts(shape: Shape, options: Mapping[str, Any]) -> list[int]:
 
 def limit_of(shape: Shape, tokens: int, start: int, dtype: str, memory: float) -> int:
     """`single_pass.row_limit` of such prompts."""
-    config = SimpleNamespace(hidden_size=shape.hidden, intermediate_size=shape.inner)
+    config = SimpleNamespace(hidden_size=shape.hidden, intermediate_size=shape.n_neurons)
     network = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: config))
     sizes = {name: getattr(shape, name) for name in ("n_heads", "n_kv_heads", "head_size")}
     model = SimpleNamespace(model=network, dtype=getattr(torch, dtype), **sizes)

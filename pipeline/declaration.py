@@ -26,6 +26,14 @@ from pipeline.units import Unit
 SUPERSET_TASKS = ("superset", "bi_association")
 # What steps hand to all others, by the step that leaves it: pairs, and which tasks the model does; layers; the slice.
 PAIRS, CRITICAL_LAYERS, SLICE = "baselines", "coarse_sweep", "sufficiency"
+# What the findings of steps 02 to 04 read of a table: leaving out the long lists of labels makes reading quick.
+ANALYSED = tuple(name for name in records.SCHEMA.columns if not name.startswith("label_logits"))
+# What raw effects are read from: which site in which pair, and logit_diff.
+EFFECTS = (
+    *("layer", "component", "head"),
+    *("profile", "task", "template", "pair_id", "quad_id", "half", "direction", "ablation", "position"),
+    *("logit_diff_before", "logit_diff_after", "logit_diff_clean", "logit_diff_corrupt"),
+)
 
 
 @dataclass(frozen=True)

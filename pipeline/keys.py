@@ -25,8 +25,9 @@ from pipeline.declaration import CRITICAL_LAYERS, PAIRS, Declaration, Plan
 from pipeline.params import ParameterError, Shared, section_keys
 
 # Modules of pipeline through which the imports of a measure file are followed. What else pipeline has computes nothing.
-FOLLOWED = ("pipeline.step", "pipeline.units", "pipeline.declaration")
-HASHED = ("pipeline.units",)  # of these, what a step's data depend on: how work is cut into units
+FOLLOWED = ("pipeline.step", "pipeline.units", "pipeline.population", "pipeline.declaration")
+# Of these, what a step's data depend on: how work is cut into units, and whom it asks about.
+HASHED = ("pipeline.units", "pipeline.population")
 
 # Shared keys that reach a step's data. `memory` does: what shares a pass changes the last bits.
 MODEL_KEYS = ("model", "model_sha256", "dtype", "device", "device_map", "quantisation", "max_memory")

@@ -297,7 +297,9 @@ def left_out(sections: Sections, step: str, own: Mapping[str, Any]) -> list[str]
     """What a step with the parameters `own` (as JSON) does less than with its `full_profile`, one phrase each."""
 
     def said(value: Any) -> str:
-        return "all" if value is None else ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+        return (
+            "all" if value is None else ", ".join(map(str, value)) or "none" if isinstance(value, list) else str(value)
+        )
 
     full = validate(sections, step, load_profile(own["full_profile"]))
     meaning = {key: field.description.split(";")[0] for key, field in type(full).model_fields.items()}

@@ -13,7 +13,7 @@ import importlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +25,7 @@ import pandas as pd
 
 from lib import records
 from pipeline import keys, machine, params, units
-from pipeline.declaration import CRITICAL_LAYERS, SLICE, Declaration, Plan, Table
+from pipeline.declaration import CRITICAL_LAYERS, EFFECTS, SLICE, Declaration, Plan, Table
 from pipeline.params import ParameterError, Shared
 from pipeline.units import Engine, Unit
 
@@ -362,7 +362,7 @@ class Step:
             "tables": {name: {key: table[key] for key in own} for name, table in tables.items()},
         }
         if record != self.record and (tables or not self.fresh):
-            records.write_json(self.results / f"{self.name}.run.json", record)
+            units.write_json(self.results / f"{self.name}.run.json", record)
 
     def write_findings(self, findings: Mapping[str, Any]) -> dict[str, Any]:
         """Write <step>.findings.json, headed by what it is about; returns it as later steps will read it.
@@ -373,8 +373,8 @@ class Step:
         self.write_record()
         if "tokenizer" in self.__dict__:
             self.tokenizer.keep(self.path("tokens"))
-        out = {**records.plain(findings), "about": keys.about(self.params)}
-        records.write_json(self.results / f"{self.name}.findings.json", out)
+        out = {**plain(findings), "about": keys.about(self.params)}
+        units.write_json(self.results / f"{self.name}.findings.json", out)
         return out
 
     def write_extra(self, name: str, extra: pd.DataFrame | Mapping[str, Any]) -> Path:
@@ -386,7 +386,7 @@ class Step:
         self._clear_stale()
         self.write_record()
         table = isinstance(extra, pd.DataFrame)
-        records.write(path, extra, {}, schema=None) if table else records.write_json(path, records.plain(extra))
+        records.write(path, extra, {}, schema=None) if table else units.write_json(path, plain(extra))
         return path
 
 
@@ -399,7 +399,7 @@ class Encoding(dict):
 
 
 class Remembered:
-    """What `lib.tasks` and `lib.data` ask of a tokenizer; a page is drawn again from its tables without the real one.
+    """What `lib.tasks` and `population` ask of a tokenizer; a page is drawn again from its tables without the real one.
 
     `load` gives the real one, which is loaded for what is new; `path` (<step>.tokens.parquet) holds what was asked.
     """
@@ -452,6 +452,27 @@ class Remembered:
             self.kept = len(self.answers)
 
 
+def plain(value: Any) -> Any:
+    """Findings as JSON takes them: numpy and dataclasses unpacked, floats to 12 significant digits, NaN as None."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return plain(asdict(value))
+    if hasattr(value, "_asdict"):
+        return plain(value._asdict())
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, np.ndarray, pd.Series)):
+        return [plain(item) for item in value]
+    if isinstance(value, np.generic):
+        return plain(value.item())
+    if isinstance(value, float):
+        if math.isinf(value):
+            raise ValueError("a finding is infinite; check the numbers it was made from")
+        return None if math.isnan(value) else float(f"{value:.12g}")
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    raise TypeError(f"a finding of type {type(value).__name__} cannot be written: {value!r}")
+
+
 RESIDENT: dict[str, Step] = {}
 
 
@@ -481,11 +502,11 @@ def single_sites(step: Step) -> pd.DataFrame:
         path = folder / f"{SLICE}.parquet"
         if not path.is_file() or not keys.same_subject(records.read_metadata(path)["parameters"], step.params):
             continue
-        frame = records.read(path, records.EFFECTS)
+        frame = records.read(path, EFFECTS)
         frame = frame[frame["component"].isin(["head", "mlp"]) & (frame["position"] == "last")]
         if len(frame) and frame["pair_id"].isin(pairs.index).all():
             return effects.in_halves(frame)[0][1].join(pairs[answers], on="pair_id")
-    return pd.DataFrame(columns=[*records.EFFECTS, *answers])
+    return pd.DataFrame(columns=[*EFFECTS, *answers])
 
 
 def begin(plan: Plan, step: str, namespace: Mapping[str, Any], engine: Callable[[Shared], Engine | None]) -> Step:

@@ -1,6 +1,6 @@
 """Work units: a step's work in pieces that are done whole, kept on disk and never repeated.
 
-1. A `Unit` says what is asked of which pairs; its id is a pure function of that.
+1. A `Unit` says what is asked of which pairs (`subsample`); its id is a pure function of that.
 2. `run_units` computes the units whose Parquet file is missing, here or elsewhere (`engine`), with a progress bar.
 3. `assemble` joins the files in unit order into the step's table: the same data as an undisturbed run, bit for bit.
 4. `remove_units` clears the folder.
@@ -16,8 +16,8 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol
 
@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from lib.batches import check_role, grouped, with_donors
-from lib.records import METADATA_KEY, SCHEMA, RecordError, write, write_json, write_table
+from lib.records import METADATA_KEY, SCHEMA, RecordError, atomic, write, write_table
 from lib.tasks import Pair
 
 
@@ -62,6 +62,11 @@ def plan_id(units: Sequence[Unit]) -> str:
     return hashlib.sha256("\n".join(map(content_id, units)).encode()).hexdigest()[:16]
 
 
+def without_labels(pairs: Iterable[Pair]) -> list[Pair]:
+    """The pairs with no words recorded beside the candidates, where nothing reads those words' logits."""
+    return [replace(pair, labels=(), label_tokens=()) for pair in pairs]
+
+
 def sweep_units(
     label: str, pairs: Sequence[Pair], pool: Sequence[Pair] | None = None, /, size: int = 8, **options: Any
 ) -> list[Unit]:
@@ -84,6 +89,34 @@ def sweep_units(
             for at in range(0, len(members) if own else 0, size):
                 units.append(Unit(f"{label}-{len(units):04d}", tuple(members[at : at + size]), there))
     return units
+
+
+def subsample(pairs: Sequence[Pair], count: int | None) -> list[Pair]:
+    """At most `count` pairs (None: all), from both halves alike and from as many quads as possible, in their order.
+
+    A subset of evenly spaced quads of each half; a quad gives a second pair only after every quad has given one, and
+    which of its pairs comes first alternates from quad to quad, so that both sides and both orders are there.
+    """
+    if count is None or count >= len(pairs):
+        return list(pairs)
+    ranked: list[tuple[int, float, int]] = []  # (turn of the quad, place within the half, index)
+    for half in dict.fromkeys(pair.half for pair in pairs):
+        quads: dict[str, list[int]] = {}
+        for index, pair in enumerate(pairs):
+            if pair.half == half:
+                quads.setdefault(pair.quad_id, []).append(index)
+        for number, members in enumerate(quads.values()):
+            place = (number * 0.6180339887498949) % 1  # the golden ratio's multiples spread any first few evenly
+            turned = members[number % len(members) :] + members[: number % len(members)]
+            ranked += [(turn, place, index) for turn, index in enumerate(turned)]
+    return [pairs[index] for index in sorted(index for _, _, index in sorted(ranked)[:count])]
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Atomically, with sorted keys: equal values give equal bytes."""
+    text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    with atomic(path) as file:
+        file.write(text.encode() + b"\n")
 
 
 class Done(NamedTuple):
@@ -200,8 +233,7 @@ def assemble(
         "seconds": round(math.fsum(unit["seconds"] for unit in about), 3),
         "log": [line for unit in about for line in unit["log"]],
     }
-    text = json.dumps(full, sort_keys=True, ensure_ascii=False, allow_nan=False)
-    write_table(path, table.replace_schema_metadata({METADATA_KEY: text.encode()}))
+    write_table(path, table, full)
     return full
 
 

@@ -68,7 +68,8 @@ def quick_notes(sections: params.Sections, results: Path, steps: Mapping[str, st
             notes[step] = f"This page was made with {which}. It leaves out:\n\n- " + "\n- ".join(less)
             notes["index"] = (
                 f"This report was made with {which}: every page, from fewer prompts, so that intervals are "
-                f"wider. Each page says what it leaves out. The full report: `make book PROFILE={full}`."
+                "wider, and missing where fewer than 20 quads are left: what needs one is then not decided. "
+                f"Each page says what it leaves out. The full report: `make book PROFILE={full}`."
             )
     return {name: f":::{{admonition}} The quick form\n{note}\n:::" for name, note in notes.items()}
 
@@ -91,6 +92,9 @@ def clean_notebook(path: Path, step: str, note: str = "") -> str:
         tags = cell["metadata"].get("tags", [])
         if {"parameters", "injected-parameters"} & set(tags) and "hide-input" not in tags:
             cell["metadata"]["tags"] = [*tags, "hide-input"]
+        shown = cell["metadata"].get("mystnb", {})
+        if "figure" in shown:  # for who does not see it
+            shown["image"] = {"alt": shown["figure"]["caption"]} | shown.get("image", {})
         if cell["cell_type"] != "code" or not "".join(cell["source"]).strip():
             continue
         for output in cell.get("outputs", ()):

@@ -2,19 +2,23 @@
 
 1. `answer_and_foil`: what happens to the two logits that logit_diff is made of (`logit_changes`).
 2. `layer_table`: damage or recovery of whole modules, layer by layer.
-3. `heads_matrix` and `side_by_side` turn a table of sites for a map of heads and for a scatter.
+3. `heads_matrix` and `side_by_side` turn a table of sites for a map of heads and for a scatter; `picked` takes the
+   leading sites.
+4. `rank_agreement` and `jaccard`: how alike two orders, two sets of sites are. `restores`: what the design calls so.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Float
+from scipy import stats as reference
 
 from lib import stats
 from lib.effects import SITE, columns, curve, named, quad_matrix, reported
-from lib.stats import Settings
+from lib.stats import DEFAULTS, Interval, Settings
 
 
 def logit_changes(frame: pd.DataFrame, candidates: Sequence[str]) -> pd.DataFrame:
@@ -68,3 +72,64 @@ def heads_matrix(table: pd.DataFrame, value: str = "estimate") -> np.ndarray:
 def side_by_side(table: pd.DataFrame, column: str, value: str = "estimate") -> pd.DataFrame:
     """One row per site, a column for each value of `column`, for a scatter."""
     return table.pivot(index=["site", *SITE], columns=column, values=value).reset_index()
+
+
+def picked(table: pd.DataFrame, count: int) -> pd.DataFrame:
+    """The `count` sites of largest discovery effect, each with its rows of both halves, in that order."""
+    order = table[table["half"] == table["half"].iloc[0]].nlargest(count, "estimate")["site"]
+    return pd.concat([table[table["site"] == site] for site in order], ignore_index=True)
+
+
+def rank_agreement(
+    first: Float[np.ndarray, "quads sites"], second: Float[np.ndarray, "quads sites"], settings: Settings = DEFAULTS
+) -> Interval:
+    """Spearman's correlation between the sites' mean effects under two ablations, the same quads and sites in both.
+
+    The interval is z +- Student's t x the bootstrap's standard deviation of z, Fisher's transform, resampling the same
+    quads in both. It is about the correlation to be expected with this many quads: where noise rivals the differences
+    between sites, that lies below the correlation of the true effects, and no resampling of quads can tell how far.
+    """
+    stats.check(settings)
+    level = settings.level
+    a, b = stats._matrix(first, "first"), stats._matrix(second, "second")
+    if a.shape != b.shape or a.shape[1] < 3:
+        raise ValueError(f"rank agreement needs the same quads and at least 3 sites; got {a.shape} and {b.shape}")
+    n = len(a)
+    estimate = float(spearman(a.mean(0)[None], b.mean(0)[None])[0])
+    reason = stats.too_few(n)
+    if reason or np.isnan(estimate):
+        return Interval(estimate, None, None, level, n, reason or "no interval: all sites have equal effects")
+    drawn = [spearman(w @ a, w @ b) for w in stats.weights(n, a.shape[1], settings.resamples, settings.seed)]
+    # z of 1 is infinite: clip
+    z, middle = (np.arctanh(np.clip(value, -1 + 1e-12, 1 - 1e-12)) for value in (np.concatenate(drawn), estimate))
+    reach = reference.t.ppf((1 + level) / 2, n - 1) * np.nanstd(z)
+    low, high = np.tanh(middle - reach), np.tanh(middle + reach)
+    return Interval(estimate, float(low), float(high), level, n, "bootstrap on Fisher's z")
+
+
+def spearman(a: Float[np.ndarray, "rows sites"], b: Float[np.ndarray, "rows sites"]) -> Float[np.ndarray, " rows"]:
+    """Spearman's correlation of each row of a with the same row of b; NaN where one is constant."""
+    x, y = (reference.rankdata(values, axis=1) for values in (a, b))
+    x, y = (ranks - ranks.mean(1, keepdims=True) for ranks in (x, y))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return (x * y).sum(1) / np.sqrt((x**2).sum(1) * (y**2).sum(1))
+
+
+def jaccard(one: Iterable, other: Iterable) -> float:
+    """What two sets share, of all that is in either; NaN for two empty ones."""
+    one, other = {*one}, {*other}
+    return len(one & other) / len(one | other) if one | other else np.nan
+
+
+def restores(frame: pd.DataFrame, interval: Interval, share: float = 0.5, floor: float = 0.5) -> bool | None:
+    """Whether a site's denoise records restore the answer, by the design's definition.
+
+    True if in at least `share` of the pairs the top candidate is the clean answer (`metric_after` above 0) and the
+    lower end of recovery's `interval` is above `floor`. None where the share is reached but there are too few
+    clusters for an interval: not decided, so not claimed.
+    """
+    if set(frame["direction"]) != {"denoise"}:
+        raise ValueError("only denoise records can restore the answer; got noise records")
+    if (frame["metric_after"] > 0).mean() < share:
+        return False
+    return None if interval.low is None else bool(interval.low > floor)

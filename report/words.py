@@ -11,10 +11,12 @@ from IPython.display import Markdown
 from matplotlib.figure import Figure
 
 from lib import effects
-from lib.effects import picked, reported
+from lib.effects import reported
+from lib.stats import MINIMUM_CLUSTERS
 from pipeline.params import Shared
 from pipeline.step import Step
 from report import plots
+from report.site_tables import picked
 
 ONE_HALF = (
     " The pairs form a single half here: what is said of discovery and confirmation is about the same pairs, so the "
@@ -40,6 +42,13 @@ def interval(estimate: float, low: float | None, high: float | None, digits: int
     shown = [round(value, digits) + 0.0 for value in ((estimate,) if bare else (estimate, low, high))]  # no "-0.00"
     texts = [f"{value:.{digits}f}" for value in shown]
     return texts[0] + ("" if bare else f" [{texts[1]}, {texts[2]}]")
+
+
+def in_logits(rows: pd.DataFrame, kind: str) -> str:
+    """What stands in brackets after effects: "logits, familywise intervals", or that there are none."""
+    return (
+        f"logits, {kind}" if rows["low"].notna().any() else f"logits; fewer than {MINIMUM_CLUSTERS} quads: no intervals"
+    )
 
 
 def of_row(row: Any) -> str:
@@ -127,9 +136,7 @@ def top_sites(table: pd.DataFrame, count: int) -> str:
 
 def top_sites_sentence(table: pd.DataFrame, params: Shared, count: int, what: str) -> str:
     """The leading sites, picked on discovery, with their confirmation effects."""
-    top = reported(picked(table, count))
-    each = [f"{row.site} ({interval(row.estimate, row.low, row.high)})" for row in top.itertuples()]
-    found = len(effects.confirmed(table, params))
+    top, found = reported(picked(table, count)), len(effects.confirmed(table, params))
     many = (
         f"Of {table['site'].nunique()} sites, {found} are significant familywise in both halves with a positive effect."
     )
@@ -137,7 +144,7 @@ def top_sites_sentence(table: pd.DataFrame, params: Shared, count: int, what: st
         many = f"There are too few quads to say of any of the {table['site'].nunique()} sites that it is significant."
     return (
         f"The {count} sites of largest {what} on the discovery half are, with their effect on logit_diff on the "
-        f"confirmation half (logits, familywise {params.level:.0%} intervals): {listed(each)}. "
+        f"confirmation half ({in_logits(top, f'familywise {params.level:.0%} intervals')}): {top_sites(table, count)}. "
         f"{many}" + ONE_HALF * (table["half"].nunique() == 1)
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import pandas as pd
 from IPython.display import Markdown, display
 
 from pipeline import step as steps
@@ -44,6 +45,7 @@ def begin(name: str, namespace: Mapping[str, Any]) -> Step:
     Where the model does not do the task, the page ends here: its findings say so, and the notebook stops without an
     error (papermill takes `SystemExit(0)` for the end).
     """
+    pd.set_option("display.max_colwidth", None)  # a page's tables are whole
     step = steps.begin(PLAN, name, namespace, workers.engine_of)
     able, own = step.able(), step.declaration
     layers = f" Swept: {step.layers_from}." if own.layered and able else ""

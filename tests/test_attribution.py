@@ -174,3 +174,4 @@ def test_what_attribution_finds_and_costs():
     assert costs.loc["exact", "token_layers"] == 4650 and costs.loc["atp", "ratio"] == 77.5
     text = " ".join(circuits_page.attribution_sentences(table, costs.reset_index(), 24))
     assert "missed: 0.29" in text and "78 times" in text
+    assert text.count("the sizes of the exact effects") == 2, "GradDrop has no sign, for sites and for queries"

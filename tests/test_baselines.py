@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 
 from lib import data, models, tasks
+from pipeline import population
 from steps.baselines import measure, page
 from steps.baselines.measure import Baselines
 from steps.baselines.quads import sample_pairs
@@ -21,7 +22,7 @@ Z = 1.6448536269514722  # of a normal, for 90% in the middle
 
 @pytest.fixture(scope="module")
 def people() -> pd.DataFrame:
-    return data.load_people(ROOT / "data" / "people.csv")
+    return population.load_people(ROOT / "data" / "people.csv")
 
 
 # --- accuracy

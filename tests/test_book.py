@@ -287,6 +287,9 @@ def test_a_quick_profile_says_on_every_page_what_it_leaves_out(copy, built):
     )
     assert notes["necessity"].count("instead of") == 2 and "`last`: all instead of 200" in notes["sufficiency"]
     assert "- nothing but what the steps before it left out" in notes["baselines"]
+    own = params.validate(PLAN.sections, "necessity", full | {"necessity": full["necessity"] | {"name_roles": []}})
+    said = "name roles swept, counterfactual only: none instead of name_a, name_b, names"
+    assert params.left_out(PLAN.sections, "necessity", own.model_dump(mode="json")) == [said]
     landing = (copy / "book" / "index.md").read_text()
     assert landing.index("The full report: `make book PROFILE=smollm2-135m`") < landing.index("## The answer")
 
@@ -416,3 +419,18 @@ class Value(tuple):
     )
     assert "class Value(tuple):\n    x: int = 1" in found and "def method(self)" in found
     assert "<code>first: one &lt;b&gt;line&lt;/b&gt;" in found
+
+
+def test_a_figure_without_a_text_for_who_does_not_see_it_has_its_caption(tmp_path):
+    cells = []
+    for shown in ({"figure": {"caption": "Two."}}, {"figure": {"caption": "Three."}, "image": {"alt": "points"}}, {}):
+        about = {"mystnb": shown} if shown else {}
+        cells.append({"cell_type": "code", "metadata": about, "source": "", "outputs": [], "execution_count": 1})
+    path = tmp_path / "page.ipynb"
+    path.write_text(json.dumps({"cells": cells, "metadata": {}, "nbformat": 4, "nbformat_minor": 5}))
+    made = json.loads(book.clean_notebook(path, "page"))["cells"]
+    assert [cell["metadata"].get("mystnb", {}).get("image") for cell in made] == [
+        {"alt": "Two."},
+        {"alt": "points"},
+        None,
+    ]

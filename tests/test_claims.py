@@ -12,7 +12,7 @@ import pytest
 from pydantic import ValidationError
 
 from lib import records
-from pipeline import keys, params
+from pipeline import keys, params, units
 from pipeline import step as steps
 from steps.__main__ import main
 from steps.registry import PLAN
@@ -115,7 +115,7 @@ def story_params(folder, **changed):
     """Parameters of step 10 with the default profile's thresholds, and steps that recorded theirs in `folder`."""
     held = {"general_floor": 0.5, "silence_margin": 0.2, "fame_tolerance": 0.25, "sae_selective": 0.8}
     for step in ("baselines", "generality", "neurons"):
-        records.write_json(folder / f"{step}.run.json", {"parameters": held})
+        units.write_json(folder / f"{step}.run.json", {"parameters": held})
     base = PROFILE | {"results_dir": str(folder), "profile": "own"}
     section = base["story"] | {
         "claims": {key: value for key, value in (THRESHOLDS | changed).items() if value is not None}
@@ -192,7 +192,7 @@ def test_the_weakest_group_decides_and_the_own_template_does_not(tmp_path):
 
 def test_a_threshold_that_is_a_parameter_is_the_one_its_step_used(tmp_path):
     own = story_params(tmp_path)
-    records.write_json(tmp_path / "generality.run.json", {"parameters": {"general_floor": 0.7, "silence_margin": 0.2}})
+    units.write_json(tmp_path / "generality.run.json", {"parameters": {"general_floor": 0.7, "silence_margin": 0.2}})
     entries = {entry.id: entry for entry in claims.ledger(found(), PLAN, own)}
     assert entries["general_supersets"].threshold == 0.7 and entries["general_supersets"].verdict == NOT_SUPPORTED
     assert entries["general_supersets"].threshold_from == "generality.general_floor"
@@ -567,7 +567,7 @@ def test_the_ledger_is_a_file_of_step_10_that_changed_thresholds_do_not_make_sta
 def test_where_the_model_cannot_do_the_task_claims_are_judged_and_nothing_is_drawn(tmp_path):
     own = story_params(tmp_path)
     able = {"superset": {"able": False, "why": "accuracy 0.2"}}
-    records.write_json(
+    units.write_json(
         tmp_path / "baselines.findings.json", found()["baselines"] | {"able": able, "about": keys.about(own)}
     )
     step = steps.Step(PLAN, "story", own)

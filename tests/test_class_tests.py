@@ -187,6 +187,8 @@ def test_a_silent_site_is_not_significant():
     [
         (lambda e, g, c, q: (e, g, c, np.zeros(len(q))), "two units of one class"),
         (lambda e, g, c, q: (e, -g, c, q), "do not add up to more than 0"),
+        (lambda e, g, c, q: (e, g[:-1], c, q), "a gap, a class and a cluster per unit"),
+        (lambda e, g, c, q: (e, g, c, q, 0), "permutations must be at least 1; got 0"),
         (lambda e, g, c, q: (e * np.nan, g, c, q), "NaN"),
     ],
 )

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from lib import data, tasks
 from lib.tasks import SUPERSETS
+from pipeline import population
 
 ROOT = Path(__file__).resolve().parents[1]
 PAIR = {
@@ -22,7 +23,7 @@ PAIR = {
 
 @pytest.fixture(scope="session")
 def people():
-    return data.load_people(ROOT / "data" / "people.csv")
+    return population.load_people(ROOT / "data" / "people.csv")
 
 
 def test_the_table_has_what_was_asked_for(people):
@@ -59,24 +60,24 @@ def test_a_wrong_row_of_people_is_named(tmp_path, change, message):
     other = row | {"name": "Bob Ray", "profession": "boxer", "superset": "athlete"} | change
     pd.DataFrame([row, other]).to_csv(tmp_path / "people.csv", index=False)
     with pytest.raises(ValueError, match=message):
-        data.load_people(tmp_path / "people.csv")
+        population.load_people(tmp_path / "people.csv")
 
 
 def test_wrong_files_of_people(tmp_path):
     with pytest.raises(ValueError, match="does not exist"):
-        data.load_people(tmp_path / "none.csv")
+        population.load_people(tmp_path / "none.csv")
     pd.DataFrame({"name": [], "job": []}).to_csv(tmp_path / "people.csv", index=False)
-    with pytest.raises(ValueError, match="missing: .*'superset'.*unknown: .'job'"):
-        data.load_people(tmp_path / "people.csv")
-    pd.DataFrame(columns=list(data.PEOPLE.columns)).to_csv(tmp_path / "people.csv", index=False)
+    with pytest.raises(ValueError, match="missing columns .*'superset'.*unknown columns .'job'.*needed are name,"):
+        population.load_people(tmp_path / "people.csv")
+    pd.DataFrame(columns=list(population.PEOPLE.columns)).to_csv(tmp_path / "people.csv", index=False)
     with pytest.raises(ValueError, match="no rows"):
-        data.load_people(tmp_path / "people.csv")
+        population.load_people(tmp_path / "people.csv")
 
 
 def test_fame_is_the_centred_log_probability_of_the_own_superset(people, smollm_tokenizer):
     few = some_people(people, 6, 0)
     score = fake_score(smollm_tokenizer, few, skill=2.0)
-    frame = data.add_fame(few, smollm_tokenizer, score)
+    frame = population.add_fame(few, smollm_tokenizer, score)
     tokens = list(tasks.candidates(smollm_tokenizer, tasks.TEMPLATES["profession_is"])[1])
     prompts = [tuple(smollm_tokenizer(f"The profession of {name} is").input_ids) for name in few.name]
     logits = score(prompts)[:, tokens].astype(float)
@@ -91,7 +92,7 @@ def test_fame_is_the_centred_log_probability_of_the_own_superset(people, smollm_
 def test_nan_logits_are_an_error(people, smollm_tokenizer):
     few = some_people(people, 2, 0)
     with pytest.raises(ValueError, match="NaN or infinite"):
-        data.add_fame(few, smollm_tokenizer, lambda prompts: np.full((len(prompts), 30000), np.nan))
+        population.add_fame(few, smollm_tokenizer, lambda prompts: np.full((len(prompts), 30000), np.nan))
 
 
 @settings(max_examples=50, deadline=None)
@@ -108,7 +109,7 @@ def test_a_quad_gives_either_side_and_either_order():
     quad |= {"superset": "artist", "other": "writer", "n_tokens_a": 2, "n_tokens_b": 2}
     quad |= {s: s.upper() for s in "abcd"} | {f"profession_{s}": f"job {s}" for s in "abcd"}
     quad |= {f"fame_{s}": -float(i) for i, s in enumerate("abcd")}
-    pairs = data.pairs_of(pd.DataFrame([quad]), 4)
+    pairs = population.pairs_of(pd.DataFrame([quad]), 4)
     names = pairs[["clean_a", "clean_b", "corrupt_a", "corrupt_b"]].agg("".join, axis=1)
     assert list(names) == ["ABCD", "DCBA", "CDAB", "BADC"]
     assert list(pairs.answer) == ["artist", "writer", "writer", "artist"]
@@ -117,7 +118,7 @@ def test_a_quad_gives_either_side_and_either_order():
     assert list(pairs.clean_profession_a) == ["job a", "job d", "job c", "job b"]
     assert list(pairs.pair_id) == ["q0.0", "q0.1", "q0.2", "q0.3"]
     with pytest.raises(ValueError, match="1 to 4, got 5"):
-        data.pairs_of(pd.DataFrame([quad]), 5)
+        population.pairs_of(pd.DataFrame([quad]), 5)
 
 
 def test_the_plans_six_items(smollm_tokenizer):
@@ -135,7 +136,7 @@ def test_the_plans_six_items(smollm_tokenizer):
         ("Barack Obama", "Bob Dylan", "George Bush"): "Bob Dylan",
         ("Barack Obama", "Bob Dylan", "John Lennon"): "Barack Obama",
     }
-    fits, reasons = data.aligned(table, smollm_tokenizer)
+    fits, reasons = population.aligned(table, smollm_tokenizer)
     assert list(fits.pair_id) == ["plan.actors_scientists"]
     assert len(reasons) == 2 and "'Stephen King' has 2, 'Lionel Messi' has 4" in reasons[0]
 

@@ -9,10 +9,11 @@ import pandas as pd
 import pytest
 import torch
 
-from lib import hooks, readout, records
+from lib import hooks, records
 from lib.hooks import Site
 from lib.single_pass import base_run
 from pipeline import params
+from steps.hydra import splits
 from steps.registry import PLAN
 from steps.subspace import direction_sweeps, directions, directions_page, measure
 from tests.test_sweep import PAIRS, captured
@@ -69,7 +70,7 @@ def test_a_head_keeps_what_it_writes_along_the_directions(tiny, name):
     def written(values):
         z = torch.zeros(3, model.n_heads * model.head_size, dtype=torch.float64)
         z[:, hooks.columns_of(model, site)] = values
-        return readout.head_outputs(model, 1, z)[:, 2]
+        return splits.head_outputs(model, 1, z)[:, 2]
 
     towards = lambda values: (basis.mT @ written(values)[:, :, None])[:, :, 0]  # noqa: E731
     assert torch.allclose(towards(kept), towards(dz), atol=1e-10)

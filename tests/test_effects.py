@@ -65,7 +65,7 @@ def test_tested_sites_have_the_numbers_of_their_matrix():
     together = stats.simultaneous(matrix, own)
     assert list(table.columns) == [*effects.SITE, "estimate", "low", "high", "p", "quads"]
     assert table["low"].tolist() == [span.low for span in together]
-    assert table["p"].tolist() == stats.max_t(matrix, own, "greater").p.tolist()
+    assert table["p"].tolist() == stats.max_t(matrix, own, "greater").tolist()
     both = effects.by_half(pd.concat([frame, frame.assign(half="confirmation")]), lambda part: part.head(1))
     assert both["half"].tolist() == ["discovery", "confirmation"]
 
@@ -116,14 +116,14 @@ def test_restores_needs_the_answer_and_the_interval():
     def interval(low: float | None) -> stats.Interval:
         return stats.Interval(0.7, low, None if low is None else 0.9, 0.95, 50, "")
 
-    assert effects.restores(frame(1, -1), interval(0.51)) is True
-    assert effects.restores(frame(1, -1), interval(0.5)) is False
-    assert effects.restores(frame(1, -1, -1), interval(0.51)) is False
-    assert effects.restores(frame(1, 0), interval(0.51), share=0.6) is False
-    assert effects.restores(frame(1, 1), interval(None)) is None
-    assert effects.restores(frame(-1, -1), interval(None)) is False
+    assert site_tables.restores(frame(1, -1), interval(0.51)) is True
+    assert site_tables.restores(frame(1, -1), interval(0.5)) is False
+    assert site_tables.restores(frame(1, -1, -1), interval(0.51)) is False
+    assert site_tables.restores(frame(1, 0), interval(0.51), share=0.6) is False
+    assert site_tables.restores(frame(1, 1), interval(None)) is None
+    assert site_tables.restores(frame(-1, -1), interval(None)) is False
     with pytest.raises(ValueError, match="denoise"):
-        effects.restores(records([{}]), interval(0.6))
+        site_tables.restores(records([{}]), interval(0.6))
 
 
 def test_critical_slice():

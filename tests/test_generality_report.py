@@ -327,8 +327,12 @@ def test_every_sentence_is_made_and_every_figure_drawn_however_little_there_is(q
         assert draw(STEP, tables) is not None
     for draw in (page.site_figure, page.transfer_figure, page.site_table, page.interaction_table, page.circuits):
         assert draw(tables) is not None
+    shown = page.circuits(tables)
+    assert len(shown) == len(tables.circuits) / 2 and not shown.index.has_duplicates
+    for row in tables.circuits.itertuples():  # each number stands beside its own circuit
+        assert shown.loc[(row.superset, row.kind), row.quantity] == of_row(row)
     assert controls_page.figure(tables.candidates, 0.2) is not None
-    assert page.rank_figure(tables) is not None and page.counted(MEASURED).shape == (2, 6)
+    assert page.rank_figure(tables) is not None and page.counted(MEASURED).shape == (2, 5)
 
 
 def test_without_controls_circuits_or_rule_the_page_says_so():

@@ -9,11 +9,10 @@ import pandas as pd
 import pytest
 import torch
 
-from lib import batches, data, hooks, records, sweep, tasks
-from lib.data import pairs_of
+from lib import batches, hooks, records, sweep, tasks
 from lib.hooks import Site
 from lib.tasks import SUPERSETS
-from pipeline import params
+from pipeline import params, population, units
 from pipeline import step as steps
 from pipeline.params import ROOT
 from pipeline.step import single_sites
@@ -73,7 +72,7 @@ def made_quads(number: int = 4) -> pd.DataFrame:
 def test_candidates_are_mirror_after_mirror_and_take_turns_with_the_order(tmp_path):
     quads = made_quads()
     discovery = quads.assign(half="discovery", quad_id=[f"x{i}" for i in range(4)])
-    own = stored_step(tmp_path, pairs_of(quads, 2), pd.concat([quads, discovery]))
+    own = stored_step(tmp_path, population.pairs_of(quads, 2), pd.concat([quads, discovery]))
     pairs = grid.candidates(own)
     assert set(pairs["quad_id"]) == set(quads["quad_id"]) and len(pairs) == 16
     for quad, rows in pairs.groupby("quad_id"):
@@ -90,7 +89,7 @@ def stored_step(folder, pairs: pd.DataFrame, quads: pd.DataFrame | None = None, 
     given = params.load_profile("smoke") | {"results_dir": str(folder), "memory": 1.0} | changes
     own = steps.Step(PLAN, "generality", params.validate(PLAN.sections, "generality", given))
     about = {"ingredients": {"parameters": own.params.model_dump(mode="json")}}
-    records.write_json(folder / "baselines.run.json", about)
+    units.write_json(folder / "baselines.run.json", about)
     records.write(folder / "pairs.parquet", pairs, {}, schema=None)
     if quads is not None:
         records.write(folder / "baselines.quads.parquet", quads, {}, schema=None)
@@ -179,7 +178,7 @@ def test_control_names_are_two_words_of_nobody_known():
     assert list(names) == ["kind", "name"] and not names["name"].duplicated().any()
     assert names["name"].str.fullmatch(r"[A-Z][a-z]+ [A-Z][a-z]+").all()
     assert (names["kind"].value_counts()[["invented", "thing"]] >= 150).all()
-    people = data.load_people(ROOT / "data" / "people.csv")
+    people = population.load_people(ROOT / "data" / "people.csv")
     surnames = set(people["name"].str.split().str[-1])
     invented = names[names["kind"] == "invented"]["name"]
     assert not set(invented.str.split().str[-1]) & surnames and not set(names["name"]) & set(people["name"])
@@ -228,9 +227,9 @@ def test_evidence_is_nothing_on_average_for_people_outside_the_class():
 def own_pairs(tmp_path_factory, smollm, smollm_tokenizer):
     """A step on twelve pairs of people of one token count, each a cluster of its own, and its grid."""
     folder = tmp_path_factory.mktemp("generality")
-    people = data.load_people(ROOT / "data" / "people.csv").query("not two_supersets")
+    people = population.load_people(ROOT / "data" / "people.csv").query("not two_supersets")
     people = people.groupby("superset").head(120)
-    counted = data.add_tokens(people, smollm_tokenizer, tasks.TEMPLATES["profession_both"])
+    counted = population.add_tokens(people, smollm_tokenizer, tasks.TEMPLATES["profession_both"])
     fitting = counted[counted["n_tokens"] == (3, 3)]
     artists, scientists = (fitting[fitting["superset"] == name]["name"].tolist() for name in ("artist", "scientist"))
     rows = [
@@ -317,7 +316,7 @@ def test_rule_rows_are_of_known_people_each_asked_once(own_pairs):
     assert len(set(names)) == len(names) and (rows.groupby("prompt").size() == 5).all()
     absent = rows[rows["n_a"] + rows["n_b"] == 0]
     assert absent.groupby("prompt")["y"].mean().to_numpy() == pytest.approx(np.zeros(len(prompts)), abs=1e-6)
-    people = data.load_people(step.people_file).set_index("name")
+    people = population.load_people(step.people_file).set_index("name")
     for slot in "ab":
         inside = rows[rows[f"n_{slot}"] == 1]
         assert (inside["superset_class"].to_numpy() == people.loc[inside[f"name_{slot}"], "superset"].to_numpy()).all()

@@ -140,6 +140,7 @@ EDITS = {
         set(STEPS),
         set(STEPS),
     ),
+    "whom the study asks": (lambda house: append(house / "pipeline/population.py", "\nEXTRA = 1\n"), ASKING, ASKING),
     "the odd-one-out items": (
         lambda house: append(house / "data/odd_one_out.csv", "x\n"),
         {"baselines"},

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import shutil
 from collections import Counter
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,6 +18,7 @@ from huggingface_hub.errors import GatedRepoError
 
 from lib import batches, hooks, models, single_pass, sweep, weights
 from lib.hooks import Site
+from pipeline import population
 
 NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 PROMPTS = [[45, 46, 47, 48], [49], [45, 46, 47, 50], [31, 32, 33, 34, 35, 36, 37], [58, 58], [45, 46, 47, 70]]
@@ -339,7 +341,7 @@ def test_readings_of_some_prompts_at_a_time_keep_the_order(smollm):
     def read(logits, part):
         return {"top": logits.argmax(1), "first": np.array([ids[0] for ids in PROMPTS[part]])}
 
-    found = models.next_readings(smollm, PROMPTS, read, size=4)
+    found = population.readings(partial(models.next_logits, smollm), PROMPTS, read, size=4)
     assert np.array_equal(found["top"], models.next_logits(smollm, PROMPTS).argmax(1))
     assert found["first"].tolist() == [ids[0] for ids in PROMPTS]
 

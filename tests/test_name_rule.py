@@ -34,7 +34,7 @@ def prompts(
         y = logits - logits[n.sum(0) == 0].mean()
         for index, name in enumerate(CLASSES):
             rows.append((number, f"p{who[number, 0]}", f"p{who[number, 1]}", name, y[index], n[0, index], n[1, index]))
-    return pd.DataFrame(rows, columns=["prompt", "name_a", "name_b", "superset_class", "y", "n_a", "n_b"])
+    return pd.DataFrame(rows, columns=list(name_rule.COLUMNS))
 
 
 @pytest.mark.parametrize("truth", STEPS)
@@ -141,8 +141,18 @@ def test_few_prompts_give_numbers_without_a_verdict():
     assert result.verdict == {"number": None} and "classes of both" in result.reason and result.ratio is None
 
 
-def test_bad_frames_are_refused():
-    frame = prompts(1, 2, count=30)
-    for bad, message in ((frame.assign(y=np.nan), "NaN"), (frame.assign(name_a="same"), "need 2 of each")):
-        with pytest.raises(ValueError, match=message):
-            name_rule.compare(bad, Settings(resamples=100))
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda f: f.drop(columns="y"), "missing: .'y'"),
+        (lambda f: f[:0], "missing: rows"),
+        (lambda f: f.assign(y=np.nan), "NaN"),
+        (lambda f: f.assign(n_a=2), "must be 1"),
+        (lambda f: pd.concat([f, f]), "two rows of one class"),
+        (lambda f: f[f["n_a"] + f["n_b"] > 0], "no class of neither name"),
+        (lambda f: f.assign(name_a="same"), "need 2 of each"),
+    ],
+)
+def test_bad_frames_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        name_rule.compare(change(prompts(1, 2, count=30)), Settings(resamples=100))

@@ -203,7 +203,7 @@ def test_each_notebook_leaves_its_files_with_the_designs_columns(results, folder
         step = name[3:]
         frame = records.read(results / f"{step}.parquet")
         assert list(frame.columns) == list(records.SCHEMA.columns)
-        records.check(frame)
+        records.conform(frame)
         assert frame[["metric_both_before", "metric_both_after"]].notna().all(axis=None)
         assert set(frame["task"]) == {"odd_one_out"} and set(frame["layer"]) == {0, 1, 2}
         assert set(frame["ablation"]) == ABLATIONS[step]

@@ -6,8 +6,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lib import data, models, records, tasks
+from lib import models, records, tasks
 from lib.tasks import SUPERSETS, TEMPLATES
+from pipeline import population
 from pipeline.params import ROOT
 from steps.retrieval_heads import one_name
 
@@ -17,7 +18,7 @@ IS_A = tasks.find_template("{a} is a", "one_name", "singular")
 
 @pytest.fixture(scope="module")
 def people() -> pd.DataFrame:
-    return data.load_people(ROOT / "data" / "people.csv")
+    return population.load_people(ROOT / "data" / "people.csv")
 
 
 def test_labels_whole_first_or_not_scored(smollm_tokenizer):

@@ -291,15 +291,14 @@ def test_the_final_norm_with_frozen_mlps_hears_the_direct_effect(tiny, name):
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_a_path_names_the_query_heads_it_reaches(tiny, name):
+def test_with_grouped_queries_a_path_reaches_the_whole_group(tiny, name):
     model = tiny(name)
     size = model.n_heads // model.n_kv_heads
     for kind, count in (("q", model.n_heads), ("k", model.n_kv_heads), ("v", model.n_kv_heads)):
         for head in range(count):
             told = Receiver(1, kind, head, "names")
             wanted = (head,) if kind == "q" else tuple(range(head * size, (head + 1) * size))
-            assert paths.reached(model, told) == wanted
-            # and these are the heads whose output changes when the input is set to another prompt's
+            # the heads whose output changes when the input is set to another prompt's
             place = brute_force.place_of(told)
             at = list(ROLES["names"])
             value = plain(model, PAIRS[0].corrupt.ids)[1][place][at]

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from lib import models, records, weights
+from lib import models, weights
 from lib.weights import ModelError
-from pipeline import assumed, costs, keys, params, rates
+from pipeline import assumed, costs, keys, params, rates, units
 from pipeline.params import ParameterError
 from steps import plan
 from steps.registry import PLAN
@@ -109,7 +109,7 @@ def test_against_a_run(tmp_path, monkeypatch):
     p = params.validate(PLAN.sections, "necessity", params.load_profile("smoke") | {"results_dir": str(tmp_path)})
     assert plan.measured("necessity", p) == {}
     tables = {"necessity": {"seconds": 3.0}, "necessity.more": {"seconds": 1.0}}
-    records.write_json(keys.results_folder(p) / "necessity.run.json", {"tables": tables})
+    units.write_json(keys.results_folder(p) / "necessity.run.json", {"tables": tables})
     assert plan.measured("necessity", p) == {"necessity": 3.0, "more": 1.0}
     shape, place = weights.shape_of(weights.config_of(p.model)), costs.Machine(2.0, "float32")
     given = params.load_profile("smoke") | {"results_dir": str(tmp_path)}

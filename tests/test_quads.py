@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from lib import data, models, tasks
 from lib.tasks import SUPERSETS
+from pipeline import population
 from steps.baselines import quads
 from steps.baselines.quads import Options
 
@@ -22,7 +23,7 @@ SLOW = settings(max_examples=12, deadline=None, suppress_health_check=[HealthChe
 
 @pytest.fixture(scope="session")
 def people():
-    return data.load_people(ROOT / "data" / "people.csv")
+    return population.load_people(ROOT / "data" / "people.csv")
 
 
 @SLOW
@@ -56,11 +57,11 @@ def test_quads_keep_their_promises(people, smollm_tokenizer, seed, skill, per_qu
     sides = Counter(frozenset(pair) for pair in zip(made.superset, made.other, strict=True))
     assert max(sides.values()) <= 2 and len(made) <= 20
     # every pair of every quad lines up, both orders and both sides; the pairs used are solved
-    for row in data.pairs_of(made, 4).to_dict("records"):
+    for row in population.pairs_of(made, 4).to_dict("records"):
         pair = tasks.make_pair(smollm_tokenizer, row)
         assert len(pair.clean.roles["name_a"]) == row["n_tokens_a"]
         assert row["bucket"] == f"{template}|{row['n_tokens_a']}|{row['n_tokens_b']}"
-    used = data.add_margins(data.pairs_of(made, per_quad), smollm_tokenizer, score)
+    used = population.add_margins(population.pairs_of(made, per_quad), smollm_tokenizer, score)
     assert (used.metric_clean > 0).all() and (used.metric_corrupt < 0).all()
     # the report adds up
     assert drops[0]["left"] + drops[0]["dropped"] == len(few)
@@ -165,7 +166,7 @@ def test_the_bundled_model_gives_solved_quads(people, smollm):
 
     made, drops = quads.build_quads(people, smollm.tokenizer, score, Options(quads_per_half=4, min_bucket=2))
     assert len(made) >= 6 and set(made.half) == set(data.HALVES)
-    used = data.add_margins(data.pairs_of(made), smollm.tokenizer, score)
+    used = population.add_margins(population.pairs_of(made), smollm.tokenizer, score)
     assert (used.metric_clean > 0).all() and (used.metric_corrupt < 0).all()
     assert len(quads.keep_solved(used)) == len(used)
     known = next(drop for drop in drops if drop["filter"] == "not known by the model")

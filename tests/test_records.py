@@ -317,8 +317,8 @@ def test_progress_reads_well_in_a_log_file(tmp_path, capsys):
 
 def test_json_is_sorted_whole_and_without_nan(tmp_path):
     path = tmp_path / "x.json"
-    records.write_json(path, {"b": 1, "a": "ä"})
+    units.write_json(path, {"b": 1, "a": "ä"})
     assert path.read_text() == '{\n "a": "ä",\n "b": 1\n}\n' and json.loads(path.read_text())["b"] == 1
     with pytest.raises(ValueError, match="Out of range"):
-        records.write_json(path, {"a": float("nan")})
+        units.write_json(path, {"a": float("nan")})
     assert json.loads(path.read_text())["b"] == 1

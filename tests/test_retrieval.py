@@ -151,7 +151,7 @@ def test_what_sites_say_adds_up_to_the_logits(tiny, name):
     hidden = model.body(input_ids=ids).last_hidden_state[:, positions]
     handle.remove()
     tokens = [*LABELS.candidates, *(own for group in LABELS.tokens for own in group)]
-    scale = read.scale(base.activations["resid", model.n_layers - 1])[..., None]
+    scale = read.norm.scale(base.activations["resid", model.n_layers - 1])[..., None]
     rest = entered[0][:, positions].clone()
     for layer, post in enumerate(posts):
         if post.attn is None and getattr(model.o_projs[layer], "bias", None) is not None:

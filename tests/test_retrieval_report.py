@@ -163,3 +163,20 @@ def test_the_edges_lead_from_the_names_through_the_slice_to_the_answer():
     edges = page.edges_table(frame, P).set_index("source")
     assert edges["significant"].to_dict() == {"mlp 5 at names": True, "names": False}
     assert set(edges["target"]) == {"21.6"}
+
+
+def test_the_leading_senders_are_said_with_what_is_significant():
+    sites = {"embedding": "embed", "10.6": "head", "mlp 0": "mlp", "10.8": "head"}
+    about = pd.DataFrame({"site": sites.keys(), "component": sites.values(), "estimate": [3.0, 0.5, 2.0, -0.5]})
+    about = about.assign(p=[0.01, 0.01, 0.4, 0.01], low=np.nan, high=np.nan)
+    table = pd.concat([about.assign(half=half) for half in ("discovery", "confirmation")], ignore_index=True)
+    said = page.senders_sentence(table, "names", P, 2)
+    assert said == (
+        "At `names`, the senders of largest path effect into the slice are embedding (3.00) and mlp 0 (2.00) (logits; "
+        "fewer than 20 quads: no intervals); significant in both halves are the embedding, 1 heads and 0 MLPs, of 4 "
+        "senders."
+    )
+    writes, heard = {"names": table, "last": table.assign(p=1.0)}, dict.fromkeys(("names", "last"), {*sites})
+    said = page.write_sentence(writes, heard, [Site(10, "head", 6)], P)
+    assert "by at `names` 2 of 4 heads and MLPs, most of all embedding (3.00) and 10.6 (0.50) (logits; fewer" in said
+    assert said.endswith("of the slice 10.6; at `last` 0 of 4 heads and MLPs.")

@@ -9,8 +9,7 @@ import shutil
 
 import pytest
 
-from lib import records
-from pipeline import keys
+from pipeline import keys, units
 from report.book import BookError
 from steps import __main__ as driver
 from steps.registry import PLAN
@@ -148,7 +147,7 @@ def test_stale_results_are_set_aside_and_fresh_ones_are_not(project, capsys):
 def test_unfinished_work_of_another_key_is_set_aside(project, capsys):
     project.run("baselines")
     folder = project.folder / "results/smoke"
-    records.write_json(folder / "coarse_sweep.units/plan.json", {"data_key": "old", "ingredients": {"parameters": {}}})
+    units.write_json(folder / "coarse_sweep.units/plan.json", {"data_key": "old", "ingredients": {"parameters": {}}})
     project.run("coarse_sweep")
     assert "coarse_sweep: results of other parameters, inputs or code set aside" in capsys.readouterr().out
     assert not (folder / "coarse_sweep.units").exists()

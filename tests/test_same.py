@@ -13,6 +13,7 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from lib import records
+from pipeline import units
 from tests import same
 
 ABOUT = {
@@ -76,11 +77,11 @@ def trees(tmp_path: Path) -> tuple[Path, Path]:
     )
     records.write(results / "necessity.parquet", frame, ABOUT, schema=None)
     records.write(results / "pairs.parquet", frame[["layer", "position"]], {}, schema=None)
-    records.write_json(
+    units.write_json(
         results / "necessity.findings.json", {"sites": [{"site": "2.1", "p": 0.04}], "sentences": ["One thing."]}
     )
-    records.write_json(results / "claims.json", {"claims": [{"id": "slice", "verdict": "supported", "low": 0.8}]})
-    records.write_json(results / "necessity.run.json", ABOUT | {"ingredients": {"modules": {"sweep": "cc"}}})
+    units.write_json(results / "claims.json", {"claims": [{"id": "slice", "verdict": "supported", "low": 0.8}]})
+    units.write_json(results / "necessity.run.json", ABOUT | {"ingredients": {"modules": {"sweep": "cc"}}})
     (results / "figures").mkdir()
     (results / "figures" / "necessity-ranked.png").write_bytes(png())
     (results / "figures" / "necessity-ranked.svg").write_text("<svg>\n<path d='1'/>\n</svg>\n")
@@ -146,7 +147,7 @@ def test_what_depends_on_code_machine_and_clock_is_aside(trees):
     assert set(other) == set(same.ASIDE) - {"ingredients"}
     rewritten(new, lambda _, about: about.update(other | {"log": ABOUT["log"] * 2}))  # as a resumed run has it
     record = ABOUT | other | {"ingredients": {"modules": {"effects": "dd"}}}
-    records.write_json(new / "results" / "smoke" / "necessity.run.json", record)
+    units.write_json(new / "results" / "smoke" / "necessity.run.json", record)
     (new / "results" / "smoke" / "figures" / "necessity-ranked.png").write_bytes(png(note="another writer"))
     page(new, lambda cells: cells[1]["outputs"][0].update(text="100% 25 of 25"))
     page(new, lambda cells: cells[1].update(source="y = 2"))
@@ -239,7 +240,7 @@ METADATA = [
 def test_a_difference_in_metadata_is_found(trees, change, place, what):
     rewritten(trees[1], lambda _, about: about.update(change))
     assert found(*trees) == [("metadata", f"necessity.parquet: {place}", what)]
-    records.write_json(trees[1] / "results" / "smoke" / "necessity.run.json", ABOUT | change | {"ingredients": {}})
+    units.write_json(trees[1] / "results" / "smoke" / "necessity.run.json", ABOUT | change | {"ingredients": {}})
     assert ("run record", f"necessity.run.json: {place}", what) in found(*trees)
 
 

@@ -348,7 +348,7 @@ def test_site_effects_have_intervals_for_all_sites_together_and_ratios_with_thei
     assert found["low"].tolist() == [i.low for i in together] != [i.low for i in alone]
     assert found["high"].tolist() == [i.high for i in together]
     assert found["ratio_low"].tolist() == [i.low for i in own] and found["ratio_high"].tolist() == [i.high for i in own]
-    assert found["p"].tolist() == stats.max_t(matrix, OWN).p.tolist()
+    assert found["p"].tolist() == stats.max_t(matrix, OWN).tolist()
 
 
 def test_one_quad_less_at_one_site_is_an_error():
@@ -394,7 +394,7 @@ def effects_of(discovery: list[float], confirmation: list[float]) -> pd.DataFram
 
 
 def test_sites_are_picked_by_discovery_alone():
-    found = effects.picked(effects_of([1.0, 3.0, 2.0, -4.0], [9.0, 0.5, 7.0, 8.0]), 2)
+    found = site_tables.picked(effects_of([1.0, 3.0, 2.0, -4.0], [9.0, 0.5, 7.0, 8.0]), 2)
     assert found["site"].tolist() == ["0.1", "0.1", "0.2", "0.2"]
     assert found["half"].tolist() == ["discovery", "confirmation"] * 2
     assert found["estimate"].tolist() == [3.0, 0.5, 2.0, 7.0]
@@ -410,10 +410,10 @@ def test_sites_are_picked_by_discovery_alone():
     ],
 )
 def test_picks_with_ties_nan_and_few_sites(discovery, count, expected):
-    found = effects.picked(effects_of(discovery, [0.0] * len(discovery)), count)
+    found = site_tables.picked(effects_of(discovery, [0.0] * len(discovery)), count)
     assert found["site"].drop_duplicates().tolist() == expected
     alone = effects_of(discovery, [0.0] * len(discovery))[: len(discovery)]
-    assert effects.picked(alone, count)["site"].tolist() == expected, "one half only"
+    assert site_tables.picked(alone, count)["site"].tolist() == expected, "one half only"
 
 
 def test_confirmed_sites_are_significant_and_positive_twice():
@@ -445,7 +445,7 @@ def test_ablation_tables_leave_out_resid_and_the_names():
         shared = {"direction": "noise", "ablation": ablation, "component": "mlp"}
         rows += [record(effect, **shared), record(7.0, **shared | {"component": "resid"})]
         rows += [record(8.0, **shared | {"position": "names"})]
-    tables = effects.ablation_tables(table(rows), PARAMS)
+    tables = necessity_measure.ablation_tables(table(rows), PARAMS)
     assert list(tables) == ["zero", "mean"], "in the order of the records"
     assert [own[["site", "estimate"]].to_numpy().tolist() for own in tables.values()] == [
         [["mlp 0", 1.0]],
@@ -517,7 +517,7 @@ def test_agreement_is_of_the_mean_over_quads_with_the_profiles_interval():
         for row in ablated({kind: own[quad].tolist() for kind, own in values.items()}, quad=f"q{quad:02d}")
     ]
     found = necessity_page.agreement(table(rows), ["zero", "mean"], PARAMS)["mean"]
-    own = stats.rank_agreement(values["zero"], values["mean"], OWN)
+    own = site_tables.rank_agreement(values["zero"], values["mean"], OWN)
     # logit_diff_after holds 2 - effect, so that effects come back but for rounding
     assert [found.estimate, found.low, found.high] == pytest.approx([own.estimate, own.low, own.high], abs=1e-9)
     assert found.n == MANY and found.low < found.estimate
@@ -817,6 +817,8 @@ def test_leading_sites_are_picked_on_discovery_and_told_on_confirmation():
     )
     alone = words.top_sites_sentence(own[own["half"] == "discovery"], PARAMS, 1, "damage")
     assert alone.endswith("picked and reported on the same data.")
+    few = words.top_sites_sentence(own.assign(low=np.nan), PARAMS, 1, "damage")
+    assert "half (logits; fewer than 20 quads: no intervals): 0.1 (-1.00). " in few
     assert words.top_sites(own, 1) == "0.1 (-1.00 [-1.00, -1.00])"
     assert words.heads_or_mlps(own, PARAMS, "damage") == (
         "Significant in both halves are 1 heads, 1 MLPs and 0 attention modules; the largest damage is that of 0.1 "
@@ -842,7 +844,7 @@ def test_what_step_03_says(tmp_path):
     frame, params = table(rows), necessity_measure.Necessity(**SETTINGS | {"ablations": ("zero", "mean")})
     seen = {"mirror": {"layer": 0, "correlation": 0.971, "quads": 20}}
     own = step(params, results=tmp_path, write_findings=dict, n_layers=1, find={"coarse_sweep": seen}.get)
-    tables = effects.ablation_tables(frame[frame["position"] == "last"], params)
+    tables = necessity_measure.ablation_tables(frame[frame["position"] == "last"], params)
     made = necessity_measure.Measured(frame, tables, necessity_measure.lead_of(tables))
     found = necessity_page.findings(own, made)
     # ranks under zero 2 3 4 1, under mean 4 3 2 1: differences 2 0 2 0: 1 - 6 x 8 / (4 x 15) = 0.2
@@ -877,7 +879,7 @@ def test_what_step_03_says(tmp_path):
     )
     assert found["ablation"] == "zero" and len(found["sites"]) == 4 and found["headline"] == [*said[1:3], said[4]]
     only = frame[frame["ablation"] == "zero"]
-    alone = necessity_measure.Measured(only, effects.ablation_tables(only, params), "zero")
+    alone = necessity_measure.Measured(only, necessity_measure.ablation_tables(only, params), "zero")
     said = necessity_page.findings(own, alone)["sentences"]
     assert said[6] == "Only `zero` was run." and said[7].startswith("`mean` is there for 0 of 40 pairs")
 
@@ -888,7 +890,7 @@ def test_a_share_of_the_ceiling_is_over_the_same_quads_and_has_an_interval():
     rows = many(lost, [10.0] * MANY, component="mlp", **shared) + many(most, [10.0] * MANY, **shared)
     rows += many([9.0] * MANY, [10.0] * MANY, layer=1, component="mlp", position="names", **shared)
     (row,) = necessity_page.of_ceiling(table(rows), 1, PARAMS).itertuples()
-    own = stats.ratio_interval(lost, most, OWN)
+    own = stats.ratio_intervals(lost, most, OWN)[0]
     assert [row.site, row.ablation] == ["mlp 0", "resample"]
     assert [row.estimate, row.low, row.high] == pytest.approx([own.estimate, own.low, own.high])
     # 0 + 1 + 2 in turn: 19; 4 + 5 + 6 + 7 + 8, four times: 120
@@ -918,7 +920,7 @@ def test_a_class_neutral_ablation_leads_where_both_halves_have_it():
 def test_what_step_04_says(tmp_path):
     moved = {"0.0": 3.0, "0.1": 0.5, "mlp 0": 1.0}
     frame = table(measured("discovery", moved, margin=2.0) + measured("confirmation", moved, margin=2.0))
-    own = effects.ablation_tables(frame, PARAMS)["clean"]
+    own = effects.both_halves(frame, PARAMS)
     order = sufficiency_measure.slice_order(own, 24)
     assert order["site"].tolist() == ["0.0", "mlp 0", "0.1"]
     joint = [

@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 from pydantic import Field
 from scipy.special import logsumexp
+from scipy.stats import beta
 
 from lib import data, models, stats, tasks
-from lib.data import pairs_of
 from lib.hooks import Model
 from lib.metrics import margins
 from lib.tasks import SUPERSETS, Template
@@ -25,6 +26,7 @@ from pipeline.assumed import Case
 from pipeline.costs import Work
 from pipeline.declaration import Declaration, Table
 from pipeline.params import ROOT, Shared, Words
+from pipeline.population import add_margins, aligned, load_people, pairs_of, readings
 from pipeline.step import Step
 from pipeline.units import Unit
 from steps.baselines.quads import PER_QUAD, build_quads, generate_odd_one_out, keep_solved, sample_pairs
@@ -55,7 +57,7 @@ CHANCE = {"superset": 1 / 5, "bi_association": 1 / 5, "one_name": 1 / 5, "odd_on
 
 
 def score(model: Model) -> Callable[[Sequence[Sequence[int]]], np.ndarray]:
-    """What `lib.data` asks a model with: token ids to fp32 next-token logits."""
+    """What `pipeline.population` asks a model with: token ids to fp32 next-token logits."""
     return lambda prompts: models.next_logits(model, prompts)
 
 
@@ -132,7 +134,7 @@ def measure(model: Model, people: pd.DataFrame, template: Template, params: Base
         labelled = np.exp(logits[:, list(label_ids)] - total).sum(1) if labels else np.full(len(own), np.nan)
         return out | {"label_probability": labelled}
 
-    scored = models.next_readings(model, [prompt.ids for prompt in prompts], read, 128)
+    scored = readings(score(model), [prompt.ids for prompt in prompts], read, 128)
     answer = np.array([row.tolist().index(word) for row, word in zip(names, table["answer"], strict=True)])
     margin, _ = margins(scored["candidates"], answer)
     return table.assign(
@@ -160,9 +162,9 @@ def make_pairs(model: Model, people: pd.DataFrame, quads: pd.DataFrame | None, p
     """The pairs that every later step sweeps, with their margins: of the quads, or the solved odd-one-out pairs."""
     options = {"chat_template": params.chat_template, "attributes": params.attributes}
     if quads is not None:
-        return data.add_margins(pairs_of(quads, params.pairs_per_quad), model.tokenizer, score(model), **options)
-    pairs, _ = data.aligned(odd_pairs(people, model.tokenizer, params), model.tokenizer)
-    return keep_solved(data.add_margins(pairs, model.tokenizer, score(model), **options))
+        return add_margins(pairs_of(quads, params.pairs_per_quad), model.tokenizer, score(model), **options)
+    pairs, _ = aligned(odd_pairs(people, model.tokenizer, params), model.tokenizer)
+    return keep_solved(add_margins(pairs, model.tokenizer, score(model), **options))
 
 
 # --- what is measured ---
@@ -170,7 +172,7 @@ def make_pairs(model: Model, people: pd.DataFrame, quads: pd.DataFrame | None, p
 
 def people_of(step: Step) -> pd.DataFrame:
     """The table of people."""
-    return data.load_people(step.people_file)
+    return load_people(step.people_file)
 
 
 def accuracy_of(step: Step) -> Callable[[Unit], pd.DataFrame]:
@@ -242,6 +244,16 @@ STEP = Declaration(
 # --- what is decided ---
 
 
+def p_above(successes: ArrayLike, n: ArrayLike, chance: float) -> float:
+    """p of a proportion against chance: the exact one-sided binomial test, P(at least k of n).
+
+    `successes` and `n` are totals of independent trials, or one entry per unit, which enter with their
+    `stats.effective_trials`; to fractions the probability is continued by the incomplete beta function.
+    """
+    k, trials = stats.effective_trials(successes, n)
+    return float(beta.cdf(chance, k, trials - k + 1)) if k > 0 else 1.0
+
+
 def accuracies(frame: pd.DataFrame, params: Shared, by: list[str]) -> pd.DataFrame:
     """Share of prompts answered right, with Wilson intervals; each item is a unit (its people are in no other)."""
     rows = []
@@ -249,9 +261,10 @@ def accuracies(frame: pd.DataFrame, params: Shared, by: list[str]) -> pd.DataFra
         units = part.groupby("item")["correct"].agg(["sum", "count"])
         span = stats.proportion_interval(units["sum"], units["count"], params)
         chance = CHANCE[part["task"].iloc[0]]
-        test = stats.above_chance(units["sum"], units["count"], chance, params.level)
+        p = p_above(units["sum"], units["count"], chance)
         numbers = {"estimate": span.estimate, "low": span.low, "high": span.high, "prompts": len(part)}
-        rows.append(dict(zip(by, key, strict=True)) | numbers | {"chance": chance, "above": test.above, "p": test.p})
+        numbers |= {"chance": chance, "above": p < 1 - params.level, "p": p}
+        rows.append(dict(zip(by, key, strict=True)) | numbers)
     return pd.DataFrame(rows)
 
 

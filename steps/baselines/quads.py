@@ -1,6 +1,6 @@
 """From people to fair pairs: quads that the model answers, odd-one-out items, and pairs drawn before any selection.
 
-1. `build_quads` filters people (`lib.data.add_fame`, `lib.data.add_tokens`), puts four of the same token counts
+1. `build_quads` filters people (`add_fame`, `add_tokens`), puts four of the same token counts
    together, a, b of one superset and c, d of another, a matched to c and b to d in fame (`choose`), and keeps the quads
    whose prompts the model answers. Failed quads free their people again.
 2. `generate_odd_one_out` makes items of three from four people of one token count each.
@@ -20,9 +20,10 @@ import numpy as np
 import pandas as pd
 from scipy.optimize import linear_sum_assignment
 
-from lib import data, tasks
-from lib.data import Score, halves, pairs_of
+from lib import tasks
+from lib.data import halves
 from lib.tasks import DEFAULT_ATTRIBUTES, SUPERSETS, Template
+from pipeline.population import Score, add_fame, add_margins, add_tokens, pairs_of
 
 ROUNDS = 6  # how often the people of failed quads are matched anew; only "solved or not" is looked at
 PER_QUAD = 25  # people of each superset whom the model is asked about, for each quad of a half
@@ -83,9 +84,9 @@ def build_quads(
     shuffled = free.iloc[rng.permutation(len(free))].groupby("superset")
     sampled = shuffled.head(PER_QUAD * options.quads_per_half).sort_index()
     free = filters.keep(sampled, "not sampled", len(free))
-    asked = data.add_fame(free, tokenizer, score, options.chat_template)
+    asked = add_fame(free, tokenizer, score, options.chat_template)
     known = filters.keep(asked[asked.known], "not known by the model", len(asked))
-    counted = data.add_tokens(known, tokenizer, words, **prompting)
+    counted = add_tokens(known, tokenizer, words, **prompting)
     free = filters.keep(counted, "name merges with the template", len(known))
 
     wanted = shared_out(2 * options.quads_per_half, superset_pairs(free), rng)
@@ -96,7 +97,7 @@ def build_quads(
             break
         tried += len(planned)
         quads = describe(planned, free, words)
-        pairs = data.add_margins(pairs_of(quads, options.pairs_per_quad), tokenizer, score, **prompting)
+        pairs = add_margins(pairs_of(quads, options.pairs_per_quad), tokenizer, score, **prompting)
         for quad in quads[quads.quad_id.isin(keep_solved(pairs).quad_id)].to_dict("records"):
             kept.append(quad | {"quad_id": f"q{len(kept):03d}"})
             wanted[tuple(sorted((quad["superset"], quad["other"]), key=SUPERSETS.index))] -= 1
@@ -209,7 +210,7 @@ def generate_odd_one_out(
     """
     words = tasks.TEMPLATES["odd_one_out"]
     rng = np.random.default_rng(seed)
-    free = data.add_tokens(people[~people.two_supersets], tokenizer, words, chat_template)
+    free = add_tokens(people[~people.two_supersets], tokenizer, words, chat_template)
     free = free if "fame" in free else free.assign(fame=0.0)
     pairs = superset_pairs(free)
     items: list[dict] = []

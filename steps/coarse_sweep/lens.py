@@ -13,7 +13,6 @@ import numpy as np
 import pandas as pd
 
 from lib import records
-from lib.batches import subsample
 from lib.hooks import Model
 from lib.readout import FixedNorm, readout
 from lib.single_pass import plain_runs
@@ -23,7 +22,7 @@ from pipeline.assumed import Case
 from pipeline.costs import Work, total
 from pipeline.declaration import Table
 from pipeline.step import Step
-from pipeline.units import Unit, sweep_units
+from pipeline.units import Unit, subsample, sweep_units
 
 SIZE = 16  # pairs of a unit
 SCHEMA = records.table_schema(

@@ -10,15 +10,13 @@ import numpy as np
 import pandas as pd
 from pydantic import Field
 
-from lib import records
-from lib.batches import subsample
 from lib.effects import curve, in_halves
 from lib.sweep import DIRECTIONS
 from pipeline.assumed import Case, of_sweep
-from pipeline.declaration import Declaration, Table
+from pipeline.declaration import ANALYSED, Declaration, Table
 from pipeline.params import Roles, Shared
 from pipeline.step import Step, swept
-from pipeline.units import Unit, sweep_units
+from pipeline.units import Unit, subsample, sweep_units
 from steps.coarse_sweep.lens import LENS
 
 
@@ -44,7 +42,7 @@ def units(step: Step | Case) -> list[Unit]:
     return out
 
 
-SWEEP = Table("coarse_sweep", units, swept, of_sweep, columns=tuple(records.ANALYSED))
+SWEEP = Table("coarse_sweep", units, swept, of_sweep, columns=ANALYSED)
 
 
 def assumed(case: Case) -> Iterator[tuple[Any, ...]]:

@@ -23,6 +23,7 @@ from scipy import stats as reference
 
 from lib import stats
 from lib.stats import DEFAULTS, Settings
+from report.site_tables import spearman
 
 MINIMUM_UNITS = 10  # units of a class that takes part in the test of interaction
 SPLITS = 100  # random halves behind each agreement of halves
@@ -98,14 +99,13 @@ def interaction(
     circuit's sites where classes differ in size or spread, 8 to 11% where effects are lognormal as well; over all 300
     sites of a real model, most of them silent but for a few quads, it was 37 to 70%.
 
-    ValueError for a cluster with two units of one class, gaps of a class that do not add up to more than 0, and fewer
-    than 2 classes with MINIMUM_UNITS units.
+    ValueError for shapes that do not match, a cluster with two units of one class, gaps of a class that do not add up
+    to more than 0, and fewer than 2 classes with MINIMUM_UNITS units.
     """
     values, gap = stats._matrix(effects, "effects"), np.asarray(gaps, dtype=float)
     names, label = np.unique(np.asarray(classes, dtype=str), return_inverse=True)
     cluster = pd.factorize(np.asarray(clusters))[0]
-    if len(set(zip(cluster, label, strict=True))) < len(gap):
-        raise ValueError("a cluster has two units of one class; add up their effects and gaps first")
+    _check_units(values, gap, label, cluster, permutations)
     onehot = np.eye(len(names))[label]
     units, totals = onehot.sum(0), onehot.T @ gap
     if not (totals > 0).all():
@@ -121,6 +121,18 @@ def interaction(
     kept = np.searchsorted(np.flatnonzero(enough), label[used])
     drawn = _labels(kept, cluster[used], permutations, centred.shape[1], seed)
     return Interaction(ratios, *_permuted(centred, gap[used] / scale, drawn))
+
+
+def _check_units(
+    values: np.ndarray, gap: np.ndarray, label: np.ndarray, cluster: np.ndarray, permutations: int
+) -> None:
+    """ValueError where the units do not fit together."""
+    if not len(values) == gap.size == len(label) == len(cluster) or gap.ndim != 1:
+        raise ValueError(f"need a gap, a class and a cluster per unit; got {gap.shape}, {len(label)}, {len(cluster)}")
+    if len(set(zip(cluster, label, strict=True))) < len(label):
+        raise ValueError("a cluster has two units of one class; add up their effects and gaps first")
+    if permutations < 1:
+        raise ValueError(f"permutations must be at least 1; got {permutations}")
 
 
 def _permuted(
@@ -187,9 +199,9 @@ def between_classes(
 ) -> pd.DataFrame:
     """Spearman's correlation of the sites' mean effects between classes, and between halves of one class.
 
-    One row per two classes: `class_a`, `class_b`, `estimate`, `low`, `high` (as in `stats.rank_agreement`, but each
-    class's quads are resampled on their own; NaN with fewer than stats.MINIMUM_CLUSTERS of either), `n_a`, `n_b`
-    (quads), and `halves`: the mean correlation over random halves of the quads. With class_a = class_b the halves are
+    One row per two classes: `class_a`, `class_b`, `estimate`, `low`, `high` (as in `rank_agreement`, but each class's
+    quads are resampled on their own; NaN with fewer than stats.MINIMUM_CLUSTERS of either), `n_a`, `n_b` (quads), and
+    `halves`: the mean correlation over random halves of the quads. With class_a = class_b the halves are
     disjoint and `estimate` is that mean, without an interval: the agreement that noise alone leaves. No Spearman-Brown
     correction is applied, so it lies below what two samples of full size would reach; `halves` of two classes compare
     like with like. Where a quad has sides of both classes, noise that they share raises their agreement a little.
@@ -209,15 +221,15 @@ def between_classes(
         halves[name] = [matrix[part].mean(1) if n > 1 else np.full((SPLITS, matrix.shape[1]), np.nan) for part in parts]
     rows = []
     for a, b in combinations_with_replacement(values, 2):
-        between_halves = float(stats._spearman(halves[a][0], halves[b][1]).mean())
+        between_halves = float(spearman(halves[a][0], halves[b][1]).mean())
         estimate, low, high = between_halves, np.nan, np.nan
         if a != b:
-            estimate = float(stats._spearman(values[a].mean(0)[None], values[b].mean(0)[None])[0])
+            estimate = float(spearman(values[a].mean(0)[None], values[b].mean(0)[None])[0])
             if drawn[a] is not None and drawn[b] is not None and not np.isnan(estimate):
                 # z of 1 is infinite: clip half way between 1 and the largest correlation of ranks below it
                 sites = values[a].shape[1]
                 most = 1 - 6 / (sites * (sites**2 - 1))
-                both = (stats._spearman(drawn[a], drawn[b]), estimate)
+                both = (spearman(drawn[a], drawn[b]), estimate)
                 z, middle = (np.arctanh(np.clip(value, -most, most)) for value in both)
                 degrees = min(len(values[a]), len(values[b])) - 1
                 reach = reference.t.ppf((1 + settings.level) / 2, degrees) * np.nanstd(z)

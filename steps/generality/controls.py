@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from lib import batches, data, tasks
+from lib import batches, tasks
 from lib.hooks import Site
 from lib.tasks import SUPERSETS, Pair
 from pipeline.params import ROOT
+from pipeline.population import add_tokens, load_people
 from pipeline.step import Step
-from pipeline.units import Unit, sweep_units
+from pipeline.units import Unit, sweep_units, without_labels
 from steps.generality.grid import prompt_options
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def control_prompts(step: Step, ordinary: Sequence[Pair], table: pd.DataFrame) -
     shapes = [tuple(len(pair.clean.roles[f"name_{slot}"]) for slot in "ab") for pair in ordinary]
     drawn = []  # control, name_a, name_b, classes, quad_id ("": a quad of its own), shape
     for control, names in name_lists(step).items():
-        counted = data.add_tokens(names, step.tokenizer, template, **prompt_options(p)).sample(frac=1, random_state=rng)
+        counted = add_tokens(names, step.tokenizer, template, **prompt_options(p)).sample(frac=1, random_state=rng)
         wanted = [shapes[index] for index in rng.permutation(len(shapes))]
         drawn += [(control, *names, "", shape) for *names, shape in matched(counted, wanted, p.control_prompts)]
     known = table.set_index("pair_id").loc[[pair.pair_id for pair in ordinary]].assign(shape=shapes)
@@ -68,12 +69,12 @@ def control_prompts(step: Step, ordinary: Sequence[Pair], table: pd.DataFrame) -
         if batches.group_of(pair) in groups:
             rows.append(row)
             pairs.append(pair)
-    return pd.DataFrame(rows), tasks.without_labels(pairs)
+    return pd.DataFrame(rows), without_labels(pairs)
 
 
 def name_lists(step: Step) -> dict[str, pd.DataFrame]:
     """The names of the controls that are drawn from lists; only names of one `key` are put together."""
-    people = data.load_people(step.people_file)
+    people = load_people(step.people_file)
     people = people[people["two_supersets"]]
     both = [",".join(sorted(pair, key=SUPERSETS.index)) for pair in people[["superset", "second_superset"]].to_numpy()]
     names = pd.read_csv(ROOT / "data" / "controls.csv", dtype=str).assign(key="")
@@ -112,7 +113,7 @@ def named_sets(step: Step | Case, sites: Sequence[Site]) -> list[tuple[str, list
 def units(step: Step, sets: Sequence[tuple], ordinary: Sequence[Pair], others: Sequence[Pair]) -> list[Unit]:
     """Every set ablated at `last` in ordinary and in control prompts, by `mean` and by `zero`."""
     options = {"direction": "noise", "role": "last", "ablations": list(ABLATIONS), "site_sets": [s for _, s in sets]}
-    return sweep_units("controls", [*tasks.without_labels(ordinary), *others], ordinary, **options)
+    return sweep_units("controls", [*without_labels(ordinary), *others], ordinary, **options)
 
 
 def compute(
@@ -122,7 +123,7 @@ def compute(
 
     Columns: pair_id, quad_id, ablation, number of the set, `before` and `after`, lists over the candidates.
     """
-    sweeper = step.sweeper(tasks.without_labels(ordinary))
+    sweeper = step.sweeper(without_labels(ordinary))
     renamed = {"logits_before": "before", "logits_after": "after", "site_set": "number"}
 
     def run(unit: Unit) -> pd.DataFrame:

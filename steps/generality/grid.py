@@ -16,21 +16,22 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lib import batches, data, models, records, tasks
-from lib.data import HALVES, pairs_of
+from lib import models, records, tasks
+from lib.data import HALVES
 from lib.tasks import Pair
 from pipeline import keys
 from pipeline.params import Shared
+from pipeline.population import add_margins, aligned, load_people, pairs_of
 from pipeline.step import Step, StepError
-from pipeline.units import Unit, sweep_units
+from pipeline.units import Unit, subsample, sweep_units, without_labels
 
-LOGIT_DIFFS = [name for name in records.EFFECTS if name.startswith("logit_diff")]
+LOGIT_DIFFS = [f"logit_diff_{run}" for run in ("before", "after", "clean", "corrupt")]
 # The pairs of a quad, each followed by its mirror; every second quad begins with the other order of its names.
 TURNS = ((0, 2, 1, 3), (1, 3, 0, 2))
 
 
 def prompt_options(params: Shared) -> dict[str, Any]:
-    """How prompts are made: the arguments that `lib.data` and `lib.tasks` share."""
+    """How prompts are made: the arguments that `lib.tasks` and `pipeline.population` share."""
     return {"chat_template": params.chat_template, "attributes": params.attributes}
 
 
@@ -43,7 +44,7 @@ def candidates(step: Step) -> pd.DataFrame:
     """
     path = keys.find_pairs(step.name, step.params).with_name("baselines.quads.parquet")
     if step.params.pairs_file is not None or not path.is_file():
-        pairs, people = last_half(step.pairs()), data.load_people(step.people_file).set_index("name")["profession"]
+        pairs, people = last_half(step.pairs()), load_people(step.people_file).set_index("name")["profession"]
         own = {f"clean_profession_{slot}": pairs[f"clean_{slot}"].map(people).fillna("") for slot in "ab"}
         return pairs.assign(**{name: pairs.get(name, column) for name, column in own.items()}, order="")
     quads = last_half(records.read(path))
@@ -71,13 +72,13 @@ def solved_pairs(step: Step) -> pd.DataFrame:
     for name in dict.fromkeys([p.template, *p.templates]):
         template, own = tasks.find_template(name, p.task), name == p.template
         rows = source if own else source.assign(pair_id=source["pair_id"] + f"@{name}", template=name)
-        rows, why = data.aligned(rows.assign(task=template.task), tokenizer, **prompt_options(p))
+        rows, why = aligned(rows.assign(task=template.task), tokenizer, **prompt_options(p))
         each = 4 if p.pairs_file else p.pairs_per_quad if own else p.template_pairs
         asked = left = rows.groupby("quad_id").head(each)
         if len(asked) and not (own and p.pairs_file):
-            scored = data.add_margins(asked, tokenizer, partial(models.next_logits, step.model), **prompt_options(p))
+            scored = add_margins(asked, tokenizer, partial(models.next_logits, step.model), **prompt_options(p))
             left = scored[(scored["metric_clean"] > 0) & (scored["metric_corrupt"] < 0)]
-        left = pd.DataFrame(batches.subsample(list(left.itertuples(index=False)), p.pairs), columns=left.columns)
+        left = pd.DataFrame(subsample(list(left.itertuples(index=False)), p.pairs), columns=left.columns)
         kept.append(left)
         sizes = {"possible": len(source), "aligned": len(rows), "asked": len(asked), "left": len(left)}
         counts.append({"template": name, **sizes, "quads": left["quad_id"].nunique(), "why": why[0] if why else ""})
@@ -97,7 +98,7 @@ def mirrors(pairs: Sequence[Pair]) -> dict[str, str]:
 
 def mirrored_units(pairs: Sequence[Pair], **options: Any) -> list[Unit]:
     """Noise at `last` in every pair; denoising in those alone whose mirror's noise run does not say it."""
-    pairs, mirror = tasks.without_labels(pairs), mirrors(pairs)
+    pairs, mirror = without_labels(pairs), mirrors(pairs)
     alone = [pair for pair in pairs if pair.pair_id not in mirror]
     noise = sweep_units("noise", pairs, direction="noise", role="last", **options)
     return noise + sweep_units("denoise", alone, direction="denoise", role="last", **options)

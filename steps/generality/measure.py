@@ -18,16 +18,16 @@ import numpy as np
 import pandas as pd
 from pydantic import Field
 
-from lib import batches, records, tasks
+from lib import records, tasks
 from lib.data import HALVES
 from lib.hooks import Site
 from lib.tasks import SUPERSETS, Pair
 from pipeline.assumed import MOVED, Case, of_sweep, order_of, pair_of
 from pipeline.costs import Work
-from pipeline.declaration import SUPERSET_TASKS, Declaration, Table
+from pipeline.declaration import EFFECTS, SUPERSET_TASKS, Declaration, Table
 from pipeline.params import OfSlice, Share, Words
 from pipeline.step import Step, single_sites
-from pipeline.units import Unit
+from pipeline.units import Unit, subsample, without_labels
 from steps.generality import class_circuits, controls, grid, name_rule_prompts
 from steps.generality.class_circuits import Circuit
 
@@ -64,7 +64,7 @@ def site_units(step: Step | Case, pairs: Sequence[Pair]) -> list[Unit]:
 
 def of_pairs(step: Step, pairs: Sequence[Pair], *chosen: Any) -> Callable[[Unit], pd.DataFrame]:
     """A sweep of pairs that are no pairs of step 01, or are without their labels."""
-    return step.sweeper(tasks.without_labels(pairs))
+    return step.sweeper(without_labels(pairs))
 
 
 def grid_cost(case: Case, units: Sequence[Unit]) -> Work:
@@ -89,11 +89,11 @@ def rule_cost(case: Case, units: Sequence[Unit]) -> Work:
     return alone + case.asked(p.rule_prompts, tasks.find_template(p.template, p.task))
 
 
-OF_SETS = {"schema": records.SET_SCHEMA, "columns": (*records.EFFECTS, "site_set")}
+OF_SETS = {"schema": records.SET_SCHEMA, "columns": (*EFFECTS, "site_set")}
 GRID = Table.whole("grid", grid.solved_pairs, grid_cost)
 CIRCUITS = Table("circuits", class_circuits.growing_units, class_circuits.grown, of_sweep, **OF_SETS)
 JOINT = Table("joint", joint_units, of_pairs, of_sweep, **OF_SETS)
-SITES = Table("generality", site_units, of_pairs, of_sweep, columns=records.EFFECTS)
+SITES = Table("generality", site_units, of_pairs, of_sweep, columns=EFFECTS)
 CONTROLS = Table("controls", controls.units, controls.compute, control_cost, schema=None)
 RULE = Table.whole("rule", name_rule_prompts.two_known_people, rule_cost)
 
@@ -115,7 +115,7 @@ def assumed_grid(case: Case) -> list[Pair]:
     if stored is None:
         for name, own in possible_grid(case).items():
             left = own if name == p.template else own[: round(MOVED * len(own))]
-            pairs += batches.subsample(left, p.pairs)
+            pairs += subsample(left, p.pairs)
         return pairs
     for row in stored.to_dict("records"):
         names, turn = [row.get(f"n_tokens_{slot}", 3) for slot in "ab"], int(row["pair_id"].split("@")[0][-1])
@@ -140,7 +140,7 @@ def assumed_controls(case: Case, ordinary: Sequence[Pair]) -> list[Pair]:
     """Prompts of controls: of the token counts of ordinary prompts, in a run's table after one of those."""
     stored, like, out = case.stored(CONTROLS), ordinary[0], []
     if stored is None:
-        some = batches.subsample(ordinary, case.params.control_prompts)
+        some = subsample(ordinary, case.params.control_prompts)
         return [replace(pair, pair_id=f"{pair.pair_id}c{number}") for number in range(4) for pair in some]
     known = {pair.pair_id: pair for pair in ordinary}
     for pair_id in dict.fromkeys(stored["pair_id"]):
@@ -151,11 +151,11 @@ def assumed_controls(case: Case, ordinary: Sequence[Pair]) -> list[Pair]:
 
 def assumed(case: Case) -> Iterator[tuple[Any, ...]]:
     """The tables in order."""
-    pairs, searched = assumed_grid(case), batches.subsample(case.pairs, case.other("sufficiency").pairs)
+    pairs, searched = assumed_grid(case), subsample(case.pairs, case.other("sufficiency").pairs)
     searched, own = case.half(0, searched), [pair for pair in pairs if pair.template == pairs[0].template]
     circuits = assumed_circuits(case, searched)
     yield (GRID,)
-    yield CIRCUITS, tasks.without_labels(searched), circuits
+    yield CIRCUITS, without_labels(searched), circuits
     yield JOINT, pairs, joint_sets(case.sites, circuits)
     yield SITES, own
     sets = controls.named_sets(case, case.sites)
@@ -186,7 +186,7 @@ def picked_circuits(step: Step) -> list[Circuit]:
     """Circuits without each superset, and on it alone, by step 04's single sites; none where there are no such."""
     circuits, table = class_circuits.orders(single_sites(step), step.params.slice_limit), step.pairs()
     used = table["pair_id"].isin({pair for circuit in circuits if circuit.order for pair in circuit.pairs})
-    prompts = tasks.without_labels(step.prompts(table[used]))  # other words' logits are not read here
+    prompts = without_labels(step.prompts(table[used]))  # other words' logits are not read here
     grown = step.table(CIRCUITS, prompts, circuits) if prompts else pd.DataFrame(columns=CIRCUITS.columns)
     return class_circuits.cut(circuits, grown, step.params.slice_share)
 

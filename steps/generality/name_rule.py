@@ -32,6 +32,7 @@ from lib.stats import DEFAULTS, Interval, Settings
 from report import plots
 from report.words import interval, listed, of_row
 
+COLUMNS = ("prompt", "name_a", "name_b", "superset_class", "y", "n_a", "n_b")
 RULES = ("additive", "OR", "AND")
 BASES = {"number": ("n_a", "n_b"), "evidence": ("evidence_a", "evidence_b")}
 
@@ -69,11 +70,10 @@ def compare(frame: pd.DataFrame, settings: Settings = DEFAULTS, folds: int = 10)
     the coefficients' influence values (Efron and Tibshirani 1993, chapter 21); `ratio` is None where no prompt has two
     names of one class, or the first step is not significantly above 0.
 
-    ValueError for logits that are not finite, and for people that link all prompts to one group.
+    ValueError for missing columns, values that are not finite, numbers other than 0 and 1, a prompt without a class of
+    neither name, two rows of one prompt and class, and people that link all prompts to one group.
     """
-    bad = ~np.isfinite(frame["y"])
-    if bad.any():
-        raise ValueError(f"NaN or infinite values in prompts {frame['prompt'][bad].unique()[:10].tolist()}")
+    _validate(frame)
     prompt, _ = pd.factorize(frame["prompt"])
     group = _groups(frame, prompt)
     groups = int(group.max()) + 1
@@ -106,6 +106,24 @@ def compare(frame: pd.DataFrame, settings: Settings = DEFAULTS, folds: int = 10)
     return RuleResult(
         pd.concat(tables, ignore_index=True), verdict, fitting, spans, ratio, len(group), groups, folds, reason
     )
+
+
+def _validate(frame: pd.DataFrame) -> None:
+    """ValueError where the rows are not what `compare` asks for."""
+    missing = [column for column in COLUMNS if column not in frame.columns]
+    if missing or frame.empty:
+        raise ValueError(f"the rule needs rows with the columns {', '.join(COLUMNS)}; missing: {missing or 'rows'}")
+    numbers = [column for column in ("y", *sum(BASES.values(), ())) if column in frame.columns]
+    bad = ~np.isfinite(frame[numbers].to_numpy(float)).all(1)
+    if bad.any():
+        raise ValueError(f"NaN or infinite values in prompts {frame['prompt'][bad].unique()[:10].tolist()}")
+    if not frame[["n_a", "n_b"]].isin([0, 1]).all(axis=None):
+        raise ValueError("n_a and n_b must be 1 (the name is in the class) or 0")
+    if frame.duplicated(["prompt", "superset_class"]).any():
+        raise ValueError("a prompt has two rows of one class")
+    absent = (frame["n_a"] + frame["n_b"] == 0).groupby(frame["prompt"]).any()
+    if not absent.all():
+        raise ValueError(f"prompts {absent.index[~absent][:10].tolist()} have no class of neither name to centre on")
 
 
 def _groups(frame: pd.DataFrame, prompt: Int[np.ndarray, " rows"]) -> Int[np.ndarray, " prompts"]:
@@ -192,7 +210,7 @@ def _fitted(
     low = table["low"].fillna(table["estimate"])[0]  # of one name
     if np.linalg.matrix_rank(designs["free"]) < designs["free"].shape[1] or not low > 0:
         return table, None
-    return table, stats.ratio_interval(second, first, settings)
+    return table, stats.ratio_intervals(second, first, settings)[0]
 
 
 def lines(fit: RuleResult, people: pd.DataFrame) -> dict[str, list[float]]:

@@ -7,14 +7,16 @@ different ones take turns, every combination and order alike, each person once.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import cycle, islice, permutations
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from lib import data, models, tasks
+from lib import models, tasks
 from lib.tasks import SUPERSETS
+from pipeline.population import add_fame, add_tokens, load_people, readings
 from pipeline.step import Step
 from steps.generality.grid import prompt_options
 
@@ -37,7 +39,8 @@ def two_known_people(step: Step) -> pd.DataFrame:
     made = [tasks.make_prompt(model.tokenizer, template, [x.name for x in two], **prompt_options(p)) for two in drawn]
     words, tokens = tasks.candidates(model.tokenizer, template)
     prompts = [prompt.ids for prompt in made]
-    logits = models.next_readings(model, prompts, lambda read, _: {"logits": read[:, tokens]})["logits"].astype(float)
+    score = partial(models.next_logits, model)
+    logits = readings(score, prompts, lambda read, _: {"own": read[:, tokens]})["own"].astype(float)
     rows = []
     for number, ((a, b), own) in enumerate(zip(drawn, logits, strict=True)):
         in_a, in_b = (np.array([word == person.superset for word in words]) for person in (a, b))
@@ -50,8 +53,8 @@ def two_known_people(step: Step) -> pd.DataFrame:
 def known_people(step: Step, template: tasks.Template, rng: np.random.Generator) -> pd.DataFrame:
     """People of one superset who are known, with the `evidence` of their names; drawn from twice as many as needed."""
     p, tokenizer, alone = step.params, step.model.tokenizer, []
-    people = data.load_people(step.people_file)
-    people = data.add_tokens(people[~people["two_supersets"]], tokenizer, template, **prompt_options(p))
+    people = load_people(step.people_file)
+    people = add_tokens(people[~people["two_supersets"]], tokenizer, template, **prompt_options(p))
     each = -(-4 * p.rule_prompts // people["superset"].nunique())
     asked = people.sample(frac=1, random_state=rng).groupby("superset").head(each)
     one_name = tasks.candidates(tokenizer, tasks.TEMPLATES["profession_is"])[1]
@@ -61,7 +64,7 @@ def known_people(step: Step, template: tasks.Template, rng: np.random.Generator)
         alone.append(logits[:, one_name].astype(float))
         return logits
 
-    asked = data.add_fame(asked, tokenizer, score, chat_template=p.chat_template)
+    asked = add_fame(asked, tokenizer, score, chat_template=p.chat_template)
     asked = asked.assign(evidence=list(evidence(np.concatenate(alone), asked["superset"])))
     return asked[asked["known"]]
 

@@ -18,7 +18,7 @@ from IPython.display import Markdown
 from matplotlib.figure import Figure
 
 from lib import effects
-from lib.effects import SITE, jaccard, quad_matrix, site_name
+from lib.effects import SITE, quad_matrix, site_name
 from lib.tasks import SUPERSETS
 from pipeline.params import Shared
 from pipeline.step import Step
@@ -193,7 +193,7 @@ def circuit_table(frame: pd.DataFrame, circuits: Sequence[Circuit], sites: Seque
     for circuit, rows in records_of(frame, circuits):
         about = {"kind": circuit.kind, "superset": circuit.superset, "picked_on": len(circuit.pairs)}
         about |= {"size": len(circuit.sites), "sites": ", ".join(site_name(*site) for site in circuit.sites)}
-        about |= {"overlap": jaccard(circuit.sites, sites), "reached": circuit.reached}
+        about |= {"overlap": site_tables.jaccard(circuit.sites, sites), "reached": circuit.reached}
         out += both_ways(rows[rows["answer"] == circuit.superset], params, **about)
     return pd.DataFrame(out)
 
@@ -212,7 +212,7 @@ def transfer(frame: pd.DataFrame, circuits: Sequence[Circuit], params: Shared) -
 
 def counted(m: Measured) -> pd.DataFrame:
     """How many pairs of each template could be made, line up, were asked and are left."""
-    return pd.DataFrame(m.counts).drop(columns="why")
+    return pd.DataFrame(m.counts).set_index("template")[["possible", "aligned", "asked", "left", "quads"]]
 
 
 def forest(step: Step, rows: pd.DataFrame) -> Figure | None:
@@ -273,8 +273,13 @@ def interaction_table(t: Tables) -> pd.DataFrame | Markdown | None:
 
 
 def circuits(t: Tables) -> pd.DataFrame | Markdown | None:
-    """The circuits picked class by class."""
-    return shown(t.circuits, 2, "Step 04's table of single sites is not in the results.")
+    """The circuits picked class by class, a row each."""
+    if t.circuits.empty:
+        return shown(t.circuits, 2, "Step 04's table of single sites is not in the results.")
+    effects = {name: [of_row(row) for row in rows.itertuples()] for name, rows in t.circuits.groupby("quantity")}
+    rows = t.circuits.drop_duplicates(["superset", "kind"]).set_index(["superset", "kind"])
+    rows = rows[["picked_on", "size", "overlap", "reached", "quads", "sites"]].round(2).assign(**effects)
+    return rows[[name for name in rows if name != "sites"] + ["sites"]]
 
 
 def left_out(step: Step, t: Tables) -> Figure | None:

@@ -19,7 +19,7 @@ import pandas as pd
 from pydantic import Field
 
 from lib import records, stats
-from lib.batches import NEUTRAL, grouped, subsample
+from lib.batches import NEUTRAL, grouped
 from lib.effects import SITE, by_half, columns, in_halves, named, quad_matrix, reported, tested
 from lib.hooks import Site
 from lib.readout import post_norms, readout
@@ -28,10 +28,10 @@ from lib.weights import Shape
 from pipeline import costs
 from pipeline.assumed import Case, of_sweep, order_of
 from pipeline.costs import Work, total
-from pipeline.declaration import Declaration, Table
+from pipeline.declaration import ANALYSED, Declaration, Table
 from pipeline.params import Ablations, OfSlice
 from pipeline.step import Step, swept
-from pipeline.units import Unit, sweep_units
+from pipeline.units import Unit, subsample, sweep_units
 from steps.hydra import splits
 
 RISING = (7, 5)  # candidates of the first round and of the second, in the default book
@@ -111,7 +111,7 @@ def needed_units(step: Step | Case, sites: Sequence[Site]) -> list[Unit]:
 
 SPLITS = Table("hydra", split_units, splitter, split_cost, schema=splits.SCHEMA)
 JOINT = Table("joint", joint_units, swept, of_sweep, schema=records.SET_SCHEMA)
-NEEDED = Table("needed", needed_units, swept, of_sweep, records.SET_SCHEMA, (*records.ANALYSED, "site_set"))
+NEEDED = Table("needed", needed_units, swept, of_sweep, records.SET_SCHEMA, (*ANALYSED, "site_set"))
 
 
 def numbered(table: Table, number: int) -> Table:

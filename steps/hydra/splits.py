@@ -29,7 +29,7 @@ from torch import Tensor
 from lib import hooks
 from lib.batches import ablated, grouped, pooled, token_ids
 from lib.hooks import NOISE, Model, Site
-from lib.readout import PostNorms, Readout, head_outputs, post_norms, readout
+from lib.readout import PostNorms, Readout, post_norms, readout
 from lib.records import ABLATIONS
 from lib.single_pass import Activations, BaseRun, Edit, Row, SweepError, base_run, edits_by_module, rerun
 from lib.tasks import Pair
@@ -187,7 +187,7 @@ def split(
     logit_diff = (runs.hidden.cpu().double() * difference).sum(-1) + (biases[:, 0] - biases[:, 1]).double()[owner]
     direction = reading.out.norm.pull(difference)
     resid = runs.kept["resid", model.n_layers - 1]
-    inverse = 1 / reading.out.scale(resid)
+    inverse = 1 / reading.out.norm.scale(resid)
     effects = direct_effects(model, runs, direction * inverse[owner, None], min(map(turn, sum(sets, ())))[0], reading)
     rescaled = (resid.cpu().double() * direction).sum(-1) * (inverse - inverse[owner])
     frames = []
@@ -220,8 +220,7 @@ def last_token(model: Model, base: BaseRun, rows: Sequence[Row], sources: Activa
     edits = edits_by_module(rows, {index: prompts + index for index in range(len(rows))})
     offset = torch.tensor([0], device=base.ids.device)
     kept: dict[tuple[str, int], Tensor] = {}
-    handles: list = []
-    with hooks.removing(handles):
+    with hooks.removing() as handles:
         for layer in range(model.n_layers):
             for component in hooks.COMPONENTS:
                 key = component, layer
@@ -256,6 +255,21 @@ def direct_effects(
                 heads = head_outputs(model, layer, runs.kept["head", layer]).cpu().double()
                 effects |= {Site(layer, "head", h): (heads[:, h] * towards).sum(-1) for h in range(model.n_heads)}
     return effects
+
+
+@torch.no_grad()
+def head_outputs(
+    model: Model, layer: int, z: Float[Tensor, "*rows heads_and_size"]
+) -> Float[Tensor, "*rows heads hidden"]:
+    """What each head of the layer adds to the attention output, given the o_proj inputs z; o_proj's bias is left out.
+
+    o_proj itself is run on each head's slice with the others at zero, so that its kind (quantised, transposed) does not
+    matter. In the model's dtype, on its device. A post-attention norm is not applied.
+    """
+    o_proj = model.o_projs[layer]
+    alone = torch.eye(model.n_heads, dtype=z.dtype, device=z.device)[:, :, None]
+    masked = (z.unflatten(-1, (model.n_heads, -1))[..., None, :, :] * alone).flatten(-2)
+    return o_proj(masked) - o_proj(torch.zeros_like(masked[..., :1, :]))
 
 
 def prove(

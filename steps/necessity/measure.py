@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 import pandas as pd
 from pydantic import Field
 
-from lib import effects, records
-from lib.batches import NEUTRAL, subsample
+from lib import effects
+from lib.batches import NEUTRAL
 from pipeline.assumed import Case, of_sweep
-from pipeline.declaration import Declaration, Table
+from pipeline.declaration import ANALYSED, Declaration, Table
 from pipeline.params import Ablations, Components, Roles, Shared
 from pipeline.step import Step, swept
-from pipeline.units import Unit, sweep_units
+from pipeline.units import Unit, subsample, sweep_units
 
 
 class Necessity(Shared):
@@ -51,7 +51,7 @@ def units(step: Step | Case) -> list[Unit]:
     return out
 
 
-SWEEP = Table("necessity", units, swept, of_sweep, columns=tuple(records.ANALYSED))
+SWEEP = Table("necessity", units, swept, of_sweep, columns=ANALYSED)
 
 
 def assumed(case: Case) -> Iterator[tuple[Any, ...]]:
@@ -60,6 +60,12 @@ def assumed(case: Case) -> Iterator[tuple[Any, ...]]:
 
 
 STEP = Declaration("necessity", Necessity, assumed, layered=True)
+
+
+def ablation_tables(records: pd.DataFrame, settings: Shared) -> dict[str, pd.DataFrame]:
+    """`both_halves` for each ablation at `last`, without `resid`: one family of tests each."""
+    own = records[(records["position"] == "last") & (records["component"] != "resid")]
+    return {kind: effects.both_halves(rows, settings) for kind, rows in own.groupby("ablation", sort=False)}
 
 
 class Measured(NamedTuple):
@@ -81,6 +87,6 @@ def lead_of(tables: Mapping[str, pd.DataFrame]) -> str:
 def run(step: Step) -> Measured:
     """Measure, or read what is there."""
     sweep = step.table(SWEEP)
-    tables = effects.ablation_tables(sweep, step.params)
+    tables = ablation_tables(sweep, step.params)
     lead = lead_of(tables)
     return Measured(sweep, {lead: tables[lead], **tables}, lead)

@@ -12,9 +12,8 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from lib import stats
 from lib.batches import NEUTRAL
-from lib.effects import SITE, damages, named, picked, quad_matrix, reported, shares_of_ceiling, significant
+from lib.effects import SITE, damages, named, quad_matrix, reported, shares_of_ceiling, significant
 from lib.hooks import site_name
 from lib.stats import Interval
 from pipeline.params import Shared
@@ -52,7 +51,7 @@ def agreement(frame: pd.DataFrame, kinds: Sequence[str], params: Shared) -> dict
         return {}
     matrices = {kind: quad_matrix(own[own["ablation"] == kind], "effect", SITE).values for kind in kinds}
     first = matrices[kinds[0]]
-    return {kind: stats.rank_agreement(first, matrices[kind], params) for kind in kinds[1:]}
+    return {kind: site_tables.rank_agreement(first, matrices[kind], params) for kind in kinds[1:]}
 
 
 def at_ceiling(frame: pd.DataFrame, n_layers: int) -> pd.DataFrame:
@@ -99,7 +98,7 @@ def modules(step: Step, m: Measured) -> Figure:
 
 def ranked(m: Measured) -> Figure:
     """The leading sites with their effect in both halves."""
-    return plots.ranked_sites(picked(m.sites[m.lead], 15), "fall of logit_diff (logits)")
+    return plots.ranked_sites(site_tables.picked(m.sites[m.lead], 15), "fall of logit_diff (logits)")
 
 
 def halves(m: Measured) -> Figure | None:
@@ -112,14 +111,14 @@ def kinds(step: Step, m: Measured) -> Figure | None:
     shares = of_ceiling(m.records, step.n_layers, step.params)
     if shares.empty:
         return None
-    order = list(dict.fromkeys(picked(m.sites[m.lead], 10)["site"]))
+    order = list(dict.fromkeys(site_tables.picked(m.sites[m.lead], 10)["site"]))
     shares = shares[shares["site"].isin(order)].sort_values("site", key=lambda own: own.map(order.index), kind="stable")
     return plots.ranked_sites(shares, "damage (share of the ablation's own ceiling)", by="ablation")
 
 
 def answer_and_foil(step: Step, m: Measured) -> Figure:
     """Change of the answer's and of the foil's logit at the leading sites."""
-    names = picked(m.sites[m.lead], 10)["site"].drop_duplicates().tolist()
+    names = site_tables.picked(m.sites[m.lead], 10)["site"].drop_duplicates().tolist()
     under_lead = m.records[m.records["ablation"] == m.lead]
     candidates = step.metadata(measure.SWEEP)["candidates"]
     return plots.answer_and_foil(site_tables.answer_and_foil(under_lead, names, candidates, step.params))
@@ -130,7 +129,7 @@ def answer_and_foil(step: Step, m: Measured) -> Figure:
 
 def shares_sentence(shares: pd.DataFrame, m: Measured, kind: str, count: int) -> str:
     """The leading sites under one kind of ablation as shares of its ceiling."""
-    order = list(dict.fromkeys(picked(m.sites[m.lead], count)["site"]))
+    order = list(dict.fromkeys(site_tables.picked(m.sites[m.lead], count)["site"]))
     rows = shares[shares["ablation"] == kind].set_index("site", drop=False).loc[order]
     return f"under `{kind}` {of_rows(rows, 'site')}"
 

@@ -69,8 +69,7 @@ def read(model: Model, site: Site, pairs: Sequence[Pair], side: str) -> dict[str
         kept[name] = activation if activation.requires_grad else activation.detach().requires_grad_()
         return kept[name]
 
-    handles: list = []
-    with hooks.removing(handles), torch.enable_grad():
+    with hooks.removing() as handles, torch.enable_grad():
         if site.component == "mlp" and model.down_projs:
             handles.append(hooks.on_activation(model, site.layer, "neuron", lambda x: visit(x, "neurons")))
         handles.append(hooks.on_activation(model, site.layer, site.component, lambda x: visit(x, "activation")))

@@ -30,12 +30,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from lib import batches, data, hooks, tasks
+from lib import hooks, tasks
 from lib.hooks import Model, Site
 from lib.single_pass import plain_runs
 from pipeline.params import ROOT
+from pipeline.population import load_people
 from pipeline.step import Step, StepError
-from pipeline.units import Unit
+from pipeline.units import Unit, subsample
 
 BATCH, WARM_UP, RATE = 256, 20, 3e-3  # samples of a step; steps until the rate is full; Adam's rate
 # tensors by the names they have in each format: ours, and whether they are stored transposed
@@ -180,7 +181,7 @@ def sentences(step: Step) -> list[tuple[int, ...]]:
     out = [tasks.make_prompt(tokenizer, *side, step.params.chat_template).ids for side in chosen]
     slots = [f"{side}_{slot}" for side in ("clean", "corrupt") for slot in tasks.SLOTS if f"{side}_{slot}" in table]
     held = table.loc[table["half"] == "confirmation", slots]
-    people = data.load_people(step.people_file)["name"]
+    people = load_people(step.people_file)["name"]
     people = rng.permutation(people[~people.isin(held.to_numpy().ravel())])
     about = ["The profession of {a} is", *texts["person"]]
     lines = [text.replace("{a}", name) for text, name in islice(zip(cycle(about), cycle(people)), third)]
@@ -259,7 +260,7 @@ def trainer(step: Step, site: Site) -> Callable[[Unit], pd.DataFrame]:
     @cache
     def harvested() -> tuple[Samples, Samples]:
         own = [pair for pair in step.prompts() if pair.half == "confirmation"] or step.prompts()
-        own = batches.subsample(own, step.params.top_pairs)
+        own = subsample(own, step.params.top_pairs)
         held = [prompt.ids for pair in own for prompt in (pair.clean, pair.corrupt)]
         return tuple(harvest(step.model, site, prompts) for prompts in (sentences(step), held))
 

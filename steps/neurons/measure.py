@@ -19,22 +19,21 @@ import torch
 from pydantic import Field
 
 from lib import records, sweep
-from lib.batches import subsample
 from lib.hooks import Model, Site
 from lib.tasks import Pair
 from lib.weights import Shape
 from pipeline import costs, rates
 from pipeline.assumed import Case, few_pairs, of_sweep
 from pipeline.costs import Machine, Work, total
-from pipeline.declaration import SUPERSET_TASKS, Declaration, Table
+from pipeline.declaration import EFFECTS, SUPERSET_TASKS, Declaration, Table
 from pipeline.params import Counts, OfSlice, SaeSite, Share
 from pipeline.step import Step
-from pipeline.units import Unit, sweep_units
+from pipeline.units import Unit, subsample, sweep_units
 from steps.neurons import feature_patches, features, neurons, picks
 from steps.neurons.features import Coder
 from steps.neurons.picks import NEURON, Set
 
-SET_COLUMNS = (*records.EFFECTS, *records.MARGINS, "metric_clean", "metric_corrupt", "site_set")
+SET_COLUMNS = (*EFFECTS, *(f"metric_{run}" for run in ("before", "after", "clean", "corrupt")), "site_set")
 NEURON_ROW = 51  # bytes of a row of the table of neurons in Parquet
 
 
@@ -111,11 +110,11 @@ def neuron_sweeper(step: Step) -> Callable[[Unit], pd.DataFrame]:
 def neuron_unit(shape: Shape, pair: Pair, layers: Sequence[int], machine: Machine) -> Work:
     """A unit of `neurons.run`: every neuron of the layers in a pair, one direction."""
     tokens = len(pair.clean.ids)
-    passes = -(-shape.inner // costs.limit_of(shape, tokens, tokens - 1, machine.dtype, machine.memory))
+    passes = -(-shape.n_neurons // costs.limit_of(shape, tokens, tokens - 1, machine.dtype, machine.memory))
     out = costs.plain(shape, 2, tokens) + Work(other={"jobs": 1})
     for layer in layers:
-        grown = costs.of_rows(shape, [0] * passes + [layer] * shape.inner, 1, tokens)
-        out += costs.vocabulary(shape, 2 * passes) + Work(passes=passes, grown=grown, light=shape.inner)
+        grown = costs.of_rows(shape, [0] * passes + [layer] * shape.n_neurons, 1, tokens)
+        out += costs.vocabulary(shape, 2 * passes) + Work(passes=passes, grown=grown, light=shape.n_neurons)
     return out
 
 
@@ -187,9 +186,9 @@ def plain_reader(name: str, step: Step, leading: Sequence[tuple[int, int]]) -> C
 def class_cost(case: Case, units: Sequence[Unit], leading: Sequence[tuple[int, int]]) -> Work:
     """Plain runs of both prompts of each pair, and an area under a curve for each neuron and class."""
     layers, pairs = len(layers_of(case)), units[0].pairs
-    areas = layers * case.shape.inner * 2 * len(pairs)
+    areas = layers * case.shape.n_neurons * 2 * len(pairs)
     runs = costs.plain(case.shape, 2 * len(pairs), len(pairs[0].clean.ids), -(-2 * len(pairs) // 16))
-    return runs + Work(table=20 * 10 * layers * case.shape.inner, other={"areas": areas})
+    return runs + Work(table=20 * 10 * layers * case.shape.n_neurons, other={"areas": areas})
 
 
 def no_cost(case: Case, units: Sequence[Unit], *chosen: Any) -> Work:
@@ -242,7 +241,7 @@ def feature_reader(step: Step, coder: Coder) -> Callable[[Unit], pd.DataFrame]:
 def read_cost(case: Case, units: Sequence[Unit], coder: None) -> Work:
     """Forward and backward for both prompts of each pair."""
     prompts = 2 * sum(len(unit.pairs) for unit in units)
-    width = 2 * case.params.sae_features + 2 * case.shape.inner + case.shape.hidden
+    width = 2 * case.params.sae_features + 2 * case.shape.n_neurons + case.shape.hidden
     runs = (costs.plain(case.shape, 4 * len(unit.pairs), len(unit.pairs[0].clean.ids), 4) for unit in units)
     return total(runs) + costs.vocabulary(case.shape, prompts) + Work(table=4 * prompts * width)
 

@@ -86,7 +86,7 @@ class Reading:
     def rate(self, runs: BaseRun, layer: int) -> Float[Tensor, " prompts"]:
         """One over the norms' scales in plain runs, for what is written at `layer`."""
         final = max(at for component, at in runs.activations if component == "resid")
-        scale = self.out.scale(runs.activations["resid", final][:, -1])
+        scale = self.out.norm.scale(runs.activations["resid", final][:, -1])
         post = self.outputs[layer].post
         return 1 / (scale if post is None else scale * post.scale(runs.activations["mlp", layer][:, -1]))
 

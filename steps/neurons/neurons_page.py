@@ -20,7 +20,7 @@ from lib.effects import in_halves, reported
 from pipeline.step import Step
 from report import plots
 from report.plots import BLUE, STYLE, VERMILION, WIDTH, Figure
-from report.words import interval, listed
+from report.words import in_logits, interval, listed
 from steps.neurons.measure import Measured, Neurons
 from steps.neurons.picks import NEURON, Set, means
 
@@ -130,7 +130,7 @@ def selective(classes: pd.DataFrame, params: Neurons, column: str = "auc") -> pd
     table = classes.assign(p=p_of_auc(classes[column], classes["n"], classes["n_others"]), auc=classes[column])
     halves = [part for _, part in in_halves(table)]
     first, last = halves[0].copy(), halves[-1]
-    first["adjusted"] = stats.benjamini_hochberg(first["p"])
+    first["adjusted"] = tests.false_discovery_control(first["p"])
     best = first.loc[(first["auc"] - 0.5).abs().groupby([first["layer"], first["head"]]).idxmax()]
     keys = [*NEURON, "superset"]
     out = best[[*keys, "auc", "adjusted"]].rename(columns={"auc": "discovery"})
@@ -140,7 +140,7 @@ def selective(classes: pd.DataFrame, params: Neurons, column: str = "auc") -> pd
     sure = (out["discovery"] > 0.5) == (out["confirmation"] > 0.5)
     adjusted = pd.Series(1.0, index=out.index)
     if out["picked"].any():
-        adjusted[out["picked"]] = stats.benjamini_hochberg(out.loc[out["picked"], "p"])
+        adjusted[out["picked"]] = tests.false_discovery_control(out.loc[out["picked"], "p"])
     out["selective"] = out["picked"] & sure & (adjusted <= 1 - params.level)
     weights = last.pivot_table(index=NEURON, columns="superset", values="weight").reset_index()
     joined = out[NEURON].merge(weights, on=NEURON, how="left").drop(columns=NEURON)
@@ -372,8 +372,8 @@ def top_sentences(tables: dict[str, pd.DataFrame], table: pd.DataFrame, params: 
     }
     sentences = [
         f"In {last['pair_id'].nunique()} pairs of {last['quad_id'].nunique()} {last['half'].iloc[0]} quads, the first "
-        f"{min(6, len(own))}, picked on discovery, change logit_diff by (logits, familywise intervals over the "
-        f"{len(own)}; positive: it helps the answer): {each}.",
+        f"{min(6, len(own))}, picked on discovery, change logit_diff by "
+        f"({in_logits(own, f'familywise intervals over the {len(own)}')}; positive: it helps the answer): {each}.",
         f"Significant familywise in each half with one sign are, of these {len(own)}, "
         + listed(
             f"{int((sign > 0).sum())} that help and {int((sign < 0).sum())} that oppose the answer under {words[kind]}"

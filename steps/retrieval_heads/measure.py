@@ -16,8 +16,7 @@ from typing import Any, Literal, NamedTuple
 import pandas as pd
 from pydantic import Field
 
-from lib import data, effects, records, tasks
-from lib.batches import subsample
+from lib import effects, records, tasks
 from lib.effects import SITE
 from lib.hooks import Model, Site
 from lib.tasks import Pair
@@ -25,10 +24,11 @@ from lib.weights import Shape
 from pipeline import costs
 from pipeline.assumed import Case, few_pairs, of_paths, order_of, pair_of
 from pipeline.costs import Machine, Work
-from pipeline.declaration import Declaration, Table
+from pipeline.declaration import ANALYSED, Declaration, Table
 from pipeline.params import OfSlice
+from pipeline.population import load_people
 from pipeline.step import Step
-from pipeline.units import Unit
+from pipeline.units import Unit, subsample
 from steps.retrieval_heads import one_name, routes, values
 from steps.retrieval_heads.routes import LAST, NAMES, sites_that_read
 
@@ -36,7 +36,7 @@ from steps.retrieval_heads.routes import LAST, NAMES, sites_that_read
 PROBES = (("plural", "profession_is"), ("singular", "The profession of {a} is"), ("singular", "{a} is a"))
 HOPS = 6  # sites at the names whose paths are followed edge by edge
 VALUE = 15  # bytes of a row of value vectors in Parquet
-COLUMNS = (*records.ANALYSED, "site_set", "sender", "receivers", "mlps")
+COLUMNS = (*ANALYSED, "site_set", "sender", "receivers", "mlps")
 
 
 class RetrievalHeads(OfSlice):
@@ -72,7 +72,7 @@ def subject(step: Step) -> Subject:
 
 def people_asked(step: Step) -> pd.DataFrame:
     """The people of the one-name probes."""
-    return one_name.draw_people(data.load_people(step.people_file), step.params.probe_people, step.params.seed)
+    return one_name.draw_people(load_people(step.people_file), step.params.probe_people, step.params.seed)
 
 
 def probe_units(step: Step | Case, names: Sequence[str]) -> list[Unit]:
@@ -93,7 +93,7 @@ def prober(step: Step, names: Sequence[str]) -> Callable[[Unit], pd.DataFrame]:
 
 def superset_by_profession(step: Step) -> dict[str, str]:
     """The superset of each profession of the table of people."""
-    return one_name.superset_by_profession(data.load_people(step.people_file))
+    return one_name.superset_by_profession(load_people(step.people_file))
 
 
 def patcher(step: Step, *chosen: Any) -> Callable[[Unit], pd.DataFrame]:
@@ -127,7 +127,7 @@ def reading_units(label: str, step: Step | Case, pairs: Subject) -> list[Unit]:
 
 def value_reader(step: Step, pairs: Subject) -> Callable[[Unit], pd.DataFrame]:
     """What reads a unit's value vectors."""
-    professions = values.professions_of(step.pairs(), data.load_people(step.people_file))
+    professions = values.professions_of(step.pairs(), load_people(step.people_file))
     superset_of = superset_by_profession(step)
 
     def compute(unit: Unit) -> pd.DataFrame:

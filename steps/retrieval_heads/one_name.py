@@ -5,7 +5,7 @@
    which.
 2. `probe` asks with one-name prompts. Supersets and professions are scored apart.
 3. A model prefers some words whatever the name, so each score is also `centred`: its mean over people is taken off,
-   every superset counting alike (batch calibration, Zhou et al. 2023, arXiv 2309.17249; as in `data.add_fame`). Within
+   every superset counting alike (batch calibration, Zhou et al. 2023, arXiv 2309.17249; as in `add_fame`). Within
    a superset it prefers some professions of that superset, so there it is `centred_within`.
 """
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +25,7 @@ from scipy.special import logsumexp
 from lib import models, tasks
 from lib.hooks import Model
 from lib.tasks import SUPERSETS, Form, Template
+from pipeline.population import readings
 
 CHUNK = 256  # prompts whose full-vocabulary logits are held at once
 # superset: among the candidates; profession: the own one among all; within: among those of the own superset
@@ -164,7 +166,7 @@ def _probe(
         logits = logits.astype(np.float64)
         return {"own": logits[:, list(tokens)], "total": logsumexp(logits, axis=1), "top": logits.argmax(1)}
 
-    answers = models.next_readings(model, prompts, read, CHUNK)
+    answers = readings(partial(models.next_logits, model), prompts, read, CHUNK)
     logits, total, top = np.where(scored, answers["own"], np.nan), answers["total"], answers["top"]
     own = {
         "superset": people["superset"].map(SUPERSETS.index).to_numpy(),

@@ -16,11 +16,12 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from lib import effects, stats
-from lib.effects import picked, quad_matrix, reported
+from lib.effects import quad_matrix, reported
 from lib.hooks import Site
 from pipeline.step import Step
 from report import plots, site_tables
-from report.words import ONE_HALF, about_model, finished, interval, listed
+from report.site_tables import picked
+from report.words import ONE_HALF, about_model, finished, in_logits, interval, listed, top_sites
 from steps.retrieval_heads.measure import Measured, RetrievalHeads
 from steps.retrieval_heads.routes import GROUPS
 
@@ -209,7 +210,7 @@ def edges_table(records: pd.DataFrame, params: RetrievalHeads) -> pd.DataFrame:
     parts = []
     for _, rows in own.groupby(["position", "mlps"], sort=False):
         matrix = quad_matrix(rows, "effect", ["source", "target"])
-        sure = stats.max_t(matrix.values, params).p <= 1 - params.level
+        sure = stats.max_t(matrix.values, params) <= 1 - params.level
         few = stats.too_few(len(matrix.quads)) is not None
         parts.append(matrix.sites.assign(estimate=matrix.values.mean(0), significant=sure & (not few)))
     return pd.concat(parts, ignore_index=True)
@@ -415,14 +416,15 @@ def verdict_sentences(found: dict, tests: Mapping[str, pd.DataFrame]) -> list[st
 
 def senders_sentence(table: pd.DataFrame, role: str, params: RetrievalHeads, count: int = 6) -> str:
     """The leading senders of a route."""
-    top = [f"{r.site} ({interval(r.estimate, r.low, r.high)})" for r in reported(picked(table, count)).itertuples()]
+    leading = reported(picked(table, count))
     sure = effects.confirmed(table, params)
-    kinds = [f"{(sure['component'] == kind).sum()} {word}" for kind, word in (("head", "heads"), ("mlp", "MLPs"))]
+    sites = {"head": "heads", "mlp": "MLPs"}
+    kinds = [f"{(sure['component'] == kind).sum()} {word}" for kind, word in sites.items()]
+    kinds = ["the embedding"] * (not sure["component"].isin(list(sites)).all()) + kinds
     return (
-        f"At `{role}`, the senders of largest path effect into the slice are {listed(top)} (logits, familywise "
-        f"intervals); significant in both halves are {listed(kinds)} of {table['site'].nunique()} senders."
-        + ONE_HALF
-        * (table["half"].nunique() == 1)
+        f"At `{role}`, the senders of largest path effect into the slice are {top_sites(table, count)} "
+        f"({in_logits(leading, 'familywise intervals')}); significant in both halves are {listed(kinds)}, of "
+        f"{table['site'].nunique()} senders." + ONE_HALF * (table["half"].nunique() == 1)
     )
 
 
@@ -436,12 +438,14 @@ def write_sentence(
         table = table[table["site"].isin(heard[role])]
         sure = effects.confirmed(table, params)
         top = [f"{row.site} ({interval(row.estimate, row.low, row.high)})" for row in sure.head(4).itertuples()]
-        held = listed(sorted(own & set(sure["site"])))
-        count = f"{len(sure)} of {table['site'].nunique()} heads and MLPs"
-        parts.append(f"at `{role}` {count}, most of all {listed(top)}; of the slice {held}")
+        count = f"at `{role}` {len(sure)} of {table['site'].nunique()} heads and MLPs"
+        if top:
+            scale = in_logits(sure, "familywise intervals")
+            count += f", most of all {listed(top)} ({scale}); of the slice {listed(sorted(own & set(sure['site'])))}"
+        parts.append(count)
     return (
-        "Of what the slice can hear, the right profession is favoured over the others of its superset, in both halves, "
-        f"by {'; '.join(parts)} (logits, familywise intervals)."
+        "Of what the slice can hear, the right profession is favoured over the others of its superset, significantly "
+        f"in both halves, by {'; '.join(parts)}."
     )
 
 

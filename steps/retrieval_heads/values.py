@@ -109,8 +109,7 @@ def _attention(model: Model, pairs: Sequence[Pair]) -> list[pd.DataFrame]:
     asked = [("last", name) for name in names] + [(name, name) for name in names]
     shares = torch.zeros(len(asked), len(pairs), model.n_layers, model.n_heads)
     plain = model.logits(model.body(input_ids=ids, use_cache=False).last_hidden_state[:, -1])
-    handles: list = []
-    with eager(model), hooks.removing(handles):
+    with eager(model), hooks.removing() as handles:
         for layer, module in enumerate(model.attns):
 
             def keep(_: torch.nn.Module, __: tuple, output: Any, layer: int = layer) -> None:
@@ -271,7 +270,7 @@ def _said(
         norm = getattr(posts[layer], component)
         return final if norm is None else final * norm.scale(of(component, layer))[..., None]
 
-    final = read.scale(of("resid", model.n_layers - 1))[..., None]
+    final = read.norm.scale(of("resid", model.n_layers - 1))[..., None]
     heads = [
         torch.einsum("nphs,hsl->nphl", of("head", layer).unflatten(-1, own.head.shape[:2]), own.head)
         / scale("attn", layer)[..., None]

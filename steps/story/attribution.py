@@ -94,8 +94,7 @@ def queried(model: Model, clean: BaseRun, corrupt: BaseRun) -> tuple[Activations
     def keep(z: Tensor, layer: int) -> None:
         heads_before[layer], heads["head", layer] = z[:count], z[count:].clone()
 
-    handles = []
-    with hooks.removing(handles):
+    with hooks.removing() as handles:
         for layer in range(model.n_layers):
             handles.append(hooks.on_input(model.blocks[layer], twin))
             handles.append(on_queries(model, layer, partial(swap, layer=layer)))

@@ -71,7 +71,7 @@ SEARCH_SCHEMA = records.table_schema(
         "round": records.whole(0, "int64"),
         "site": records.text(),
         "faithfulness": records.number(),  # with (grow) or without (prune) the site
-        "chosen": records.flag(),
+        "chosen": records.Column(bool),
     },
     unique=["phase", "round", "site"],
 )

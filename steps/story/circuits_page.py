@@ -21,10 +21,10 @@ from matplotlib.figure import Figure
 from scipy import stats as scipy_stats
 
 from lib import stats
-from lib.effects import columns, familywise, in_halves, jaccard, named, reported
+from lib.effects import columns, familywise, in_halves, named, reported
 from lib.hooks import site_name
 from pipeline.step import Step
-from report import plots
+from report import plots, site_tables
 from report.words import interval, listed
 from steps.story import measure
 from steps.story.measure import Measured, Story
@@ -169,7 +169,7 @@ def circuit_numbers(m: Measured, slice_: Sequence[str], params: Story) -> dict[s
         "failing": table.loc[~table["matters"], "site"].tolist(),
         "incompleteness": incompleteness(subsets, m.subsets),
         "areas": areas(rows, params).to_dict("records"),
-        "overlap": {"sites": both, "jaccard": jaccard(sites, slice_), "p": float(chance)},  # with the slice
+        "overlap": {"sites": both, "jaccard": site_tables.jaccard(sites, slice_), "p": float(chance)},  # with the slice
     }
 
 
@@ -207,7 +207,7 @@ def compared(both: pd.DataFrame, params: Story) -> pd.DataFrame:
             row["estimate"] = scipy_stats.spearmanr(guess, truth).statistic
         else:
             wide = [part.pivot_table(index="quad_id", columns="site", values=name) for name in ("exact", method)]
-            span = stats.rank_agreement(*(table.to_numpy() for table in wide), params)
+            span = site_tables.rank_agreement(*(table.to_numpy() for table in wide), params)
             row |= {end: getattr(span, end) for end in ENDS}
             row["signs"] = float((np.sign(guess) == np.sign(truth))[order].mean())
         row["kendall"] = scipy_stats.kendalltau(guess, truth).statistic
@@ -335,12 +335,14 @@ def attribution_sentences(table: pd.DataFrame, costs: pd.DataFrame, pairs: int) 
     """How much of the exact ranking attribution finds, at what cost."""
     out = []
     for row in table.itertuples():
-        signs = "" if row.signs is None or np.isnan(row.signs) else f", the right sign in {row.signs:.0%} of the top 20"
+        unsigned = row.signs is None or np.isnan(row.signs)
+        signs = "" if unsigned else f", the right sign in {row.signs:.0%} of the top 20"
+        exact = "the sizes of the exact effects, as it has no sign" if unsigned else "the exact effects"
         out.append(
             f"{METHODS[row.method]} for {row.nodes} ({pairs} pairs): Spearman "
-            f"{interval(row.estimate, row.low, row.high)}, Kendall {row.kendall:.2f} with the exact effects; it finds "
-            f"{row.top10:.0%} of the exact top 10 and {row.top20:.0%} of the top 20{signs}; "
-            f"missed: {listed(row.missed)}."
+            f"{interval(row.estimate, row.low, row.high)}, Kendall {row.kendall:.2f} with {exact}; it finds "
+            f"{row.top10:.0%} of the exact top 10 and {row.top20:.0%} of the top 20{signs}; of the exact top 10, its "
+            f"top 20 missed: {listed(row.missed)}."
         )
     cheap = costs.set_index("method")
     out.append(

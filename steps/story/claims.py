@@ -26,9 +26,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field
 from scipy.stats import norm
 
-from lib import records
 from lib.stats import MINIMUM_CLUSTERS, p_of_interval
-from pipeline import keys
+from pipeline import keys, units
 from pipeline.declaration import Plan
 from pipeline.params import ROOT, ParameterError, Shared
 from report.words import interval
@@ -487,7 +486,7 @@ def open_fresh(params: Story) -> None:
         )
     path = keys.results_folder(params) / "fresh.json"
     if not path.is_file():
-        records.write_json(path, {"fingerprint": own, "people_file": params.people_file, "model": params.model})
+        units.write_json(path, {"fingerprint": own, "people_file": params.people_file, "model": params.model})
     first = json.loads(path.read_text(encoding="utf-8"))
     if first["fingerprint"] != own:
         raise ClaimError(

@@ -18,7 +18,7 @@ import pandas as pd
 from pydantic import Field
 
 from lib import hooks
-from lib.batches import grouped, subsample, with_donors
+from lib.batches import grouped, with_donors
 from lib.effects import in_halves, named
 from lib.hooks import site_name
 from lib.sweep import SHARED_ROW_TOKENS
@@ -30,7 +30,7 @@ from pipeline.costs import Machine, Work, sweep_unit, total
 from pipeline.declaration import SUPERSET_TASKS, Declaration, Table
 from pipeline.params import OfSlice, Share
 from pipeline.step import Step, single_sites
-from pipeline.units import Unit, sweep_units
+from pipeline.units import Unit, subsample, sweep_units
 from steps.story import attribution, circuits
 from steps.story.circuits import ALL, BATCH, NOTHING, QUEUE, REFRESH, Circuit
 

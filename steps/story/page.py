@@ -26,10 +26,9 @@ from scipy.stats import hypergeom
 
 from lib import records, stats
 from lib.effects import quad_matrix, reported
-from lib.records import plain
 from pipeline import keys
 from pipeline.params import Shared
-from pipeline.step import Step
+from pipeline.step import Step, plain
 from report import plots
 from report.words import joined, listed, not_done
 from steps.story import circuits_page, claims
@@ -128,7 +127,7 @@ def layers(step: Step, found: Mapping[str, Any]) -> dict[str, Any]:
     parts = (rises[found["critical_layers"]].sum(axis=1), rises.get(one), curve[middle[-1]] if middle else None)
     missing = {"why": "the layer was not swept"}
     out = {
-        name: missing if part is None else stats.ratio_interval(part, whole, p)
+        name: missing if part is None else stats.ratio_intervals(part, whole, p)[0]
         for name, part in zip(names, parts, strict=True)
     }
     return out | {"layer": one}

@@ -25,16 +25,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lib import data, hooks, records, sweep, tasks
+from lib import hooks, records, sweep, tasks
 from lib.hooks import Model, Site
 from lib.single_pass import Activations, BaseRun
-from lib.tasks import Pair, without_labels
+from lib.tasks import Pair
 from pipeline.assumed import Case
 from pipeline.costs import Work
 from pipeline.declaration import Table
 from pipeline.params import ROOT
+from pipeline.population import aligned
 from pipeline.step import Step
-from pipeline.units import Unit, sweep_units
+from pipeline.units import Unit, sweep_units, without_labels
 from steps.subspace.directions import Vectors, against_rest, reported, spanned, unit, vectors_of
 
 PARTS = ("inside", "outside")
@@ -236,7 +237,7 @@ def in_other_templates(step: Step, table: pd.DataFrame, pairs: Sequence[Pair]) -
     for name in dict.fromkeys(p.templates):
         if name != p.template:
             other = rows.assign(template=name, task=tasks.find_template(name, p.task).task)
-            other, _ = data.aligned(other, step.tokenizer, chat_template=p.chat_template, attributes=p.attributes)
+            other, _ = aligned(other, step.tokenizer, chat_template=p.chat_template, attributes=p.attributes)
             out += without_labels(step.prompts(other.assign(pair_id=other["pair_id"] + f"@{name}")))
     return out
 

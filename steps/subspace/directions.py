@@ -25,17 +25,18 @@ from sklearn.linear_model import Ridge
 from torch import Tensor
 from torch.nn.utils.parametrizations import orthogonal
 
-from lib import batches, data, hooks, tasks
+from lib import hooks, tasks
 from lib.hooks import Model
 from lib.single_pass import BaseRun, base_run, plain_runs, rerun, token_ids
-from lib.tasks import SUPERSETS, Pair, without_labels
+from lib.tasks import SUPERSETS, Pair
 from pipeline import costs
 from pipeline.assumed import Case, tokens_of
 from pipeline.costs import Work, plain
 from pipeline.declaration import Table
 from pipeline.params import Shared
+from pipeline.population import aligned, load_people
 from pipeline.step import Step
-from pipeline.units import Unit
+from pipeline.units import Unit, subsample, without_labels
 
 ONE_NAME = "profession_is"
 VARIANCE = 0.95  # share of the variance that the principal components hold
@@ -56,7 +57,7 @@ def halves(step: Step, table: pd.DataFrame) -> tuple[pd.DataFrame, list[Pair]]:
     own = own if len(own) else table
     classes = {*own["answer"], *own["corrupt_answer"]}
     there = table[table["answer"].isin(classes) & table["corrupt_answer"].isin(classes)]
-    return own, without_labels(batches.subsample(step.prompts(there), step.params.pairs))
+    return own, without_labels(subsample(step.prompts(there), step.params.pairs))
 
 
 def reported(pairs: Sequence[Pair]) -> list[Pair]:
@@ -78,7 +79,7 @@ def prompts_of(step: Step, table: pd.DataFrame, name: str) -> pd.DataFrame:
     if name != p.template:  # a quad's first pair has all its people
         table = table.drop_duplicates("quad_id")
     if len(template.slots) == 2:
-        table, _ = data.aligned(table.assign(template=name, task=template.task), step.tokenizer, **options)
+        table, _ = aligned(table.assign(template=name, task=template.task), step.tokenizer, **options)
     for row in table.to_dict("records"):
         for side, superset in (("clean", row["answer"]), ("corrupt", row["corrupt_answer"])):
             both = [row[f"{side}_a"], row[f"{side}_b"]]
@@ -198,11 +199,11 @@ def found(
     def compute(_: Unit) -> pd.DataFrame:
         prompts = prompts_of(step, fit, p.template)
         values = activations(step.model, prompts["ids"].tolist(), [layer])[layer]
-        profession = data.load_people(step.people_file).set_index("name")["profession"].to_dict()
+        profession = load_people(step.people_file).set_index("name")["profession"].to_dict()
         professions = prompts["names"].map(lambda names: [profession.get(name) for name in names])
         bases = subspaces(values, prompts["superset"], professions)
         sizes = sorted({1, min(len(bases["class means", 0]), max(p.dimensions))})
-        training = batches.subsample(step.prompts(fit), p.pairs)
+        training = subsample(step.prompts(fit), p.pairs)
         learned = rotations(step.model, training, layer, sizes, p.rotation_steps, p.seed)
         bases |= {("rotation", k): basis for k, basis in learned.items()}
         there, classes = seen(step, pairs, layer)

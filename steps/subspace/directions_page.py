@@ -17,7 +17,7 @@ import pandas as pd
 from lib import effects, stats
 from lib.effects import reported
 from lib.tasks import Pair
-from report import plots
+from report import plots, site_tables
 from report.plots import Figure
 from report.words import ONE_HALF, OVER_QUADS, interval, listed
 from steps.subspace.direction_sweeps import PARTS
@@ -175,7 +175,7 @@ def numbers(m: Measured, params: Subspace) -> Numbers:
         doses=doses,
         slopes=slopes,
         transfer=transfer_table(last_half(m.transfer), params),
-        restores=effects.restores(patched, span, params.restores_share, params.restores_recovery),
+        restores=site_tables.restores(patched, span, params.restores_share, params.restores_recovery),
     )
 
 

@@ -16,14 +16,14 @@ import pandas as pd
 from pydantic import Field
 
 from lib import effects, stats, tasks
-from lib.batches import subsample
 from lib.data import HALVES
 from lib.effects import in_halves
-from lib.tasks import Pair, without_labels
+from lib.tasks import Pair
 from pipeline.assumed import MOVED, Case, pair_of
 from pipeline.declaration import SUPERSET_TASKS, Declaration
 from pipeline.params import Counts, Doses, OfSlice, Words
 from pipeline.step import Step
+from pipeline.units import subsample, without_labels
 from steps.subspace import direction_sweeps, directions, probes
 from steps.subspace.direction_sweeps import LAYERS, PATCHES, STEERING, TRANSFER
 from steps.subspace.directions import CLASS_MEANS, DIRECTIONS

@@ -33,7 +33,7 @@ from sklearn.model_selection import StratifiedGroupKFold
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from lib import data, tasks
+from lib import tasks
 from lib.hooks import Model
 from lib.readout import readout
 from lib.single_pass import plain_runs
@@ -42,6 +42,7 @@ from pipeline.assumed import Case, tokens_of
 from pipeline.costs import Work, plain
 from pipeline.declaration import Table
 from pipeline.params import Shared
+from pipeline.population import load_people
 from pipeline.rates import timed
 from pipeline.step import Step, StepError
 from pipeline.units import Unit
@@ -107,7 +108,7 @@ def of_people(step: Step) -> Asked:
     """One-name prompts about `probe_people` people of whom no pair speaks."""
     p, pairs = step.params, step.pairs()
     known = set(pairs[[f"{side}_{slot}" for side in ("clean", "corrupt") for slot in "ab"]].to_numpy().ravel())
-    everyone = data.load_people(step.people_file)
+    everyone = load_people(step.people_file)
     drawn = draw(everyone[~everyone["name"].isin(known)], p.probe_people, p.probe_folds, step.rng("probe people"))
     rows = drawn[["superset", "profession"]].assign(
         item=drawn["name"], unit=drawn["name"], people=[[n] for n in drawn["name"]]

@@ -15,15 +15,14 @@ import pandas as pd
 from pydantic import Field
 
 from lib import effects, records
-from lib.batches import subsample
 from lib.effects import SITE, CriticalSlice, curve, in_halves
 from lib.hooks import Site
 from lib.tasks import Pair
 from pipeline.assumed import Case, of_sweep, order_of
-from pipeline.declaration import Declaration, Table
+from pipeline.declaration import ANALYSED, Declaration, Table
 from pipeline.params import Components, Shared
 from pipeline.step import Step, swept
-from pipeline.units import Unit, sweep_units
+from pipeline.units import Unit, subsample, sweep_units
 
 
 class Sufficiency(Shared):
@@ -60,8 +59,8 @@ def set_units(step: Step | Case, order: Sequence[Site]) -> list[Unit]:
     return denoise + sweep_units("noise", pairs, direction="noise", role="last", site_sets=sets)
 
 
-SITES = Table("sufficiency", site_units, swept, of_sweep, columns=records.ANALYSED)
-SETS = Table("slice", set_units, swept, of_sweep, schema=records.SET_SCHEMA, columns=(*records.ANALYSED, "site_set"))
+SITES = Table("sufficiency", site_units, swept, of_sweep, columns=ANALYSED)
+SETS = Table("slice", set_units, swept, of_sweep, schema=records.SET_SCHEMA, columns=(*ANALYSED, "site_set"))
 
 
 def assumed(case: Case) -> Iterator[tuple[Any, ...]]:
@@ -114,7 +113,7 @@ class Measured(NamedTuple):
 def run(step: Step) -> Measured:
     """Measure, or read what is there."""
     p, swept_sites = step.params, step.table(SITES)
-    sites = effects.ablation_tables(swept_sites, p)["clean"]
+    sites = effects.both_halves(swept_sites[swept_sites["component"] != "resid"], p)
     order = slice_order(sites, p.slice_limit)
     joint = step.table(SETS, [Site(*site) for site in order[SITE].itertuples(index=False)])
     curves = slice_curves(joint, p)

@@ -8,8 +8,7 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from lib import effects
-from lib.effects import picked, reported
+from lib.effects import reported, significant
 from lib.stats import Interval
 from pipeline.params import Shared
 from pipeline.step import Step
@@ -35,7 +34,7 @@ def restoring_sites(records: pd.DataFrame, sites: pd.DataFrame, params: Shared) 
             continue
         site = own[(own["layer"] == row.layer) & (own["component"] == row.component) & (own["head"] == row.head)]
         span = Interval(row.ratio, row.ratio_low, row.ratio_high, params.level, row.quads, "")
-        if effects.restores(site, span, params.restores_share, params.restores_recovery):
+        if site_tables.restores(site, span, params.restores_share, params.restores_recovery):
             out.append(row.site)
     return out
 
@@ -50,7 +49,7 @@ def slice_restores(joint: pd.DataFrame, held: pd.DataFrame, params: Shared) -> d
     own = reported(joint)
     own = own[(own["direction"] == "denoise") & (own["site_set"] == row["site_set"])]
     span = Interval(row["estimate"], row["low"], row["high"], params.level, row["quads"], "")
-    met = effects.restores(own, span, params.restores_share, params.restores_recovery)
+    met = site_tables.restores(own, span, params.restores_share, params.restores_recovery)
     return {"share": float((own["metric_after"] > 0).mean()), "restores": met}
 
 
@@ -69,7 +68,7 @@ def heads(step: Step, m: Measured) -> Figure | None:
     if "head" not in step.params.components:
         return None
     own = reported(m.sites)
-    sure = site_tables.heads_matrix(own.assign(sure=effects.significant(own, step.params)), "sure")
+    sure = site_tables.heads_matrix(own.assign(sure=significant(own, step.params)), "sure")
     return plots.heat_map(site_tables.heads_matrix(own), "rise of logit_diff (logits)", sure, layers=step.layers)
 
 
@@ -81,7 +80,7 @@ def modules(step: Step, m: Measured) -> Figure:
 
 def ranked(m: Measured) -> Figure:
     """The leading sites with their effect in both halves."""
-    return plots.ranked_sites(picked(m.sites, 15), "rise of logit_diff (logits)")
+    return plots.ranked_sites(site_tables.picked(m.sites, 15), "rise of logit_diff (logits)")
 
 
 def halves(m: Measured) -> Figure | None:
@@ -95,7 +94,7 @@ def against_necessity(step: Step, m: Measured) -> Figure | None:
     if not earlier:
         return None
     both = with_earlier(m.sites, earlier["sites"])
-    named = picked(m.sites, 6)["site"].drop_duplicates().tolist()
+    named = site_tables.picked(m.sites, 6)["site"].drop_duplicates().tolist()
     return plots.agreement(
         both, "fall", "rise", "fall when ablated (logits)", "rise when patched (logits)", named=named
     )
@@ -103,7 +102,7 @@ def against_necessity(step: Step, m: Measured) -> Figure | None:
 
 def answer_and_foil(step: Step, m: Measured) -> Figure:
     """Change of the answer's and of the foil's logit at the leading sites."""
-    names = picked(m.sites, 10)["site"].drop_duplicates().tolist()
+    names = site_tables.picked(m.sites, 10)["site"].drop_duplicates().tolist()
     candidates = step.metadata(measure.SITES)["candidates"]
     return plots.answer_and_foil(site_tables.answer_and_foil(m.records, names, candidates, step.params))
 
@@ -120,7 +119,7 @@ def findings(step: Step, m: Measured) -> dict[str, Any]:
     """The findings of step 04: single sites, and the critical slice."""
     params = step.params
     restoring = restoring_sites(m.records, m.sites, params)
-    best = reported(picked(m.sites[m.sites["component"].isin(["head", "mlp"])], 1)).iloc[0]
+    best = reported(site_tables.picked(m.sites[m.sites["component"].isin(["head", "mlp"])], 1)).iloc[0]
     best_text = f"{best['site']} recovers most: {interval(best['ratio'], best['ratio_low'], best['ratio_high'])}"
     held = reported(m.curves)
     held = held[held["n_sites"] == m.critical.size]

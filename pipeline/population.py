@@ -1,0 +1,185 @@
+"""Whom the study asks about: people, what a model knows of them, and the pairs that quads of them make.
+
+1. `load_people` reads and checks the table of people.
+2. `add_fame` asks the model about each person alone: is the own superset its first choice, and how sure is it?
+   `add_tokens` counts the tokens of each name.
+3. `pairs_of` turns quads (four people, a, b of one superset and c, d of another) into pairs.
+4. `aligned` keeps the pairs whose prompts line up token by token; `add_margins` asks the model for their answers.
+
+A model is only ever seen through `score`: a function from a list of token id tuples to fp32 next-token logits
+(prompts, vocabulary), in the order given (`lib.models.next_logits`). Bad input raises ValueError.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pandera.pandas as pa
+from scipy.special import log_softmax
+
+from lib import tasks
+from lib.data import read_table
+from lib.metrics import margins
+from lib.tasks import SUPERSETS, TEMPLATES, Template
+
+Score = Callable[[Sequence[Sequence[int]]], np.ndarray]
+CHUNK = 256  # prompts scored at once: their full-vocabulary logits are 50 MB at 50,000 tokens
+PEOPLE = pa.DataFrameSchema(
+    {
+        "name": pa.Column(str, pa.Check.str_matches(r"^\S(.*\S)?$"), unique=True),
+        "profession": pa.Column(str, pa.Check.str_matches(r"^[a-z][a-z -]*$")),
+        "superset": pa.Column(str, pa.Check.isin(SUPERSETS)),
+        "two_supersets": pa.Column(bool),
+        "second_superset": pa.Column(str, pa.Check.isin((*SUPERSETS, ""))),
+        "region": pa.Column(str, pa.Check.str_length(min_value=1)),
+        "century": pa.Column(int, pa.Check.in_range(-30, 21)),
+    },
+    strict=True,
+)
+
+
+def load_people(path: str | Path) -> pd.DataFrame:
+    """The table of people, checked: one row per name, superset and profession known, flags consistent.
+
+    Columns: name, profession, superset, two_supersets, second_superset ("" if none), region, century (-5: fifth BC).
+    Raises ValueError naming the file's row (the header is row 1), the column, the value and what is allowed.
+    """
+    table = read_table(Path(path), "people_file", list(PEOPLE.columns)).astype(str)
+    flags = {"true": True, "True": True, "false": False, "False": False}
+    for column, allowed in (("two_supersets", flags), ("century", None)):
+        known = table[column].isin(allowed) if allowed else table[column].str.fullmatch(r"-?\d+")
+        if not known.all():
+            row = int(np.argmin(known))
+            raise ValueError(
+                f"{path}, row {row + 2}: {column} is {table[column][row]!r}; allowed: "
+                f"{'true, false' if allowed else 'a whole number'}"
+            )
+        table[column] = table[column].map(allowed) if allowed else table[column].astype(int)
+    try:
+        table = PEOPLE.validate(table, lazy=True)
+    except pa.errors.SchemaErrors as error:
+        first = error.failure_cases.iloc[0]
+        row = "" if pd.isna(first["index"]) else f", row {int(first['index']) + 2}"
+        raise ValueError(f"{path}{row}: {first['column']} {first['failure_case']!r} fails {first['check']}") from None
+    odd = table[(table.two_supersets != table.second_superset.ne("")) | (table.second_superset == table.superset)]
+    if len(odd):
+        raise ValueError(
+            f"{path}, row {odd.index[0] + 2}: {odd['name'].iloc[0]!r}: second_superset must be given where "
+            "two_supersets is true, be empty where it is false, and differ from superset"
+        )
+    return table
+
+
+def readings(
+    score: Score, prompts: Sequence[Sequence[int]], read: Callable[[np.ndarray, slice], Mapping], size: int = 64
+) -> dict[str, np.ndarray]:
+    """What `read` makes of the prompts' logits, scored `size` prompts at a time in the order given, so that the logits
+    of all are never held at once. `read` is given the logits and which prompts they are of, and returns arrays with a
+    row for each."""
+    parts = []
+    for at in range(0, len(prompts), size):
+        part = slice(at, at + size)
+        parts.append(read(np.asarray(score(prompts[part])), part))
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def logits_of(score: Score, prompts: Sequence[tuple[int, ...]], tokens: Sequence[Sequence[int]]) -> np.ndarray:
+    """Logits (prompts, k) of k tokens per prompt."""
+    own = np.asarray(tokens)
+    read = readings(score, prompts, lambda logits, at: {"own": np.take_along_axis(logits, own[at], 1)}, CHUNK)
+    out = read["own"]
+    if not (finite := np.isfinite(out).all(1)).all():
+        raise ValueError(f"the model gives NaN or infinite logits, first for prompt {int(np.argmin(finite))}")
+    return out
+
+
+def add_fame(people: pd.DataFrame, tokenizer: Any, score: Score, chat_template: bool = False) -> pd.DataFrame:
+    """`people` with `fame` (nats, at most 0), `known`, and `first` (the superset the model gives this name alone).
+
+    The evidence for a superset is the logit of its candidate on the one-name prompt. A model prefers some words
+    whatever the name, so each superset's evidence is centred on its mean over people, every superset counting alike
+    (batch calibration, Zhou et al. 2023, arXiv 2309.17249). Fame is the log-softmax of the own superset's evidence.
+    """
+    template = TEMPLATES["profession_is"]
+    _, tokens = tasks.candidates(tokenizer, template)
+    prompts = [tasks.make_prompt(tokenizer, template, [name], chat_template).ids for name in people.name]
+    evidence = logits_of(score, prompts, [tokens] * len(prompts)).astype(np.float64)
+    own = people.superset.map(SUPERSETS.index).to_numpy()
+    evidence = evidence - np.mean([evidence[own == s].mean(0) for s in np.unique(own)], axis=0)
+    first = evidence.argmax(1)
+    fame = log_softmax(evidence, axis=1)[np.arange(len(own)), own]
+    return people.assign(fame=fame, known=first == own, first=[SUPERSETS[i] for i in first])
+
+
+def add_tokens(
+    people: pd.DataFrame, tokenizer: Any, template: Template, chat_template: bool = False, **options: Any
+) -> pd.DataFrame:
+    """`people` with `n_tokens` and `first_token`: tuples, how many tokens the name has in each slot and its first one.
+
+    People whose name cannot be told from the template's text in some slot ("Jr.," is one token) are left out.
+    """
+    kept, counts, firsts = [], [], []
+    for index, name in people.name.items():
+        try:
+            prompt = tasks.make_prompt(tokenizer, template, [name] * len(template.slots), chat_template, **options)
+        except ValueError:
+            continue
+        places = [prompt.roles[f"name_{slot}"] for slot in template.slots]
+        kept.append(index)
+        counts.append(tuple(map(len, places)))
+        firsts.append(tuple(prompt.ids[place[0]] for place in places))
+    return people.loc[kept].assign(n_tokens=counts, first_token=firsts)
+
+
+# The pairs of a quad: clean names, corrupt names. The first two show both sides and both orders.
+_PAIRS = (("ab", "cd"), ("dc", "ba"), ("cd", "ab"), ("ba", "dc"))
+
+
+def pairs_of(quads: pd.DataFrame, pairs_per_quad: int = 2) -> pd.DataFrame:
+    """The pairs table: one row per pair, `pairs_per_quad` (1 to 4) of each quad, made of the quads frame alone."""
+    if not 1 <= pairs_per_quad <= 4:
+        raise ValueError(f"pairs_per_quad must be 1 to 4, got {pairs_per_quad}")
+    rows = []
+    for quad in quads.to_dict("records"):
+        for number, (clean, corrupt) in enumerate(_PAIRS[:pairs_per_quad]):
+            row = {"pair_id": f"{quad['quad_id']}.{number}"}
+            row |= {key: quad[key] for key in ("quad_id", "half", "task", "template")}
+            for side, people in (("clean", clean), ("corrupt", corrupt)):
+                row |= {f"{side}_{slot}": quad[person] for slot, person in zip("ab", people, strict=True)}
+                row |= {f"{side}_profession_{s}": quad[f"profession_{p}"] for s, p in zip("ab", people, strict=True)}
+                row[f"{side}_c"] = row[f"{side}_profession_c"] = ""
+                row[f"fame_{side}"] = float(np.mean([quad[f"fame_{person}"] for person in people]))
+            for answer, people in (("answer", clean), ("corrupt_answer", corrupt)):
+                row[answer] = quad["superset" if people[0] in "ab" else "other"]
+            rows.append(row | {key: quad[key] for key in ("n_tokens_a", "n_tokens_b", "bucket")})
+    return pd.DataFrame(rows)
+
+
+def aligned(pairs: pd.DataFrame, tokenizer: Any, **options: Any) -> tuple[pd.DataFrame, list[str]]:
+    """The pairs whose prompts line up token by token under this tokenizer, and why each of the others does not."""
+    reasons: dict[int, str] = {}
+    for place, row in enumerate(pairs.to_dict("records")):
+        try:
+            tasks.make_pair(tokenizer, row, **options)
+        except ValueError as error:
+            reasons[place] = str(error)
+    return pairs[[place not in reasons for place in range(len(pairs))]], list(reasons.values())
+
+
+def add_margins(pairs: pd.DataFrame, tokenizer: Any, score: Score, **options: Any) -> pd.DataFrame:
+    """`pairs` with `metric_clean` and `metric_corrupt`: the margin of the clean answer in both prompts, in logits.
+
+    Options (chat_template, attributes) go to make_pair. The margin is the logit of the clean prompt's answer minus the
+    highest other candidate's, so a solved pair has metric_clean > 0 > metric_corrupt.
+    """
+    made = [tasks.make_pair(tokenizer, row, **options) for row in pairs.to_dict("records")]
+    tokens = {ids: own for p in made for ids, own in ((p.clean.ids, p.clean_tokens), (p.corrupt.ids, p.corrupt_tokens))}
+    logits = dict(zip(tokens, logits_of(score, list(tokens), list(tokens.values())), strict=True))
+    answers = [pair.answer for pair in made]
+    clean, corrupt = (np.stack([logits[getattr(p, side).ids] for p in made]) for side in ("clean", "corrupt"))
+    clean, corrupt = (margins(own, answers)[0].astype(float) for own in (clean, corrupt))
+    return pairs.assign(metric_clean=clean, metric_corrupt=corrupt)
