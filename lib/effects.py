@@ -130,6 +130,35 @@ def curve(frame: pd.DataFrame, settings: Settings, by: Sequence[str] = ("layer",
     return change.sites.assign(**columns(spans), quads=len(change.quads))
 
 
+def specific(
+    own: pd.DataFrame, placebo: pd.DataFrame, by: Sequence[str], settings: Settings, factor: float
+) -> pd.DataFrame:
+    """The same sets of sites in two kinds of pairs that share nobody: `curve` of each, and what the two say together.
+
+    Columns: estimate, low, high (share of the gap in `own`), `placebo_*` (in the placebo), `quotient_*` (placebo over
+    own, each set by itself), `beyond_*` (placebo less `factor` times own, familywise over the sets), and `verdict` by
+    it: "specific" below 0, "general" above, else "open"; None without an interval.
+    """
+    by, shares = list(by), []
+    for frame in (own, placebo):
+        change, gaps = (quad_matrix(frame, value, by, reduce="sum") for value in ("effect", "gap"))
+        shares.append(stats.Shares(change.values, gaps.values))
+    one, other = (stats.ratio_intervals(*each, settings) for each in shares)
+    beyond = stats.contrasts(shares[1], shares[0], factor, settings)
+    quotient = columns(stats.quotients(shares[1], shares[0], settings), "quotient_")
+    verdict = [
+        None if b.low is None else "specific" if b.high < 0 else "general" if b.low > 0 else "open" for b in beyond
+    ]
+    counts = {"quads": len(shares[0].numerators), "placebo_quads": len(shares[1].numerators), "verdict": verdict}
+    table = change.sites.assign(**columns(one), **columns(other, "placebo_"), **quotient)
+    return table.assign(**columns(beyond, "beyond_"), **counts)
+
+
+def specific_or_general(low: float | None, high: float | None, bound: float) -> str | None:
+    """What an interval says against a bound: "specific" below it, "general" above it, else "open"; None without one."""
+    return None if low is None else "specific" if high < bound else "general" if low > bound else "open"
+
+
 def ratios(frame: pd.DataFrame, by: Sequence[str]) -> pd.Series:
     """`curve` without intervals, indexed by `by`: NaN where the gaps do not add up to more than 0."""
     by = list(by)

@@ -6,10 +6,11 @@ So each function takes one value per quad, or one value per quad and site, and r
 1. Intervals: the studentised bootstrap (bootstrap-t; Efron and Tibshirani 1993, chapter 12.5) in its symmetric form
    (Hall 1988), for means, ratios of sums and differences, and for all sites together by the largest |t|. With heavy
    tails it covers better than the equal-tailed form.
-2. Tests over many sites: the sign of whole quads is flipped, and the largest statistic over sites is compared (max-T;
+2. Two sets of quads that share nobody: one ratio over the other, or less a part of the other; both are resampled.
+3. Tests over many sites: the sign of whole quads is flipped, and the largest statistic over sites is compared (max-T;
    Westfall and Young 1993).
-3. `p_of_interval` reads a p value off an interval, so that claims decided by intervals can be corrected together.
-4. Proportions: Wilson's interval, with the number of trials reduced for what trials of one quad share.
+4. `p_of_interval` reads a p value off an interval, so that claims decided by intervals can be corrected together.
+5. Proportions: Wilson's interval, with the number of trials reduced for what trials of one quad share.
 
 Resamples are drawn once per call as a matrix of weights and used for all sites, so that everything is a matrix
 product, done in chunks; a seed decides everything. `bench/coverage.py` measures coverage and level.
@@ -17,7 +18,7 @@ product, done in chunks; a seed decides everything. `bench/coverage.py` measures
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
@@ -147,20 +148,26 @@ class _Ratios(NamedTuple):
         denominator = self.denominator if shared else self.denominator[:, part]
         return _Ratios(self.estimate[part], self.error[part], self.residual[:, part], denominator)
 
-    def t_values(self, settings: Settings) -> Iterator[Float[np.ndarray, "chunk sites"]]:
-        """t per resample and site: how far the ratio moved, over the resample's own standard error.
+    def resampled(
+        self, settings: Settings, seed: int | Sequence[int]
+    ) -> Iterator[tuple[Float[np.ndarray, "chunk sites"], Float[np.ndarray, "chunk sites"]]]:
+        """How far the ratio moved in each resample, and that resample's own standard error.
 
         With weights w, residuals e and denominators d of mean 1, the ratio moves by delta = sum(w e) / sum(w d), and
         the resample's own residuals are e - delta d. NaN where these have no spread, or sum(w d) is not positive.
         """
         n, e, d = len(self.residual), self.residual, self.denominator
-        for w in weights(n, len(self.error), settings.resamples, settings.seed):
+        for w in weights(n, len(self.error), settings.resamples, seed):
             total = w @ d
             total = np.where(total > 0, total, np.nan)
             delta = (w @ e) / total
             squares = w @ e**2 + delta * (delta * (w @ d**2) - 2 * (w @ (e * d)))
             squares = np.where(squares > ZERO * n * n * self.error**2, squares, np.nan)
-            error = np.sqrt(squares / (n * (n - 1))) * (n / total)
+            yield delta, np.sqrt(squares / (n * (n - 1))) * (n / total)
+
+    def t_values(self, settings: Settings) -> Iterator[Float[np.ndarray, "chunk sites"]]:
+        """t per resample and site: how far the ratio moved, over the resample's own standard error."""
+        for delta, error in self.resampled(settings, settings.seed):
             yield np.where(self.error > 0, delta / error, np.nan)
 
 
@@ -230,6 +237,65 @@ def ratio_intervals(numerators: ArrayLike, denominators: ArrayLike, settings: Se
     if len(top) != len(bottom) or bottom.shape[1] not in (1, top.shape[1]):
         raise ValueError(f"numerators {top.shape} and denominators {bottom.shape} must have the same quads and sites")
     return _intervals(top, bottom, settings)
+
+
+class Shares(NamedTuple):
+    """Ratios of sums to compare with others: one row per quad, one column per site."""
+
+    numerators: Float[np.ndarray, "quads sites"]
+    denominators: Float[np.ndarray, "quads sites"]
+
+
+def quotients(one: Shares, other: Shares, settings: Settings = DEFAULTS) -> list[Interval]:
+    """One ratio of sums over another, site by site, of quads that the two have not in common.
+
+    Symmetric bootstrap-t: each sample is resampled by itself, and each resample's quotient has its own delta-method
+    error, sqrt(e1^2 + q^2 e2^2) / r2. No interval where the ratio below is not above 0 in a share `level` of the
+    resamples: its quotients may then be anything (Fieller 1954).
+    """
+
+    def divided(a: np.ndarray, ea: np.ndarray, b: np.ndarray, eb: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        below = np.where(b > 0, b, np.nan)
+        return a / below, np.sqrt(ea**2 + (a / below * eb) ** 2) / below
+
+    return _of_two(one, other, divided, settings, together=False)
+
+
+def contrasts(one: Shares, other: Shares, factor: float, settings: Settings = DEFAULTS) -> list[Interval]:
+    """One ratio of sums less `factor` times another, for all sites together (see `simultaneous`); quads of the two are
+    resampled apart. Below 0: the quotient is below `factor`, without dividing by what may be 0."""
+
+    def subtracted(a: np.ndarray, ea: np.ndarray, b: np.ndarray, eb: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return a - factor * b, np.sqrt(ea**2 + (factor * eb) ** 2)
+
+    return _of_two(one, other, subtracted, settings, together=True)
+
+
+def _of_two(one: Shares, other: Shares, combine: Callable, settings: Settings, together: bool) -> list[Interval]:
+    """Intervals of what `combine` makes of two samples' ratios and their errors: value and error, per site."""
+    check(settings)
+    level, samples = settings.level, [_Ratios.of(*shares) for shares in (one, other)]
+    n = min(len(ratios.residual) for ratios in samples)
+    estimate, error = combine(*(part for ratios in samples for part in (ratios.estimate, ratios.error)))
+    if reason := too_few(n):
+        return [Interval(float(value), None, None, level, n, reason) for value in estimate]
+    drawn = []
+    for place, ratios in enumerate(samples):  # each with draws of its own
+        moved, own = map(np.concatenate, zip(*ratios.resampled(settings, [settings.seed, place]), strict=True))
+        drawn += [ratios.estimate + moved, own]
+    values, errors = combine(*drawn)
+    t = np.abs(values - estimate) / errors
+    if together:
+        critical = np.full(len(estimate), np.quantile(np.fmax.reduce(t, axis=1, initial=0.0), level))
+    else:
+        critical = _quantiles(t, level)
+    intervals = []
+    for value, reach in zip(estimate.tolist(), (critical * error).tolist(), strict=True):
+        known = np.isfinite(reach)
+        ends = (value - reach, value + reach) if known else (None, None)
+        why = "bootstrap-t of both" if known else "no interval: the ratio below is not surely above 0"
+        intervals.append(Interval(value, *ends, level, n, why))
+    return intervals
 
 
 def simultaneous(matrix: Float[np.ndarray, "quads sites"], settings: Settings = DEFAULTS) -> list[Interval]:

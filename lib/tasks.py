@@ -15,7 +15,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 Form = Literal["plural", "singular", "capitalised"]
-SUPERSETS = ("artist", "scientist", "athlete", "politician", "writer")
+# What a prompt about people can be answered with: of each attribute, the classes and the word for one such person.
+ANSWERS = {
+    "superset": {name: name for name in ("artist", "scientist", "athlete", "politician", "writer")},
+    "region": {"North America": "American", "Europe": "European"},
+}
+SUPERSETS = tuple(ANSWERS["superset"])
 SLOTS = ("a", "b", "c")
 TASKS = ("superset", "bi_association", "odd_one_out", "one_name")
 _N_NAMES = {"superset": 2, "bi_association": 2, "odd_one_out": 3, "one_name": 1}
@@ -168,10 +173,12 @@ def _distinct(names: Sequence[str], tokens: Sequence[int], where: str) -> None:
             raise ValueError(f"{where}: {other!r} and {names[i]!r} share their first token; they cannot be told apart")
 
 
-def candidates(tokenizer: Any, template: Template) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """The superset names and, for each, the token id of its answer in the template's form with its leading space.
-    ValueError if an answer is not a single token for this tokenizer, or if two answers share one."""
-    words = [f" {in_form(name, template.form)}" for name in SUPERSETS]
+def candidates(
+    tokenizer: Any, template: Template, attribute: str = "superset"
+) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """The classes of an attribute and, for each, the token id of its answer in the template's form with its leading
+    space. ValueError if an answer is not a single token for this tokenizer, or if two answers share one."""
+    words = answers(template, attribute)
     ids = answer_ids(tokenizer, words)
     for word, tokens in zip(words, ids, strict=True):
         if len(tokens) != 1:
@@ -181,7 +188,14 @@ def candidates(tokenizer: Any, template: Template) -> tuple[tuple[str, ...], tup
             )
     firsts = [tokens[0] for tokens in ids]
     _distinct(words, firsts, f"template {template.name!r}")
-    return SUPERSETS, tuple(firsts)
+    return tuple(ANSWERS[attribute]), tuple(firsts)
+
+
+def answers(template: Template, attribute: str) -> list[str]:
+    """The answers to a template about an attribute, with their leading space. ValueError for an unknown attribute."""
+    if attribute not in ANSWERS:
+        raise ValueError(f"unknown attribute {attribute!r}; allowed: {', '.join(ANSWERS)}")
+    return [f" {in_form(word, template.form)}" for word in ANSWERS[attribute].values()]
 
 
 # The professions of data/people.csv; tests hold the two equal.
@@ -205,6 +219,17 @@ def labels(tokenizer: Any, template: Template) -> tuple[tuple[str, ...], tuple[i
     for word, ids in zip(words, answer_ids(tokenizer, [f" {word}" for word in words]), strict=True):
         if len(ids) == 1 and ids[0] not in taken:
             kept.setdefault(ids[0], word)
+    return tuple(kept.values()), tuple(kept)
+
+
+def recorded(tokenizer: Any, template: Template, attribute: str) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """What is recorded beside the candidates of a pair about an attribute: `labels`, and the answers of the others."""
+    words, tokens = labels(tokenizer, template)
+    kept = dict(zip(tokens, words, strict=True))
+    others = [word for other in ANSWERS if other != attribute for word in answers(template, other)]
+    for word, ids in zip(others, answer_ids(tokenizer, others), strict=True):
+        if len(ids) == 1:
+            kept[ids[0]] = word.strip()
     return tuple(kept.values()), tuple(kept)
 
 
@@ -306,7 +331,7 @@ def make_pair(
 ) -> Pair:
     """Build and check one pair from a row of pairs.parquet or of a pairs_file: pair_id, quad_id, half, task, template,
     clean_a, clean_b, corrupt_a, corrupt_b (and clean_c, corrupt_c), answer, corrupt_answer: superset names, or a slot
-    (a, b, c) in odd_one_out.
+    (a, b, c) in odd_one_out; with `attribute`, classes of that one of ANSWERS.
 
     Raises ValueError for names with different token counts, tokens outside the names that differ, clean and corrupt
     names the same, an unknown answer, answers that are the same, and for what make_prompt and candidates refuse.
@@ -319,23 +344,27 @@ def make_pair(
     clean, corrupt = (make_prompt(tokenizer, template, n, chat_template, attributes) for n in names.values())
     swapped = _swapped(clean, corrupt, names["clean"], names["corrupt"], where)
     clean, corrupt = (replace(prompt, roles=prompt.roles | {"swapped": swapped}) for prompt in (clean, corrupt))
+
+    attribute = row.get("attribute", "superset")
+    beside: tuple[tuple, tuple] = ((), ())
     if template.task == "odd_one_out":
         words: tuple[str, ...] = template.slots
         own, other = (_name_answers(*each, where) for each in zip((clean, corrupt), names.values(), strict=True))
     else:
-        words, shared = candidates(tokenizer, template)
+        words, shared = candidates(tokenizer, template, attribute)
         own = other = (shared, ())
-    answers = []
+        beside = recorded(tokenizer, template, attribute)
+    places = []
     for column in ("answer", "corrupt_answer"):
         if row[column] not in words:
             raise ValueError(f"{where}: {column} {row[column]!r} is unknown; allowed: {', '.join(words)}")
-        answers.append(words.index(row[column]))
-    if answers[0] == answers[1]:
+        places.append(words.index(row[column]))
+    if places[0] == places[1]:
         raise ValueError(f"{where}: answer and corrupt_answer are both {row['answer']!r}; they must differ")
     about = (str(row[name]) for name in ("pair_id", "quad_id", "half"))
     prompts = (template.task, template.name, clean, corrupt)
     tokens = (own[0], other[0], own[1], other[1])
-    return Pair(*about, *prompts, words, *answers, *tokens, *labels(tokenizer, template))
+    return Pair(*about, *prompts, words, *places, *tokens, *beside)
 
 
 def _swapped(

@@ -57,6 +57,7 @@ class Case:
     machine: Machine
     pairs: list[Pair]  # of step 01
     sites: list[Site]  # of the slice
+    placebos: list[Pair]
 
     @property
     def n_layers(self) -> int:
@@ -73,6 +74,9 @@ class Case:
 
     def prompts(self) -> list[Pair]:
         return list(self.pairs)
+
+    def placebo(self) -> list[Pair]:
+        return list(self.placebos)
 
     def slice(self) -> list[Site]:
         return list(self.sites)
@@ -169,12 +173,14 @@ def pair_of(
 ) -> Pair:
     """One of a quad's pairs. The third and fourth are the mirrors of the first two, as `population.pairs_of` has them.
 
-    `answers` of the first pair, clean and corrupt; where they are not known, quads take all two supersets in turn.
+    `answers` of the first pair, clean and corrupt, of one attribute; where they are not known, quads take all two
+    supersets in turn.
     """
     length, roles = tokens_of(template, names)
-    known = {*answers} <= {*SUPERSETS} and len(answers) == 2
-    turns = list(combinations(range(len(SUPERSETS)), 2))
-    answers = [SUPERSETS.index(name) for name in answers] if known else turns[quad % len(turns)]
+    about = [tuple(classes) for classes in tasks.ANSWERS.values() if {*answers} <= {*classes}]
+    classes, known = about[0] if about else SUPERSETS, about and len(answers) == 2
+    turns = list(combinations(range(len(classes)), 2))
+    answers = [classes.index(name) for name in answers] if known else turns[quad % len(turns)]
 
     def prompt(side: int) -> Prompt:
         which = 4 * quad + 2 * (number % 2) + side
@@ -182,7 +188,8 @@ def pair_of(
         return Prompt("", tuple(1 + one for one in ids), roles)
 
     turn, turned = number // 2, number in (1, 2)  # the order of the prompts; of their answers
-    own = (tuple(SUPERSETS), answers[turned], answers[1 - turned], tuple(range(5)), tuple(range(5)), (), ())
+    tokens = tuple(range(len(classes)))
+    own = (classes, answers[turned], answers[1 - turned], tokens, tokens, (), ())
     label = ("word",) * labels, tuple(range(5, 5 + labels))
     name = f"q{quad:03d}-{number}"
     return Pair(name, f"q{quad:03d}", half, template.task, template.name, prompt(turn), prompt(1 - turn), *own, *label)
@@ -194,9 +201,11 @@ def few_pairs() -> list[Pair]:
     return [pair_of(template, quad, number, HALVES[0], [3, 3]) for quad in range(8) for number in range(2)]
 
 
-def quads_of(plan: Plan, p: Shared) -> list[tuple[str, list[int], tuple[str, ...]]]:
-    """The half, the names' token counts and the answers of each quad: of step 01's pairs, else of the default book's
-    lengths, without answers."""
+Quads = list[tuple[str, list[int], tuple[str, ...]]]  # half, the names' token counts, answers
+
+
+def quads_of(plan: Plan, p: Shared) -> Quads:
+    """The quads of step 01's pairs, else as many as it would leave, of the default book's lengths, without answers."""
     try:
         path = keys.find_pairs(declaration.PAIRS, p)
         table = records.read(path) if p.pairs_file is None else pd.read_csv(path)
@@ -205,13 +214,35 @@ def quads_of(plan: Plan, p: Shared) -> list[tuple[str, list[int], tuple[str, ...
             raise
         table = None
     if table is not None and {"n_tokens_a", "n_tokens_b", "half"} <= {*table}:
-        rows = table.drop_duplicates("quad_id").to_dict("records")
-        counts = [[int(row[f"n_tokens_{slot}"]) for slot in "ab"] for row in rows]
-        answers = [(row["answer"], row["corrupt_answer"]) for row in rows]
-        return list(zip((row["half"] for row in rows), counts, answers, strict=True))
+        return quads_in(table)
     if p.pairs_file is None:
         base = params.validate(plan.sections, declaration.PAIRS, params.load_profile(p.profile))
-    count = max(4, round(KEPT * base.quads_per_half)) if p.pairs_file is None else len(table)
+    return of_lengths(max(4, round(KEPT * base.quads_per_half)) if p.pairs_file is None else len(table))
+
+
+def placebos_of(plan: Plan, p: Shared) -> Quads:
+    """The quads of step 01's placebo pairs, or as many as it would try."""
+    if p.pairs_file is not None:
+        return []
+    try:
+        path = keys.find_placebo(p)
+    except ParameterError:
+        base = params.validate(plan.sections, declaration.PAIRS, params.load_profile(p.profile))
+        every = [(name, quad) for name in base.placebo_attributes for quad in of_lengths(base.placebo_quads_per_half)]
+        return [(half, counts, tuple(tasks.ANSWERS[name])) for name, (half, counts, _) in every]
+    return quads_in(records.read(path)) if path else []
+
+
+def quads_in(table: pd.DataFrame) -> Quads:
+    """The quads of a pairs table."""
+    rows = table.drop_duplicates("quad_id").to_dict("records")
+    counts = [[int(row[f"n_tokens_{slot}"]) for slot in "ab"] for row in rows]
+    answers = [(row["answer"], row["corrupt_answer"]) for row in rows]
+    return list(zip((row["half"] for row in rows), counts, answers, strict=True))
+
+
+def of_lengths(count: int) -> Quads:
+    """So many quads in each half, of the default book's lengths."""
     edges = np.cumsum(list(LENGTHS.values()))
     drawn = [list(LENGTHS)[int(np.searchsorted(edges, (i + 0.5) / count))] for i in range(count)]
     return [(half, [n, n], ()) for half in HALVES for n in drawn]
@@ -222,12 +253,14 @@ def case_of(plan: Plan, step: str, profile: Mapping[str, Any], shape: Shape, mac
     p = params.validate(plan.sections, step, profile)
     each = params.validate(plan.sections, declaration.PAIRS, profile).pairs_per_quad
     template = tasks.find_template(p.template, p.task)
-    quads = enumerate(quads_of(plan, p))
-    pairs = [pair_of(template, q, n, half, names, answers=own) for q, (half, names, own) in quads for n in range(each)]
+    pairs, placebos = (
+        [pair_of(template, q, n, half, names, answers=own) for q, (half, names, own) in quads for n in range(each)]
+        for quads in (enumerate(quads_of(plan, p)), enumerate(placebos_of(plan, p)))
+    )
     found = keys.find_findings(declaration.SLICE, p) or {}
     named = getattr(p, "slice_sites", None) or [site["site"] for site in found.get("critical_slice", ())]
     sites = [site_of(name) for name in named] or [at_depth(site_of(name), shape) for name in SLICE]
-    return Case(plan, step, p, shape, machine, pairs, list(dict.fromkeys(sites)))
+    return Case(plan, step, p, shape, machine, pairs, list(dict.fromkeys(sites)), placebos)
 
 
 def at_depth(site: Site, shape: Shape) -> Site:

@@ -78,6 +78,7 @@ class Declaration:
     tasks         the tasks it can be asked about; empty for all
     always        its notebook runs to the end where the model does not do the task, too
     reads         findings of earlier steps that its data rest on: step -> keys
+    placebo       whether it sweeps the placebo pairs of step 01, too
     reads_tables  earlier steps whose tables it reads
     files         what its data rest on beside the pairs: parameters that name files, or paths in the repository
     page_keys     keys of its own section that only its page depends on
@@ -94,6 +95,7 @@ class Declaration:
     tasks: tuple[str, ...] = ()
     always: bool = False
     reads: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    placebo: bool = False
     reads_tables: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
     page_keys: tuple[str, ...] = ()

@@ -172,6 +172,14 @@ def find_pairs(step: str, params: Shared) -> Path:
     )
 
 
+def find_placebo(params: Shared) -> Path | None:
+    """The placebo pairs that step 01 has left beside the pairs; None where there are none, and with a `pairs_file`."""
+    if params.pairs_file is not None:
+        return None
+    path = find_pairs(PAIRS, params).with_name("placebo.parquet")
+    return path if path.is_file() else None
+
+
 def shown(path: Path) -> str:
     """A path as a reader knows it: relative to the repository where it lies inside."""
     return str(path.relative_to(parameters.ROOT)) if path.is_relative_to(parameters.ROOT) else str(path)
@@ -206,6 +214,9 @@ def data_inputs(step: Declaration, params: Shared) -> dict[str, Any]:
         inputs["pairs"] = hash_file(find_pairs(step.name, params))
     if step.name != PAIRS and step.layered and params.layers == "auto":
         inputs["critical_layers"] = (find_findings(CRITICAL_LAYERS, params) or {}).get("critical_layers")
+    if step.placebo:
+        path = find_placebo(params)
+        inputs["placebo"] = hash_file(path) if path else None
     for earlier, names in step.reads.items():
         found = find_findings(earlier, params) or {}
         inputs |= {name: found.get(name) for name in names}

@@ -200,6 +200,16 @@ class Step:
         except ValueError as error:
             raise StepError(str(error)) from None
 
+    def placebo_pairs(self) -> pd.DataFrame | None:
+        """The placebo pairs of step 01, those of a gap that was not `kept` among them; None where there are none."""
+        path = keys.find_placebo(self.params)
+        return None if path is None else records.read(path)
+
+    def placebo(self) -> list[Pair]:
+        """`placebo_pairs` as prompts."""
+        table = self.placebo_pairs()
+        return [] if table is None else list(self.shared("placebo", lambda: self.prompts(table)))
+
     def shared(self, name: str, make: Callable[[], Any]) -> Any:
         """What several tables share in one sitting, such as a pool of activations; made when it is first asked for."""
         kept = self.__dict__.setdefault("kept", {})

@@ -433,10 +433,21 @@ def test_the_circuit_in_three_sentences_by_the_verdicts(tmp_path):
     assert (
         names.startswith("**At the names**: MLPs there (mlp 0 and mlp 2 lead) write") and "(0.60 [0.55, 0.65])" in names
     )
-    assert "it is not supported that heads there (1.4 lead) write it (0.10 [0.05, 0.15]; asked for: lower end" in names
+    assert "heads there" not in names  # of two that answer one question, the one that is supported speaks
     assert "the slice (5.3 and mlp 7) at the last token is enough to bring the answer back (0.80 [0.75, 0.85])" in road
     assert "all else there is resampled: 5.3" in after
     what = found()
+    what["retrieval_heads"]["carried"][2:] = [
+        carried(value, senders, "k and v", "frozen") for senders, value in (("heads", 0.6), ("MLPs", 0.1))
+    ]
+    assert story.outline(list(judged(tmp_path, what).values()), what)[0].startswith(
+        "**At the names**: heads there (1.4"
+    )
+    what["retrieval_heads"]["carried"][2:] = [
+        carried(0.1, senders, "k and v", "frozen") for senders in ("heads", "MLPs")
+    ]
+    names = story.outline(list(judged(tmp_path, what).values()), what)[0]
+    assert "it is not supported that MLPs there" in names and "(0.10 [0.05, 0.15]; asked for: lower end" in names
     what["sufficiency"]["joint"] = [few(0.99, quantity="recovery"), few(0.99, quantity="damage")]
     road = story.outline(list(judged(tmp_path, what).values()), what)[1]
     assert "not tested, for want of quads: the slice (5.3 and mlp 7) at the last token is enough" in road

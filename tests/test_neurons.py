@@ -119,6 +119,11 @@ def test_classes_tokens_and_activations_of_plain_runs(tiny):
     said = neurons.of_tokens(words, found, reading, [(2, 7)])
     assert said[said["end"] == "up"]["token"].tolist()[0] == f"<{int(logits.argmax())}>"
     assert said[said["end"] == "down"]["token"].tolist()[0] == f"<{int(logits.argmin())}>"
+    every = (model.unembed.weight @ (model.final_norm.weight[:, None] * model.down_projs[2].weight)).detach()
+    every = (every - every.mean(0)) / every.std(0)
+    for end, far in (("up", every.max(0).values), ("down", -every.min(0).values)):
+        p = (1 + (far > far[7] + 1e-4).sum().item()) / (1 + len(far))  # the layer is small: all of it is compared
+        assert said[said["end"] == end]["p"].tolist() == pytest.approx([p] * neurons.TOKENS)
     assert neurons.of_prompts(found, [(2, 7)])["activation"].tolist() == found.activations[2][:, 7].tolist()
 
 

@@ -950,7 +950,7 @@ def test_what_step_04_says(tmp_path):
     assert said[4] == "On the confirmation half its joint recovery is 0.90 and its joint counterfactual damage 0.85."
     assert said[5].startswith("With the slice's clean values the clean answer comes first in 100% of the confirmation")
     assert said[5].endswith("have to meet, too few quads leave it open.")
-    assert good["headline"] == [said[0], *said[3:]]
+    assert good["headline"] == [said[0], *said[3:6]] and said[6] == sufficiency_page.placebo_page.NONE
     assert [figure["file"] for figure in good["figures"]] == ["figures/step-slice.png", "figures/step-ranked.png"]
     short = found(slice_share=0.99, restores_recovery=0.8)["sentences"]
     assert short[0].startswith("No single head or MLP restores the answer on its own: 0.0 recovers most")

@@ -3,6 +3,7 @@
 1. `ACCURACY`: people drawn before any selection, for every task and template. One row per prompt: what was asked, what
    the model chose among the candidates, and what it would have said itself.
 2. `QUADS`: four people each, matched; `PAIRS`: the pairs that every later step sweeps, written as pairs.parquet.
+3. `PLACEBO`: pairs of one superset whose names differ in another attribute, written as placebo.parquet.
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ from lib.metrics import margins
 from lib.tasks import SUPERSETS, Template
 from pipeline.assumed import Case
 from pipeline.costs import Work
-from pipeline.declaration import Declaration, Table
+from pipeline.declaration import SUPERSET_TASKS, Declaration, Table
 from pipeline.params import ROOT, Shared, Words
 from pipeline.population import add_margins, aligned, load_people, pairs_of, readings
 from pipeline.step import Step
 from pipeline.units import Unit
+from steps.baselines import placebo
 from steps.baselines.quads import PER_QUAD, build_quads, generate_odd_one_out, keep_solved, sample_pairs
 
 
@@ -48,6 +50,10 @@ class Baselines(Shared):
     )
     odd_one_out_items: int = Field(60, ge=0, description="generated odd-one-out items, beside the plan's six")
     accuracy_pairs: int = Field(200, ge=1, description="pairs per template on which accuracy is measured")
+    placebo_attributes: Words = Field(
+        ("region",), description="attributes in which the names of placebo pairs, all of one superset, differ"
+    )
+    placebo_quads_per_half: int = Field(40, ge=1, description="most placebo quads of an attribute in each half")
 
 
 # For the planner: people asked about, and quads tried for one that is found, as in the default book.
@@ -167,6 +173,23 @@ def make_pairs(model: Model, people: pd.DataFrame, quads: pd.DataFrame | None, p
     return keep_solved(add_margins(pairs, model.tokenizer, score(model), **options))
 
 
+def make_placebo(model: Model, people: pd.DataFrame, pairs: pd.DataFrame, params: Baselines) -> pd.DataFrame:
+    """The placebo pairs of every attribute; `attrs["facts"]` says what each filter dropped, and why there are none."""
+    names = [f"{side}_{slot}" for side in ("clean", "corrupt") for slot in "ab"]
+    taken, made, about = {*pairs[names].to_numpy().ravel()}, [], []
+    for attribute in params.placebo_attributes:
+        facts: dict[str, Any] = {"attribute": attribute, "drops": [], "why": ""}
+        try:
+            own, facts["drops"] = placebo.build(people, taken, model.tokenizer, score(model), params, attribute)
+            made.append(placebo.chosen(own, model.noise, params.seed))
+        except ValueError as error:
+            facts["why"] = str(error)
+        about.append(facts)
+    out = pd.concat(made, ignore_index=True) if made else pd.DataFrame(columns=["attribute", "quad_id", "kept"])
+    out.attrs["facts"] = {"placebo": about}
+    return out
+
+
 # --- what is measured ---
 
 
@@ -189,6 +212,17 @@ def whole(step: Step | Case, *chosen: Any) -> list[Unit]:
 def quads_of(step: Step) -> Callable[[Unit], pd.DataFrame]:
     """What makes the quads."""
     return lambda _: make_quads(step.model, people_of(step), step.params)
+
+
+def placebo_units(step: Step | Case, *chosen: Any) -> list[Unit]:
+    """One unit: all attributes."""
+    names = {*BUILT_FROM, "placebo_attributes", "placebo_quads_per_half"}
+    return [Unit("all", (), step.params.model_dump(mode="json", include=names))]
+
+
+def placebo_from(step: Step, pairs: pd.DataFrame) -> Callable[[Unit], pd.DataFrame]:
+    """What makes the placebo pairs."""
+    return lambda _: make_placebo(step.model, people_of(step), pairs, step.params)
 
 
 def pairs_from(step: Step, quads: pd.DataFrame | None) -> Callable[[Unit], pd.DataFrame]:
@@ -217,9 +251,18 @@ def pairs_cost(case: Case, units: Sequence[Unit], quads: None) -> Work:
     return case.asked(2 * len(case.pairs), tasks.find_template(case.params.template, case.params.task))
 
 
+def placebo_cost(case: Case, units: Sequence[Unit], pairs: None) -> Work:
+    """Everyone of the attributes' classes asked about alone, and both prompts of each pair."""
+    p = case.params
+    quads = 2 * p.placebo_quads_per_half * len(p.placebo_attributes)
+    alone = case.asked(4 * placebo.ASKED * quads, tasks.TEMPLATES["profession_is"])
+    return alone + case.asked(2 * p.pairs_per_quad * quads, tasks.find_template(p.template, p.task))
+
+
 ACCURACY = Table("baselines", accuracy_units, accuracy_of, accuracy_cost, schema=None)
 QUADS = Table("quads", whole, quads_of, quads_cost, schema=None)
 PAIRS = Table("pairs", whole, pairs_from, pairs_cost, schema=None)
+PLACEBO = Table("placebo", placebo_units, placebo_from, placebo_cost, schema=None)
 
 
 def assumed(case: Case) -> Iterator[tuple[Any, ...]]:
@@ -229,6 +272,8 @@ def assumed(case: Case) -> Iterator[tuple[Any, ...]]:
         if case.params.task != "odd_one_out":
             yield (QUADS,)
         yield PAIRS, None
+        if case.params.task in SUPERSET_TASKS:
+            yield PLACEBO, None
 
 
 STEP = Declaration(
@@ -237,7 +282,7 @@ STEP = Declaration(
     assumed,
     always=True,
     files=("people_file", "data/odd_one_out.csv"),
-    extra_files=("pairs.parquet",),
+    extra_files=("pairs.parquet", "placebo.parquet"),
 )
 
 
@@ -276,6 +321,8 @@ class Measured(NamedTuple):
     pairs: pd.DataFrame | None  # None where none were built; `failed` says why
     drops: list[dict[str, Any]]  # what each filter dropped and left, in order
     failed: str
+    placebo: pd.DataFrame | None = None  # None where none were asked for; empty where none could be built
+    about_placebo: Sequence[dict[str, Any]] = ()  # of each attribute, what each filter dropped, or why there are none
 
 
 def run(step: Step) -> Measured:
@@ -297,4 +344,9 @@ def run(step: Step) -> Measured:
         quads, drops = step.table(QUADS), step.metadata(QUADS)["drops"]
     pairs = step.table(PAIRS, quads)
     step.write_extra("pairs.parquet", pairs)
-    return Measured(frame, accuracy, pairs, drops, "")
+    if params.task not in SUPERSET_TASKS:
+        return Measured(frame, accuracy, pairs, drops, "")
+    made = step.table(PLACEBO, pairs)
+    if len(made):
+        step.write_extra("placebo.parquet", made)
+    return Measured(frame, accuracy, pairs, drops, "", made, step.metadata(PLACEBO)["placebo"])

@@ -84,6 +84,25 @@ def margins_figure(m: Measured) -> Figure | None:
 # --- findings ---
 
 
+def placebo_sentences(m: Measured) -> list[str]:
+    """The placebo pairs of each attribute: how many, how many were dropped, or why there are none."""
+    out = []
+    for about in m.about_placebo:
+        if about["why"]:
+            out.append(f"There are no placebo pairs that differ in {about['attribute']}: {about['why']}.")
+            continue
+        quads = m.placebo[m.placebo["attribute"] == about["attribute"]].groupby("quad_id").first()
+        kept = quads[quads["kept"]]
+        halves = listed(f"{count} {half}" for half, count in kept["half"].value_counts().sort_index().items())
+        out.append(
+            f"Placebo: {len(quads)} quads of people of one superset who differ in {about['attribute']}, none in a "
+            "quad of the task. The gap between that attribute's answers is above the noise and of the right sign in "
+            f"{len(kept)} ({halves}), {kept['gap'].mean():.2f} logits on average; {len(quads) - len(kept)} are "
+            "dropped, and stay in the file."
+        )
+    return out
+
+
 def abilities(accuracy: pd.DataFrame, pairs: pd.DataFrame | None, params: Shared) -> dict[str, dict]:
     """Which tasks the model can do: accuracy above chance, and, for the profile's own task, enough solved pairs."""
     out = {}
@@ -127,6 +146,7 @@ def findings(step: Step, m: Measured) -> dict[str, Any]:
             f"{len(m.pairs)} pairs in {listed(f'{count} {half} quads' for half, count in quads.items())} are left; "
             f"every one has a margin above zero in the clean prompt and below zero in the corrupt one.{fame}"
         )
+    sentences += placebo_sentences(m)
     if m.failed:
         sentences.append(m.failed)
     main = able.get(params.task, {"able": False})

@@ -31,6 +31,7 @@ from lib.single_pass import BaseRun, Grown, Row, grow, joined, plain_runs, prove
 from lib.tasks import Pair
 
 TOKENS = 10  # tokens at either end of a neuron's list
+OTHERS = 200  # neurons of a layer whose lists it is compared with
 NEEDS = ("neuron", "mlp", "resid")
 
 _number = pa_schema.Column("float32", pa_schema.Check(np.isfinite, name="finite"))
@@ -238,17 +239,34 @@ def area(ranks: Float[np.ndarray, "units neurons"], inside: np.ndarray) -> Float
 
 
 def of_tokens(model: Model, found: Harvest, reading: Reading, neurons: Sequence[tuple[int, int]]) -> pd.DataFrame:
-    """The tokens on which each (layer, number) writes most and least, `rank` 0 leading; `weight` as in CLASS_SCHEMA."""
+    """The tokens on which each (layer, number) writes most and least, `rank` 0 leading; `weight` as in CLASS_SCHEMA.
+
+    Any vector writes most on some token. `p`: the share of neurons evenly drawn from the layer, this one counted, whose
+    first token at that end lies as far out, in standard deviations over the vocabulary.
+    """
     weight, parts = model.unembedding()[0].cpu().float(), []
+    spoken = {layer: reading.outputs[layer].spoken for layer, _ in neurons}
+    others = {layer: farthest(weight, rows[:: -(-len(rows) // OTHERS)]) for layer, rows in spoken.items()}
     for layer, number in neurons:
-        logits = weight @ reading.outputs[layer].spoken[number] * found.rates[layer]
+        logits = weight @ spoken[layer][number] * found.rates[layer]
         logits = logits - logits.mean()
-        for end, values in (("up", logits), ("down", -logits)):
+        own = farthest(weight, spoken[layer][[number]])
+        reached = (1 + (others[layer] > own * (1 + 1e-5)).sum(1)) / (1 + others[layer].shape[1])  # not itself again
+        for (end, values), p in zip((("up", logits), ("down", -logits)), reached.tolist(), strict=True):
             top = values.topk(TOKENS)
             words = [model.tokenizer.decode([token]) for token in top.indices.tolist()]
-            about = {"layer": layer, "head": number, "end": end, "rank": range(TOKENS)}
+            about = {"layer": layer, "head": number, "end": end, "rank": range(TOKENS), "p": p}
             parts.append(pd.DataFrame(about | {"token": words, "weight": logits[top.indices].numpy()}))
     return pd.concat(parts, ignore_index=True)
+
+
+def farthest(
+    weight: Float[Tensor, "vocabulary hidden"], spoken: Float[Tensor, "neurons hidden"]
+) -> Float[Tensor, "2 neurons"]:
+    """How far out the first token at either end of each neuron's list lies, in standard deviations over all tokens."""
+    logits = weight @ spoken.T
+    logits = (logits - logits.mean(0)) / logits.std(0)
+    return torch.stack([logits.max(0).values, -logits.min(0).values])
 
 
 def of_prompts(found: Harvest, neurons: Sequence[tuple[int, int]]) -> pd.DataFrame:

@@ -186,13 +186,17 @@ def by_class(activations: pd.DataFrame, cards: pd.DataFrame, params: Neurons) ->
 
 def card_table(activations: pd.DataFrame, tokens: pd.DataFrame, cards: pd.DataFrame, count: int = 3) -> pd.DataFrame:
     """The words of each card: its names of highest and lowest activation, and the tokens that one unit of it writes on
-    most and least. `activations` as of `named_prompts`."""
+    most and least, with the share of the layer's neurons that single one out as much. `activations` as of
+    `named_prompts`."""
     rows = []
     for card in cards.itertuples():
         mine = activations[(activations["layer"] == card.layer) & (activations["head"] == card.head)]
         names = mine.groupby("names")["activation"].mean().sort_values()
         own = tokens[(tokens["layer"] == card.layer) & (tokens["head"] == card.head) & (tokens["rank"] <= count)]
-        said = {end: ", ".join(f'"{token}"' for token in part["token"]) for end, part in own.groupby("end")}
+        said = {
+            end: ", ".join(f'"{token}"' for token in part["token"]) + f" ({part['p'].iloc[0]:.0%})"
+            for end, part in own.groupby("end")
+        }
         shown = {"highest": names[::-1][:count], "lowest": names[:count]}
         people = {how: "; ".join(f"{who} ({value:.2f})" for who, value in part.items()) for how, part in shown.items()}
         rows.append({"neuron": card.site, **people, "writes most on": said["up"], "writes least on": said["down"]})
@@ -433,7 +437,7 @@ def card_sentence(told: pd.DataFrame, words: pd.DataFrame, lead: pd.DataFrame, c
         f"logits and writes most on {words.loc[site, 'writes most on']}, least on {words.loc[site, 'writes least on']}"
         for site, row in zip(rows.index, rows.itertuples(), strict=True)
     ]
-    return "; ".join(each) + ". (The words are shown without a test: any vector writes most on some.)"
+    return "; ".join(each) + ". (In brackets: how many of the layer's neurons single out a word as much.)"
 
 
 def part(step: Step, m: Measured) -> dict[str, Any]:

@@ -137,10 +137,11 @@ class Link(Strict):
 
 
 class Part(Strict):
-    """One sentence of the three that say what the circuit is: what it is about, and a clause for each claim."""
+    """One sentence of the three that say what the circuit is: what it is about, and its clauses, each on a claim or on
+    several that answer one question."""
 
     about: str
-    clauses: dict[str, str]
+    clauses: list[dict[str, str]]
 
 
 _READ = yaml.safe_load(FILE.read_text(encoding="utf-8"))

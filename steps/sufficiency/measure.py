@@ -4,6 +4,7 @@
 2. `slice_order` puts heads and MLPs in order of their recovery on the discovery half.
 3. `SETS`: the first of them, the first two, ... replaced together, in both directions.
 4. `critical_slice` says how many of them the critical slice has.
+5. `placebo.TABLE`: the same sites in pairs whose names differ in something else.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from pipeline.declaration import ANALYSED, Declaration, Table
 from pipeline.params import Components, Shared
 from pipeline.step import Step, swept
 from pipeline.units import Unit, subsample, sweep_units
+from steps.sufficiency import placebo
+from steps.sufficiency.placebo import Specificity
 
 
 class Sufficiency(Shared):
@@ -30,6 +33,10 @@ class Sufficiency(Shared):
 
     components: Components = Field(("resid", "attn", "mlp", "head"), description="components swept at `last`")
     pairs: int | None = Field(None, ge=1, description="pairs at `last`; default all")
+    placebo_pairs: int | None = Field(None, ge=1, description="placebo pairs of each attribute; default all")
+    placebo_sites: int = Field(
+        15, ge=1, description="leading sites patched alone in placebo pairs, the slice's at least"
+    )
     specific_ratio: float = Field(
         0.5,
         gt=0,
@@ -67,9 +74,12 @@ def assumed(case: Case) -> Iterator[tuple[Any, ...]]:
     """The tables in order; the slice is assumed to grow to its limit."""
     yield (SITES,)
     yield SETS, order_of(case, case.params.slice_limit)
+    if case.placebo():
+        size = len(case.slice())
+        yield placebo.TABLE, order_of(case, max(size, case.params.placebo_sites)), size
 
 
-STEP = Declaration("sufficiency", Sufficiency, assumed, layered=True)
+STEP = Declaration("sufficiency", Sufficiency, assumed, layered=True, placebo=True)
 
 
 # --- what is chosen ---
@@ -108,6 +118,7 @@ class Measured(NamedTuple):
     joint: pd.DataFrame  # the growing sets
     curves: pd.DataFrame  # what they do together, by half
     critical: CriticalSlice
+    specificity: Specificity | None = None  # where step 01 has left placebo pairs
 
 
 def run(step: Step) -> Measured:
@@ -115,6 +126,20 @@ def run(step: Step) -> Measured:
     p, swept_sites = step.params, step.table(SITES)
     sites = effects.both_halves(swept_sites[swept_sites["component"] != "resid"], p)
     order = slice_order(sites, p.slice_limit)
-    joint = step.table(SETS, [Site(*site) for site in order[SITE].itertuples(index=False)])
+    members = [Site(*site) for site in order[SITE].itertuples(index=False)]
+    joint = step.table(SETS, members)
     curves = slice_curves(joint, p)
-    return Measured(swept_sites, sites, order, joint, curves, critical_slice(curves, p.slice_share))
+    critical = critical_slice(curves, p.slice_share)
+    specific = specificity_of(step, members, critical.size)
+    return Measured(swept_sites, sites, order, joint, curves, critical, specific)
+
+
+def specificity_of(step: Step, members: Sequence[Site], size: int) -> Specificity | None:
+    """The slice in placebo pairs, where there are any."""
+    pairs = step.placebo_pairs()
+    if pairs is None:
+        return None
+    leading = members[: max(size, step.params.placebo_sites)]
+    kept = pairs.drop_duplicates("quad_id").set_index("quad_id")["kept"].to_dict()
+    sets = [*placebo.site_sets(leading, size, step.n_layers - 1)]
+    return placebo.specificity(step.table(placebo.TABLE, leading, size), kept, sets, step.params)

@@ -14,7 +14,7 @@ from pipeline.params import Shared
 from pipeline.step import Step
 from report import plots, site_tables
 from report.words import about_model, finished, heads_or_mlps, interval, listed, site_rows, top_sites_sentence
-from steps.sufficiency import measure
+from steps.sufficiency import measure, placebo_page
 from steps.sufficiency.measure import Measured
 
 CAPTIONS = {
@@ -22,6 +22,7 @@ CAPTIONS = {
     "discovery recovery, both halves, 95% studentised bootstrap intervals over quads.",
     "ranked": "The sites whose clean activation at the last token recovers most, picked on the discovery "
     "half, with their effect in both halves and intervals that hold for all sites together.",
+    "placebo": placebo_page.CAPTION,
 }
 
 
@@ -133,6 +134,7 @@ def findings(step: Step, m: Measured) -> dict[str, Any]:
         *slice_sentences(m, held, params),
         restores_sentence(together),
     ]
+    placebo = placebo_page.findings(m.specificity, params)
     found = {
         "model": about_model(step),
         "task": params.task,
@@ -143,10 +145,12 @@ def findings(step: Step, m: Measured) -> dict[str, Any]:
         "critical_slice_reached": m.critical.reached,
         "slice_restores": together,
         "joint": held[["quantity", "estimate", "low", "high"]].to_dict("records"),
-        "sentences": sentences,
-        "headline": [sentences[0], *sentences[3:]],
+        **placebo,
+        "sentences": [*sentences, *placebo["sentences"]],
+        "headline": [sentences[0], *sentences[3:], *placebo["headline"]],
     }
-    return finished(step, found, {"slice": slice_figure(step, m), "ranked": ranked(m)}, CAPTIONS)
+    figures = {"slice": slice_figure(step, m), "ranked": ranked(m), "placebo": placebo_page.figure(m.specificity)}
+    return finished(step, found, {name: own for name, own in figures.items() if own is not None}, CAPTIONS)
 
 
 def restores_sentence(together: Mapping[str, Any]) -> str:

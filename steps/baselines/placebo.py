@@ -1,0 +1,84 @@
+"""Step 01, measured: the placebo, pairs of one superset whose names differ in another attribute.
+
+Patching between two prompts moves everything in which their names differ. In a placebo pair all four people are of one
+superset and differ in an attribute that the prompt does not ask for; it is read by that attribute's own answers
+(`lib.tasks.ANSWERS`). A site that is about supersets leaves it alone.
+
+1. `classes` says who is of which class of the attribute.
+2. `build` makes quads superset by superset, matched in token counts and fame as those of the task are, without anyone
+   who is in a quad of the task. Every quad is built once: none is tried again with other people.
+3. A quad is `kept` where each of its pairs has a gap of the right sign above the noise. The others stay in the table,
+   so that later steps can say what the choice does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+from zlib import crc32
+
+import numpy as np
+import pandas as pd
+
+from lib import tasks
+from lib.data import halves
+from lib.tasks import ANSWERS, SUPERSETS
+from pipeline import population
+from pipeline.params import Shared
+from pipeline.population import Score, pairs_of
+from steps.baselines.quads import Filters, choose, describe
+
+MODERN = 20  # first century of those whose region is asked about: before it, few are American
+ASKED = 3  # people of each superset and class asked about, for each that is wanted
+
+
+def classes(people: pd.DataFrame, attribute: str) -> pd.Series:
+    """Each person's class of an attribute, "" for those who have none of its classes."""
+    known = {"region": people["region"].where(people["century"] >= MODERN, "")}[attribute]
+    return known.where(known.isin(ANSWERS[attribute].keys()), "")
+
+
+def build(
+    people: pd.DataFrame, taken: Collection[str], tokenizer: Any, score: Score, params: Shared, attribute: str
+) -> tuple[pd.DataFrame, list[dict[str, Any]]]:
+    """The placebo pairs of one attribute, both halves, and what each filter dropped.
+
+    Columns as in `pipeline.population.add_margins`, with `attribute`, `shared` (the superset of all four people) and `gap` (clean
+    less corrupt, on the two answers). ValueError where nobody is left, or an answer is not a single token.
+    """
+    words = tasks.find_template(params.template, params.task)
+    tasks.candidates(tokenizer, words, attribute)
+    rng, filters = np.random.default_rng([params.seed, crc32(attribute.encode())]), Filters(params.template)
+    prompting = {"chat_template": params.chat_template, "attributes": params.attributes}
+    wanted = -(-2 * params.placebo_quads_per_half // len(SUPERSETS))
+
+    own = people.assign(kind=classes(people, attribute))
+    free = filters.keep(own[(own["kind"] != "") & ~own["two_supersets"]], f"no class of {attribute}", len(own))
+    others = filters.keep(free[~free["name"].isin(taken)], "in a quad of the task", len(free))
+    shuffled = others.iloc[rng.permutation(len(others))].groupby(["superset", "kind"])
+    sampled = filters.keep(shuffled.head(2 * ASKED * wanted).sort_index(), "not sampled", len(others))
+    asked = population.add_fame(sampled, tokenizer, score, params.chat_template)
+    known = filters.keep(asked[asked["known"]], "not known by the model", len(asked))
+    free = population.add_tokens(known, tokenizer, words, **prompting)
+    free = filters.keep(free, "name merges with the template", len(known))
+
+    made = []
+    for superset, members in free.groupby("superset"):
+        sides = members.assign(superset=members["kind"])
+        planned = choose(sides, {tuple(ANSWERS[attribute]): wanted}, params.fame_tolerance, rng)
+        made += describe(planned, sides, words).assign(shared=superset).to_dict("records")
+    quads = filters.keep(pd.DataFrame(made), "no match in token count and fame", wanted * len(SUPERSETS), "quads")
+    quads["quad_id"] = [f"{attribute}{number:03d}" for number in range(len(quads))]
+    pairs = pairs_of(quads, params.pairs_per_quad).assign(attribute=attribute)
+    pairs = population.add_margins(pairs, tokenizer, score, **prompting)
+    pairs["gap"] = pairs["metric_clean"] - pairs["metric_corrupt"]  # of two answers, the margin is their difference
+    return pairs.join(quads.set_index("quad_id")["shared"], on="quad_id"), filters.drops
+
+
+def chosen(pairs: pd.DataFrame, noise: float, seed: int) -> pd.DataFrame:
+    """The pairs with `kept` (each gap of the quad is above the noise) and `half`, of which both have as many kept."""
+    kept = pairs["gap"].gt(noise).groupby(pairs["quad_id"]).transform("all")
+    quads = pairs.assign(kept=kept).drop_duplicates("quad_id")
+    strata = list(zip(quads["kept"], quads["shared"], quads["bucket"], strict=True))
+    half = dict(zip(quads["quad_id"], halves(strata, np.random.default_rng(seed)), strict=True))
+    return pairs.assign(kept=kept, half=pairs["quad_id"].map(half))

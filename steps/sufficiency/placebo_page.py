@@ -1,0 +1,154 @@
+"""Step 04 on its page: what the same sites do in placebo pairs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+from IPython.display import Markdown
+from matplotlib.figure import Figure
+
+from lib.stats import MINIMUM_CLUSTERS
+from pipeline.params import Shared
+from report import plots
+from report.words import interval, listed, of_row, shown
+from steps.sufficiency.placebo import SLICE, TASK, Specificity
+
+CAPTION = (
+    "Share of the gap that each site's clean activation recovers at the last token, in the task's pairs and in placebo "
+    "pairs, whose people are of one superset; confirmation half, 95% studentised bootstrap intervals over quads."
+)
+NONE = "Step 01 has left no placebo pairs here: whether the slice is about supersets alone was not asked."
+
+
+def of(row: Any, prefix: str) -> str:
+    """An estimate of a row whose columns have a prefix."""
+    return interval(*(getattr(row, f"{prefix}_{name}") for name in ("estimate", "low", "high")))
+
+
+def both(m: Specificity) -> pd.DataFrame:
+    """The slice, kept pairs and denoise, its parts, and each site alone, one below the other."""
+    joint = m.joint[(m.joint["choice"] == "kept") & (m.joint["direction"] == "denoise")]
+    return pd.concat([joint.assign(site=SLICE), m.parts], ignore_index=True)
+
+
+def figure(m: Specificity | None) -> Figure | None:
+    """Shares of the two gaps, site by site."""
+    if m is None or m.joint.empty:
+        return None
+    rows, parts = both(m), []
+    for attribute, own in rows.groupby("attribute", sort=False):
+        other = own[["site"]].assign(**{name: own[f"placebo_{name}"] for name in ("estimate", "low", "high")})
+        parts.append(other.assign(gap=f"{attribute} (placebo)"))
+    parts.insert(0, own[["site", "estimate", "low", "high"]].assign(gap=f"{TASK} (task)"))
+    return plots.ranked_sites(pd.concat(parts), "recovery (share of the gap)", by="gap")
+
+
+def table(m: Specificity | None) -> pd.DataFrame | Markdown:
+    """Shares, their quotient and the verdict, site by site; behind the slice, the same on all pairs and in noise."""
+    if m is None or m.joint.empty:
+        return Markdown(NONE)
+    others = m.joint[(m.joint["choice"] != "kept") | (m.joint["direction"] != "denoise")]
+    named = others.assign(site=[f"{SLICE}, {row.choice} pairs, {row.direction}" for row in others.itertuples()])
+    rows = pd.concat([both(m), named], ignore_index=True)
+    columns = {
+        "site": rows["site"],
+        "placebo": rows["attribute"],
+        "share of the task's gap": [of_row(row) for row in rows.itertuples()],
+        "share of the placebo gap": [of(row, "placebo") for row in rows.itertuples()],
+        "placebo over task": [of(row, "quotient") for row in rows.itertuples()],
+        "verdict": rows["verdict"].fillna("too few quads"),
+        "quads": [f"{row.quads}, {row.placebo_quads}" for row in rows.itertuples()],
+    }
+    return pd.DataFrame(columns)
+
+
+def moved_table(m: Specificity | None) -> pd.DataFrame | None:
+    """How far the slice, and all there is, move each attribute's answers and the whole vocabulary."""
+    if m is None:
+        return None
+    rows = m.moved
+    columns = {
+        "pairs differ in": rows["attribute"],
+        "moved": [word if word == "whole vocabulary" else f"answers of {word}" for word in rows["words"]],
+        "by the slice": [of_row(row) for row in rows.itertuples()],
+        "by all there is": [of(row, "whole") for row in rows.itertuples()],
+    }
+    return shown(pd.DataFrame(columns), 2)
+
+
+# --- findings ---
+
+
+def findings(m: Specificity | None, params: Shared) -> dict[str, Any]:
+    """What is said of the placebo, with its numbers under `specific`."""
+    if m is None or m.joint.empty:
+        return {"specific": {"why": NONE}, "specific_parts": [], "sentences": [NONE], "headline": []}
+    sentences, headline = [], []
+    for attribute, rows in m.joint.groupby("attribute", sort=False):
+        own = [slice_sentence(attribute, rows, params), sites_sentence(m, attribute, params)]
+        sentences += [*own, moved_sentence(m, attribute)]
+        headline.append(own[0])
+    return {
+        "specific": m.joint.to_dict("records"),
+        "specific_parts": m.parts.to_dict("records"),
+        "sentences": sentences,
+        "headline": headline,
+    }
+
+
+def slice_sentence(attribute: str, rows: pd.DataFrame, params: Shared) -> str:
+    """The slice's shares of the two gaps, their quotient, and what follows."""
+    by = {(row.choice, row.direction): row for row in rows.itertuples()}
+    kept, every = by["kept", "denoise"], by["all", "denoise"]
+    what = {
+        "specific": "the slice is specific to supersets",
+        "general": f"the slice is not specific to supersets: it reads out the names' {attribute} as well",
+        "open": "whether the slice is specific to supersets is not decided",
+    }
+    asked = f"surely less than {params.specific_ratio:g} was asked for"
+    quads = min(kept.quads, kept.placebo_quads)
+    verdict = what.get(kept.verdict, f"there are too few quads to test it ({quads}; {MINIMUM_CLUSTERS} are needed)")
+    noise = of(by["kept", "noise"], "quotient")
+    return (
+        f"Placebo: where all four people are of one superset and differ in {attribute}, the slice recovers "
+        f"{of(kept, 'placebo')} of the gap between that attribute's answers ({kept.placebo_quads} quads), against "
+        f"{of_row(kept)} of the superset gap ({kept.quads} quads): {of(kept, 'quotient')} times as much ({asked}). So "
+        f"{verdict}. From corrupt to clean it is {noise} times as much, and in all {every.placebo_quads} placebo "
+        f"quads, whatever the sign of their gap, {of(every, 'quotient')}."
+    )
+
+
+def sites_sentence(m: Specificity, attribute: str, params: Shared) -> str:
+    """Which parts of the slice, and which sites, are specific, and which are not."""
+    rows = m.parts[m.parts["attribute"] == attribute]
+    parts = [
+        f"{row.site} {of(row, 'placebo')} of the {attribute} gap against {of_row(row)} of the superset gap"
+        for row in rows[rows["site"].str.startswith("its ")].itertuples()
+    ]
+    together = f"Together, the slice's parts recover: {listed(parts)}. "
+    if rows["verdict"].isna().all():
+        return f"{together}Site by site there are too few quads to test which are specific."
+    groups = {name: rows.loc[rows["verdict"] == name, "site"].tolist() for name in ("specific", "general", "open")}
+    factor = f"{params.specific_ratio:g} times"
+    return (
+        f"{together}Familywise over these and the single sites, less than {factor} as large a share of the {attribute} "
+        f"gap as of the superset gap is carried by {listed(groups['specific'])}, more by {listed(groups['general'])}; "
+        f"{listed(groups['open'])} {'is' if len(groups['open']) == 1 else 'are'} not decided."
+    )
+
+
+def moved_sentence(m: Specificity, attribute: str) -> str:
+    """How far the slice moves the answers that the pair is not about."""
+    at = {(row.attribute, row.words): row for row in m.moved.itertuples()}
+    own, there, placebo = at.get((TASK, TASK)), at.get((TASK, attribute)), at.get((attribute, TASK))
+    if own is None or there is None or placebo is None:
+        return f"The answers of {attribute} are not single tokens here."
+    vocabulary = [at[kind, "whole vocabulary"] for kind in (TASK, attribute)]
+    shares = [f"{row.estimate:.2f} of {row.whole_estimate:.2f}" for row in vocabulary]
+    return (
+        f"Patched in the task's pairs, the slice moves the supersets' logits by {of_row(own)} against each other and "
+        f"those of {attribute} by {of_row(there)} (root mean square, logits; all there is moves them by "
+        f"{of(there, 'whole')}); patched in the placebo pairs it moves the supersets' by {of_row(placebo)}. Of the "
+        f"whole vocabulary's change it makes {shares[0]} nats in the task's pairs and {shares[1]} in the placebo's."
+    )
