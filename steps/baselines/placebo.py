@@ -43,8 +43,8 @@ def build(
 ) -> tuple[pd.DataFrame, list[dict[str, Any]]]:
     """The placebo pairs of one attribute, both halves, and what each filter dropped.
 
-    Columns as in `pipeline.population.add_margins`, with `attribute`, `shared` (the superset of all four people) and `gap` (clean
-    less corrupt, on the two answers). ValueError where nobody is left, or an answer is not a single token.
+    Columns as in `pipeline.population.add_margins`, with `attribute`, `shared` (the superset of all four people) and
+    `gap` (clean less corrupt, on the two answers). ValueError where nobody is left, or an answer is not a single token.
     """
     words = tasks.find_template(params.template, params.task)
     tasks.candidates(tokenizer, words, attribute)
