@@ -60,6 +60,8 @@ def found():
         "sufficiency": {
             "joint": [span(0.8, quantity="recovery"), span(0.9, quantity="damage")], "restoring": [],
             "slice_restores": {"share": 0.9, "restores": True},
+            "specific": [{"attribute": "region", "choice": "kept", "direction": "denoise", "quotient_estimate": 0.8,
+                          "quotient_low": 0.7, "quotient_high": 0.9}],
             "sites": [{"component": kind, "ratio": ratio, "ratio_low": ratio - 0.01, "ratio_high": ratio + 0.01}
                       for kind, ratio in (("head", 0.2), ("mlp", 0.6), ("attn", 0.95))],
             "critical_slice": [{"site": "5.3"}, {"site": "mlp 7"}], "model": {"n_layers": 10, "n_heads": 10}},
@@ -114,7 +116,8 @@ THRESHOLDS = PROFILE["story"]["claims"]
 def story_params(folder, **changed):
     """Parameters of step 10 with the default profile's thresholds, and steps that recorded theirs in `folder`."""
     held = {"general_floor": 0.5, "silence_margin": 0.2, "fame_tolerance": 0.25, "sae_selective": 0.8}
-    for step in ("baselines", "generality", "neurons"):
+    held |= {"specific_ratio": 0.5}
+    for step in ("baselines", "sufficiency", "generality", "neurons"):
         units.write_json(folder / f"{step}.run.json", {"parameters": held})
     base = PROFILE | {"results_dir": str(folder), "profile": "own"}
     section = base["story"] | {
@@ -266,7 +269,19 @@ def emptied(value):
     if isinstance(value, list):
         return [emptied(item) for item in value]
     if isinstance(value, dict):
-        gone = ("low", "high", "p", "met", "ratio_low", "ratio_high", "share_low", "share_high", "minus_low")
+        gone = (
+            "low",
+            "high",
+            "p",
+            "met",
+            "ratio_low",
+            "ratio_high",
+            "share_low",
+            "share_high",
+            "minus_low",
+            "quotient_low",
+            "quotient_high",
+        )
         return {key: None if key in gone else emptied(item) for key, item in value.items()}
     return value
 
@@ -299,7 +314,8 @@ def test_verdicts_hold_for_all_tested_claims_together(tmp_path):
     own = judged(tmp_path, what)
     one, check = own["one_layer"], own["beats_random"]
     assert (one.alone, one.verdict) == (SUPPORTED, NOT_SUPPORTED) and 0.02 < one.p < 0.05 < one.p_holm
-    assert "it holds alone, but not among" in one.reason and one.p_from == "the interval"
+    assert "it holds alone, but not among" in one.reason and "times as many quads would show it" in one.reason
+    assert one.p_from == "the interval"
     assert check.verdict == SUPPORTED and 0.01 < check.p < 0.05 and check.p_holm is None and check.check
     tested = [entry for entry in own.values() if entry.p_holm is not None]
     assert claims.holm([entry.p for entry in tested]) == pytest.approx([entry.p_holm for entry in tested])
@@ -361,7 +377,7 @@ def test_each_verdict_says_what_kind_of_evidence_it_is(tmp_path):
     assert own["general_supersets"].came == "before" and own["general_supersets"].tier == claims.HALF
     assert own["one_layer"].came == "after" and own["one_layer"].tier == claims.EXPLORATORY
     assert own["class_specific"].tier is None  # not testable
-    assert "after results (2cdf8c6, when results of d637c5d had been seen): exploratory" in story.when(own["one_layer"])
+    assert story.when(own["one_layer"]) == "set after results (2cdf8c6, results of d637c5d seen): exploratory"
 
 
 def test_what_was_frozen_came_before_until_a_threshold_or_a_rule_changes(tmp_path, monkeypatch):
@@ -436,6 +452,9 @@ def test_the_circuit_in_three_sentences_by_the_verdicts(tmp_path):
     assert "heads there" not in names  # of two that answer one question, the one that is supported speaks
     assert "the slice (5.3 and mlp 7) at the last token is enough to bring the answer back (0.80 [0.75, 0.85])" in road
     assert "all else there is resampled: 5.3" in after
+    # the slice carries the placebo's gap as well: that is what is said, and not that it is about supersets
+    assert "travels the same road: the slice is a read-out of attributes (0.80 [0.70, 0.90])" in road
+    assert "little of what else" not in road
     what = found()
     what["retrieval_heads"]["carried"][2:] = [
         carried(value, senders, "k and v", "frozen") for senders, value in (("heads", 0.6), ("MLPs", 0.1))

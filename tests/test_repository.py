@@ -153,3 +153,25 @@ def test_nothing_large_is_committed():
     sizes = {path.relative_to(ROOT).as_posix(): path.stat().st_size for path in FILES}
     assert len(sizes) > 10
     assert not {name: size for name, size in sizes.items() if size > MAX_BYTES}
+
+
+NAME = r"(?:Mc|De|Kr)?[A-Z][a-z]+(?:-[A-Z][a-z]+)?"
+CITED = re.compile(rf"\b({NAME}|nostalgebraist)((?:, {NAME})* and {NAME}| et al\.)?,? \(?((?:19|20)\d\d)\b")
+MONTHS = ("November", "Article")  # words before a year that name nobody
+
+
+def test_whom_the_code_and_the_pages_cite_is_in_the_references():
+    """Every "Name 1999" or "Name et al. 1999" is a first author with that year, or one beside it (preprints)."""
+    source = (ROOT / "book/references.bib").read_text(encoding="utf-8").replace("{\\'a}", "a")
+    entries = re.findall(r"author = \{+(\w[\w -]*)\}?,? ?.*?year = \{(\d+)\}", source, re.S)
+    known = {(name.split()[-1].rpartition("-")[2], int(year) + by) for name, year in entries for by in (-1, 0, 1)}
+    files = [path for room in ("lib", "pipeline", "report", "steps") for path in (ROOT / room).rglob("*.py")]
+    missing = []
+    for path in [*files, *(ROOT / "book").glob("*.md"), *(ROOT / "notebooks").glob("*.ipynb")]:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".ipynb":
+            text = " ".join("".join(cell["source"]) for cell in json.loads(text)["cells"])
+        for name, _, year in CITED.findall(" ".join(text.split())):
+            if name not in MONTHS and (name.rpartition("-")[2], int(year)) not in known:
+                missing.append(f"{path.name}: {name} {year}")
+    assert not missing

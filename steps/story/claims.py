@@ -457,7 +457,7 @@ def shortfall(claim: Claim, n: Numbers, threshold: float, alpha: float) -> str:
 
 def ledger(found: Mapping[str, Mapping[str, Any] | None], plan: Plan, params: Story) -> list[Entry]:
     """Every claim's entry, in the plan's order; `found` are the findings by step (`steps.story.page.gather`)."""
-    held = thresholds(params)
+    held, by_name = thresholds(params), {claim.id: claim for claim in CLAIMS}
     entries = [judge(claim, found.get(claim.step), *held[claim.id], plan, params) for claim in CLAIMS]
     tested = [entry for entry in entries if entry.check is None and entry.alone in (SUPPORTED, NOT_SUPPORTED)]
     corrected = holm([1.0 if entry.p is None else entry.p for entry in tested])
@@ -465,7 +465,9 @@ def ledger(found: Mapping[str, Mapping[str, Any] | None], plan: Plan, params: St
         entry.p_holm = float(p)
         if entry.alone == SUPPORTED and not p < 1 - params.level:
             entry.verdict = NOT_SUPPORTED
+            own, n = by_name[entry.id], Numbers(entry.estimate, entry.low, entry.high)
             entry.reason += f"; it holds alone, but not among {len(tested)} claims (p after Holm's correction {p:.2g})"
+            entry.reason += shortfall(own, n, entry.threshold, (1 - params.level) / len(tested))
     frozen = params.frozen == fingerprint(held, params.level)
     for entry in entries:
         if frozen:

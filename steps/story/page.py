@@ -226,26 +226,26 @@ def table(entries: Sequence[Entry]) -> Styler:
         return html.escape(text.replace("`", ""))  # the table is HTML, not MyST
 
     def tested(entry: Entry) -> str:
-        p = "" if entry.p is None else f"p {entry.p:.2g}"
-        p += "" if entry.p_holm is None else f", corrected {entry.p_holm:.2g}; alone {entry.alone}"
-        return p + ("" if entry.power is None else f"; power {entry.power:.2f}")
+        parts = [] if entry.p is None else [f"p {entry.p:.2g}"]
+        parts += [] if entry.p_holm is None else [f"corrected {entry.p_holm:.2g}", f"alone {entry.alone}"]
+        parts += [] if entry.power is None else [f"power {entry.power:.2f}"]
+        return "<br>".join([", ".join(parts), when(entry)])
 
     columns = {
         "claim (section of the plan)": [html.escape(f"{entry.claim} ({entry.section})") for entry in entries],
         "verdict": [entry.verdict for entry in entries],
         "why (where the threshold stands)": [why(entry) for entry in entries],
-        "test": [tested(entry) for entry in entries],
-        "set": [when(entry) for entry in entries],
+        "test, and when it was set": [tested(entry) for entry in entries],
         "under it": [evidence(entry) for entry in entries],
     }
-    look = laid_out(pd.DataFrame(columns), "claims", ("21%", "11%", "26%", "12%", "12%", "18%"))
+    look = laid_out(pd.DataFrame(columns), "claims", ("23%", "12%", "28%", "19%", "18%"))
     return look.map(lambda word: f"background-color: {COLOURS[word]}; color: black", subset=["verdict"])
 
 
 def when(entry: Entry) -> str:
-    """Before or after results, by commits, and the tier of the verdict."""
-    seen = f", when results of {entry.seen} had been seen" if entry.came == "after" and entry.seen else ""
-    text = f"{entry.came} results" + (f" ({entry.set}{seen})" if entry.set else "")
+    """Before or after results were seen, by commits, and the tier of the verdict."""
+    seen = f", results of {entry.seen} seen" if entry.came == "after" and entry.seen else ""
+    text = f"set {entry.came} results" + (f" ({entry.set}{seen})" if entry.set else "")
     return text if entry.tier is None else f"{text}: {entry.tier}"
 
 
@@ -378,7 +378,7 @@ def findings(step: Step, judged: Judged) -> dict[str, Any]:
             tally(judged.entries),
             overlap_sentence(found[step.name]["overlap"]),
         ],
-        "headline": [*judged.outline, tally(judged.entries)],
+        "headline": [*judged.sentence[:1], tally(judged.entries)],
         "outline": {"sentences": judged.outline},
         "figures": {"claims": figure} if figure else {},
         "captions": CAPTIONS,

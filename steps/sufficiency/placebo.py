@@ -66,11 +66,8 @@ def swept(step: Step, *chosen: Any) -> Callable[[Unit], pd.DataFrame]:
         found = frame.attrs.pop("facts")
         own = next(name for name, classes in ANSWERS.items() if [*classes] == found["candidates"])
         named = answers_of(frame, own, found["labels"], tasks.find_template(unit.pairs[0].template, unit.pairs[0].task))
-        kept = [
-            name
-            for name in frame.columns
-            if name in (*EFFECTS, "metric_before", "metric_after", "site_set", "kl_after")
-        ]
+        wanted = (*EFFECTS, "metric_before", "metric_after", "site_set", "kl_after")
+        kept = [name for name in frame.columns if name in wanted]
         return frame[kept].assign(attribute=own, **named)
 
     return compute
