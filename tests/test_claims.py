@@ -193,6 +193,13 @@ def test_the_weakest_group_decides_and_the_own_template_does_not(tmp_path):
     assert own["general_templates"].estimate == 0.7 and own["general_templates"].verdict == SUPPORTED
 
 
+def test_without_any_interval_the_weakest_has_the_lowest_estimate(tmp_path):
+    claim = next(claim for claim in CLAIMS if claim.id == "circuit_minimal")
+    members = [few(cost, p=0.2) for cost in (0.69, 0.12, 0.3)]
+    at = {"circuit": {"members": members}}
+    assert claims.numbers_of(claim, at, story_params(tmp_path)).estimate == 0.12
+
+
 def test_a_threshold_that_is_a_parameter_is_the_one_its_step_used(tmp_path):
     own = story_params(tmp_path)
     units.write_json(tmp_path / "generality.run.json", {"parameters": {"general_floor": 0.7, "silence_margin": 0.2}})

@@ -278,10 +278,11 @@ def numbers_of(claim: Claim, found: Mapping[str, Any], params: Shared) -> Number
         read = [n for n in read if n.estimate is not None] or [Numbers(why="its numbers are not defined here")]
     if claim.pick == "largest":
         return max(read, key=lambda n: n.estimate or 0)._replace(of=len(read))
-    if claim.pick == "weakest" and claim.rule == "below":
-        return max(read, key=lambda n: -np.inf if n.high is None else n.high)
     if claim.pick == "weakest":
-        return min(read, key=lambda n: np.inf if n.low is None else n.low)
+        certain = [n for n in read if n.low is not None]
+        if claim.rule == "below":
+            return max(certain, key=lambda n: n.high) if certain else max(read, key=lambda n: n.estimate)
+        return min(certain, key=lambda n: n.low) if certain else min(read, key=lambda n: n.estimate)
     return read[0]
 
 
