@@ -16,8 +16,9 @@ CAPITALS := A B C D E F G H I J K L M N O P Q R S T U V W X Y Z
 allowed := $(LETTERS) $(CAPITALS) 0 1 2 3 4 5 6 7 8 9 . _ -
 without = $(if $2,$(call without,$(subst $(firstword $2),,$1),$(wordlist 2,99,$2)),$1)
 wrong = $(call without,$(value $1),$(allowed))$(if $(filter . .. -%,$(value $1)),$(value $1))$(if $(value $1),,empty)
+PROFILES := $(patsubst params/%.yaml,%,$(sort $(wildcard params/*.yaml)))
 ifneq ($(call wrong,PROFILE),)
-$(error PROFILE must be the name of a file in params/, of letters, digits, dots, dashes and underscores)
+$(error PROFILE must be the name of a file in params/, of letters, digits, dots, dashes and underscores; profiles: $(PROFILES))
 endif
 override PROFILE := $(value PROFILE)
 # A card's name has spaces. It is read from the environment alone, never by the shell.
@@ -61,7 +62,7 @@ help: ## list the targets
 	@for step in $(STEPS); do \
 		printf '  %-22s %s\n' "clean-$$step" "delete the results and the page of $$step"; done
 	@echo
-	@echo "Profiles: $(patsubst params/%.yaml,%,$(sort $(wildcard params/*.yaml)))"
+	@echo "Profiles: $(PROFILES)"
 	@echo "Python:   .venv, made from requirements.lock when missing or stale (PYTHON=... names the interpreter to make it"
 	@echo "          with). In an activated conda environment other than base that environment is used and .venv is never"
 	@echo "          made; PY=... on the command line uses that interpreter as it is."

@@ -45,7 +45,8 @@ class Build:
     def given(self) -> dict[str, Any]:
         """The profile's content. ParameterError for a name that could lead elsewhere."""
         if not re.fullmatch(NAME, self.profile):
-            raise ParameterError(f"profile {self.profile!r}: a name has letters, digits, dots, dashes and underscores")
+            name = "a name has letters, digits, dots, dashes and underscores"
+            raise ParameterError(f"profile {self.profile!r}: {name}; there are {', '.join(params.profiles())}")
         return params.load_profile(self.profile)
 
     def of(self, step: str) -> Shared:

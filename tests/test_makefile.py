@@ -86,6 +86,7 @@ def test_what_is_no_name_is_refused_before_anything_is_done(project, target, nam
     before = sorted(project.folder.rglob("*"))
     log, done = project.make(target, f"PROFILE={name}", status=2)
     assert "PROFILE must be the name of a file in params/, of letters, digits, dots" in done.stderr
+    assert "profiles: smoke smollm2-135m" in done.stderr
     assert log == [] and sorted(project.folder.rglob("*")) == before
 
 
