@@ -476,6 +476,8 @@ def test_the_circuit_in_three_sentences_by_the_verdicts(tmp_path):
     assert "it is not supported that MLPs there" in names and "(0.10 [0.05, 0.15]; asked for: lower end" in names
     what["sufficiency"]["joint"] = [few(0.99, quantity="recovery"), few(0.99, quantity="damage")]
     road = story.outline(list(judged(tmp_path, what).values()), what)[1]
+    alone = [entry.model_copy(update={"alone": SUPPORTED}) for entry in judged(tmp_path, what).values()]
+    assert "supported by itself, but not when all claims" in story.outline(alone, what)[0]
     assert "not tested, for want of quads: the slice (5.3 and mlp 7) at the last token is enough" in road
     assert "bring the answer back (0.99)" in road
     unable = [entry.model_copy(update={"estimate": None}) for entry in judged(tmp_path, what).values()]
@@ -506,6 +508,15 @@ def test_the_table_says_the_verdict_in_words_and_links_to_what_is_under_it(tmp_p
     assert '<a href="04_sufficiency.html#fig-slice">04, fig-slice</a>' in page
     assert "sufficiency.slice.parquet: <code>direction == &#x27;denoise&#x27; and half" in page
     assert page.count(f">{NOT_SUPPORTED}<") == sum(e.verdict == NOT_SUPPORTED for e in judged(tmp_path).values())
+
+
+def test_claims_and_checks_are_two_tables_on_one_page(tmp_path):
+    """Their cells are coloured by identifiers that must not be the same."""
+    made = story.Judged({}, list(judged(tmp_path).values()), [], [], None)
+    pages = [story.table(part).to_html() for part in (made.claims, made.checks)]
+    cells = [set(re.findall(r'id="(T_[^"]+)"', text)) for text in pages]
+    assert all(cells) and not cells[0] & cells[1]
+    assert "no claim, because pairs are matched in fame" in pages[1] and "no claim, because" not in pages[0]
 
 
 def test_distances_are_positive_where_the_claim_holds(tmp_path):

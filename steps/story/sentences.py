@@ -68,6 +68,8 @@ def clause(entry: Entry, text: str) -> str:
     """One clause with its number, worded by the verdict."""
     if entry.verdict == SUPPORTED:
         return f"{text} ({value(entry)})"
+    if entry.verdict == NOT_SUPPORTED and entry.alone == SUPPORTED:
+        return f"supported by itself, but not when all claims are corrected together: {text} ({value(entry)})"
     if entry.verdict == NOT_SUPPORTED:
         return f"it is not supported that {text} ({value(entry)}; asked for: {entry.asked})"
     if entry.verdict == NOT_TESTABLE and entry.estimate is not None:
