@@ -56,7 +56,8 @@ def found():
     return {
         "baselines": {"accuracy": accuracy, "measured": {"fame": span(0.1)}, "able": {
             "superset": {"able": True, "why": "yes"}, "odd_one_out": {"able": False, "why": "accuracy 0.37"}}},
-        "coarse_sweep": {"critical_layers": [5, 7], "measured": coarse | {"layer": 5}},
+        "coarse_sweep": {"between": {"parts": [span(0.2, position="between")], "fills": [4, 5]},
+                         "critical_layers": [5, 7], "measured": coarse | {"layer": 5}},
         "sufficiency": {
             "joint": [span(0.8, quantity="recovery"), span(0.9, quantity="damage")], "restoring": [],
             "slice_restores": {"share": 0.9, "restores": True},
@@ -479,7 +480,7 @@ def test_the_circuit_in_three_sentences_by_the_verdicts(tmp_path):
     alone = [entry.model_copy(update={"alone": SUPPORTED}) for entry in judged(tmp_path, what).values()]
     assert "supported by itself, but not when all claims" in story.outline(alone, what)[0]
     assert "not tested, for want of quads: the slice (5.3 and mlp 7) at the last token is enough" in road
-    assert "bring the answer back (0.99)" in road
+    assert "bring the answer back (0.99)" in road and "tokens between (laid down in layers 4 and 5) (0.20 [" in road
     unable = [entry.model_copy(update={"estimate": None}) for entry in judged(tmp_path, what).values()]
     assert "not testable here is whether the slice (5.3 and mlp 7)" in story.outline(unable, what)[1]
 

@@ -38,6 +38,7 @@ def site_names(found: Mapping[str, Any]) -> dict[str, str]:
         "slice_heads": [name for name in names if name[0].isdigit()],
         "circuit": circuit.get("sites", ()),
         "layers": coarse.get("critical_layers", ()),
+        "fills": coarse.get("between", {}).get("fills", ()),
     }
     largest = str(coarse.get("measured", {}).get("layer", ""))
     return {name: listed(sites) for name, sites in lists.items()} | {"largest": largest}
