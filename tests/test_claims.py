@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from pydantic import ValidationError
 
-from lib import records
+from lib import records, stats
 from pipeline import keys, params, units
 from pipeline import step as steps
 from steps.__main__ import main
@@ -333,6 +333,15 @@ def test_verdicts_hold_for_all_tested_claims_together(tmp_path):
     assert f"corrected for the {len(tested)} that were tested" in said and f"{len(checks)} checks, which" in said
     counted = sum(entry.verdict == SUPPORTED for entry in own.values() if not entry.check)
     assert f"tested: {counted} supported" in said and f"(each alone: {counted + 1} supported" in said
+
+
+def test_few_ledgers_support_a_claim_that_only_touches_its_threshold():
+    """40 claims at their thresholds: alone, some claim is supported in most ledgers; corrected, in hardly any."""
+    rng, claim = np.random.default_rng(0), CLAIMS[0].model_copy(update={"rule": "above"})
+    spans = stats.mean_intervals(rng.normal(size=(24, 40 * 40)), stats.Settings(resamples=400))
+    p = [claims.p_value(claim, claims.Numbers(x.estimate, x.low, x.high), 0.0, 0.95) for x in spans]
+    ledgers = np.reshape(p, (40, 40))
+    assert (ledgers.min(1) < 0.05).mean() > 0.4 and (40 * ledgers.min(1) < 0.05).mean() <= 0.05
 
 
 def test_the_largest_of_several_pays_for_their_number():
