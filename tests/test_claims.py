@@ -48,7 +48,6 @@ def found():
     """Findings of every step, with the columns that the steps write, of a model that does what the plan hopes."""
     accuracy = [span(0.5, task=task, template=name, p=1e-9) for task, name in
                 (("superset", "profession_both"), ("odd_one_out", "odd_one_out"))]  # fmt: skip
-    tests = [{"site": "2.1 at last", "test": "path", "passed": True, **span(1.0)}]
     rows = [span(0.7 + 0.1 * (name == "artist"), kind="superset", group=name) for name in ("artist", "writer")]
     rows += [few(0.1, kind="profession", group="poet"), span(0.8, kind="profession", group="actor")]
     rows += [span(0.1, kind="template", group="profession_both"), span(0.7, kind="template", group="both_famous")]
@@ -73,7 +72,8 @@ def found():
         "retrieval_heads": {
             "verdicts": {"retrieval_heads": {"last": ["2.1"], "names": ["3.0", "1.4"]},
                          "slice_heads_that_retrieve": ["5.3"]},
-            "tests": tests, "measured": {"path_ablation": span(0.6)},
+            "deciding": [span(1.0, site="2.1 at last")], "measured": {"path_ablation": span(0.6)},
+            "one_stage": carried(0.7, "everything", "k and v", "recomputed"),
             "senders": {"slice at names": [span(0.3, site="mlp 0"), span(0.2, site="1.4"), span(0.2, site="mlp 2"),
                                            span(0.01, site="mlp 9")]},
             "carried": [carried(0.7, "everything", "k and v", "recomputed"),
@@ -162,7 +162,7 @@ def test_another_threshold_is_another_verdict_and_another_sentence(tmp_path):
     assert changed == {"one_layer", "retrieval_heads"}
     assert (plain["one_layer"].verdict, strict["one_layer"].verdict) == (SUPPORTED, NOT_SUPPORTED)
     before, after = (story.sentence(list(own.values()), found()) for own in (plain, strict))
-    assert "layer 5 alone does most of that" in before[0] and "3.0 and 1.4 retrieve the profession" in before[0]
+    assert "layer 5 alone does most of that" in before[0] and "3.0 and 1.4 retrieve the class" in before[0]
     assert "layers 5 and 7 do that together" in after[0] and "MLPs at the tokens of each name" in after[0]
     assert any(text.startswith("The evidence does not support that one layer is the aggregator") for text in after)
     assert not any("one layer is the aggregator" in text for text in before)
@@ -266,7 +266,7 @@ def test_too_few_quads_decide_nothing(tmp_path):
     what = found()
     what["sufficiency"]["joint"] = [few(0.99, quantity="recovery"), few(0.99, quantity="damage")]
     what["hydra"]["needed"] = [few(0.99, judges=True)]
-    what["retrieval_heads"]["tests"] = [few(1.0)]
+    what["retrieval_heads"]["deciding"] = []
     own = judged(tmp_path, what)
     assert {own[name].verdict for name in ("slice_necessary", "slice_sufficient", "retrieval_heads")} == {NOT_TESTABLE}
     assert own["slice_necessary"].reason == "0.99; too few quads: an interval needs 20 of a half"

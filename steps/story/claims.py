@@ -21,12 +21,11 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 from scipy.stats import norm
 
-from lib.stats import MINIMUM_CLUSTERS, p_of_interval
+from lib.stats import MINIMUM_CLUSTERS, holm, p_of_interval
 from pipeline import keys, units
 from pipeline.declaration import Plan
 from pipeline.params import ROOT, ParameterError, Shared
@@ -502,11 +501,3 @@ def open_fresh(params: Story) -> None:
             f"these people were opened under the thresholds and rules {first['fingerprint']!r} ({path}); under {own!r} "
             "they are not fresh: judge the claims with fresh = false"
         )
-
-
-def holm(p: Sequence[float]) -> np.ndarray:
-    """p values corrected for how many they are (Holm 1979, step-down)."""
-    order = np.argsort(p)
-    out = np.empty(len(p))
-    out[order] = np.minimum(np.maximum.accumulate(np.sort(p) * np.arange(len(p), 0, -1)), 1)
-    return out
