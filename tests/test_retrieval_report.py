@@ -238,8 +238,8 @@ def test_the_leading_senders_are_said_with_what_is_significant():
     table = pd.concat([about.assign(half="discovery"), about[:3].assign(half="confirmation")], ignore_index=True)
     assert page.senders_sentence(table, "names", P, 2) == (
         "At `names`, the senders of largest path effect into the slice, of 4, are embedding (3.00 [0.00, 9.00]) and "
-        "mlp 0 (2.00 [0.00, 9.00]) (logits, familywise intervals); significant in both halves are the embedding, 1 heads "
-        "and 0 MLPs, of 3 that were followed to the other half."
+        "mlp 0 (2.00 [0.00, 9.00]) (logits, familywise intervals); significant in both halves are the embedding, "
+        "1 heads and 0 MLPs, of 3 that were followed to the other half."
     )
     told = table[table["component"] == "head"]
     assert "the class from the outputs of 1 of 2 heads" in page.write_sentence(told, "names", P, 1)
