@@ -226,11 +226,12 @@ def shares_of_ceiling(
 ) -> pd.DataFrame:
     """The damage of each combination of `by` as a share of its ablation's ceiling, which is what that takes away at
     most: its damage in `whole`, the records of the whole final residual stream. A ratio of sums over the quads of both,
-    for the ablations whose ceiling lies above 0 with its whole interval. Columns: `by`, ablation, estimate, low, high.
+    for the ablations whose ceiling lies above 0, with its whole interval if it has one. Columns: `by`, ablation,
+    estimate, low, high.
     """
     parts = [pd.DataFrame(columns=[*by, "ablation", "estimate", "low", "high"])]
     for kind, limit in damages(whole, settings).items():
-        if limit.low is not None and limit.low > 0:
+        if (limit.estimate if limit.low is None else limit.low) > 0:
             lost = quad_matrix(frame[frame["ablation"] == kind], "effect", by, "sum")
             most = quad_matrix(whole[whole["ablation"] == kind], "effect", [], "sum").values[:, 0]
             spans = stats.ratio_intervals(lost.values, most, settings)

@@ -358,6 +358,14 @@ def _signs(n: int, sites: int, total: int, exact: bool, seed: int) -> Iterator[F
         yield np.where(negative, -1.0, 1.0)
 
 
+def holm(p: Sequence[float]) -> Float[np.ndarray, " tests"]:
+    """p values corrected for how many they are (Holm 1979, step-down)."""
+    order = np.argsort(p)
+    out = np.empty(len(p))
+    out[order] = np.minimum(np.maximum.accumulate(np.sort(p) * np.arange(len(p), 0, -1)), 1)
+    return out
+
+
 def effective_trials(successes: ArrayLike, n: ArrayLike) -> tuple[float, float]:
     """Successes and trials, reduced for what the trials of one unit share: both over the design effect.
 

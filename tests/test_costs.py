@@ -72,7 +72,7 @@ def test_sweeps_with_a_pool(both):
 @pytest.mark.parametrize("role", ["names", "last"])
 def test_paths(both, mlps, role):
     model, shape = both
-    sites, route = (routes.sites_that_read(SLICE), routes.NAMES) if role == "names" else (SLICE, routes.LAST)
+    sites, route = (routes.heads_of(SLICE), routes.NAMES) if role == "names" else (SLICE, routes.LAST)
     (unit, *_) = routes.paths("x", PAIRS, sites, route, mlps)
     work = costs.path_unit(shape, unit.pairs, unit.options, PLACE)
     agrees(work, lambda: routes.run(model, unit.pairs, **unit.options))

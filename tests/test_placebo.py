@@ -1,6 +1,7 @@
 """The placebo: its pairs, the comparison of two shares, and what is said of them."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -14,6 +15,7 @@ from pipeline import population
 from pipeline.params import Shared
 from steps.baselines import placebo
 from steps.baselines.measure import Baselines
+from steps.story import circuits_page
 from steps.sufficiency import placebo as measured
 from steps.sufficiency import placebo_page
 
@@ -236,3 +238,30 @@ def test_few_placebo_quads_are_not_testable_and_none_are_said():
     assert "too few quads to test it (19; 20 are needed)" in placebo_page.findings(m, params)["sentences"][0]
     none = placebo_page.findings(None, params)
     assert none["specific"]["why"] == none["sentences"][0]
+
+
+# --- the circuit ---
+
+
+def circuit_rows(shares_of, attribute, half="confirmation"):
+    """Step 10's rows of quads in which the circuit keeps a share of what everything has over nothing (gap 4, and 1)."""
+    rows = []
+    for quad, share in enumerate(shares_of):
+        for test, value in (("everything", 5.0), ("nothing", 1.0), ("circuit", 1 + 4 * share)):
+            about = {"quad_id": f"{attribute}{quad}", "pair_id": f"{attribute}{quad}.0", "half": half}
+            rows.append(about | {"test": test, "logit_diff": value, "ablation": "resample", "attribute": attribute})
+    return pd.DataFrame(rows)
+
+
+def test_the_circuit_is_set_beside_what_it_keeps_in_placebo_pairs():
+    rng = np.random.default_rng(0)
+    own, other = (share + rng.normal(0, 0.05, 24) for share in (0.8, 0.2))
+    placebo_rows = pd.concat([circuit_rows(other, "region"), circuit_rows([9.0] * 3, "region", "discovery")])
+    m = SimpleNamespace(tested=circuit_rows(own, "superset"), ablation="resample", placebo=placebo_rows)
+    (found,) = circuits_page.in_placebo(m, PARAMS)
+    assert found["estimate"] == pytest.approx(other.mean()) and found["quads"] == 24
+    assert found["quotient_estimate"] == pytest.approx(other.mean() / own.mean())
+    assert found["quotient_low"] < 0.25 < found["quotient_high"]
+    (said,) = circuits_page.placebo_sentences([found])
+    assert "differ in region, the circuit keeps 0.2" in said and "(24 quads)" in said
+    assert circuits_page.in_placebo(SimpleNamespace(**vars(m) | {"placebo": None}), PARAMS) == []

@@ -1,4 +1,4 @@
-"""Attention and value vectors: against the model's own outputs, and on weights whose answer is known by hand."""
+"""Attention and heads' outputs: against the model's own, by brute force, and on numbers whose answer is known."""
 
 import copy
 from contextlib import contextmanager, nullcontext
@@ -9,14 +9,17 @@ import pandas as pd
 import pytest
 import torch
 
-from lib import models, records, tasks
-from lib.readout import post_norms, readout
-from lib.single_pass import SweepError, base_run
+from lib import models, paths, records, tasks
+from lib.hooks import Site
+from lib.readout import post_norms
+from lib.single_pass import SweepError
 from lib.tasks import Pair, Prompt
 from lib.weights import ModelError
+from pipeline import params
+from pipeline.step import Step
+from steps.registry import PLAN
+from steps.retrieval_heads import attention, outputs, page
 from steps.retrieval_heads import measure as retrieval
-from steps.retrieval_heads import values
-from steps.retrieval_heads.one_name import FIRST, NOT, WHOLE, Labels
 
 ROLES = {"name_a": (3, 4), "name_b": (6,), "names": (3, 4, 6), "swapped": (3, 4, 6), "last": (8,), "all": range(9)}
 ROLES = {role: tuple(positions) for role, positions in ROLES.items()}
@@ -44,9 +47,9 @@ def test_attention_is_the_models_own(tiny, name):
     """Every share against the sum over the model's own output_attentions."""
     model = tiny(name)
     before = model.model.config._attn_implementation
-    frame = values.attention_to_names(model, PAIRS, batch=1)
+    frame = attention.attention_to_names(model, PAIRS, batch=1)
     assert model.model.config._attn_implementation == before
-    records.conform(frame, values.ATTENTION)
+    records.conform(frame, attention.ATTENTION)
     assert len(frame) == 2 * model.n_layers * model.n_heads * 4
     model.model.set_attn_implementation("eager")
     own = [model.model(torch.tensor([p.clean.ids]), output_attentions=True).attentions for p in PAIRS]
@@ -70,17 +73,17 @@ def test_attention_form_comes_back_after_an_error(tiny, monkeypatch):
         assert model.model.config._attn_implementation == "eager"
         raise KeyError
 
-    monkeypatch.setattr(values, "_pattern", broken)
+    monkeypatch.setattr(attention, "_pattern", broken)
     with pytest.raises(KeyError):
-        values.attention_to_names(model, PAIRS)
+        attention.attention_to_names(model, PAIRS)
     assert model.model.config._attn_implementation == before
     assert len(model.attns[0]._forward_hooks) == hooked
 
 
 def test_attention_without_a_pattern_is_an_error(tiny, monkeypatch):
-    monkeypatch.setattr(values, "eager", lambda model: nullcontext())  # sdpa gives none
+    monkeypatch.setattr(attention, "eager", lambda model: nullcontext())  # sdpa gives none
     with pytest.raises(ModelError, match="layer 0 gives no pattern of shape"):
-        values.attention_to_names(tiny("llama"), PAIRS)
+        attention.attention_to_names(tiny("llama"), PAIRS)
 
 
 def test_attention_that_does_not_add_up_is_an_error(tiny):
@@ -89,13 +92,13 @@ def test_attention_that_does_not_add_up_is_an_error(tiny):
     handle = model.attns[1].register_forward_hook(halve)
     try:
         with pytest.raises(ModelError, match="layer 1 does not add up to 1 but is off by 0.5"):
-            values.attention_to_names(model, PAIRS)
+            attention.attention_to_names(model, PAIRS)
     finally:
         handle.remove()
 
 
 def test_an_eager_run_that_differs_is_an_error(tiny, monkeypatch):
-    model, eager = tiny("llama"), values.eager
+    model, eager = tiny("llama"), attention.eager
 
     @contextmanager
     def other(model):
@@ -106,63 +109,131 @@ def test_an_eager_run_that_differs_is_an_error(tiny, monkeypatch):
             finally:
                 model.final_norm.weight.div_(1.5)
 
-    monkeypatch.setattr(values, "eager", other)
+    monkeypatch.setattr(attention, "eager", other)
     with pytest.raises(SweepError, match="with eager attention a logit differs from the ordinary run"):
-        values.attention_to_names(model, PAIRS)
+        attention.attention_to_names(model, PAIRS)
 
 
 def test_names_are_needed(tiny):
     pair = SimpleNamespace(**vars(PAIRS[0]))
     pair.clean = Prompt("", PAIRS[0].clean.ids, {"last": (8,)})
-    for measure in (values.attention_to_names, lambda m, p: values.value_vectors(m, p, {}, LABELS)):
-        with pytest.raises(ValueError, match="pair p0: template 't' has no role name_a"):
-            measure(tiny("llama"), [pair])
+    with pytest.raises(ValueError, match="pair p0: template 't' has no role name_a"):
+        attention.attention_to_names(tiny("llama"), [pair])
 
 
-# --- value vectors ---
+# --- outputs ---
 
-LABELS = Labels(
-    words=("painter", "poet", "chemist", "novelist"),
-    supersets=("artist", "writer", "scientist", "writer"),
-    tokens=((40,), (41,), (42, 43), (44,)),
-    scored=(WHOLE, WHOLE, WHOLE, FIRST),
-    candidates=(50, 51, 52, 53, 54),
-)
+WORDS = {"painter": "artist", "poet": "writer", "chemist": "scientist", "novelist": "writer"}
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "gemma3", "gpt2"])
-def test_what_sites_say_adds_up_to_the_logits(tiny, name):
-    """Embedding + every head + every MLP + biases, at the run's own scales, is the logit of every label."""
+def rows_of(labels: list[str], quads: list[int], professions: list[str] | None = None) -> pd.DataFrame:
+    """Rows of prompts; every second four quads are of the other half."""
+    half = [("discovery", "confirmation")[quad // 4 % 2] for quad in quads]
+    frame = pd.DataFrame({"quad_id": quads, "half": half, "label": labels}).astype(str)
+    return frame.assign(profession="" if professions is None else professions)
+
+
+def test_a_probe_tells_a_class_that_is_written_and_nothing_from_noise():
+    rng, codes = np.random.default_rng(0), np.arange(400) % 4
+    means = 3 * rng.normal(size=(4, 8))
+    values = np.stack([means[codes] + rng.normal(size=(400, 8)), rng.normal(size=(400, 8))], 1)
+    found = outputs.told(values, rows_of([f"c{code}" for code in codes], list(np.arange(400) // 2)), "label", 0)
+    assert found[:, 0].mean() == pytest.approx(0.75, abs=0.02) and abs(found[:, 1].mean()) < 0.08
+
+
+def test_a_probe_does_not_know_the_people_it_is_tried_on():
+    """Each quad has an output of its own, and a class at random: known by heart in training, at chance held out."""
+    rng, quads = np.random.default_rng(0), np.arange(400) // 4
+    own, labels = 5 * rng.normal(size=(100, 1, 64)), rng.integers(0, 2, size=100)
+    values = own[quads] + 0.1 * rng.normal(size=(400, 1, 64))
+    found = outputs.told(values, rows_of([f"c{labels[quad]}" for quad in quads], list(quads)), "label", 0)
+    assert abs(found.mean()) < 0.15
+
+
+def test_a_frequent_class_counts_no_more_than_a_rare_one():
+    """An output that is the same for all: the classifier says one class, which is right for a third of the classes."""
+    labels = ["common"] * 200 + ["rare"] * 50 + ["rarer"] * 20
+    found = outputs.told(np.ones((270, 1, 4)), rows_of(labels, list(range(270))), "label", 0)
+    assert found.mean() == pytest.approx(0, abs=0.05)
+
+
+def test_the_profession_is_told_among_those_of_its_own_superset():
+    """An output that has the superset alone tells no profession; one that has the profession tells it."""
+    rng, codes = np.random.default_rng(0), np.arange(480) % 4
+    superset, quads = codes // 2, list(np.arange(480))
+    means = 4 * rng.normal(size=(4, 8))
+    values = np.stack([means[superset], means[codes]], 1) + 0.1 * rng.normal(size=(480, 2, 8))
+    rows = rows_of([f"s{one}" for one in superset], quads, [f"p{one}" for one in codes])
+    found = outputs.told(values, rows, "profession", 0, within=("label",))
+    assert abs(found[:, 0].mean()) < 0.1 and found[:, 1].mean() == pytest.approx(0.5, abs=0.01)
+    alone = rows.assign(profession=rows["label"])  # one profession each: there is nothing to tell
+    assert np.isnan(outputs.told(values, alone, "profession", 0, within=("label",))).all()
+
+
+def test_few_quads_of_a_class_are_not_probed():
+    rows = rows_of(["a", "b"] * 4, list(range(8)))
+    assert np.isnan(outputs.told(np.ones((8, 1, 2)), rows, "label", 0)).all()
+
+
+def many_pairs() -> tuple[list[Pair], dict]:
+    """Pairs of three professions in turn, both halves. No two prompts are the same: a first name is in one of them."""
+    pairs, own, names = [], {}, list(WORDS)[:3]
+    for index in range(18):
+        sides = {"clean": index % 3, "corrupt": (index + 1) % 3}
+        tokens = [[7 + index // 3 * 2 + turn, 20 + one, 20 + one] for turn, one in enumerate(sides.values())]
+        pairs.append(pair_of(index, *tokens, ("discovery", "confirmation")[index // 3 % 2]))
+        own |= {(f"p{index}", side): {"name_a": names[one], "name_b": names[one]} for side, one in sides.items()}
+    return pairs, own
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "gpt2"])
+@pytest.mark.parametrize("position, site", [("names", Site(2, "head", 3)), ("last", Site(2, "mlp"))])
+def test_a_share_is_what_a_head_makes_up_at_the_receiver(tiny, name, position, site):
+    """By brute force: the receiver's own modules on what the head wrote, at the norm's scale, along the classes'
+    means."""
     torch.manual_seed(0)
     model = copy.deepcopy(tiny(name).model)
     for key, weight in model.named_parameters():
-        if "norm" in key or "ln_" in key or "bias" in key:  # else gains are one and biases zero
+        if "norm" in key or "ln_" in key:
             weight += 0.5 * torch.rand_like(weight)
     model = models.find_handles(model, None, name)
-    ids, positions = torch.tensor([p.clean.ids for p in PAIRS]), [4, 6, 8]
-    read, posts = readout(model), post_norms(model)
-    base = base_run(model, ids, positions)
-    maps = values._label_maps(model, read, posts, LABELS)
-    said = values._said(model, base, read, posts, maps).astype(float).sum(2)
-    entered = []
-    handle = model.blocks[0].register_forward_pre_hook(
-        lambda _, args, kwargs: entered.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
-    )
-    hidden = model.body(input_ids=ids).last_hidden_state[:, positions]
-    handle.remove()
-    tokens = [*LABELS.candidates, *(own for group in LABELS.tokens for own in group)]
-    scale = read.norm.scale(base.activations["resid", model.n_layers - 1])[..., None]
-    rest = entered[0][:, positions].clone()
-    for layer, post in enumerate(posts):
-        if post.attn is None and getattr(model.o_projs[layer], "bias", None) is not None:
-            rest += model.o_projs[layer].bias
-        for component in ("attn", "mlp"):
-            if getattr(post, component) is not None:
-                rest += getattr(post, component).bias
-    direct = rest @ read.directions(tokens).T / scale + read.norm.bias @ read.unembed[tokens].T
-    logits = hidden @ read.unembed[tokens].T - direct
-    logits = torch.cat([logits[..., :7], logits[..., 7:9].mean(-1, keepdim=True), logits[..., 9:]], dim=-1)
-    assert np.allclose(said, logits.numpy(), atol=1e-4 * logits.abs().max().item(), rtol=0)
+    pairs, own = many_pairs()
+    about = outputs.About(own, WORDS, (50, 51, 52, 53, 54))
+    receiver = outputs.receiver(model, site)
+    seen = outputs.read(model, pairs, about, position, {receiver.module, model.final_norm})
+    stream = seen.streams[receiver.module]
+
+    def heard(vector):
+        """What the receiver makes of a part of the stream, whose scale is the whole's."""
+        centred = vector - vector.mean(-1, keepdim=True) if receiver.norm.centres else vector
+        normed = receiver.norm.gain * centred / receiver.norm.scale(stream)[:, None]
+        if site.component == "mlp":
+            return normed
+        project, first = paths.projection(model, model.attns[2], "v")
+        place = first + site.head * model.n_kv_heads // model.n_heads * model.head_size
+        value = (project(normed) - project(torch.zeros_like(normed)))[:, place : place + model.head_size]
+        full = torch.zeros(len(value), model.n_heads * model.head_size, dtype=value.dtype)
+        full[:, site.head * model.head_size : (site.head + 1) * model.head_size] = value
+        return model.o_projs[2](full) - model.o_projs[2](torch.zeros_like(full))
+
+    labels, half = seen.rows["label"].to_numpy(), seen.rows["half"].to_numpy()
+    z = torch.from_numpy(seen.heads[:, 1]).double()
+    z[:, : model.head_size] = 0
+    z[:, 2 * model.head_size :] = 0
+    written = model.o_projs[1](z) - model.o_projs[1](torch.zeros_like(z))
+    if (post := post_norms(model)[1].attn) is not None:
+        written = post.gain * written / torch.from_numpy(seen.scales[:, 1, None])
+    whole, part = heard(stream), heard(written)
+    means = {one: whole[(labels == one) & (half == "discovery")].mean(0) for one in WORDS.values() if one in labels}
+    sides = {one: means[one] - sum(means[other] for other in means if other != one) / 2 for one in means}
+    aim = torch.stack([sides[one] for one in labels])
+    late = half == "confirmation"
+    expected = ((part * aim).sum(1)[late].sum() / (whole * aim).sum(1)[late].sum()).item()
+    found = outputs.table(model, pairs, about, [site], position, 0)
+    records.conform(found, outputs.OUTPUTS)
+    one = found[(found.layer == 1) & (found["head"] == 1) & (found.half == "confirmation")]
+    assert one.share.mean() == pytest.approx(expected, rel=1e-3, abs=1e-5)
+    assert found[found.layer == 2].share.isna().all() == (position == "names")
 
 
 def planted(write: dict[int, int], head: int = 2) -> models.Model:
@@ -190,140 +261,63 @@ def planted(write: dict[int, int], head: int = 2) -> models.Model:
     return models.find_handles(model, None, "planted")
 
 
-def professions(*each: tuple[str, str]) -> dict:
-    """For p0 clean, p0 corrupt, p1 clean, ... the professions of both names."""
-    keys = [(f"p{index // 2}", ("clean", "corrupt")[index % 2]) for index in range(len(each))]
-    return {key: dict(zip(("name_a", "name_b"), own, strict=True)) for key, own in zip(keys, each, strict=True)}
+def test_a_head_that_copies_the_class_is_all_that_the_slice_is_given():
+    """At the last token nothing else differs between prompts: its share is 1, a probe tells the class, and at the
+    unembedding it says what it writes there."""
+    model, (pairs, own) = planted({0: 24, 1: 28, 2: 25}), many_pairs()
+    about = outputs.About(own, WORDS, (50, 51, 52, 53, 54))
+    found = outputs.table(model, pairs, about, [Site(1, "mlp")], "last", 0)
+    head = (found.layer == 1) & (found["head"] == 2)
+    assert found[head].share.mean() == pytest.approx(1, abs=1e-4) and found[~head].share.abs().max() < 1e-6
+    assert found[head].told.mean() == pytest.approx(2 / 3) and found[~head].told.mean() < 0.1
+    assert found[head].unembedded.min() > 0.5 and found[~head].unembedded.abs().max() == 0
+    blind = outputs.table(planted({0: 0, 1: 1, 2: 2}), pairs, about, [Site(1, "mlp")], "last", 0)[head]
+    assert blind.told.mean() == pytest.approx(2 / 3) and blind.unembedded.abs().max() < 1e-6
 
 
-# Features 0 to 3 stand for painter, poet, chemist, novelist; 4 and 5 for nothing. One discovery half.
-QUADS = [pair_of(0, [24, 20, 20], [24, 22, 22]), pair_of(1, [24, 21, 23], [25, 20, 20])]
-OWN = professions(("painter",) * 2, ("chemist",) * 2, ("poet", "novelist"), ("painter",) * 2)
-LEARNT = {0: 16, 1: 17, 2: 18, 3: 20}  # feature -> its label
-
-
-def test_a_head_that_copies_the_profession_is_found():
-    """The contrasts of the planted head, by hand; every other site says nothing."""
-    frame = values.value_vectors(planted(LEARNT), QUADS, OWN, LABELS)
-    records.conform(frame, values.VALUES)
-    found = frame[(frame.component == "head") & (frame.layer == 1) & (frame["head"] == 2)]
-    rest = frame.drop(found.index)
-    assert len(rest) == 4 * 3 * (2 * 5 - 1)
-    assert (rest[[f"{kind}_contrast" for kind in ("profession", "superset")]] == 0).all(axis=None)
-
-    # Four prompts, nine tokens each. After the input norm a token's one feature is sqrt(32); the head's mean over nine
-    # tokens writes it once per name token. Chemist is read at the mean of two forms, of which one is written.
-    x = np.sqrt(32) / 9
-    wrote = np.array([[2, 0, 0, 0], [0, 0, 1, 0], [0, 1, 0, 1], [2, 0, 0, 0]]) * x  # painter poet chemist novelist
-    squares = np.array([1 + 4 * x**2, 1 + 4 * x**2, 1 + 2 * x**2, 1 + 4 * x**2])  # of the last token's residual
-    said = wrote / np.sqrt(squares / 32)[:, None]
-    by_superset = [said[[0, 3]].mean(0), said[1], said[2]]  # artist, scientist, writer
-    said = said - np.mean(by_superset, axis=0)
-    own = [[0], [2], [1, 3], [0]]
-    expected = [said[i, mine].mean() - np.delete(said[i], mine).mean() for i, mine in enumerate(own)]
-    last = found[found.position == "last"].set_index(["pair_id", "side"]).profession_contrast
-    order = [("p0", "clean"), ("p0", "corrupt"), ("p1", "clean"), ("p1", "corrupt")]
-    assert np.allclose(last.loc[order], expected, rtol=1e-5)
-    assert (found.profession_top[found.position == "last"] == 1).all()
-    chance = found[found.position == "last"].set_index(["pair_id", "side"]).profession_chance
-    assert chance.loc[order].tolist() == [0.25, 0.25, 0.5, 0.25]
-    # a name of two tokens is read at its second one, where its profession has been seen
-    assert (found.profession_contrast[found.position == "name_a"] > 0.1).all()
-    # a and b of p1 clean are the only writers: no other writer is left to compare with at `last` ...
-    within = found.set_index(["pair_id", "side", "position"]).within_contrast
-    assert within.isna().all()  # ... nor at a name, where the other name's profession counts for neither side
-
-
-def test_within_compares_with_the_own_superset_alone():
-    """A head that writes every profession of the right superset finds the class, not the profession."""
-    people = professions(("poet", "poet"), ("novelist", "novelist"), ("poet", "poet"), ("painter", "painter"))
-    prompts = [pair_of(0, [24, 21, 21], [24, 23, 23]), pair_of(1, [25, 21, 21], [24, 20, 20])]
-    exact = values.value_vectors(planted(LEARNT), prompts, people, LABELS)
-    model = planted(LEARNT)
-    for feature, both in ((1, 20), (3, 17)):  # poets as novelists too, and novelists as poets
-        model.o_projs[1].weight[both, 2 * 12 + feature] = 1
-    broad = values.value_vectors(model, prompts, people, LABELS)
-    head = (exact.component == "head") & (exact.layer == 1) & (exact["head"] == 2) & (exact.position == "last")
-    writers = head & exact.within_contrast.notna()
-    assert writers.sum() == 3
-    assert (exact.within_contrast[writers] > 0.1).all() and (exact.profession_contrast[writers] > 0.1).all()
-    assert broad.within_contrast[writers].abs().max() < 1e-6 and (broad.profession_contrast[writers] > 0.1).all()
-    assert exact.within_chance[writers].unique() == 0.5
-    novelists = values.value_vectors(planted({0: 16, 1: 20, 2: 18, 3: 20}), prompts, people, LABELS)  # for any writer
-    assert novelists.within_contrast[writers].abs().max() < 1e-6
-
-
-def test_mixed_names_each_compete_with_their_own_kin():
-    """A poet and a chemist: the poet against the novelist; no other scientist is there for the chemist."""
-    contest = values._contest("within", ["poet", "chemist"], ["poet", "chemist"], LABELS)
-    assert contest.weights.tolist() == [0] * 5 + [0, 1, 0, -1]
-    assert contest.asked.tolist() == [False] * 5 + [False, True, True, True]
-    contest = values._contest("superset", ["poet"], ["poet", "chemist"], LABELS)
-    assert contest.weights.tolist() == pytest.approx([-1 / 3, 0, -1 / 3, -1 / 3, 1] + [0] * 4)
-
-
-def test_a_head_that_always_says_the_same_scores_nothing():
-    """Feature 4 or 5 is in every prompt: the head promotes painters whatever the names."""
-    frame = values.value_vectors(planted({4: 16, 5: 16}), QUADS, OWN, LABELS)
-    for kind in ("profession", "superset"):
-        assert frame[f"{kind}_contrast"].abs().max() < 1e-6
-
-
-def test_superset_contrast_and_mlps():
-    """A head that writes the superset's candidate scores on supersets alone; so does an MLP that does the same."""
-    frame = values.value_vectors(planted({0: 24, 2: 25, 1: 28, 3: 28}), QUADS, OWN, LABELS)
-    last = frame[(frame.position == "last") & (frame.layer == 1) & (frame["head"] == 2)]
-    assert (last.superset_contrast > 0.1).all() and (last.superset_top == 1).all()
-    assert last.profession_contrast.abs().max() == 0 and last.superset_chance.unique() == np.float32(0.2)
-    model = planted({})
-    for feature, target in {0: 24, 2: 25, 1: 28, 3: 28}.items():
-        model.mlps[0].gate_proj.weight[feature, feature] = model.mlps[0].up_proj.weight[feature, feature] = 1
-        model.mlps[0].down_proj.weight[target, feature] = 1
-    frame = values.value_vectors(model, QUADS, OWN, LABELS)
-    at_b = frame[(frame.position == "name_b")]
-    assert (at_b.superset_contrast[(at_b.component == "mlp") & (at_b.layer == 0)] > 0.1).all()
-    assert at_b.superset_contrast[(at_b.component != "mlp") | (at_b.layer != 0)].abs().max() == 0
-    assert frame.superset_contrast[frame.position == "last"].abs().max() == 0
-
-
-def test_halves_do_not_know_of_each_other():
-    """Centring is within the half: the other half's prompts change nothing."""
-    other = pair_of(2, [24, 22, 23], [24, 21, 20], "confirmation")
-    own = OWN | {("p2", "clean"): {"name_a": "chemist", "name_b": "novelist"}}
-    own |= {("p2", "corrupt"): {"name_a": "poet", "name_b": "painter"}}
-    model = planted(LEARNT)
-    alone = values.value_vectors(model, QUADS, own, LABELS)
-    both = values.value_vectors(model, [*QUADS, other], own, LABELS)
-    pd.testing.assert_frame_equal(alone, both[both.half == "discovery"].reset_index(drop=True))
-    units = retrieval.reading_units("values", None, retrieval.Subject([], [*QUADS, other], []))
-    assert [unit.id for unit in units] == ["values-discovery", "values-confirmation"]
-    assert [[pair.pair_id for pair in unit.pairs] for unit in units] == [["p0", "p1"], ["p2"]]
-
-
-def test_a_label_that_is_not_scored_has_no_contrast():
-    labels = LABELS._replace(tokens=((), *LABELS.tokens[1:]), scored=(NOT, *LABELS.scored[1:]))
-    frame = values.value_vectors(planted(LEARNT), QUADS, OWN, labels)
-    painters = (frame.pair_id == "p0") & (frame.side == "clean") | (frame.pair_id == "p1") & (frame.side == "corrupt")
-    for column in ("profession_contrast", "profession_top", "profession_chance"):
-        assert (frame[column].isna() == painters).all()
-    assert frame.superset_contrast.notna().all()
-    assert frame.attrs["facts"] == {"professions": list(labels.words), "scored": list(labels.scored)}
-
-
-def test_a_prompt_is_read_once():
-    again = [*QUADS, pair_of(2, [24, 22, 22], [24, 20, 20])]
-    own = OWN | {("p2", "clean"): OWN["p0", "corrupt"], ("p2", "corrupt"): OWN["p0", "clean"]}
-    assert len(values.value_vectors(planted(LEARNT), again, own, LABELS)) == 4 * 3 * 10
+def test_a_head_that_always_says_the_same_makes_up_nothing():
+    """Head 1.3 promotes artists a little whatever the names: it sees the tokens that every prompt has."""
+    model, (pairs, own) = planted({0: 24, 1: 28, 2: 25}), many_pairs()
+    attention = model.attns[1]
+    attention.v_proj.weight[12 + 11, 31] = 1
+    attention.o_proj.weight[24, 3 * 12 + 11] = 0.02
+    about = outputs.About(own, WORDS, (50, 51, 52, 53, 54))
+    found = outputs.table(model, pairs, about, [Site(1, "mlp")], "last", 0)
+    same = found[(found.layer == 1) & (found["head"] == 3) & (found.half == "confirmation")]
+    for found in (same.share, same.unembedded):
+        assert found.abs().max() > 0.01 and abs(found.mean()) < 0.05 * found.abs().max()
 
 
 def test_professions_come_from_the_table_or_from_people():
     people = pd.DataFrame({"name": ["Ann", "Bo"], "profession": ["poet", "chemist"]})
     row = {"pair_id": "p", "clean_a": "Ann", "clean_b": "Bo", "clean_c": "", "corrupt_a": "Cy", "corrupt_b": "Di"}
     given = {"corrupt_profession_a": "actor", "corrupt_profession_b": "dancer"}
-    found = values.professions_of(pd.DataFrame([row | given]), people)
+    found = outputs.professions_of(pd.DataFrame([row | given]), people)
     assert found["p", "clean"] == {"name_a": "poet", "name_b": "chemist"}
     assert found["p", "corrupt"] == {"name_a": "actor", "name_b": "dancer"}
     with pytest.raises(ValueError, match="the professions of 2 people are not known: Cy, Di; add them to the people"):
-        values.professions_of(pd.DataFrame([row]), people)
-    with pytest.raises(ValueError, match="profession 'actor' is not among the labels painter"):
-        values.value_vectors(planted({}), QUADS, found, LABELS)
+        outputs.professions_of(pd.DataFrame([row]), people)
+
+
+# --- the whole step ---
+
+
+def test_a_slice_of_mlps_alone_goes_through_the_whole_step(tmp_path):
+    """Senders are patched at the last token into the MLPs' inputs; nothing is asked about the names."""
+    names = ["Suzanne Collins, Dorothy Sayers, Salvador Dali, Fred Astaire, writer, artist"]
+    names += ["Galileo Galilei, Wallace Carothers, Ken Follett, Elizabeth Barrett Browning, scientist, writer"]
+    columns = ["clean_a", "clean_b", "corrupt_a", "corrupt_b", "answer", "corrupt_answer"]
+    pd.DataFrame([row.split(", ") for row in names], columns=columns).to_csv(tmp_path / "mine.csv", index=False)
+    given = params.load_profile("smoke") | {"pairs_file": str(tmp_path / "mine.csv"), "slice_sites": "mlp 4,mlp 6"}
+    given |= {"results_dir": str(tmp_path / "results"), "memory": 1.0}
+    step = Step(PLAN, "retrieval_heads", params.validate(PLAN.sections, "retrieval_heads", given))
+    m = retrieval.run(step)
+    assert set(m.routes) == {"slice at last"} and m.families.keys() == {"last"}
+    rows = pd.concat(records.read(step.path(name)) for name in (None, "confirmed", "groups", "edges"))
+    assert set(rows["position"]) == {"last"} and set(rows["half"]) == {"discovery", "confirmation"}
+    found = page.findings(step, m)
+    assert "the slice's MLPs are given at the last token" in " ".join(found["sentences"])
+    assert found["verdicts"]["one_stage"] is None and found["deciding"] == [] and "why" in found["one_stage"]
+    assert {row["verdict"] for row in found["tests"]} <= {page.NOT_TESTABLE, ""}
+    figures = (page.groups_figure, page.writes_figure, page.looks_figure, page.tests_figure, page.two_hop)
+    assert [draw(step, m) for draw in figures] and page.ranked(m, "names") is None and page.pairs_and_names(m) is None

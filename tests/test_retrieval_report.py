@@ -1,14 +1,15 @@
 """Retrieval heads, their report and sentences: evidence counted by hand, and what follows from it."""
 
 from itertools import product
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from lib.hooks import EMBED, Site
+from lib.hooks import EMBED, Site, site_name
+from lib.stats import Interval
 from pipeline import params
-from pipeline.params import ParameterError
 from steps.registry import PLAN
 from steps.retrieval_heads import measure, page, routes
 
@@ -51,64 +52,142 @@ def test_a_group_carries_the_ratio_of_sums_and_the_difference_is_per_quad():
     assert more.estimate == pytest.approx(3, abs=0.01) and more.low > 2.9
 
 
-def sets_and_falls(falls: dict[tuple, float]) -> pd.DataFrame:
-    frame = paths({(place, "head", 0): fall for place, (_, fall) in enumerate(falls.items())}, spread=1e-3)
-    sets = [(kind, (Site(*site),)) for kind, *site in falls]
-    return page.verification_table(frame, sets, P)
+def measured(**more) -> SimpleNamespace:
+    """What the page reads: no head, no set, until a test says otherwise."""
+    empty = {"slice_sites": SLICE, "heads": {}, "families": {}, "sets": {}, "routes": {}}
+    return SimpleNamespace(**(empty | more))
 
 
-def test_verification_counts_flips_and_random_heads_that_do_as_much():
-    falls = {("candidate", 9, "head", 1): 2.5, ("candidate", 9, "head", 2): 0.3}
-    falls |= {("random", 9, "head", number): 0.1 * number for number in range(3, 9)}
-    table = sets_and_falls(falls).set_index("site")
+def span(estimate: float, low: float | None, high: float | None, n: int = 30) -> Interval:
+    return Interval(estimate, low, high, 0.95, n, "test")
+
+
+def test_the_fall_of_the_margin_and_the_answers_that_flip():
+    frame = paths({(9, "head", 1): 2.5, (9, "head", 2): 0.3}, spread=1e-3)
+    sets = {"names": [("candidate", (Site(9, "head", 1),)), ("null", (Site(9, "head", 2),))]}
+    table = page.margins(measured(ablation=frame, sets=sets), "names", P).set_index("site")
     assert table.loc["9.1", "flips"] == 1 and table.loc["9.2", "flips"] == 0  # a margin of 2 becomes -0.5, or 1.7
-    assert table.loc["9.1", "estimate"] == pytest.approx(2.5, abs=0.01)
-    assert table.loc["9.1", "p_random"] == pytest.approx(1 / 7)
-    assert table.loc["9.2", "p_random"] == pytest.approx(7 / 7, abs=0.15)
+    assert table.loc["9.1", "estimate"] == pytest.approx(2.5, abs=0.01) and table["quads"].tolist() == [30, 30]
+    assert table["kind"].to_dict() == {"9.1": "candidate", "9.2": "null"}
+
+
+def test_a_rank_is_among_the_heads_own_null_and_corrected_for_the_family():
+    estimates = pd.Series({"a": 5.0, "b": 1.5, "n1": 1.0, "n2": 2.0, "n3": 3.0})
+    found = page.ranks(estimates, {"a": ["n1", "n2", "n3"], "b": ["n1", "n2"]})
+    assert found.loc["a"].tolist() == pytest.approx([1 / 4, 3, 2 / 4, 2 / 4])  # one of four, times two
+    assert found.loc["b"].tolist() == pytest.approx([2 / 3, 2, 2 / 3, 2 / 3])
+    assert page.ranks(estimates, {"b": ["n1", "gone"]}).loc["b", "null"] == 1
+
+
+@pytest.mark.parametrize("family, expected", [(1, 19), (2, 39), (6, 119), (12, 239)])
+def test_the_size_that_a_null_needs_is_the_smallest_that_reaches_the_level(family, expected):
+    n = measure.needed(family, 0.95)
+    assert n == expected and family / (1 + n) <= 0.05 + 1e-12 < family / n
+
+
+def test_a_band_is_of_the_nearest_layers_and_as_few_as_hold_enough():
+    others = [Site(layer, "head", head) for layer in range(20) for head in range(9) if (layer, head) != (10, 6)]
+    own = measure.band(Site(10, "head", 6), others, 100)
+    assert {site.layer for site in own} == set(range(4, 17)) and len(own) == 13 * 9 - 1
+    assert {site.layer for site in measure.band(Site(10, "head", 6), others, 8)} == {10}
+    edge = measure.band(Site(19, "head", 0), others, 100)
+    assert {site.layer for site in edge} == set(range(8, 20)) and len(
+        measure.band(Site(0, "head", 0), others, 999)
+    ) == 179
+
+
+def case(**params) -> SimpleNamespace:
+    return SimpleNamespace(params=P.model_copy(update=params), n_layers=30, n_heads=9, slice=lambda: SLICE)
+
+
+def test_families_are_ranked_among_enough_heads_none_of_which_is_put_to_the_tests():
+    chosen = [Site(3, "head", 2), Site(4, "head", 2), *(Site(10, "head", head) for head in range(4))]
+    found = measure.families(case(), {"names": chosen, "last": chosen[:1]})
+    assert set(found["names"]) == set(chosen)
+    assert set(found["last"]) == {chosen[0], Site(21, "head", 6), Site(27, "head", 1)}
+    for role, put in (("names", chosen), ("last", chosen[:1])):
+        for among in found[role].values():
+            assert not {*among} & {*put, *SLICE} and len(among) >= 100
+            assert all(other.layer < 27 for other in among)
+    assert min(len(among) for among in found["names"].values()) >= 119  # six tests: 100 could not reach the level
+    sets = measure.ablation_sets(case(), {"names": chosen, "last": []})
+    kinds = [kind for kind, _ in sets["names"]]
+    assert kinds[:7] == ["together", *["candidate"] * 6] and set(kinds[7:]) == {"null"}
+    assert [kind for kind, _ in sets["last"]][:2] == ["slice", "null"]  # nothing of the slice comes after 27.1
+
+
+NULL = [Site(8, "head", number) for number in range(120)]
+
+
+def tables(effects: dict[Site, float], quads: int = 30) -> dict[str, pd.DataFrame]:
+    """Every test's table: these heads' effects, and a null of 120 heads at almost nothing."""
+    null = {tuple(site): 0.02 * number / len(NULL) for number, site in enumerate(NULL)}
+    frame = paths({**{tuple(site): effect for site, effect in effects.items()}, **null}, quads, spread=0.01)
+    table = measure.senders_table(frame, P)
+    return dict.fromkeys((*page.TESTS, *page.BESIDE), table)
+
+
+def named(*sites: Site) -> dict[str, list[str]]:
+    return {site_name(*site): [site_name(*other) for other in NULL] for site in sites}
+
+
+GOOD, BLIND = Site(9, "head", 1), Site(9, "head", 2)
 
 
 def test_a_head_is_a_retrieval_head_only_if_it_passes_all_four_tests():
-    good, blind = Site(9, "head", 1), Site(9, "head", 2)
-    path = measure.senders_table(paths({tuple(good): 1.0, tuple(blind): 1.0, (9, "head", 3): 0.0}), P)
-    looks = measure.senders_table(paths({tuple(good): 0.4, tuple(blind): 0.0, (9, "head", 3): 0.4}), P)
-    falls = {("candidate", *good): 1.0, ("candidate", *blind): 1.0}
-    falls |= {("random", 8, "head", number): 0.01 for number in range(25)}
-    tests = page.four_tests([good, blind], path, path, looks, sets_and_falls(falls), P)
-    assert page.passing(tests) == ["9.1"]
-    assert tests.groupby("site")["passed"].sum().to_dict() == {"9.1": 4, "9.2": 3}
-    found = page.verdicts({"names": tests}, SLICE, pd.Series({"low": 0.7}), stats_interval(1.0, 0.5, 1.5))
+    own = tables({GOOD: 1.0, BLIND: 1.0})
+    own[page.TESTS[1]] = tables({GOOD: 1.0, BLIND: 0.0})[page.TESTS[1]]  # BLIND writes nothing
+    tests = page.four_tests(named(GOOD, BLIND), own, P).assign(role="names", inside=False)
+    assert page.passing(tests) == {("9.1", "names"): page.SUPPORTED, ("9.2", "names"): page.NOT_SUPPORTED}
+    row = tests.set_index(["site", "test"]).loc[("9.1", page.TESTS[4])]
+    assert row["null"] == 120 and row["p"] == row["smallest"] == pytest.approx(2 / 121)
+    assert (tests.loc[tests["test"].isin(page.BESIDE), "verdict"] == "").all()
+    m = measured(heads={"names": [GOOD, BLIND]})
+    found = page.verdicts(tests, m, pd.Series({"low": 0.7}), span(1.0, 0.5, 1.5))
     assert found["retrieval_heads"] == {"names": ["9.1"]} and found["two_stages"] and found["mlps_at_the_names"]
-    assert "9.1 at `names`" in page.verdict_sentences(found, {"names": tests})[0]
+    assert "9.1 at `names`, of 2 heads" in page.verdict_sentences(found, tests)[0]
+    deciding = pd.DataFrame(page.deciding(found, tests, None))  # claims are corrected anew, for the heads tried
+    assert deciding.groupby("site")["p"].max()["9.1 at names"] == pytest.approx(1 / 121)
+    shown = page.shown_tests(tests)
+    assert len(shown) == 2 * 7 and shown["verdict"].str.contains("supported").sum() == 2 * 5
+
+
+def test_a_head_of_ten_times_any_others_effect_passes_and_one_like_the_others_fails():
+    """The first was rejected by a rank among sixteen."""
+    own, test = tables({GOOD: 1.0, BLIND: 0.015}), page.TESTS[4]
+    tests = page.four_tests(named(GOOD, BLIND), {test: own[test]}, P)
+    assert tests["verdict"].tolist() == [page.SUPPORTED, page.NOT_SUPPORTED]
+    few = {site: among[:16] for site, among in named(GOOD, BLIND).items()}
+    tests = page.four_tests(few, {test: own[test]}, P)
+    assert set(tests["verdict"]) == {page.NOT_TESTABLE}
+    assert set(tests["why"]) == {"ranked among 16 heads, 39 needed"}
+
+
+def test_nine_quads_are_not_testable_in_findings_sentences_and_verdicts():
+    tests = page.four_tests(named(GOOD), tables({GOOD: 1.0}, quads=9), P).assign(role="names", inside=False)
+    own = tests[~tests["test"].isin(page.BESIDE)]
+    assert set(own["verdict"]) == {page.NOT_TESTABLE} and set(own["why"]) == {"9 quads, 20 needed"}
+    route = tables({GOOD: 1.0}, quads=9)["path"]
+    for heads in ([GOOD], []):
+        m = measured(heads={"names": heads}, routes={"slice at names": route})
+        asked = tests if heads else tests[:0]
+        found = page.verdicts(asked, m, pd.Series({"low": None}), span(1.0, None, None, 9))
+        assert {found[key] for key in ("two_stages", "one_stage", "mlps_at_the_names")} == {None}
+        said = " ".join([*page.verdict_sentences(found, asked), *page.test_sentences(asked)])
+        assert said.count("not testable here") == 3 and "not supported" not in said
+    assert "9 quads, 20 needed" in page.senders_sentence(route, "names", P)
+    enough = measured(heads={"names": []}, routes={"slice at names": tables({GOOD: 1.0})["path"]})
+    assert page.verdicts(tests[:0], enough, None, span(1.0, 0.5, 1.5))["two_stages"] is False
 
 
 def test_one_stage_needs_slice_heads_that_read_and_a_route_that_carries():
     own = Site(21, "head", 6)
-    table = measure.senders_table(paths({tuple(own): 1.0, (20, "head", 1): 0.0}), P)
-    falls = {("slice", *own): 1.0} | {("random", 21, "head", number): 0.0 for number in range(8)}
-    tests = {"last": page.four_tests([own], table, table, table, sets_and_falls(falls), P)}
+    tests = page.four_tests(named(own), tables({own: 1.0}), P).assign(role="last", inside=True)
     for low, expected in ((0.7, True), (0.3, False), (None, None)):
-        found = page.verdicts(tests, SLICE, pd.Series({"low": low}), stats_interval(-1.0, -2.0, -0.5))
-        assert found["one_stage"] is expected
+        found = page.verdicts(tests, measured(), pd.Series({"low": low}), span(-1.0, -2.0, -0.5))
+        assert found["one_stage"] is expected and found["slice_heads_that_retrieve"] == ["21.6"]
         assert not found["two_stages"] and found["mlps_at_the_names"] is False
-    assert "not decided" in page.verdict_sentences(found, tests)[1]
-
-
-def stats_interval(estimate: float, low: float | None, high: float | None):
-    from lib.stats import Interval
-
-    return Interval(estimate, low, high, 0.95, 30, "test")
-
-
-def test_few_quads_give_estimates_without_intervals_and_nothing_is_decided():
-    effects = dict.fromkeys([(0, "mlp", -1), (-1, "embed", -1), (1, "mlp", -1), (2, "head", 0)], 1.0)
-    frame = paths(effects, quads=3)
-    table = measure.senders_table(frame, P)
-    assert table["low"].isna().all() and table["estimate"].notna().all()
-    more = page.difference(frame, 2, 3, P)
-    found = page.verdicts({}, SLICE, page.shares(frame, P).iloc[0], more)
-    assert found["one_stage"] is None and found["mlps_at_the_names"] is None
-    assert "not decided" in page.verdict_sentences(found, {})[2]
-    assert page.one_table({}).empty
+    assert "not testable" in page.verdict_sentences(found, tests)[1]
 
 
 def test_attention_beyond_an_even_spread_adds_up_over_the_names():
@@ -123,23 +202,6 @@ def test_attention_beyond_an_even_spread_adds_up_over_the_names():
     assert own["estimate"].to_dict() == pytest.approx({0: 0.6, 1: 0.0}) and own["share"][0] == pytest.approx(0.8)
 
 
-def test_random_sets_match_the_layers_and_leave_out_the_heads_and_the_slice():
-    heads = [Site(21, "head", 0), Site(21, "head", 1), Site(5, "head", 2)]
-    sets = routes.random_sets(heads, SLICE, 9, 20, np.random.default_rng(0))
-    assert len(sets) > 10
-    for own in sets:
-        assert sorted(site.layer for site in own) == [5, 21, 21] and len(set(own)) == 3
-        assert not {*own} & {*heads, *SLICE}
-
-
-def test_the_sets_that_are_ablated_name_their_kind():
-    sets = routes.ablation_sets([Site(9, "head", 1)], SLICE, "last", 9, 5, np.random.default_rng(0))
-    kinds = [kind for kind, _ in sets]
-    assert kinds[:2] == ["together", "candidate"] and set(kinds[2:]) == {"slice", "random", "random together"}
-    assert page.inside(sets) == [Site(21, "head", 6)]  # 27.1 is in the slice's last layer: nothing of it comes after
-    assert not page.inside(routes.ablation_sets([], SLICE, "names", 9, 5, np.random.default_rng(0)))
-
-
 def test_one_name_rows_are_each_two_people_once():
     row = {"quad_id": "q0", "half": "discovery", "answer": "artist", "corrupt_answer": "writer"}
     table = pd.DataFrame([
@@ -151,9 +213,13 @@ def test_one_name_rows_are_each_two_people_once():
     assert out[["pair_id", "clean_a", "corrupt_a"]].to_numpy().tolist() == [["q0.0a", "A", "C"], ["q0.0b", "B", "D"]]
 
 
-def test_a_slice_without_heads_is_told_what_is_asked():
-    with pytest.raises(ParameterError, match="no heads.*slice_sites"):
-        routes.groups([Site(23, "mlp")], 9)
+def test_a_slice_without_heads_is_asked_about_at_the_last_token():
+    mlps = [Site(23, "mlp"), Site(24, "mlp")]
+    case = SimpleNamespace(slice=lambda: mlps)
+    assert list(measure.routes_of(case, measure.Subject([], [], []))) == ["last"]
+    everything = routes.groups(mlps, 9)[0]
+    assert max(site.layer for site in everything) == 23 and EMBED in everything
+    assert routes.speaks(Site(23, "head", 0), mlps[:1]) and not routes.speaks(Site(24, "head", 0), mlps[:1])
 
 
 def test_the_edges_lead_from_the_names_through_the_slice_to_the_answer():
@@ -168,15 +234,13 @@ def test_the_edges_lead_from_the_names_through_the_slice_to_the_answer():
 def test_the_leading_senders_are_said_with_what_is_significant():
     sites = {"embedding": "embed", "10.6": "head", "mlp 0": "mlp", "10.8": "head"}
     about = pd.DataFrame({"site": sites.keys(), "component": sites.values(), "estimate": [3.0, 0.5, 2.0, -0.5]})
-    about = about.assign(p=[0.01, 0.01, 0.4, 0.01], low=np.nan, high=np.nan)
-    table = pd.concat([about.assign(half=half) for half in ("discovery", "confirmation")], ignore_index=True)
-    said = page.senders_sentence(table, "names", P, 2)
-    assert said == (
-        "At `names`, the senders of largest path effect into the slice are embedding (3.00) and mlp 0 (2.00) (logits; "
-        "fewer than 20 quads: no intervals); significant in both halves are the embedding, 1 heads and 0 MLPs, of 4 "
-        "senders."
+    about = about.assign(p=[0.01, 0.01, 0.4, 0.01], low=0.0, high=9.0, quads=30)
+    table = pd.concat([about.assign(half="discovery"), about[:3].assign(half="confirmation")], ignore_index=True)
+    assert page.senders_sentence(table, "names", P, 2) == (
+        "At `names`, the senders of largest path effect into the slice, of 4, are embedding (3.00 [0.00, 9.00]) and "
+        "mlp 0 (2.00 [0.00, 9.00]) (logits, familywise intervals); significant in both halves are the embedding, "
+        "1 heads and 0 MLPs, of 3 that were followed to the other half."
     )
-    writes, heard = {"names": table, "last": table.assign(p=1.0)}, dict.fromkeys(("names", "last"), {*sites})
-    said = page.write_sentence(writes, heard, [Site(10, "head", 6)], P)
-    assert "by at `names` 2 of 4 heads and MLPs, most of all embedding (3.00) and 10.6 (0.50) (logits; fewer" in said
-    assert said.endswith("of the slice 10.6; at `last` 0 of 4 heads and MLPs.")
+    told = table[table["component"] == "head"]
+    assert "the class from the outputs of 1 of 2 heads" in page.write_sentence(told, "names", P, 1)
+    assert "too few quads" in page.write_sentence(told.assign(quads=9), "names", P, 1)

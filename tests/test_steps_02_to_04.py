@@ -867,13 +867,12 @@ def test_what_step_03_says(tmp_path):
     )
     assert said[5].endswith(
         "own ceiling: under `zero` mlp 0 1.00 [1.00, 1.00], 0.1 0.67 [0.67, 0.67], 0.0 0.33 [0.33, 0.33] and attn 0 "
-        "0.17 [0.17, 0.17]."
+        "0.17 [0.17, 0.17]; under `mean` mlp 0 0.25, 0.1 0.50, 0.0 0.75 and attn 0 0.12."
     )
-    assert said[6] == "Shares of the ceiling under `mean` are not testable: it is not shown to be above zero."
-    assert said[7].startswith("Over sites, effects rank as under `zero` with a Spearman correlation of 0.20")
-    assert said[8] == "Under `mean`, 0.0 (3.00), 0.1 (2.00) and mlp 0 (1.00) lead.", "19 quads have no interval"
-    assert said[9].startswith("`mean` is there for 19 of 40 pairs: the others lack donors")
-    assert said[10] == (
+    assert said[6].startswith("Over sites, effects rank as under `zero` with a Spearman correlation of 0.20")
+    assert said[7] == "Under `mean`, 0.0 (3.00), 0.1 (2.00) and mlp 0 (1.00) lead.", "19 quads have no interval"
+    assert said[8].startswith("`mean` is there for 19 of 40 pairs: the others lack donors")
+    assert said[9] == (
         "At `between`, the attention or MLP module of largest counterfactual damage is attn 0: 0.35 [0.35, 0.35] of "
         "the gap."
     )

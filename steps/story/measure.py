@@ -4,6 +4,7 @@
 2. `ATTRIBUTION` estimates every head's, query's and MLP's effect by gradients, `EXACT` replaces each.
 3. `tests_of` names what the page asks of the circuit: growing circuits in its order and in others, random ones, the
    circuit without each member, circuit and model without random subsets of it. `CIRCUITS` tests them all.
+4. `PLACEBO`: the circuit in pairs of one superset whose names differ in another attribute.
 
 What is judged from this and from the earlier steps, the claims, is the page's (`steps.story.claims`).
 """
@@ -108,6 +109,17 @@ def circuit_units(step: Step | Case, tests: Mapping[str, Circuit]) -> list[Unit]
     ]
 
 
+def placebo_units(step: Step | Case, tests: Mapping[str, Circuit]) -> list[Unit]:
+    """The circuit in placebo pairs, where the task's prompts have values to put in place of all else."""
+    kind, prompts, units = searched_pairs(step)[1], step.prompts(), []
+    for classes in dict.fromkeys(pair.candidates for pair in step.placebo()):
+        pairs = subsample([pair for pair in step.placebo() if pair.candidates == classes], step.params.pairs)
+        able = with_donors(pairs, prompts, kind) if kind == "resample" else pairs
+        options = {"tests": {"circuit": tests["circuit"]}, "ablations": [kind]}
+        units += [Unit(f"{'-'.join(classes)}-{n:04d}", tuple(own), options) for n, own in enumerate(grouped(able, 8))]
+    return units
+
+
 def donor_options(step: Step) -> dict[str, Any]:
     """Where resampled values come from, and what a pass may take (`circuits.ready`)."""
     return {"pool": step.prompts(), "seed": step.params.seed, "memory": step.memory}
@@ -128,6 +140,17 @@ def tested(step: Step, tests: Mapping[str, Circuit]) -> Callable[[Unit], pd.Data
     """`circuits.run` of a unit."""
     how = donor_options(step)
     return lambda unit: circuits.run(step.model, unit.pairs, **unit.options, **how)
+
+
+def tested_on_placebo(step: Step, tests: Mapping[str, Circuit]) -> Callable[[Unit], pd.DataFrame]:
+    """As `tested`; its candidates are those of the pair's attribute."""
+
+    def compute(unit: Unit) -> pd.DataFrame:
+        frame = tested(step, tests)(unit)
+        frame.attrs.pop("facts")
+        return frame
+
+    return compute
 
 
 # --- what it costs ---
@@ -221,6 +244,7 @@ EXACT = Table(
     schema=attribution.EXACT_SCHEMA,
 )
 CIRCUITS = Table("circuits", circuit_units, tested, circuits_cost, schema=circuits.SCHEMA)
+PLACEBO = Table("placebo", placebo_units, tested_on_placebo, circuits_cost, schema=circuits.SCHEMA)
 
 
 def assumed(case: Case) -> Iterator[tuple[Any, ...]]:
@@ -231,7 +255,10 @@ def assumed(case: Case) -> Iterator[tuple[Any, ...]]:
     search = pd.DataFrame(rows, columns=list(circuits.SEARCH_SCHEMA.columns))
     orders = dict.fromkeys(("recovery", "damage", "attribution"), sorted(drawn))
     subsets = subsets_of(drawn[:size], case.params.subsets, case.rng())
-    yield CIRCUITS, tests_of(search, orders, drawn, subsets, case.params, case.rng())
+    tests = tests_of(search, orders, drawn, subsets, case.params, case.rng())
+    yield CIRCUITS, tests
+    if placebo_units(case, tests):
+        yield PLACEBO, tests
 
 
 STEP = Declaration(
@@ -241,6 +268,7 @@ STEP = Declaration(
     layered=True,
     tasks=SUPERSET_TASKS,
     always=True,
+    placebo=True,
     reads={"sufficiency": ("critical_slice",)},
     reads_tables=("sufficiency", "necessity"),
     page_keys=("claims", "fresh", "frozen"),
@@ -315,6 +343,7 @@ class Measured(NamedTuple):
     tests: dict[str, Circuit]
     ablation: str  # of what is not kept
     tested: pd.DataFrame  # the circuits
+    placebo: pd.DataFrame | None = None  # the circuit in placebo pairs, with their `attribute`; kept ones alone
 
 
 def run(step: Step) -> Measured | None:
@@ -331,4 +360,9 @@ def run(step: Step) -> Measured | None:
     subsets = subsets_of(circuit_of(search), p.subsets, step.rng("subsets"))
     tests = tests_of(search, orders, sites, subsets, p, step.rng("random circuits"))
     tested = step.table(CIRCUITS, tests)
-    return Measured(sites, search, gradients, exact, subsets, tests, searched_pairs(step)[1], tested)
+    kind, placebo = searched_pairs(step)[1], None
+    if placebo_units(step, tests):
+        about = step.placebo_pairs().set_index("pair_id")[["attribute", "kept"]]
+        placebo = step.table(PLACEBO, tests).join(about, on="pair_id")
+        placebo = placebo[placebo["kept"]]
+    return Measured(sites, search, gradients, exact, subsets, tests, kind, tested, placebo)

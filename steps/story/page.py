@@ -238,7 +238,8 @@ def table(entries: Sequence[Entry]) -> Styler:
         "test, and when it was set": [tested(entry) for entry in entries],
         "under it": [evidence(entry) for entry in entries],
     }
-    look = laid_out(pd.DataFrame(columns), "claims", ("23%", "12%", "28%", "19%", "18%"))
+    name = "checks" if entries and entries[0].check else "claims"  # two tables on a page are styled by their names
+    look = laid_out(pd.DataFrame(columns), name, ("23%", "12%", "28%", "19%", "18%"))
     return look.map(lambda word: f"background-color: {COLOURS[word]}; color: black", subset=["verdict"])
 
 

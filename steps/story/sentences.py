@@ -38,6 +38,7 @@ def site_names(found: Mapping[str, Any]) -> dict[str, str]:
         "slice_heads": [name for name in names if name[0].isdigit()],
         "circuit": circuit.get("sites", ()),
         "layers": coarse.get("critical_layers", ()),
+        "fills": coarse.get("between", {}).get("fills", ()),
     }
     largest = str(coarse.get("measured", {}).get("layer", ""))
     return {name: listed(sites) for name, sites in lists.items()} | {"largest": largest}
@@ -68,6 +69,8 @@ def clause(entry: Entry, text: str) -> str:
     """One clause with its number, worded by the verdict."""
     if entry.verdict == SUPPORTED:
         return f"{text} ({value(entry)})"
+    if entry.verdict == NOT_SUPPORTED and entry.alone == SUPPORTED:
+        return f"supported by itself, but not when all claims are corrected together: {text} ({value(entry)})"
     if entry.verdict == NOT_SUPPORTED:
         return f"it is not supported that {text} ({value(entry)}; asked for: {entry.asked})"
     if entry.verdict == NOT_TESTABLE and entry.estimate is not None:

@@ -40,12 +40,13 @@ def pairs_of(step: Step | Case) -> dict[str, list[Pair]]:
 
 def site_sets(order: Sequence[Site], size: int, last: int) -> dict[str, tuple[Site, ...]]:
     """What is patched together, by name: the first `size` sites of an order, all there is, the slice's heads and its
-    MLPs, and each site of the order alone."""
+    MLPs where it has both, and each site of the order alone."""
     own = tuple(order[:size])
     sets = {SLICE: own, WHOLE: (Site(last, "resid", -1),)}
-    sets |= {f"its {kind}s": tuple(s for s in own if s.component == kind.lower()) for kind in ("head", "MLP")}
+    heads, mlps = (tuple(site for site in own if site.component == kind) for kind in ("head", "mlp"))
+    sets |= {"its heads": heads, "its MLPs": mlps} if heads and mlps else {}
     sets |= {site_name(site.layer, site.component, site.head): (site,) for site in order}
-    return {name: sites for name, sites in sets.items() if sites}
+    return sets
 
 
 def units(step: Step | Case, order: Sequence[Site], size: int) -> list[Unit]:

@@ -126,7 +126,7 @@ def sites_sentence(m: Specificity, attribute: str, params: Shared) -> str:
         f"{row.site} {of(row, 'placebo')} of the {attribute} gap against {of_row(row)} of the superset gap"
         for row in rows[rows["site"].str.startswith("its ")].itertuples()
     ]
-    together = f"Together, the slice's parts recover: {listed(parts)}. "
+    together = f"Together, the slice's parts recover: {listed(parts)}. " if parts else ""
     if rows["verdict"].isna().all():
         return f"{together}Site by site there are too few quads to test which are specific."
     groups = {name: rows.loc[rows["verdict"] == name, "site"].tolist() for name in ("specific", "general", "open")}
