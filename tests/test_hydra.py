@@ -1,6 +1,7 @@
 """The split of a slice's total effect against its definition, and the search for backups on cases where it is known."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -367,3 +368,52 @@ def test_what_the_figures_show():
     rise, sure, layers = page.rise_map(table, 3, P)
     assert layers == [5] and rise.shape == (1, 3) and np.isnan(rise[0, 2]) and sure[0, :2].tolist() == [0, 1]
     assert page.leading(table, 2)["site"].tolist() == ["5.1", "5.1", "mlp 5", "mlp 5"]
+
+
+def test_necessity_is_a_share_of_what_the_ablation_can_take_away(tiny):
+    """The whole final residual stream is the ceiling: a slice that is this very site takes all of it."""
+    model = tiny("llama")
+    step = SimpleNamespace(params=P, prompts=lambda: PAIRS, n_layers=model.n_layers)
+    whole = [Site(model.n_layers - 1, "resid")]
+    frames = [
+        sweep.run(model, unit.pairs, pool=PAIRS, **unit.options)
+        for unit in measure.needed_units(step, whole)  # site set 0 is the slice, 1 the ceiling
+    ]
+    frame = pd.concat(frames)
+    assert {*frame["ablation"]} == {"resample", "mean", "counterfactual"}
+    assert frame.query("ablation == 'counterfactual'").eval("logit_diff_after - logit_diff_corrupt").abs().max() < 1e-9
+    sides = np.sign(frame["logit_diff_clean"] - frame["logit_diff_corrupt"])  # a random model prefers either answer
+    values = [name for name in frame if name.startswith("logit_diff")]
+    taken = page.necessity(frame.assign(**frame[values].mul(sides, axis=0)), P)
+    assert taken["estimate"].tolist() == pytest.approx([1.0] * len(taken)) and "counterfactual" in {*taken["ablation"]}
+
+
+def needed(slice_falls: dict[str, float], ceilings: dict[str, float], quads: int = 24) -> pd.DataFrame:
+    """Records of `measure.NEEDED`, gaps of 4 and 6 in turn, in which slice and ceiling take these shares of each."""
+    return pd.DataFrame(
+        {
+            "half": half, "quad_id": f"{half}{quad:02d}", "pair_id": f"{half}{quad:02d}", "ablation": kind,
+            "direction": "noise", "site_set": place, "logit_diff_clean": 1.0 + gap, "logit_diff_corrupt": 1.0,
+            "logit_diff_before": 1.0 + gap, "logit_diff_after": 1.0 + gap - share * gap,
+        }
+        for half in effects.HALVES
+        for place, shares in enumerate((slice_falls, ceilings))
+        for kind, share in shares.items()
+        for quad in range(quads)
+        for gap in ((4.0, 6.0)[quad % 2],)
+    )  # fmt: skip
+
+
+def test_the_first_class_neutral_ablation_judges_the_slice():
+    falls, most = {"mean": 0.3, "resample": 0.2, "counterfactual": 0.9}, {"mean": 0.5, "resample": 0.4}
+    taken = page.necessity(needed(falls, most | {"counterfactual": 1.0}), P).set_index("ablation")
+    assert taken["estimate"].to_dict() == pytest.approx({"mean": 0.6, "resample": 0.5, "counterfactual": 0.9})
+    assert taken["judges"].to_dict() == {"mean": False, "resample": True, "counterfactual": False}
+    said = page.necessity_sentence(taken.reset_index())
+    assert (
+        "0.20 [0.20, 0.20] of at most 0.40 [0.40, 0.40] of the gap under `resample`, 0.50 [0.50, 0.50] of its" in said
+    )
+    alone = page.necessity(needed({"counterfactual": 0.9}, {"counterfactual": 1.0}), P)
+    assert not alone["judges"].any() and "is not testable" in page.necessity_sentence(alone)
+    none = page.necessity(needed(falls, {"mean": -0.1, "resample": 0.4, "counterfactual": 1.0}), P)
+    assert {*none["ablation"]} == {"resample", "counterfactual"}, "a ceiling that is not above zero has no shares"
