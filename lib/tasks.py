@@ -103,8 +103,14 @@ TEMPLATES: dict[str, Template] = {
         Template("bi_association_capitalised", "bi_association", _BI_ASSOCIATION, "capitalised", " Yes -"),
         Template("odd_one_out", "odd_one_out", "Q: Pick the odd person out: {a}, {b}, {c}\nA:", "singular"),
         Template("profession_is", "one_name", "The profession of {a} is"),
+        Template("profession_shared", "one_name", "The profession of {a} is shared by other famous"),
+        Template("profession_of_all", "one_name", "The profession of {a} and others is that they are all"),
+        Template("profession_of_a", "one_name", "The profession of {a} is that of a famous", "singular"),
     )
 }
+# What a name alone says of its superset is read from these: each can be continued by the supersets' words, to which
+# SmolLM2 gives 0.19, 0.01 and 0.06 of the probability, and 1e-5 after "The profession of {a} is".
+FAME = ("profession_shared", "profession_of_all", "profession_of_a")
 
 
 def find_template(name: str, task: str = "superset", form: Form = "plural") -> Template:

@@ -157,7 +157,7 @@ class Shared(BaseModel):
     min_pairs: int = Field(
         40,
         ge=1,
-        description="fewest pairs with a margin above 0 (clean) and below 0 (corrupt) for a task to count as done",
+        description="fewest pairs with a gap of the right sign above the noise for a task to count as done",
     )
     critical_share: Share = Field(
         0.8, description="share of the denoise curve's rises that the critical layers add up to"

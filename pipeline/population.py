@@ -4,7 +4,8 @@
 2. `add_fame` asks the model about each person alone: is the own superset its first choice, and how sure is it?
    `add_tokens` counts the tokens of each name.
 3. `pairs_of` turns quads (four people, a, b of one superset and c, d of another) into pairs.
-4. `aligned` keeps the pairs whose prompts line up token by token; `add_margins` asks the model for their answers.
+4. `aligned` keeps the pairs whose prompts line up token by token; `add_margins` asks the model for their answers, and
+   `right_signed` keeps the quads whose prompts differ as they should.
 
 A model is only ever seen through `score`: a function from a list of token id tuples to fp32 next-token logits
 (prompts, vocabulary), in the order given (`lib.models.next_logits`). Bad input raises ValueError.
@@ -37,6 +38,8 @@ PEOPLE = pa.DataFrameSchema(
         "second_superset": pa.Column(str, pa.Check.isin((*SUPERSETS, ""))),
         "region": pa.Column(str, pa.Check.str_length(min_value=1)),
         "century": pa.Column(int, pa.Check.in_range(-30, 21)),
+        "gender": pa.Column(str, pa.Check.isin(("female", "male", "unknown"))),
+        "namesake": pa.Column(str),  # who else bears the name, about as well known: "politician"; "" if no one
     },
     strict=True,
 )
@@ -45,7 +48,8 @@ PEOPLE = pa.DataFrameSchema(
 def load_people(path: str | Path) -> pd.DataFrame:
     """The table of people, checked: one row per name, superset and profession known, flags consistent.
 
-    Columns: name, profession, superset, two_supersets, second_superset ("" if none), region, century (-5: fifth BC).
+    Columns: name, profession, superset, two_supersets, second_superset ("" if none), region, century (-5: fifth BC),
+    gender, namesake ("" if none).
     Raises ValueError naming the file's row (the header is row 1), the column, the value and what is allowed.
     """
     table = read_table(Path(path), "people_file", list(PEOPLE.columns)).astype(str)
@@ -74,6 +78,11 @@ def load_people(path: str | Path) -> pd.DataFrame:
     return table
 
 
+def unambiguous(people: pd.DataFrame) -> pd.DataFrame:
+    """The people of one superset whose names are no one else's: of whom it is clear what a model should say."""
+    return people[~people["two_supersets"] & people["namesake"].eq("")]
+
+
 def readings(
     score: Score, prompts: Sequence[Sequence[int]], read: Callable[[np.ndarray, slice], Mapping], size: int = 64
 ) -> dict[str, np.ndarray]:
@@ -98,21 +107,22 @@ def logits_of(score: Score, prompts: Sequence[tuple[int, ...]], tokens: Sequence
 
 
 def add_fame(people: pd.DataFrame, tokenizer: Any, score: Score, chat_template: bool = False) -> pd.DataFrame:
-    """`people` with `fame` (nats, at most 0), `known`, and `first` (the superset the model gives this name alone).
+    """`people` with `evidence`, `fame` (nats, at most 0), `known`, and `first` (the superset the model gives the name).
 
-    The evidence for a superset is the logit of its candidate on the one-name prompt. A model prefers some words
-    whatever the name, so each superset's evidence is centred on its mean over people, every superset counting alike
-    (batch calibration, Zhou et al. 2023, arXiv 2309.17249). Fame is the log-softmax of the own superset's evidence.
+    `evidence` for each superset is the logit of its word on the one-name prompts, their mean over the templates of
+    `tasks.FAME`. A model prefers some words whatever the name, so fame and first choice rest on evidence that is
+    centred on its mean over people, every superset counting alike (batch calibration, Zhou et al. 2023, arXiv
+    2309.17249). Fame is the log-softmax of the own superset's.
     """
-    template = TEMPLATES["profession_is"]
-    _, tokens = tasks.candidates(tokenizer, template)
-    prompts = [tasks.make_prompt(tokenizer, template, [name], chat_template).ids for name in people.name]
-    evidence = logits_of(score, prompts, [tokens] * len(prompts)).astype(np.float64)
-    own = people.superset.map(SUPERSETS.index).to_numpy()
-    evidence = evidence - np.mean([evidence[own == s].mean(0) for s in np.unique(own)], axis=0)
-    first = evidence.argmax(1)
-    fame = log_softmax(evidence, axis=1)[np.arange(len(own)), own]
-    return people.assign(fame=fame, known=first == own, first=[SUPERSETS[i] for i in first])
+    parts = []
+    for template in (TEMPLATES[name] for name in tasks.FAME):
+        _, tokens = tasks.candidates(tokenizer, template)
+        prompts = [tasks.make_prompt(tokenizer, template, [name], chat_template).ids for name in people.name]
+        parts.append(logits_of(score, prompts, [tokens] * len(prompts)).astype(np.float64))
+    evidence, own = np.mean(parts, axis=0), people.superset.map(SUPERSETS.index).to_numpy()
+    centred = evidence - np.mean([evidence[own == s].mean(0) for s in np.unique(own)], axis=0)
+    first, fame = centred.argmax(1), log_softmax(centred, axis=1)[np.arange(len(own)), own]
+    return people.assign(evidence=list(evidence), fame=fame, known=first == own, first=[SUPERSETS[i] for i in first])
 
 
 def add_tokens(
@@ -155,7 +165,8 @@ def pairs_of(quads: pd.DataFrame, pairs_per_quad: int = 2) -> pd.DataFrame:
                 row[f"fame_{side}"] = float(np.mean([quad[f"fame_{person}"] for person in people]))
             for answer, people in (("answer", clean), ("corrupt_answer", corrupt)):
                 row[answer] = quad["superset" if people[0] in "ab" else "other"]
-            rows.append(row | {key: quad[key] for key in ("n_tokens_a", "n_tokens_b", "bucket")})
+            about = [key for key in ("n_tokens_a", "n_tokens_b", "bucket", "matched", "same_gender") if key in quad]
+            rows.append(row | {key: quad[key] for key in about})
     return pd.DataFrame(rows)
 
 
@@ -171,15 +182,31 @@ def aligned(pairs: pd.DataFrame, tokenizer: Any, **options: Any) -> tuple[pd.Dat
 
 
 def add_margins(pairs: pd.DataFrame, tokenizer: Any, score: Score, **options: Any) -> pd.DataFrame:
-    """`pairs` with `metric_clean` and `metric_corrupt`: the margin of the clean answer in both prompts, in logits.
+    """`pairs` with the clean answer's margin in both prompts and their logit_diffs, in logits.
 
-    Options (chat_template, attributes) go to make_pair. The margin is the logit of the clean prompt's answer minus the
-    highest other candidate's, so a solved pair has metric_clean > 0 > metric_corrupt.
+    Options (chat_template, attributes) go to make_pair. `metric_clean`, `metric_corrupt`: the logit of the clean
+    prompt's answer minus the highest other candidate's; `logit_diff_clean`, `logit_diff_corrupt`: minus the corrupt
+    answer's.
     """
     made = [tasks.make_pair(tokenizer, row, **options) for row in pairs.to_dict("records")]
     tokens = {ids: own for p in made for ids, own in ((p.clean.ids, p.clean_tokens), (p.corrupt.ids, p.corrupt_tokens))}
     logits = dict(zip(tokens, logits_of(score, list(tokens), list(tokens.values())), strict=True))
-    answers = [pair.answer for pair in made]
-    clean, corrupt = (np.stack([logits[getattr(p, side).ids] for p in made]) for side in ("clean", "corrupt"))
-    clean, corrupt = (margins(own, answers)[0].astype(float) for own in (clean, corrupt))
-    return pairs.assign(metric_clean=clean, metric_corrupt=corrupt)
+    rows, columns = np.arange(len(made)), {}
+    answer, other = ([getattr(pair, key) for pair in made] for key in ("answer", "corrupt_answer"))
+    for side in ("clean", "corrupt"):
+        own = np.stack([logits[getattr(pair, side).ids] for pair in made]).astype(float)
+        columns[f"metric_{side}"] = margins(own, answer)[0]
+        columns[f"logit_diff_{side}"] = own[rows, answer] - own[rows, other]
+    return pairs.assign(**columns)
+
+
+def right_signed(pairs: pd.DataFrame, noise: float) -> pd.DataFrame:
+    """The pairs of those quads whose gap, clean less corrupt logit_diff and the mean of its pairs, is above `noise`."""
+    gap = pairs["logit_diff_clean"] - pairs["logit_diff_corrupt"]
+    return pairs[gap.groupby(pairs["quad_id"]).transform("mean") > noise]
+
+
+def solved(pairs: pd.DataFrame) -> pd.Series:
+    """Whether every pair of a pair's quad has metric_clean > 0 > metric_corrupt: the answer comes first, and goes."""
+    own = (pairs["metric_clean"] > 0) & (pairs["metric_corrupt"] < 0)
+    return own.groupby(pairs["quad_id"]).transform("all")

@@ -92,16 +92,17 @@ def sweep_units(
 
 
 def subsample(pairs: Sequence[Pair], count: int | None) -> list[Pair]:
-    """At most `count` pairs (None: all), from both halves alike and from as many quads as possible, in their order.
+    """At most `count` pairs (None: all), as many of each half and from as many quads as possible, in their order.
 
     A subset of evenly spaced quads of each half; a quad gives a second pair only after every quad has given one, and
     which of its pairs comes first alternates from quad to quad, so that both sides and both orders are there.
     """
     if count is None or count >= len(pairs):
         return list(pairs)
-    ranked: list[tuple[int, float, int]] = []  # (turn of the quad, place within the half, index)
+    taken: list[tuple[int, int]] = []  # (rank within the half, index): halves take turns
     for half in dict.fromkeys(pair.half for pair in pairs):
         quads: dict[str, list[int]] = {}
+        ranked: list[tuple[int, float, int]] = []  # (turn of the quad, place within the half, index)
         for index, pair in enumerate(pairs):
             if pair.half == half:
                 quads.setdefault(pair.quad_id, []).append(index)
@@ -109,7 +110,8 @@ def subsample(pairs: Sequence[Pair], count: int | None) -> list[Pair]:
             place = (number * 0.6180339887498949) % 1  # the golden ratio's multiples spread any first few evenly
             turned = members[number % len(members) :] + members[: number % len(members)]
             ranked += [(turn, place, index) for turn, index in enumerate(turned)]
-    return [pairs[index] for index in sorted(index for _, _, index in sorted(ranked)[:count])]
+        taken += enumerate(index for *_, index in sorted(ranked))
+    return [pairs[index] for index in sorted(index for _, index in sorted(taken)[:count])]
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -124,12 +124,18 @@ def jaccard(one: Iterable, other: Iterable) -> float:
 def restores(frame: pd.DataFrame, interval: Interval, share: float = 0.5, floor: float = 0.5) -> bool | None:
     """Whether a site's denoise records restore the answer, by the design's definition.
 
-    True if in at least `share` of the pairs the top candidate is the clean answer (`metric_after` above 0) and the
-    lower end of recovery's `interval` is above `floor`. None where the share is reached but there are too few
-    clusters for an interval: not decided, so not claimed.
+    True if the top candidate is the clean answer (`metric_after` above 0) in at least `share` of the pairs that are
+    `answered`, and the lower end of recovery's `interval` is above `floor`. None where there is no such pair, or the
+    share is reached but there are too few clusters for an interval: not decided, so not claimed.
     """
     if set(frame["direction"]) != {"denoise"}:
         raise ValueError("only denoise records can restore the answer; got noise records")
-    if (frame["metric_after"] > 0).mean() < share:
+    own = frame[answered(frame)]
+    if len(own) and (own["metric_after"] > 0).mean() < share:
         return False
-    return None if interval.low is None else bool(interval.low > floor)
+    return None if own.empty or interval.low is None else bool(interval.low > floor)
+
+
+def answered(frame: pd.DataFrame) -> pd.Series:
+    """Which records are of pairs whose clean answer comes first in the clean prompt, and not in the corrupt one."""
+    return (frame["metric_clean"] > 0) & (frame["metric_corrupt"] < 0)

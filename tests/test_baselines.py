@@ -124,7 +124,7 @@ def test_a_task_is_done_above_chance_and_the_profiles_own_with_enough_pairs():
     can = page.abilities(accuracy, pd.DataFrame({"pair_id": ["a", "b", "c"]}), PARAMS)
     value = "0.50 [0.25, 0.75] on 40 prompts of template `profession_both`, chance 0.20"
     assert can == {
-        "superset": {"able": True, "why": f"accuracy {value}; 3 solved pairs"},
+        "superset": {"able": True, "why": f"accuracy {value}; 3 pairs with a gap of the right sign"},
         "odd_one_out": {
             "able": False,
             "why": "accuracy 0.40 [0.25, 0.75] on 40 prompts of template `odd_one_out`, chance 0.20: not above chance "
@@ -136,11 +136,16 @@ def test_a_task_is_done_above_chance_and_the_profiles_own_with_enough_pairs():
         },
     }
     few = page.abilities(accuracy, pd.DataFrame({"pair_id": ["a", "b"]}), PARAMS)["superset"]
-    assert few == {"able": False, "why": f"accuracy {value}; 2 solved pairs, fewer than the 3 asked for"}
+    assert few == {
+        "able": False,
+        "why": f"accuracy {value}; 2 pairs with a gap of the right sign, fewer than the 3 asked for",
+    }
     none = page.abilities(accuracy, None, PARAMS)["superset"]
-    assert none["able"] is False and none["why"].endswith("; 0 solved pairs, fewer than the 3 asked for")
+    assert none["able"] is False and none["why"].endswith(
+        "; 0 pairs with a gap of the right sign, fewer than the 3 asked for"
+    )
     wrong = page.abilities(accuracy.assign(above=False), pd.DataFrame({"pair_id": ["a"] * 9}), PARAMS)["superset"]
-    assert wrong["able"] is False and "solved pairs" not in wrong["why"]
+    assert wrong["able"] is False and "pairs with a gap" not in wrong["why"]
 
 
 @pytest.mark.parametrize(
@@ -159,41 +164,89 @@ def test_another_task_is_known_by_the_first_template_that_works(above, template)
     assert can["able"] is any(above) and f"`{template}`" in can["why"]
 
 
+def asked(logits: list[list[float]], answers_: list[str], **more: object) -> pd.DataFrame:
+    """Prompts with the logits of the five words, a person of each superset in turn."""
+    own = [tasks.SUPERSETS.index(name) for name in answers_]
+    right = [row[index] == max(row) for row, index in zip(logits, own, strict=True)]
+    frame = answers(right).assign(superset=answers_, answer=answers_, logits=[np.array(row) for row in logits])
+    return frame.assign(rank=0, probability=0.1, candidate_probability=0.2, label_probability=0.1).assign(**more)
+
+
+def test_a_word_that_is_liked_whatever_the_name_is_taken_off():
+    # every artist's and writer's prompt likes " artists" by 5; the names move their own word by 1
+    liked = np.array([5.0, 0, 0, 0, 0])
+    logits = [liked + np.eye(5)[0], liked + np.eye(5)[0], liked + np.eye(5)[4], liked + np.eye(5)[0]]
+    frame = asked(logits, ["artist", "artist", "writer", "writer"])
+    assert frame["correct"].tolist() == [True, True, False, False]
+    # means of the classes: artists (6, .., 0), writers (5.5, .., 0.5): 5.75 and 0.25 are taken off
+    assert page.centred(frame).tolist() == [True, True, True, False]
+    table = page.ability(measure.Measured(frame, frame, None, None, [], ""), PARAMS).set_index(["superset", "scoring"])
+    assert table.loc[("writer", "raw"), "estimate"] == 0 and table.loc[("writer", "centred"), "estimate"] == 0.5
+    assert table.loc[("all", "raw"), "estimate"] == 0.5 and table.loc[("all", "centred"), "estimate"] == 0.75
+
+
+def test_the_place_of_the_right_word_is_in_the_whole_vocabulary():
+    frame = asked([[3.0, 0, 0, 0, 0]] * 3, ["artist"] * 3, rank=[0, 6, 8], candidate_probability=[0.04, 0.05, 0.06])
+    table = page.ability(measure.Measured(frame, frame, None, None, [], ""), PARAMS)
+    assert set(table["place"]) == {7} and table["candidate_probability"].tolist() == pytest.approx([0.05] * 6)
+    first = table[(table["scoring"] == "first word") & (table["superset"] == "all")].iloc[0]
+    assert first["estimate"] == pytest.approx(1 / 3)
+    said = page.ability_sentences(table)
+    assert "comes first in 0.33 of these prompts; its place is 7 in the median" in said[2]
+    assert "the five words together have 5% of the probability: so what it says next is most often another" in said[2]
+    assert "artists 1.00 and 1.00" in said[1]
+
+
+def pairs_with(gaps: list[float], **more: object) -> pd.DataFrame:
+    """A pair of each quad with these gaps."""
+    half = ["discovery", "confirmation"] * len(gaps)
+    frame = pd.DataFrame({"quad_id": [f"q{i}" for i in range(len(gaps))], "half": half[: len(gaps)]})
+    return frame.assign(logit_diff_clean=gaps, logit_diff_corrupt=0.0, **more)
+
+
+def test_the_gap_is_told_for_every_way_of_selecting():
+    kept = pairs_with(
+        [1.0, 2.0, 6.0], solved=[False, False, True], matched=[True, True, False], same_gender=[True, False, True]
+    )
+    before = pairs_with([-1.0, 3.0], solved=False, matched=False, same_gender=False)
+    m = measure.Measured(pd.DataFrame(), pd.DataFrame(), kept, before, [], "")
+    table = page.selection(m, PARAMS).set_index("pairs of")
+    assert table["estimate"].to_dict() == {
+        "before any selection": 1.0, "kept": 3.0, "kept and solved": 6.0, "kept and matched": 1.5,
+        "kept, matched, of one gender": 1.0,
+    }  # fmt: skip
+    assert table["quads"].tolist() == [2, 3, 1, 2, 1]
+    assert table.loc["before any selection", "right"] == 0.5 and table.loc["kept", "solved"] == pytest.approx(1 / 3)
+    left, gap, unselected, matched = page.pair_sentences(m, table.reset_index())
+    assert left.startswith("3 pairs in 2 discovery quads and 1 confirmation quads are left")
+    assert "Of the 3 quads, 1 are solved" in gap and "their gap is 6.00 logits" in gap
+    assert unselected.startswith("Of 2 quads of people drawn before any selection, 50% have a gap above zero")
+    assert matched.startswith("In 2 of the 3 quads") and "in 1 of one gender" in matched
+
+
 def test_what_step_01_says(tmp_path):
-    frame = answers([True, False, True, True]).assign(
-        top_token=[" the", " actors", " the", " a"],
-        candidate_probability=[0.1, 0.2, 0.3, 0.4],
-        label_probability=[0.0, 0.0, 0.1, 0.1],
-    )
+    logits = [[1.0, 0, 0, 0, 0], [0, 1.0, 0, 0, 0]] * 2
+    frame = asked(logits, ["artist", "scientist"] * 2, top_token=[" the", " actors", " the", " a"])
     others = frame.assign(template="both_famous", top_token=" elsewhere", candidate_probability=0.9)
-    accuracy = measured(own=("superset", "profession_both", 0.75, True))
-    pairs = pd.DataFrame(
-        {
-            "half": ["discovery", "discovery", "confirmation"],
-            "quad_id": ["q1", "q1", "q2"],
-            "fame_clean": [-1.0, -2.0, -3.0],
-            "fame_corrupt": [-1.1, -1.8, -3.05],
-        }
-    )
+    accuracy = measured(own=("superset", "profession_both", 0.75, True), other=("one_name", "profession_is", 0.3, True))
+    fame = {"fame_clean": [-1.0, -2.0, -3.0], "fame_corrupt": [-1.1, -1.8, -3.05]}
+    pairs = pairs_with([1.0, 2.0, 6.0], solved=False, **fame)
     step = SimpleNamespace(
         params=PARAMS, record={"model": {"n_layers": 2}}, name="baselines", results=tmp_path, write_findings=dict
     )
-    whole = measure.Measured(pd.concat([frame, others]), accuracy, pairs, [{"filter": "x"}], "")
+    whole = measure.Measured(pd.concat([frame, others]), accuracy, pairs, None, [{"filter": "x"}], "")
     found = page.findings(step, whole)
-    assert found["sentences"] == [
-        "The model can do `superset`: accuracy 0.75 [0.25, 0.75] on 40 prompts of template `profession_both`, chance "
-        "0.20; 3 solved pairs.",
-        'Its own top tokens on `profession_both` are " the" (50%), " actors" (25%) and " a" (25%).',
-        "It gives the supersets a total probability of 0.25 and the single-token profession labels 0.05, on average "
-        "over prompts.",
-        "3 pairs in 1 confirmation quads and 1 discovery quads are left; every one has a margin above zero in the "
-        "clean prompt and below zero in the corrupt one. The fame of the two sides of a pair differs by 0.20 nats at "
-        "most.",
-    ]
-    assert found["headline"] == found["sentences"][:1] and found["pairs"] == 3
+    lead, five, classes, vocabulary, spoken, other, left, gap = found["sentences"]
+    assert lead.startswith("The model can do `superset`: ") and other.startswith("The model can do `one_name`: ")
+    assert spoken == (
+        'Its own first words on `profession_both` are " the" (50%), " actors" (25%) and " a" (25%). Single-token '
+        "profession labels have 10% of the probability."
+    )
+    assert "differs by 0.20 nats at most" in left and "0 are solved" in gap and "nan" not in gap
+    assert found["headline"] == [lead, five, vocabulary, other] and found["pairs"] == 3
     assert found["model"] == {"name": "m", "n_layers": 2} and found["drops"] == [{"filter": "x"}]
     assert found["able"]["superset"]["able"] is True and found["accuracy"][0]["estimate"] == 0.75
-    bare = measure.Measured(frame.assign(label_probability=np.nan), accuracy, None, [], "None were built.")
+    bare = measure.Measured(frame.assign(label_probability=np.nan), accuracy, None, None, [], "None were built.")
     without = page.findings(step, bare)
     assert without["sentences"][-1] == "None were built." and without["pairs"] == 0
     assert not any("profession labels" in sentence for sentence in without["sentences"])
@@ -207,7 +260,7 @@ def test_what_the_model_says_by_itself_in_a_table():
         top_token=[" the", " the"], candidate_probability=[0.1, 0.246], label_probability=[0.0, np.nan]
     )
     other = frame.assign(template="odd_one_out", label_probability=np.nan, top_token=[" a", " the"])
-    shown = page.free_speech(measure.Measured(pd.concat([frame, other]), frame, None, [], ""))
+    shown = page.free_speech(measure.Measured(pd.concat([frame, other]), frame, None, None, [], ""))
     assert shown.reset_index().to_numpy().tolist() == [
         ["profession_both", 0.17, 0.0, '" the" 100%'],
         ["odd_one_out", 0.17, "", '" a" 50%, " the" 50%'],
@@ -217,7 +270,7 @@ def test_what_the_model_says_by_itself_in_a_table():
 
 def test_filters_are_listed_with_what_they_left():
     drops = [{"filter": "known for two supersets", "unit": "people", "dropped": 3, "left": 7, "half": "x"}]
-    rows = page.drops_table(measure.Measured(pd.DataFrame(), pd.DataFrame(), None, drops, "")).to_dict("records")
+    rows = page.drops_table(measure.Measured(pd.DataFrame(), pd.DataFrame(), None, None, drops, "")).to_dict("records")
     assert rows == [{"filter": "known for two supersets", "unit": "people", "dropped": 3, "left": 7}]
 
 
@@ -227,9 +280,9 @@ def test_filters_are_listed_with_what_they_left():
 def test_templates_that_are_asked_about():
     params = Baselines(**SETTINGS | {"templates": ("both_famous", "profession_both"), "template": "common_both"})
     names = [template.name for template in measure.asked(params)]
-    assert names == ["both_famous", "profession_both", "common_both", "profession_is", "odd_one_out"]
-    twice = Baselines(**SETTINGS | {"templates": ("profession_is", "profession_both")})
-    assert [t.name for t in measure.asked(twice)] == ["profession_is", "profession_both", "odd_one_out"]
+    assert names == ["both_famous", "profession_both", "common_both", "profession_shared", "odd_one_out"]
+    twice = Baselines(**SETTINGS | {"templates": ("profession_shared", "profession_both")})
+    assert [t.name for t in measure.asked(twice)] == ["profession_shared", "profession_both", "odd_one_out"]
 
 
 def test_pairs_and_single_names_are_the_same_people(people, smollm_tokenizer):
@@ -305,6 +358,9 @@ def test_an_answer_is_scored_among_the_candidates(people, smollm_tokenizer, monk
     assert frame["candidate_probability"].tolist() == pytest.approx([8.5 / 20] * 5)
     assert frame["label_probability"].tolist() == pytest.approx([1.5 / 20] * 5)
     assert frame["top_token"].tolist() == [" the"] * 5
+    # above " artists" is " the"; above " scientists" and " athletes", equals, both; the label is above the last two
+    assert frame["rank"].tolist() == [1, 2, 2, 5, 5]
+    assert frame["probability"].tolist() == pytest.approx([4 / 20, 2 / 20, 2 / 20, 0.25 / 20, 0.25 / 20])
     assert set(frame["task"]) == {"superset"} and set(frame["template"]) == {"profession_both"}
     np.testing.assert_allclose(frame["logits"][3], np.log([4, 2, 2, 0.25, 0.25]), rtol=1e-6)
     assert frame["names"][0].count(", ") == 1

@@ -38,6 +38,17 @@ def test_the_table_has_what_was_asked_for(people):
     assert people.equals(people.sort_values(["superset", "profession", "name"], ignore_index=True))
     assert people.name.str.lower().is_unique
     assert 50 <= people.two_supersets.sum() <= 300
+    women = people.gender.eq("female").groupby(people.superset).sum()
+    assert women.min() >= 50 and people.gender.eq("unknown").sum() < 10
+
+
+def test_people_of_whom_it_is_not_clear_what_to_say_are_left_out(people):
+    left = set(population.unambiguous(people).name)
+    shared = {"Tom Watson", "Ronaldo", "Homer", "John Adams"}  # a namesake is about as well known
+    both = {"Octavio Paz", "Gabriela Mistral", "Geoffrey Chaucer", "Angela Merkel", "Margaret Thatcher"}
+    assert shared | both <= set(people.name) and not (shared | both) & left
+    assert set(people[people.name.isin(both)].second_superset) == {"politician", "scientist"}
+    assert len(left) == len(people) - (people.two_supersets | people.namesake.ne("")).sum()
 
 
 @pytest.mark.parametrize(
@@ -49,6 +60,7 @@ def test_the_table_has_what_was_asked_for(people):
         ({"two_supersets": "maybe"}, "row 3: two_supersets is 'maybe'; allowed: true, false"),
         ({"century": "recent"}, "row 3: century is 'recent'; allowed: a whole number"),
         ({"century": "55"}, "row 3: century"),
+        ({"gender": "f"}, "row 3: gender 'f'"),
         ({"two_supersets": "true"}, "row 3: 'Bob Ray': second_superset must be given"),
         ({"second_superset": "artist"}, "row 3: 'Bob Ray': second_superset must be given"),
         ({"two_supersets": "true", "second_superset": "athlete"}, "row 3: 'Bob Ray': .*differ from superset"),
@@ -56,7 +68,7 @@ def test_the_table_has_what_was_asked_for(people):
 )
 def test_a_wrong_row_of_people_is_named(tmp_path, change, message):
     row = {"name": "Ann Lee", "profession": "poet", "superset": "writer", "two_supersets": "false"}
-    row |= {"second_superset": "", "region": "Europe", "century": "20"}
+    row |= {"second_superset": "", "region": "Europe", "century": "20", "gender": "female", "namesake": ""}
     other = row | {"name": "Bob Ray", "profession": "boxer", "superset": "athlete"} | change
     pd.DataFrame([row, other]).to_csv(tmp_path / "people.csv", index=False)
     with pytest.raises(ValueError, match=message):
@@ -74,13 +86,16 @@ def test_wrong_files_of_people(tmp_path):
         population.load_people(tmp_path / "people.csv")
 
 
-def test_fame_is_the_centred_log_probability_of_the_own_superset(people, smollm_tokenizer):
+def test_fame_is_the_centred_log_probability_of_the_own_superset_over_templates(people, smollm_tokenizer):
     few = some_people(people, 6, 0)
     score = fake_score(smollm_tokenizer, few, skill=2.0)
     frame = population.add_fame(few, smollm_tokenizer, score)
-    tokens = list(tasks.candidates(smollm_tokenizer, tasks.TEMPLATES["profession_is"])[1])
-    prompts = [tuple(smollm_tokenizer(f"The profession of {name} is").input_ids) for name in few.name]
-    logits = score(prompts)[:, tokens].astype(float)
+    logits = np.zeros((len(few), 5))
+    for template in (tasks.TEMPLATES[name] for name in tasks.FAME):
+        tokens = list(tasks.candidates(smollm_tokenizer, template)[1])
+        prompts = [tuple(smollm_tokenizer(template.text.replace("{a}", name)).input_ids) for name in few.name]
+        logits += score(prompts)[:, tokens].astype(float) / len(tasks.FAME)
+    assert np.allclose(np.stack(frame.evidence.to_list()), logits)
     own = few.superset.map(SUPERSETS.index).to_numpy()
     logits -= np.mean([logits[own == s].mean(0) for s in range(5)], axis=0)
     probability = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)

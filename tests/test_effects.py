@@ -110,8 +110,9 @@ def test_logit_changes_follow_the_answer_and_the_first_foil():
 
 
 def test_restores_needs_the_answer_and_the_interval():
-    def frame(*after: float) -> pd.DataFrame:
-        return records([{"metric_after": value} for value in after], direction="denoise", ablation="clean")
+    def frame(*after: float, clean: float = 1.0) -> pd.DataFrame:
+        answered = {"metric_clean": clean, "metric_corrupt": -1.0}
+        return records([{"metric_after": x} | answered for x in after], direction="denoise", ablation="clean")
 
     def interval(low: float | None) -> stats.Interval:
         return stats.Interval(0.7, low, None if low is None else 0.9, 0.95, 50, "")
@@ -122,6 +123,10 @@ def test_restores_needs_the_answer_and_the_interval():
     assert site_tables.restores(frame(1, 0), interval(0.51), share=0.6) is False
     assert site_tables.restores(frame(1, 1), interval(None)) is None
     assert site_tables.restores(frame(-1, -1), interval(None)) is False
+    # pairs whose clean prompt is not answered have no answer to bring back
+    some = pd.concat([frame(1, -1), frame(-1, -1, clean=-0.5)])
+    assert site_tables.restores(some, interval(0.51)) is True
+    assert site_tables.restores(frame(1, 1, clean=-0.5), interval(0.51)) is None
     with pytest.raises(ValueError, match="denoise"):
         site_tables.restores(records([{}]), interval(0.6))
 

@@ -227,7 +227,7 @@ def test_evidence_is_nothing_on_average_for_people_outside_the_class():
 def own_pairs(tmp_path_factory, smollm, smollm_tokenizer):
     """A step on twelve pairs of people of one token count, each a cluster of its own, and its grid."""
     folder = tmp_path_factory.mktemp("generality")
-    people = population.load_people(ROOT / "data" / "people.csv").query("not two_supersets")
+    people = population.unambiguous(population.load_people(ROOT / "data" / "people.csv"))
     people = people.groupby("superset").head(120)
     counted = population.add_tokens(people, smollm_tokenizer, tasks.TEMPLATES["profession_both"])
     fitting = counted[counted["n_tokens"] == (3, 3)]
@@ -245,15 +245,17 @@ def own_pairs(tmp_path_factory, smollm, smollm_tokenizer):
     return step, table, step.metadata(measure.GRID)["templates"]
 
 
-def test_own_pairs_are_taken_as_they_are_and_only_solved_ones_in_other_templates(own_pairs):
+def test_own_pairs_are_taken_as_they_are_and_those_with_a_gap_in_other_templates(own_pairs):
     step, table, counts = own_pairs
     own, other = counts
     assert own["left"] == own["possible"] == own["aligned"] and own["template"] == "profession_both"
     assert (
         other["template"] == "both_famous" and other["left"] <= other["asked"] <= other["aligned"] <= other["possible"]
     )
-    solved = table[table["template"] == "both_famous"]
-    assert (solved["metric_clean"] > 0).all() and (solved["metric_corrupt"] < 0).all()
+    kept = table[table["template"] == "both_famous"]
+    assert ((kept["logit_diff_clean"] - kept["logit_diff_corrupt"]).groupby(kept["quad_id"]).mean() > 0).all()
+    answered = (table["metric_clean"] > 0) & (table["metric_corrupt"] < 0)
+    assert (table["solved"] == answered).all(), "each pair is a quad of its own here"
     assert set(table[table["template"] == "profession_both"]["clean_profession_a"]) <= {
         "actor",
         "musician",

@@ -56,13 +56,22 @@ def test_quads_keep_their_promises(people, smollm_tokenizer, seed, skill, per_qu
     # no superset pair has more than its share of the 20 quads that were asked for
     sides = Counter(frozenset(pair) for pair in zip(made.superset, made.other, strict=True))
     assert max(sides.values()) <= 2 and len(made) <= 20
-    # every pair of every quad lines up, both orders and both sides; the pairs used are solved
+    # every pair of every quad lines up, both orders and both sides; the quads' gaps have the right sign
     for row in population.pairs_of(made, 4).to_dict("records"):
         pair = tasks.make_pair(smollm_tokenizer, row)
         assert len(pair.clean.roles["name_a"]) == row["n_tokens_a"]
         assert row["bucket"] == f"{template}|{row['n_tokens_a']}|{row['n_tokens_b']}"
     used = population.add_margins(population.pairs_of(made, per_quad), smollm_tokenizer, score)
-    assert (used.metric_clean > 0).all() and (used.metric_corrupt < 0).all()
+    assert ((used.logit_diff_clean - used.logit_diff_corrupt).groupby(used.quad_id).mean() > 0).all()
+    # matched is what it says
+    about = few.set_index("name")
+    same = {
+        column: np.logical_and.reduce(
+            [made[x].map(about[column]).eq(made[y].map(about[column])) for x, y in ("ac", "bd")]
+        )
+        for column in ("region", "century", "gender")
+    }
+    assert (made.matched == (same["region"] & same["century"])).all() and (made.same_gender == same["gender"]).all()
     # the report adds up
     assert drops[0]["left"] + drops[0]["dropped"] == len(few)
     by_people = [drop for drop in drops if drop["unit"] == "people"]
@@ -86,6 +95,7 @@ def test_choose_serves_superset_pairs_evenly_and_no_one_twice(seed, sizes, wante
     ]
     people = pd.DataFrame(rows, columns=["superset", "n_tokens", "fame"])
     pairs = list(combinations(SUPERSETS, 2))
+    people = people.assign(region="Europe", century=20, gender="male")
     planned = quads.choose(people, dict.fromkeys(pairs, wanted), 0.5, np.random.default_rng(seed))
     used = [quad[slot] for quad in planned for slot in "abcd"]
     assert len(set(used)) == len(used)
@@ -99,13 +109,57 @@ def test_choose_serves_superset_pairs_evenly_and_no_one_twice(seed, sizes, wante
 
 
 def test_plenty_of_people_give_exactly_what_is_wanted():
-    rows = [{"superset": s, "n_tokens": (2, 2), "fame": -0.01 * i} for s in SUPERSETS for i in range(40)]
+    alike = {"n_tokens": (2, 2), "region": "Europe", "century": 20, "gender": "male"}
+    rows = [{"superset": s, "fame": -0.01 * i} | alike for s in SUPERSETS for i in range(40)]
     pairs = list(combinations(SUPERSETS, 2))
     planned = quads.choose(pd.DataFrame(rows), dict.fromkeys(pairs, 5), 1.0, np.random.default_rng(0))
     counts = Counter(frozenset((quad["superset"], quad["other"])) for quad in planned)
     assert counts == dict.fromkeys(map(frozenset, pairs), 5)
     first_sides = Counter(quad["superset"] for quad in planned)
     assert min(first_sides.values()) >= 3  # either superset of a pair may be the a, b side
+
+
+def test_the_most_alike_are_matched_first_and_fame_still_decides():
+    def side(*rows: tuple) -> pd.DataFrame:
+        return pd.DataFrame(rows, columns=["fame", "region", "century", "gender"])
+
+    one = side(
+        (0.0, "Asia", 20, "female"), (0.0, "Asia", 20, "male"), (0.0, "Africa", 19, "male"), (9.0, "x", 1, "male")
+    )
+    other = side(
+        (0.1, "Europe", 19, "male"), (0.2, "Asia", 20, "female"), (0.2, "Asia", 20, "unknown"), (5.0, "x", 1, "male")
+    )
+    found = quads.matches(one, other, 0.25, np.random.default_rng(0), quads.SHARED)
+    assert found == [(0, 1), (1, 2), (2, 0)]  # of one gender, then of one region and century, then anyone as famous
+    assert len(quads.matches(one, other, 0.05, np.random.default_rng(0), quads.SHARED)) == 0
+
+
+def test_a_quad_is_kept_for_its_gap_and_solved_by_its_answers():
+    def pairs(*rows: tuple) -> pd.DataFrame:
+        return pd.DataFrame(
+            rows, columns=["quad_id", "metric_clean", "metric_corrupt", "logit_diff_clean", "logit_diff_corrupt"]
+        )
+
+    made = pairs(
+        ("answered", 1, -1, 3, -3), ("answered", 2, -2, 4, -4),
+        ("told apart", -2, -5, 1, 0.5), ("told apart", -2, -5, 0.2, 0.4),  # gaps of 0.5 and -0.2: 0.15 on average
+        ("half", 1, -1, 3, -3), ("half", -1, -1, 0.5, -0.5),
+        ("wrong", 1, -1, 0.1, 0.4), ("wrong", 1, -1, 0.1, 0.1),
+    )  # fmt: skip
+    assert set(population.right_signed(made, 0.0)["quad_id"]) == {"answered", "told apart", "half"}
+    assert set(population.right_signed(made, 0.2)["quad_id"]) == {"answered", "half"}
+    assert population.solved(made).tolist() == [True, True, False, False, False, False, True, True]
+
+
+def test_quads_before_any_selection_are_of_other_people_and_nothing_is_asked(people, smollm_tokenizer):
+    taken = set(people[people.superset == "artist"].name.head(400))
+    made = quads.unselected_quads(people, smollm_tokenizer, Options(quads_per_half=20, seed=3), taken)
+    four = made[list("abcd")].to_numpy()
+    assert len(made) == 40 and len(set(four.ravel())) == 160 and not set(four.ravel()) & taken
+    assert made.groupby("half").size().to_dict() == {"confirmation": 20, "discovery": 20}
+    assert made[[f"fame_{slot}" for slot in "abcd"]].isna().all(axis=None) and not made.matched.all()
+    for row in population.pairs_of(made, 2).to_dict("records"):
+        tasks.make_pair(smollm_tokenizer, row)
 
 
 def test_nothing_left_is_an_error_with_the_counts(people, smollm_tokenizer):
@@ -160,14 +214,13 @@ def test_odd_one_out_items_swap_one_name_and_stand_everywhere(people, smollm_tok
         quads.generate_odd_one_out(some_people(people, 8, 0), smollm_tokenizer, 60)
 
 
-def test_the_bundled_model_gives_solved_quads(people, smollm):
+def test_the_bundled_model_gives_quads_with_a_gap(people, smollm):
     def score(prompts):
         return models.next_logits(smollm, prompts)
 
     made, drops = quads.build_quads(people, smollm.tokenizer, score, Options(quads_per_half=4, min_bucket=2))
     assert len(made) >= 6 and set(made.half) == set(data.HALVES)
     used = population.add_margins(population.pairs_of(made), smollm.tokenizer, score)
-    assert (used.metric_clean > 0).all() and (used.metric_corrupt < 0).all()
-    assert len(quads.keep_solved(used)) == len(used)
+    assert len(population.right_signed(used, smollm.noise)) == len(used)
     known = next(drop for drop in drops if drop["filter"] == "not known by the model")
     assert 0.45 < known["left"] / (known["left"] + known["dropped"]) < 0.75  # 0.58 of the whole table

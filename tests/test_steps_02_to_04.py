@@ -49,6 +49,7 @@ def record(effect: float, gap: float = 4.0, quad: str = "q1", **more: object) ->
         "logit_diff_clean": gap + 1, "logit_diff_corrupt": 1.0,
         "logit_diff_before": 2.0, "logit_diff_after": 2.0 + sign * effect,
         "metric_before": -1.0 * sign, "metric_after": sign * (margin - 1.0),
+        "metric_clean": 1.0, "metric_corrupt": -1.0,
     }  # fmt: skip
 
 
@@ -601,6 +602,12 @@ def test_sites_restore_by_share_of_pairs_and_by_the_intervals_lower_end():
     assert fewer == ["0.0", "0.1", "0.2", "mlp 0", "0.5"]
 
 
+def test_only_an_answer_that_is_there_can_flip():
+    rows = [record(1.0, margin=margin + 1, pair_id=f"p{i}") for i, margin in enumerate((1.0, -1.0, 2.0))]
+    unanswered = [record(1.0, margin=0.0, pair_id="p3") | {"metric_clean": -0.5}]
+    assert coarse_page.flip_share(table(rows + unanswered)).tolist() == pytest.approx([2 / 3])
+
+
 def test_nothing_restores_without_an_interval():
     rows = three_quads(margin=9.0)
     own = effects.both_halves(table(rows), PARAMS)
@@ -773,9 +780,9 @@ def test_what_step_02_says(tmp_path):
         "discovery half, are 1 (+0.40) and 2 (+0.50); together 90% of the curve.",
         "On the confirmation half the same layers make up 80%.",
         "Replacing the residual stream at `last` (denoise): layer 1 is the first that gives the clean answer in at "
-        "least 50% of the pairs.",
+        "least 50% of the pairs that the model answers rightly.",
         "Replacing the residual stream at `last` (noise): no layer takes the clean answer away in at least 50% of the "
-        "pairs.",
+        "pairs that the model answers rightly.",
         found["sentences"][-2],
         "The hypothesis of the profile, layer 0, is not among them.",
     ]

@@ -1,9 +1,11 @@
 """Step 01, measured: does the model do the task at all, and which pairs of prompts are fair?
 
 1. `ACCURACY`: people drawn before any selection, for every task and template. One row per prompt: what was asked, what
-   the model chose among the candidates, and what it would have said itself.
+   the model chose among the candidates, where the right word stands in its whole vocabulary, and what it would have
+   said itself.
 2. `QUADS`: four people each, matched; `PAIRS`: the pairs that every later step sweeps, written as pairs.parquet.
-3. `PLACEBO`: pairs of one superset whose names differ in another attribute, written as placebo.parquet.
+3. `UNSELECTED`: as many pairs of other people before any selection.
+4. `PLACEBO`: pairs of one superset whose names differ in another attribute, written as placebo.parquet.
 """
 
 from __future__ import annotations
@@ -24,14 +26,14 @@ from lib.hooks import Model
 from lib.metrics import margins
 from lib.tasks import SUPERSETS, Template
 from pipeline.assumed import Case
-from pipeline.costs import Work
+from pipeline.costs import Work, total
 from pipeline.declaration import SUPERSET_TASKS, Declaration, Table
 from pipeline.params import ROOT, Shared, Words
-from pipeline.population import add_margins, aligned, load_people, pairs_of, readings
+from pipeline.population import add_margins, aligned, load_people, pairs_of, readings, right_signed, solved
 from pipeline.step import Step
 from pipeline.units import Unit
 from steps.baselines import placebo
-from steps.baselines.quads import PER_QUAD, build_quads, generate_odd_one_out, keep_solved, sample_pairs
+from steps.baselines.quads import PER_QUAD, build_quads, generate_odd_one_out, sample_pairs, unselected_quads
 
 
 class Baselines(Shared):
@@ -57,7 +59,7 @@ class Baselines(Shared):
 
 
 # For the planner: people asked about, and quads tried for one that is found, as in the default book.
-ASKED, TRIED = 3000, 1.66
+ASKED, TRIED = 3000, 1.1
 BUILT_FROM = ("quads_per_half", "pairs_per_quad", "fame_tolerance", "min_bucket", "odd_one_out_items", "seed")
 CHANCE = {"superset": 1 / 5, "bi_association": 1 / 5, "one_name": 1 / 5, "odd_one_out": 1 / 3}
 
@@ -69,7 +71,7 @@ def score(model: Model) -> Callable[[Sequence[Sequence[int]]], np.ndarray]:
 
 def asked(params: Baselines) -> list[Template]:
     """The templates whose accuracy is measured: those of the profile, its own task's, one name, odd one out."""
-    names = dict.fromkeys([*params.templates, params.template, "profession_is", "odd_one_out"])
+    names = dict.fromkeys([*params.templates, params.template, tasks.FAME[0], "odd_one_out"])
     return [tasks.find_template(name, params.task) for name in names]
 
 
@@ -118,7 +120,10 @@ def odd_pairs(people: pd.DataFrame, tokenizer: object, params: Baselines) -> pd.
 
 
 def measure(model: Model, people: pd.DataFrame, template: Template, params: Baselines) -> pd.DataFrame:
-    """One row per prompt of a template: the model's choice among the candidates and its own top token."""
+    """One row per prompt of a template: the model's choice among the candidates and its own top token.
+
+    `rank` is how many tokens of the vocabulary have a higher logit than the right word, `probability` is its share.
+    """
     words = model.tokenizer
     table = items(people, words, template, params)
     prompts = [
@@ -136,12 +141,14 @@ def measure(model: Model, people: pd.DataFrame, template: Template, params: Base
     def read(logits: np.ndarray, part: slice) -> dict[str, np.ndarray]:
         own = np.take_along_axis(logits, tokens[part], 1)
         total = logsumexp(logits, axis=1, keepdims=True)
+        right = own[np.arange(len(own)), answer[part]][:, None]
         out = {"candidates": own, "top": logits.argmax(1), "candidate_probability": np.exp(own - total).sum(1)}
+        out |= {"rank": (logits > right).sum(1), "probability": np.exp(right - total)[:, 0]}
         labelled = np.exp(logits[:, list(label_ids)] - total).sum(1) if labels else np.full(len(own), np.nan)
         return out | {"label_probability": labelled}
 
-    scored = readings(score(model), [prompt.ids for prompt in prompts], read, 128)
     answer = np.array([row.tolist().index(word) for row, word in zip(names, table["answer"], strict=True)])
+    scored = readings(score(model), [prompt.ids for prompt in prompts], read, 128)
     margin, _ = margins(scored["candidates"], answer)
     return table.assign(
         task=template.task,
@@ -151,26 +158,39 @@ def measure(model: Model, people: pd.DataFrame, template: Template, params: Base
         correct=margin > 0,
         margin=margin.astype(float),
         logits=list(scored["candidates"].astype(np.float32)),
-        candidate_probability=scored["candidate_probability"].astype(float),
-        label_probability=scored["label_probability"].astype(float),
+        rank=scored["rank"],
+        **{key: scored[key].astype(float) for key in ("probability", "candidate_probability", "label_probability")},
         top_token=[words.decode([index]) for index in scored["top"].tolist()],
     )
 
 
 def make_quads(model: Model, people: pd.DataFrame, params: Baselines) -> pd.DataFrame:
     """The quads of the profile's task; what each filter dropped is in `attrs["facts"]["drops"]`."""
-    quads, drops = build_quads(people, model.tokenizer, score(model), params)
+    quads, drops = build_quads(people, model.tokenizer, score(model), params, model.noise)
     quads.attrs["facts"] = {"drops": drops}
     return quads
 
 
-def make_pairs(model: Model, people: pd.DataFrame, quads: pd.DataFrame | None, params: Baselines) -> pd.DataFrame:
-    """The pairs that every later step sweeps, with their margins: of the quads, or the solved odd-one-out pairs."""
+def answered(model: Model, pairs: pd.DataFrame, params: Baselines) -> pd.DataFrame:
+    """Pairs with what the model makes of both prompts; `solved`: it answers every pair of the quad."""
     options = {"chat_template": params.chat_template, "attributes": params.attributes}
+    out = add_margins(pairs, model.tokenizer, score(model), **options)
+    return out.assign(solved=solved(out))
+
+
+def make_pairs(model: Model, people: pd.DataFrame, quads: pd.DataFrame | None, params: Baselines) -> pd.DataFrame:
+    """The pairs that every later step sweeps: of the quads, or the odd-one-out pairs with a gap of the right sign."""
     if quads is not None:
-        return add_margins(pairs_of(quads, params.pairs_per_quad), model.tokenizer, score(model), **options)
+        return answered(model, pairs_of(quads, params.pairs_per_quad), params)
     pairs, _ = aligned(odd_pairs(people, model.tokenizer, params), model.tokenizer)
-    return keep_solved(add_margins(pairs, model.tokenizer, score(model), **options))
+    return right_signed(answered(model, pairs, params), model.noise)
+
+
+def make_unselected(model: Model, people: pd.DataFrame, quads: pd.DataFrame, params: Baselines) -> pd.DataFrame:
+    """Pairs of as many quads of other people, put together before anything was asked."""
+    taken = set(quads[list("abcd")].to_numpy().ravel())
+    drawn = unselected_quads(people, model.tokenizer, params, taken)
+    return answered(model, pairs_of(drawn, params.pairs_per_quad), params)
 
 
 def make_placebo(model: Model, people: pd.DataFrame, pairs: pd.DataFrame, params: Baselines) -> pd.DataFrame:
@@ -230,6 +250,11 @@ def pairs_from(step: Step, quads: pd.DataFrame | None) -> Callable[[Unit], pd.Da
     return lambda _: make_pairs(step.model, people_of(step), quads, step.params)
 
 
+def unselected_from(step: Step, quads: pd.DataFrame) -> Callable[[Unit], pd.DataFrame]:
+    """What makes the pairs before any selection."""
+    return lambda _: make_unselected(step.model, people_of(step), quads, step.params)
+
+
 def accuracy_cost(case: Case, units: Sequence[Unit]) -> Work:
     """Every template asked."""
     p, work = case.params, Work()
@@ -242,7 +267,8 @@ def accuracy_cost(case: Case, units: Sequence[Unit]) -> Work:
 def quads_cost(case: Case, units: Sequence[Unit]) -> Work:
     """Everyone asked about alone, and the prompts of the quads that are tried."""
     p = case.params
-    alone = case.asked(min(ASKED, PER_QUAD * p.quads_per_half * len(SUPERSETS)), tasks.TEMPLATES["profession_is"])
+    people = min(ASKED, PER_QUAD * p.quads_per_half * len(SUPERSETS))
+    alone = total(case.asked(people, tasks.TEMPLATES[name]) for name in tasks.FAME)
     return alone + case.asked(round(TRIED * 2 * len(case.pairs)), tasks.find_template(p.template, p.task))
 
 
@@ -255,13 +281,14 @@ def placebo_cost(case: Case, units: Sequence[Unit], pairs: None) -> Work:
     """Everyone of the attributes' classes asked about alone, and both prompts of each pair."""
     p = case.params
     quads = 2 * p.placebo_quads_per_half * len(p.placebo_attributes)
-    alone = case.asked(4 * placebo.ASKED * quads, tasks.TEMPLATES["profession_is"])
+    alone = total(case.asked(4 * placebo.ASKED * quads, tasks.TEMPLATES[name]) for name in tasks.FAME)
     return alone + case.asked(2 * p.pairs_per_quad * quads, tasks.find_template(p.template, p.task))
 
 
 ACCURACY = Table("baselines", accuracy_units, accuracy_of, accuracy_cost, schema=None)
 QUADS = Table("quads", whole, quads_of, quads_cost, schema=None)
 PAIRS = Table("pairs", whole, pairs_from, pairs_cost, schema=None)
+UNSELECTED = Table("unselected", whole, unselected_from, pairs_cost, schema=None)
 PLACEBO = Table("placebo", placebo_units, placebo_from, placebo_cost, schema=None)
 
 
@@ -271,6 +298,7 @@ def assumed(case: Case) -> Iterator[tuple[Any, ...]]:
     if case.params.pairs_file is None:
         if case.params.task != "odd_one_out":
             yield (QUADS,)
+            yield UNSELECTED, None
         yield PAIRS, None
         if case.params.task in SUPERSET_TASKS:
             yield PLACEBO, None
@@ -319,6 +347,7 @@ class Measured(NamedTuple):
     records: pd.DataFrame  # a row per prompt asked
     accuracy: pd.DataFrame  # a row per task and template
     pairs: pd.DataFrame | None  # None where none were built; `failed` says why
+    unselected: pd.DataFrame | None  # pairs before any selection, where quads were built
     drops: list[dict[str, Any]]  # what each filter dropped and left, in order
     failed: str
     placebo: pd.DataFrame | None = None  # None where none were asked for; empty where none could be built
@@ -335,18 +364,19 @@ def run(step: Step) -> Measured:
     accuracy = accuracies(frame, params, ["task", "template"])
     if params.pairs_file is not None:
         why = f"The pairs are those of `{Path(params.pairs_file).name}`; none were built."
-        return Measured(frame, accuracy, None, [], why)
+        return Measured(frame, accuracy, None, None, [], why)
     asked_for = accuracy[(accuracy["task"] == params.task) & (accuracy["template"] == params.template)]
     if not asked_for["above"].all():
-        return Measured(frame, accuracy, None, [], f"No pairs were built: the model does not do `{params.task}`.")
-    quads, drops = None, []
+        return Measured(frame, accuracy, None, None, [], f"No pairs were built: the model does not do `{params.task}`.")
+    quads, unselected, drops = None, None, []
     if params.task != "odd_one_out":
         quads, drops = step.table(QUADS), step.metadata(QUADS)["drops"]
+        unselected = step.table(UNSELECTED, quads)
     pairs = step.table(PAIRS, quads)
     step.write_extra("pairs.parquet", pairs)
     if params.task not in SUPERSET_TASKS:
-        return Measured(frame, accuracy, pairs, drops, "")
+        return Measured(frame, accuracy, pairs, unselected, drops, "")
     made = step.table(PLACEBO, pairs)
     if len(made):
         step.write_extra("placebo.parquet", made)
-    return Measured(frame, accuracy, pairs, drops, "", made, step.metadata(PLACEBO)["placebo"])
+    return Measured(frame, accuracy, pairs, unselected, drops, "", made, step.metadata(PLACEBO)["placebo"])

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from IPython.display import Markdown
 from matplotlib.figure import Figure
 
+from lib import effects, stats
+from lib.tasks import SUPERSETS, plural
 from pipeline.params import Shared
 from pipeline.step import Step
 from report import plots
-from report.words import about_model, finished, interval, listed
+from report.words import about_model, finished, interval, listed, of_row
 from steps.baselines.measure import Measured, accuracies, people_of
 
 CAPTIONS = {
@@ -34,12 +37,90 @@ def accuracy_figure(m: Measured) -> Figure:
     return plots.accuracy_bars(m.accuracy, 1 / 5, "template", by="task")
 
 
-def supersets_figure(step: Step, m: Measured) -> Figure | None:
-    """Accuracy per superset on the profile's template."""
-    asked = m.records[(m.records["template"] == step.params.template) & (m.records["superset"] != "")]
+def centred(asked: pd.DataFrame) -> pd.Series:
+    """Whether the right word comes first once each word's mean over prompts, every superset counting alike, is off.
+
+    A model prefers some words whatever the names. With as many prompts of each superset, taking a prompt's own logits
+    out of the mean would scale what is left and change no order.
+    """
+    logits, own = np.stack(asked["logits"].to_list()).astype(float), asked["answer"].map(SUPERSETS.index).to_numpy()
+    logits -= np.mean([logits[own == answer].mean(0) for answer in np.unique(own)], axis=0)
+    return pd.Series(logits.argmax(1) == own, index=asked.index)
+
+
+def ability(m: Measured, params: Shared) -> pd.DataFrame:
+    """How the profile's template is answered, by superset and, first, by all: a row for each `scoring`.
+
+    Scorings: the right word is first of the five, `raw` or `centred`, or the `first word` of the whole vocabulary.
+    Beside them: its median `place` there (1 is first), its mean `probability`, and that of the five together.
+    """
+    asked = m.records[(m.records["template"] == params.template) & (m.records["superset"] != "")]
     if asked.empty:
+        return pd.DataFrame()
+    scored = {"raw": asked["correct"], "centred": centred(asked), "first word": asked["rank"] == 0}
+    rows = []
+    for name, right in scored.items():
+        for whole in (asked.assign(superset="all"), asked):
+            rows.append(accuracies(whole.assign(correct=right), params, ["task", "superset"]).assign(scoring=name))
+    table = pd.concat(rows, ignore_index=True)
+    numbers = ["probability", "candidate_probability"]
+    means = pd.concat([whole.groupby("superset")[numbers].mean() for whole in (asked.assign(superset="all"), asked)])
+    places = pd.concat([whole.groupby("superset")["rank"].median() for whole in (asked.assign(superset="all"), asked)])
+    return table.join(means, on="superset").assign(place=table["superset"].map(places + 1))
+
+
+def supersets_figure(step: Step, m: Measured) -> Figure | None:
+    """Accuracy per superset on the profile's template, raw and centred."""
+    table = ability(m, step.params)
+    return None if table.empty else plots.accuracy_bars(table, 1 / 5, "superset", by="scoring")
+
+
+def ability_table(step: Step, m: Measured) -> pd.DataFrame | None:
+    """Every number of `ability`, a row for each superset."""
+    table = ability(m, step.params)
+    if table.empty:
         return None
-    return plots.accuracy_bars(accuracies(asked, step.params, ["task", "superset"]), 1 / 5, "superset")
+    order = table["superset"].unique()
+    shares = table.assign(share=[of_row(row) for row in table.itertuples()])
+    shares = shares.pivot(index="superset", columns="scoring", values="share").loc[order, table["scoring"].unique()]
+    kept = {"prompts": "prompts", "place": "median place", "candidate_probability": "probability of the five"}
+    rest = table.drop_duplicates("superset").set_index("superset")[list(kept)].rename(columns=kept).round(3)
+    return shares.join(rest)
+
+
+def selection(m: Measured, params: Shared) -> pd.DataFrame:
+    """The gap (logits, mean over quads) before selection, of the pairs that are kept, and of some of those.
+
+    `right`: share of quads whose gap is above zero; `solved`: share of quads whose every pair is answered.
+    """
+    if m.pairs is None:
+        return pd.DataFrame()
+    sets = {"kept": m.pairs, "kept and solved": m.pairs[m.pairs["solved"]]}
+    if m.unselected is not None:
+        matched = m.pairs[m.pairs["matched"]]
+        sets = {"before any selection": m.unselected} | sets
+        sets |= {"kept and matched": matched, "kept, matched, of one gender": matched[matched["same_gender"]]}
+    rows = []
+    for name, pairs in sets.items():
+        own = pairs.assign(gap=pairs["logit_diff_clean"] - pairs["logit_diff_corrupt"]).groupby("quad_id")
+        gaps, answered = own["gap"].mean(), own["solved"].all()
+        span = (
+            stats.mean_interval(gaps, params) if len(gaps) else stats.Interval(np.nan, None, None, params.level, 0, "")
+        )
+        numbers = {"quads": len(gaps), "pairs": len(pairs), "right": (gaps > 0).mean(), "solved": answered.mean()}
+        rows.append({"pairs of": name, "estimate": span.estimate, "low": span.low, "high": span.high} | numbers)
+    return pd.DataFrame(rows)
+
+
+def selection_table(step: Step, m: Measured) -> pd.DataFrame | None:
+    """`selection` in words."""
+    table = selection(m, step.params)
+    if table.empty:
+        return None
+    words = {"right": "share of quads with a gap above 0", "solved": "share of quads that are solved"}
+    gaps = [of_row(row) for row in table.itertuples()]
+    shown = table[["pairs of", "quads", "pairs"]].assign(**{"mean gap (logits)": gaps})
+    return shown.join(table[list(words)].round(2).rename(columns=words)).set_index("pairs of")
 
 
 def commonest(words: pd.Series, count: int) -> str:
@@ -104,7 +185,7 @@ def placebo_sentences(m: Measured) -> list[str]:
 
 
 def abilities(accuracy: pd.DataFrame, pairs: pd.DataFrame | None, params: Shared) -> dict[str, dict]:
-    """Which tasks the model can do: accuracy above chance, and, for the profile's own task, enough solved pairs."""
+    """Which tasks the model can do: accuracy above chance, and, for the profile's own task, enough pairs with a gap."""
     out = {}
     for row in accuracy.itertuples():
         if row.task == params.task and row.template != params.template:
@@ -115,41 +196,88 @@ def abilities(accuracy: pd.DataFrame, pairs: pd.DataFrame | None, params: Shared
         if row.task == params.task and row.above:
             count = 0 if pairs is None else len(pairs)
             able = count >= params.min_pairs
-            why += f"; {count} solved pairs" + ("" if able else f", fewer than the {params.min_pairs} asked for")
+            why += f"; {count} pairs with a gap of the right sign"
+            why += "" if able else f", fewer than the {params.min_pairs} asked for"
         known = out.get(row.task)
         if known is None or (able and not known["able"]):
             out[row.task] = {"able": bool(able), "why": why}
     return out
 
 
+def ability_sentences(table: pd.DataFrame) -> list[str]:
+    """How well the five words are told apart, class by class, and how far they are from what the model would say."""
+    rows = {(row.superset, row.scoring): row for row in table.itertuples()}
+    raw, centred, first = (rows["all", name] for name in ("raw", "centred", "first word"))
+    names = [name for name in table["superset"].unique() if name != "all"]
+    classes = [f"{plural(name)} {of_row(rows[name, 'raw'])} and {of_row(rows[name, 'centred'])}" for name in names]
+    says = (
+        "so what it says next is most often another word, and what is measured here is which of the five it prefers"
+        if first.estimate < 0.5
+        else "so the right word is what it says next most often"
+    )
+    return [
+        f"Among the five words the right one comes first in {of_row(raw)} of {raw.prompts} prompts whose names were "
+        f"drawn before any selection, and in {of_row(centred)} once each word's mean over people is taken off (chance "
+        f"0.20).",
+        f"Class by class, raw and centred: {listed(classes)}.",
+        f"In the whole vocabulary the right word comes first in {of_row(first)} of these prompts; its place is "
+        f"{raw.place:g} in the median, and the five words together have {raw.candidate_probability:.0%} of the "
+        f"probability: {says}.",
+    ]
+
+
+def pair_sentences(m: Measured, table: pd.DataFrame) -> list[str]:
+    """Which pairs are left, and how the gap depends on how they were selected."""
+    if m.pairs is None:
+        return []
+    sizes = [f"{own['quad_id'].nunique()} {half} quads" for half, own in effects.in_halves(m.pairs)]
+    left = (
+        f"{len(m.pairs)} pairs in {listed(sizes)} are left: "
+        "every quad's gap, the clean less the corrupt logit_diff, is above the model's noise."
+    )
+    if "fame_clean" in m.pairs:
+        apart = (m.pairs["fame_clean"] - m.pairs["fame_corrupt"]).abs().max()
+        left += f" The fame of the two sides of a pair differs by {apart:.2f} nats at most."
+    rows = table.set_index("pairs of")
+    kept, solved = rows.loc["kept"], rows.loc["kept and solved"]
+    gaps = [
+        f"Their gap is {of_row(kept)} logits on average. Of the {kept.quads} quads, {solved.quads} are solved: every "
+        "pair has the right word first of the five in the clean prompt, and not in the corrupt one"
+        + (f"; their gap is {of_row(solved)} logits." if solved.quads else ".")
+    ]
+    if "before any selection" in rows.index:
+        before, matched = rows.loc["before any selection"], rows.loc["kept and matched"]
+        gaps += [
+            f"Of {before.quads} quads of people drawn before any selection, {before.right:.0%} have a gap above zero, "
+            f"and it is {of_row(before)} logits on average.",
+            f"In {matched.quads} of the {kept.quads} quads the people who are swapped for each other are of one region "
+            f"and century, and in {rows.loc['kept, matched, of one gender'].quads} of one gender as well; the gap of "
+            f"the matched quads is {of_row(matched)} logits.",
+        ]
+    return [left, *gaps]
+
+
+def verdicts(able: dict[str, dict]) -> dict[str, str]:
+    """A sentence for each task."""
+    can = {True: "can do", False: "cannot do"}
+    return {task: f"The model {can[own['able']]} `{task}`: {own['why']}." for task, own in able.items()}
+
+
 def findings(step: Step, m: Measured) -> dict[str, Any]:
     """The findings of step 01: what the model can do, what it says itself, and the pairs that are left."""
-    params, sentences = step.params, []
-    able = abilities(m.accuracy, m.pairs, params)
-    for task, verdict in able.items():
-        can = "can do" if verdict["able"] else "cannot do"
-        sentences.append(f"The model {can} `{task}`: {verdict['why']}.")
+    params, able = step.params, abilities(m.accuracy, m.pairs, step.params)
+    said, answers, kept = verdicts(able), ability(m, params), selection(m, params)
     own = m.records[(m.records["task"] == params.task) & (m.records["template"] == params.template)]
-    said = own["top_token"].value_counts(normalize=True).head(5)
-    words = [f'"{token}" ({share:.0%})' for token, share in said.items()]
-    sentences.append(f"Its own top tokens on `{params.template}` are {listed(words)}.")
+    first = own["top_token"].value_counts(normalize=True).head(5)
+    words = listed(f'"{token}" ({share:.0%})' for token, share in first.items())
+    spoken = [f"Its own first words on `{params.template}` are {words}."]
+    known = [] if answers.empty else ability_sentences(answers)
     if own["label_probability"].notna().any():
-        sentences.append(
-            f"It gives the supersets a total probability of {own['candidate_probability'].mean():.2f} and the "
-            f"single-token profession labels {own['label_probability'].mean():.2f}, on average over prompts."
-        )
-    if m.pairs is not None:
-        quads = m.pairs.groupby("half")["quad_id"].nunique()
-        gap = (m.pairs["fame_clean"] - m.pairs["fame_corrupt"]).abs().max() if "fame_clean" in m.pairs else None
-        fame = "" if gap is None else f" The fame of the two sides of a pair differs by {gap:.2f} nats at most."
-        sentences.append(
-            f"{len(m.pairs)} pairs in {listed(f'{count} {half} quads' for half, count in quads.items())} are left; "
-            f"every one has a margin above zero in the clean prompt and below zero in the corrupt one.{fame}"
-        )
-    sentences += placebo_sentences(m)
-    if m.failed:
-        sentences.append(m.failed)
+        spoken[0] += f" Single-token profession labels have {own['label_probability'].mean():.0%} of the probability."
+    built = [*pair_sentences(m, kept), *placebo_sentences(m), *[m.failed] * bool(m.failed)]
     main = able.get(params.task, {"able": False})
+    lead = [said.pop(params.task)] if params.task in said else []
+    sentences = [*lead, *known, *spoken, *said.values(), *built]
     found = {
         "model": about_model(step),
         "task": params.task,
@@ -157,7 +285,9 @@ def findings(step: Step, m: Measured) -> dict[str, Any]:
         "pairs": 0 if m.pairs is None else len(m.pairs),
         "drops": m.drops,
         "accuracy": m.accuracy.to_dict("records"),
+        "ability": answers.to_dict("records"),
+        "selection": kept.to_dict("records"),
         "sentences": sentences,
-        "headline": sentences[: len(able)] if main["able"] else sentences,
+        "headline": [*lead, *known[:1], *known[2:], *said.values()] if main["able"] else sentences,
     }
     return finished(step, found, {"accuracy": accuracy_figure(m)}, CAPTIONS)

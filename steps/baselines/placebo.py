@@ -5,7 +5,7 @@ superset and differ in an attribute that the prompt does not ask for; it is read
 (`lib.tasks.ANSWERS`). A site that is about supersets leaves it alone.
 
 1. `classes` says who is of which class of the attribute.
-2. `build` makes quads superset by superset, matched in token counts and fame as those of the task are, without anyone
+2. `build` makes quads superset by superset, matched as those of the task are but for the attribute, without anyone
    who is in a quad of the task. Every quad is built once: none is tried again with other people.
 3. A quad is `kept` where each of its pairs has a gap of the right sign above the noise. The others stay in the table,
    so that later steps can say what the choice does.
@@ -26,7 +26,7 @@ from lib.tasks import ANSWERS, SUPERSETS
 from pipeline import population
 from pipeline.params import Shared
 from pipeline.population import Score, pairs_of
-from steps.baselines.quads import Filters, choose, describe
+from steps.baselines.quads import SHARED, Filters, choose, describe
 
 MODERN = 20  # first century of those whose region is asked about: before it, few are American
 ASKED = 3  # people of each superset and class asked about, for each that is wanted
@@ -52,8 +52,9 @@ def build(
     prompting = {"chat_template": params.chat_template, "attributes": params.attributes}
     wanted = -(-2 * params.placebo_quads_per_half // len(SUPERSETS))
 
-    own = people.assign(kind=classes(people, attribute))
-    free = filters.keep(own[(own["kind"] != "") & ~own["two_supersets"]], f"no class of {attribute}", len(own))
+    own = population.unambiguous(people)
+    own = own.assign(kind=classes(own, attribute))
+    free = filters.keep(own[own["kind"] != ""], f"no class of {attribute}", len(people))
     others = filters.keep(free[~free["name"].isin(taken)], "in a quad of the task", len(free))
     shuffled = others.iloc[rng.permutation(len(others))].groupby(["superset", "kind"])
     sampled = filters.keep(shuffled.head(2 * ASKED * wanted).sort_index(), "not sampled", len(others))
@@ -62,10 +63,10 @@ def build(
     free = population.add_tokens(known, tokenizer, words, **prompting)
     free = filters.keep(free, "name merges with the template", len(known))
 
-    made = []
+    made, alike = [], [[column for column in columns if column != attribute] for columns in SHARED]
     for superset, members in free.groupby("superset"):
         sides = members.assign(superset=members["kind"])
-        planned = choose(sides, {tuple(ANSWERS[attribute]): wanted}, params.fame_tolerance, rng)
+        planned = choose(sides, {tuple(ANSWERS[attribute]): wanted}, params.fame_tolerance, rng, alike)
         made += describe(planned, sides, words).assign(shared=superset).to_dict("records")
     quads = filters.keep(pd.DataFrame(made), "no match in token count and fame", wanted * len(SUPERSETS), "quads")
     quads["quad_id"] = [f"{attribute}{number:03d}" for number in range(len(quads))]

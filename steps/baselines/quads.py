@@ -1,17 +1,19 @@
-"""From people to fair pairs: quads that the model answers, odd-one-out items, and pairs drawn before any selection.
+"""From people to fair pairs: quads whose prompts differ as they should, odd-one-out items, pairs before any selection.
 
 1. `build_quads` filters people (`add_fame`, `add_tokens`), puts four of the same token counts
-   together, a, b of one superset and c, d of another, a matched to c and b to d in fame (`choose`), and keeps the quads
-   whose prompts the model answers. Failed quads free their people again.
-2. `generate_odd_one_out` makes items of three from four people of one token count each.
-3. `sample_pairs` draws people without asking the model: for accuracies.
+   together, a, b of one superset and c, d of another, a matched to c and b to d in fame, and in region, century and
+   gender as far as the people allow (`choose`), and keeps the quads whose gap has the right sign
+   (`right_signed`). Failed quads free their people again.
+2. `unselected_quads` puts four together whatever the model makes of them.
+3. `generate_odd_one_out` makes items of three from four people of one token count each.
+4. `sample_pairs` draws people without asking the model: for accuracies.
 
 What is random depends on the seed alone. Bad input raises ValueError.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, permutations
 from typing import Any
@@ -23,10 +25,12 @@ from scipy.optimize import linear_sum_assignment
 from lib import tasks
 from lib.data import halves
 from lib.tasks import DEFAULT_ATTRIBUTES, SUPERSETS, Template
-from pipeline.population import Score, add_fame, add_margins, add_tokens, pairs_of
+from pipeline.population import Score, add_fame, add_margins, add_tokens, pairs_of, right_signed, unambiguous
 
-ROUNDS = 6  # how often the people of failed quads are matched anew; only "solved or not" is looked at
-PER_QUAD = 25  # people of each superset whom the model is asked about, for each quad of a half
+ROUNDS = 6  # how often the people of failed quads are matched anew; only the sign of the gap is looked at
+PER_QUAD = 8  # people of each superset whom the model is asked about, for each quad of a half
+# What two matched people may share beside fame; quads are taken from the strictest matches first.
+SHARED = (("region", "century", "gender"), ("region", "century"), ())
 
 
 @dataclass(frozen=True)
@@ -35,8 +39,7 @@ class Options:
 
     template: str = "profession_both"
     quads_per_half: int = 100  # the most that a half may have; the superset pairs share them evenly
-    # which prompts of a quad must be solved (`pairs_of`): margin above 0 on clean prompts, below 0 on corrupt ones
-    pairs_per_quad: int = 2
+    pairs_per_quad: int = 2  # of a quad (`pairs_of`): over these its gap must be above the noise
     fame_tolerance: float = 0.25  # the largest difference in fame (nats) between a and c, and between b and d
     min_bucket: int = 4  # fewest quads of one half and bucket: they are each other's donors of means and resamples
     seed: int = 0
@@ -62,13 +65,14 @@ class Filters:
 
 
 def build_quads(
-    people: pd.DataFrame, tokenizer: Any, score: Score, options: Options
+    people: pd.DataFrame, tokenizer: Any, score: Score, options: Options, noise: float = 0.0
 ) -> tuple[pd.DataFrame, list[dict[str, Any]]]:
-    """Quads that the model solves, in two halves without a person in common, and what each filter dropped.
+    """Quads with a gap above the model's `noise`, in two halves without a person in common; what each filter dropped.
 
     Returns:
         quads: quad_id, half, task, template, superset, other, bucket, and for each of a, b, c, d its name, profession
             and fame; n_tokens_a, n_tokens_b. All four people have the same token counts, so both orders line up.
+            `matched`: a and c, and b and d, are of one region and century; `same_gender`: of one known gender.
         drops: dicts of filter, unit ("people" or "quads"), dropped, left.
 
     Raises:
@@ -80,7 +84,7 @@ def build_quads(
     rng, filters = np.random.default_rng(options.seed), Filters(options.template)
     prompting = {"chat_template": options.chat_template, "attributes": options.attributes}
 
-    free = filters.keep(people[~people.two_supersets], "known for two supersets", len(people))
+    free = filters.keep(unambiguous(people), "known for two supersets, or a namesake's name", len(people))
     shuffled = free.iloc[rng.permutation(len(free))].groupby("superset")
     sampled = shuffled.head(PER_QUAD * options.quads_per_half).sort_index()
     free = filters.keep(sampled, "not sampled", len(free))
@@ -98,16 +102,16 @@ def build_quads(
         tried += len(planned)
         quads = describe(planned, free, words)
         pairs = add_margins(pairs_of(quads, options.pairs_per_quad), tokenizer, score, **prompting)
-        for quad in quads[quads.quad_id.isin(keep_solved(pairs).quad_id)].to_dict("records"):
+        for quad in quads[quads.quad_id.isin(right_signed(pairs, noise).quad_id)].to_dict("records"):
             kept.append(quad | {"quad_id": f"q{len(kept):03d}"})
             wanted[tuple(sorted((quad["superset"], quad["other"]), key=SUPERSETS.index))] -= 1
         used = {quad[slot] for quad in kept for slot in "abcd"}
         free = free[~free.name.isin(used)]
-    unused = {"filter": "in no solved quad", "unit": "people", "dropped": len(free), "left": 4 * len(kept)}
+    unused = {"filter": "in no quad", "unit": "people", "dropped": len(free), "left": 4 * len(kept)}
 
-    reason = "not solved" if tried else "no match in token count and fame"
+    reason = "no gap of the right sign" if tried else "no match in token count and fame"
     quads = filters.keep(pd.DataFrame(kept), reason, tried, "quads")
-    quads = quads.assign(half=halves(list(zip(quads.pair, quads.bucket, strict=True)), rng)).drop(columns="pair")
+    quads = in_halves(quads, rng)
     size = quads.groupby(["half", "bucket"]).quad_id.transform("size")
     large = quads[size >= options.min_bucket].reset_index(drop=True)
     quads = filters.keep(large, f"bucket under {options.min_bucket}", len(quads), "quads")
@@ -126,22 +130,43 @@ def shared_out(count: int, pairs: Sequence[tuple[str, str]], rng: Any) -> dict[t
     return {pairs[i]: share + (k < extra) for k, i in enumerate(rng.permutation(len(pairs)))}
 
 
-def choose(people: pd.DataFrame, wanted: Mapping[tuple[str, str], int], tolerance: float, rng: Any) -> list[dict]:
+def choose(
+    people: pd.DataFrame,
+    wanted: Mapping[tuple[str, str], int],
+    tolerance: float,
+    rng: Any,
+    shared: Sequence[Sequence[str]] = SHARED,
+) -> list[dict]:
     """Up to `wanted` quads per superset pair, from people none of whom is used twice.
 
     Superset pairs are served in turn, the one with most quads still wanted first; each turn takes one quad from the
     largest group of token counts that still has people of both. Within a group the people of the two supersets are
-    matched one to one with the least total difference in fame (linear_sum_assignment); matches beyond the tolerance
-    are left out.
+    matched one to one (`matches`).
     """
     free = {
         key: list(group.index[rng.permutation(len(group))]) for key, group in people.groupby(["n_tokens", "superset"])
     }
-    fame, wanted, planned = people.fame.to_dict(), dict(wanted), []
+    planned = []
+    for (shape, (x, y)), n in rooms(people, free, wanted, rng).items():
+        one, other = free.get((shape, x), []), free.get((shape, y), [])
+        if n == 0 or len(one) < 2 or len(other) < 2:
+            continue
+        found = matches(people.loc[one], people.loc[other], tolerance, rng, shared)[: 2 * n]
+        for (a, c), (b, d) in zip(found[0::2], found[1::2], strict=False):
+            sides = {"superset": (x, y), "a": (a, c), "b": (b, d), "c": (c, a), "d": (d, b), "other": (y, x)}
+            turned = int(rng.integers(2))  # either superset may be the a, b side
+            planned.append({key: both[turned] for key, both in sides.items()})
+            free[shape, x] = [p for p in free[shape, x] if p not in (a, b)]
+            free[shape, y] = [p for p in free[shape, y] if p not in (c, d)]
+    return planned
+
+
+def rooms(people: pd.DataFrame, free: Mapping[tuple, list], wanted: Mapping[tuple[str, str], int], rng: Any) -> dict:
+    """How many quads of which token counts and superset pair the `free` people, by token counts and superset, allow."""
+    wanted = dict(wanted)
     order = [list(wanted)[i] for i in rng.permutation(len(wanted))]
     # few, large groups of token counts: they are each other's donors of means and resamples, and share passes
     shapes = sorted(set(people.n_tokens), key=lambda shape: (-(people.n_tokens == shape).sum(), shape))
-    # 1. how many quads of which superset pair and token count
     left = {key: len(members) for key, members in free.items()}
     room = {(shape, pair): 0 for shape in shapes for pair in order}
     while True:
@@ -152,28 +177,35 @@ def choose(people: pd.DataFrame, wanted: Mapping[tuple[str, str], int], toleranc
             if wanted[pair] > 0 and all(left.get((shape, side), 0) >= 2 for side in pair)
         ]
         if not options:
-            break
+            return room
         *_, shape, pair = min(options)
         room[shape, pair] += 1
         wanted[pair] -= 1
         for side in pair:
             left[shape, side] -= 2
-    # 2. which people
-    for (shape, (x, y)), n in room.items():
-        one, other = free.get((shape, x), []), free.get((shape, y), [])
-        if n == 0 or len(one) < 2 or len(other) < 2:
-            continue
-        cost = np.abs(np.subtract.outer([fame[p] for p in one], [fame[p] for p in other]))
-        rows, columns = linear_sum_assignment(np.where(cost <= tolerance, cost, 1e6))
-        matches = [(one[i], other[j]) for i, j in zip(rows, columns, strict=True) if cost[i, j] <= tolerance]
-        matches = [matches[i] for i in rng.permutation(len(matches))][: 2 * n]
-        for (a, c), (b, d) in zip(matches[0::2], matches[1::2], strict=False):
-            sides = {"superset": (x, y), "a": (a, c), "b": (b, d), "c": (c, a), "d": (d, b), "other": (y, x)}
-            turned = int(rng.integers(2))  # either superset may be the a, b side
-            planned.append({key: both[turned] for key, both in sides.items()})
-            free[shape, x] = [p for p in free[shape, x] if p not in (a, b)]
-            free[shape, y] = [p for p in free[shape, y] if p not in (c, d)]
-    return planned
+
+
+def matches(
+    one: pd.DataFrame, other: pd.DataFrame, tolerance: float, rng: Any, shared: Sequence[Sequence[str]]
+) -> list[tuple]:
+    """People of two supersets matched one to one within the tolerance of fame, by index.
+
+    First those who share the first of the sets of columns in `shared`, then of those left who share the second, ...;
+    each time with the least total difference in fame (linear_sum_assignment), in random order.
+    """
+    apart = np.abs(np.subtract.outer(one.fame.to_numpy(), other.fame.to_numpy()))
+    found: list[tuple] = []
+    for needed in shared:
+        allowed = apart <= tolerance
+        for column in needed:
+            own, theirs = one[column].to_numpy(), other[column].to_numpy()
+            allowed &= (own[:, None] == theirs) & (own != "unknown")[:, None]
+        rows, columns = linear_sum_assignment(np.where(allowed, apart, 1e6))
+        pairs = [(i, j) for i, j in zip(rows, columns, strict=True) if allowed[i, j]]
+        for i, j in (pairs[k] for k in rng.permutation(len(pairs))):
+            found.append((one.index[i], other.index[j]))
+            apart[i, :] = apart[:, j] = np.inf
+    return found
 
 
 def describe(planned: Sequence[dict], people: pd.DataFrame, template: Template) -> pd.DataFrame:
@@ -186,6 +218,7 @@ def describe(planned: Sequence[dict], people: pd.DataFrame, template: Template) 
         row |= {"superset": quad["superset"], "other": quad["other"]}
         row["bucket"] = "|".join([template.name, *map(str, counts)])
         row["pair"] = " ".join(sorted((quad["superset"], quad["other"])))
+        row |= {"matched": alike(four, ("region", "century")), "same_gender": alike(four, ("gender",))}
         row |= {slot: person["name"] for slot, person in four.items()}
         row |= {f"profession_{slot}": person.profession for slot, person in four.items()}
         row |= {f"fame_{slot}": float(person.fame) for slot, person in four.items()}
@@ -193,10 +226,32 @@ def describe(planned: Sequence[dict], people: pd.DataFrame, template: Template) 
     return pd.DataFrame(rows)
 
 
-def keep_solved(pairs: pd.DataFrame) -> pd.DataFrame:
-    """The pairs of those quads all of whose pairs have metric_clean > 0 > metric_corrupt (see add_margins)."""
-    solved = (pairs.metric_clean > 0) & (pairs.metric_corrupt < 0)
-    return pairs[solved.groupby(pairs.quad_id).transform("all")]
+def alike(four: Mapping[str, pd.Series], columns: Sequence[str]) -> bool:
+    """Whether a quad's a and c, and its b and d, share what stands in these columns, and it is known."""
+    values = [(four[x][column], four[y][column]) for column in columns for x, y in ("ac", "bd")]
+    return all(own == other != "unknown" for own, other in values)
+
+
+def unselected_quads(
+    people: pd.DataFrame, tokenizer: Any, options: Options, leave: Collection[str] = ()
+) -> pd.DataFrame:
+    """As many quads of anyone but `leave`, whatever the model makes of them: neither fame nor answers nor region count.
+
+    As `build_quads` returns them; fame is NaN.
+    """
+    words, rng = tasks.find_template(options.template), np.random.default_rng([options.seed, 1])
+    prompting = {"chat_template": options.chat_template, "attributes": options.attributes}
+    free = unambiguous(people)
+    free = add_tokens(free[~free["name"].isin(leave)], tokenizer, words, **prompting).assign(fame=0.0)
+    wanted = shared_out(2 * options.quads_per_half, superset_pairs(free), rng)
+    quads = describe(choose(free, wanted, np.inf, rng, [()]), free, words)
+    quads = in_halves(quads.assign(quad_id=quads["quad_id"].str.replace("q", "u")), rng)
+    return quads.assign(**{f"fame_{slot}": np.nan for slot in "abcd"})
+
+
+def in_halves(quads: pd.DataFrame, rng: Any) -> pd.DataFrame:
+    """The quads dealt to two halves that are alike in superset pairs and token counts."""
+    return quads.assign(half=halves(list(zip(quads.pair, quads.bucket, strict=True)), rng)).drop(columns="pair")
 
 
 def generate_odd_one_out(
@@ -210,14 +265,14 @@ def generate_odd_one_out(
     """
     words = tasks.TEMPLATES["odd_one_out"]
     rng = np.random.default_rng(seed)
-    free = add_tokens(people[~people.two_supersets], tokenizer, words, chat_template)
+    free = add_tokens(unambiguous(people), tokenizer, words, chat_template)
     free = free if "fame" in free else free.assign(fame=0.0)
     pairs = superset_pairs(free)
     items: list[dict] = []
     for _ in range(10):
         share, extra = divmod(n - len(items), max(len(pairs), 1))
         wanted = {pair: share + (k < extra) for k, pair in enumerate(pairs)}
-        for quad in choose(free, wanted, np.inf, rng):
+        for quad in choose(free, wanted, np.inf, rng, [()]):
             # names that share a first token cannot be told apart by it
             if len({token for slot in "abcd" for token in set(free.first_token[quad[slot]])}) == 4:
                 items.append({slot: free.loc[quad[slot]] for slot in "abcd"})
@@ -255,10 +310,10 @@ def odd_one_out_pairs(items: Sequence[Mapping[str, pd.Series]], template: Templa
 def sample_pairs(people: pd.DataFrame, n: int, seed: int = 0) -> pd.DataFrame:
     """`n` same-superset pairs of people drawn at random before any selection, each person once, supersets balanced.
 
-    Columns superset, a, b, profession_a, profession_b. People of two supersets are left out. For accuracies.
+    Columns superset, a, b, profession_a, profession_b. Only people of whom it is clear what to say. For accuracies.
     """
     rng = np.random.default_rng(seed)
-    people = people[~people.two_supersets]
+    people = unambiguous(people)
     supersets = [superset for superset in SUPERSETS if superset in set(people.superset)]
     rows = []
     for i, superset in enumerate(supersets):

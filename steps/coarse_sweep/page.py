@@ -20,6 +20,7 @@ from pipeline import keys
 from pipeline.params import Shared
 from pipeline.step import Step
 from report import plots
+from report.site_tables import answered
 from report.words import OVER_QUADS, about_model, finished, interval, listed, of_row
 from steps.coarse_sweep.measure import Measured, fewest_layers
 
@@ -45,17 +46,17 @@ def crossing(curves: pd.DataFrame, position: str, direction: str = "denoise") ->
 
 
 def flip_share(frame: pd.DataFrame) -> pd.Series:
-    """Share of pairs whose margin changes sign, by layer: from above 0 to below it (noise), the other way (denoise).
+    """Share of answered pairs whose margin changes sign, by layer: to below 0 (noise) or to above it (denoise).
 
-    A pair that already was on the far side counts as not flipped. One component, position and direction at a time.
+    One component, position and direction at a time.
     """
-    towards = 1 if (frame["direction"] == "denoise").all() else -1
-    flipped = (towards * frame["metric_before"] < 0) & (towards * frame["metric_after"] > 0)
-    return flipped.groupby(frame["layer"]).mean().rename("flip_share")
+    own = frame[answered(frame)]
+    towards = 1 if (own["direction"] == "denoise").all() else -1
+    return (towards * own["metric_after"] > 0).groupby(own["layer"]).mean().rename("flip_share")
 
 
 def first_flip_layer(frame: pd.DataFrame, share: float) -> int | None:
-    """The first layer at which the margin's sign flips in at least `share` of the pairs; None if there is none."""
+    """The first layer at which the margin's sign flips in at least `share` of the answered pairs, or None."""
     shares = flip_share(frame)
     enough = shares.index[shares >= share]
     return int(enough[0]) if len(enough) else None
@@ -67,7 +68,7 @@ def flip_sentence(direction: str, layer: int | None, params: Shared) -> str:
     where = f"layer {layer} is the first that" if layer is not None else "no layer"
     return (
         f"Replacing the residual stream at `last` ({direction}): {where} {what} in at least "
-        f"{params.restores_share:.0%} of the pairs."
+        f"{params.restores_share:.0%} of the pairs that the model answers rightly."
     )
 
 

@@ -2,7 +2,8 @@
 
 1. `candidates` lines up every pair that could be in it, each beside its mirror: the same two prompts the other way
    round.
-2. `solved_pairs` keeps those that the model solves, template by template.
+2. `kept_pairs` keeps the quads with a gap of the right sign in other templates as well; `unselected` are pairs of other
+   people before any selection.
 3. A pair's noise run *is* its mirror's denoise run: where both are in the grid, one run says what is necessary and what
    is sufficient. `mirrored_units` runs no more than that, `with_mirrors` reads it both ways.
 """
@@ -20,8 +21,9 @@ from lib import models, records, tasks
 from lib.data import HALVES
 from lib.tasks import Pair
 from pipeline import keys
-from pipeline.params import Shared
-from pipeline.population import add_margins, aligned, load_people, pairs_of
+from pipeline.assumed import Case
+from pipeline.params import ParameterError, Shared
+from pipeline.population import add_margins, aligned, load_people, pairs_of, right_signed, solved
 from pipeline.step import Step, StepError
 from pipeline.units import Unit, subsample, sweep_units, without_labels
 
@@ -63,21 +65,24 @@ def last_half(table: pd.DataFrame) -> pd.DataFrame:
     return (own if len(own) else table).reset_index(drop=True)
 
 
-def solved_pairs(step: Step) -> pd.DataFrame:
-    """The candidates that line up and that the model solves, template by template, with the counts in `attrs`.
+def kept_pairs(step: Step) -> pd.DataFrame:
+    """The candidates that line up, template by template, with the counts in `attrs`; `solved`: the quad is, there.
 
-    Pairs of a `pairs_file` are taken as they are in their own template. StepError when nothing is left anywhere.
+    Step 01 has kept quads for their gap in the profile's template; in others those with a gap of the right sign are
+    kept. StepError when nothing is left anywhere.
     """
-    p, tokenizer, source, kept, counts = step.params, step.model.tokenizer, candidates(step), [], []
+    p, model, source, kept, counts = step.params, step.model, candidates(step), [], []
     for name in dict.fromkeys([p.template, *p.templates]):
         template, own = tasks.find_template(name, p.task), name == p.template
         rows = source if own else source.assign(pair_id=source["pair_id"] + f"@{name}", template=name)
-        rows, why = aligned(rows.assign(task=template.task), tokenizer, **prompt_options(p))
+        rows, why = aligned(rows.assign(task=template.task), model.tokenizer, **prompt_options(p))
         each = 4 if p.pairs_file else p.pairs_per_quad if own else p.template_pairs
-        asked = left = rows.groupby("quad_id").head(each)
-        if len(asked) and not (own and p.pairs_file):
-            scored = add_margins(asked, tokenizer, partial(models.next_logits, step.model), **prompt_options(p))
-            left = scored[(scored["metric_clean"] > 0) & (scored["metric_corrupt"] < 0)]
+        asked = rows.groupby("quad_id").head(each)
+        left = asked
+        if len(asked):
+            left = add_margins(asked, model.tokenizer, partial(models.next_logits, model), **prompt_options(p))
+            left = left.assign(solved=solved(left))
+            left = left if own else right_signed(left, model.noise)
         left = pd.DataFrame(subsample(list(left.itertuples(index=False)), p.pairs), columns=left.columns)
         kept.append(left)
         sizes = {"possible": len(source), "aligned": len(rows), "asked": len(asked), "left": len(left)}
@@ -87,6 +92,21 @@ def solved_pairs(step: Step) -> pd.DataFrame:
         raise StepError(f"no pairs are left for the grid: {counts}")
     grid.attrs["facts"] = {"templates": counts}
     return grid
+
+
+def unselected_table(step: Step | Case) -> pd.DataFrame | None:
+    """Step 01's pairs before any selection; None where it has left none."""
+    try:
+        path = keys.find_pairs(step.name, step.params).with_name("baselines.unselected.parquet")
+    except ParameterError:
+        return None
+    return records.read(path) if step.params.pairs_file is None and path.is_file() else None
+
+
+def unselected(step: Step) -> list[Pair]:
+    """The same as prompts."""
+    table = unselected_table(step)
+    return [] if table is None else without_labels(step.prompts(table))
 
 
 def mirrors(pairs: Sequence[Pair]) -> dict[str, str]:

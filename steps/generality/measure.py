@@ -2,7 +2,8 @@
 
 1. `GRID`: pairs of confirmation quads, in the profile's template and in others (`grid`).
 2. `CIRCUITS`: growing sets of circuits that are picked on part of the discovery pairs (`class_circuits`).
-3. `JOINT`: the slice, those circuits and each site of the slice replaced in every pair of the grid, both ways.
+3. `JOINT`: the slice, those circuits and each site of the slice replaced in every pair of the grid, both ways;
+   `UNSELECTED`: the slice, in step 01's pairs before any selection.
 4. `SITES`: every head and MLP alone, in the pairs of the profile's template.
 5. `CONTROLS`: the slice ablated in prompts in which it should find nothing (`controls`).
 6. `RULE`: prompts of two known people (`name_rule_prompts`).
@@ -23,7 +24,7 @@ from lib.data import HALVES
 from lib.hooks import Site
 from lib.tasks import SUPERSETS, Pair
 from pipeline.assumed import MOVED, Case, of_sweep, order_of, pair_of
-from pipeline.costs import Work
+from pipeline.costs import Work, total
 from pipeline.declaration import EFFECTS, SUPERSET_TASKS, Declaration, Table
 from pipeline.params import OfSlice, Share, Words
 from pipeline.step import Step, single_sites
@@ -85,14 +86,15 @@ def control_cost(case: Case, units: Sequence[Unit], sets: Any, ordinary: Sequenc
 def rule_cost(case: Case, units: Sequence[Unit]) -> Work:
     """Everyone is asked about alone, twice as many as are needed; then two by two."""
     p = case.params
-    alone = case.asked(4 * p.rule_prompts, tasks.TEMPLATES["profession_is"])
+    alone = total(case.asked(4 * p.rule_prompts, tasks.TEMPLATES[name]) for name in tasks.FAME)
     return alone + case.asked(p.rule_prompts, tasks.find_template(p.template, p.task))
 
 
 OF_SETS = {"schema": records.SET_SCHEMA, "columns": (*EFFECTS, "site_set")}
-GRID = Table.whole("grid", grid.solved_pairs, grid_cost)
+GRID = Table.whole("grid", grid.kept_pairs, grid_cost)
 CIRCUITS = Table("circuits", class_circuits.growing_units, class_circuits.grown, of_sweep, **OF_SETS)
 JOINT = Table("joint", joint_units, of_pairs, of_sweep, **OF_SETS)
+UNSELECTED = Table("unselected", joint_units, of_pairs, of_sweep, **OF_SETS)
 SITES = Table("generality", site_units, of_pairs, of_sweep, columns=EFFECTS)
 CONTROLS = Table("controls", controls.units, controls.compute, control_cost, schema=None)
 RULE = Table.whole("rule", name_rule_prompts.two_known_people, rule_cost)
@@ -122,6 +124,18 @@ def assumed_grid(case: Case) -> list[Pair]:
         template, quad = tasks.find_template(row["template"], p.task), int(row["quad_id"][1:])
         pairs.append(replace(pair_of(template, quad, turn, row["half"], names, 0), pair_id=row["pair_id"]))
     return pairs
+
+
+def assumed_unselected(case: Case) -> list[Pair]:
+    """Step 01's pairs before any selection: those of a run, else as many as it keeps."""
+    table = grid.unselected_table(case)
+    if table is None:
+        return case.prompts()
+    template = tasks.find_template(case.params.template, case.params.task)
+    return [
+        pair_of(template, int(quad[1:]), int(pair[-1]), half, names, 0)
+        for pair, quad, half, *names in table[["pair_id", "quad_id", "half", "n_tokens_a", "n_tokens_b"]].to_numpy()
+    ]
 
 
 def assumed_circuits(case: Case, pairs: Sequence[Pair]) -> list[Circuit]:
@@ -157,6 +171,8 @@ def assumed(case: Case) -> Iterator[tuple[Any, ...]]:
     yield (GRID,)
     yield CIRCUITS, without_labels(searched), circuits
     yield JOINT, pairs, joint_sets(case.sites, circuits)
+    if case.params.pairs_file is None:
+        yield UNSELECTED, assumed_unselected(case), [tuple(case.sites)]
     yield SITES, own
     sets = controls.named_sets(case, case.sites)
     ordinary = controls.poolable(own)
@@ -172,7 +188,7 @@ STEP = Declaration(
     layered=True,
     tasks=SUPERSET_TASKS,
     reads={"sufficiency": ("critical_slice",)},
-    reads_tables=("sufficiency",),
+    reads_tables=("baselines", "sufficiency"),
     files=("people_file", "data/controls.csv"),
 )
 
@@ -200,6 +216,7 @@ class Measured(NamedTuple):
     slice: list[Site]
     circuits: list[Circuit]
     joint: pd.DataFrame  # records of `joint_sets`
+    unselected: pd.DataFrame  # records of the slice in pairs before any selection; no rows where there are none
     sites: pd.DataFrame  # records of single sites
     candidates: tuple[str, ...]
     controls: pd.DataFrame  # the prompts of the controls
@@ -212,15 +229,28 @@ def run(step: Step) -> Measured:
     table = step.table(GRID)
     pairs, slice_sites, circuits = step.prompts(table), step.slice(), picked_circuits(step)
     joint = grid.with_mirrors(step.table(JOINT, pairs, joint_sets(slice_sites, circuits)), grid.mirrors(pairs))
+    others = grid.unselected(step)
+    unselected = joint.head(0) if not others else step.table(UNSELECTED, others, [tuple(slice_sites)])
     own = [pair for pair in pairs if pair.template == pairs[0].template]
     mirror = grid.mirrors(own)
     sites = grid.with_mirrors(step.table(SITES, own), mirror)
     ordinary, changes = controls.poolable(own), None
-    prompts, others = controls.control_prompts(step, ordinary, table)
+    prompts, asked = controls.control_prompts(step, ordinary, table)
     if ordinary:
         sets = controls.named_sets(step, slice_sites)
-        changes = step.table(CONTROLS, sets, ordinary, others)
+        changes = step.table(CONTROLS, sets, ordinary, asked)
         changes = changes.assign(set=np.array([name for name, _ in sets])[changes["number"]])
-    counts, people = step.metadata(GRID)["templates"], step.table(RULE)
-    mirrored, candidates = len(mirror), pairs[0].candidates
-    return Measured(table, counts, mirrored, slice_sites, circuits, joint, sites, candidates, prompts, changes, people)
+    return Measured(
+        grid=table,
+        counts=step.metadata(GRID)["templates"],
+        mirrored=len(mirror),
+        slice=slice_sites,
+        circuits=circuits,
+        joint=joint,
+        unselected=grid.with_mirrors(unselected, grid.mirrors(others)),
+        sites=sites,
+        candidates=pairs[0].candidates,
+        controls=prompts,
+        changes=changes,
+        people=step.table(RULE),
+    )

@@ -16,7 +16,7 @@ from jaxtyping import Float
 
 from lib import models, tasks
 from lib.tasks import SUPERSETS
-from pipeline.population import add_fame, add_tokens, load_people, readings
+from pipeline.population import add_fame, add_tokens, load_people, readings, unambiguous
 from pipeline.step import Step
 from steps.generality.grid import prompt_options
 
@@ -52,20 +52,13 @@ def two_known_people(step: Step) -> pd.DataFrame:
 
 def known_people(step: Step, template: tasks.Template, rng: np.random.Generator) -> pd.DataFrame:
     """People of one superset who are known, with the `evidence` of their names; drawn from twice as many as needed."""
-    p, tokenizer, alone = step.params, step.model.tokenizer, []
+    p, tokenizer = step.params, step.model.tokenizer
     people = load_people(step.people_file)
-    people = add_tokens(people[~people["two_supersets"]], tokenizer, template, **prompt_options(p))
+    people = add_tokens(unambiguous(people), tokenizer, template, **prompt_options(p))
     each = -(-4 * p.rule_prompts // people["superset"].nunique())
     asked = people.sample(frac=1, random_state=rng).groupby("superset").head(each)
-    one_name = tasks.candidates(tokenizer, tasks.TEMPLATES["profession_is"])[1]
-
-    def score(prompts: list[tuple[int, ...]]) -> np.ndarray:
-        logits = models.next_logits(step.model, prompts)
-        alone.append(logits[:, one_name].astype(float))
-        return logits
-
-    asked = add_fame(asked, tokenizer, score, chat_template=p.chat_template)
-    asked = asked.assign(evidence=list(evidence(np.concatenate(alone), asked["superset"])))
+    asked = add_fame(asked, tokenizer, partial(models.next_logits, step.model), chat_template=p.chat_template)
+    asked = asked.assign(evidence=list(evidence(np.stack(asked["evidence"].to_list()), asked["superset"])))
     return asked[asked["known"]]
 
 

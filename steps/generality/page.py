@@ -42,6 +42,7 @@ CAPTIONS = {
     "neither name, with 95% intervals over prompts; lines: what each rule would make of it.",
 }
 SHARE = "joint effect (share of logit_diff)"
+SELECTIONS = ("selection", "answers", "matching")  # kinds of groups that say how pairs were selected
 
 
 class Tables(NamedTuple):
@@ -68,6 +69,9 @@ def tables(step: Step, m: Measured) -> Tables:
     candidates, verdicts, leaders = controls_page.tables(m, p)
     tested, moved = circuit_table(joint, m.circuits, m.slice, p), transfer(joint, m.circuits, p)
     by_group, by_site = groups(joint, p), site_effects(joint, first, m.slice, p)
+    if len(m.unselected):
+        before = both_ways(m.unselected, p, kind="selection", group="before any selection")
+        by_group = pd.concat([by_group, pd.DataFrame(before)], ignore_index=True)
     same, shares = ranks(heads, p), interaction(alone, m.slice, p)
     rule = name_rule.compare(m.people, p) if m.people["prompt"].nunique() > 1 else None
     return Tables(by_group, by_site, heads, same, shares, tested, moved, candidates, verdicts, leaders, rule)
@@ -75,9 +79,9 @@ def tables(step: Step, m: Measured) -> Tables:
 
 def with_pairs(frame: pd.DataFrame, grid: pd.DataFrame) -> pd.DataFrame:
     """Records of the grid with what its table says of their pairs; `own`: in the profile's template."""
-    known = ["answer", "corrupt_answer", "order", "clean_profession_a", "clean_profession_b"]
+    known = ["answer", "corrupt_answer", "order", "clean_profession_a", "clean_profession_b", "solved", "matched"]
     own = frame["template"] == grid["template"].iloc[0]
-    return frame.join(grid.set_index("pair_id")[known], on="pair_id").assign(own=own)
+    return frame.join(grid.set_index("pair_id").reindex(columns=known), on="pair_id").assign(own=own)
 
 
 def divided(frame: pd.DataFrame) -> dict[str, dict[str, pd.DataFrame]]:
@@ -94,6 +98,8 @@ def divided(frame: pd.DataFrame) -> dict[str, dict[str, pd.DataFrame]]:
         "two names": both.where((a != "") & (b != "")),
         "order": own["order"].where(own["order"] != ""),
         "supersets": own["answer"] + " / " + own["corrupt_answer"],
+        "answers": own["solved"].map({True: "solved", False: "not solved"}),
+        "matching": own["matched"].map({True: "matched in region and century", False: "not matched"}),
     }
     out = {"all": {"all pairs": own}, "template": dict(list(frame.groupby("template", sort=False)))}
     out |= {kind: dict(list(own.groupby(label))) for kind, label in labels.items()}
@@ -221,7 +227,9 @@ def forest(step: Step, rows: pd.DataFrame) -> Figure | None:
 
 
 def by_group(
-    step: Step, t: Tables, kinds: Sequence[str] = ("template", "superset", "two names", "order")
+    step: Step,
+    t: Tables,
+    kinds: Sequence[str] = ("all", "selection", "answers", "matching", "template", "superset", "two names", "order"),
 ) -> Figure | None:
     """The slice by groups of pairs of some kinds."""
     return forest(step, t.groups[t.groups["kind"].isin(kinds)])
@@ -348,8 +356,8 @@ def grid_sentences(counts: Sequence[Mapping[str, Any]], mirrored: int, groups: p
         why = f" (the first that does not: {count['why']})" if count["why"] else ""
         out.append(
             f"In `{count['template']}`, never used for picking, {count['aligned']} of {count['possible']} pairs line "
-            f"up token by token{why}; of {count['asked']} asked, {count['left']} in {count['quads']} quads are solved "
-            "and used."
+            f"up token by token{why}; of {count['asked']} asked, {count['left']} in {count['quads']} quads have a gap "
+            "of the right sign and are used."
         )
     return out
 
@@ -360,6 +368,12 @@ def group_sentences(groups: pd.DataFrame, template: str) -> list[str]:
     for quantity in ("damage", "recovery"):
         rows = of_kind(groups, "superset", quantity).sort_values("estimate")
         out.append(f"By superset, joint {quantity} is {of_rows(rows, 'group')}.")
+    chosen = groups[groups["kind"].isin(SELECTIONS)]
+    each = [
+        f"{name}: {quantities(rows)} ({rows['quads'].max()} quads)"
+        for name, rows in chosen.groupby("group", sort=False)
+    ]
+    out += [f"By how pairs were selected: {'; '.join(each)}."] * bool(each)
     others = groups[(groups["kind"] == "template") & (groups["group"] != template)]
     for name, rows in others.groupby("group", sort=False):
         out.append(f"In `{name}`, jointly, its {quantities(rows)} ({rows['quads'].max()} quads).")

@@ -25,7 +25,7 @@ from scipy.special import logsumexp
 from lib import models, tasks
 from lib.hooks import Model
 from lib.tasks import SUPERSETS, Form, Template
-from pipeline.population import readings
+from pipeline.population import readings, unambiguous
 
 CHUNK = 256  # prompts whose full-vocabulary logits are held at once
 # superset: among the candidates; profession: the own one among all; within: among those of the own superset
@@ -108,9 +108,9 @@ def superset_by_profession(people: pd.DataFrame) -> dict[str, str]:
 def draw_people(people: pd.DataFrame, count: int, seed: int = 0) -> pd.DataFrame:
     """About `count` people at random before any selection, as many of each superset (all, where there are fewer).
 
-    People of two supersets are left out.
+    People of two supersets, and those with a namesake, are left out.
     """
-    people = people[~people.two_supersets]
+    people = unambiguous(people)
     drawn = people.iloc[np.random.default_rng(seed).permutation(len(people))]
     return drawn.groupby("superset").head(-(-count // people.superset.nunique())).reset_index(drop=True)
 

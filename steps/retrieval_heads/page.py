@@ -117,13 +117,14 @@ def margins(m: Measured, role: str, params: RetrievalHeads) -> pd.DataFrame:
     """The fall of the margin (logits) under the ablated path of each set of senders, and answers that flip."""
     own = reported(m.ablation[m.ablation["position"] == role])
     matrix = quad_matrix(own, "margin_effect", ["site_set"])
-    flipped = (own["metric_before"] > 0) & (own["metric_after"] < 0)
+    right = own[own["metric_before"] > 0]  # the others have no answer to flip
+    flips = (right["metric_after"] < 0).groupby(right["site_set"]).mean().reindex(matrix.sites["site_set"])
     kinds, sites = zip(*(m.sets[role][index] for index in matrix.sites["site_set"]), strict=True)
     spans = effects.columns(stats.mean_intervals(matrix.values, params))
     return pd.DataFrame(spans).assign(
         kind=kinds,
         site=[listed(effects.site_name(*site) for site in together) for together in sites],
-        flips=flipped.groupby(own["site_set"]).mean().to_numpy(),
+        flips=flips.to_numpy(),
         ablation=own["ablation"].iloc[0],
         quads=len(matrix.quads),
     )

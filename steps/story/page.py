@@ -134,7 +134,7 @@ def layers(step: Step, found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def flips(step: Step, found: Mapping[str, Any]) -> dict[str, Any]:
-    """Share of confirmation pairs whose answer flips when the path of the leading heads at the names is ablated.
+    """Share of right answers that flip when the path of the leading heads at the names is ablated; confirmation half.
 
     They are the first set of step 06's ablations at the names, wherever there are candidates at all.
     """
@@ -144,8 +144,10 @@ def flips(step: Step, found: Mapping[str, Any]) -> dict[str, Any]:
     if names is None or names.empty:
         return {"path_ablation": {"why": "no head at the names has a path into the slice that could be ablated"}}
     names = reported(names)
-    flipped = (names["metric_before"] > 0) & (names["metric_after"] < 0)
-    counts = flipped.groupby(names["quad_id"]).agg(["sum", "count"])
+    names = names[names["metric_before"] > 0]  # the others have no answer to flip
+    if names.empty:
+        return {"path_ablation": {"why": "no pair of the confirmation half is answered rightly"}}
+    counts = (names["metric_after"] < 0).groupby(names["quad_id"]).agg(["sum", "count"])
     return {"path_ablation": stats.proportion_interval(counts["sum"], counts["count"], step.params)}
 
 

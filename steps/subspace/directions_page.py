@@ -128,8 +128,8 @@ def dose_curves(doses: pd.DataFrame, params: Subspace) -> tuple[pd.DataFrame, pd
 
 def transfer_table(own: pd.DataFrame, params: Subspace) -> pd.DataFrame:
     """Effect of directions fitted on `source` prompts in pairs of each template (`target`), as a share of that of the
-    directions fitted on the target's own prompts; pairs that the model solves in the target. `recovery`: of the gap."""
-    own, parts = own[(own["metric_clean"] > 0) & (own["metric_corrupt"] < 0)], []
+    directions fitted on the target's own prompts. `recovery`: of the gap."""
+    parts = []
     for target, rows in own.groupby("template", sort=False):
         effect, gap = sums(rows)
         kept = [column for column in effect if (target, column[1]) in effect.columns]
@@ -302,7 +302,7 @@ def number_sentences(n: Numbers, params: Subspace) -> list[str]:
     out = [
         f"One direction {verdict}: the class difference recovers {value(one)}, {one['share']:.0%} of the whole "
         f"residual stream's {value(every)}; asked for was a lower end above {params.restores_recovery} and the clean "
-        f"answer on top in at least {params.restores_share:.0%} of the pairs."
+        f"answer on top in at least {params.restores_share:.0%} of the pairs that are answered rightly."
     ]
     words = []
     for method in ("class means", "probe", "profession means", "rotation"):

@@ -42,7 +42,7 @@ from pipeline.assumed import Case, tokens_of
 from pipeline.costs import Work, plain
 from pipeline.declaration import Table
 from pipeline.params import Shared
-from pipeline.population import load_people
+from pipeline.population import load_people, unambiguous
 from pipeline.rates import timed
 from pipeline.step import Step, StepError
 from pipeline.units import Unit
@@ -120,9 +120,9 @@ def draw(people: pd.DataFrame, count: int, least: int, rng: np.random.Generator)
     """About `count` people at random, as many of each superset and, in it, of each profession as there are.
 
     With few people per superset only its most frequent professions are drawn, so that each gets `least` of them. People
-    of two supersets are left out.
+    of two supersets, and those with a namesake, are left out.
     """
-    people = people[~people["two_supersets"]]
+    people = unambiguous(people)
     people, quota = people.iloc[rng.permutation(len(people))], -(-count // people["superset"].nunique())
     sizes = people.groupby(["superset", "profession"]).size().sort_values(ascending=False, kind="stable")
     kept = sizes.groupby("superset").head(max(1, quota // least)).index.get_level_values("profession")

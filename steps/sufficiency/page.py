@@ -43,15 +43,16 @@ def restoring_sites(records: pd.DataFrame, sites: pd.DataFrame, params: Shared) 
 def slice_restores(joint: pd.DataFrame, held: pd.DataFrame, params: Shared) -> dict[str, Any]:
     """Whether the slice restores the answer, by the same definition as a single site; confirmation half.
 
-    `held` are the slice's rows of the curves. `share`: pairs in which the clean answer comes first. `restores` is None
-    where too few quads leave it open.
+    `held` are the slice's rows of the curves. `share`: answered pairs in which the clean answer comes first, None
+    without such pairs. `restores` is None where too few quads leave it open.
     """
     row = held[held["quantity"] == "recovery"].iloc[0]
     own = reported(joint)
     own = own[(own["direction"] == "denoise") & (own["site_set"] == row["site_set"])]
     span = Interval(row["estimate"], row["low"], row["high"], params.level, row["quads"], "")
     met = site_tables.restores(own, span, params.restores_share, params.restores_recovery)
-    return {"share": float((own["metric_after"] > 0).mean()), "restores": met}
+    right = own[site_tables.answered(own)]
+    return {"share": float((right["metric_after"] > 0).mean()) if len(right) else None, "restores": met}
 
 
 def with_earlier(sites: pd.DataFrame, ablated: Sequence[dict]) -> pd.DataFrame:
@@ -160,9 +161,14 @@ def restores_sentence(together: Mapping[str, Any]) -> str:
         False: "it does not restore the answer",
         None: "too few quads leave it open",
     }
+    if together["share"] is None:
+        return (
+            "No confirmation pair is answered rightly without a patch, so there is no answer for the slice to restore."
+        )
     return (
         f"With the slice's clean values the clean answer comes first in {together['share']:.0%} of the confirmation "
-        f"pairs: by the definition that single sites have to meet, {words[together['restores']]}."
+        "pairs that are answered rightly without a patch: by the definition that single sites have to meet, "
+        f"{words[together['restores']]}."
     )
 
 
