@@ -33,14 +33,15 @@ from pipeline.units import Unit
 SLICE = ("21.6", "mlp 23", "27.1", "23.5", "27.2", "mlp 29", "mlp 24", "27.0", "22.6")
 DEPTH, HEADS = 30, 9
 LENGTHS = {3: 0.42, 4: 0.29, 2: 0.22, 5: 0.07}  # tokens of a name, and the share of the quads with such names
-KEPT = 0.98  # quads found of those wanted
-MOVED = 0.75  # share of a quad's pairs that the model solves in another template
+KEPT = 1.0  # quads found of those wanted
+MOVED = 0.95  # share of the quads whose gap has the right sign in another template, too
 REACH = 0.6  # depth of the sites behind the slice
 ASSUMED = (
     "the slice, the circuit's size and how many backups are tried are those that the default book found, at the same "
     "depth of the model: nine heads and MLPs from 70% of the layers on",
     "names have 2 to 5 tokens, as in the default book; a template's text counts a token a word",
-    f"{KEPT:.0%} of the quads asked for are found, and {MOVED:.0%} of their pairs are solved in another template",
+    f"{KEPT:.0%} of the quads asked for are found, and the gap of {MOVED:.0%} of them has the right sign in another "
+    "template",
 )
 # Bytes of a record in Parquet (measured in the default book): with the labels' logits, without, a path's, others'.
 LABELLED, SHORT = 245, 62

@@ -163,7 +163,7 @@ def test_quads_without_a_gap_of_the_right_sign_are_dropped_whole(some, smollm_to
     assert 0 < right.sum() < len(right)
     assert (pairs.groupby("quad_id")["kept"].first() == right).all()
     halves = pairs[pairs["kept"]].drop_duplicates("quad_id")["half"].value_counts()
-    assert halves.max() - halves.min() <= 1, "both halves keep as many"
+    assert halves.max() - halves.min() <= 2, "both halves keep about as many"
 
 
 def test_too_few_people_for_a_placebo_are_said_with_their_numbers(some, smollm_tokenizer):

@@ -238,21 +238,22 @@ def pair_sentences(m: Measured, table: pd.DataFrame) -> list[str]:
     if "fame_clean" in m.pairs:
         apart = (m.pairs["fame_clean"] - m.pairs["fame_corrupt"]).abs().max()
         left += f" The fame of the two sides of a pair differs by {apart:.2f} nats at most."
-    rows = table.set_index("pairs of")
-    kept, solved = rows.loc["kept"], rows.loc["kept and solved"]
+    rows, count = table.set_index("pairs of"), table.set_index("pairs of")["quads"]
     gaps = [
-        f"Their gap is {of_row(kept)} logits on average. Of the {kept.quads} quads, {solved.quads} are solved: every "
-        "pair has the right word first of the five in the clean prompt, and not in the corrupt one"
-        + (f"; their gap is {of_row(solved)} logits." if solved.quads else ".")
+        f"Their gap is {of_row(rows.loc['kept'])} logits on average. Of the {count['kept']} quads, "
+        f"{count['kept and solved']} are solved: every pair has the right word first of the five in the clean prompt, "
+        "and not in the corrupt one"
+        + (f"; their gap is {of_row(rows.loc['kept and solved'])} logits." if count["kept and solved"] else ".")
     ]
     if "before any selection" in rows.index:
         before, matched = rows.loc["before any selection"], rows.loc["kept and matched"]
         gaps += [
-            f"Of {before.quads} quads of people drawn before any selection, {before.right:.0%} have a gap above zero, "
-            f"and it is {of_row(before)} logits on average.",
-            f"In {matched.quads} of the {kept.quads} quads the people who are swapped for each other are of one region "
-            f"and century, and in {rows.loc['kept, matched, of one gender'].quads} of one gender as well; the gap of "
-            f"the matched quads is {of_row(matched)} logits.",
+            f"Of {count['before any selection']} quads of people drawn before any selection, {before.right:.0%} have a "
+            f"gap above zero, and it is {of_row(before)} logits on average. The people of the pairs that are kept are, "
+            "beside that, known to the model by the name alone, and matched.",
+            f"In {count['kept and matched']} of the {count['kept']} quads the people who are swapped for each other "
+            f"are of one region and century, and in {count['kept, matched, of one gender']} of one gender as well; the "
+            f"gap of the matched quads is {of_row(matched)} logits.",
         ]
     return [left, *gaps]
 

@@ -118,7 +118,7 @@ def margins(m: Measured, role: str, params: RetrievalHeads) -> pd.DataFrame:
     own = reported(m.ablation[m.ablation["position"] == role])
     matrix = quad_matrix(own, "margin_effect", ["site_set"])
     right = own[own["metric_before"] > 0]  # the others have no answer to flip
-    flips = (right["metric_after"] < 0).groupby(right["site_set"]).mean().reindex(matrix.sites["site_set"])
+    flips = (right["metric_after"] < 0).groupby(right["site_set"]).mean().reindex(matrix.sites["site_set"]).fillna(0)
     kinds, sites = zip(*(m.sets[role][index] for index in matrix.sites["site_set"]), strict=True)
     spans = effects.columns(stats.mean_intervals(matrix.values, params))
     return pd.DataFrame(spans).assign(
