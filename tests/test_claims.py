@@ -344,6 +344,16 @@ def test_few_ledgers_support_a_claim_that_only_touches_its_threshold():
     assert (ledgers.min(1) < 0.05).mean() > 0.4 and (40 * ledgers.min(1) < 0.05).mean() <= 0.05
 
 
+def test_ranks_too_coarse_for_the_correction_decide_nothing(tmp_path):
+    what = found()
+    what["retrieval_heads"]["deciding"] = [{"site": "2.1 at last", "p": 0.01, "low": 0.1, "estimate": 1.0}]
+    fine = judged(tmp_path, what)["retrieval_heads"]
+    assert (fine.alone, fine.verdict) == (SUPPORTED, NOT_SUPPORTED)
+    what["retrieval_heads"]["deciding"][0]["smallest"] = 0.01
+    coarse = judged(tmp_path, what)["retrieval_heads"]
+    assert (coarse.alone, coarse.verdict) == (SUPPORTED, NOT_TESTABLE) and "no p small enough" in coarse.reason
+
+
 def test_the_largest_of_several_pays_for_their_number():
     claim = next(claim for claim in CLAIMS if claim.id == "few_directions")
     n = claims.Numbers(0.6, 0.5, 0.7, of=1)

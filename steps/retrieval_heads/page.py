@@ -254,7 +254,7 @@ def shown_tests(tests: pd.DataFrame) -> pd.DataFrame:
 def head_panels(tables: Mapping[str, pd.DataFrame], params: RetrievalHeads) -> dict[str, dict[str, np.ndarray]]:
     """What `plots.heat_map` takes: heads' estimates at each role, and which are significant; confirmation half."""
     own = {f"at {role}": reported(table) for role, table in tables.items()}
-    sure = {role: table.assign(sure=table["p"] <= 1 - params.level) for role, table in own.items()}
+    sure = {role: table.assign(sure=effects.significant(table, params)) for role, table in own.items()}
     return {
         "matrix": {role: site_tables.heads_matrix(table) for role, table in own.items()},
         "significant": {role: site_tables.heads_matrix(table, "sure") for role, table in sure.items()},
@@ -454,7 +454,8 @@ def deciding(found: Mapping[str, Any], tests: pd.DataFrame, senders: pd.DataFram
         return []
     own = tests[~tests["inside"].astype(bool) & tests["test"].isin(TESTS)]
     own = own.assign(p=own["alone"].fillna(own["p"]), site=own["site"] + " at " + own["role"])
-    return (own if len(own) else senders.head(1))[["site", "estimate", "low", "p"]].to_dict("records")
+    rows = own if len(own) else senders.head(1).assign(smallest=np.nan)
+    return rows[["site", "estimate", "low", "p", "smallest"]].to_dict("records")
 
 
 def test_sentences(tests: pd.DataFrame) -> list[str]:

@@ -64,6 +64,7 @@ class Numbers(NamedTuple):
     why: str | None = None  # why there is nothing to judge
     power: float | None = None  # of the step's own test, were the claim true
     of: int = 1  # rows that this is the largest of
+    least: float = 0.0  # smallest p value that its tests can give
 
 
 class Rule(NamedTuple):
@@ -259,7 +260,9 @@ def numbers_of(claim: Claim, found: Mapping[str, Any], params: Shared) -> Number
             tests = at(found, claim.tests, params) if claim.tests else ()
             if claim.tests and not any(row["low"] is not None for row in tests):
                 return Numbers(why="its tests were not made, or rest on too few quads")
-            return Numbers(estimate=len(list(leaves(value))), p=p_of_some(value, tests))
+            least = [row["smallest"] for row in tests if row.get("smallest")]
+            least = max(least, default=0.0) * len({row["site"] for row in tests})
+            return Numbers(estimate=len(list(leaves(value))), p=p_of_some(value, tests), least=least)
         rows = [row for row in (value if isinstance(value, list) else [value]) if row is not None]
         if not rows:
             return Numbers(why="the step has no such numbers here")
@@ -473,6 +476,9 @@ def ledger(found: Mapping[str, Mapping[str, Any] | None], plan: Plan, params: St
             own, n = by_name[entry.id], Numbers(entry.estimate, entry.low, entry.high)
             entry.reason += f"; it holds alone, but not among {len(tested)} claims (p after Holm's correction {p:.2g})"
             entry.reason += shortfall(own, n, entry.threshold, (1 - params.level) / len(tested))
+            if numbers_of(own, found[own.step], params).least * len(tested) >= 1 - params.level:
+                entry.verdict = NOT_TESTABLE
+                entry.reason += ", and its ranks among other heads could give no p small enough"
     frozen = params.frozen == fingerprint(held, params.level)
     for entry in entries:
         if frozen:
