@@ -19,7 +19,9 @@ Form = Literal["plural", "singular", "capitalised"]
 ANSWERS = {
     "superset": {name: name for name in ("artist", "scientist", "athlete", "politician", "writer")},
     "region": {"North America": "American", "Europe": "European"},
+    "gender": {"female": "woman", "male": "man"},
 }
+IRREGULAR = {"woman": "women", "man": "men"}
 SUPERSETS = tuple(ANSWERS["superset"])
 SLOTS = ("a", "b", "c")
 TASKS = ("superset", "bi_association", "odd_one_out", "one_name")
@@ -157,7 +159,7 @@ class Pair:
 
 def plural(word: str) -> str:
     """The plural of a profession or superset: dancers, tennis players, coaches."""
-    return word + ("es" if word.endswith(("s", "x", "ch", "sh")) else "s")
+    return IRREGULAR.get(word) or word + ("es" if word.endswith(("s", "x", "ch", "sh")) else "s")
 
 
 def in_form(word: str, form: Form) -> str:

@@ -170,6 +170,8 @@ def test_too_few_people_for_a_placebo_are_said_with_their_numbers(some, smollm_t
     few = some[some["region"] == "Europe"]
     with pytest.raises(ValueError, match="70 left.*no match in token count and fame: 10 quads dropped"):
         built(few, smollm_tokenizer, 5.0)
+    with pytest.raises(ValueError, match="has no column 'gender'"):
+        placebo.classes(some.drop(columns="gender", errors="ignore"), "gender")
     with pytest.raises(ValueError, match="unknown attribute 'height'"):
         tasks.candidates(smollm_tokenizer, tasks.TEMPLATES["profession_both"], "height")
 
@@ -178,7 +180,7 @@ def test_an_ordinary_pair_records_the_answers_of_other_attributes(smollm_tokeniz
     row = dict(pair_id="p", quad_id="q", half="discovery", task="superset", template="profession_both")
     row |= dict(clean_a="Al Pacino", clean_b="Tom Hanks", corrupt_a="Al Pacino", corrupt_b="Tom Cruise")
     pair = tasks.make_pair(smollm_tokenizer, row | dict(answer="artist", corrupt_answer="politician"))
-    assert {"Americans", "Europeans"} <= set(pair.labels) and "artists" not in pair.labels
+    assert {"Americans", "Europeans", "women", "men"} <= set(pair.labels) and "artists" not in pair.labels
     # what step 01 counts as labels of professions stays that
     assert "Americans" not in tasks.labels(smollm_tokenizer, tasks.TEMPLATES["profession_both"])[0]
 
@@ -196,8 +198,8 @@ def swept(attribute, shares, quads, half="confirmation", noise=0.1, seed=0):
             own = many(moved, list(gaps), site_set=place, direction=direction, half=half, attribute=attribute)
             rows += [row | {"quad_id": f"{attribute}{half}{row['quad_id']}", "kl_after": share} for row in own]
     frame = table(rows)
-    after = [np.array([0, 0, 0, 0, m, 0, 2 * m]) for m in frame["kl_after"]]
-    return frame.assign(answers_before=[np.zeros(7)] * len(frame), answers_after=after)
+    after = [np.array([0, 0, 0, 0, m, 0, 2 * m, 0, 0]) for m in frame["kl_after"]]
+    return frame.assign(answers_before=[np.zeros(9)] * len(frame), answers_after=after)
 
 
 def compared(placebo_share, quads=24):
@@ -211,7 +213,10 @@ def compared(placebo_share, quads=24):
 
 @pytest.mark.parametrize(
     ("share", "verdict", "words"),
-    [(0.1, "specific", "is specific to supersets"), (0.7, "general", "reads out the names' region as well")],
+    [
+        (0.1, "specific", "against region the slice is specific to supersets"),
+        (0.7, "general", "reads out the names' region as well"),
+    ],
 )
 def test_the_slice_is_judged_by_its_quotient_on_kept_pairs(share, verdict, words):
     m, params = compared(share)

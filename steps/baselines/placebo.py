@@ -33,8 +33,12 @@ ASKED = 3  # people of each superset and class asked about, for each that is wan
 
 
 def classes(people: pd.DataFrame, attribute: str) -> pd.Series:
-    """Each person's class of an attribute, "" for those who have none of its classes."""
-    known = {"region": people["region"].where(people["century"] >= MODERN, "")}[attribute]
+    """Each person's class of an attribute, "" for those who have none of its classes. ValueError if none is known."""
+    if attribute not in people:
+        raise ValueError(f"the table of people has no column {attribute!r}")
+    known = people[attribute]
+    if attribute == "region":
+        known = known.where(people["century"] >= MODERN, "")
     return known.where(known.isin(ANSWERS[attribute].keys()), "")
 
 

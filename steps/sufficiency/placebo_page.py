@@ -102,9 +102,9 @@ def slice_sentence(attribute: str, rows: pd.DataFrame, params: Shared) -> str:
     by = {(row.choice, row.direction): row for row in rows.itertuples()}
     kept, every = by["kept", "denoise"], by["all", "denoise"]
     what = {
-        "specific": "the slice is specific to supersets",
+        "specific": f"against {attribute} the slice is specific to supersets",
         "general": f"the slice is not specific to supersets: it reads out the names' {attribute} as well",
-        "open": "whether the slice is specific to supersets is not decided",
+        "open": f"whether the slice is specific to supersets against {attribute} is not decided",
     }
     asked = f"surely less than {params.specific_ratio:g} was asked for"
     quads = min(kept.quads, kept.placebo_quads)
