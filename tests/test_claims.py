@@ -132,6 +132,14 @@ def judged(folder, what=None, **changed):
     return {entry.id: entry for entry in entries}
 
 
+def test_a_claim_that_a_profile_leaves_out_is_not_tested(tmp_path):
+    own = story_params(tmp_path).model_copy(update={"left_out": ("general_supersets",)})
+    entry = next(entry for entry in claims.ledger(found(), PLAN, own) if entry.id == "general_supersets")
+    assert entry.verdict == NOT_TESTED and "leaves it out" in entry.reason
+    with pytest.raises(claims.ClaimError, match="there is no claim general_sets"):
+        claims.thresholds(own.model_copy(update={"left_out": ("general_sets",)}))
+
+
 def test_the_schema_committed_is_the_models_own():
     assert (ROOT / "data/claims.schema.json").read_text(encoding="utf-8") == claims.schema()
 

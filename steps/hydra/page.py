@@ -341,12 +341,14 @@ def control_sentences(split: pd.DataFrame) -> list[str]:
         own = {row.part: row for row in rows[rows["slice"] != "slice"].itertuples()}
         if own:
             real = rows[(rows["slice"] == "slice") & (rows["part"] == "total")].iloc[0]
-            apart = own["total"].low is not None and own["total"].low > real["high"]
+            few = pd.isna(own["total"].low) or pd.isna(real["high"])
+            apart = "there are too few quads to test that" if few else "that is not shown"
+            apart = "so it is" if not few and own["total"].low > real["high"] else apart
             each = [f"{WORDS[part]} {shown(row)}" for part, row in own.items() if part not in ("total", "direct")]
             out.append(
                 f"Control (`{ablation}`): random slices of the same make-up change logit_diff by {shown(own['total'])} "
                 f"logits (their own direct effect {shown(own['direct'])}, {listed(each)}). Expected was clearly less "
-                f"than the slice: {'so it is' if apart else 'that is not shown'}."
+                f"than the slice: {apart}."
             )
     return out
 

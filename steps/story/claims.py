@@ -306,6 +306,8 @@ def thresholds(
             if name in held_by:
                 why = f"its threshold is the parameter {held_by[name]}; change that"
             raise ClaimError(f"claims of section story: {name} = {params.claims[name]!r}: {why}")
+    if unknown := set(params.left_out) - held_by.keys():
+        raise ClaimError(f"left_out of section story: there is no claim {', '.join(sorted(unknown))}")
     out: dict[str, tuple[float | None, str]] = {}
     for claim in CLAIMS:
         if claim.threshold_from is not None:
@@ -344,7 +346,9 @@ def judge(
 ) -> Entry:
     """The entry of one claim, decided alone; `found` are the findings of its step, None if it has not run."""
     rule, page, n = RULES[claim.rule], plan.page(claim.step), Numbers()
-    if found is None:
+    if claim.id in params.left_out:
+        verdict, reason = NOT_TESTED, "this profile leaves it out: it has too few quads of each class"
+    elif found is None:
         verdict, reason = NOT_TESTED, f"step {page[:2]} ({claim.step}) has not run"
     elif found.get("able") is False:
         verdict, reason = NOT_TESTABLE, found["sentences"][0]

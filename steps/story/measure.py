@@ -29,7 +29,7 @@ from pipeline import costs
 from pipeline.assumed import Case
 from pipeline.costs import Machine, Work, sweep_unit, total
 from pipeline.declaration import SUPERSET_TASKS, Declaration, Table
-from pipeline.params import OfSlice, Share
+from pipeline.params import OfSlice, Share, Words
 from pipeline.step import Step, single_sites
 from pipeline.units import Unit, subsample, sweep_units
 from steps.story import attribution, circuits
@@ -49,6 +49,7 @@ class Story(OfSlice):
         32, ge=1, description="pairs on which gradient attribution is compared with patching"
     )
     claims: dict[str, float] = Field(default_factory=dict, description="threshold of each claim; none may be missing")
+    left_out: Words = Field((), description="claims about each class that too few quads of a class are there to judge")
     fresh: bool = Field(False, description="the people were kept aside until now; opened once, under one `frozen` hash")
     frozen: str = Field("", description="hash of thresholds and rules, if set before results (python -m steps freeze)")
 
@@ -271,7 +272,7 @@ STEP = Declaration(
     placebo=True,
     reads={"sufficiency": ("critical_slice",)},
     reads_tables=("sufficiency", "necessity"),
-    page_keys=("claims", "fresh", "frozen"),
+    page_keys=("claims", "left_out", "fresh", "frozen"),
     page_files=("data/filter_heads_llama-3.3-70b.csv", "data/claims.yaml", "data/claims.schema.json"),
     extra_files=("claims.json",),
 )

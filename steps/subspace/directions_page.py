@@ -297,8 +297,8 @@ def number_sentences(n: Numbers, params: Subspace) -> list[str]:
     """Whether one direction suffices, how many reach the share, and whether they beat random ones."""
     numbers, paired = n.by_number, n.against_random
     one, every = row_of(numbers, *ONE), row_of(numbers, "whole", 0)
-    few = " (too few quads)" * (n.restores is None)
-    verdict = "suffices" if n.restores else f"is not shown to suffice{few}"
+    verdict = "is tested on too few quads to say whether it suffices"
+    verdict = verdict if n.restores is None else "suffices" if n.restores else "is not shown to suffice"
     out = [
         f"One direction {verdict}: the class difference recovers {value(one)}, {one['share']:.0%} of the whole "
         f"residual stream's {value(every)}; asked for was a lower end above {params.restores_recovery} and the clean "
