@@ -2,7 +2,7 @@
 
 1. `read`: plain runs; every head's output (its slice of the o_proj input), and the streams that the slice's sites are
    given, at the last token of each name or of the prompt.
-2. `told`: a linear classifier (scikit-learn) on one head's output tells the class. Quads are whole in a fold, so no
+2. `told`: a ridge classifier (scikit-learn) on one head's output tells the class. Quads are whole in a fold, so no
    person of a test fold is in training; chance is one over the number of classes. At the names a second one tells the
    profession among those of the name's own superset.
 3. `shares`: what the slice makes of it. At a receiver, classes lie apart in what its values and output projection make
@@ -23,10 +23,9 @@ import pandas as pd
 import pandera.pandas as pa
 import torch
 from jaxtyping import Float, Int
-from sklearn.linear_model import RidgeClassifier
+from sklearn.linear_model import Ridge
 from sklearn.model_selection import GroupKFold
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
+from sklearn.utils.class_weight import compute_sample_weight
 from torch import Tensor, nn
 
 from lib import hooks, paths
@@ -224,15 +223,15 @@ def told(
         return out
     right, classes = np.full(values.shape[:2], np.nan), np.unique(labels)
     rivals = np.array([[(group[labels == one] == mine).any() for one in classes] for mine in group])
+    sides = np.where(labels[:, None] == classes, 1.0, -1.0)
     for train, held in GroupKFold(FOLDS, shuffle=True, random_state=seed).split(labels, labels, own["quad_id"]):
+        rare = compute_sample_weight("balanced", labels[train])
         for head in range(values.shape[1]):
-            ridge = make_pipeline(StandardScaler(), RidgeClassifier(alpha=values.shape[2], class_weight="balanced"))
-            scores = ridge.fit(values[train, head], labels[train]).decision_function(values[held, head])
-            scores = np.stack([-scores, scores], 1) if scores.ndim == 1 else scores
-            places = np.isin(classes, ridge.classes_)
-            full = np.full((len(held), len(classes)), -np.inf)
-            full[:, places] = scores
-            right[held, head] = classes[np.where(rivals[held], full, -np.inf).argmax(1)] == labels[held]
+            middle, spread = values[train, head].mean(0), values[train, head].std(0)
+            scaled = (values[:, head] - middle) / np.where(spread > 0, spread, 1)
+            ridge = Ridge(alpha=values.shape[2]).fit(scaled[train], sides[train], sample_weight=rare)
+            scores = np.where(rivals[held], ridge.predict(scaled[held]), -np.inf)
+            right[held, head] = classes[scores.argmax(1)] == labels[held]
     out[some] = (right - 1 / rivals.sum(1)[:, None]) * even(own, by, within[0] if within else "all")[:, None]
     return out
 
