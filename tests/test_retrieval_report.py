@@ -176,6 +176,9 @@ def test_nine_quads_are_not_testable_in_findings_sentences_and_verdicts():
         said = " ".join([*page.verdict_sentences(found, asked), *page.test_sentences(asked)])
         assert said.count("not testable here") == 3 and "not supported" not in said
     assert "9 quads, 20 needed" in page.senders_sentence(route, "names", P)
+    m = measured(heads={"names": []}, routes={"slice at names": route})
+    assert "not testable with 9 quads, 20 are needed" in page.ablation_sentences(m, P)[0]
+    assert "9.1 at `names` (not testable in any)" in page.test_sentences(tests)[0]
     enough = measured(heads={"names": []}, routes={"slice at names": tables({GOOD: 1.0})["path"]})
     assert page.verdicts(tests[:0], enough, None, span(1.0, 0.5, 1.5))["two_stages"] is False
 

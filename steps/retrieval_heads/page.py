@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -318,8 +319,10 @@ def tests_figure(step: Step, m: Measured) -> Figure | None:
     """The four tests, where any head was put to them."""
     tests = tests_of(m, step.params)
     tests = tests[~tests["test"].isin(BESIDE)]
-    named = tests.assign(site=tests["site"] + " at " + tests["role"], passed=tests["verdict"] == SUPPORTED)
-    return plots.four_tests(named, UNITS) if len(tests) else None
+    lines = {test: fill(test, 14) for test in TESTS}
+    about = {"site": tests["site"] + " at " + tests["role"], "test": tests["test"].map(lines)}
+    named = tests.assign(passed=tests["verdict"] == SUPPORTED, **about)
+    return plots.four_tests(named, {lines[test]: unit for test, unit in UNITS.items()}) if len(tests) else None
 
 
 def tests_table(step: Step, m: Measured) -> pd.DataFrame | Markdown:
@@ -389,7 +392,13 @@ def ablation_sentences(m: Measured, params: RetrievalHeads) -> list[str]:
     out = []
     for role, heads in m.heads.items():
         if not heads:
-            out.append(f"No head at `{role}` outside the slice has a path into it that is significant on discovery.")
+            quads = int(m.routes[f"slice at {role}"]["quads"].min())
+            few = f": this is {NOT_TESTABLE} with {quads} quads, {stats.MINIMUM_CLUSTERS} are needed"
+            out.append(
+                f"No head at `{role}` outside the slice has a path into it that is significant on discovery"
+                + few * (quads < stats.MINIMUM_CLUSTERS)
+                + "."
+            )
             continue
         row = margins(m, role, params).query("kind == 'together'").iloc[0]
         out.append(
@@ -453,7 +462,8 @@ def deciding(found: Mapping[str, Any], tests: pd.DataFrame, senders: pd.DataFram
     if found["two_stages"] is None:
         return []
     own = tests[~tests["inside"].astype(bool) & tests["test"].isin(TESTS)]
-    own = own.assign(p=own["alone"].fillna(own["p"]), site=own["site"] + " at " + own["role"])
+    own = own.assign(p=own["alone"].fillna(own["p"]), smallest=1 / (1 + own["null"].astype(float)))
+    own = own.assign(site=own["site"] + " at " + own["role"])
     rows = own if len(own) else senders.head(1).assign(smallest=np.nan)
     return rows[["site", "estimate", "low", "p", "smallest"]].to_dict("records")
 
@@ -465,17 +475,18 @@ def test_sentences(tests: pd.DataFrame) -> list[str]:
     out = []
     for inside, words in ((False, "outside the slice"), (True, "of the slice")):
         own = tests[(tests["inside"] == inside) & ~tests["test"].isin(BESIDE)]
-        each = []
+        each: dict[str, list[str]] = {}
         for (site, role), rows in own.groupby(["site", "role"], sort=False):
             held = rows.loc[rows["verdict"] == SUPPORTED, "test"]
             blind = rows.loc[rows["verdict"] == NOT_TESTABLE, "test"]
-            each.append(
-                f"{site} at `{role}` ({listed(held)}" + f"; {NOT_TESTABLE}: {listed(blind)}" * bool(len(blind)) + ")"
-            )
+            said = f"{NOT_TESTABLE} in any" if len(blind) == len(rows) else listed(held)
+            said += f"; {NOT_TESTABLE}: {listed(blind)}" * (0 < len(blind) < len(rows))
+            each.setdefault(said, []).append(f"{site} at `{role}`")
+        passed = listed(f"{listed(heads)} ({said})" for said, heads in each.items())
         null, least = own["null"].dropna(), own["smallest"].dropna()
         if each and len(null):
             out.append(
-                f"Heads {words} pass: {listed(each)}. Each is ranked among {null.min():g} to {null.max():g} other "
+                f"What heads {words} pass: {passed}. Each is ranked among {null.min():g} to {null.max():g} other "
                 f"heads of the nearest layers; the smallest p that this can give, after Holm's correction, is "
                 f"{least.max():.2g} or less."
             )
