@@ -163,6 +163,8 @@ MONTHS = ("November", "Article")  # words before a year that name nobody
 def test_whom_the_code_and_the_pages_cite_is_in_the_references():
     """Every "Name 1999" or "Name et al. 1999" is a first author with that year, or one beside it (preprints)."""
     source = (ROOT / "book/references.bib").read_text(encoding="utf-8").replace("{\\'a}", "a")
+    keys = re.findall(r"^@\w+{([^,]+),", source, re.M)
+    assert len(set(keys)) == len(keys)
     entries = re.findall(r"author = \{+(\w[\w -]*)\}?,? ?.*?year = \{(\d+)\}", source, re.S)
     known = {(name.split()[-1].rpartition("-")[2], int(year) + by) for name, year in entries for by in (-1, 0, 1)}
     files = [path for room in ("lib", "pipeline", "report", "steps") for path in (ROOT / room).rglob("*.py")]
