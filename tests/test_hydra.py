@@ -409,11 +409,10 @@ def test_the_first_class_neutral_ablation_judges_the_slice():
     taken = page.necessity(needed(falls, most | {"counterfactual": 1.0}), P).set_index("ablation")
     assert taken["estimate"].to_dict() == pytest.approx({"mean": 0.6, "resample": 0.5, "counterfactual": 0.9})
     assert taken["judges"].to_dict() == {"mean": False, "resample": True, "counterfactual": False}
-    said = page.necessity_sentence(taken.reset_index())
-    assert (
-        "0.20 [0.20, 0.20] of at most 0.40 [0.40, 0.40] of the gap under `resample`, 0.50 [0.50, 0.50] of its" in said
-    )
+    said = page.necessity_sentences(taken.reset_index())
+    assert "0.50 [0.50, 0.50] under `resample` (0.20 [0.20, 0.20] of 0.40 [0.40, 0.40] of the gap)" in said[0]
+    assert "0.60 [0.60, 0.60] under `mean`" in said[1] and "`resample`" not in said[1]
     alone = page.necessity(needed({"counterfactual": 0.9}, {"counterfactual": 1.0}), P)
-    assert not alone["judges"].any() and "is not testable" in page.necessity_sentence(alone)
+    assert not alone["judges"].any() and "is not testable" in page.necessity_sentences(alone)[0]
     none = page.necessity(needed(falls, {"mean": -0.1, "resample": 0.4, "counterfactual": 1.0}), P)
     assert {*none["ablation"]} == {"resample", "counterfactual"}, "a ceiling that is not above zero has no shares"

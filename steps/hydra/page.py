@@ -369,17 +369,22 @@ def necessity(frame: pd.DataFrame, params: Hydra) -> pd.DataFrame:
     return out.assign(**of_gap, judges=out["ablation"] == lead)
 
 
-def necessity_sentence(table: pd.DataFrame) -> str:
-    """Whether the slice is needed, judged under a class-neutral ablation."""
-    each = listed(
-        f"{row.damage} of at most {row.ceiling} of the gap under `{row.ablation}`, {of_row(row)} of its ceiling"
-        for row in table.itertuples()
+def necessity_sentences(table: pd.DataFrame) -> list[str]:
+    """Whether the slice is needed: as the judging ablation has it, and as the others have it."""
+
+    def taken(row: Any) -> str:
+        return f"{of_row(row)} under `{row.ablation}` ({row.damage} of {row.ceiling} of the gap)"
+
+    judge, others = (list(table[table["judges"] == wanted].itertuples()) for wanted in (True, False))
+    told = [
+        f"Ablated as a whole by values that take no side, the slice takes away {taken(row)} of what the whole final "
+        "residual stream does."
+        for row in judge
+    ] or ["Whether the slice is needed is not testable: no class-neutral ablation has a ceiling above zero here."]
+    each = listed(taken(row) for row in others)
+    return told + (
+        [f"Its share of the ceiling is {each}; `counterfactual` is recovery in mirror pairs."] * bool(others)
     )
-    if not table["judges"].any():
-        return (
-            "Necessity of the slice is not testable: no class-neutral ablation has a ceiling above zero here. " + each
-        )
-    return f"Ablated as a whole, the slice takes away {each} (confirmation half)."
 
 
 def findings(step: Step, rounds: Sequence[Round], needed: pd.DataFrame) -> dict[str, Any]:
@@ -390,13 +395,14 @@ def findings(step: Step, rounds: Sequence[Round], needed: pd.DataFrame) -> dict[
     own = reported(changes(first.frame))
     residual = max(changes(one.frame)["residual"].abs().max() for one in rounds)
     taken = necessity(needed, params)
+    needed_told = necessity_sentences(taken)
     end, compared = ending(rounds, params), split_sentences(split, ratios, spread, params)
     sentences = [
         f"The slice ({listed(effects.site_name(*site) for site in first.sites)}) was ablated as a whole at `last`; "
         f"what follows is about {own['pair_id'].nunique()} pairs of {own['quad_id'].nunique()} quads of the "
         f"{own['half'].iloc[0]} half. In every pair the parts add up to the total change: the largest residual is "
         f"{residual:.1e} logits.",
-        necessity_sentence(taken),
+        *needed_told,
         *compared,
         *control_sentences(split),
         *backup_sentences(rounds, params),
@@ -423,7 +429,7 @@ def findings(step: Step, rounds: Sequence[Round], needed: pd.DataFrame) -> dict[
         "sentences": sentences,
         "headline": [
             end,
-            necessity_sentence(taken),
+            needed_told[0],
             compared[0].partition(" In the ")[0],
         ],  # without the spread over single pairs
     }
