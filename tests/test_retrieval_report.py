@@ -146,6 +146,10 @@ def test_a_head_is_a_retrieval_head_only_if_it_passes_all_four_tests():
     found = page.verdicts(tests, m, pd.Series({"low": 0.7}), span(1.0, 0.5, 1.5))
     assert found["retrieval_heads"] == {"names": ["9.1"]} and found["two_stages"] and found["mlps_at_the_names"]
     assert "9.1 at `names`, of 2 heads" in page.verdict_sentences(found, tests)[0]
+    like_others = tables({GOOD: 1.0, BLIND: 0.012})[page.TESTS[1]]  # above chance, as half of the others are
+    both = page.four_tests(named(GOOD, BLIND), own | {page.TESTS[1]: like_others}, P).assign(role="names", inside=False)
+    assert page.passing(both)["9.2", "names"] == page.NOT_SUPPORTED
+    assert page.above_chance(both) == ["9.1 at `names`", "9.2 at `names`"] and len(page.above_chance(tests)) == 1
     deciding = pd.DataFrame(page.deciding(found, tests, None))  # claims are corrected anew, for the heads tried
     assert deciding.groupby("site")["p"].max()["9.1 at names"] == pytest.approx(1 / 121)
     shown = page.shown_tests(tests)

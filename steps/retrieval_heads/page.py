@@ -210,6 +210,14 @@ def passing(tests: pd.DataFrame, which: Sequence[str] = TESTS) -> dict[str, str]
     return {key: SUPPORTED if all_of == {SUPPORTED} else one[NOT_SUPPORTED in all_of] for key, all_of in said.items()}
 
 
+def above_chance(tests: pd.DataFrame) -> list[str]:
+    """Heads that pass all tests where the probe need only beat chance, not the probes of other heads."""
+    others = passing(tests, [test for test in TESTS if test != TESTS[1]])
+    told = tests[(tests["test"] == TESTS[1]) & (tests["low"] > 0)]
+    keys = zip(told["site"], told["role"], strict=True)
+    return [f"{site} at `{role}`" for site, role in keys if others[site, role] == SUPPORTED]
+
+
 def edges_table(records: pd.DataFrame, params: RetrievalHeads) -> pd.DataFrame:
     """Edges of the two-hop path, confirmation half: source, target, mean effect (logits), and whether it is other than
     zero (max-T over all edges at one token; nothing is claimed of too few quads)."""
@@ -448,7 +456,9 @@ def verdict_sentences(found: dict, tests: pd.DataFrame) -> list[str]:
     return [
         f"Retrieval heads outside the slice, by all four tests: {listed(heads)}, of {asked} heads put to them"
         + f" ({NOT_TESTABLE} at this size: {listed(open_ones)})" * bool(open_ones)
-        + f". Two stages, names to retrieval heads to slice: {answers[found['two_stages']]}.",
+        + f". Two stages, names to retrieval heads to slice: {answers[found['two_stages']]}. Where the probe need only "
+        f"beat chance, all tests are passed outside the slice by {listed(above_chance(outside))}, in it by "
+        f"{listed(above_chance(tests[tests['inside'].astype(bool)]))}.",
         "Retrieval and aggregation are one stage, the slice's own heads reading the names and writing the class: "
         f"{answers[found['one_stage']]}; slice heads that attend to the names and write the class, more than the heads "
         f"that they are ranked among: {listed(found['slice_heads_that_retrieve'])}.",
