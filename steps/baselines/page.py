@@ -250,7 +250,7 @@ def pair_sentences(m: Measured, table: pd.DataFrame) -> list[str]:
         gaps += [
             f"Of {count['before any selection']} quads of people drawn before any selection, {before.right:.0%} have a "
             f"gap above zero, and it is {of_row(before)} logits on average. The people of the pairs that are kept are, "
-            "beside that, known to the model by the name alone, and matched.",
+            "beside that, known to the model by the name alone, and matched in fame.",
             f"In {count['kept and matched']} of the {count['kept']} quads the people who are swapped for each other "
             f"are of one region and century, and in {count['kept, matched, of one gender']} of one gender as well; the "
             f"gap of the matched quads is {of_row(matched)} logits.",
