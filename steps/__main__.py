@@ -70,7 +70,7 @@ class Build:
     def fingerprint(self) -> str:
         """The hash of the profile's thresholds and of the claims' rules."""
         own = self.of("story")
-        return claims.fingerprint(claims.thresholds(own, lambda step, _: self.of(step).model_dump()), own.level)
+        return claims.fingerprint(claims.thresholds(own, lambda step, _: self.of(step).model_dump()), own)
 
     def keys_of(self, step: str) -> str:
         """The data key and the page key of a step, a line each."""

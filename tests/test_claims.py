@@ -418,18 +418,19 @@ def test_each_verdict_says_what_kind_of_evidence_it_is(tmp_path):
 def test_what_was_frozen_came_before_until_a_threshold_or_a_rule_changes(tmp_path, monkeypatch):
     params_ = story_params(tmp_path)
     held = claims.thresholds(params_)
-    frozen = params_.model_copy(update={"frozen": claims.fingerprint(held, params_.level)})
+    frozen = params_.model_copy(update={"frozen": claims.fingerprint(held, params_)})
     entries = claims.ledger(found(), PLAN, frozen)
     assert {(entry.came, entry.tier) for entry in entries} <= {("before", claims.HALF), ("before", None)}
     assert "were frozen before" in story.fingerprint_sentence(frozen)
     other = held | {"one_layer": (0.51, "story.claims.one_layer")}
-    assert claims.fingerprint(other, params_.level) != frozen.frozen
-    assert claims.fingerprint(held, 0.99) != frozen.frozen
+    assert claims.fingerprint(other, params_) != frozen.frozen
+    for changed in ({"level": 0.99}, {"left_out": ("one_layer",)}):
+        assert claims.fingerprint(held, params_.model_copy(update=changed)) != frozen.frozen
     words = [claim.model_copy(update={"text": "Other words.", "came": None}) for claim in CLAIMS]
     monkeypatch.setattr(claims, "CLAIMS", tuple(words))
-    assert claims.fingerprint(held, params_.level) == frozen.frozen
+    assert claims.fingerprint(held, params_) == frozen.frozen
     monkeypatch.setattr(claims, "CLAIMS", (words[0].model_copy(update={"rule": "above"}), *words[1:]))
-    assert claims.fingerprint(held, params_.level) != frozen.frozen
+    assert claims.fingerprint(held, params_) != frozen.frozen
     assert "is another now" in story.fingerprint_sentence(frozen)
 
 
@@ -437,12 +438,12 @@ def test_fresh_people_are_opened_once_under_frozen_rules(tmp_path):
     own = story_params(tmp_path).model_copy(update={"fresh": True})
     with pytest.raises(claims.ClaimError, match="under frozen rules alone"):
         claims.open_fresh(own)
-    frozen = own.model_copy(update={"frozen": claims.fingerprint(claims.thresholds(own), own.level)})
+    frozen = own.model_copy(update={"frozen": claims.fingerprint(claims.thresholds(own), own)})
     claims.open_fresh(frozen)
     claims.open_fresh(frozen)  # the same again
     assert {entry.tier for entry in claims.ledger(found(), PLAN, frozen)} == {claims.FRESH, None}
     other = story_params(tmp_path, one_layer=0.4).model_copy(update={"fresh": True})
-    other = other.model_copy(update={"frozen": claims.fingerprint(claims.thresholds(other), other.level)})
+    other = other.model_copy(update={"frozen": claims.fingerprint(claims.thresholds(other), other)})
     with pytest.raises(claims.ClaimError, match=f"opened under the thresholds and rules '{frozen.frozen}'"):
         claims.open_fresh(other)
 

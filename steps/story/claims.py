@@ -324,11 +324,13 @@ def thresholds(
     return out
 
 
-def fingerprint(held: Mapping[str, tuple[float | None, str]], level: float) -> str:
-    """The hash of every claim's threshold and rule: what decides a verdict, but for the numbers."""
+def fingerprint(held: Mapping[str, tuple[float | None, str]], params: Story) -> str:
+    """The hash of every claim's threshold and rule, and of what is left out: all that decides but for the numbers."""
     words = {"section", "text", "quantity", "figure", "rows", "came"}
     rules = {claim.id: [held[claim.id][0], claim.model_dump(mode="json", exclude=words)] for claim in CLAIMS}
-    return keys.hash_json({"level": level, "correction": "Holm", "claims": rules})[:16]
+    return keys.hash_json(
+        {"level": params.level, "correction": "Holm", "claims": rules, "left_out": sorted(params.left_out)}
+    )[:16]
 
 
 def recorded(step: str, params: Shared) -> Mapping[str, Any]:
@@ -483,7 +485,7 @@ def ledger(found: Mapping[str, Mapping[str, Any] | None], plan: Plan, params: St
             if numbers_of(own, found[own.step], params).least * len(tested) >= 1 - params.level:
                 entry.verdict = NOT_TESTABLE
                 entry.reason += ", and its ranks among other heads could give no p small enough"
-    frozen = params.frozen == fingerprint(held, params.level)
+    frozen = params.frozen == fingerprint(held, params)
     for entry in entries:
         if frozen:
             entry.came, entry.set, entry.seen = "before", None, None
@@ -497,7 +499,7 @@ def open_fresh(params: Story) -> None:
 
     ClaimError where that is another set than it was the first time: what has been seen once is no longer fresh.
     """
-    own = fingerprint(thresholds(params), params.level)
+    own = fingerprint(thresholds(params), params)
     if params.frozen != own:
         raise ClaimError(
             f"fresh people are opened under frozen rules alone: give frozen = {own!r} (it is {params.frozen!r})"

@@ -206,7 +206,7 @@ def overlap(circuit: Mapping[str, Any], slice_found: Mapping[str, Any] | None, p
 def document(entries: Sequence[Entry], parts: Sequence[str], params: Story) -> dict[str, Any]:
     """claims.json, by its model."""
     about = {key: getattr(params, key) for key in ("profile", "model", "task", "level")}
-    print_of = claims.fingerprint(claims.thresholds(params), params.level)
+    print_of = claims.fingerprint(claims.thresholds(params), params)
     about |= {"correction": claims.CORRECTION, "fingerprint": print_of, "frozen": print_of == params.frozen}
     return plain(claims.Ledger(**about, sentence=parts, claims=entries).model_dump())
 
@@ -326,7 +326,7 @@ def tally(entries: Sequence[Entry]) -> str:
 
 def fingerprint_sentence(params: Story) -> str:
     """The hash of thresholds and rules, and whether it was set before the results."""
-    own = claims.fingerprint(claims.thresholds(params), params.level)
+    own = claims.fingerprint(claims.thresholds(params), params)
     if own == params.frozen:
         return f"Thresholds and rules were frozen before results of this profile were seen: their hash is `{own}`."
     other = f", which holds `{params.frozen}`: a threshold or rule is another now" if params.frozen else ""
