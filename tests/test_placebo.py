@@ -205,10 +205,13 @@ def swept(attribute, shares, quads, half="confirmation", noise=0.1, seed=0):
 def compared(placebo_share, quads=24):
     frame = pd.concat([swept("superset", (0.8, 1.0, 0.4), 22), swept("region", (placebo_share, 1.0, 0.1), quads)])
     wrong = swept("region", (-1.0, 1.0, 0.1), 6, seed=2).assign(quad_id=lambda own: "wrong" + own["quad_id"])
-    kept = dict.fromkeys(frame["quad_id"], True) | dict.fromkeys(wrong["quad_id"], False)
+    quads = pd.concat([frame, wrong]).drop_duplicates("quad_id").set_index("quad_id")[[]]
+    quads = quads.assign(
+        kept=~quads.index.str.startswith("wrong"), shared=np.where(range(len(quads)), "artist", "poet")
+    )
     sets = [measured.SLICE, measured.WHOLE, "21.6"]
     params = Shared(model="m", resamples=300).model_copy(update={"specific_ratio": 0.5})
-    return measured.specificity(pd.concat([frame, wrong]), kept, sets, params), params
+    return measured.specificity(pd.concat([frame, wrong]), quads, sets, params), params
 
 
 @pytest.mark.parametrize(
@@ -225,6 +228,8 @@ def test_the_slice_is_judged_by_its_quotient_on_kept_pairs(share, verdict, words
     assert (row["quads"], row["placebo_quads"]) == (22, 24)
     every = m.joint[m.joint["choice"] == "all"]
     assert set(every["placebo_quads"]) == {30} and (every["quotient_estimate"] < row["quotient_estimate"]).all()
+    assert m.classes[["shared", "quads"]].values.tolist() == [["artist", 23], ["writer", 1]]
+    assert m.classes["estimate"].iloc[0] == pytest.approx(share, abs=0.05)
     assert m.parts["site"].tolist() == ["21.6"] and m.parts["verdict"].tolist() == ["specific"]
     found = placebo_page.findings(m, params)
     assert words in found["sentences"][0] and found["headline"] == found["sentences"][:1]

@@ -140,6 +140,6 @@ def specificity_of(step: Step, members: Sequence[Site], size: int) -> Specificit
     if pairs is None:
         return None
     leading = members[: max(size, step.params.placebo_sites)]
-    kept = pairs.drop_duplicates("quad_id").set_index("quad_id")["kept"].to_dict()
+    quads = pairs.drop_duplicates("quad_id").set_index("quad_id")[["kept", "shared"]]
     sets = [*placebo.site_sets(leading, size, step.n_layers - 1)]
-    return placebo.specificity(step.table(placebo.TABLE, leading, size), kept, sets, step.params)
+    return placebo.specificity(step.table(placebo.TABLE, leading, size), quads, sets, step.params)

@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -99,18 +99,19 @@ class Specificity(NamedTuple):
 
     joint: pd.DataFrame  # the slice: a row per attribute, choice of placebo pairs and direction
     parts: pd.DataFrame  # its heads, its MLPs, and each site alone: a row per attribute and set, with its verdict
+    classes: pd.DataFrame  # the slice, by the superset of the four people (`shared`)
     moved: pd.DataFrame  # how far the slice moves each attribute's answers, and the whole vocabulary
 
 
-def specificity(frame: pd.DataFrame, kept: Mapping[str, bool], sets: Sequence[str], params: Shared) -> Specificity:
-    """Everything that is said of the placebo; `kept` says of each placebo quad whether its gap is above the noise, and
-    `sets` names the sets of sites in the table's order."""
+def specificity(frame: pd.DataFrame, quads: pd.DataFrame, sets: Sequence[str], params: Shared) -> Specificity:
+    """Everything that is said of the placebo. `quads` says of each placebo quad (its index) whether it was `kept` and
+    which superset its people `shared`; `sets` names the sets of sites in the table's order."""
     frame = frame.assign(site=np.array(sets)[frame["site_set"]])
     own = reported(frame[frame["attribute"] == TASK])
-    joint, parts, moved = [], [], [movement(own, params)]
+    joint, parts, classes, moved = [], [], [], [movement(own, params)]
     for attribute in (name for name in ANSWERS if name != TASK):
         every = frame[(frame["attribute"] == attribute) & (frame["half"] == own["half"].iloc[0])]
-        good = every[every["quad_id"].map(kept).astype(bool)]
+        good = every[every["quad_id"].map(quads["kept"]).astype(bool)]
         if good.empty:
             continue
         joint += [
@@ -121,8 +122,11 @@ def specificity(frame: pd.DataFrame, kept: Mapping[str, bool], sets: Sequence[st
         single = (rows[~rows["site"].isin([SLICE, WHOLE])] for rows in (own, good))
         table = effects.specific(*single, ["site"], params, params.specific_ratio)
         parts.append(table.sort_values("site", key=lambda names: names.map([*sets].index)).assign(attribute=attribute))
+        alone = good[(good["site"] == SLICE) & (good["direction"] == "denoise")]
+        for shared, rows in alone.groupby(alone["quad_id"].map(quads["shared"])):
+            classes.append(effects.curve(rows, params, []).assign(attribute=attribute, shared=shared))
         moved.append(movement(good, params))
-    tables = (pd.concat(rows, ignore_index=True) if rows else pd.DataFrame() for rows in (joint, parts, moved))
+    tables = (pd.concat(rows, ignore_index=True) if rows else pd.DataFrame() for rows in (joint, parts, classes, moved))
     return Specificity(*tables)
 
 

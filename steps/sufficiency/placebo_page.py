@@ -83,15 +83,17 @@ def moved_table(m: Specificity | None) -> pd.DataFrame | None:
 def findings(m: Specificity | None, params: Shared) -> dict[str, Any]:
     """What is said of the placebo, with its numbers under `specific`."""
     if m is None or m.joint.empty:
-        return {"specific": {"why": NONE}, "specific_parts": [], "sentences": [NONE], "headline": []}
+        none = dict.fromkeys(("specific_parts", "specific_classes", "headline"), [])
+        return {"specific": {"why": NONE}, "sentences": [NONE], **none}
     sentences, headline = [], []
     for attribute, rows in m.joint.groupby("attribute", sort=False):
         own = [slice_sentence(attribute, rows, params), sites_sentence(m, attribute, params)]
-        sentences += [*own, moved_sentence(m, attribute)]
+        sentences += [*own, classes_sentence(m, attribute), moved_sentence(m, attribute)]
         headline.append(own[0])
     return {
         "specific": m.joint.to_dict("records"),
         "specific_parts": m.parts.to_dict("records"),
+        "specific_classes": m.classes.to_dict("records"),
         "sentences": sentences,
         "headline": headline,
     }
@@ -136,6 +138,13 @@ def sites_sentence(m: Specificity, attribute: str, params: Shared) -> str:
         f"gap as of the superset gap is carried by {listed(groups['specific'])}, more by {listed(groups['general'])}; "
         f"{listed(groups['open'])} {'is' if len(groups['open']) == 1 else 'are'} not decided."
     )
+
+
+def classes_sentence(m: Specificity, attribute: str) -> str:
+    """The slice's share of the placebo gap, superset by superset."""
+    rows = m.classes[m.classes["attribute"] == attribute].itertuples()
+    each = [f"{row.shared} {of_row(row)} ({row.quads} quads)" for row in rows]
+    return f"By the superset of the four people the slice's share of the {attribute} gap is: {listed(each)}."
 
 
 def moved_sentence(m: Specificity, attribute: str) -> str:
