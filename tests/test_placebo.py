@@ -129,7 +129,7 @@ def some(people):
 
 
 def built(some, tokenizer, skill, taken=(), **more):
-    params = Baselines(model="m", template="profession_both", placebo_quads_per_half=5, fame_tolerance=3.0, **more)
+    params = Baselines(model="m", template="profession_both", placebo_quads_per_half=5, **more)
     pairs, drops = placebo.build(some, taken, tokenizer, region_score(tokenizer, some, skill), params, "region")
     return placebo.chosen(pairs, 1e-3, 0), drops
 
@@ -168,7 +168,7 @@ def test_quads_without_a_gap_of_the_right_sign_are_dropped_whole(some, smollm_to
 
 def test_too_few_people_for_a_placebo_are_said_with_their_numbers(some, smollm_tokenizer):
     few = some[some["region"] == "Europe"]
-    with pytest.raises(ValueError, match="70 left.*no match in token count and fame: 10 quads dropped"):
+    with pytest.raises(ValueError, match="70 left.*no match in token count: 10 quads dropped"):
         built(few, smollm_tokenizer, 5.0)
     with pytest.raises(ValueError, match="has no column 'gender'"):
         placebo.classes(some.drop(columns="gender", errors="ignore"), "gender")
@@ -206,9 +206,8 @@ def compared(placebo_share, quads=24):
     frame = pd.concat([swept("superset", (0.8, 1.0, 0.4), 22), swept("region", (placebo_share, 1.0, 0.1), quads)])
     wrong = swept("region", (-1.0, 1.0, 0.1), 6, seed=2).assign(quad_id=lambda own: "wrong" + own["quad_id"])
     quads = pd.concat([frame, wrong]).drop_duplicates("quad_id").set_index("quad_id")[[]]
-    quads = quads.assign(
-        kept=~quads.index.str.startswith("wrong"), shared=np.where(range(len(quads)), "artist", "poet")
-    )
+    quads = quads.assign(kept=~quads.index.str.startswith("wrong"), shared="artist")
+    quads.loc["regionconfirmationq03", "shared"] = "writer"
     sets = [measured.SLICE, measured.WHOLE, "21.6"]
     params = Shared(model="m", resamples=300).model_copy(update={"specific_ratio": 0.5})
     return measured.specificity(pd.concat([frame, wrong]), quads, sets, params), params

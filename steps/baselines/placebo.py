@@ -5,8 +5,9 @@ superset and differ in an attribute that the prompt does not ask for; it is read
 (`lib.tasks.ANSWERS`). A site that is about supersets leaves it alone.
 
 1. `classes` says who is of which class of the attribute.
-2. `build` makes quads superset by superset, matched as those of the task are but for the attribute, without anyone
-   who is in a quad of the task. Every quad is built once: none is tried again with other people.
+2. `build` makes quads superset by superset, matched as those of the task are but for the attribute, and in fame as
+   closely as the people allow, without anyone who is in a quad of the task. Every quad is built once: none is tried
+   again with other people.
 3. A quad is `kept` where each of its pairs has a gap of the right sign above the noise. The others stay in the table,
    so that later steps can say what the choice does.
 """
@@ -29,6 +30,7 @@ from pipeline.population import Score, pairs_of
 from steps.baselines.quads import SHARED, Filters, choose, describe
 
 MODERN = 20  # first century of those whose region is asked about: before it, few are American
+FAME = 100.0  # nats: no difference in fame is too large for a match, the closest are taken
 ASKED = 3  # people of each superset and class asked about, for each that is wanted
 
 
@@ -70,9 +72,9 @@ def build(
     made, alike = [], [[column for column in columns if column != attribute] for columns in SHARED]
     for superset, members in free.groupby("superset"):
         sides = members.assign(superset=members["kind"])
-        planned = choose(sides, {tuple(ANSWERS[attribute]): wanted}, params.fame_tolerance, rng, alike)
+        planned = choose(sides, {tuple(ANSWERS[attribute]): wanted}, FAME, rng, alike)
         made += describe(planned, sides, words).assign(shared=superset).to_dict("records")
-    quads = filters.keep(pd.DataFrame(made), "no match in token count and fame", wanted * len(SUPERSETS), "quads")
+    quads = filters.keep(pd.DataFrame(made), "no match in token count", wanted * len(SUPERSETS), "quads")
     quads["quad_id"] = [f"{attribute}{number:03d}" for number in range(len(quads))]
     pairs = pairs_of(quads, params.pairs_per_quad).assign(attribute=attribute)
     pairs = population.add_margins(pairs, tokenizer, score, **prompting)
