@@ -3,6 +3,15 @@
 1. `SCHEMA` is the one pandera model of a sweep's table; `conform` brings a frame into its columns and types.
 2. `write` puts a frame into Parquet atomically (written beside, synced, renamed), its metadata as JSON in the file.
 3. `read` and `read_metadata` give both back.
+
+Columns of a sweep, in logits unless said otherwise; `_before` is the run without the intervention, `_after` with it:
+
+- `metric`: the margin, the clean answer's logit less the highest other candidate's (the foil).
+- `logit_diff`: the clean prompt's answer less the corrupt prompt's; `_clean` and `_corrupt` are the two plain runs.
+- `rank_after`: how many tokens of the vocabulary lie above the answer; 0 is the top.
+- `kl_after`: KL(before || after) of the whole next-token distribution, nats.
+- `fired`: how often the row's hooks fired; `site_delta`: how far the activation was moved (L2 norm).
+- `position`: the role of the tokens at which the site was changed. Group by it where a table has several.
 """
 
 from __future__ import annotations
