@@ -218,7 +218,7 @@ def test_the_bundled_model_gives_quads_with_a_gap(people, smollm):
     def score(prompts):
         return models.next_logits(smollm, prompts)
 
-    made, drops = quads.build_quads(people, smollm.tokenizer, score, Options(quads_per_half=4, min_bucket=2))
+    made, drops = quads.build_quads(people, smollm.tokenizer, score, Options(quads_per_half=6, min_bucket=2))
     assert len(made) >= 6 and set(made.half) == set(data.HALVES)
     used = population.add_margins(population.pairs_of(made), smollm.tokenizer, score)
     assert len(population.right_signed(used, smollm.noise)) == len(used)
