@@ -126,7 +126,7 @@ EDITS = {
         {"necessity"},
     ),
     "what a parameter means, in words": (
-        lambda house: edit(house / "steps/necessity/measure.py", "pairs at the name roles", "pairs there"),
+        lambda house: edit(house / "steps/necessity/measure.py", "pairs at the other roles", "pairs there"),
         NONE,
         NONE,
     ),
