@@ -175,7 +175,7 @@ def book_contents(build: Build, folders: Folders) -> dict[str, Any]:
     for step in PLAN.names:
         files += [build.page(step), *(folders.results / f"{step}.{kind}.json" for kind in ("findings", "run"))]
     files += [*folders.results.glob("figures/*.png"), folders.results / "claims.json"]
-    return {str(path): keys.hash_file(path) for path in sorted(files) if path.is_file()}
+    return {keys.shown(path): keys.hash_file(path) for path in sorted(files) if path.is_file()}
 
 
 # --- clean --------------------------------------------------------------------------------------------------------

@@ -36,17 +36,23 @@ def test_curves_without_critical_layers_are_errors(curve, share, message):
 def test_first_flip_layer():
     margins = {0: (-1, -1, 1, -2), 1: (1, -1, -1, 0), 2: (2, 3, -1, 0), 3: (1, 1, 1, 1)}
     rows = [
-        {"layer": layer, "pair_id": str(pair), "metric_before": -2.0 if pair < 3 else 1.0, "metric_after": float(after)}
+        {"layer": layer, "metric_before": -2.0 if pair < 3 else 1.0, "metric_after": float(after)}
         for layer, values in margins.items()
         for pair, after in enumerate(values)
     ]
-    frame = pd.DataFrame(rows).assign(direction="denoise")
-    # the fourth pair starts on the far side and never counts as flipped
-    assert flip_share(frame).tolist() == [0.25, 0.25, 0.5, 0.75]
-    assert first_flip_layer(frame, 0.5) == 2
-    assert first_flip_layer(frame, 0.75) == 3
-    assert first_flip_layer(frame, 0.9) is None
-    mirrored = frame.assign(
-        direction="noise", metric_before=-frame["metric_before"], metric_after=-frame["metric_after"]
+    frame = pd.DataFrame(rows).assign(
+        direction="denoise", metric_clean=5.0, metric_corrupt=lambda f: f["metric_before"]
     )
-    assert flip_share(mirrored).tolist() == [0.25, 0.25, 0.5, 0.75]
+    # the fourth pair's corrupt prompt is answered as the clean one: it has no answer to flip, and does not count
+    assert flip_share(frame).tolist() == pytest.approx([1 / 3, 1 / 3, 2 / 3, 1])
+    assert first_flip_layer(frame, 0.5) == 2
+    assert first_flip_layer(frame, 0.9) == 3
+    assert first_flip_layer(frame[frame["layer"] < 3], 0.9) is None
+    mirrored = frame.assign(
+        direction="noise",
+        metric_before=-frame["metric_before"],
+        metric_after=-frame["metric_after"],
+        metric_clean=-frame["metric_corrupt"],
+        metric_corrupt=-5.0,
+    )
+    assert flip_share(mirrored).tolist() == pytest.approx([1 / 3, 1 / 3, 2 / 3, 1])

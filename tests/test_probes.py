@@ -117,8 +117,10 @@ def test_people_are_drawn_evenly_and_professions_are_large_enough():
     people = pd.DataFrame({"name": [f"p{i}" for i in range(300)], "superset": np.repeat(CLASSES, 60)})
     people["profession"] = [f"{s}{min(i % 60 // 7, 4)}" for i, s in enumerate(people["superset"])]
     people["two_supersets"] = np.arange(300) % 50 == 0
+    people["namesake"] = np.where(np.arange(300) % 60 == 7, "another", "")
     drawn = probes.draw(people, 100, 5, np.random.default_rng(0))
     assert (drawn.groupby("superset").size() == 20).all() and not drawn["two_supersets"].any()
+    assert drawn["namesake"].eq("").all()
     assert drawn.groupby("profession").size().min() >= 4
     few = probes.draw(people, 20, 2, np.random.default_rng(0))
     assert (few.groupby("profession").size() == 2).all() and few["profession"].nunique() == 10

@@ -19,7 +19,7 @@ from lib import effects, stats, tasks
 from lib.data import HALVES
 from lib.effects import in_halves
 from lib.tasks import Pair
-from pipeline.assumed import MOVED, Case, pair_of
+from pipeline.assumed import Case, pair_of
 from pipeline.declaration import SUPERSET_TASKS, Declaration
 from pipeline.params import Counts, Doses, OfSlice, Words
 from pipeline.step import Step
@@ -64,8 +64,8 @@ def slice_layers(step: Step | Case) -> list[int]:
 
 
 def assumed(case: Case) -> Iterator[tuple[Any, ...]]:
-    """The tables in order; the layer is assumed to be the middle one of the slice, and some pairs to be solved in
-    another template."""
+    """The tables in order; the layer is assumed to be the middle one of the slice, and the pairs to line up in another
+    template, too."""
     p, layers = case.params, slice_layers(case)
     yield ACCURACIES, None
     yield SPECTRA, None
@@ -76,8 +76,7 @@ def assumed(case: Case) -> Iterator[tuple[Any, ...]]:
     layer, shown = layers[len(layers) // 2], case.half(1, pairs)
     yield DIRECTIONS, pairs, fit, layer, means
     yield PATCHES, direction_sweeps.by_number(case, shown, layer, directions.assumed_table(p, layer, means))
-    moved = shown[: round(MOVED * len(shown))]
-    others = [replace(x, pair_id=f"{x.pair_id}@{n}", template=n) for n in directions.templates(p)[1:] for x in moved]
+    others = [replace(x, pair_id=f"{x.pair_id}@{n}", template=n) for n in directions.templates(p)[1:] for x in shown]
     yield TRANSFER, direction_sweeps.transfer(case, [*shown, *others], layer, means)
     yield STEERING, direction_sweeps.steering(case, assumed_prompts(case, shown), layer, means)
 
