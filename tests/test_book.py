@@ -287,7 +287,7 @@ def test_a_quick_profile_says_on_every_page_what_it_leaves_out(copy, built):
     assert notes["necessity"].count("instead of") == 2 and "`last`: all instead of 200" in notes["sufficiency"]
     assert "- nothing but what the steps before it left out" in notes["baselines"]
     own = params.validate(PLAN.sections, "necessity", full | {"necessity": full["necessity"] | {"name_roles": []}})
-    said = "name roles swept, counterfactual only: none instead of name_a, name_b, names"
+    said = f"other roles swept, counterfactual only: none instead of {roles}"
     assert params.left_out(PLAN.sections, "necessity", own.model_dump(mode="json")) == [said]
     landing = (copy / "book" / "index.md").read_text()
     assert landing.index("The full report: `make book PROFILE=smollm2-135m`") < landing.index("## The answer")
