@@ -112,4 +112,4 @@ def value(entry: Entry) -> str:
         return entry.reason
     unit = re.search(r"\(([^()]*)\)$", entry.quantity)
     unit = f" {unit[1]}" if unit and not unit[1].startswith(("share", "ratio")) else ""
-    return interval(entry.estimate, entry.low, entry.high) + unit if entry.low is not None else f"{entry.estimate:g}"
+    return interval(entry.estimate, entry.low, entry.high) + unit if entry.low is not None else f"{entry.estimate:.3g}"
