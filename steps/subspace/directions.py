@@ -239,10 +239,16 @@ def of_bases(
     case: Case, units: Sequence[Unit], pairs: Sequence[Pair], fit: pd.DataFrame, layer: int, means: pd.DataFrame
 ) -> Work:
     """The cost of the bases: what is read, and two learned rotations."""
-    shape, tokens, steps = case.shape, len(case.pairs[0].clean.ids), 2 * case.params.rotation_steps
-    rows = BATCH * (shape.n_layers - layer)
-    learned = Work(passes=2 * steps, grown=2.0 * steps * costs.block(shape, rows, tokens), other={"rotations": steps})
+    shape, tokens = case.shape, len(case.pairs[0].clean.ids)
+    learned = of_rotation(case, layer, 2 * case.params.rotation_steps)
     return plain(shape, 4 * len(reported(pairs)), tokens, 8) + learned + Work(table=4 * shape.hidden * 220)
+
+
+def of_rotation(case: Case, layer: int, steps: int, rows: int = BATCH) -> Work:
+    """The cost of learning a rotation after a layer in so many steps; `rows`: pairs of a step x tokens."""
+    shape, tokens = case.shape, len(case.pairs[0].clean.ids)
+    grown = 2.0 * steps * costs.block(shape, rows * (shape.n_layers - layer), tokens)
+    return Work(passes=2 * steps, grown=grown, other={"rotations": steps})
 
 
 DIRECTIONS = Table("directions", basis_units, found, of_bases, schema=None)
@@ -284,32 +290,46 @@ def spread_along(
 
 
 def rotations(
-    model: Model, pairs: Sequence[Pair], layer: int, sizes: Sequence[int], steps: int, seed: int
+    model: Model,
+    pairs: Sequence[Pair],
+    layer: int,
+    sizes: Sequence[int],
+    steps: int,
+    seed: int,
+    *,
+    role: str = "last",
+    batch: int = BATCH,
 ) -> dict[int, Float[np.ndarray, "k width"]]:
     """For each of `sizes`, so many orthonormal directions, learned by gradient descent (arXiv 2303.02536, section 3):
-    the change along them, clean into corrupt, after `layer`, is to make the clean answer the top candidate
-    (cross-entropy over the candidates, before any soft cap)."""
-    groups = []
-    for length in sorted({len(pair.clean.ids) for pair in pairs}):
-        own = [pair for pair in pairs if len(pair.clean.ids) == length]
-        corrupt = base_run(model, token_ids(model, [p.corrupt.ids for p in own]), [length - 1], ("resid",))
-        before = corrupt.activations["resid", layer][:, 0]
-        wanted = torch.tensor(activations(model, [p.clean.ids for p in own], [layer])[layer]).to(before)
-        groups.append((own, corrupt, before, wanted))
-    shares, out = np.array([len(own) for own, *_ in groups]) / len(pairs), {}
+    the change along them at the role's tokens, clean into corrupt, after `layer`, is to make the clean answer the top
+    candidate (cross-entropy over the candidates, before any soft cap). `batch` pairs a step."""
+    groups, out = [], {}
+    for key in sorted({(len(pair.clean.ids), pair.clean.roles[role]) for pair in pairs}):
+        own = [pair for pair in pairs if (len(pair.clean.ids), pair.clean.roles[role]) == key]
+        tokens = range(min(key[1]), key[0])
+        corrupt = base_run(model, token_ids(model, [p.corrupt.ids for p in own]), tokens, ("resid",))
+        before = corrupt.activations["resid", layer]
+        delta = torch.zeros_like(before)
+        swapped = [token - tokens[0] for token in key[1]]
+        clean = [pair.clean.ids for pair in own]
+        for places, run in plain_runs(model, clean, tokens, ("resid",), size=BATCH, layers=[layer]):
+            delta[places] = run.activations["resid", layer] - before[places]
+        groups.append((own, corrupt, before, delta[:, swapped], swapped))
+    shares = np.array([len(own) for own, *_ in groups]) / len(pairs)
     for k in sizes:
         rng = np.random.default_rng([seed, k])
         torch.manual_seed(seed)
-        turn = orthogonal(torch.nn.Linear(before.shape[1], k, bias=False, device=before.device))
+        turn = orthogonal(torch.nn.Linear(before.shape[-1], k, bias=False, device=before.device))
         optimiser = torch.optim.Adam(turn.parameters(), lr=RATE)
         for _ in range(steps):
-            own, corrupt, before, wanted = groups[rng.choice(len(groups), p=shares)]
-            batch = torch.tensor(rng.permutation(len(own))[:BATCH])
-            basis, start = turn.weight.to(before.dtype), before[batch]
-            final = resumed(model, corrupt, layer, start + (wanted[batch] - start) @ basis.T @ basis, batch)
-            weights, _ = model.unembedding([own[i].corrupt_tokens for i in batch])
+            own, corrupt, before, delta, swapped = groups[rng.choice(len(groups), p=shares)]
+            some = torch.tensor(rng.permutation(len(own))[:batch])
+            basis, hidden = turn.weight.to(before.dtype), before[some]
+            hidden[:, swapped] = hidden[:, swapped] + delta[some] @ basis.T @ basis
+            final = resumed(model, corrupt, layer, hidden, some)
+            weights, _ = model.unembedding([own[i].corrupt_tokens for i in some])
             logits = (weights @ final.to(weights)[:, :, None])[:, :, 0].float()
-            answers = torch.tensor([own[i].answer for i in batch], device=weights.device)
+            answers = torch.tensor([own[i].answer for i in some], device=weights.device)
             optimiser.zero_grad()
             torch.nn.functional.cross_entropy(logits, answers).backward()
             optimiser.step()
@@ -318,14 +338,15 @@ def rotations(
 
 
 def resumed(
-    model: Model, base: BaseRun, layer: int, hidden: Float[Tensor, "rows width"], owner: Int[Tensor, " rows"]
+    model: Model, base: BaseRun, layer: int, hidden: Float[Tensor, "rows tokens width"], owner: Int[Tensor, " rows"]
 ) -> Float[Tensor, "rows width"]:
-    """The final hidden state at the last token of runs in which block `layer` gave `hidden`; `owner` is each row's
-    prompt among the base runs. Earlier blocks are skipped, and gradients flow through the later ones."""
+    """The final hidden state at the last token of runs in which block `layer` gave `hidden` at the last `tokens`;
+    `owner` is each row's prompt among the base runs. Earlier blocks are skipped, and gradients flow through the later
+    ones."""
     forwards = [(block, lambda x, *_, **__: x) for block in model.blocks[:layer]]
-    forwards.append((model.blocks[layer], lambda *_, **__: hidden[:, None]))
+    forwards.append((model.blocks[layer], lambda *_, **__: hidden))
     with hooks.with_forwards(forwards):
-        return rerun(model, base, base.ids.shape[1] - 1, owner.to(base.ids.device))
+        return rerun(model, base, base.ids.shape[1] - hidden.shape[1], owner.to(base.ids.device))
 
 
 # --- what a plan assumes ------------------------------------------------------------------------------------------
