@@ -159,11 +159,12 @@ def test_a_resumed_run_is_the_patched_run(tiny, name):
 
 def test_a_rotation_learns_to_bring_the_clean_answer_up(tiny):
     model = tiny("llama", "float32")
-    learned = directions.rotations(model, PAIRS, 1, [2], 80, 0)[2]
+    groups = directions.opposed(model, PAIRS, [1])
+    learned = directions.rotations(model, groups, 1, [2], 80, 0)[2]
     assert np.allclose(learned @ learned.T, np.eye(2), atol=1e-5)
-    assert np.array_equal(learned, directions.rotations(model, PAIRS, 1, [2], 80, 0)[2])  # same seed, same bytes
+    assert np.array_equal(learned, directions.rotations(model, groups, 1, [2], 80, 0)[2])  # same seed, same bytes
     step = step_of(model)
-    start = directions.rotations(model, PAIRS, 1, [2], 1, 0)[2]
+    start = directions.rotations(model, groups, 1, [2], 1, 0)[2]
     variants = [direction_sweeps.fixed(name, basis) for name, basis in (("rotation|2|", learned), ("start|2|", start))]
     own = direction_sweeps.patching(step, direction_sweeps.PATCHES, PAIRS, [(Site(1, "resid"),)], variants)
     frame = step.table(direction_sweeps.PATCHES, own)

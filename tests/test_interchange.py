@@ -43,15 +43,15 @@ def word_step(*rows):
 
 
 def test_one_name_is_swapped_and_the_class_of_both_is_predicted():
-    step, table = word_step(quad_row(), quad_row(pair_id="q0.1"))
+    step, table = word_step(quad_row(), quad_row(pair_id="q0.1"), quad_row(quad_id="q1"))
     found = {pair.pair_id: pair for pair in interchange.cases(step, table)}
-    assert set(found) == {"q0 a other", "q0 b other", "q0 a same", "q0 b same"}
+    assert set(found) == {"q0 a other", "q0 b other", "q0 a same", "q1 a other", "q1 b other", "q1 b same"}
     base = "The profession of Ann Lee and Dan Roy is that they are both"
     wanted = {
         "q0 a other": ("Cid Poe", "Dan Roy", "athlete"),
         "q0 b other": ("Ann Lee", "Bob Orr", "writer"),
         "q0 a same": ("Bob Orr", "Dan Roy", "athlete"),
-        "q0 b same": ("Ann Lee", "Cid Poe", "writer"),
+        "q1 b same": ("Ann Lee", "Cid Poe", "writer"),
     }
     for name, (one, two, answer) in wanted.items():
         pair = found[name]
@@ -106,9 +106,7 @@ def test_interchanges_arrive_in_the_model(tiny, swap):
             assert (
                 random == pytest.approx(means, rel=1e-6) and means < frame.loc[(interchange.WHOLE, layer), "site_delta"]
             )
-    assert layers == ([0, 1, 2] if not learned else [0] if at_name else [1]) and len(frame) == len(swap.methods) * len(
-        layers
-    )
+    assert layers == ([0] if learned else [0, 1, 2]) and len(frame) == len(swap.methods) * len(layers)
 
 
 def test_tokens_that_the_fitting_half_lacks_take_the_nearest_basis():
@@ -125,7 +123,7 @@ def test_bases_span_the_class_means_of_the_fitting_prompts(tiny, monkeypatch):
     monkeypatch.setattr(interchange, "cases", lambda step, fit: pairs)
     step = step_of(model, [Site(1, "mlp")])
     step.params, step.prompts = (
-        step.params.model_copy(update={"rotation_steps": 2, "name_rotation_steps": 2}),
+        step.params.model_copy(update={"interchange_steps": 2}),
         lambda fit: pairs,
     )
     found = interchange.fitted(step, pd.DataFrame(), [0, 1])

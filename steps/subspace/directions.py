@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from itertools import product
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -204,7 +205,7 @@ def found(
         bases = subspaces(values, prompts["superset"], professions)
         sizes = sorted({1, min(len(bases["class means", 0]), max(p.dimensions))})
         training = subsample(step.prompts(fit), p.pairs)
-        learned = rotations(step.model, training, layer, sizes, p.rotation_steps, p.seed)
+        learned = rotations(step.model, opposed(step.model, training, [layer]), layer, sizes, p.rotation_steps, p.seed)
         bases |= {("rotation", k): basis for k, basis in learned.items()}
         there, classes = seen(step, pairs, layer)
         random = step.rng("median direction").standard_normal((200, there.shape[1]))
@@ -289,43 +290,54 @@ def spread_along(
     return variance, means.var(0) / np.maximum(variance, 1e-12)
 
 
+class Opposed(NamedTuple):
+    """Pairs of one length whose role stands at the same tokens: what their prompts are from the first of those on."""
+
+    pairs: list[Pair]
+    corrupt: BaseRun
+    clean: Mapping[int, Float[Tensor, "pairs tokens width"]]  # residual stream by layer
+    swapped: list[int]  # places of the role among the tokens
+
+    def at_last(self) -> Opposed:
+        """The same at the last token."""
+        return self._replace(clean={layer: value[:, -1:] for layer, value in self.clean.items()}, swapped=[0])
+
+
+def opposed(model: Model, pairs: Sequence[Pair], layers: Sequence[int], role: str = "last") -> list[Opposed]:
+    """What rotations at the role's tokens are learned from: both runs of each pair, once for all layers."""
+    out = []
+    for length, at in sorted({(len(pair.clean.ids), pair.clean.roles[role]) for pair in pairs}):
+        own = [pair for pair in pairs if (len(pair.clean.ids), pair.clean.roles[role]) == (length, at)]
+        tokens, clean = range(min(at), length), {}
+        corrupt = base_run(model, token_ids(model, [p.corrupt.ids for p in own]), tokens, ("resid",))
+        for places, run in plain_runs(model, [p.clean.ids for p in own], tokens, ("resid",), size=BATCH, layers=layers):
+            for layer in layers:
+                value = run.activations["resid", layer]
+                clean.setdefault(layer, value.new_empty(len(own), *value.shape[1:]))[places] = value
+        out.append(Opposed(own, corrupt, clean, [token - tokens[0] for token in at]))
+    return out
+
+
 def rotations(
-    model: Model,
-    pairs: Sequence[Pair],
-    layer: int,
-    sizes: Sequence[int],
-    steps: int,
-    seed: int,
-    *,
-    role: str = "last",
-    batch: int = BATCH,
+    model: Model, groups: Sequence[Opposed], layer: int, sizes: Sequence[int], steps: int, seed: int, batch: int = BATCH
 ) -> dict[int, Float[np.ndarray, "k width"]]:
     """For each of `sizes`, so many orthonormal directions, learned by gradient descent (arXiv 2303.02536, section 3):
     the change along them at the role's tokens, clean into corrupt, after `layer`, is to make the clean answer the top
     candidate (cross-entropy over the candidates, before any soft cap). `batch` pairs a step."""
-    groups, out = [], {}
-    for key in sorted({(len(pair.clean.ids), pair.clean.roles[role]) for pair in pairs}):
-        own = [pair for pair in pairs if (len(pair.clean.ids), pair.clean.roles[role]) == key]
-        tokens = range(min(key[1]), key[0])
-        corrupt = base_run(model, token_ids(model, [p.corrupt.ids for p in own]), tokens, ("resid",))
-        before = corrupt.activations["resid", layer]
-        delta = torch.zeros_like(before)
-        swapped = [token - tokens[0] for token in key[1]]
-        clean = [pair.clean.ids for pair in own]
-        for places, run in plain_runs(model, clean, tokens, ("resid",), size=BATCH, layers=[layer]):
-            delta[places] = run.activations["resid", layer] - before[places]
-        groups.append((own, corrupt, before, delta[:, swapped], swapped))
-    shares = np.array([len(own) for own, *_ in groups]) / len(pairs)
+    shares, out = np.array([len(group.pairs) for group in groups]) / sum(len(group.pairs) for group in groups), {}
     for k in sizes:
         rng = np.random.default_rng([seed, k])
         torch.manual_seed(seed)
-        turn = orthogonal(torch.nn.Linear(before.shape[-1], k, bias=False, device=before.device))
+        example = groups[0].clean[layer]
+        turn = orthogonal(torch.nn.Linear(example.shape[-1], k, bias=False, device=example.device))
         optimiser = torch.optim.Adam(turn.parameters(), lr=RATE)
         for _ in range(steps):
-            own, corrupt, before, delta, swapped = groups[rng.choice(len(groups), p=shares)]
+            own, corrupt, clean, swapped = groups[rng.choice(len(groups), p=shares)]
             some = torch.tensor(rng.permutation(len(own))[:batch])
-            basis, hidden = turn.weight.to(before.dtype), before[some]
-            hidden[:, swapped] = hidden[:, swapped] + delta[some] @ basis.T @ basis
+            basis, wanted = turn.weight.to(example.dtype), clean[layer][some][:, swapped]
+            hidden = corrupt.activations["resid", layer][some, -clean[layer].shape[1] :]
+            start = hidden[:, swapped]
+            hidden[:, swapped] = start + (wanted - start) @ basis.T @ basis
             final = resumed(model, corrupt, layer, hidden, some)
             weights, _ = model.unembedding([own[i].corrupt_tokens for i in some])
             logits = (weights @ final.to(weights)[:, :, None])[:, :, 0].float()

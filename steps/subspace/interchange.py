@@ -42,7 +42,7 @@ from pipeline.population import aligned
 from pipeline.step import Step
 from pipeline.units import Unit, without_labels
 from steps.subspace.direction_sweeps import Changes, along, table_of
-from steps.subspace.directions import BATCH, class_means, of_rotation, rotations, spanned
+from steps.subspace.directions import BATCH, class_means, of_rotation, opposed, rotations, spanned
 
 PLACES = ("name", "name -1", "name -2")  # a name's last token, the one before it, those before that
 MEANS, RANDOM, WHOLE, LEARNED = "class means", "random", "whole", "rotation"
@@ -74,28 +74,29 @@ def cases(step: Step, table: pd.DataFrame) -> list[Pair]:
     """The cases of the quads of a pairs table: `clean` is the source, `corrupt` the base prompt, and `answer` the class
     that is predicted of sources of the other class (for those of the same class, too: there it must not come)."""
     rows = []
-    for row in table.drop_duplicates("quad_id").to_dict("records"):
+    for number, row in enumerate(table.drop_duplicates("quad_id").to_dict("records")):
         a, b, c, d = (row[name] for name in ("clean_a", "clean_b", "corrupt_a", "corrupt_b"))
-        one, two = row["answer"], row["corrupt_answer"]
-        for slot, kind, source, classes in (
-            ("a", "other", (c, d), (two, one)),
-            ("b", "other", (a, b), (one, two)),
-            ("a", "same", (b, d), (two, one)),
-            ("b", "same", (a, c), (one, two)),
-        ):
-            names = dict(zip(("clean_a", "clean_b", "corrupt_a", "corrupt_b"), (*source, a, d), strict=True))
-            answers = dict(zip(("answer", "corrupt_answer"), classes, strict=True))
-            rows.append(row | names | answers | {"pair_id": f"{row['quad_id']} {slot} {kind}"})
+        sources = {"a other": (c, d), "b other": (a, b), "a same": (b, d), "b same": (a, c)}
+        for name in named(number):
+            clean = {"clean_a": sources[name][0], "clean_b": sources[name][1], "corrupt_a": a, "corrupt_b": d}
+            classes = (row["corrupt_answer"], row["answer"])[:: 1 if name[0] == "a" else -1]
+            answers = {"answer": classes[0], "corrupt_answer": classes[1]}
+            rows.append(row | clean | answers | {"pair_id": f"{row['quad_id']} {name}"})
     p = step.params
     own, _ = aligned(pd.DataFrame(rows), step.tokenizer, chat_template=p.chat_template, attributes=p.attributes)
     return without_labels(step.prompts(own))
 
 
+def named(number: int) -> list[str]:
+    """The cases of a quad by its number: both names, and, name by name in turn, a source of the same class."""
+    return ["a other", "b other", f"{'ab'[number % 2]} same"]
+
+
 def assumed_cases(pairs: Sequence[Pair]) -> list[Pair]:
     """Stand-ins for the cases of these pairs' quads."""
     out = []
-    for pair in {pair.quad_id: pair for pair in pairs}.values():
-        for name in [f"{slot} {kind}" for kind in ("other", "same") for slot in "ab"]:
+    for number, pair in enumerate({pair.quad_id: pair for pair in pairs}.values()):
+        for name in named(number):
             roles = pair.clean.roles | {"swapped": pair.clean.roles[f"name_{name[0]}"]}
             sides = {side: replace(getattr(pair, side), roles=roles) for side in ("clean", "corrupt")}
             out.append(replace(pair, pair_id=f"{pair.quad_id} {name}", **sides))
@@ -127,12 +128,12 @@ def fitted(step: Step, fit: pd.DataFrame, layers: Sequence[int]) -> pd.DataFrame
             basis = spanned(np.stack(list(class_means(np.stack(vectors), labels).values())))
             rows += [(place, layer, MEANS, *each, len(read)) for each in enumerate(basis.astype(np.float32))]
     training, p = [pair for pair in cases(step, fit) if pair.pair_id.endswith("other")], step.params
-    at_last = {"steps": p.rotation_steps}
-    at_name = {"steps": p.name_rotation_steps, "role": "swapped", "batch": NAME_BATCH}
-    learned = [("last", layer, at_last) for layer in slice_layers(step)] + [("name", before_slice(step), at_name)]
-    for place, layer, how in learned:
+    at_name = opposed(step.model, training, [before_slice(step), *slice_layers(step)], "swapped")
+    at_last = [group.at_last() for group in at_name]
+    learned = [("last", layer, at_last, BATCH) for layer in slice_layers(step)]
+    for place, layer, groups, batch in [*learned, ("name", before_slice(step), at_name, NAME_BATCH)]:
         size = sum(row[:3] == (place, layer, MEANS) for row in rows)
-        basis = rotations(step.model, training, layer, [size], seed=p.seed, **how)[size]
+        basis = rotations(step.model, groups, layer, [size], p.interchange_steps, p.seed, batch)[size]
         rows += [(place, layer, LEARNED, *each, len(training)) for each in enumerate(basis.astype(np.float32))]
     return pd.DataFrame(rows, columns=COLUMNS)
 
@@ -149,13 +150,13 @@ def place_of(end: int) -> str:
 
 
 def of_fitted(case: Case, units: Sequence[Unit], fit: pd.DataFrame, layers: Sequence[int]) -> Work:
-    """The cost of the bases: two prompts a pair, and the learned rotations."""
-    shape, count, prompt, p = case.shape, 2 * len(fit), case.pairs[0].clean, case.params
+    """The cost of the bases: two prompts a pair and four a quad, and the learned rotations."""
+    shape, count, prompt, p = case.shape, 4 * len(fit), case.pairs[0].clean, case.params
     out = plain(shape, count, len(prompt.ids), -(-count // BATCH)) + Work(table=4 * shape.hidden * 16 * len(layers))
     for layer in slice_layers(case):
-        out += of_rotation(case, layer, p.rotation_steps)
+        out += of_rotation(case, layer, p.interchange_steps)
     tokens = len(prompt.ids) - min(prompt.roles["names"])
-    return out + of_rotation(case, before_slice(case), p.name_rotation_steps, NAME_BATCH * tokens)
+    return out + of_rotation(case, before_slice(case), p.interchange_steps, NAME_BATCH * tokens)
 
 
 BASES = Table.whole("interchange_bases", fitted, of_fitted)
@@ -173,9 +174,7 @@ class Swap(NamedTuple):
 
     def layers(self, step: Step | Case) -> list[int]:
         """After which classes are swapped."""
-        if LEARNED not in self.methods:
-            return layers_of(step)
-        return slice_layers(step) if self.where == "last" else [before_slice(step)]
+        return [before_slice(step)] if self.methods == (LEARNED,) else layers_of(step)
 
     def changes(self, step: Step | Case, pairs: Sequence[Pair], bases: pd.DataFrame | None) -> Changes:
         """What is put into the model, one set of sites for each layer; a planner knows no `bases`."""
@@ -198,11 +197,10 @@ class Swap(NamedTuple):
         return Changes(pairs, sets, list(self.methods), make, options)
 
 
-SWAPS = (
+SWAPS = (  # at the last token rotations share the other rows' passes: most layers have one
     Swap(table_of("interchange_name"), "name", (MEANS, RANDOM, WHOLE)),
-    Swap(table_of("interchange_last"), "last", (MEANS, RANDOM, WHOLE)),
-    Swap(table_of("interchange_name_rotation"), "name", (LEARNED,)),
-    Swap(table_of("interchange_last_rotation"), "last", (LEARNED,)),
+    Swap(table_of("interchange_rotation"), "name", (LEARNED,)),
+    Swap(table_of("interchange_last"), "last", (MEANS, RANDOM, WHOLE, LEARNED)),
 )
 
 
@@ -210,9 +208,12 @@ def change(
     step: Step, bases: pd.DataFrame, name: str, where: tuple[str, int], delta: Float[Tensor, "pairs width"]
 ) -> Float[Tensor, "pairs width"]:
     """What an interchange changes of a token at a place and layer, of `delta`, source - base: all of it, the part along
-    a basis, or along a random subspace of the class means' dimensions, scaled to the length of theirs."""
+    a basis, or along a random subspace of the class means' dimensions, scaled to the length of theirs. Nothing where no
+    rotation was learned."""
     if name == WHOLE:
         return delta
+    if name == LEARNED and not learned_at(bases, *where):
+        return torch.zeros_like(delta)
     basis = basis_at(bases, name if name != RANDOM else MEANS, *where)
     own = along(delta, basis)
     if name != RANDOM:
@@ -220,6 +221,12 @@ def change(
     rng = step.rng(f"random interchange {where}")  # the same whatever else is computed
     random = along(delta, torch.tensor(np.linalg.qr(rng.standard_normal(basis.shape[1:]))[0])[None])
     return random * (own.norm(dim=1) / random.norm(dim=1).clamp_min(1e-12))[:, None]
+
+
+def learned_at(bases: pd.DataFrame, place: str, layer: int) -> bool:
+    """Whether there is a rotation after a layer: at the last token, or at the name."""
+    there = bases[(bases["method"] == LEARNED) & (bases["layer"] == layer)]
+    return bool(((there["place"] == "last") == (place == "last")).any())
 
 
 def basis_at(bases: pd.DataFrame, method: str, place: str, layer: int) -> Float[Tensor, "1 width k"]:
@@ -235,6 +242,7 @@ def run(step: Step, fit: pd.DataFrame, table: pd.DataFrame) -> dict[str, pd.Data
     `fit`."""
     bases, pairs = step.table(BASES, fit, layers_of(step)), cases(step, table)
     found = [(swap.where, step.table(swap.table, swap.changes(step, pairs, bases))) for swap in SWAPS]
+    found = [(where, own[(own["variant"] != LEARNED) | (own["site_delta"] > 0)]) for where, own in found]
     return {
         name: pd.concat([own for where, own in found if where == name], ignore_index=True) for name in ("name", "last")
     }

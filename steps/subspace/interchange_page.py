@@ -142,14 +142,14 @@ def sentences(n: Numbers) -> list[str]:
     own = n.accuracies.set_index(["where", "scoring", "kind", "basis", "layer"]).sort_index()
     still, last = own.loc[("name", "centred", "other", NOTHING, -1)], n.accuracies["layer"].max()
     out = [
-        "Interchange interventions ask whether the answer is the one that a causal model predicts: each name has a "
-        "class, the evidence of the two classes is added up, and the class with most of it is the answer. The base "
-        "prompts name one person of each of a quad's two classes, where that model leaves a tie and predicts nothing; "
-        "one name's class is swapped for the other's, so that it predicts the class of both. Either name is swapped "
-        "in turn, so that whatever does not depend on the source's class is right in at most half of the cases. With "
-        f"nothing swapped, {of_row(still)} of {still['cases']} cases of {still['quads']} quads are right (first of the "
-        "five words, each word's mean over the base prompts taken off); the model's own answers to prompts that name "
-        f"the predicted class twice are in {of_row(own.loc[('last', 'centred', 'other', WHOLE, last)])}."
+        "Interchange interventions ask whether the answer is the one that a causal model predicts: the evidence of "
+        "the two names' classes is added up, and the class with most of it is the answer. A base prompt of two classes "
+        "is a tie, of which it predicts nothing; with one name's class swapped for the other's, it predicts the class "
+        f"that both names then have. With nothing swapped that answer comes in {of_row(still)} of the cases "
+        f"({still['cases']:.0f} of {still['quads']:.0f} quads; both names are swapped in turn, so that at most half "
+        "can be right whatever word the model prefers), and when the class is really named twice, in "
+        f"{of_row(own.loc[('last', 'centred', 'other', WHOLE, last)])}: first of the five words, each word's mean over "
+        "the base prompts taken off."
     ]
     for where, layer in n.at.items():
         here = own.loc[where, "centred", "other"]

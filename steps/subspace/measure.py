@@ -58,7 +58,7 @@ class Subspace(OfSlice):
         (-2, -1, -0.5, 0, 0.5, 1, 2), description="multiples of class mean - mean of all classes that are added"
     )
     earlier_layers: int = Field(3, ge=0, description="layers before the slice after which classes are interchanged")
-    name_rotation_steps: int = Field(60, ge=1, description="optimiser steps in which a rotation at names is learned")
+    interchange_steps: int = Field(60, ge=1, description="optimiser steps in which a rotation for those is learned")
 
 
 def assumed(case: Case) -> Iterator[tuple[Any, ...]]:
