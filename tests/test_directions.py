@@ -149,7 +149,7 @@ def test_a_resumed_run_is_the_patched_run(tiny, name):
     model, pair = tiny(name), PAIRS[0]
     base = base_run(model, torch.tensor([PAIRS[1].corrupt.ids, pair.corrupt.ids]), [9], ("resid",))
     value = torch.randn(1, 32, dtype=torch.float64, requires_grad=True)
-    final = directions.resumed(model, base, 1, value[:, None], torch.tensor([1]))
+    final = directions.resumed(model, base, 1, value, torch.tensor([1]))
     wanted = after(model, pair, {Site(1, "resid"): value.detach()[:, None]})
     assert np.abs(model.logits(final)[0, list(pair.corrupt_tokens)].detach().numpy() - wanted).max() < 1e-9
     final[0, 0].backward()

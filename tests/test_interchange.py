@@ -68,7 +68,7 @@ def bases_table(layers, k=2):
     rng, rows = np.random.default_rng(5), []
     for place in ("last", *interchange.PLACES[:2]):
         for layer in layers:
-            for method in (interchange.MEANS, interchange.LEARNED)[: 1 + (place in ("last", "name"))]:
+            for method in (interchange.MEANS, interchange.LEARNED)[: 1 + (place == "last")]:
                 basis = np.linalg.qr(rng.standard_normal((32, k)))[0].T
                 rows += [(place, layer, method, index, vector, 9) for index, vector in enumerate(basis)]
     return pd.DataFrame(rows, columns=interchange.COLUMNS)
@@ -80,10 +80,10 @@ def test_interchanges_arrive_in_the_model(tiny, swap):
     model, bases = tiny("llama"), bases_table([0, 1, 2])
     pair, step = PAIRS[1], step_of(model, [Site(1, "mlp")])
     step.n_layers, step.params = 3, step.params.model_copy(update={"earlier_layers": 0})
-    layers = swap.layers(step)
+    layers = [0, 1, 2]
     frame = step.table(swap.table, swap.changes(step, [pair], bases)).set_index(["variant", "layer"])
-    at_name, learned = swap.where == "name", swap.methods == (interchange.LEARNED,)
-    places = ("name" if learned else "name -1", "name") if at_name else ("last",)
+    at_name = swap.where == "name"
+    places = ("name -1", "name") if at_name else ("last",)
     positions = list(pair.corrupt.roles["swapped" if at_name else "last"])
     for layer in layers:
         site = Site(layer, "resid")
@@ -101,12 +101,10 @@ def test_interchanges_arrive_in_the_model(tiny, swap):
                 ids = torch.tensor([pair.corrupt.ids])
                 wanted = model.model(ids).logits[0, -1, list(pair.corrupt_tokens)].numpy()
             assert np.abs(frame.loc[(name, layer), "logits_after"] - wanted).max() < 1e-5
-        if not learned:
-            random, means = (frame.loc[(name, layer), "site_delta"] for name in (interchange.RANDOM, interchange.MEANS))
-            assert (
-                random == pytest.approx(means, rel=1e-6) and means < frame.loc[(interchange.WHOLE, layer), "site_delta"]
-            )
-    assert layers == ([0] if learned else [0, 1, 2]) and len(frame) == len(swap.methods) * len(layers)
+        size = frame["site_delta"].xs(layer, level="layer")
+        assert size[interchange.RANDOM] == pytest.approx(size[interchange.MEANS], rel=1e-6)
+        assert size[interchange.MEANS] < size[interchange.WHOLE]
+    assert len(frame) == len(swap.methods) * len(layers)
 
 
 def test_tokens_that_the_fitting_half_lacks_take_the_nearest_basis():
@@ -128,7 +126,7 @@ def test_bases_span_the_class_means_of_the_fitting_prompts(tiny, monkeypatch):
     )
     found = interchange.fitted(step, pd.DataFrame(), [0, 1])
     learned = found[found["method"] == interchange.LEARNED]
-    assert set(zip(learned["place"], learned["layer"], strict=True)) == {("last", 1), ("name", 0)} and len(learned) == 6
+    assert set(zip(learned["place"], learned["layer"], strict=True)) == {("last", 1)} and len(learned) == 3
     sides = {p.ids: a for x in pairs for p, a in ((x.clean, x.answer), (x.corrupt, x.corrupt_answer))}
     for layer in (0, 1):
         for place, tokens in (("last", [9]), ("name", [4, 6]), ("name -1", [3])):
@@ -186,7 +184,7 @@ def test_a_model_that_adds_evidence_is_right_and_one_that_does_not_move_is_right
     assert gains.loc[(interchange.MEANS, interchange_page.NOTHING), "estimate"] == pytest.approx(0.5)
     assert gains.loc[(interchange.RANDOM, interchange_page.NOTHING), "estimate"] == 0
     text = " ".join(interchange_page.sentences(n))
-    assert "With nothing swapped, 0.50" in text and "not shown: random, equal norm" in text
+    assert "With nothing swapped that answer comes in 0.50" in text and "not shown: random, equal norm" in text
     assert "after layer 3" in text and "nan" not in text
     interchange_page.figure(n)._repr_mimebundle_()
     assert interchange_page.table(n).shape == (8, 4)

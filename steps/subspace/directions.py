@@ -245,10 +245,10 @@ def of_bases(
     return plain(shape, 4 * len(reported(pairs)), tokens, 8) + learned + Work(table=4 * shape.hidden * 220)
 
 
-def of_rotation(case: Case, layer: int, steps: int, rows: int = BATCH) -> Work:
-    """The cost of learning a rotation after a layer in so many steps; `rows`: pairs of a step x tokens."""
+def of_rotation(case: Case, layer: int, steps: int) -> Work:
+    """The cost of learning a rotation after a layer in so many steps."""
     shape, tokens = case.shape, len(case.pairs[0].clean.ids)
-    grown = 2.0 * steps * costs.block(shape, rows * (shape.n_layers - layer), tokens)
+    grown = 2.0 * steps * costs.block(shape, BATCH * (shape.n_layers - layer), tokens)
     return Work(passes=2 * steps, grown=grown, other={"rotations": steps})
 
 
@@ -291,57 +291,47 @@ def spread_along(
 
 
 class Opposed(NamedTuple):
-    """Pairs of one length whose role stands at the same tokens: what their prompts are from the first of those on."""
+    """Pairs of one length: what rotations after any of some layers are learned from."""
 
     pairs: list[Pair]
     corrupt: BaseRun
-    clean: Mapping[int, Float[Tensor, "pairs tokens width"]]  # residual stream by layer
-    swapped: list[int]  # places of the role among the tokens
-
-    def at_last(self) -> Opposed:
-        """The same at the last token."""
-        return self._replace(clean={layer: value[:, -1:] for layer, value in self.clean.items()}, swapped=[0])
+    clean: Mapping[int, Float[Tensor, "pairs width"]]  # residual stream at the last token, by layer
 
 
-def opposed(model: Model, pairs: Sequence[Pair], layers: Sequence[int], role: str = "last") -> list[Opposed]:
-    """What rotations at the role's tokens are learned from: both runs of each pair, once for all layers."""
+def opposed(model: Model, pairs: Sequence[Pair], layers: Sequence[int]) -> list[Opposed]:
+    """Both runs of each pair, once for all layers."""
     out = []
-    for length, at in sorted({(len(pair.clean.ids), pair.clean.roles[role]) for pair in pairs}):
-        own = [pair for pair in pairs if (len(pair.clean.ids), pair.clean.roles[role]) == (length, at)]
-        tokens, clean = range(min(at), length), {}
-        corrupt = base_run(model, token_ids(model, [p.corrupt.ids for p in own]), tokens, ("resid",))
-        for places, run in plain_runs(model, [p.clean.ids for p in own], tokens, ("resid",), size=BATCH, layers=layers):
-            for layer in layers:
-                value = run.activations["resid", layer]
-                clean.setdefault(layer, value.new_empty(len(own), *value.shape[1:]))[places] = value
-        out.append(Opposed(own, corrupt, clean, [token - tokens[0] for token in at]))
+    for length in sorted({len(pair.clean.ids) for pair in pairs}):
+        own = [pair for pair in pairs if len(pair.clean.ids) == length]
+        corrupt = base_run(model, token_ids(model, [p.corrupt.ids for p in own]), [length - 1], ("resid",))
+        read = activations(model, [p.clean.ids for p in own], layers)
+        clean = {layer: torch.tensor(value).to(corrupt.activations["resid", layer]) for layer, value in read.items()}
+        out.append(Opposed(own, corrupt, clean))
     return out
 
 
 def rotations(
-    model: Model, groups: Sequence[Opposed], layer: int, sizes: Sequence[int], steps: int, seed: int, batch: int = BATCH
+    model: Model, groups: Sequence[Opposed], layer: int, sizes: Sequence[int], steps: int, seed: int
 ) -> dict[int, Float[np.ndarray, "k width"]]:
     """For each of `sizes`, so many orthonormal directions, learned by gradient descent (arXiv 2303.02536, section 3):
-    the change along them at the role's tokens, clean into corrupt, after `layer`, is to make the clean answer the top
-    candidate (cross-entropy over the candidates, before any soft cap). `batch` pairs a step."""
+    the change along them, clean into corrupt, after `layer`, is to make the clean answer the top candidate
+    (cross-entropy over the candidates, before any soft cap)."""
     shares, out = np.array([len(group.pairs) for group in groups]) / sum(len(group.pairs) for group in groups), {}
+    like = groups[0].clean[layer]
     for k in sizes:
         rng = np.random.default_rng([seed, k])
         torch.manual_seed(seed)
-        example = groups[0].clean[layer]
-        turn = orthogonal(torch.nn.Linear(example.shape[-1], k, bias=False, device=example.device))
+        turn = orthogonal(torch.nn.Linear(like.shape[1], k, bias=False, device=like.device))
         optimiser = torch.optim.Adam(turn.parameters(), lr=RATE)
         for _ in range(steps):
-            own, corrupt, clean, swapped = groups[rng.choice(len(groups), p=shares)]
-            some = torch.tensor(rng.permutation(len(own))[:batch])
-            basis, wanted = turn.weight.to(example.dtype), clean[layer][some][:, swapped]
-            hidden = corrupt.activations["resid", layer][some, -clean[layer].shape[1] :]
-            start = hidden[:, swapped]
-            hidden[:, swapped] = start + (wanted - start) @ basis.T @ basis
-            final = resumed(model, corrupt, layer, hidden, some)
-            weights, _ = model.unembedding([own[i].corrupt_tokens for i in some])
+            own, corrupt, clean = groups[rng.choice(len(groups), p=shares)]
+            before, wanted = corrupt.activations["resid", layer][:, 0], clean[layer]
+            batch = torch.tensor(rng.permutation(len(own))[:BATCH])
+            basis, start = turn.weight.to(before.dtype), before[batch]
+            final = resumed(model, corrupt, layer, start + (wanted[batch] - start) @ basis.T @ basis, batch)
+            weights, _ = model.unembedding([own[i].corrupt_tokens for i in batch])
             logits = (weights @ final.to(weights)[:, :, None])[:, :, 0].float()
-            answers = torch.tensor([own[i].answer for i in some], device=weights.device)
+            answers = torch.tensor([own[i].answer for i in batch], device=weights.device)
             optimiser.zero_grad()
             torch.nn.functional.cross_entropy(logits, answers).backward()
             optimiser.step()
@@ -350,15 +340,14 @@ def rotations(
 
 
 def resumed(
-    model: Model, base: BaseRun, layer: int, hidden: Float[Tensor, "rows tokens width"], owner: Int[Tensor, " rows"]
+    model: Model, base: BaseRun, layer: int, hidden: Float[Tensor, "rows width"], owner: Int[Tensor, " rows"]
 ) -> Float[Tensor, "rows width"]:
-    """The final hidden state at the last token of runs in which block `layer` gave `hidden` at the last `tokens`;
-    `owner` is each row's prompt among the base runs. Earlier blocks are skipped, and gradients flow through the later
-    ones."""
+    """The final hidden state at the last token of runs in which block `layer` gave `hidden`; `owner` is each row's
+    prompt among the base runs. Earlier blocks are skipped, and gradients flow through the later ones."""
     forwards = [(block, lambda x, *_, **__: x) for block in model.blocks[:layer]]
-    forwards.append((model.blocks[layer], lambda *_, **__: hidden))
+    forwards.append((model.blocks[layer], lambda *_, **__: hidden[:, None]))
     with hooks.with_forwards(forwards):
-        return rerun(model, base, base.ids.shape[1] - hidden.shape[1], owner.to(base.ids.device))
+        return rerun(model, base, base.ids.shape[1] - 1, owner.to(base.ids.device))
 
 
 # --- what a plan assumes ------------------------------------------------------------------------------------------

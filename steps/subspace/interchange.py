@@ -10,8 +10,7 @@ most of it. It predicts the class of two names that share one, and leaves two cl
    class, the evidence stays what it was, and so must the answer.
 2. `fitted` reads the fitting half's prompts. Its bases: what the class means span at `last` and at a name's last token,
    the one before it and those before that (`PLACES`; of both names alike), and rotations learned on interchanges of the
-   fitting half: at `last` after each of the slice's layers; at the name, one for all of its tokens, after the layer
-   before the slice.
+   fitting half, at `last` after each of the slice's layers.
 3. `SWAPS` put the part of source - base along a basis into the base prompt: at the tokens of the name that is swapped,
    or at the last token. Beside it a random subspace whose change has the norm of the class means', and the whole
    residual stream.
@@ -36,7 +35,7 @@ from lib.hooks import Site
 from lib.single_pass import Activations, BaseRun, plain_runs
 from lib.tasks import Pair
 from pipeline.assumed import Case
-from pipeline.costs import Work, plain
+from pipeline.costs import Work, plain, total
 from pipeline.declaration import Table
 from pipeline.population import aligned
 from pipeline.step import Step
@@ -46,7 +45,6 @@ from steps.subspace.directions import BATCH, class_means, of_rotation, opposed, 
 
 PLACES = ("name", "name -1", "name -2")  # a name's last token, the one before it, those before that
 MEANS, RANDOM, WHOLE, LEARNED = "class means", "random", "whole", "rotation"
-NAME_BATCH = 8  # cases of a step in which a rotation at a name is learned: each runs a dozen tokens, not one
 COLUMNS = ["place", "layer", "method", "index", "vector", "prompts"]
 
 
@@ -109,7 +107,7 @@ def assumed_cases(pairs: Sequence[Pair]) -> list[Pair]:
 def fitted(step: Step, fit: pd.DataFrame, layers: Sequence[int]) -> pd.DataFrame:
     """Orthonormal bases at each place and layer (COLUMNS), from prompts of the pairs `fit`."""
     seen: dict[tuple[str, int], list] = {}  # by place and layer: classes and activations
-    prompts = distinct_prompts(step.prompts(fit))
+    prompts = distinct_prompts(step.prompts(fit.drop_duplicates("quad_id")))  # the rest have the same names, turned
     places = [tokens_of_places(getattr(*own).roles) for own in prompts.values()]
     classes = [
         pair.candidates[pair.answer if side == "clean" else pair.corrupt_answer] for pair, side in prompts.values()
@@ -128,13 +126,11 @@ def fitted(step: Step, fit: pd.DataFrame, layers: Sequence[int]) -> pd.DataFrame
             basis = spanned(np.stack(list(class_means(np.stack(vectors), labels).values())))
             rows += [(place, layer, MEANS, *each, len(read)) for each in enumerate(basis.astype(np.float32))]
     training, p = [pair for pair in cases(step, fit) if pair.pair_id.endswith("other")], step.params
-    at_name = opposed(step.model, training, [before_slice(step), *slice_layers(step)], "swapped")
-    at_last = [group.at_last() for group in at_name]
-    learned = [("last", layer, at_last, BATCH) for layer in slice_layers(step)]
-    for place, layer, groups, batch in [*learned, ("name", before_slice(step), at_name, NAME_BATCH)]:
-        size = sum(row[:3] == (place, layer, MEANS) for row in rows)
-        basis = rotations(step.model, groups, layer, [size], p.interchange_steps, p.seed, batch)[size]
-        rows += [(place, layer, LEARNED, *each, len(training)) for each in enumerate(basis.astype(np.float32))]
+    groups = opposed(step.model, training, slice_layers(step))
+    for layer in slice_layers(step):
+        size = sum(row[:3] == ("last", layer, MEANS) for row in rows)
+        basis = rotations(step.model, groups, layer, [size], p.interchange_steps, p.seed)[size]
+        rows += [("last", layer, LEARNED, *each, len(training)) for each in enumerate(basis.astype(np.float32))]
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
@@ -150,13 +146,10 @@ def place_of(end: int) -> str:
 
 
 def of_fitted(case: Case, units: Sequence[Unit], fit: pd.DataFrame, layers: Sequence[int]) -> Work:
-    """The cost of the bases: two prompts a pair and four a quad, and the learned rotations."""
-    shape, count, prompt, p = case.shape, 4 * len(fit), case.pairs[0].clean, case.params
-    out = plain(shape, count, len(prompt.ids), -(-count // BATCH)) + Work(table=4 * shape.hidden * 16 * len(layers))
-    for layer in slice_layers(case):
-        out += of_rotation(case, layer, p.interchange_steps)
-    tokens = len(prompt.ids) - min(prompt.roles["names"])
-    return out + of_rotation(case, before_slice(case), p.interchange_steps, NAME_BATCH * tokens)
+    """The cost of the bases: six prompts a quad, and the learned rotations."""
+    shape, count, tokens = case.shape, 6 * len({pair.quad_id for pair in case.half(0)}), len(case.pairs[0].clean.ids)
+    out = plain(shape, count, tokens, -(-count // BATCH)) + Work(table=4 * shape.hidden * 16 * len(layers))
+    return total([out, *(of_rotation(case, layer, case.params.interchange_steps) for layer in slice_layers(case))])
 
 
 BASES = Table.whole("interchange_bases", fitted, of_fitted)
@@ -172,13 +165,9 @@ class Swap(NamedTuple):
     where: str  # "name": the tokens of the name that is swapped; "last": the last token
     methods: tuple[str, ...]
 
-    def layers(self, step: Step | Case) -> list[int]:
-        """After which classes are swapped."""
-        return [before_slice(step)] if self.methods == (LEARNED,) else layers_of(step)
-
     def changes(self, step: Step | Case, pairs: Sequence[Pair], bases: pd.DataFrame | None) -> Changes:
         """What is put into the model, one set of sites for each layer; a planner knows no `bases`."""
-        layers, role = self.layers(step), "swapped" if self.where == "name" else "last"
+        layers, role = layers_of(step), "swapped" if self.where == "name" else "last"
 
         def make(own: Sequence[Pair], base: BaseRun, other: BaseRun) -> dict[str, Activations]:
             out: dict[str, dict] = {name: {} for name in self.methods}
@@ -197,9 +186,8 @@ class Swap(NamedTuple):
         return Changes(pairs, sets, list(self.methods), make, options)
 
 
-SWAPS = (  # at the last token rotations share the other rows' passes: most layers have one
+SWAPS = (
     Swap(table_of("interchange_name"), "name", (MEANS, RANDOM, WHOLE)),
-    Swap(table_of("interchange_rotation"), "name", (LEARNED,)),
     Swap(table_of("interchange_last"), "last", (MEANS, RANDOM, WHOLE, LEARNED)),
 )
 
@@ -212,9 +200,9 @@ def change(
     rotation was learned."""
     if name == WHOLE:
         return delta
-    if name == LEARNED and not learned_at(bases, *where):
-        return torch.zeros_like(delta)
     basis = basis_at(bases, name if name != RANDOM else MEANS, *where)
+    if basis is None:
+        return torch.zeros_like(delta)
     own = along(delta, basis)
     if name != RANDOM:
         return own
@@ -223,26 +211,19 @@ def change(
     return random * (own.norm(dim=1) / random.norm(dim=1).clamp_min(1e-12))[:, None]
 
 
-def learned_at(bases: pd.DataFrame, place: str, layer: int) -> bool:
-    """Whether there is a rotation after a layer: at the last token, or at the name."""
-    there = bases[(bases["method"] == LEARNED) & (bases["layer"] == layer)]
-    return bool(((there["place"] == "last") == (place == "last")).any())
-
-
-def basis_at(bases: pd.DataFrame, method: str, place: str, layer: int) -> Float[Tensor, "1 width k"]:
-    """The basis of a method at a place and layer; where there is none, that of the place nearer to the name's end."""
+def basis_at(bases: pd.DataFrame, method: str, place: str, layer: int) -> Float[Tensor, "1 width k"] | None:
+    """The basis of a method at a place and layer, if there is one. Tokens of a name that the fitting half lacks take
+    that of the place nearer to the name's end."""
     there = bases[(bases["layer"] == layer) & (bases["method"] == method)]
-    while (own := there[there["place"] == place]).empty:
-        place = PLACES[PLACES.index(place) - 1]
-    return torch.tensor(np.stack(own["vector"].tolist()).astype(float).T)[None]
+    nearer = [place] if place == "last" else PLACES[PLACES.index(place) :: -1]
+    own = next((rows for name in nearer if len(rows := there[there["place"] == name])), None)
+    return None if own is None else torch.tensor(np.stack(own["vector"].tolist()).astype(float).T)[None]
 
 
 def run(step: Step, fit: pd.DataFrame, table: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """The records of the interchanges by where they are: of the quads of the pairs `table`, with bases from the pairs
     `fit`."""
     bases, pairs = step.table(BASES, fit, layers_of(step)), cases(step, table)
-    found = [(swap.where, step.table(swap.table, swap.changes(step, pairs, bases))) for swap in SWAPS]
-    found = [(where, own[(own["variant"] != LEARNED) | (own["site_delta"] > 0)]) for where, own in found]
-    return {
-        name: pd.concat([own for where, own in found if where == name], ignore_index=True) for name in ("name", "last")
-    }
+    found = {swap.where: step.table(swap.table, swap.changes(step, pairs, bases)) for swap in SWAPS}
+    learned = bases.loc[bases["method"] == LEARNED, "layer"]
+    return {where: own[(own["variant"] != LEARNED) | own["layer"].isin(learned)] for where, own in found.items()}
