@@ -167,14 +167,14 @@ class Swap(NamedTuple):
 
     def changes(self, step: Step | Case, pairs: Sequence[Pair], bases: pd.DataFrame | None) -> Changes:
         """What is put into the model, one set of sites for each layer; a planner knows no `bases`."""
-        layers, role = layers_of(step), "swapped" if self.where == "name" else "last"
+        layers, methods, role = layers_of(step), list(self.methods), "swapped" if self.where == "name" else "last"
 
         def make(own: Sequence[Pair], base: BaseRun, other: BaseRun) -> dict[str, Activations]:
-            out: dict[str, dict] = {name: {} for name in self.methods}
+            out: dict[str, dict] = {name: {} for name in methods}
             for layer in layers:
                 before = base.activations["resid", layer]
                 delta = (other.activations["resid", layer] - before).cpu().double()
-                for name in self.methods:
+                for name in methods:
                     new = out[name]["resid", layer] = before.clone()
                     for at, moved in enumerate(delta.unbind(1)):
                         place = "last" if role == "last" else place_of(delta.shape[1] - 1 - at)
@@ -182,8 +182,8 @@ class Swap(NamedTuple):
             return out
 
         sets = [(Site(layer, "resid"),) for layer in layers]
-        options = {"layers": layers, "variants": list(self.methods), "role": role}
-        return Changes(pairs, sets, list(self.methods), make, options)
+        options = {"layers": layers, "variants": methods, "role": role}
+        return Changes(pairs, sets, methods, make, options)
 
 
 SWAPS = (
