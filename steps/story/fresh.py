@@ -65,13 +65,14 @@ def committed(params: Story) -> Path:
     return ROOT / params.fresh_claims
 
 
-def open_once(params: Story) -> None:
-    """Note beside the results under what these people are looked at.
+def open_once(params: Story, rules: str | None = None) -> None:
+    """Note beside the results under what these people are looked at; `rules` is the hash of thresholds and rules where
+    the steps that hold some of them have not run yet.
 
     ClaimError where thresholds and rules are not frozen, and where they are others than they were the first time, by
     that note or by the committed record: what has been seen once is no longer fresh.
     """
-    own = subject(params)
+    own = subject(params) | ({"fingerprint": rules} if rules else {})
     if params.frozen != own["fingerprint"]:
         raise ClaimError(
             f"fresh people are opened under frozen rules alone: give frozen = {own['fingerprint']!r} (it is "
