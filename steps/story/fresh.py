@@ -153,7 +153,7 @@ def told(record: Record, after: int, verdicts: Sequence[str], both: str) -> str:
     count = {verdict: verdicts.count(verdict) for verdict in (SUPPORTED, NOT_SUPPORTED)}
     return (
         f"Of the {after} claims that were set after results had been seen, {len(verdicts)} are decided by *fresh "
-        f"people* alone, people kept out of other pairs ({both}): {count[SUPPORTED]} are supported there, "
+        f"people* alone, people in no quad of other profiles ({both}): {count[SUPPORTED]} are supported there, "
         f"{count[NOT_SUPPORTED]} are not; the others could not be tested on them, and stay exploratory. They were "
         f"asked once, under these thresholds and rules (hash `{record.fingerprint}`; profile `{record.profile}`, "
         f"commit {(record.commit or 'unknown')[:7]}, {record.started[:10]}, {machine(record.machine)})."
