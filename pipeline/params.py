@@ -169,6 +169,11 @@ class Shared(BaseModel):
         0.5, ge=0, le=1, description="what the lower end of recovery's interval must exceed"
     )
 
+    @property
+    def floor(self) -> float:
+        """Logits: what a mean change must exceed to be an effect (`lib.stats.Settings`)."""
+        return FLOORS[self.quantisation or self.dtype]
+
 
 class OfSlice(Shared):
     """What the steps about the critical slice share."""
@@ -177,6 +182,11 @@ class OfSlice(Shared):
         None, description="the slice, as heads and modules such as 21.6,mlp 23; default: that of step 04"
     )
 
+
+# What a mean change of logits must exceed to be an effect (logits). In 16 bits and fewer, the noise measured between
+# runs of one prompt (`lib.hooks.NOISE` leaves ten times as much, which would hide single heads); in fp32, where it was
+# 1e-5, what is allowed for deeper models.
+FLOORS = {"float64": 1e-9, "float32": 1e-3, "float16": 0.02, "bfloat16": 0.125, "nf4": 0.14, "int8": 0.14}
 
 SHARED = frozenset(Shared.model_fields)
 # Shared keys that a notebook's parameters cell lists, because one gives them by hand.
