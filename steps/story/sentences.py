@@ -16,7 +16,17 @@ from typing import Any
 
 from report.words import interval, listed
 from steps.story import claims
-from steps.story.claims import LINKS, NOT_SUPPORTED, NOT_TESTABLE, NOT_TESTED, OUTLINE, SUPPORTED, Entry
+from steps.story.claims import (
+    FRESH,
+    LINKS,
+    NOT_SUPPORTED,
+    NOT_TESTABLE,
+    NOT_TESTED,
+    OUTLINE,
+    SUPPORTED,
+    Confirmed,
+    Entry,
+)
 
 OPEN = "[a link that is open]"
 LEADING = 4  # senders at the names that are named
@@ -65,11 +75,16 @@ def outline(entries: Sequence[Entry], found: Mapping[str, Any]) -> list[str]:
     return out
 
 
+def deciding(entry: Entry) -> Entry | Confirmed:
+    """What gave an entry its verdict: the entry itself, or what fresh people say of it."""
+    return entry.fresh if entry.fresh and entry.tier == FRESH else entry
+
+
 def clause(entry: Entry, text: str) -> str:
     """One clause with its number, worded by the verdict."""
     if entry.verdict == SUPPORTED:
         return f"{text} ({value(entry)})"
-    if entry.verdict == NOT_SUPPORTED and entry.alone == SUPPORTED:
+    if entry.verdict == NOT_SUPPORTED and deciding(entry).alone == SUPPORTED:
         return f"supported by itself, but not when all claims are corrected together: {text} ({value(entry)})"
     if entry.verdict == NOT_SUPPORTED:
         return f"it is not supported that {text} ({value(entry)}; asked for: {entry.asked})"
@@ -98,7 +113,8 @@ def sentence(entries: Sequence[Entry], found: Mapping[str, Any]) -> list[str]:
         }
         chain.append(" and ".join(f"{text} ({value(by_claim[name])})" for name, text in others.items()) or OPEN)
         instead = f"; instead {listed(others.values())}" if others else ""
-        open_links[entry.verdict].append(f"{words[entry.verdict]} that {link.plan} ({entry.reason}){instead}.")
+        why = entry.reason if deciding(entry) is entry else f"on fresh people {entry.fresh.reason}"
+        open_links[entry.verdict].append(f"{words[entry.verdict]} that {link.plan} ({why}){instead}.")
     linked = [text for text, _ in groupby(chain)]  # a gap of several open links is said once
     whole = f"The names → {' → '.join(linked)} → the answer."
     if linked == [OPEN]:
@@ -107,9 +123,14 @@ def sentence(entries: Sequence[Entry], found: Mapping[str, Any]) -> list[str]:
 
 
 def value(entry: Entry) -> str:
-    """What an entry measured, for a sentence."""
-    if entry.estimate is None:
-        return entry.reason
+    """What an entry measured, for a sentence, and what fresh people gave where they decide."""
     unit = re.search(r"\(([^()]*)\)$", entry.quantity)
     unit = f" {unit[1]}" if unit and not unit[1].startswith(("share", "ratio")) else ""
-    return interval(entry.estimate, entry.low, entry.high) + unit if entry.low is not None else f"{entry.estimate:.3g}"
+
+    def number(of: Entry | Confirmed) -> str:
+        if of.estimate is None:
+            return of.reason
+        return interval(of.estimate, of.low, of.high) + unit if of.low is not None else f"{of.estimate:.3g}"
+
+    decided = deciding(entry)
+    return number(entry) if decided is entry else f"{number(entry)}, and {number(decided)} on fresh people"

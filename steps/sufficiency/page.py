@@ -127,17 +127,14 @@ def findings(step: Step, m: Measured) -> dict[str, Any]:
     held = reported(m.curves)
     held = held[held["n_sites"] == m.critical.size]
     together, stable = slice_restores(m.joint, held, params), stability_page.findings(m, params)
-    sentences = [
+    alone = (
         f"No single head or MLP restores the answer on its own: {best_text}."
         if not restoring
-        else f"Single sites that restore the answer on their own: {listed(restoring)}; {best_text}.",
-        top_sites_sentence(m.sites, params, 6, "recovery"),
-        heads_or_mlps(m.sites, params, "recovery"),
-        stable.pop("curve"),
-        *slice_sentences(m, held, params),
-        restores_sentence(together),
-        *stable.pop("sentences"),
-    ]
+        else f"Single sites that restore the answer on their own: {listed(restoring)}; {best_text}."
+    )
+    leading = [top_sites_sentence(m.sites, params, 6, "recovery"), heads_or_mlps(m.sites, params, "recovery")]
+    of_slice = [stable.pop("curve"), *slice_sentences(m, held, params), restores_sentence(together)]
+    again, *added = stable.pop("sentences")
     placebo = placebo_page.findings(m.specificity, params)
     found = {
         "model": about_model(step),
@@ -151,8 +148,8 @@ def findings(step: Step, m: Measured) -> dict[str, Any]:
         "joint": held[["quantity", "estimate", "low", "high"]].to_dict("records"),
         **stable,
         **placebo,
-        "sentences": [*sentences, *placebo["sentences"]],
-        "headline": [sentences[0], *sentences[3:8], *placebo["headline"]],
+        "sentences": [alone, *leading, *of_slice, again, *added, *placebo["sentences"]],
+        "headline": [alone, *of_slice, again, *placebo["headline"]],
     }
     figures = {
         "slice": slice_figure(step, m),
