@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from lib.hooks import FLOORS
 from lib.tasks import TEMPLATES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -182,11 +183,6 @@ class OfSlice(Shared):
         None, description="the slice, as heads and modules such as 21.6,mlp 23; default: that of step 04"
     )
 
-
-# What a mean change of logits must exceed to be an effect (logits). In 16 bits and fewer, the noise measured between
-# runs of one prompt (`lib.hooks.NOISE` leaves ten times as much, which would hide single heads); in fp32, where it was
-# 1e-5, what is allowed for deeper models.
-FLOORS = {"float64": 1e-9, "float32": 1e-3, "float16": 0.02, "bfloat16": 0.125, "nf4": 0.14, "int8": 0.14}
 
 SHARED = frozenset(Shared.model_fields)
 # Shared keys that a notebook's parameters cell lists, because one gives them by hand.

@@ -147,11 +147,12 @@ def interactions(m: Measured, params: Sufficiency) -> pd.DataFrame | None:
 
 
 def ranks_figure(m: Measured, params: Sufficiency) -> Figure:
-    """The leading sites' ranks in every order."""
-    found = stability(m, params)
-    rows = found.sites.rename(columns={"rank": "estimate", "rank_low": "low", "rank_high": "high"})
+    """The ranks, in every order, of twice as many leading sites as the slice has."""
+    found, shown = stability(m, params), 2 * m.critical.size
+    rows = found.sites.head(shown).rename(columns={"rank": "estimate", "rank_low": "low", "rank_high": "high"})
     parts = [rows.assign(order="discovery half")]
-    parts += [rows.assign(estimate=other.ranks, low=np.nan, high=np.nan, order=other.name) for other in found.others]
+    for other in found.others:
+        parts.append(rows.assign(estimate=other.ranks[:shown], low=np.nan, high=np.nan, order=other.name))
     return plots.ranked_sites(pd.concat(parts), "rank by recovery", by="order", lines=[m.critical.size + 0.5])
 
 
