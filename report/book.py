@@ -134,7 +134,7 @@ def landing(results: Path, steps: Mapping[str, str], to: Path) -> dict[str, str]
     ]
     return {
         "model": short(model["name"]),
-        "outline": "\n\n".join(findings[last].get("outline", {}).get("sentences", ())),
+        **outline(findings[last].get("outline", {})),
         "answer": "\n\n".join(answer),
         "claims": verdicts(results),
         "figures": "\n\n".join(figures),
@@ -142,6 +142,13 @@ def landing(results: Path, steps: Mapping[str, str], to: Path) -> dict[str, str]
         "measured": table(facts, head=("model", code(model["name"]))),
         "pages": "\n".join(["| page | task | this model |", "| --- | --- | --- |", *rows]),
     }
+
+
+def outline(found: Mapping[str, Any]) -> dict[str, str]:
+    """What the last step concludes, for the landing page's head: in short, in three sentences, and what it is not."""
+    refused = f"**What it is not.** {found['not']}" if found.get("not") else ""
+    short = f"**{found['answer']}**" if found.get("answer") else ""
+    return {"short": short, "outline": "\n\n".join(found.get("sentences", ())), "not": refused}
 
 
 def verdicts(results: Path) -> str:

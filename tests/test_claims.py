@@ -633,6 +633,31 @@ def test_the_circuit_in_three_sentences_by_the_verdicts(tmp_path):
     assert "not testable here is whether the slice (5.3 and mlp 7)" in story.outline(unable, what)[1]
 
 
+def test_what_leads_the_report_follows_the_verdicts(tmp_path):
+    entries = list(judged(tmp_path).values())
+    said, refused = story.answer(entries, found()), story.not_so(entries)
+    assert (
+        said.startswith("A few heads and MLPs at the last token (5.3 and mlp 7) are enough")
+        and "attribute read-out" in said
+    )
+    assert refused.startswith("Not supported: the slice is about supersets and not about whatever the names differ in;")
+    assert "Not testable" not in refused and "one layer is the aggregator" not in refused  # that one is supported
+
+    def with_quotient(value):
+        what = found()
+        what["sufficiency"]["specific"][0] |= {f"quotient_{key}": at for key, at in span(value).items()}
+        return story.answer(list(judged(tmp_path, what).values()), what)
+
+    assert with_quotient(0.2).endswith("and of what else the names differ in they carry much less.")
+    assert with_quotient(0.5).endswith("read out whatever the names differ in, is not decided here.")
+    what = found()
+    what["sufficiency"]["slice_restores"]["restores"] = False
+    what["sufficiency"]["joint"][1] = few(0.9, quantity="damage")
+    assert story.answer(list(judged(tmp_path, what).values()), what).startswith("It is not shown here that a few heads")
+    alone = [entry.model_copy(update={"verdict": SUPPORTED}) for entry in entries]
+    assert story.not_so(alone) == ""
+
+
 def test_holms_correction():
     assert claims.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert claims.holm([0.9, 0.8]) == pytest.approx([1, 1])
@@ -661,7 +686,7 @@ def test_the_table_says_the_verdict_in_words_and_links_to_what_is_under_it(tmp_p
 
 def test_claims_and_checks_are_two_tables_on_one_page(tmp_path):
     """Their cells are coloured by identifiers that must not be the same."""
-    made = story.Judged({}, list(judged(tmp_path).values()), [], [], None)
+    made = story.Judged({}, list(judged(tmp_path).values()), [], [], "", "", None)
     pages = [story.table(part).to_html() for part in (made.claims, made.checks)]
     cells = [set(re.findall(r'id="(T_[^"]+)"', text)) for text in pages]
     assert all(cells) and not cells[0] & cells[1]

@@ -135,6 +135,13 @@ class Link(Strict):
     instead: dict[str, str] = {}
 
 
+class Answer(Strict):
+    """What leads the report, where all of these claims are supported."""
+
+    claims: tuple[str, ...]
+    words: str
+
+
 class Part(Strict):
     """One sentence of the three that say what the circuit is: what it is about, and its clauses, each on a claim or on
     several that answer one question."""
@@ -146,6 +153,7 @@ class Part(Strict):
 _READ = read_yaml(FILE)
 CAME = {name: Came.model_validate(came) for name, came in _READ["came"].items()}
 CLAIMS = tuple(Claim.model_validate(claim) for claim in _READ["claims"])
+ANSWERS = tuple(Answer.model_validate(answer) for answer in _READ["answer"])
 OUTLINE = tuple(Part.model_validate(part) for part in _READ["outline"])
 LINKS = tuple(Link.model_validate(link) for link in _READ["sentence"])
 

@@ -34,7 +34,7 @@ from report.words import joined, listed, not_done
 from steps.story import circuits_page, claims, fresh
 from steps.story.claims import CLAIMS, NOT_SUPPORTED, SUPPORTED, VERDICTS, Entry
 from steps.story.measure import Measured, Story
-from steps.story.sentences import outline, sentence
+from steps.story.sentences import answer, not_so, outline, sentence
 
 PUBLISHED = "data/filter_heads_llama-3.3-70b.csv"
 COLOURS = dict(zip(VERDICTS, ("#cfe8dc", "#f6d5c6", "#e6e6e6", "#ffffff"), strict=True))
@@ -52,6 +52,8 @@ class Judged(NamedTuple):
     entries: list[Entry]
     outline: list[str]  # the circuit, in three sentences
     sentence: list[str]  # the plan's, part by part
+    answer: str  # what leads the report
+    not_so: str  # links of the plan's chain that do not hold, or could not be tested
     circuit: dict[str, Any] | None  # what `circuits_page` hands on; None where the model does not do the task
     fresh: str = ""  # what fresh people decided
 
@@ -78,7 +80,8 @@ def judge(step: Step, m: Measured | None) -> Judged:
     confirmed = fresh.confirm(entries, step.params, asked)
     parts = sentence(entries, found)
     step.write_extra("claims.json", document(entries, parts, step.params, confirmed))
-    return Judged(found, entries, outline(entries, found), parts, circuit, confirmed)
+    said = (outline(entries, found), parts, answer(entries, found), not_so(entries))
+    return Judged(found, entries, *said, circuit, confirmed)
 
 
 # --- what is read -------------------------------------------------------------------------------------------------
@@ -370,8 +373,8 @@ def how_many(step: Step, judged: Judged) -> Markdown:
 
 
 def in_three_sentences(judged: Judged) -> Markdown:
-    """What the circuit is."""
-    return Markdown("\n\n".join(judged.outline))
+    """What the circuit is, led by what is to be said of it, and followed by what it is not."""
+    return Markdown("\n\n".join([f"**{judged.answer}**", *judged.outline, f"**What it is not**: {judged.not_so}"]))
 
 
 def plan_sentence(judged: Judged) -> Markdown:
@@ -391,13 +394,14 @@ def findings(step: Step, judged: Judged) -> dict[str, Any]:
     found, figure = judged.found, forest(judged.claims)
     ledger = {
         "sentences": [
+            judged.answer,
             *judged.outline,
             *judged.sentence,
             tally(judged.entries),
             overlap_sentence(found[step.name]["overlap"]),
         ],
         "headline": [*judged.sentence[:1], tally(judged.entries)],
-        "outline": {"sentences": judged.outline},
+        "outline": {"answer": judged.answer, "sentences": judged.outline, "not": judged.not_so},
         "figures": {"claims": figure} if figure else {},
         "captions": CAPTIONS,
         "verdicts": {entry.id: entry.verdict for entry in judged.entries},

@@ -1,8 +1,9 @@
 """The circuit and the plan's sentence in words, by the verdicts of the claims: nothing here outlives its number.
 
-1. `outline` says in three sentences what the circuit is: each clause stands on a claim, and says so where that claim is
+1. `answer` is what leads the report; `not_so` says which links of the plan's chain do not hold.
+2. `outline` says in three sentences what the circuit is: each clause stands on a claim, and says so where that claim is
    not supported, or cannot be tested.
-2. `sentence` is the plan's chain, link by link, with what there is instead of a link that does not hold.
+3. `sentence` is the plan's chain, link by link, with what there is instead of a link that does not hold.
 
 Clauses and links stand in data/claims.yaml; `site_names` are the sites that they name.
 """
@@ -17,6 +18,7 @@ from typing import Any
 from report.words import interval, listed
 from steps.story import claims
 from steps.story.claims import (
+    ANSWERS,
     FRESH,
     LINKS,
     NOT_SUPPORTED,
@@ -59,6 +61,21 @@ def leading(retrieval: Mapping[str, Any], start: str) -> list[str]:
     rows = [row for row in retrieval.get("senders", {}).get("slice at names", ()) if re.match(start, row["site"])]
     shown = [row for row in rows if row["low"] is not None and row["low"] > 0]
     return [row["site"] for row in (shown or rows)[:LEADING]]
+
+
+def answer(entries: Sequence[Entry], found: Mapping[str, Any]) -> str:
+    """One sentence: what the slice does, and whether it is about supersets, by the verdicts."""
+    held = {entry.id for entry in entries if entry.verdict == SUPPORTED}
+    words = next(one.words for one in ANSWERS if held.issuperset(one.claims)).format(**site_names(found))
+    return f"{words[0].upper()}{words[1:]}."
+
+
+def not_so(entries: Sequence[Entry]) -> str:
+    """Which links of the plan's chain do not hold, which could not be tested, and which were not; "" if all hold."""
+    words = {NOT_SUPPORTED: "Not supported", NOT_TESTABLE: "Not testable here", NOT_TESTED: "Not tested"}
+    verdicts = {entry.id: entry.verdict for entry in entries}
+    links = {verdict: [link.plan for link in LINKS if verdicts[link.claim] == verdict] for verdict in words}
+    return " ".join(f"{words[verdict]}: {'; '.join(own)}." for verdict, own in links.items() if own)
 
 
 def outline(entries: Sequence[Entry], found: Mapping[str, Any]) -> list[str]:
