@@ -51,7 +51,9 @@ def found():
     rows = [span(0.7 + 0.1 * (name == "artist"), kind="superset", group=name) for name in ("artist", "writer")]
     rows += [few(0.1, kind="profession", group="poet"), span(0.8, kind="profession", group="actor")]
     rows += [span(0.1, kind="template", group="profession_both"), span(0.7, kind="template", group="both_famous")]
-    rows = [row | {"quantity": "damage"} for row in rows] + [span(0.1, kind="superset", group="artist", quantity="mirror")]
+    rows = [row | {"quantity": "damage"} for row in rows] + [
+        span(0.1, kind="superset", group="artist", quantity="mirror")
+    ]
     coarse = {name: span(0.9) for name in ("critical_layers", "one_layer", "middle_layers")}
     return {
         "baselines": {"accuracy": accuracy, "measured": {"fame": span(0.1)}, "able": {
