@@ -230,22 +230,22 @@ def figure(fit: RuleResult | None, people: pd.DataFrame) -> Figure | None:
     return plots.rule_points(fit.fitted, lines(fit, people), "logit above the classes of neither name")
 
 
-def sentences(rule: RuleResult | None) -> list[str]:
-    """What one and two names add, whether a rule is exact, and which predicts best."""
+def sentences(rule: RuleResult | None) -> dict[str, str]:
+    """What one and two names add, whether a rule is exact, and which predicts best, by what each sentence is about."""
     if rule is None:
-        return ["The rule was not read: too few known people."]
+        return {"steps": "The rule was not read: too few known people."}
     shown = {row.term: of_row(row) for row in rule.fitted.itertuples()}
-    slots = "one name in the first slot adds {first slot}, in the second {second slot}".format_map(shown)
-    out = [
-        f"On {rule.prompts} prompts of two known people, one name in a class raises its logit by {shown['one name']} "
-        f"above the classes of neither name, two names by {shown['two names']}.",
-        exact_sentence(rule),
-        f"Told apart, {slots}.",
-    ]
+    out = {
+        "steps": f"On {rule.prompts} prompts of two known people, one name in a class raises its logit by "
+        f"{shown['one name']} above the classes of neither name, two names by {shown['two names']}.",
+        "ratio": exact_sentence(rule),
+        "slots": f"Told apart, one name adds {shown['first slot']} in the first slot, {shown['second slot']} in the "
+        "second.",
+    }
     for basis, verdict in rule.verdict.items():
         what = "the number of names" if basis == "number" else "what each name says alone"
         if verdict is None:
-            out.append(f"By {what}, no rule is decided: {rule.reason}.")
+            out[basis] = f"By {what}, no rule is decided: {rule.reason}."
             continue
         own = rule.errors[rule.errors["basis"] == basis].set_index("rule")["explained"]
         passing = [name for name in rule.fitting[basis] if name != verdict]
@@ -254,9 +254,8 @@ def sentences(rule: RuleResult | None) -> list[str]:
             f"{verdict} predicts best: of the error that class priors leave it explains {own[verdict]:.1%}, and a free "
             f"fit {own['free']:.1%}"
         )
-        out.append(
-            f"By {what}, cross-validated over people, {lead}"
-            + (f"; not significantly worse than free either: {listed(passing)}." if passing else ".")
+        out[basis] = f"By {what}, cross-validated over people, {lead}" + (
+            f"; not significantly worse than free either: {listed(passing)}." if passing else "."
         )
     return out
 

@@ -546,7 +546,7 @@ def numbers(step: Step, m: Measured, t: Tables) -> dict[str, Any]:
         spoken,
         *specific,
         *controls_page.sentences(t.controls, t.candidates, t.leaders, step.params.silence_margin),
-        *rule,
+        *rule.values(),
     ]
     return {
         "model": about_model(step),
@@ -560,7 +560,12 @@ def numbers(step: Step, m: Measured, t: Tables) -> dict[str, Any]:
         "interaction": {"p": test.p_overall, "sites": sites.head(20).to_dict("records")} if test else {"why": why},
         "rule": None if t.rule is None else name_rule.numbers(t.rule),
         "sentences": sentences,
-        "headline": [spoken, *specific[:1], *controls_page.headline(t.controls), *rule[:2]],
+        "headline": [
+            spoken,
+            *specific[:1],
+            *controls_page.headline(t.controls),
+            *(rule[name] for name in ("steps", "ratio") if name in rule),
+        ],
     }
 
 
