@@ -52,6 +52,9 @@ def found():
     rows = [span(0.7 + 0.1 * (name == "artist"), kind="superset", group=name) for name in ("artist", "writer")]
     rows += [few(0.1, kind="profession", group="poet"), span(0.8, kind="profession", group="actor")]
     rows += [span(0.1, kind="template", group="profession_both"), span(0.7, kind="template", group="both_famous")]
+    rows = [row | {"quantity": "damage"} for row in rows] + [
+        span(0.1, kind="superset", group="artist", quantity="mirror")
+    ]
     coarse = {name: span(0.9) for name in ("critical_layers", "one_layer", "middle_layers")}
     return {
         "baselines": {"accuracy": accuracy, "measured": {"fame": span(0.1)}, "able": {
@@ -423,7 +426,7 @@ def test_a_slice_must_restore_the_answer_as_a_single_site_must(tmp_path):
 
 def test_each_verdict_says_what_kind_of_evidence_it_is(tmp_path):
     own = judged(tmp_path)
-    assert own["general_supersets"].came == "before" and own["general_supersets"].tier == claims.HALF
+    assert own["general_supersets"].came == "after" and own["general_supersets"].tier == claims.EXPLORATORY
     assert own["one_layer"].came == "after" and own["one_layer"].tier == claims.EXPLORATORY
     assert own["class_specific"].tier is None  # not testable
     assert story.when(own["one_layer"]) == "set after results (2cdf8c6, results of d637c5d seen): exploratory"
