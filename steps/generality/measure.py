@@ -3,7 +3,7 @@
 1. `GRID`: pairs of confirmation quads, in the profile's template and in others (`grid`).
 2. `CIRCUITS`: growing sets of circuits that are picked on part of the discovery pairs (`class_circuits`).
 3. `JOINT`: the slice, those circuits, random heads and each site of the slice replaced in every pair of the grid, both
-   ways; `UNSELECTED`: the slice, in step 01's pairs before any selection.
+   ways; `UNSELECTED`: the slice, clean into corrupt, in step 01's pairs before any selection.
 4. `NEEDED`: the slice and the circuits ablated class-neutrally, beside all that such an ablation can take away. (With
    counterfactual values, damage is recovery in mirror pairs, and says nothing of its own.)
 5. `PLACEBO`: the same sets in pairs of one superset whose names differ in another attribute (`placebo`).
@@ -72,6 +72,11 @@ def joint_units(step: Step | Case, pairs: Sequence[Pair], sets: Sequence[Sequenc
     return grid.mirrored_units(pairs, site_sets=sets)
 
 
+def unselected_units(step: Step | Case, pairs: Sequence[Pair], sets: Sequence[Sequence[Site]]) -> list[Unit]:
+    """Sets of sites, clean into corrupt."""
+    return sweep_units("denoise", without_labels(pairs), direction="denoise", role="last", site_sets=list(sets))
+
+
 def needed_units(step: Step | Case, pairs: Sequence[Pair], sets: Sequence[Sequence[Site]]) -> list[Unit]:
     """Sets of sites and, last, the whole final residual stream, ablated class-neutrally in the pairs with donors."""
     every = [*sets, (Site(step.n_layers - 1, "resid"),)]
@@ -119,7 +124,7 @@ OF_SETS = {"schema": records.SET_SCHEMA, "columns": (*EFFECTS, "site_set")}
 GRID = Table.whole("grid", grid.kept_pairs, grid_cost)
 CIRCUITS = Table("circuits", class_circuits.growing_units, class_circuits.grown, of_sweep, **OF_SETS)
 JOINT = Table("joint", joint_units, of_pairs, of_sweep, **OF_SETS)
-UNSELECTED = Table("unselected", joint_units, of_pairs, of_sweep, **OF_SETS)
+UNSELECTED = Table("unselected", unselected_units, of_pairs, of_sweep, **OF_SETS)
 NEEDED = Table("needed", needed_units, of_pairs, needed_cost, **OF_SETS)
 PLACEBO = Table("placebo", placebo.units, placebo.compute, of_sweep, **OF_SETS)
 SITES = Table("generality", site_units, of_pairs, of_sweep, columns=EFFECTS)
@@ -289,7 +294,7 @@ def run(step: Step) -> Measured:
         random=len(random),
         joint=joint if needed is None else pd.concat([joint, needed], ignore_index=True),
         judge=judge,
-        unselected=grid.with_mirrors(unselected, grid.mirrors(others)),
+        unselected=unselected,
         placebo=placebo.of_quads(there, step.placebo_pairs(), step.record["model"]["noise"]) if tried else there,
         sites=sites,
         candidates=pairs[0].candidates,

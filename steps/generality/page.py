@@ -78,7 +78,7 @@ def tables(step: Step, m: Measured) -> Tables:
     by_group, by_site = groups(joint, p), site_effects(joint, first, m.slice, p)
     if len(m.unselected):
         before = pd.DataFrame(both_ways(m.unselected, p, kind="selection", group="before any selection"))
-        by_group = pd.concat([by_group, before[before["quantity"] != "damage"]], ignore_index=True)
+        by_group = pd.concat([by_group, before[before["quantity"] == "recovery"]], ignore_index=True)
     same, shares = ranks(heads, p), interaction(alone, m.slice, p)
     rule = name_rule.compare(m.people, p) if m.people["prompt"].nunique() > 1 else None
     specific = placebo.specificity(joint, m.placebo, sets, p)
