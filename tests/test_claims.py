@@ -485,13 +485,13 @@ def asked_of_fresh_people(folder, what, **changed):
     return own, story_params(folder).model_copy(update={"fresh_claims": names["fresh_claims"]})
 
 
-def test_fresh_people_decide_what_was_set_after(tmp_path):
+def test_fresh_people_decide_what_was_set_after(tmp_path, monkeypatch):
+    earlier = claims.CAME["neutral"].model_copy(update={"word": "before"})
+    monkeypatch.setitem(claims.CAME, "neutral", earlier)  # one that came before, to set beside
     what = found()
     what["coarse_sweep"]["measured"]["one_layer"] = span(0.3)
     what["coarse_sweep"]["measured"]["critical_layers"] = few(0.9)
-    what["generality"]["classes"] = [
-        span(0.1, kind=row["kind"], group=row["group"]) for row in found()["generality"]["classes"]
-    ]
+    what["generality"]["classes"] = [row | span(0.1) for row in found()["generality"]["classes"]]
     asked, own = asked_of_fresh_people(tmp_path, what)
     entries = claims.ledger(found(), PLAN, own)
     assert fresh.confirm(entries, own).startswith("No fresh people have been asked yet")
@@ -502,7 +502,9 @@ def test_fresh_people_decide_what_was_set_after(tmp_path):
     )
     one = by_name["one_layer"]
     assert (one.alone, one.here, one.verdict, one.tier) == (SUPPORTED, SUPPORTED, NOT_SUPPORTED, claims.FRESH)
-    general = by_name["general_supersets"]  # set before: the confirmation half decides, and fresh people stand beside
+    general = by_name[
+        "general_supersets"
+    ]  # as if set before: the confirmation half decides, and fresh people stand beside
     assert (general.verdict, general.tier, general.fresh.verdict) == (SUPPORTED, claims.HALF, NOT_SUPPORTED)
     untested = by_name["critical_layers"]
     assert (untested.verdict, untested.tier, untested.fresh.verdict) == (SUPPORTED, claims.EXPLORATORY, NOT_TESTABLE)
