@@ -103,14 +103,19 @@ def class_sentences(attribute: str, name: str, rows: pd.DataFrame) -> list[str]:
     if rows.empty:
         return []
     who = "the slice" if name == SLICE else "the circuit picked without a superset"
-    said = rows["verdict"].map(VERDICTS).fillna(FEW)
-    each = [f"{verdict} in {listed(own['group'])}" for verdict, own in rows.groupby(said, sort=False)]
-    fewest = int(rows[["quads", "placebo_quads"]].min(axis=1).min())
-    few = f" The smallest class has {fewest} quads, and an interval needs {MINIMUM_CLUSTERS}."
+    tested, lead = rows.dropna(subset="verdict"), f"Superset by superset, against {attribute}, {who}"
+    each = [f"{VERDICTS[verdict]} in {listed(own['group'])}" for verdict, own in tested.groupby("verdict", sort=False)]
+    out = [f"{lead} is {'; '.join(each)}."] * bool(each)
+    if len(tested) < len(rows):
+        few = listed(rows.loc[rows["verdict"].isna(), "group"])
+        fewest = int(rows[["quads", "placebo_quads"]].min(axis=1).min())
+        out.append(
+            f"{lead} is untested in {few}: {MINIMUM_CLUSTERS} quads are needed, and there are as few as {fewest}."
+        )
     ends = rows.sort_values("quotient_estimate")
     lowest, highest = (f"{row.group} ({quotient(row)})" for row in ends.iloc[[0, -1]].itertuples())
     return [
-        f"Superset by superset, against {attribute}, {who} is {'; '.join(each)}.{few if (said == FEW).any() else ''}",
+        *out,
         f"Its share of the placebo gap over that of the superset gap in the same class is smallest in {lowest} and "
         f"largest in {highest}.",
     ]
