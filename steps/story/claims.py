@@ -16,9 +16,12 @@ Words for verdicts: supported, not supported, not testable here, not tested. No 
 from __future__ import annotations
 
 import difflib
+import inspect
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -44,6 +47,7 @@ TIERS = {
     HALF: "set before results were seen, measured on the half that had no say in what was picked",
     EXPLORATORY: "set when results on the same people had been seen",
 }
+DECIDING = ("at", "p_of_some", "numbers_of", "decided", "p_value", "equivalence", "ledger")
 POWER = 0.8  # that a number of quads is worked out for
 
 
@@ -308,9 +312,10 @@ def numbers_of(claim: Claim, found: Mapping[str, Any], params: Shared) -> Number
     if claim.pick == "largest":
         return max(read, key=lambda n: n.estimate or 0)._replace(of=len(read))
     if claim.pick == "weakest":
+        if claim.rule == "below":  # a bound may have no lower end
+            bounds = [n for n in read if n.high is not None]
+            return max(bounds, key=lambda n: n.high) if bounds else max(read, key=lambda n: n.estimate)
         certain = [n for n in read if n.low is not None]
-        if claim.rule == "below":
-            return max(certain, key=lambda n: n.high) if certain else max(read, key=lambda n: n.estimate)
         return min(certain, key=lambda n: n.low) if certain else min(read, key=lambda n: n.estimate)
     return read[0]
 
@@ -355,9 +360,17 @@ def fingerprint(held: Mapping[str, tuple[float | None, str]], params: Story) -> 
     """The hash of every claim's threshold and rule, and of what is left out: all that decides but for the numbers."""
     words = {"section", "text", "quantity", "figure", "rows", "came"}
     rules = {claim.id: [held[claim.id][0], claim.model_dump(mode="json", exclude=words)] for claim in CLAIMS}
-    return keys.hash_json(
-        {"level": params.level, "correction": "Holm", "claims": rules, "left_out": sorted(params.left_out)}
-    )[:16]
+    hashed = {"level": params.level, "correction": "Holm", "claims": rules, "left_out": sorted(params.left_out)}
+    return keys.hash_json(hashed | {"code": deciding_code()})[:16]
+
+
+@cache
+def deciding_code() -> list[str]:
+    """The code by which numbers and a threshold become a verdict, as it is written (so that every Python gives the same
+    hash of it)."""
+    source, functions = Path(__file__).read_text(encoding="utf-8"), (*map(globals().get, DECIDING), holm, p_of_interval)
+    start = source.index("RULES = {")
+    return [source[start : source.index("\n}\n", start)], *map(inspect.getsource, functions)]
 
 
 def recorded(step: str, params: Shared) -> Mapping[str, Any]:
@@ -432,7 +445,7 @@ def decided(
         return (NOT_TESTED, f"{able['why']}; {other}") if able["able"] else (NOT_TESTABLE, able["why"])
     if n.why or threshold is None:
         return NOT_TESTABLE, n.why or "the parameter that holds its threshold is not in the run record"
-    value = "" if n.estimate is None else interval(n.estimate, n.low, n.high)
+    value = "" if n.estimate is None else estimated(n)
     if any(getattr(n, need) is None for need in rule.needs):
         there = "" if n.quads is None else f", and there are {n.quads}"
         few = f"too few quads: an interval needs {MINIMUM_CLUSTERS} of a half{there}"
@@ -460,6 +473,12 @@ def decided(
         if condition and any(leaves([at(found, condition[0], params)])) != good:
             return NOT_SUPPORTED, f"{reason}; {condition[1]}"
     return SUPPORTED, reason
+
+
+def estimated(of: Numbers | Entry) -> str:
+    """An estimate with its interval, or with its bound where there is no lower end."""
+    bound = "" if of.low is not None or of.high is None else f", at most {of.high:.2f}"
+    return interval(of.estimate, of.low, of.high) + bound
 
 
 def p_value(claim: Claim, n: Numbers, threshold: float | None, level: float) -> float | None:

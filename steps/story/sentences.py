@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from report.words import interval, listed
+from report.words import listed
 from steps.story import claims
 from steps.story.claims import (
     ANSWERS,
@@ -152,7 +152,7 @@ def value(entry: Entry) -> str:
     def number(of: Entry | Confirmed) -> str:
         if of.estimate is None:
             return of.reason
-        return interval(of.estimate, of.low, of.high) + unit if of.low is not None else f"{of.estimate:.3g}"
+        return claims.estimated(of) + unit if of.high is not None else f"{of.estimate:.3g}"
 
     decided = deciding(entry)
     return number(entry) if decided is entry else f"{number(entry)}, and {number(decided)} on fresh people"
