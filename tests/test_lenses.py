@@ -124,7 +124,7 @@ def test_a_word_is_read_where_it_ranks_better_than_where_it_is_wrong():
     assert float(best["rank there"].split()[0]) == pytest.approx(10, abs=1)
     said = lenses_page.sentences(table, SETTINGS)
     assert "first after layer 2 by the patchscope, after no layer by the logit lens" in said[0]
-    assert "rises most at layer 2 and is largest after layer 2: there the word ranks 100" in said[1]
+    assert "rises most at layer 2 and is largest after layer 2: there the word ranks 98.7 [" in said[1]
     assert "first after layer 1 by the patchscope" in said[2] and "superset's word at 5000" in said[4]
 
 

@@ -166,8 +166,8 @@ def told(rows: pd.DataFrame, what: str) -> list[str]:
         f"{what} {first(scope)} by the patchscope, {first(lens)} by the logit lens (familywise over layers; "
         f"{scope['quads']} quads, confirmation half).",
         f"By the patchscope this rises most at layer {scope['rises most at layer']} and is largest after layer "
-        f"{scope['most after layer']}: there the word ranks {scope['times better than where wrong']} times better where "
-        f"it is right than where it is wrong, at {scope['rank there']} of the vocabulary.",
+        f"{scope['most after layer']}: there the word ranks {scope['times better than where wrong']} times better "
+        f"where it is right than where it is wrong, at {scope['rank there']} of the vocabulary.",
     ]
 
 

@@ -1,7 +1,8 @@
 """Which paths step 06 measures: the work units of its path patching, from the slice to the verification.
 
 A route says at which role a slice's inputs are read. `NAMES`: the keys and values of its heads at the names' tokens.
-`LAST`: everything that its heads and MLPs are given at the last token. `INSIDE`: what a site at the names is given.
+`BETWEEN`: the same at the tokens between the names and the last one, to which the names have spoken before. `LAST`:
+everything that its heads and MLPs are given at the last token. `INSIDE`: what a site at the names is given.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from lib.tasks import Pair
 from pipeline.units import Unit, sweep_units
 
 NAMES = {"k": "names", "v": "names"}
+BETWEEN = {"k": "between", "v": "between"}
 LAST = {"q": "last", "k": "last", "v": "last", "mlp": "last"}
 INSIDE = {"q": "names", "k": "names", "v": "names", "mlp": "names"}
 ANSWER = {"final": "last"}
