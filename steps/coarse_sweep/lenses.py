@@ -42,7 +42,7 @@ from lib.single_pass import (
     row_limit,
     token_ids,
 )
-from lib.tasks import SLOTS, Pair
+from lib.tasks import Pair
 from pipeline import costs
 from pipeline.assumed import Case
 from pipeline.costs import Work, total
@@ -54,7 +54,7 @@ TARGET = "cat -> cat\n1135 -> 1135\nhello -> hello\n?"
 TARGET_TOKENS = 20  # about as many, for the planner
 LENS, PATCHSCOPE = "logit lens", "patchscope"
 SIDES, CONTROLS = ("clean", "corrupt"), ("random", "none")
-WORDS = ("superset", *(f"name_{slot}" for slot in SLOTS))  # the superset, and the profession at each name
+WORDS = ("superset", "name_a", "name_b")  # the superset, and the profession at either name
 SIZE = 16  # pairs of a unit
 SCHEMA = records.table_schema(
     "table of words read from the residual stream",
@@ -123,9 +123,16 @@ def ranks(
         logits, own = model.logits(hidden[at : at + block]), tokens[at : at + block]
         index = own.clamp(min=0).to(logits.device)
         best = logits.gather(1, index.flatten(1)).unflatten(1, index.shape[1:]).amax(-1)
-        above = [(logits > best[:, word, None]).sum(-1) for word in range(own.shape[1])]
-        parts.append(((1 + torch.stack(above, 1)).cpu() * (own[..., 0] >= 0)).numpy())
+        above = [how_many_above(logits, best[:, word, None]) for word in range(own.shape[1])]
+        parts.append((1 + np.stack(above, 1)) * (own[..., 0] >= 0).numpy())
     return np.concatenate(parts)
+
+
+def how_many_above(logits: Float[Tensor, "rows vocab"], least: Float[Tensor, "rows 1"]) -> Int[np.ndarray, " rows"]:
+    """Tokens of each row above its `least`; on a CPU by numpy, which counts ten times as fast."""
+    if logits.device.type == "cpu":
+        return (logits.numpy() > least.numpy()).sum(-1)
+    return (logits > least).sum(-1).cpu().numpy()
 
 
 def random_directions(pairs: Sequence[Pair], like: Float[Tensor, "pairs hidden"], seed: int) -> Tensor:

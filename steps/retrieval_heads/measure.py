@@ -134,10 +134,12 @@ def screened_routes(step: Step | Case, pairs: Subject) -> dict[str, tuple[list[P
 
 
 def sender_units(step: Step | Case, pairs: Subject) -> list[Unit]:
-    """All senders, singly, into the slice, on the discovery half."""
+    """All senders, singly, into the slice, on the discovery half; whole attention modules in the place of heads at the
+    tokens between, of which there are several."""
     units = []
     for role, (some, into, route) in screened_routes(step, pairs).items():
-        units += routes.paths(f"slice at {role}", of_half(some, 0), into, route, step.params.mlps)
+        senders = routes.modules(into) if role == "between" else None
+        units += routes.paths(f"slice at {role}", of_half(some, 0), into, route, step.params.mlps, senders)
     return units
 
 

@@ -555,8 +555,9 @@ def senders_sentence(table: pd.DataFrame, role: str, params: RetrievalHeads, cou
     """The leading senders of a route."""
     leading = reported(picked(table, count))
     sure = effects.confirmed(table, params)
-    sites = {"head": "heads", "mlp": "MLPs"}
-    kinds = [f"{(sure['component'] == kind).sum()} {word}" for kind, word in sites.items()]
+    sites = {"head": "heads", "attn": "attention modules", "mlp": "MLPs"}
+    there = {kind: word for kind, word in sites.items() if kind in {*table["component"]}}
+    kinds = [f"{(sure['component'] == kind).sum()} {word}" for kind, word in there.items()]
     kinds = ["the embedding"] * (not sure["component"].isin(list(sites)).all()) + kinds
     asked, few = reported(table)["site"].nunique(), int(reported(table)["quads"].min())
     told = f"significant in both halves are {listed(kinds)}, of {asked} that were followed to the other half"

@@ -69,6 +69,12 @@ def groups(into: Sequence[Site], n_heads: int) -> list[tuple[Site, ...]]:
     return [(EMBED, *heads, *mlps), (EMBED,), mlps, heads]
 
 
+def modules(into: Sequence[Site]) -> list[tuple[Site, ...]]:
+    """Every attention module and MLP before the last of the sites that hear them, each alone."""
+    layers = range(max(1, max(site.layer for site in into)))
+    return [(Site(layer, component),) for layer in layers for component in ("attn", "mlp")]
+
+
 def group_units(pairs: Sequence[Pair], slice_sites: Sequence[Site], n_heads: int) -> list[Unit]:
     """GROUPS into the slice's heads at the names: keys and values together and apart, and together with MLPs frozen.
     Into the MLPs' inputs at the last token where the slice has no heads."""
