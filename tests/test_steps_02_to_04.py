@@ -762,10 +762,12 @@ def test_what_step_02_says(tmp_path):
         "least 50% of the pairs that the model answers rightly.",
         "Replacing the residual stream at `last` (noise): no layer takes the clean answer away in at least 50% of the "
         "pairs that the model answers rightly.",
-        *found["sentences"][-6:-1],
+        *found["sentences"][-4:-1],
         "The hypothesis of the profile, layer 0, is not among them.",
     ]
-    assert found["sentences"][-6].startswith("At the last token of a name the person's profession is read above")
+    assert found["sentences"][-4].startswith(
+        "Whether at the last token of a name the person's profession is read above"
+    )
     assert found["headline"] == [found["sentences"][i] for i in (2, 1, 0)]
     last = told_of_02(table(rows), tmp_path, aggregator_layer=2)["sentences"][-1]
     assert last == "The hypothesis of the profile, layer 2, is among them."

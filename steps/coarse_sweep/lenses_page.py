@@ -22,6 +22,8 @@ from report import plots
 from report.words import interval
 from steps.coarse_sweep.lenses import LENS, PATCHSCOPE, SIDES
 
+NOT_TESTABLE = "not testable"
+
 
 class Reading(NamedTuple):
     """A question put to the instruments: which word, where, and against what."""
@@ -121,7 +123,7 @@ def where_read(compared: pd.DataFrame, ranks: pd.DataFrame, settings: Settings) 
         untested = own["low"].isna().any()
         rows.append({
             "read": about, "instrument": instrument,
-            "first after layer": "not testable" if untested else "none" if first is None else str(first),
+            "first after layer": NOT_TESTABLE if untested else "none" if first is None else str(first),
             "rises most at layer": int(own.loc[own["estimate"].diff().fillna(0).idxmax(), "layer"]),
             "most after layer": int(best["layer"]), "rank there": span(there),
             "times better than where wrong": span(best, 1), "quads": int(best["quads"]),
@@ -137,9 +139,9 @@ def span(row: pd.Series, digits: int = 0) -> str:
 def sentences(words: pd.DataFrame, settings: Settings) -> list[str]:
     """From which layer on the profession is read at the names, and the superset at the last token; and the controls."""
     table = where_read(compared(words, settings), typical(words, settings), settings)
-    what = "At the last token of a name the person's profession is read above that of the other person of the prompt"
+    what = "at the last token of a name the person's profession is read above that of the other person of the prompt"
     said = told(table[table["read"] == PROFESSION.about], f"{what}, who is of the same superset,")
-    what = "At `last` the superset's word is read above that of the pair's other prompt"
+    what = "at `last` the superset's word is read above that of the pair's other prompt"
     said += told(table[table["read"] == AT_LAST.about], what)
     alone = controls(words).groupby(["word", "source"])["rank"].median()
     if "superset" in alone.index:
@@ -157,14 +159,17 @@ def told(rows: pd.DataFrame, what: str) -> list[str]:
         return []
     scope, lens = (rows[rows["instrument"] == name].iloc[0] for name in (PATCHSCOPE, LENS))
 
+    if scope["first after layer"] == NOT_TESTABLE:
+        few = f"{scope['quads']} quads, {stats.MINIMUM_CLUSTERS} needed"
+        return [f"Whether {what.removesuffix(',')} is {NOT_TESTABLE} ({few})."]
+
     def first(row: pd.Series) -> str:
         layer = row["first after layer"]
-        few = f"{layer} ({row['quads']} quads, {stats.MINIMUM_CLUSTERS} needed)"
-        return {"none": "after no layer", "not testable": few}.get(layer, f"first after layer {layer}")
+        return "after no layer" if layer == "none" else f"first after layer {layer}"
 
     return [
-        f"{what} {first(scope)} by the patchscope, {first(lens)} by the logit lens (familywise over layers; "
-        f"{scope['quads']} quads, confirmation half).",
+        f"{what[0].upper()}{what[1:]} {first(scope)} by the patchscope, {first(lens)} by the logit lens (familywise "
+        f"over layers; {scope['quads']} quads, confirmation half).",
         f"By the patchscope this rises most at layer {scope['rises most at layer']} and is largest after layer "
         f"{scope['most after layer']}: there the word ranks {scope['times better than where wrong']} times better "
         f"where it is right than where it is wrong, at {scope['rank there']} of the vocabulary.",
