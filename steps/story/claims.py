@@ -502,7 +502,7 @@ def shortfall(claim: Claim, n: Numbers, threshold: float, alpha: float) -> str:
     So many times as many quads would put the interval beyond the threshold with probability `POWER`, at a level of
     1 - alpha, were the estimate the truth. The interval is read as a normal one of level 95%.
     """
-    if claim.rule not in ("above", "below"):
+    if claim.rule not in ("above", "below") or claim.pick != "first":  # of several, another may be next
         return ""
     above = claim.rule == "above"
     end, far = (n.low, n.high) if above else (n.high, n.low)

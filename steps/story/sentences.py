@@ -54,7 +54,19 @@ def site_names(found: Mapping[str, Any]) -> dict[str, str]:
     largest, fills = str(coarse.get("measured", {}).get("layer", "")), coarse.get("between", {}).get("fills", ())
     laid_down = f" (laid down in layer{'s' * (len(fills) > 1)} {listed(fills)})" if fills else ""
     own = {"largest": largest, "size": str(len(names)), "fills": laid_down}
+    own |= {"by_parts": by_parts(step["sufficiency"].get("specific_parts", ()))}
+    own |= {"directions_layer": str(step["subspace"].get("directions", {}).get("layer", ""))}
     return {name: listed(sites) for name, sites in lists.items()} | own
+
+
+def by_parts(parts: Sequence[Mapping[str, Any]]) -> str:
+    """What the placebo says of the slice's heads and of its MLPs, each together, in brackets; "" where it was not asked."""
+    said = [
+        f"{row['site'].replace('its', 'the slice')} by themselves are {row['verdict']}".replace("slice ", "slice's ")
+        for row in parts
+        if row["site"] in ("its heads", "its MLPs") and row["attribute"] == "region"
+    ]
+    return f" ({', '.join(said)})" if said else ""
 
 
 def leading(retrieval: Mapping[str, Any], start: str) -> list[str]:
