@@ -196,7 +196,7 @@ def abilities(accuracy: pd.DataFrame, pairs: pd.DataFrame | None, params: Shared
         if row.task == params.task and row.above:
             count = 0 if pairs is None else len(pairs)
             able = count >= params.min_pairs
-            why += f"; {count} pairs with a gap of the right sign"
+            why += f"; {count} pairs, whose quads have a gap of the right sign"
             why += "" if able else f", fewer than the {params.min_pairs} asked for"
         known = out.get(row.task)
         if known is None or (able and not known["able"]):

@@ -25,14 +25,14 @@ from report.words import OVER_QUADS, about_model, finished, interval, listed, of
 from steps.coarse_sweep import lenses_page
 from steps.coarse_sweep.measure import Measured, fewest_layers
 
-PARTS = ("names", "between", "last", "rest")  # every token has one of these roles
+PARTS = ("names", "between", "last", "rest")  # every token has one of these roles; a role not swept is in the remainder
 REMAINDER = "remainder"
 OUTSIDE = "data/patching_llama-3.3-70b.csv"
 CAPTIONS = {
     "curves": "Recovery (denoise) and damage (noise) when the residual stream at one role is replaced after "
     f"each layer; {OVER_QUADS}. Shaded: the critical layers, picked on the discovery half.",
     "account": "The gap between clean and corrupt, shared out after each layer: what each role recovers alone, and the "
-    f"remainder, which none does; together 1. {OVER_QUADS[0].upper()}{OVER_QUADS[1:]}.",
+    f"remainder, which none of the roles drawn does (a role that was not swept is part of it). {OVER_QUADS[0].upper()}{OVER_QUADS[1:]}.",
 }
 
 
@@ -116,8 +116,8 @@ def through_between(table: pd.DataFrame, share: float) -> tuple[dict[str, Any], 
     shares = listed(f"`{name}` {of_row(row)}" for name, row in parts.iterrows() if name != REMAINDER)
     text = (
         f"The account after layer {at}, where `between` carries most (picked on the {first['half'].iloc[0]} half): "
-        f"{shares} of the gap, each alone; the remainder, which no role brings back alone, is "
-        f"{of_row(parts.loc[REMAINDER])}. Together they are {parts['estimate'].sum():.2f} ({sample})."
+        f"{shares} of the gap, each alone; the remainder, which none of these brings back alone, is "
+        f"{of_row(parts.loc[REMAINDER])} ({sample})."
     )
     found = {"at": at, "parts": parts.reset_index().to_dict("records")}
     held = parts.loc["between"]

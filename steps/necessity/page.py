@@ -1,7 +1,7 @@
 """Step 03 on its page: which sites the answer needs.
 
 1. `agreement` compares the kinds of ablation by how they rank the sites.
-2. `of_ceiling` says what each site takes of what its kind of ablation takes away at most.
+2. `of_ceiling` says what each site takes of what its kind of ablation does to all there is.
 """
 
 from __future__ import annotations
@@ -135,12 +135,12 @@ def shares_sentence(shares: pd.DataFrame, m: Measured, kind: str, count: int) ->
 
 
 def ceiling_sentences(step: Step, m: Measured) -> tuple[dict[str, str], dict[str, Interval]]:
-    """Under which ablation necessity is judged, what each kind takes away at most, and what the leading sites take."""
+    """Under which ablation necessity is judged, what the ceiling of each kind is, and what the leading sites take."""
     limits = damages(at_ceiling(m.records, step.n_layers), step.params)
     shares = of_ceiling(m.records, step.n_layers, step.params)
     told = {"mirror": mirror_sentence(step, m)}
     told["ceiling"] = (
-        "What an ablation takes away at most, the whole residual stream of the last layer at `last`, is "
+        "The ceiling of each ablation, what it does to the whole residual stream of the last layer at `last`, is "
         + listed(f"{limit} under `{kind}`" for kind, limit in limits.items())
         + " of the gap between clean and corrupt."
     )

@@ -45,7 +45,7 @@ FRESH, HALF, EXPLORATORY = "fresh people", "confirmation half", "exploratory"
 TIERS = {
     FRESH: "measured on people who were kept aside until the claim was set",
     HALF: "set before results were seen, measured on the half that had no say in what was picked",
-    EXPLORATORY: "set when results on the same people had been seen",
+    EXPLORATORY: "set when results on the same people, or others' on the same model, had been seen",
 }
 DECIDING = ("at", "p_of_some", "numbers_of", "decided", "p_value", "equivalence", "ledger")
 POWER = 0.8  # that a number of quads is worked out for

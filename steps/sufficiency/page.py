@@ -53,7 +53,9 @@ def slice_restores(joint: pd.DataFrame, held: pd.DataFrame, params: Shared) -> d
     span = Interval(row["estimate"], row["low"], row["high"], params.level, row["quads"], "")
     met = site_tables.restores(own, span, params.restores_share, params.restores_recovery)
     right = own[site_tables.answered(own)]
-    return {"share": float((right["metric_after"] > 0).mean()) if len(right) else None, "restores": met}
+    back = int((right["metric_after"] > 0).sum())
+    share = back / len(right) if len(right) else None
+    return {"share": share, "pairs": len(right), "back": back, "restores": met}
 
 
 def with_earlier(sites: pd.DataFrame, ablated: Sequence[dict]) -> pd.DataFrame:
@@ -133,7 +135,7 @@ def findings(step: Step, m: Measured) -> dict[str, Any]:
         else f"Single sites that restore the answer on their own: {listed(restoring)}; {best_text}."
     )
     leading = [top_sites_sentence(m.sites, params, 6, "recovery"), heads_or_mlps(m.sites, params, "recovery")]
-    of_slice = [stable.pop("curve"), *slice_sentences(m, held, params), restores_sentence(together)]
+    of_slice = [stable.pop("curve"), *slice_sentences(m, held, params), restores_sentence(together, params.restores_share)]
     again, *added = stable.pop("sentences")
     placebo = placebo_page.findings(m.specificity, params)
     found = {
@@ -160,7 +162,7 @@ def findings(step: Step, m: Measured) -> dict[str, Any]:
     return finished(step, found, {name: own for name, own in figures.items() if own is not None}, CAPTIONS)
 
 
-def restores_sentence(together: Mapping[str, Any]) -> str:
+def restores_sentence(together: Mapping[str, Any], share: float) -> str:
     """Whether the slice as a whole restores the answer."""
     words = {
         True: "it restores the answer",
@@ -172,9 +174,9 @@ def restores_sentence(together: Mapping[str, Any]) -> str:
             "No confirmation pair is answered rightly without a patch, so there is no answer for the slice to restore."
         )
     return (
-        f"With the slice's clean values the clean answer comes first in {together['share']:.0%} of the confirmation "
-        "pairs that are answered rightly without a patch: by the definition that single sites have to meet, "
-        f"{words[together['restores']]}."
+        f"With the slice's clean values the clean answer comes first in {together['back']} of the {together['pairs']} "
+        "confirmation pairs that are answered rightly without a patch: by the definition that single sites have to meet "
+        f"(a share of {share:g} among them, whatever its interval), {words[together['restores']]}."
     )
 
 
