@@ -27,7 +27,7 @@ from pipeline.units import subsample, without_labels
 from steps.subspace import direction_sweeps, directions, probes
 from steps.subspace.direction_sweeps import LAYERS, PATCHES, STEERING, TRANSFER
 from steps.subspace.directions import CLASS_MEANS, DIRECTIONS
-from steps.subspace.probes import ACCURACIES, SPECTRA
+from steps.subspace.probes import ACCURACIES, BASELINE_SCORES, SPECTRA
 
 ONE = ("class difference", 1)  # the direction between the two classes of a pair
 
@@ -69,6 +69,7 @@ def assumed(case: Case) -> Iterator[tuple[Any, ...]]:
     p, layers = case.params, slice_layers(case)
     yield ACCURACIES, None
     yield SPECTRA, None
+    yield BASELINE_SCORES, None
     fit = pd.DataFrame({"pair_id": [pair.pair_id for pair in case.half(0)]})
     yield CLASS_MEANS, fit, layers
     means, pairs = directions.assumed_means(p, layers), without_labels(subsample(case.prompts(), p.pairs))
@@ -177,6 +178,7 @@ class Measured(NamedTuple):
     dropped: tuple[str, ...]  # classes that probes leave out, and why
     accuracies: pd.DataFrame
     spectra: pd.DataFrame
+    baselines: pd.DataFrame  # accuracies of probes that do not see the model
     pairs: list[Pair]  # in which directions are patched
     by_layer: pd.DataFrame  # recovery after each layer of the slice
     layer: int  # after which all that follows is measured
@@ -192,6 +194,7 @@ def run(step: Step) -> Measured:
     p, layers, kinds = step.params, slice_layers(step), (probes.of_pairs(step), probes.of_people(step))
     readings = probes.readings(step, kinds)
     accuracies, spectra = step.table(ACCURACIES, readings), step.table(SPECTRA, readings)
+    baselines = step.table(BASELINE_SCORES, kinds)
     table = step.pairs()
     fit, pairs = directions.halves(step, table)
     means, shown = step.table(CLASS_MEANS, fit, layers), directions.reported(pairs)
@@ -204,5 +207,5 @@ def run(step: Step) -> Measured:
     prompts, of_prompts = direction_sweeps.steering_prompts(step, table, pairs)
     steering = step.table(STEERING, direction_sweeps.steering(step, prompts, layer, means))
     dropped = tuple(why for one in kinds for why in one.dropped)
-    first = probes.slice_layers(step), dropped, accuracies, spectra
+    first = probes.slice_layers(step), dropped, accuracies, spectra, baselines
     return Measured(*first, pairs, by_layer, layer, found, patches, transfer, steering, of_prompts)
