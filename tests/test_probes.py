@@ -242,7 +242,7 @@ def test_baselines_find_what_is_in_the_metadata_or_the_letters_and_nothing_else(
     score = pd.concat(probes.baseline_folds(own, seen, 0)).groupby("baseline")["score"].mean()
     assert score["letters"] > 0.9 and abs(score["metadata"] - 0.2) < 0.1
     known = pd.DataFrame(about | {"name": [f"x{n}" for n in names], "region": rows["superset"]})
-    texts = [(f"x{n}"[:4],) for n in names]  # what tells the classes apart is cut off
+    texts = [(f"x{n}"[:7],) for n in names]  # what tells the classes apart is cut off
     seen = probes.seen_without_model(known.assign(name=[text for (text,) in texts]), texts)
     frame = pd.concat(probes.baseline_folds(own, seen, 0))
     score = frame.groupby("baseline")["score"].mean()

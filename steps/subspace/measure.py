@@ -4,6 +4,7 @@
 2. `directions`: class means of the fitting half, and at one layer bases of what carries the class.
 3. `direction_sweeps`: one direction patched after each layer of the slice; `layer_table` and `chosen_layer` say after
    which layer the rest is measured: subspaces patched there, moved to other prompts, and steered along.
+4. `confounds`: what of the class directions is region, century or gender, and what they carry in placebo pairs.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from pipeline.declaration import SUPERSET_TASKS, Declaration
 from pipeline.params import Counts, Doses, OfSlice, Words
 from pipeline.step import Step
 from pipeline.units import subsample, without_labels
-from steps.subspace import direction_sweeps, directions, probes
+from steps.subspace import confounds, direction_sweeps, directions, probes
+from steps.subspace.confounds import ATTRIBUTE_SPANS, IN_PAIRS, IN_PLACEBO
 from steps.subspace.direction_sweeps import LAYERS, PATCHES, STEERING, TRANSFER
 from steps.subspace.directions import CLASS_MEANS, DIRECTIONS
 from steps.subspace.probes import ACCURACIES, BASELINE_SCORES, SPECTRA
@@ -79,6 +81,11 @@ def assumed(case: Case) -> Iterator[tuple[Any, ...]]:
     yield PATCHES, direction_sweeps.by_number(case, shown, layer, directions.assumed_table(p, layer, means))
     others = [replace(x, pair_id=f"{x.pair_id}@{n}", template=n) for n in directions.templates(p)[1:] for x in shown]
     yield TRANSFER, direction_sweeps.transfer(case, [*shown, *others], layer, means)
+    spans = confounds.assumed_spans(case)
+    yield ATTRIBUTE_SPANS, fit, layer, means
+    yield IN_PAIRS, confounds.in_pairs(case, shown, layer, means, spans)
+    if case.placebo():
+        yield IN_PLACEBO, confounds.in_placebo(case, layer, means, spans, {})
     yield STEERING, direction_sweeps.steering(case, assumed_prompts(case, shown), layer, means)
 
 
@@ -98,6 +105,7 @@ STEP = Declaration(
     assumed,
     layered=True,
     tasks=SUPERSET_TASKS,
+    placebo=True,
     reads={"sufficiency": ("critical_slice",)},
     files=("people_file", "data/controls.csv"),
     timings=probes.timings,
@@ -187,6 +195,9 @@ class Measured(NamedTuple):
     transfer: pd.DataFrame
     steering: pd.DataFrame
     kinds: Mapping[str, str]  # of steered prompts, by id
+    spans: pd.DataFrame  # of the people's attributes
+    beside: pd.DataFrame  # the class difference and its parts in the attributes' span, and other directions
+    placebo: pd.DataFrame | None  # directions in placebo pairs, with their `attribute`; kept ones alone
 
 
 def run(step: Step) -> Measured:
@@ -208,4 +219,12 @@ def run(step: Step) -> Measured:
     steering = step.table(STEERING, direction_sweeps.steering(step, prompts, layer, means))
     dropped = tuple(why for one in kinds for why in one.dropped)
     first = probes.slice_layers(step), dropped, accuracies, spectra, baselines
-    return Measured(*first, pairs, by_layer, layer, found, patches, transfer, steering, of_prompts)
+    spans = step.table(ATTRIBUTE_SPANS, fit, layer, means)
+    beside = step.table(IN_PAIRS, confounds.in_pairs(step, shown, layer, means, spans))
+    about, placebo = step.placebo_pairs(), None
+    if about is not None:
+        about = about.set_index("pair_id")[["attribute", "kept", "shared"]]
+        placebo = step.table(IN_PLACEBO, confounds.in_placebo(step, layer, means, spans, about["shared"].to_dict()))
+        placebo = placebo.join(about, on="pair_id").query("kept")
+    patched = found, patches, transfer, steering, of_prompts, spans, beside, placebo
+    return Measured(*first, pairs, by_layer, layer, *patched)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from pipeline.step import Step
 from report.words import about_model, finished
-from steps.subspace import directions_page, probes_page
+from steps.subspace import confounds_page, directions_page, probes_page
 from steps.subspace.measure import Measured
 
 
@@ -15,11 +15,12 @@ class Numbers(NamedTuple):
 
     probes: probes_page.Numbers
     directions: directions_page.Numbers
+    confounds: confounds_page.Numbers
 
 
 def numbers(step: Step, m: Measured) -> Numbers:
     """What figures, sentences and findings rest on."""
-    return Numbers(probes_page.numbers(m, step.params), directions_page.numbers(m, step.params))
+    return Numbers(*(part.numbers(m, step.params) for part in (probes_page, directions_page, confounds_page)))
 
 
 def findings(step: Step, m: Measured, n: Numbers) -> dict[str, Any]:
@@ -31,7 +32,8 @@ def findings(step: Step, m: Measured, n: Numbers) -> dict[str, Any]:
         "able": True,
         **probes_page.found(n.probes),
         "directions": directions_page.found(m, n.directions),
-        "sentences": [*probes_page.sentences(m, n.probes), *sentences],
+        "confounds": n.confounds.found(),
+        "sentences": [*probes_page.sentences(m, n.probes), *sentences, *confounds_page.sentences(m, n.confounds)],
         "headline": headline,  # what directions can do says more than probes
     }
     figures = {
