@@ -24,8 +24,6 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-import yaml
-
 from pipeline import params
 from report import scale
 from report.library import block, library
@@ -305,7 +303,7 @@ def assemble(sections: params.Sections, profile: str, folders: Folders, root: Pa
     for name, fields in generated.items():
         page = to / f"{name}.md"
         page.write_text(Template(page.read_text(encoding="utf-8")).substitute(fields), encoding="utf-8")
-    toc = yaml.safe_load((to / "_toc.yml").read_text(encoding="utf-8"))
+    toc = params.read_yaml(to / "_toc.yml")
     listed = [toc["root"], *(entry["file"] for part in toc["parts"] for entry in part["chapters"])]
     unknown = [page for page in listed if not list(to.glob(f"{page}.*"))]
     if unknown:

@@ -21,14 +21,13 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field
 from scipy.stats import norm
 
 from lib.stats import MINIMUM_CLUSTERS, holm, p_of_interval
 from pipeline import keys, units
 from pipeline.declaration import Plan
-from pipeline.params import ROOT, ParameterError, Shared
+from pipeline.params import ROOT, ParameterError, Shared, read_yaml
 from report.words import interval
 from steps.story.measure import Story
 
@@ -144,7 +143,7 @@ class Part(Strict):
     clauses: list[dict[str, str]]
 
 
-_READ = yaml.safe_load(FILE.read_text(encoding="utf-8"))
+_READ = read_yaml(FILE)
 CAME = {name: Came.model_validate(came) for name, came in _READ["came"].items()}
 CLAIMS = tuple(Claim.model_validate(claim) for claim in _READ["claims"])
 OUTLINE = tuple(Part.model_validate(part) for part in _READ["outline"])
