@@ -133,7 +133,7 @@ def share_rows(names: Sequence[str], found: np.ndarray, chance: np.ndarray, abou
     p = (1 + (chance >= found).sum(0)) / (1 + len(chance))
     table = {"name": [*names, MEAN], "share": found, "by_chance": chance.mean(0), "p": p}
     frame = pd.DataFrame(table | {"highest": np.quantile(chance, 0.95, axis=0)})
-    return frame.assign(**about).to_dict("records")
+    return [row | about | {"vector": []} for row in frame.to_dict("records")]
 
 
 def placebo_differences(step: Step, layer: int) -> list[tuple[str, Float[np.ndarray, " width"]]]:

@@ -31,7 +31,7 @@ class Numbers(NamedTuple):
 
 def numbers(m: Measured, params: Subspace) -> Numbers:
     """Everything that the page says of confounds, in numbers."""
-    shares = m.spans[m.spans["what"] == "share"].drop(columns=["what", "vector"])
+    shares = m.spans[m.spans["what"] == "share"].drop(columns=["what", "vector"]).astype({"k": int})
     own = last_half(m.beside)
     placebo = None if m.placebo is None else last_half(m.placebo)
     return Numbers(shares, parts(own[own["method"] == ONE[0]], params), specific(own, placebo, params))

@@ -81,12 +81,12 @@ def assumed(case: Case) -> Iterator[tuple[Any, ...]]:
     yield PATCHES, direction_sweeps.by_number(case, shown, layer, directions.assumed_table(p, layer, means))
     others = [replace(x, pair_id=f"{x.pair_id}@{n}", template=n) for n in directions.templates(p)[1:] for x in shown]
     yield TRANSFER, direction_sweeps.transfer(case, [*shown, *others], layer, means)
+    yield STEERING, direction_sweeps.steering(case, assumed_prompts(case, shown), layer, means)
     spans = confounds.assumed_spans(case)
     yield ATTRIBUTE_SPANS, fit, layer, means
     yield IN_PAIRS, confounds.in_pairs(case, shown, layer, means, spans)
     if case.placebo():
         yield IN_PLACEBO, confounds.in_placebo(case, layer, means, spans, {})
-    yield STEERING, direction_sweeps.steering(case, assumed_prompts(case, shown), layer, means)
 
 
 def assumed_prompts(case: Case, shown: Sequence[Pair]) -> list[Pair]:
