@@ -224,12 +224,10 @@ def test_readings_are_block_outputs_at_the_names_and_the_last_token(tiny):
             np.testing.assert_allclose(found["last"][0, place, index], kept[2], rtol=1e-4, atol=1e-5)
 
 
-def test_threshold_is_the_highest_permuted_accuracy_of_any_layer_and_first_layer_stays_beyond():
+def test_threshold_is_the_highest_permuted_accuracy_of_any_layer():
     about = {"folds": "people", "rank": -1, "kind": "pair", "target": "superset", "position": "last"}
     null = pd.DataFrame({"layer": [0, 0, 1, 1], "score": [0.1, 0.3, 0.4, 0.2], "labels": "permuted"} | about)
     assert (probes_page.nulls(null)["threshold"] == 0.4).all()
-    curve = pd.DataFrame({"layer": [0, 1, 2, 3], "beyond_low": [0.2, -0.1, 0.1, 0.5]})
-    assert probes_page.first_beyond(curve) == 2 and probes_page.first_beyond(curve.assign(beyond_low=0)) is None
 
 
 def test_baselines_find_what_is_in_the_metadata_or_the_letters_and_nothing_else():
@@ -269,10 +267,9 @@ def test_a_probe_is_set_against_the_better_baseline_prompt_by_prompt(separable):
     assert own["baseline"] == "letters" and own["beyond"] == pytest.approx(own["estimate"] - half)
     assert own["beyond_low"] < own["beyond"] < own["beyond_high"] and own["beyond_low"] > 0
     said = " ".join(probes_page.accuracy_sentences(curve, [3]))
-    assert "surely above the better baseline (letters) from layer 3 on" in said
+    assert "surely above the better baseline (letters) after 1 of 1 layers (the first is 3, the last 3)" in said
     perfect = probes_page.curves(table, scores.assign(score=1.0), P)
-    assert probes_page.first_beyond(perfect[perfect["own"]]) is None
-    assert "not surely above" in probes_page.accuracy_sentences(perfect, [3])[0]
+    assert "after 0 of 1 layers." in probes_page.accuracy_sentences(perfect, [3])[0]
 
 
 def test_clusters_follow_supersets_only_if_they_do():

@@ -97,8 +97,7 @@ def attribute_spans(step: Step, fit: pd.DataFrame, layer: int, means: pd.DataFra
     """Rows of three kinds (`what`): `span` and `dealt`, vectors of the bases of all attributes together, true and of
     attributes dealt out anew; `difference`, one unit vector for each placebo attribute; `share`, by direction (`name`)
     and attribute, with the mean share `by_chance`, the 95% point (`highest`), p, and the span's dimensions k."""
-    prompts = directions.prompts_of(step, fit, step.params.template)
-    read = directions.activations(step.model, prompts["ids"].tolist(), [layer])[layer]
+    prompts, read = directions.read_on(step, fit, layer)
     values, couples = within_classes(read, prompts)
     counts, rng = counts_of(load_people(step.people_file), couples["names"].tolist()), step.rng("attributes dealt")
     orders = [dealt(rng, couples) for _ in range(DEALT)]
@@ -142,12 +141,10 @@ def placebo_differences(step: Step, layer: int) -> list[tuple[str, Float[np.ndar
     out = []
     for attribute, pairs in placebo_pairs(step).items():
         fit = [pair for pair in pairs if pair.half == "discovery"] or pairs
-        classes = {p.clean.ids: p.answer for p in fit} | {p.corrupt.ids: p.corrupt_answer for p in fit}
-        read, classes = (
-            directions.activations(step.model, list(classes), [layer])[layer],
-            np.array(list(classes.values())),
-        )
-        out.append((attribute, unit(read[classes == 0].mean(0) - read[classes == 1].mean(0))[0]))
+        fit = {pair.quad_id: pair for pair in fit}.values()  # a quad's pairs have the same people
+        class_of = {p.clean.ids: p.answer for p in fit} | {p.corrupt.ids: p.corrupt_answer for p in fit}
+        values, own = directions.activations(step.model, [*class_of], [layer])[layer], np.array([*class_of.values()])
+        out.append((attribute, unit(values[own == 0].mean(0) - values[own == 1].mean(0))[0]))
     return out
 
 
@@ -158,8 +155,8 @@ def placebo_pairs(step: Step | Case) -> dict[str, list[Pair]]:
 
 
 def of_spans(case: Case, units: Sequence[Unit], fit: pd.DataFrame, layer: int, means: pd.DataFrame) -> Work:
-    """The cost of what is read: two prompts of each pair."""
-    count, tokens = 2 * (len(fit) + len(case.placebo())), len(case.pairs[0].clean.ids)
+    """The cost of what is read: two prompts of a pair of each placebo quad (of the others, it has been read)."""
+    count, tokens = len({pair.quad_id for pair in case.placebo()}), len(case.pairs[0].clean.ids)
     return plain(case.shape, count, tokens, -(-count // 32)) + Work(table=8 * case.shape.hidden * 20)
 
 

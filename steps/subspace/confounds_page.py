@@ -123,7 +123,7 @@ def value(row: pd.Series) -> str:
 def placebo_sentence(rows: pd.DataFrame, attribute: str, layer: int) -> str:
     """What the class directions carry in pairs of one superset, beside the attribute's own direction."""
     by = {row.method: row for row in rows.itertuples()}
-    one, own = by[ONE[0]], f"{attribute} difference"
+    one, own = by[ONE[0]], by[f"{attribute} difference"]
     less = {"specific": "surely less", "general": "surely more", "open": "not surely less"}
 
     def both(method: str) -> str:
@@ -137,8 +137,8 @@ def placebo_sentence(rows: pd.DataFrame, attribute: str, layer: int) -> str:
         f"{layer}, recovers this share of the gap between that attribute's answers, against the share of the superset "
         f"gap by the pair's own class difference ({one.quads} quads): {both(ONE[0])}. All directions that the "
         f"supersets' means span: {both('class means')}. The direction between the two classes of {attribute}, fitted "
-        f"on other placebo pairs: {both(own)}. A random direction, its change as long as the class difference's: "
-        f"{of(by['random'], 'placebo')} against {of_row(by['random'])}. Everything there: "
+        f"on other placebo pairs: {of(own, 'placebo')} against {of_row(own)}. A random direction, its change as long "
+        f"as the class difference's: {of(by['random'], 'placebo')} against {of_row(by['random'])}. Everything there: "
         f"{of(by['whole'], 'placebo')} against {of_row(by['whole'])}."
     )
 

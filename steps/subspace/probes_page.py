@@ -326,11 +326,14 @@ def shown(row: pd.Series) -> str:
     return interval(row["estimate"], row["low"], row["high"])
 
 
-def first_beyond(curve: pd.DataFrame) -> int | None:
-    """The first layer from which the accuracy stays surely above that of the better baseline."""
-    own = curve.sort_values("layer")
-    stays = (own["beyond_low"].astype(float) > 0)[::-1].cummin()[::-1]
-    return int(own.loc[stays.idxmax(), "layer"]) if stays.any() else None
+def layers_beyond(own: pd.DataFrame) -> str:
+    """After which layers the accuracy is surely above that of the better baseline."""
+    layers = sorted(own.loc[own["beyond_low"].astype(float) > 0, "layer"])
+    if own["beyond_low"].isna().any():
+        return "too few were asked to say where it is above the better baseline"
+    where = f" (the first is {layers[0]}, the last {layers[-1]})" if layers else ""
+    better = f"the better baseline ({own['baseline'].iloc[0]})"
+    return f"surely above {better} after {len(layers)} of {len(own)} layers{where}"
 
 
 def baseline_sentence(table: pd.DataFrame, null: pd.DataFrame, permutations: int) -> str:
@@ -353,21 +356,15 @@ def accuracy_sentences(curve: pd.DataFrame, layers: Sequence[int]) -> list[str]:
     """For each target, kind and position: from where it is above the better baseline, the best layer, the slice's."""
     out = []
     for key, own in curve[curve["own"]].groupby(CURVE, sort=False):
-        best, first, at = own.loc[own["estimate"].idxmax()], first_beyond(own), own.set_index("layer").sort_index()
+        best, at = own.loc[own["estimate"].idxmax()], own.set_index("layer").sort_index()
         slices = [
             f"{shown(at.loc[layer])} at layer {layer} ({beyond(at.loc[layer])} beyond the baseline)"
             for layer in dict.fromkeys((min(layers), max(layers)))
         ]
-        if own["beyond_low"].isna().any():
-            above = "too few were asked to say where it is above the better baseline"
-        elif first is None:
-            above = f"not surely above the better baseline ({best['baseline']}) up to the last layer"
-        else:
-            above = f"surely above the better baseline ({best['baseline']}) from layer {first} on"
         out.append(
             f"{key[1].capitalize()} from {key[0]} prompts at `{key[2]}`, people not seen: balanced accuracy "
             f"{shown(at.iloc[0])} at layer {at.index[0]}, highest after layer {best['layer']} ({shown(best)}), and "
-            f"{listed(slices)}, where the slice begins and ends; {above}."
+            f"{listed(slices)}, where the slice begins and ends; {layers_beyond(own)}."
         )
     return out
 
