@@ -53,7 +53,7 @@ def site_names(found: Mapping[str, Any]) -> dict[str, str]:
         "fills": coarse.get("between", {}).get("fills", ()),
     }
     largest = str(coarse.get("measured", {}).get("layer", ""))
-    return {name: listed(sites) for name, sites in lists.items()} | {"largest": largest}
+    return {name: listed(sites) for name, sites in lists.items()} | {"largest": largest, "size": str(len(names))}
 
 
 def leading(retrieval: Mapping[str, Any], start: str) -> list[str]:
@@ -72,10 +72,15 @@ def answer(entries: Sequence[Entry], found: Mapping[str, Any]) -> str:
 
 def not_so(entries: Sequence[Entry]) -> str:
     """Which links of the plan's chain do not hold, which could not be tested, and which were not; "" if all hold."""
+    by_claim, alone = {entry.id: entry for entry in entries}, "Supported by themselves, but not among all claims"
     words = {NOT_SUPPORTED: "Not supported", NOT_TESTABLE: "Not testable here", NOT_TESTED: "Not tested"}
-    verdicts = {entry.id: entry.verdict for entry in entries}
-    links = {verdict: [link.plan for link in LINKS if verdicts[link.claim] == verdict] for verdict in words}
-    return " ".join(f"{words[verdict]}: {'; '.join(own)}." for verdict, own in links.items() if own)
+    links: dict[str, list[str]] = {name: [] for name in (words[NOT_SUPPORTED], alone, *words.values())}
+    for link in LINKS:
+        entry = by_claim[link.claim]
+        if entry.verdict != SUPPORTED:
+            nearly = entry.verdict == NOT_SUPPORTED and deciding(entry).alone == SUPPORTED
+            links[alone if nearly else words[entry.verdict]].append(link.plan)
+    return " ".join(f"{name}: {'; '.join(own)}." for name, own in links.items() if own)
 
 
 def outline(entries: Sequence[Entry], found: Mapping[str, Any]) -> list[str]:
