@@ -224,7 +224,8 @@ def run(step: Step) -> Measured:
     about, placebo = step.placebo_pairs(), None
     if about is not None:
         about = about.set_index("pair_id")[["attribute", "kept", "shared"]]
-        placebo = step.table(IN_PLACEBO, confounds.in_placebo(step, layer, means, spans, about["shared"].to_dict()))
-        placebo = placebo.join(about, on="pair_id").query("kept")
+        own = confounds.in_placebo(step, layer, means, spans, about["shared"].to_dict())
+        kept = step.table(IN_PLACEBO, own).join(about, on="pair_id").query("kept") if own.pairs else ()
+        placebo = kept if len(kept) else None
     patched = found, patches, transfer, steering, of_prompts, spans, beside, placebo
     return Measured(*first, pairs, by_layer, layer, *patched)
