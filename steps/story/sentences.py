@@ -85,14 +85,14 @@ def not_so(entries: Sequence[Entry]) -> str:
 
 def outline(entries: Sequence[Entry], found: Mapping[str, Any]) -> list[str]:
     """What the circuit is, in three sentences: who writes at the names, who carries it on, what follows and what else
-    travels the same road. Of claims that answer one question, those that are supported speak, else the first."""
+    travels the same road. Of claims that answer one question, those that are supported speak, else all."""
     sites, by_claim = site_names(found), {entry.id: entry for entry in entries}
     out = []
     for part in OUTLINE:
         clauses = []
         for texts in part.clauses:
             held = [claim for claim in texts if by_claim[claim].verdict == SUPPORTED]
-            clauses += [clause(by_claim[claim], texts[claim].format(**sites)) for claim in held or [*texts][:1]]
+            clauses += [clause(by_claim[claim], texts[claim].format(**sites)) for claim in held or texts]
         out.append(f"**{part.about}**: {'; '.join(clauses)}.")
     return out
 

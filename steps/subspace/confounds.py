@@ -227,3 +227,17 @@ def assumed_spans(case: Case, width: int = 64) -> pd.DataFrame:
     own += [("dealt", f"{DEALT_OUT} {n}", row) for n in range(FEW) for row in np.eye(width)[:15]]
     own += [("difference", name, np.eye(width)[0]) for name in placebo_pairs(case)]
     return pd.DataFrame(own, columns=COLUMNS[:3])
+
+
+def run(
+    step: Step, fit: pd.DataFrame, shown: Sequence[Pair], layer: int, means: pd.DataFrame
+) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame | None]:
+    """The three tables; that of the placebo pairs, where there are any, with their `attribute`, those kept alone."""
+    spans = step.table(ATTRIBUTE_SPANS, fit, layer, means)
+    beside = step.table(IN_PAIRS, in_pairs(step, shown, layer, means, spans))
+    about, kept = step.placebo_pairs(), ()
+    if about is not None:
+        about = about.set_index("pair_id")[["attribute", "kept", "shared"]]
+        own = in_placebo(step, layer, means, spans, about["shared"].to_dict())
+        kept = step.table(IN_PLACEBO, own).join(about, on="pair_id").query("kept") if own.pairs else ()
+    return spans, beside, kept if len(kept) else None

@@ -1,4 +1,4 @@
-"""Step 08 on its page: what probes read off the residual stream, and what its directions do."""
+"""Step 08 on its page: what probes read off the residual stream, what its directions do, and interchanges."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from pipeline.step import Step
 from report.words import about_model, finished
-from steps.subspace import confounds_page, directions_page, probes_page
+from steps.subspace import confounds_page, directions_page, interchange_page, probes_page
 from steps.subspace.measure import Measured
 
 
@@ -15,12 +15,14 @@ class Numbers(NamedTuple):
 
     probes: probes_page.Numbers
     directions: directions_page.Numbers
+    interchange: interchange_page.Numbers
     confounds: confounds_page.Numbers
 
 
 def numbers(step: Step, m: Measured) -> Numbers:
     """What figures, sentences and findings rest on."""
-    return Numbers(*(part.numbers(m, step.params) for part in (probes_page, directions_page, confounds_page)))
+    parts = (probes_page, directions_page, interchange_page, confounds_page)
+    return Numbers(*(part.numbers(m, step.params) for part in parts))
 
 
 def findings(step: Step, m: Measured, n: Numbers) -> dict[str, Any]:
@@ -33,7 +35,13 @@ def findings(step: Step, m: Measured, n: Numbers) -> dict[str, Any]:
         **probes_page.found(n.probes),
         "directions": directions_page.found(m, n.directions),
         "confounds": n.confounds.found(),
-        "sentences": [*probes_page.sentences(m, n.probes), *sentences, *confounds_page.sentences(m, n.confounds)],
+        "interchange": interchange_page.found(n.interchange),
+        "sentences": [
+            *probes_page.sentences(m, n.probes),
+            *sentences,
+            *interchange_page.sentences(n.interchange),
+            *confounds_page.sentences(m, n.confounds),
+        ],
         "headline": headline,  # what directions can do says more than probes
     }
     figures = {
@@ -42,5 +50,6 @@ def findings(step: Step, m: Measured, n: Numbers) -> dict[str, Any]:
         "layers": directions_page.layer_figure(n.directions),
         "numbers": directions_page.number_figure(n.directions),
         "doses": directions_page.dose_figure(n.directions),
+        "interchange": interchange_page.figure(n.interchange),
     }
-    return finished(step, found, figures, probes_page.CAPTIONS | directions_page.CAPTIONS)
+    return finished(step, found, figures, probes_page.CAPTIONS | directions_page.CAPTIONS | interchange_page.CAPTIONS)
