@@ -52,6 +52,9 @@ def found():
     rows = [span(0.7 + 0.1 * (name == "artist"), kind="superset", group=name) for name in ("artist", "writer")]
     rows += [few(0.1, kind="profession", group="poet"), span(0.8, kind="profession", group="actor")]
     rows += [span(0.1, kind="template", group="profession_both"), span(0.7, kind="template", group="both_famous")]
+    rows = [row | {"quantity": "damage"} for row in rows] + [
+        span(0.1, kind="superset", group="artist", quantity="mirror")
+    ]
     coarse = {name: span(0.9) for name in ("critical_layers", "one_layer", "middle_layers")}
     return {
         "baselines": {"accuracy": accuracy, "measured": {"fame": span(0.1)}, "able": {
@@ -426,7 +429,7 @@ def test_a_slice_must_restore_the_answer_as_a_single_site_must(tmp_path):
 
 def test_each_verdict_says_what_kind_of_evidence_it_is(tmp_path):
     own = judged(tmp_path)
-    assert own["general_supersets"].came == "before" and own["general_supersets"].tier == claims.HALF
+    assert own["general_supersets"].came == "after" and own["general_supersets"].tier == claims.EXPLORATORY
     assert own["one_layer"].came == "after" and own["one_layer"].tier == claims.EXPLORATORY
     assert own["class_specific"].tier is None  # not testable
     assert story.when(own["one_layer"]) == "set after results (2cdf8c6, results of d637c5d seen): exploratory"
@@ -485,13 +488,13 @@ def asked_of_fresh_people(folder, what, **changed):
     return own, story_params(folder).model_copy(update={"fresh_claims": names["fresh_claims"]})
 
 
-def test_fresh_people_decide_what_was_set_after(tmp_path):
+def test_fresh_people_decide_what_was_set_after(tmp_path, monkeypatch):
+    earlier = claims.CAME["neutral"].model_copy(update={"word": "before"})
+    monkeypatch.setitem(claims.CAME, "neutral", earlier)  # one that came before, to set beside
     what = found()
     what["coarse_sweep"]["measured"]["one_layer"] = span(0.3)
     what["coarse_sweep"]["measured"]["critical_layers"] = few(0.9)
-    what["generality"]["classes"] = [
-        span(0.1, kind=row["kind"], group=row["group"]) for row in found()["generality"]["classes"]
-    ]
+    what["generality"]["classes"] = [row | span(0.1) for row in found()["generality"]["classes"]]
     asked, own = asked_of_fresh_people(tmp_path, what)
     entries = claims.ledger(found(), PLAN, own)
     assert fresh.confirm(entries, own).startswith("No fresh people have been asked yet")
@@ -502,7 +505,9 @@ def test_fresh_people_decide_what_was_set_after(tmp_path):
     )
     one = by_name["one_layer"]
     assert (one.alone, one.here, one.verdict, one.tier) == (SUPPORTED, SUPPORTED, NOT_SUPPORTED, claims.FRESH)
-    general = by_name["general_supersets"]  # set before: the confirmation half decides, and fresh people stand beside
+    general = by_name[
+        "general_supersets"
+    ]  # as if set before: the confirmation half decides, and fresh people stand beside
     assert (general.verdict, general.tier, general.fresh.verdict) == (SUPPORTED, claims.HALF, NOT_SUPPORTED)
     untested = by_name["critical_layers"]
     assert (untested.verdict, untested.tier, untested.fresh.verdict) == (SUPPORTED, claims.EXPLORATORY, NOT_TESTABLE)

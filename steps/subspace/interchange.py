@@ -107,7 +107,7 @@ def assumed_cases(pairs: Sequence[Pair]) -> list[Pair]:
 def fitted(step: Step, fit: pd.DataFrame, layers: Sequence[int]) -> pd.DataFrame:
     """Orthonormal bases at each place and layer (COLUMNS), from prompts of the pairs `fit`."""
     seen: dict[tuple[str, int], list] = {}  # by place and layer: classes and activations
-    prompts = distinct_prompts(step.prompts(fit.drop_duplicates("quad_id")))  # the rest have the same names, turned
+    prompts = distinct_prompts(step.prompts(fit))
     places = [tokens_of_places(getattr(*own).roles) for own in prompts.values()]
     classes = [
         pair.candidates[pair.answer if side == "clean" else pair.corrupt_answer] for pair, side in prompts.values()
@@ -146,8 +146,9 @@ def place_of(end: int) -> str:
 
 
 def of_fitted(case: Case, units: Sequence[Unit], fit: pd.DataFrame, layers: Sequence[int]) -> Work:
-    """The cost of the bases: six prompts a quad, and the learned rotations."""
-    shape, count, tokens = case.shape, 6 * len({pair.quad_id for pair in case.half(0)}), len(case.pairs[0].clean.ids)
+    """The cost of the bases: two prompts a pair and four a quad, and the learned rotations."""
+    shape, quads, tokens = case.shape, {pair.quad_id for pair in case.half(0)}, len(case.pairs[0].clean.ids)
+    count = 2 * len(fit) + 4 * len(quads)
     out = plain(shape, count, tokens, -(-count // BATCH)) + Work(table=4 * shape.hidden * 16 * len(layers))
     return total([out, *(of_rotation(case, layer, case.params.interchange_steps) for layer in slice_layers(case))])
 

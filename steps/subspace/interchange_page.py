@@ -145,9 +145,9 @@ def sentences(n: Numbers) -> list[str]:
         "Interchange interventions ask whether the answer is the one that a causal model predicts: the evidence of "
         "the two names' classes is added up, and the class with most of it is the answer. A base prompt of two classes "
         "is a tie, of which it predicts nothing; with one name's class swapped for the other's, it predicts the class "
-        f"that both names then have. With nothing swapped that answer comes in {of_row(still)} of the cases "
-        f"({still['cases']:.0f} of {still['quads']:.0f} quads; both names are swapped in turn, so that at most half "
-        "can be right whatever word the model prefers), and when the class is really named twice, in "
+        f"that both names then have. With nothing swapped that answer comes in {of_row(still)} of "
+        f"{still['cases']:.0f} cases of {still['quads']:.0f} quads (both names are swapped in turn, so that at most "
+        "half can be right whatever word the model prefers), and when the class is really named twice, in "
         f"{of_row(own.loc[('last', 'centred', 'other', WHOLE, last)])}: first of the five words, each word's mean over "
         "the base prompts taken off."
     ]
