@@ -580,6 +580,19 @@ def test_fresh_people_are_asked_what_the_other_books_of_their_model_claim():
         assert fingerprint(name, left_out=asked.left_out) == fingerprint(asked.profile)
 
 
+def test_steps_do_not_look_at_fresh_people_before_rules_are_frozen(tmp_path, monkeypatch, capsys):
+    given = params.load_profile("smollm2-135m-fresh") | {"results_dir": str(tmp_path), "people_file": "data/people.csv"}
+    given["story"].pop("frozen", None)
+    ran = []
+    monkeypatch.setattr(params, "load_profile", lambda name: given)
+    monkeypatch.setattr("steps.__main__.bring_up_to_date", lambda build, step: ran.append(step))
+    asked = ["run", "coarse_sweep", "--profile", given["profile"]]
+    assert main(asked) == 1 and "under frozen rules alone" in capsys.readouterr().err and not ran
+    assert main(["run", "baselines", *asked[2:]]) == 0 and ran == ["baselines"]
+    given["story"]["frozen"] = Build(given["profile"]).fingerprint()
+    assert main(asked) == 0 and ran[1:] == ["baselines", "coarse_sweep"] and (tmp_path / fresh.OPENED).is_file()
+
+
 def test_only_a_run_on_fresh_people_is_written_down(tmp_path):
     asked, own = asked_of_fresh_people(tmp_path, found())
     with pytest.raises(claims.ClaimError, match="asks no fresh people"):

@@ -270,6 +270,7 @@ def test_placebo_quads_are_those_kept_and_of_the_right_sign_in_the_other_templat
     frame = frame.assign(quad_id=frame["pair_id"].str[0], logit_diff_clean=[1, 1, 1, -1, 1], logit_diff_corrupt=0.0)
     assert placebo.of_quads(frame, pairs, 0.01)["pair_id"].tolist() == ["a@t", "c@t", "c@u"]
     assert placebo.of_quads(frame, pairs.assign(kept=False), 0.01).empty
+    assert placebo.specificity(frame, frame.drop(columns="quad_id").head(0), {placebo.SLICE: [0]}, PARAMS).empty
     assert (
         placebo_page.sentences(pd.DataFrame(), PARAMS) == [placebo_page.NONE]
         and placebo_page.figure(pd.DataFrame()) is None

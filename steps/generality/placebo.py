@@ -88,6 +88,8 @@ def specificity(
     mean) and, under a superset's name, of the circuit picked without it. A group without a gap above 0 in either kind
     of pairs has no row.
     """
+    if placebo.empty:
+        return pd.DataFrame()
     out, own = [], joint[joint["direction"] == "denoise"]
     for (attribute, template), other in placebo.groupby(["attribute", "template"], sort=False):
         there = own[own["template"] == template]
