@@ -668,6 +668,8 @@ def test_the_circuit_in_three_sentences_by_the_verdicts(tmp_path):
     assert "supported by itself, but not when all claims" in story.outline(alone, what)[0]
     assert "not tested, for want of quads: the slice (5.3 and mlp 7) at the last token is enough" in road
     assert "bring the answer back (0.99)" in road and "tokens between (laid down in layers 4 and 5) (0.20 [" in road
+    what["coarse_sweep"]["between"]["fills"] = []
+    assert "at the tokens between (0.20 [" in story.outline([*judged(tmp_path, what).values()], what)[1]
     unable = [entry.model_copy(update={"estimate": None}) for entry in judged(tmp_path, what).values()]
     assert "not testable here is whether the slice (5.3 and mlp 7)" in story.outline(unable, what)[1]
 
