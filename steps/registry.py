@@ -45,7 +45,8 @@ def begin(name: str, namespace: Mapping[str, Any]) -> Step:
     Where the model does not do the task, the page ends here: its findings say so, and the notebook stops without an
     error (papermill takes `SystemExit(0)` for the end).
     """
-    pd.set_option("display.max_colwidth", None)  # a page's tables are whole
+    for limit in ("max_colwidth", "max_rows"):  # a page's tables are whole
+        pd.set_option(f"display.{limit}", None)
     step = steps.begin(PLAN, name, namespace, workers.engine_of)
     able, own = step.able(), step.declaration
     layers = f" Swept: {step.layers_from}." if own.layered and able else ""

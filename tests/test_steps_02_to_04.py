@@ -212,7 +212,7 @@ def test_what_is_said_of_the_tokens_between():
         "The account after layer 2, where `between` carries most (picked on the discovery half): "
     )
     assert "`between` 0.25 [0.25, 0.25], `last` 0.40" in said[0] and "is 0.10 [0.10, 0.10]." in said[0]
-    assert said[0].endswith("Together they are 1.00 (20 quads, confirmation half).")
+    assert said[0].endswith("(20 quads, confirmation half).")
     assert said[1] == (
         "`between` fills in layers 2 (0.05 [0.05, 0.05]) and empties in 3 (-0.20 [-0.20, -0.20]), where `last` gains "
         "3 (0.55 [0.55, 0.55]) of the gap."
@@ -852,8 +852,8 @@ def test_what_step_03_says(tmp_path):
         "necessity is not judged here: what follows is about `zero`."
     )
     assert said[4].startswith(
-        "What an ablation takes away at most, the whole residual stream of the last layer at `last`, is 0.75 [0.75, "
-        "0.75] under `zero` and 1.00 (no interval: 19 clusters"
+        "The ceiling of each ablation, what it does to the whole residual stream of the last layer at `last`, is 0.75 "
+        "[0.75, 0.75] under `zero` and 1.00 (no interval: 19 clusters"
     )
     assert said[5].endswith(
         "own ceiling: under `zero` mlp 0 1.00 [1.00, 1.00], 0.1 0.67 [0.67, 0.67], 0.0 0.33 [0.33, 0.33] and attn 0 "
@@ -947,8 +947,8 @@ def test_what_step_04_says(tmp_path):
         "On the confirmation half its joint recovery is 0.90 [0.90, 0.90] and its joint counterfactual damage 0.85 "
         "[0.85, 0.85]."
     )
-    assert said[6].startswith("With the slice's clean values the clean answer comes first in 100% of the confirmation")
-    assert said[6].endswith("have to meet, it restores the answer.")
+    assert said[6].startswith("With the slice's clean values the clean answer comes first in 20 of the 20 confirmation")
+    assert said[6].endswith("whatever its interval), it restores the answer.")
     assert "the same 2 sites come first in 100% of draws" in said[7] and "the slice has 2 in the order of" in said[7]
     assert "recover 0.95 [0.95, 0.95] of the gap together, and one by one 1.12 [1.12, 1.12] in all" in said[8]
     assert good["headline"] == [said[0], *said[3:8]] and said[9] == sufficiency_page.placebo_page.NONE
@@ -973,7 +973,7 @@ def test_a_slice_restores_the_answer_by_the_definition_for_single_sites(effect, 
     ]
     curves = effects.reported(sufficiency_measure.slice_curves(table(rows), PARAMS))
     found = sufficiency_page.slice_restores(table(rows), curves[curves["n_sites"] == 2], PARAMS)
-    assert found == {"share": float(lead > 1), "restores": met}
+    assert found == {"share": float(lead > 1), "pairs": 20, "back": 20 * (lead > 1), "restores": met}
 
 
 def test_a_step_of_a_task_that_the_model_cannot_do_says_why():

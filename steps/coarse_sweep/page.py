@@ -32,7 +32,8 @@ CAPTIONS = {
     "curves": "Recovery (denoise) and damage (noise) when the residual stream at one role is replaced after "
     f"each layer; {OVER_QUADS}. Shaded: the critical layers, picked on the discovery half.",
     "account": "The gap between clean and corrupt, shared out after each layer: what each role recovers alone, and the "
-    f"remainder, which none of the roles drawn does (a role that was not swept is part of it). {OVER_QUADS[0].upper()}{OVER_QUADS[1:]}.",
+    "remainder, which none of the roles drawn does (a role that was not swept is part of it). "
+    f"{OVER_QUADS[0].upper()}{OVER_QUADS[1:]}.",
 }
 
 

@@ -48,9 +48,8 @@ CHANCE = "chance"
 PASSES = {"null": "ranked among", "smallest": "smallest p"}
 SUPPORTED, NOT_SUPPORTED, NOT_TESTABLE = "supported", "not supported", "not testable"
 CAPTIONS = {
-    "two-hop": "From the names to the answer: the width of an edge is the effect of its path on "
-    "logit_diff (logits, confirmation half); dashed edges are not significant over all edges at "
-    "their token together, or too few quads are there to test them.",
+    "groups": "What groups of senders carry of the gap to what the slice reads, other MLPs frozen and recomputed; "
+    "confirmation half, 95% intervals over quads.",
     "senders": "The senders of largest path effect into the slice, picked on the discovery half, with "
     "their effect in both halves and intervals that hold for all senders together.",
 }
@@ -493,6 +492,7 @@ def verdict_sentences(found: dict, tests: pd.DataFrame) -> list[str]:
     open_ones = [f"{site} at `{role}`" for (site, role), said in passing(outside).items() if said == NOT_TESTABLE]
     asked = outside.groupby("role", sort=False)["site"].nunique().sum()
     answers = {True: SUPPORTED, False: NOT_SUPPORTED, None: f"{NOT_TESTABLE} here"}
+    more = {True: "so it is", False: "this is not shown", None: "too few quads to say"}
     return [
         f"Retrieval heads outside the slice, by all four tests: {listed(heads)}, of {asked} heads put to them"
         + f" ({NOT_TESTABLE} at this size: {listed(open_ones)})" * bool(open_ones)
@@ -500,7 +500,8 @@ def verdict_sentences(found: dict, tests: pd.DataFrame) -> list[str]:
         "Retrieval and aggregation are one stage, the slice's own heads reading the names and writing the class: "
         f"{answers[found['one_stage']]}. Slice heads that attend to the names, tell the class, and write more of it "
         f"than the heads that they are ranked among: {listed(found['slice_heads_that_retrieve'])}.",
-        f"MLPs at the names, not heads, write what the slice reads: {answers[found['mlps_at_the_names']]}.",
+        "Directly, MLPs at the names write more of what the slice reads than heads there: "
+        f"{more[found['mlps_at_the_names']]}. How much of it each writes, page 10 judges.",
     ]
 
 
@@ -621,4 +622,4 @@ def findings(step: Step, m: Measured) -> dict[str, Any]:
         "sentences": sentences,
         "headline": [routed[0], *conclusions],
     }
-    return finished(step, findings, {"two-hop": two_hop(step, m), "senders": ranked(m, roles[0])}, CAPTIONS)
+    return finished(step, findings, {"groups": groups_figure(step, m), "senders": ranked(m, roles[0])}, CAPTIONS)

@@ -60,7 +60,7 @@ def site_names(found: Mapping[str, Any]) -> dict[str, str]:
 
 
 def by_parts(parts: Sequence[Mapping[str, Any]]) -> str:
-    """What the placebo says of the slice's heads and of its MLPs, each together, in brackets; "" where it was not asked."""
+    """What the placebo says of the slice's heads and of its MLPs, in brackets; "" where it was not asked."""
     said = [
         f"{row['site'].replace('its', 'the slice')} by themselves are {row['verdict']}".replace("slice ", "slice's ")
         for row in parts

@@ -135,7 +135,11 @@ def findings(step: Step, m: Measured) -> dict[str, Any]:
         else f"Single sites that restore the answer on their own: {listed(restoring)}; {best_text}."
     )
     leading = [top_sites_sentence(m.sites, params, 6, "recovery"), heads_or_mlps(m.sites, params, "recovery")]
-    of_slice = [stable.pop("curve"), *slice_sentences(m, held, params), restores_sentence(together, params.restores_share)]
+    of_slice = [
+        stable.pop("curve"),
+        *slice_sentences(m, held, params),
+        restores_sentence(together, params.restores_share),
+    ]
     again, *added = stable.pop("sentences")
     placebo = placebo_page.findings(m.specificity, params)
     found = {
@@ -175,8 +179,8 @@ def restores_sentence(together: Mapping[str, Any], share: float) -> str:
         )
     return (
         f"With the slice's clean values the clean answer comes first in {together['back']} of the {together['pairs']} "
-        "confirmation pairs that are answered rightly without a patch: by the definition that single sites have to meet "
-        f"(a share of {share:g} among them, whatever its interval), {words[together['restores']]}."
+        "confirmation pairs that are answered rightly without a patch: by the definition that single sites have to "
+        f"meet (a share of {share:g} among them, whatever its interval), {words[together['restores']]}."
     )
 
 

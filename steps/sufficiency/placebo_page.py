@@ -116,8 +116,8 @@ def slice_sentence(attribute: str, rows: pd.DataFrame, params: Shared) -> str:
         f"Placebo: where all four people are of one superset and differ in {attribute}, the slice recovers "
         f"{of(kept, 'placebo')} of the gap between that attribute's answers ({kept.placebo_quads} quads), against "
         f"{of_row(kept)} of the superset gap ({kept.quads} quads): {of(kept, 'quotient')} times as much ({asked}). So "
-        f"{verdict}. With the slice's corrupt values in the clean run it is {noise} times as much, and in all {every.placebo_quads} placebo "
-        f"quads, whatever the sign of their gap, {of(every, 'quotient')}."
+        f"{verdict}. With the slice's corrupt values in the clean run it is {noise} times as much, and in all "
+        f"{every.placebo_quads} placebo quads, whatever the sign of their gap, {of(every, 'quotient')}."
     )
 
 
