@@ -86,7 +86,8 @@ def found():
         "generality": {
             "classes": rows, "leave_one_out": rows[:2], "interaction": {"why": "one class"}, "controls": controls(),
             "rule": {"ratio": span(0.0, 0.1), "fitted": [span(2.0, term="one name")]}},
-        "subspace": {"measured": {"profession_at_names": span(0.2), "superset_at_last": span(0.02),
+        "subspace": {"measured": {"profession_at_names": span(0.2, above_permuted=True),
+                                  "superset_at_last": span(0.02, above_permuted=True),
                                   "low_rank": {"estimate": 0.25, "below_permuted": True}}, "directions": {
             "restores": True, "by_number": [span(0.8, method="class difference", k=1)]
             + [span(value, method="class means", k=k) for k, value in ((1, 0.3), (4, 0.9))],
@@ -579,6 +580,19 @@ def test_fresh_people_are_asked_what_the_other_books_of_their_model_claim():
         assert fingerprint(name, left_out=asked.left_out) == fingerprint(asked.profile)
 
 
+def test_steps_do_not_look_at_fresh_people_before_rules_are_frozen(tmp_path, monkeypatch, capsys):
+    given = params.load_profile("smollm2-135m-fresh") | {"results_dir": str(tmp_path), "people_file": "data/people.csv"}
+    given["story"].pop("frozen", None)
+    ran = []
+    monkeypatch.setattr(params, "load_profile", lambda name: given)
+    monkeypatch.setattr("steps.__main__.bring_up_to_date", lambda build, step: ran.append(step))
+    asked = ["run", "coarse_sweep", "--profile", given["profile"]]
+    assert main(asked) == 1 and "under frozen rules alone" in capsys.readouterr().err and not ran
+    assert main(["run", "baselines", *asked[2:]]) == 0 and ran == ["baselines"]
+    given["story"]["frozen"] = Build(given["profile"]).fingerprint()
+    assert main(asked) == 0 and ran[1:] == ["baselines", "coarse_sweep"] and (tmp_path / fresh.OPENED).is_file()
+
+
 def test_only_a_run_on_fresh_people_is_written_down(tmp_path):
     asked, own = asked_of_fresh_people(tmp_path, found())
     with pytest.raises(claims.ClaimError, match="asks no fresh people"):
@@ -654,6 +668,8 @@ def test_the_circuit_in_three_sentences_by_the_verdicts(tmp_path):
     assert "supported by itself, but not when all claims" in story.outline(alone, what)[0]
     assert "not tested, for want of quads: the slice (5.3 and mlp 7) at the last token is enough" in road
     assert "bring the answer back (0.99)" in road and "tokens between (laid down in layers 4 and 5) (0.20 [" in road
+    what["coarse_sweep"]["between"]["fills"] = []
+    assert "at the tokens between (0.20 [" in story.outline([*judged(tmp_path, what).values()], what)[1]
     unable = [entry.model_copy(update={"estimate": None}) for entry in judged(tmp_path, what).values()]
     assert "not testable here is whether the slice (5.3 and mlp 7)" in story.outline(unable, what)[1]
 
@@ -767,18 +783,22 @@ def test_fame_and_flips_come_from_their_tables(tmp_path):
     assert flipped.estimate == 0.5 and flipped.n == 40 and flipped.low < 0.5 < flipped.high
 
 
-def test_probes_stand_beside_permuted_labels_at_the_slices_layer():
+def test_probes_stand_beside_the_better_baseline_at_the_slices_layer():
     key = {"kind": "pair", "target": "superset", "position": "last"}
+    above = {f"beyond{end}": value for end, value in (("", 0.5), ("_low", 0.4), ("_high", 0.6))}
     row = key | {"layer": 5, "low rank": True, "rank needed": 2, "cap": 4}
     found = {
         "probes": {
-            "accuracy": [key | {"layer": 4} | span(0.1), key | {"layer": 5} | span(0.9)],
+            "accuracy": [key | above | {"layer": 4} | span(0.1), key | above | {"layer": 5} | span(0.9)],
             "thresholds": [key | {"threshold": 0.3}],
         },
         "rank": {"layer": 5, "verdicts": [row | {"effective rank": 2, "permuted effective rank": 1.5}]},
     }
     out = story.probes(None, found)
-    assert out["superset_at_last"] == pytest.approx(span(0.6)) and "why" in out["profession_at_names"]
+    wanted = {"estimate": 0.5, "low": 0.4, "high": 0.6, "above_permuted": True}
+    assert out["superset_at_last"] == wanted and "why" in out["profession_at_names"]
+    found["probes"]["thresholds"][0]["threshold"] = 0.9  # the interval goes down to below it
+    assert not story.probes(None, found)["superset_at_last"]["above_permuted"]
     assert out["low_rank"] == {"estimate": 0.5, "below_permuted": False}
     found["rank"]["verdicts"][0]["low rank"] = None
     assert "why" in story.probes(None, found)["low_rank"]

@@ -50,10 +50,11 @@ def site_names(found: Mapping[str, Any]) -> dict[str, str]:
         "slice_heads": [name for name in names if name[0].isdigit()],
         "circuit": circuit.get("sites", ()),
         "layers": coarse.get("critical_layers", ()),
-        "fills": coarse.get("between", {}).get("fills", ()),
     }
-    largest = str(coarse.get("measured", {}).get("layer", ""))
-    return {name: listed(sites) for name, sites in lists.items()} | {"largest": largest, "size": str(len(names))}
+    largest, fills = str(coarse.get("measured", {}).get("layer", "")), coarse.get("between", {}).get("fills", ())
+    laid_down = f" (laid down in layer{'s' * (len(fills) > 1)} {listed(fills)})" if fills else ""
+    own = {"largest": largest, "size": str(len(names)), "fills": laid_down}
+    return {name: listed(sites) for name, sites in lists.items()} | own
 
 
 def leading(retrieval: Mapping[str, Any], start: str) -> list[str]:
