@@ -211,7 +211,7 @@ def test_what_is_said_of_the_tokens_between():
     assert said[0].startswith(
         "The account after layer 2, where `between` carries most (picked on the discovery half): "
     )
-    assert "`between` 0.25 [0.25, 0.25], `last` 0.40" in said[0] and "is 0.10 [0.10, 0.10]." in said[0]
+    assert "`between` 0.25 [0.25, 0.25], `last` 0.40" in said[0] and "is 0.10 [0.10, 0.10]" in said[0]
     assert said[0].endswith("(20 quads, confirmation half).")
     assert said[1] == (
         "`between` fills in layers 2 (0.05 [0.05, 0.05]) and empties in 3 (-0.20 [-0.20, -0.20]), where `last` gains "
