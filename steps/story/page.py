@@ -31,7 +31,7 @@ from pipeline.params import Shared
 from pipeline.step import Step, plain
 from report import plots
 from report.words import joined, listed, not_done
-from steps.story import circuits_page, claims
+from steps.story import circuits_page, claims, everywhere_page
 from steps.story.claims import CLAIMS, NOT_SUPPORTED, SUPPORTED, VERDICTS, Entry
 from steps.story.measure import Measured, Story
 from steps.story.sentences import outline, sentence
@@ -53,6 +53,7 @@ class Judged(NamedTuple):
     outline: list[str]  # the circuit, in three sentences
     sentence: list[str]  # the plan's, part by part
     circuit: dict[str, Any] | None  # what `circuits_page` hands on; None where the model does not do the task
+    everywhere: dict[str, Any] | None = None  # what `everywhere_page` does
 
     @property
     def claims(self) -> list[Entry]:
@@ -69,18 +70,20 @@ def judge(step: Step, m: Measured | None) -> Judged:
     """Judge every claim, and write claims.json."""
     if step.params.fresh:
         claims.open_fresh(step.params)
-    circuit = None if m is None else circuits_page.part(step, m)
-    found = gather(step, circuit)
+    parts = [None] * 2 if m is None else [one.part(step, m) for one in (circuits_page, everywhere_page)]
+    found = gather(step, *parts)
     entries = claims.ledger(found, step.plan, step.params)
-    parts = sentence(entries, found)
-    step.write_extra("claims.json", document(entries, parts, step.params))
-    return Judged(found, entries, outline(entries, found), parts, circuit)
+    said = sentence(entries, found)
+    step.write_extra("claims.json", document(entries, said, step.params))
+    return Judged(found, entries, outline(entries, found), said, *parts)
 
 
 # --- what is read -------------------------------------------------------------------------------------------------
 
 
-def gather(step: Step, circuit: Mapping[str, Any] | None) -> dict[str, dict[str, Any] | None]:
+def gather(
+    step: Step, circuit: Mapping[str, Any] | None, everywhere: Mapping[str, Any] | None
+) -> dict[str, dict[str, Any] | None]:
     """Findings by step, None where it has not run; what `MEASURED` computes is added under `measured`."""
     found = {name: step.find(name) for name in step.plan.before(step.name)}
     for name, compute in MEASURED.items():
@@ -88,7 +91,7 @@ def gather(step: Step, circuit: Mapping[str, Any] | None) -> dict[str, dict[str,
             found[name] |= {"measured": plain(compute(step, found[name]))}
     if circuit is None:
         return found | {step.name: not_done(step)}
-    parts = {key: circuit[key] for key in ("circuit", "attribution")}
+    parts = {key: circuit[key] for key in ("circuit", "attribution")} | {"everywhere": everywhere["everywhere"]}
     return found | {step.name: plain(parts | {"overlap": overlap(parts["circuit"], found["sufficiency"], step.params)})}
 
 
@@ -338,8 +341,8 @@ def overlap_sentence(found: Mapping[str, Any] | None) -> str:
     if found is None or "why" in found:
         return f"Overlap with published heads: not applicable, {(found or {'why': 'no circuit was searched'})['why']}."
     return (
-        f"{found['estimate']} of the circuit's {found['heads']} heads are among the {found['published']} published "
-        f"filter heads ({listed(found['shared'])}); {found['expected']:.2f} would be by chance among "
+        f"{found['estimate']} of the {found['heads']} heads of the circuit at the last token are among the "
+        f"{found['published']} published filter heads ({listed(found['shared'])}); {found['expected']:.2f} would be by chance among "
         f"{found['total']} heads (hypergeometric, p = {found['p']:.2g})."
     )
 
@@ -388,4 +391,4 @@ def findings(step: Step, judged: Judged) -> dict[str, Any]:
         "verdicts": {entry.id: entry.verdict for entry in judged.entries},
         "measured": {name: found[name]["measured"] for name in MEASURED if "measured" in (found[name] or {})},
     }
-    return step.write_findings(joined(step, [ledger, judged.circuit]))
+    return step.write_findings(joined(step, [ledger, judged.circuit, judged.everywhere]))

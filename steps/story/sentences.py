@@ -19,6 +19,8 @@ from steps.story import claims
 from steps.story.claims import LINKS, NOT_SUPPORTED, NOT_TESTABLE, NOT_TESTED, OUTLINE, SUPPORTED, Entry
 
 OPEN = "[a link that is open]"
+ROLES = {"names": "the names", "rest": "the tokens between the names", "between": "the tokens after the names"}
+ROLES |= {"last": "the last token"}
 LEADING = 4  # senders at the names that are named
 
 
@@ -27,7 +29,7 @@ def site_names(found: Mapping[str, Any]) -> dict[str, str]:
     step = {name: findings or {} for name, findings in found.items()}
     retrieval, coarse = step["retrieval_heads"], step["coarse_sweep"]
     verdicts, members = retrieval.get("verdicts", {}), step["sufficiency"].get("critical_slice", ())
-    circuit = step["story"].get("circuit") or {}
+    circuit, over_all = (step["story"].get(name) or {} for name in ("circuit", "everywhere"))
     names = [site["site"] for site in members]
     lists = {
         "name_mlps": leading(retrieval, "mlp"),
@@ -40,8 +42,10 @@ def site_names(found: Mapping[str, Any]) -> dict[str, str]:
         "layers": coarse.get("critical_layers", ()),
         "fills": coarse.get("between", {}).get("fills", ()),
     }
+    roles = listed(f"{row['nodes']} at {ROLES[row['role']]}" for row in over_all.get("roles", ()))
+    nodes = f"{over_all.get('size', 0)} of {over_all.get('nodes', 0)} ({roles})"
     largest = str(coarse.get("measured", {}).get("layer", ""))
-    return {name: listed(sites) for name, sites in lists.items()} | {"largest": largest}
+    return {name: listed(sites) for name, sites in lists.items()} | {"largest": largest, "everywhere": nodes}
 
 
 def leading(retrieval: Mapping[str, Any], start: str) -> list[str]:
