@@ -82,7 +82,7 @@ class Declaration:
     reads_tables  earlier steps whose tables it reads
     files         what its data rest on beside the pairs: parameters that name files, or paths in the repository
     page_keys     keys of its own section that only its page depends on
-    page_files    paths in the repository that only its page depends on
+    page_files    as `files`, what only its page depends on; such a file may be missing
     extra_files   what it leaves in its folder beside <step>.*
     samples       units to time when a machine is calibrated: (model, shape, machine) -> work and what runs it
     timings       seconds of its work beside the model, from the hidden size, by the names used in `Work.other`

@@ -283,7 +283,7 @@ def page_key(plan: Plan, step: str, params: Shared, data: str) -> str:
         params.model_dump(mode="json", exclude=set(PLACES)),
         hash_notebook(plan.notebook(step)),
         {name: hash_source(path) for name, path in drawing(own).items()},
-        {name: hash_source(parameters.ROOT / name) for name in own.page_files},
+        {name: hash_source(parameters.ROOT / getattr(params, name, name)) for name in own.page_files},
         {name: find_findings(name, params) for name in plan.before(step)},
     ]
     return hash_json(parts)

@@ -209,16 +209,37 @@ def profiles() -> list[str]:
     return sorted(path.stem for path in (ROOT / "params").glob("*.yaml"))
 
 
+class _KeysOnce(yaml.SafeLoader):
+    """YAML's safe part, in which no mapping has a key twice; PyYAML by itself takes the last and says nothing."""
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        """Checked as written: a key beside the one that `<<` brings in is no second one."""
+        node, lines = super().compose_mapping_node(anchor), {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                raise yaml.YAMLError(f"key {key.value!r} stands there twice, in lines {lines[key.value]} and {line}")
+            lines[key.value] = line
+        return node
+
+
+def read_yaml(path: Path) -> Any:
+    """What a YAML file holds, read safely. ParameterError for what is not YAML, and for a key given twice."""
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=_KeysOnce)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ParameterError(f"{path.name} is not valid YAML: {' '.join(str(error).split())}") from None
+
+
 def load_profile(name: str) -> dict[str, Any]:
     """The content of params/<name>.yaml, or of the YAML file at the path `name`; `profile` is filled in."""
     path = Path(name) if name.endswith((".yaml", ".yml")) else ROOT / "params" / f"{name}.yaml"
     if not path.is_file():
         known = profiles()
         raise ParameterError(f"profile {name!r} is unknown{_nearest(name, known)}; there are {', '.join(known)}")
-    try:
-        given = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ParameterError(f"profile {path.name} is not valid YAML: {' '.join(str(error).split())}") from None
+    given = read_yaml(path)
     if not isinstance(given, dict):
         raise ParameterError(f"profile {path.name} must hold keys and values, not {type(given).__name__}")
     if given.setdefault("profile", path.stem) != path.stem:
@@ -290,6 +311,8 @@ def from_notebook(sections: Sections, step: str, namespace: Mapping[str, Any]) -
         given = base | given | {"profile": base["profile"]}
     elif "profile" not in given:
         raise ParameterError("profile is not given: it names the folder of the results; run with -p profile <name>")
+    elif given["profile"] in profiles():
+        load_profile(given["profile"])  # papermill, which read it, takes the last of two equal keys and says nothing
     return validate(sections, step, given)
 
 

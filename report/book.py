@@ -24,8 +24,6 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-import yaml
-
 from pipeline import params
 from report import scale
 from report.library import block, library
@@ -136,7 +134,7 @@ def landing(results: Path, steps: Mapping[str, str], to: Path) -> dict[str, str]
     ]
     return {
         "model": short(model["name"]),
-        "outline": "\n\n".join(findings[last].get("outline", {}).get("sentences", ())),
+        **outline(findings[last].get("outline", {})),
         "answer": "\n\n".join(answer),
         "claims": verdicts(results),
         "figures": "\n\n".join(figures),
@@ -146,16 +144,31 @@ def landing(results: Path, steps: Mapping[str, str], to: Path) -> dict[str, str]
     }
 
 
+def outline(found: Mapping[str, Any]) -> dict[str, str]:
+    """What the last step concludes, for the landing page's head: in short, in three sentences, and what it is not."""
+    refused = f"**What it is not.** {found['not']}" if found.get("not") else ""
+    short = f"**{found['answer']}**" if found.get("answer") else ""
+    return {"short": short, "outline": "\n\n".join(found.get("sentences", ())), "not": refused}
+
+
 def verdicts(results: Path) -> str:
     """The claims ledger of step 10 (claims.json; no rows where it is not there) as MyST tables: claims, then checks."""
-    path, keys = results / "claims.json", ("claim", "verdict", "alone", "tier", "reason")
-    claims = json.loads(path.read_text(encoding="utf-8"))["claims"] if path.is_file() else []
-    parts = []
+    path = results / "claims.json"
+    ledger = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"claims": []}
+    columns = {"verdict": "verdict", "alone": "alone", "tier": "evidence", "reason": "why"}
+    if any(claim.get("fresh") for claim in ledger["claims"]):
+        columns["fresh"] = "on fresh people"
+    parts = [ledger["fresh"]] if ledger.get("fresh") else []
+
+    def cell(value: Any) -> str:
+        text = f"{value['verdict']}: {value['reason']}" if isinstance(value, Mapping) else value or ""
+        return text.replace("|", "\\|")
+
     for check in (False, True):
-        own = [claim for claim in claims if (claim["check"] is not None) == check]
-        rows = [" | ".join((claim[key] or "").replace("|", "\\|") for key in keys) for claim in own]
-        head = f"| {'check' if check else 'claim'} | verdict | alone | evidence | why |"
-        parts.append("\n".join([head, "| --- | --- | --- | --- | --- |", *(f"| {row} |" for row in rows)]))
+        own = [claim for claim in ledger["claims"] if (claim["check"] is not None) == check]
+        rows = [["check" if check else "claim", *columns.values()], ["---"] * (1 + len(columns))]
+        rows += [[cell(claim.get(key)) for key in ("claim", *columns)] for claim in own]
+        parts.append("\n".join(f"| {' | '.join(row)} |" for row in rows))
     return "\n\n".join(parts)
 
 
@@ -305,7 +318,7 @@ def assemble(sections: params.Sections, profile: str, folders: Folders, root: Pa
     for name, fields in generated.items():
         page = to / f"{name}.md"
         page.write_text(Template(page.read_text(encoding="utf-8")).substitute(fields), encoding="utf-8")
-    toc = yaml.safe_load((to / "_toc.yml").read_text(encoding="utf-8"))
+    toc = params.read_yaml(to / "_toc.yml")
     listed = [toc["root"], *(entry["file"] for part in toc["parts"] for entry in part["chapters"])]
     unknown = [page for page in listed if not list(to.glob(f"{page}.*"))]
     if unknown:

@@ -7,6 +7,7 @@ clean   deletes a step's results and its page
 format  writes the parameters cell of every notebook from its step's parameters
 freeze  prints the hash of the profile's thresholds and of the claims' rules: `frozen` of section story, where they are
         set before a model's results are seen
+fresh   writes down what the profile's fresh people said, in the file that it calls `fresh_claims`, which is committed
 
 The profile is the name of a file in params/, or comes from the variable PROFILE of the environment.
 """
@@ -30,7 +31,7 @@ from pipeline.params import ParameterError, Shared
 from report import book
 from report.book import BookError, Folders
 from steps.registry import PLAN
-from steps.story import claims
+from steps.story import claims, fresh
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 
@@ -223,7 +224,7 @@ def write_parameters(step: str) -> None:
 def main(arguments: Sequence[str] | None = None, environment: Mapping[str, str] = os.environ) -> int:
     """The exit status."""
     parser = argparse.ArgumentParser(prog="python -m steps", description=__doc__.splitlines()[0])
-    parser.add_argument("command", choices=("run", "key", "clean", "format", "freeze"))
+    parser.add_argument("command", choices=("run", "key", "clean", "format", "freeze", "fresh"))
     parser.add_argument("step", nargs="?", help=", ".join(PLAN.names))
     default = environment.get("PROFILE", Shared.model_fields["profile"].default)
     parser.add_argument("--profile", default=default, help="name in params/")
@@ -239,6 +240,8 @@ def main(arguments: Sequence[str] | None = None, environment: Mapping[str, str] 
                 write_parameters(step)
         elif options.command == "freeze":
             print(build.fingerprint())
+        elif options.command == "fresh":
+            print(keys.shown(fresh.write(build.of("story"))))
         elif options.step is None:
             parser.error(f"{options.command} which step? {', '.join(PLAN.names)}")
         elif options.command == "key":

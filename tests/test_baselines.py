@@ -192,9 +192,12 @@ def test_the_place_of_the_right_word_is_in_the_whole_vocabulary():
     first = table[(table["scoring"] == "first word") & (table["superset"] == "all")].iloc[0]
     assert first["estimate"] == pytest.approx(1 / 3)
     said = page.ability_sentences(table)
-    assert "comes first in 0.33 of these prompts; its place is 7 in the median" in said[2]
-    assert "the five words together have 5% of the probability: so what it says next is most often another" in said[2]
-    assert "artists 1.00 and 1.00" in said[1]
+    assert "comes first in 0.33 of these prompts; its place is 7 in the median" in said["vocabulary"]
+    assert (
+        "the five words together have 5% of the probability: so what it says next is most often another"
+        in said["vocabulary"]
+    )
+    assert "artists 1.00 and 1.00" in said["classes"]
 
 
 def pairs_with(gaps: list[float], **more: object) -> pd.DataFrame:

@@ -219,7 +219,7 @@ def test_the_book_loads_nothing_from_outside(built, made):
 
 def test_landing_page(built):
     words = text(built / "index.html")
-    assert "The circuit, for Tiny-Model" in words and "The answer, step by step" in words
+    assert "The answer, for Tiny-Model" in words and "The answer, step by step" in words
     for number in (number for number, step in enumerate(STEPS) if step != "sufficiency"):
         assert f"Sentence {number} with {0.25 * number:.2f}" in words
     assert "Sufficiency: This model cannot do the task superset, so nothing was measured." in words
@@ -290,7 +290,7 @@ def test_a_quick_profile_says_on_every_page_what_it_leaves_out(copy, built):
     said = f"other roles swept, counterfactual only: none instead of {roles}"
     assert params.left_out(PLAN.sections, "necessity", own.model_dump(mode="json")) == [said]
     landing = (copy / "book" / "index.md").read_text()
-    assert landing.index("The full report: `make book PROFILE=smollm2-135m`") < landing.index("## The answer")
+    assert landing.index("The full report: `make book PROFILE=smollm2-135m`") < landing.index("## The answer, step by step")
 
 
 def test_the_quick_profile_differs_from_the_full_one_in_sizes_alone():

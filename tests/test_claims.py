@@ -14,9 +14,10 @@ from pydantic import ValidationError
 from lib import records, stats
 from pipeline import keys, params, units
 from pipeline import step as steps
+from report import book
 from steps.__main__ import main
 from steps.registry import PLAN
-from steps.story import circuits_page, claims, measure
+from steps.story import circuits_page, claims, fresh, measure
 from steps.story import page as story
 from steps.story.claims import CLAIMS, LINKS, NOT_SUPPORTED, NOT_TESTABLE, NOT_TESTED, SUPPORTED
 
@@ -399,7 +400,20 @@ def test_an_interval_wider_than_the_margin_tests_nothing(tmp_path):
     what["generality"]["rule"]["ratio"] = span(0.1, 0.3)
     own = judged(tmp_path, what)
     assert own["rule_or"].verdict == NOT_TESTABLE and "an interval this wide" in own["rule_or"].reason
+    # half the interval, 0.3, is 1.96 standard errors; 0.25 must hold 1.96 + 1.28 of them: (0.496 / 0.25)^2 = 3.9 times
+    assert "were the truth 0, 3.9 times as many quads would show it" in own["rule_or"].reason
     assert own["rule_additive"].verdict == NOT_SUPPORTED  # wide as it is, it lies outside
+
+
+def test_the_power_of_an_equivalence_is_how_often_an_interval_as_wide_lies_within():
+    rng, error = np.random.default_rng(0), 0.1
+    drawn, reach = rng.normal(0, error, 100_000), 1.959964 * error
+    power, times = claims.equivalence(claims.Numbers(0.2, 0.2 - reach, 0.2 + reach), 0.25)
+    assert power == pytest.approx((np.abs(drawn) < 0.25 - reach).mean(), abs=0.01) and 0.3 < power < 0.5
+    assert claims.equivalence(claims.Numbers(0, *(np.array([-1, 1]) * reach / times**0.5)), 0.25)[0] == pytest.approx(
+        0.8
+    )
+    assert claims.equivalence(claims.Numbers(0, -0.3, 0.3), 0.25)[0] == 0  # wider than the margin
 
 
 def test_a_slice_must_restore_the_answer_as_a_single_site_must(tmp_path):
@@ -439,15 +453,121 @@ def test_what_was_frozen_came_before_until_a_threshold_or_a_rule_changes(tmp_pat
 def test_fresh_people_are_opened_once_under_frozen_rules(tmp_path):
     own = story_params(tmp_path).model_copy(update={"fresh": True})
     with pytest.raises(claims.ClaimError, match="under frozen rules alone"):
-        claims.open_fresh(own)
+        fresh.open_once(own)
     frozen = own.model_copy(update={"frozen": claims.fingerprint(claims.thresholds(own), own)})
-    claims.open_fresh(frozen)
-    claims.open_fresh(frozen)  # the same again
+    fresh.open_once(frozen)
+    fresh.open_once(frozen)  # the same again
     assert {entry.tier for entry in claims.ledger(found(), PLAN, frozen)} == {claims.FRESH, None}
     other = story_params(tmp_path, one_layer=0.4).model_copy(update={"fresh": True})
     other = other.model_copy(update={"frozen": claims.fingerprint(claims.thresholds(other), other)})
     with pytest.raises(claims.ClaimError, match=f"opened under the thresholds and rules '{frozen.frozen}'"):
-        claims.open_fresh(other)
+        fresh.open_once(other)
+
+
+def asked_of_fresh_people(folder, what, **changed):
+    """A run of a profile on fresh people whose findings are `what`: its record, and the profile that names it."""
+    own = story_params(folder / "fresh", **changed)
+    names = {"fresh": True, "fresh_claims": str(folder / "record.json"), "profile": "own-fresh"}
+    own = own.model_copy(update=names)
+    own = own.model_copy(update={"frozen": claims.fingerprint(claims.thresholds(own), own)})
+    fresh.open_once(own)
+    entries = claims.ledger(what, PLAN, own)
+    assert fresh.confirm(entries, own) == "" and not any(entry.fresh for entry in entries)
+    units.write_json(folder / "fresh" / "claims.json", story.document(entries, [], own))
+    about = {
+        "commit": "0123456789",
+        "dirty": False,
+        "started": "2026-11-27T18:00:00",
+        "machine": {"cores": 2, "cpu": "x"},
+    }
+    units.write_json(folder / "fresh" / "story.run.json", about)
+    return own, story_params(folder).model_copy(update={"fresh_claims": names["fresh_claims"]})
+
+
+def test_fresh_people_decide_what_was_set_after(tmp_path):
+    what = found()
+    what["coarse_sweep"]["measured"]["one_layer"] = span(0.3)
+    what["coarse_sweep"]["measured"]["critical_layers"] = few(0.9)
+    what["generality"]["classes"] = [
+        span(0.1, kind=row["kind"], group=row["group"]) for row in found()["generality"]["classes"]
+    ]
+    asked, own = asked_of_fresh_people(tmp_path, what)
+    entries = claims.ledger(found(), PLAN, own)
+    assert fresh.confirm(entries, own).startswith("No fresh people have been asked yet")
+    assert fresh.write(asked) == tmp_path / "record.json"
+    said, by_name = fresh.confirm(entries, own, ["Aamir Khan", "No One"]), {entry.id: entry for entry in entries}
+    assert "(1 of their 3210 is in a pair of this report)" in said and "(none of their 3210" in fresh.confirm(
+        entries, own
+    )
+    one = by_name["one_layer"]
+    assert (one.alone, one.here, one.verdict, one.tier) == (SUPPORTED, SUPPORTED, NOT_SUPPORTED, claims.FRESH)
+    general = by_name["general_supersets"]  # set before: the confirmation half decides, and fresh people stand beside
+    assert (general.verdict, general.tier, general.fresh.verdict) == (SUPPORTED, claims.HALF, NOT_SUPPORTED)
+    untested = by_name["critical_layers"]
+    assert (untested.verdict, untested.tier, untested.fresh.verdict) == (SUPPORTED, claims.EXPLORATORY, NOT_TESTABLE)
+    check = by_name["no_illusion"]
+    assert check.fresh.verdict == SUPPORTED and check.tier == claims.EXPLORATORY
+    after = [entry for entry in entries if entry.came == "after" and not entry.check]
+    decided = [entry for entry in after if entry.tier == claims.FRESH]
+    assert f"Of the {len(after)} claims" in said and f"{len(decided)} are decided by *fresh people* alone" in said
+    assert f"{sum(e.verdict == SUPPORTED for e in decided)} are supported there" in said and "commit 0123456" in said
+    counted = sum(entry.verdict == SUPPORTED for entry in decided)
+    assert f"Of those supported, {counted} are confirmed on fresh people" in story.tally(entries)
+    page = story.table([entry for entry in entries if not entry.check]).to_html()
+    assert "on fresh people" in page and "not supported<br>0.30 [0.25, 0.35]" in page
+    assert "on fresh people" not in story.table(list(judged(tmp_path).values())).to_html()
+    whole, *rest = story.sentence(entries, found())
+    assert "layers 5 and 7 do that together (0.90 [0.85, 0.95])" in whole and "layer 5 alone" not in whole
+    assert any("one layer is the aggregator (on fresh people 0.30 [0.25, 0.35]; asked" in text for text in rest)
+    assert "(0.80 [0.75, 0.85], and 0.80 [0.75, 0.85] on fresh people)" in " ".join(story.outline(entries, found()))
+    document = json.loads(json.dumps(story.document(entries, [], own, said)))
+    jsonschema.validate(document, json.loads((ROOT / "data/claims.schema.json").read_text(encoding="utf-8")))
+    units.write_json(tmp_path / "book" / "claims.json", document)
+    landing = book.verdicts(tmp_path / "book")
+    assert landing.startswith("Of the ") and "| evidence | why | on fresh people |" in landing
+    assert "| not supported: 0.30 [0.25, 0.35]; asked for: lower end of the interval above 0.5" in landing
+
+
+def test_fresh_people_asked_under_other_rules_decide_nothing(tmp_path):
+    asked, own = asked_of_fresh_people(tmp_path, found())
+    fresh.write(asked)
+    other = story_params(tmp_path, one_layer=0.4).model_copy(update={"fresh_claims": own.fresh_claims})
+    entries = claims.ledger(found(), PLAN, other)
+    said = fresh.confirm(entries, other)
+    assert "under other thresholds and rules" in said and asked.frozen in said and "2026-11-27, commit 0123456" in said
+    assert not any(entry.fresh for entry in entries) and claims.FRESH not in {entry.tier for entry in entries}
+    more = own.model_copy(update={"left_out": ("one_layer",)})  # what another profile asks, too, is another's matter
+    assert fresh.confirm(claims.ledger(found(), PLAN, more), more).startswith("Of the ")
+    assert "another model" in fresh.confirm(entries, own.model_copy(update={"model": "./other"}))
+
+
+def test_the_committed_record_refuses_a_second_opening_where_the_note_is_gone(tmp_path):
+    asked, _ = asked_of_fresh_people(tmp_path, found())
+    fresh.write(asked)
+    (tmp_path / "fresh" / fresh.OPENED).unlink()
+    fresh.open_once(asked)  # the same rules
+    (tmp_path / "fresh" / fresh.OPENED).unlink()
+    changed = asked.model_copy(update={"level": 0.99})
+    changed = changed.model_copy(update={"frozen": claims.fingerprint(claims.thresholds(changed), changed)})
+    with pytest.raises(claims.ClaimError, match=f"{asked.frozen}.*commit 0123456789.*started 2026-11-27T18:00:00"):
+        fresh.open_once(changed)
+    people = pd.read_csv(ROOT / "data/people.csv", dtype=str, keep_default_na=False)
+    people.iloc[1:].to_csv(tmp_path / "others.csv", index=False)
+    fresh.open_once(changed.model_copy(update={"people_file": str(tmp_path / "others.csv")}))
+
+
+def test_only_a_run_on_fresh_people_is_written_down(tmp_path):
+    asked, own = asked_of_fresh_people(tmp_path, found())
+    with pytest.raises(claims.ClaimError, match="asks no fresh people"):
+        fresh.write(own)
+    document = json.loads((tmp_path / "fresh" / "claims.json").read_text(encoding="utf-8"))
+    units.write_json(tmp_path / "fresh" / "claims.json", document | {"fingerprint": "0"})
+    with pytest.raises(claims.ClaimError, match=r"judged by other rules \(0\)"):
+        fresh.write(asked)
+    (tmp_path / "fresh" / "claims.json").unlink()
+    with pytest.raises(claims.ClaimError, match="run the profile own-fresh first"):
+        fresh.write(asked)
+    assert not (tmp_path / "record.json").exists()
 
 
 def git(*words):
@@ -516,6 +636,31 @@ def test_the_circuit_in_three_sentences_by_the_verdicts(tmp_path):
     assert "not testable here is whether the slice (5.3 and mlp 7)" in story.outline(unable, what)[1]
 
 
+def test_what_leads_the_report_follows_the_verdicts(tmp_path):
+    entries = list(judged(tmp_path).values())
+    said, refused = story.answer(entries, found()), story.not_so(entries)
+    assert (
+        said.startswith("A few heads and MLPs at the last token (5.3 and mlp 7) are enough")
+        and "attribute read-out" in said
+    )
+    assert refused.startswith("Not supported: the slice is about supersets and not about whatever the names differ in;")
+    assert "Not testable" not in refused and "one layer is the aggregator" not in refused  # that one is supported
+
+    def with_quotient(value):
+        what = found()
+        what["sufficiency"]["specific"][0] |= {f"quotient_{key}": at for key, at in span(value).items()}
+        return story.answer(list(judged(tmp_path, what).values()), what)
+
+    assert with_quotient(0.2).endswith("and of what else the names differ in they carry much less.")
+    assert with_quotient(0.5).endswith("read out whatever the names differ in, is not decided here.")
+    what = found()
+    what["sufficiency"]["slice_restores"]["restores"] = False
+    what["sufficiency"]["joint"][1] = few(0.9, quantity="damage")
+    assert story.answer(list(judged(tmp_path, what).values()), what).startswith("It is not shown here that a few heads")
+    alone = [entry.model_copy(update={"verdict": SUPPORTED}) for entry in entries]
+    assert story.not_so(alone) == ""
+
+
 def test_holms_correction():
     assert claims.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert claims.holm([0.9, 0.8]) == pytest.approx([1, 1])
@@ -544,7 +689,7 @@ def test_the_table_says_the_verdict_in_words_and_links_to_what_is_under_it(tmp_p
 
 def test_claims_and_checks_are_two_tables_on_one_page(tmp_path):
     """Their cells are coloured by identifiers that must not be the same."""
-    made = story.Judged({}, list(judged(tmp_path).values()), [], [], None)
+    made = story.Judged({}, list(judged(tmp_path).values()), [], [], "", "", None, None)
     pages = [story.table(part).to_html() for part in (made.claims, made.checks)]
     cells = [set(re.findall(r'id="(T_[^"]+)"', text)) for text in pages]
     assert all(cells) and not cells[0] & cells[1]

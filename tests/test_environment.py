@@ -7,10 +7,11 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
-import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
+
+from pipeline.params import read_yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 # What the code must also run with, unpinned: an image with a GPU whose own torch is to be used.
@@ -56,7 +57,7 @@ def declared() -> dict[str, Requirement]:
 
 def conda() -> dict[str, Requirement]:
     """The pip part of environment.yml."""
-    listed = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))["dependencies"]
+    listed = read_yaml(ROOT / "environment.yml")["dependencies"]
     (pip,) = (entry["pip"] for entry in listed if isinstance(entry, dict))
     return requirements(pip)
 
@@ -114,7 +115,7 @@ def test_conda_pins_equal_the_lock():
 
 
 def test_conda_has_the_python_the_lock_was_made_with():
-    listed = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))["dependencies"]
+    listed = read_yaml(ROOT / "environment.yml")["dependencies"]
     assert "python=3.11" in listed and "pip" in listed
 
 

@@ -357,7 +357,7 @@ def test_the_rule_is_said_with_its_numbers():
             rows.append({"prompt": number, "name_a": f"a{number}", "name_b": f"b{number}", "superset_class": word,
                          "n_a": n_a, "n_b": n_b, "y": 2 * (n_a + n_b) + 0.1 * rng.standard_normal()})  # fmt: skip
     fit = name_rule.compare(pd.DataFrame(rows), PARAMS)
-    text = " ".join(name_rule.sentences(fit))
+    text = " ".join(name_rule.sentences(fit).values())
     assert "additive predicts best" in text and "two names by 4.0" in text
     assert name_rule.lines(fit, pd.DataFrame(rows))["additive"][2] == pytest.approx(4, abs=0.1)
     assert name_rule.figure(fit, pd.DataFrame(rows)) is not None

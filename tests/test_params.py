@@ -158,12 +158,20 @@ def test_steps_and_profiles_that_do_not_exist(tmp_path):
         ("", "must hold keys and values, not NoneType"),
         ("model: x\nprofile: other", "calls itself 'other'; name it 'mine'"),
         ("!!python/object/apply:os.getcwd []", "not valid YAML"),
+        (
+            "model: x\nnecessity: {pairs: 1}\nseed: 0\nnecessity: {pairs: 4}",
+            "key 'necessity' stands there twice, in lines 2 and 4",
+        ),
+        ("model: x\nnecessity: {pairs: 1, pairs: 4}", "key 'pairs' stands there twice, in lines 2 and 2"),
+        ("model: x\nnecessity:\n- {a: 1}\n- b: {c: 1}\n  d: 2\n  b: 3", "key 'b' stands there twice, in lines 4 and 6"),
     ):
         path.write_text(text)
         with pytest.raises(ParameterError, match=re.escape(message)):
             load_profile(str(path))
     path.write_text("model: x")
     assert load_profile(str(path)) == {"model": "x", "profile": "mine"}
+    path.write_text("a: &a {model: x, seed: 1}\n<<: *a\nseed: 2\n")  # a key over one that is merged in is no second one
+    assert load_profile(str(path)) == {"a": {"model": "x", "seed": 1}, "model": "x", "seed": 2, "profile": "mine"}
 
 
 def test_a_notebooks_variables():
@@ -172,12 +180,20 @@ def test_a_notebooks_variables():
     base = load_profile("smoke")
     assert (own.profile, own.pairs, own.seed, list(own.layers)) == ("smoke", 3, 5, base["layers"])
     assert from_notebook("necessity", session).profile == "smollm2-135m"
-    # papermill -f gives the whole profile; no file is read then
+    # papermill -f gives the whole profile
     assert from_notebook("necessity", session | {"profile": "no-such", "model": "./m"}).model == "./m"
     with pytest.raises(ParameterError, match="profile is not given"):
         from_notebook("necessity", session | {"model": "./m"})
     with pytest.raises(ParameterError, match="unknown parameter pear = 3"):
         from_notebook("necessity", session | {"profile": "smoke", "pear": 3})
+
+
+def test_a_profile_with_a_doubled_section_is_refused_by_a_notebook_too(tmp_path, monkeypatch):
+    (tmp_path / "params").mkdir()
+    (tmp_path / "params/own.yaml").write_text("model: x\nnecessity: {pairs: 1}\nnecessity: {seed: 4}")
+    monkeypatch.setattr(params, "ROOT", tmp_path)
+    with pytest.raises(ParameterError, match="'necessity' stands there twice"):  # papermill read the last and ran
+        from_notebook("necessity", {"profile": "own", "model": "x", "necessity": {"seed": 4}})
 
 
 def test_layers_are_checked_against_the_model():

@@ -204,7 +204,7 @@ def abilities(accuracy: pd.DataFrame, pairs: pd.DataFrame | None, params: Shared
     return out
 
 
-def ability_sentences(table: pd.DataFrame) -> list[str]:
+def ability_sentences(table: pd.DataFrame) -> dict[str, str]:
     """How well the five words are told apart, class by class, and how far they are from what the model would say."""
     rows = {(row.superset, row.scoring): row for row in table.itertuples()}
     raw, centred, first = (rows["all", name] for name in ("raw", "centred", "first word"))
@@ -215,15 +215,15 @@ def ability_sentences(table: pd.DataFrame) -> list[str]:
         if first.estimate < 0.5
         else "so the right word is what it says next most often"
     )
-    return [
-        f"Among the five words the right one comes first in {of_row(raw)} of {raw.prompts} prompts whose names were "
-        f"drawn before any selection, and in {of_row(centred)} once each word's mean over people is taken off (chance "
-        f"0.20).",
-        f"Class by class, raw and centred: {listed(classes)}.",
-        f"In the whole vocabulary the right word comes first in {of_row(first)} of these prompts; its place is "
-        f"{raw.place:g} in the median, and the five words together have {raw.candidate_probability:.0%} of the "
-        f"probability: {says}.",
-    ]
+    return {
+        "five words": f"Among the five words the right one comes first in {of_row(raw)} of {raw.prompts} prompts whose "
+        f"names were drawn before any selection, and in {of_row(centred)} once each word's mean over people is taken "
+        f"off (chance 0.20).",
+        "classes": f"Class by class, raw and centred: {listed(classes)}.",
+        "vocabulary": f"In the whole vocabulary the right word comes first in {of_row(first)} of these prompts; its "
+        f"place is {raw.place:g} in the median, and the five words together have {raw.candidate_probability:.0%} of "
+        f"the probability: {says}.",
+    }
 
 
 def pair_sentences(m: Measured, table: pd.DataFrame) -> list[str]:
@@ -272,13 +272,14 @@ def findings(step: Step, m: Measured) -> dict[str, Any]:
     first = own["top_token"].value_counts(normalize=True).head(5)
     words = listed(f'"{token}" ({share:.0%})' for token, share in first.items())
     spoken = [f"Its own first words on `{params.template}` are {words}."]
-    known = [] if answers.empty else ability_sentences(answers)
+    known = {} if answers.empty else ability_sentences(answers)
     if own["label_probability"].notna().any():
         spoken[0] += f" Single-token profession labels have {own['label_probability'].mean():.0%} of the probability."
     built = [*pair_sentences(m, kept), *placebo_sentences(m), *[m.failed] * bool(m.failed)]
     main = able.get(params.task, {"able": False})
     lead = [said.pop(params.task)] if params.task in said else []
-    sentences = [*lead, *known, *spoken, *said.values(), *built]
+    sentences = [*lead, *known.values(), *spoken, *said.values(), *built]
+    short = [text for name, text in known.items() if name != "classes"]
     found = {
         "model": about_model(step),
         "task": params.task,
@@ -289,6 +290,6 @@ def findings(step: Step, m: Measured) -> dict[str, Any]:
         "ability": answers.to_dict("records"),
         "selection": kept.to_dict("records"),
         "sentences": sentences,
-        "headline": [*lead, *known[:1], *known[2:], *said.values()] if main["able"] else sentences,
+        "headline": [*lead, *short, *said.values()] if main["able"] else sentences,
     }
     return finished(step, found, {"accuracy": accuracy_figure(m)}, CAPTIONS)

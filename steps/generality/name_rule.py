@@ -230,30 +230,30 @@ def figure(fit: RuleResult | None, people: pd.DataFrame) -> Figure | None:
     return plots.rule_points(fit.fitted, lines(fit, people), "logit above the classes of neither name")
 
 
-def sentences(rule: RuleResult | None) -> list[str]:
-    """Which rule fits."""
+def sentences(rule: RuleResult | None) -> dict[str, str]:
+    """Which rule fits, by what each sentence is about."""
     if rule is None:
-        return ["The rule was not read: too few known people."]
+        return {"steps": "The rule was not read: too few known people."}
     shown = {row.term: of_row(row) for row in rule.fitted.itertuples()}
-    out = [
-        f"On {rule.prompts} prompts of two known people, one name in a class raises its logit by {shown['one name']} "
-        f"above the classes of neither name (first slot {shown['first slot']}, second {shown['second slot']}), two "
-        f"names by {shown['two names']}."
-    ]
+    out = {
+        "steps": f"On {rule.prompts} prompts of two known people, one name in a class raises its logit by "
+        f"{shown['one name']} above the classes of neither name (first slot {shown['first slot']}, second "
+        f"{shown['second slot']}), two names by {shown['two names']}."
+    }
     if rule.ratio is not None:
         ratio = interval(rule.ratio.estimate, rule.ratio.low, rule.ratio.high)
-        out.append(f"The second name's step is {ratio} of the first's (1: additive; 0: OR).")
+        out["ratio"] = f"The second name's step is {ratio} of the first's (1: additive; 0: OR)."
     for basis, verdict in rule.verdict.items():
         what = "the number of names" if basis == "number" else "what each name says alone"
         if verdict is None:
-            out.append(f"By {what}, no rule is decided: {rule.reason}.")
+            out[basis] = f"By {what}, no rule is decided: {rule.reason}."
             continue
         own = rule.errors[rule.errors["basis"] == basis].set_index("rule")["explained"]
         explained = listed(f"{name} {own[name]:.1%}" for name in ("additive", "OR", "AND", "free"))
         passing = [name for name in rule.fitting[basis] if name != verdict]
         words = {"neither": "each of the three rules is worse than free", "none": "nothing beats class priors"}
         best = words.get(verdict, f"{verdict} predicts best")
-        out.append(
+        out[basis] = (
             f"By {what}, cross-validated over people, {best}; of the error that class "
             f"priors leave, {explained} are explained"
             + (f"; not significantly worse than free either: {listed(passing)}." if passing else ".")

@@ -475,7 +475,7 @@ def numbers(step: Step, m: Measured, t: Tables) -> dict[str, Any]:
         *circuit_sentences(t.circuits, verdict.verdict),
         spoken,
         *controls_page.sentences(t.controls, t.candidates, t.leaders, step.params.silence_margin),
-        *rule,
+        *rule.values(),
     ]
     return {
         "model": about_model(step),
@@ -488,7 +488,11 @@ def numbers(step: Step, m: Measured, t: Tables) -> dict[str, Any]:
         "interaction": {"p": test.p_overall, "sites": sites.head(20).to_dict("records")} if test else {"why": why},
         "rule": None if t.rule is None else name_rule.numbers(t.rule),
         "sentences": sentences,
-        "headline": [spoken, *controls_page.headline(t.controls), *rule[:1], *rule[2:3]],
+        "headline": [
+            spoken,
+            *controls_page.headline(t.controls),
+            *(rule[name] for name in ("steps", "number") if name in rule),
+        ],
     }
 
 

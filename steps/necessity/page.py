@@ -134,29 +134,31 @@ def shares_sentence(shares: pd.DataFrame, m: Measured, kind: str, count: int) ->
     return f"under `{kind}` {of_rows(rows, 'site')}"
 
 
-def ceiling_sentences(step: Step, m: Measured) -> tuple[list[str], dict[str, Interval]]:
+def ceiling_sentences(step: Step, m: Measured) -> tuple[dict[str, str], dict[str, Interval]]:
     """Under which ablation necessity is judged, what each kind takes away at most, and what the leading sites take."""
     limits = damages(at_ceiling(m.records, step.n_layers), step.params)
     shares = of_ceiling(m.records, step.n_layers, step.params)
-    told = mirror_sentence(step, m)
-    told.append(
+    told = {"mirror": mirror_sentence(step, m)}
+    told["ceiling"] = (
         "What an ablation takes away at most, the whole residual stream of the last layer at `last`, is "
         + listed(f"{limit} under `{kind}`" for kind, limit in limits.items())
         + " of the gap between clean and corrupt."
     )
     there = [kind for kind in m.sites if kind in {*shares["ablation"]}]
     if there:
-        told.append(
+        told["sites"] = (
             f"The leading sites under `{m.lead}`, each as a share of its ablation's own ceiling: "
             + "; ".join(shares_sentence(shares, m, kind, 4) for kind in there)
             + "."
         )
     if left := [f"`{kind}`" for kind in limits if kind not in there]:
-        told.append(f"Shares of the ceiling under {listed(left)} are not testable: it is not shown to be above zero.")
+        told["no ceiling"] = (
+            f"Shares of the ceiling under {listed(left)} are not testable: it is not shown to be above zero."
+        )
     return told, limits
 
 
-def mirror_sentence(step: Step, m: Measured) -> list[str]:
+def mirror_sentence(step: Step, m: Measured) -> str:
     """Why counterfactual values do not judge necessity, and which ablation does."""
     seen = (step.find("coarse_sweep") or {}).get("mirror")
     number = (
@@ -171,7 +173,7 @@ def mirror_sentence(step: Step, m: Measured) -> list[str]:
         else "no class-neutral ablation could be run in both halves, so necessity is not judged here: what follows is "
         f"about `{m.lead}`"
     )
-    return [f"`counterfactual` noise in a pair is denoise in its mirror pair{number}; {judged}."]
+    return f"`counterfactual` noise in a pair is denoise in its mirror pair{number}; {judged}."
 
 
 def donor_sentences(m: Measured, asked: Sequence[str]) -> list[str]:
@@ -193,11 +195,11 @@ def findings(step: Step, m: Measured) -> dict[str, Any]:
     by_role = modules_of(m, params)
     sample = f"{confirmation['pair_id'].nunique()} pairs of {confirmation['quad_id'].nunique()} quads"
     told, limits = ceiling_sentences(step, m)
+    leading = [top_sites_sentence(sites, params, 6, f"{lead} damage"), heads_or_mlps(sites, params, "damage")]
     sentences = [
         f"Each site at `last` was ablated in the clean run, {step.layers_from}; the confirmation half has {sample}.",
-        top_sites_sentence(sites, params, 6, f"{lead} damage"),
-        heads_or_mlps(sites, params, "damage"),
-        *told,
+        *leading,
+        *told.values(),
         f"Over sites, effects rank as under `{lead}` with a Spearman correlation of "
         + listed(f"{value} under `{kind}`" for kind, value in agree.items())
         + "."
@@ -222,6 +224,6 @@ def findings(step: Step, m: Measured) -> dict[str, Any]:
         "agreement": agree,
         "ceilings": limits,
         "sentences": sentences,
-        "headline": [*sentences[1:3], told[1]],
+        "headline": [*leading, told["ceiling"]],
     }
     return finished(step, found, {"ranked": ranked(m), "layers": modules(step, m)}, CAPTIONS)

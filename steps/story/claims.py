@@ -21,14 +21,13 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field
 from scipy.stats import norm
 
 from lib.stats import MINIMUM_CLUSTERS, holm, p_of_interval
-from pipeline import keys, units
+from pipeline import keys
 from pipeline.declaration import Plan
-from pipeline.params import ROOT, ParameterError, Shared
+from pipeline.params import ROOT, ParameterError, Shared, read_yaml
 from report.words import interval
 from steps.story.measure import Story
 
@@ -136,6 +135,13 @@ class Link(Strict):
     instead: dict[str, str] = {}
 
 
+class Answer(Strict):
+    """What leads the report, where all of these claims are supported."""
+
+    claims: tuple[str, ...]
+    words: str
+
+
 class Part(Strict):
     """One sentence of the three that say what the circuit is: what it is about, and its clauses, each on a claim or on
     several that answer one question."""
@@ -144,9 +150,10 @@ class Part(Strict):
     clauses: list[dict[str, str]]
 
 
-_READ = yaml.safe_load(FILE.read_text(encoding="utf-8"))
+_READ = read_yaml(FILE)
 CAME = {name: Came.model_validate(came) for name, came in _READ["came"].items()}
 CLAIMS = tuple(Claim.model_validate(claim) for claim in _READ["claims"])
+ANSWERS = tuple(Answer.model_validate(answer) for answer in _READ["answer"])
 OUTLINE = tuple(Part.model_validate(part) for part in _READ["outline"])
 LINKS = tuple(Link.model_validate(link) for link in _READ["sentence"])
 
@@ -156,6 +163,19 @@ class Rows(Strict):
 
     file: str = Field(description="Parquet file in the results folder")
     filter: str = Field(description="what pandas' DataFrame.query takes")
+
+
+class Confirmed(Strict):
+    """What fresh people say of a claim (`steps.story.fresh`)."""
+
+    estimate: float | None
+    low: float | None
+    high: float | None
+    p: float | None
+    p_holm: float | None = Field(description="corrected over all claims tested on them")
+    alone: Literal[VERDICTS]
+    verdict: Literal[VERDICTS]
+    reason: str
 
 
 class Entry(Strict):
@@ -183,7 +203,9 @@ class Entry(Strict):
     threshold: float | None
     threshold_from: str = Field(description="the parameter that holds the threshold")
     alone: Literal[VERDICTS] = Field(description="verdict of this claim by itself, uncorrected")
-    verdict: Literal[VERDICTS] = Field(description="under the correction; of checks: alone")
+    here: Literal[VERDICTS] = Field(description="on this report's people, under the correction; of checks: alone")
+    verdict: Literal[VERDICTS] = Field(description="`here`, or that of fresh people where they decide")
+    fresh: Confirmed | None = Field(None, description="on fresh people, if they were asked under these rules")
     reason: str
     refuted_by: str = Field(description="what would turn the verdict")
     figure: str | None = Field(description="page and figure, from the root of the book")
@@ -200,6 +222,7 @@ class Ledger(Strict):
     correction: str
     fingerprint: str = Field(description="hash of all thresholds and rules")
     frozen: bool = Field(description="whether the profile holds this hash, set before its results")
+    fresh: str = Field(description="what fresh people decided; empty for a profile that has none")
     sentence: list[str] = Field(description="the plan's sentence, part by part, worded by the verdicts")
     claims: list[Entry]
 
@@ -374,7 +397,7 @@ def judge(
         p=p_value(claim, n, threshold, params.level) if there else None,
         p_holm=None,
         p_from="the interval" if n.p is None and n.low is not None else "the step's own test",
-        power=n.power,
+        power=n.power if claim.rule != "within" or None in (n.low, threshold) else equivalence(n, threshold)[0],
         came=came.word,
         set=came.set or None,
         seen=came.seen,
@@ -385,6 +408,7 @@ def judge(
         threshold=threshold,
         threshold_from=held_by,
         alone=verdict,
+        here=verdict,
         verdict=verdict,
         reason=reason,
         refuted_by=turned.get(verdict, f"Decided, once it can be measured, by this: {asked}."),
@@ -421,7 +445,11 @@ def decided(
     if not rule.holds(n, threshold, claim.centre):
         unsure = claim.rule == "within" and n.low < claim.centre + threshold and n.high > claim.centre - threshold
         if unsure and n.high - n.low > 2 * threshold:
-            return NOT_TESTABLE, f"{reason}; an interval this wide could not lie there, wherever its middle"
+            times = equivalence(n, threshold)[1]
+            return NOT_TESTABLE, (
+                f"{reason}; an interval this wide could not lie there, wherever its middle: were the truth "
+                f"{claim.centre:g}, {times:.2g} times as many quads would show it, four times in five"
+            )
         return NOT_SUPPORTED, reason + shortfall(claim, n, threshold, 1 - params.level)
     for condition, good in ((claim.requires, True), (claim.excludes, False)):
         if condition and any(leaves([at(found, condition[0], params)])) != good:
@@ -464,6 +492,16 @@ def shortfall(claim: Claim, n: Numbers, threshold: float, alpha: float) -> str:
     return f"; were the estimate the truth, {max(times, 1.1):.2g} times as many quads would show it, four times in five"
 
 
+def equivalence(n: Numbers, threshold: float) -> tuple[float, float]:
+    """Of a claim that a value lies within the threshold of another, were it that other: the probability that an
+    interval as wide as this would show it, and how many times as many quads it takes for a probability of `POWER`.
+
+    The whole interval, read as a normal one of level 95%, must lie within (as in two one-sided tests, Schuirmann 1987).
+    """
+    room, z = threshold / ((n.high - n.low) / 2 / norm.isf(0.025)), norm.isf(0.025)
+    return max(0.0, 2 * norm.cdf(room - z) - 1), ((z + norm.isf((1 - POWER) / 2)) / room) ** 2
+
+
 def ledger(found: Mapping[str, Mapping[str, Any] | None], plan: Plan, params: Story) -> list[Entry]:
     """Every claim's entry, in the plan's order; `found` are the findings by step (`steps.story.page.gather`).
 
@@ -487,29 +525,9 @@ def ledger(found: Mapping[str, Mapping[str, Any] | None], plan: Plan, params: St
                 entry.reason += ", and its ranks among other heads could give no p small enough"
     frozen = params.frozen == fingerprint(held, params)
     for entry in entries:
+        entry.here = entry.verdict
         if frozen:
             entry.came, entry.set, entry.seen = "before", None, None
         if entry.verdict in (SUPPORTED, NOT_SUPPORTED):
             entry.tier = FRESH if params.fresh else HALF if entry.came == "before" else EXPLORATORY
     return entries
-
-
-def open_fresh(params: Story) -> None:
-    """Record, beside the results, under which thresholds and rules people who were kept aside have been looked at.
-
-    ClaimError where that is another set than it was the first time: what has been seen once is no longer fresh.
-    """
-    own = fingerprint(thresholds(params), params)
-    if params.frozen != own:
-        raise ClaimError(
-            f"fresh people are opened under frozen rules alone: give frozen = {own!r} (it is {params.frozen!r})"
-        )
-    path = keys.results_folder(params) / "fresh.json"
-    if not path.is_file():
-        units.write_json(path, {"fingerprint": own, "people_file": params.people_file, "model": params.model})
-    first = json.loads(path.read_text(encoding="utf-8"))
-    if first["fingerprint"] != own:
-        raise ClaimError(
-            f"these people were opened under the thresholds and rules {first['fingerprint']!r} ({path}); under {own!r} "
-            "they are not fresh: judge the claims with fresh = false"
-        )

@@ -56,6 +56,9 @@ class Story(OfSlice):
     claims: dict[str, float] = Field(default_factory=dict, description="threshold of each claim; none may be missing")
     left_out: Words = Field((), description="claims about each class that too few quads of a class are there to judge")
     fresh: bool = Field(False, description="the people were kept aside until now; opened once, under one `frozen` hash")
+    fresh_claims: str = Field(
+        "", description="file of the verdicts on fresh people, which decide what was set after (python -m steps fresh)"
+    )
     frozen: str = Field("", description="hash of thresholds and rules, if set before results (python -m steps freeze)")
 
 
@@ -362,8 +365,8 @@ STEP = Declaration(
     placebo=True,
     reads={"sufficiency": ("critical_slice",)},
     reads_tables=("sufficiency", "necessity"),
-    page_keys=("claims", "left_out", "fresh", "frozen"),
-    page_files=("data/filter_heads_llama-3.3-70b.csv", "data/claims.yaml", "data/claims.schema.json"),
+    page_keys=("claims", "left_out", "fresh", "fresh_claims", "frozen"),
+    page_files=("data/filter_heads_llama-3.3-70b.csv", "data/claims.yaml", "data/claims.schema.json", "fresh_claims"),
     extra_files=("claims.json",),
 )
 

@@ -31,10 +31,10 @@ from pipeline.params import Shared
 from pipeline.step import Step, plain
 from report import plots
 from report.words import joined, listed, not_done
-from steps.story import circuits_page, claims, everywhere_page
+from steps.story import circuits_page, claims, everywhere_page, fresh
 from steps.story.claims import CLAIMS, NOT_SUPPORTED, SUPPORTED, VERDICTS, Entry
 from steps.story.measure import Measured, Story
-from steps.story.sentences import outline, sentence
+from steps.story.sentences import answer, not_so, outline, sentence
 
 PUBLISHED = "data/filter_heads_llama-3.3-70b.csv"
 COLOURS = dict(zip(VERDICTS, ("#cfe8dc", "#f6d5c6", "#e6e6e6", "#ffffff"), strict=True))
@@ -52,8 +52,11 @@ class Judged(NamedTuple):
     entries: list[Entry]
     outline: list[str]  # the circuit, in three sentences
     sentence: list[str]  # the plan's, part by part
+    answer: str  # what leads the report
+    not_so: str  # links of the plan's chain that do not hold, or could not be tested
     circuit: dict[str, Any] | None  # what `circuits_page` hands on; None where the model does not do the task
-    everywhere: dict[str, Any] | None = None  # what `everywhere_page` does
+    everywhere: dict[str, Any] | None  # what `everywhere_page` does
+    fresh: str = ""  # what fresh people decided
 
     @property
     def claims(self) -> list[Entry]:
@@ -69,13 +72,17 @@ class Judged(NamedTuple):
 def judge(step: Step, m: Measured | None) -> Judged:
     """Judge every claim, and write claims.json."""
     if step.params.fresh:
-        claims.open_fresh(step.params)
+        fresh.open_once(step.params)
     parts = [None] * 2 if m is None else [one.part(step, m) for one in (circuits_page, everywhere_page)]
     found = gather(step, *parts)
     entries = claims.ledger(found, step.plan, step.params)
-    said = sentence(entries, found)
-    step.write_extra("claims.json", document(entries, said, step.params))
-    return Judged(found, entries, outline(entries, found), said, *parts)
+    sides = [f"{side}_{slot}" for side in ("clean", "corrupt") for slot in "abc"]
+    asked = () if m is None else step.pairs()[sides].to_numpy().ravel()
+    confirmed = fresh.confirm(entries, step.params, asked)
+    linked = sentence(entries, found)
+    step.write_extra("claims.json", document(entries, linked, step.params, confirmed))
+    said = (outline(entries, found), linked, answer(entries, found), not_so(entries))
+    return Judged(found, entries, *said, *parts, confirmed)
 
 
 # --- what is read -------------------------------------------------------------------------------------------------
@@ -206,12 +213,12 @@ def overlap(circuit: Mapping[str, Any], slice_found: Mapping[str, Any] | None, p
 # --- the ledger ---------------------------------------------------------------------------------------------------
 
 
-def document(entries: Sequence[Entry], parts: Sequence[str], params: Story) -> dict[str, Any]:
+def document(entries: Sequence[Entry], parts: Sequence[str], params: Story, confirmed: str = "") -> dict[str, Any]:
     """claims.json, by its model."""
     about = {key: getattr(params, key) for key in ("profile", "model", "task", "level")}
     print_of = claims.fingerprint(claims.thresholds(params), params)
     about |= {"correction": claims.CORRECTION, "fingerprint": print_of, "frozen": print_of == params.frozen}
-    return plain(claims.Ledger(**about, sentence=parts, claims=entries).model_dump())
+    return plain(claims.Ledger(**about, fresh=confirmed, sentence=parts, claims=entries).model_dump())
 
 
 def table(entries: Sequence[Entry]) -> Styler:
@@ -236,6 +243,11 @@ def table(entries: Sequence[Entry]) -> Styler:
         parts += [] if entry.power is None else [f"power {entry.power:.2f}"]
         return "<br>".join([", ".join(parts), when(entry)])
 
+    def on_fresh(entry: Entry) -> str:
+        there = entry.fresh
+        corrected = "" if there.p_holm is None else f"<br>corrected p {there.p_holm:.2g}"
+        return f"{there.verdict}<br>{html.escape(there.reason.partition(';')[0].replace('`', ''))}{corrected}"
+
     columns = {
         "claim (section of the plan)": [html.escape(f"{entry.claim} ({entry.section})") for entry in entries],
         "verdict": [entry.verdict for entry in entries],
@@ -243,8 +255,14 @@ def table(entries: Sequence[Entry]) -> Styler:
         "test, and when it was set": [tested(entry) for entry in entries],
         "under it": [evidence(entry) for entry in entries],
     }
+    widths = ["23%", "12%", "28%", "19%", "18%"]
+    if any(entry.fresh for entry in entries):
+        columns["on fresh people"], widths = (
+            [on_fresh(entry) for entry in entries],
+            ["19%", "11%", "23%", "15%", "16%", "16%"],
+        )
     name = "checks" if entries and entries[0].check else "claims"  # two tables on a page are styled by their names
-    look = laid_out(pd.DataFrame(columns), name, ("23%", "12%", "28%", "19%", "18%"))
+    look = laid_out(pd.DataFrame(columns), name, widths)
     return look.map(lambda word: f"background-color: {COLOURS[word]}; color: black", subset=["verdict"])
 
 
@@ -316,12 +334,12 @@ def tally(entries: Sequence[Entry]) -> str:
         return listed(f"{words.count(kind)} {kind}" for kind in kinds)
 
     kinds = [entry.tier for entry in own if entry.verdict == SUPPORTED]
-    fresh, half, after = (kinds.count(kind) for kind in (claims.FRESH, claims.HALF, claims.EXPLORATORY))
+    confirmed, half, after = (kinds.count(kind) for kind in (claims.FRESH, claims.HALF, claims.EXPLORATORY))
     return (
         f"The {len(own)} claims of the plan, corrected for the {sum(e.p_holm is not None for e in own)} that were "
         f"tested: {counted([entry.verdict for entry in own], VERDICTS)} (each alone: "
-        f"{counted([entry.alone for entry in own], VERDICTS[:2])}). Of those supported, {fresh} are confirmed on fresh "
-        f"people and {half} on the confirmation half by a threshold set before; {after} are exploratory. "
+        f"{counted([entry.alone for entry in own], VERDICTS[:2])}). Of those supported, {confirmed} are confirmed on "
+        f"fresh people and {half} on the confirmation half by a threshold set before; {after} are exploratory. "
         f"{len(checks)} checks, which cannot fail here, count for nothing: "
         f"{sum(entry.verdict == SUPPORTED for entry in checks)} hold."
     )
@@ -342,8 +360,8 @@ def overlap_sentence(found: Mapping[str, Any] | None) -> str:
         return f"Overlap with published heads: not applicable, {(found or {'why': 'no circuit was searched'})['why']}."
     return (
         f"{found['estimate']} of the {found['heads']} heads of the circuit at the last token are among the "
-        f"{found['published']} published filter heads ({listed(found['shared'])}); {found['expected']:.2f} would be by chance among "
-        f"{found['total']} heads (hypergeometric, p = {found['p']:.2g})."
+        f"{found['published']} published filter heads ({listed(found['shared'])}); {found['expected']:.2f} would be by "
+        f"chance among {found['total']} heads (hypergeometric, p = {found['p']:.2g})."
     )
 
 
@@ -353,13 +371,13 @@ def overlap_sentence(found: Mapping[str, Any] | None) -> str:
 def how_many(step: Step, judged: Judged) -> Markdown:
     """The tally, what verdicts and intervals hold for, and the hash of the rules."""
     tiers = "; ".join(f"*{name}*: {meaning}" for name, meaning in claims.TIERS.items())
-    said = (tally(judged.entries), claims.CORRECTION, f"Kinds of evidence: {tiers}.", fingerprint_sentence(step.params))
-    return Markdown("\n\n".join(said))
+    said = [tally(judged.entries), judged.fresh, claims.CORRECTION, f"Kinds of evidence: {tiers}."]
+    return Markdown("\n\n".join(filter(None, [*said, fingerprint_sentence(step.params)])))
 
 
 def in_three_sentences(judged: Judged) -> Markdown:
-    """What the circuit is."""
-    return Markdown("\n\n".join(judged.outline))
+    """What the circuit is, led by what is to be said of it, and followed by what it is not."""
+    return Markdown("\n\n".join([f"**{judged.answer}**", *judged.outline, f"**What it is not**: {judged.not_so}"]))
 
 
 def plan_sentence(judged: Judged) -> Markdown:
@@ -379,13 +397,14 @@ def findings(step: Step, judged: Judged) -> dict[str, Any]:
     found, figure = judged.found, forest(judged.claims)
     ledger = {
         "sentences": [
+            judged.answer,
             *judged.outline,
             *judged.sentence,
             tally(judged.entries),
             overlap_sentence(found[step.name]["overlap"]),
         ],
         "headline": [*judged.sentence[:1], tally(judged.entries)],
-        "outline": {"sentences": judged.outline},
+        "outline": {"answer": judged.answer, "sentences": judged.outline, "not": judged.not_so},
         "figures": {"claims": figure} if figure else {},
         "captions": CAPTIONS,
         "verdicts": {entry.id: entry.verdict for entry in judged.entries},

@@ -1,8 +1,9 @@
 """The circuit and the plan's sentence in words, by the verdicts of the claims: nothing here outlives its number.
 
-1. `outline` says in three sentences what the circuit is: each clause stands on a claim, and says so where that claim is
+1. `answer` is what leads the report; `not_so` says which links of the plan's chain do not hold.
+2. `outline` says in three sentences what the circuit is: each clause stands on a claim, and says so where that claim is
    not supported, or cannot be tested.
-2. `sentence` is the plan's chain, link by link, with what there is instead of a link that does not hold.
+3. `sentence` is the plan's chain, link by link, with what there is instead of a link that does not hold.
 
 Clauses and links stand in data/claims.yaml; `site_names` are the sites that they name.
 """
@@ -16,7 +17,18 @@ from typing import Any
 
 from report.words import interval, listed
 from steps.story import claims
-from steps.story.claims import LINKS, NOT_SUPPORTED, NOT_TESTABLE, NOT_TESTED, OUTLINE, SUPPORTED, Entry
+from steps.story.claims import (
+    ANSWERS,
+    FRESH,
+    LINKS,
+    NOT_SUPPORTED,
+    NOT_TESTABLE,
+    NOT_TESTED,
+    OUTLINE,
+    SUPPORTED,
+    Confirmed,
+    Entry,
+)
 
 OPEN = "[a link that is open]"
 ROLES = {"names": "the names", "rest": "the tokens between the names", "between": "the tokens after the names"}
@@ -55,6 +67,21 @@ def leading(retrieval: Mapping[str, Any], start: str) -> list[str]:
     return [row["site"] for row in (shown or rows)[:LEADING]]
 
 
+def answer(entries: Sequence[Entry], found: Mapping[str, Any]) -> str:
+    """One sentence: what the slice does, and whether it is about supersets, by the verdicts."""
+    held = {entry.id for entry in entries if entry.verdict == SUPPORTED}
+    words = next(one.words for one in ANSWERS if held.issuperset(one.claims)).format(**site_names(found))
+    return f"{words[0].upper()}{words[1:]}."
+
+
+def not_so(entries: Sequence[Entry]) -> str:
+    """Which links of the plan's chain do not hold, which could not be tested, and which were not; "" if all hold."""
+    words = {NOT_SUPPORTED: "Not supported", NOT_TESTABLE: "Not testable here", NOT_TESTED: "Not tested"}
+    verdicts = {entry.id: entry.verdict for entry in entries}
+    links = {verdict: [link.plan for link in LINKS if verdicts[link.claim] == verdict] for verdict in words}
+    return " ".join(f"{words[verdict]}: {'; '.join(own)}." for verdict, own in links.items() if own)
+
+
 def outline(entries: Sequence[Entry], found: Mapping[str, Any]) -> list[str]:
     """What the circuit is, in three sentences: who writes at the names, who carries it on, what follows and what else
     travels the same road. Of claims that answer one question, those that are supported speak, else the first."""
@@ -69,11 +96,16 @@ def outline(entries: Sequence[Entry], found: Mapping[str, Any]) -> list[str]:
     return out
 
 
+def deciding(entry: Entry) -> Entry | Confirmed:
+    """What gave an entry its verdict: the entry itself, or what fresh people say of it."""
+    return entry.fresh if entry.fresh and entry.tier == FRESH else entry
+
+
 def clause(entry: Entry, text: str) -> str:
     """One clause with its number, worded by the verdict."""
     if entry.verdict == SUPPORTED:
         return f"{text} ({value(entry)})"
-    if entry.verdict == NOT_SUPPORTED and entry.alone == SUPPORTED:
+    if entry.verdict == NOT_SUPPORTED and deciding(entry).alone == SUPPORTED:
         return f"supported by itself, but not when all claims are corrected together: {text} ({value(entry)})"
     if entry.verdict == NOT_SUPPORTED:
         return f"it is not supported that {text} ({value(entry)}; asked for: {entry.asked})"
@@ -102,7 +134,8 @@ def sentence(entries: Sequence[Entry], found: Mapping[str, Any]) -> list[str]:
         }
         chain.append(" and ".join(f"{text} ({value(by_claim[name])})" for name, text in others.items()) or OPEN)
         instead = f"; instead {listed(others.values())}" if others else ""
-        open_links[entry.verdict].append(f"{words[entry.verdict]} that {link.plan} ({entry.reason}){instead}.")
+        why = entry.reason if deciding(entry) is entry else f"on fresh people {entry.fresh.reason}"
+        open_links[entry.verdict].append(f"{words[entry.verdict]} that {link.plan} ({why}){instead}.")
     linked = [text for text, _ in groupby(chain)]  # a gap of several open links is said once
     whole = f"The names → {' → '.join(linked)} → the answer."
     if linked == [OPEN]:
@@ -111,9 +144,14 @@ def sentence(entries: Sequence[Entry], found: Mapping[str, Any]) -> list[str]:
 
 
 def value(entry: Entry) -> str:
-    """What an entry measured, for a sentence."""
-    if entry.estimate is None:
-        return entry.reason
+    """What an entry measured, for a sentence, and what fresh people gave where they decide."""
     unit = re.search(r"\(([^()]*)\)$", entry.quantity)
     unit = f" {unit[1]}" if unit and not unit[1].startswith(("share", "ratio")) else ""
-    return interval(entry.estimate, entry.low, entry.high) + unit if entry.low is not None else f"{entry.estimate:.3g}"
+
+    def number(of: Entry | Confirmed) -> str:
+        if of.estimate is None:
+            return of.reason
+        return interval(of.estimate, of.low, of.high) + unit if of.low is not None else f"{of.estimate:.3g}"
+
+    decided = deciding(entry)
+    return number(entry) if decided is entry else f"{number(entry)}, and {number(decided)} on fresh people"

@@ -126,15 +126,13 @@ def findings(step: Step, m: Measured) -> dict[str, Any]:
     held = reported(m.curves)
     held = held[held["n_sites"] == m.critical.size]
     together = slice_restores(m.joint, held, params)
-    sentences = [
+    alone = (
         f"No single head or MLP restores the answer on its own: {best_text}."
         if not restoring
-        else f"Single sites that restore the answer on their own: {listed(restoring)}; {best_text}.",
-        top_sites_sentence(m.sites, params, 6, "recovery"),
-        heads_or_mlps(m.sites, params, "recovery"),
-        *slice_sentences(m, held, params),
-        restores_sentence(together),
-    ]
+        else f"Single sites that restore the answer on their own: {listed(restoring)}; {best_text}."
+    )
+    leading = [top_sites_sentence(m.sites, params, 6, "recovery"), heads_or_mlps(m.sites, params, "recovery")]
+    of_slice = [*slice_sentences(m, held, params), restores_sentence(together)]
     placebo = placebo_page.findings(m.specificity, params)
     found = {
         "model": about_model(step),
@@ -147,8 +145,8 @@ def findings(step: Step, m: Measured) -> dict[str, Any]:
         "slice_restores": together,
         "joint": held[["quantity", "estimate", "low", "high"]].to_dict("records"),
         **placebo,
-        "sentences": [*sentences, *placebo["sentences"]],
-        "headline": [sentences[0], *sentences[3:], *placebo["headline"]],
+        "sentences": [alone, *leading, *of_slice, *placebo["sentences"]],
+        "headline": [alone, *of_slice, *placebo["headline"]],
     }
     figures = {"slice": slice_figure(step, m), "ranked": ranked(m), "placebo": placebo_page.figure(m.specificity)}
     return finished(step, found, {name: own for name, own in figures.items() if own is not None}, CAPTIONS)
