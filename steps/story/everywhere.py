@@ -7,8 +7,9 @@ A node is a site at a role of `circuits.EVERYWHERE`; what is not in the circuit 
    Gradients rank; nothing else rests on them.
 2. `fewest`: how many nodes from the top of a ranking keep the share, by exact tests: a ladder of sizes, then the sizes
    between the last that does not and the first that does, a few at a time.
-3. `search` cuts the ranking there, then prunes: members are ranked by what the removal of each costs, exactly, and of
-   those that cost least as many are dropped at once as leaves the share; ROUNDS times.
+3. `search` cuts the ranking there, then prunes: chunks of neighbours in the ranking are ordered by what the removal of
+   each costs, exactly, and of those that cost least as many are dropped at once as leaves the share; first in chunks
+   of CHUNKS[0] nodes, then in smaller ones.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from lib.single_pass import rerun
 from steps.story.circuits import EVERYWHERE, SEARCH_SCHEMA, Faithfulness, Ready, ready, role_at
 
 POINTS = 4  # runs between the two prompts, at the middles of as many parts
-ROUNDS = 2  # of pruning
+CHUNKS = (8, 3)  # nodes that are removed together in each round of pruning
 TOGETHER = 7  # sizes that are tested in a pass
 KEPT = ("head", "mlp")
 LADDER = (5, 10, 20, 40, 80, 160, 320)  # sizes of the curve
@@ -116,8 +117,8 @@ def search(
     model: Model, pairs: Sequence[Any], sites: Sequence[str], share: float, limit: int, **how: Any
 ) -> pd.DataFrame:
     """Rank, cut and prune: every node by rank (those before the cut are `chosen`), then every member by what is left
-    without it (those dropped are `chosen`). `SCHEMA`; empty where the model has nothing to keep. `how` goes to `ready`.
-    """
+    without its chunk (those dropped are `chosen`). `SCHEMA`; empty where the model has nothing to keep. `how` goes to
+    `ready`."""
     batches = ready(model, pairs, roles=EVERYWHERE, **how)
     faithfulness, rows = Faithfulness(model, batches), []
     if faithfulness.gap > 0:
@@ -132,16 +133,19 @@ def search(
 
 
 def pruned(faithfulness: Faithfulness, members: list[str], floor: float) -> list[tuple]:
-    """Rows of `search`: in each round, what is left without each member, and whether it was dropped."""
+    """Rows of `search`: in each round, what is left without each member's chunk, and whether it was dropped."""
     rows: list[tuple] = []
-    for number in range(ROUNDS):
-        without = [[site for site in members if site != gone] for gone in members]
-        left = dict(zip(members, faithfulness.of(without), strict=True))
-        dear = sorted(members, key=left.get)  # least is left without the first
-        sizes = sorted({max(1, len(dear) * part // (TOGETHER + 1)) for part in range(1, TOGETHER + 2)})
-        size, _ = fewest(lambda sizes, dear=dear: faithfulness.of([dear[:size] for size in sizes]), sizes, floor)
-        rows += [("prune", number, site, left[site], site in dear[size:]) for site in members]
-        members = [site for site in members if site in dear[:size]]
-        if size == len(dear) or size < 2:
-            break
+    for number, size in enumerate(CHUNKS):
+        chunks = [members[at : at + size] for at in range(0, len(members), size)]
+        left = faithfulness.of([[site for site in members if site not in chunk] for chunk in chunks])
+        dear = np.argsort(left, kind="stable")  # least is left without the first
+
+        def joined(counts: list[int], dear: np.ndarray = dear, chunks: list = chunks) -> list[list[str]]:
+            return [[site for index in dear[:count] for site in chunks[index]] for count in counts]
+
+        some = sorted({max(1, len(chunks) * part // (TOGETHER + 1)) for part in range(1, TOGETHER + 2)})
+        kept, _ = fewest(lambda counts, joined=joined: faithfulness.of(joined(counts)), some, floor)
+        (own,) = joined([kept])
+        rows += [("prune", number, site, left[at // size], site not in own) for at, site in enumerate(members)]
+        members = [site for site in members if site in own]
     return rows

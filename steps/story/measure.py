@@ -254,8 +254,9 @@ def everywhere_search_cost(case: Case, units: Sequence[Unit]) -> Work:
     each = {"machine": case.machine, "plain": False, "roles": circuits.EVERYWHERE}
     ladder = [drawn[:own] for own in everywhere.ladder(min(case.params.everywhere_limit, len(drawn)))]
     between = [drawn[:size]] * everywhere.TOGETHER
-    removed = [[*drawn[:at], *drawn[at + 1 : size]] for at in range(size)]
-    asked = [ladder, between, between, *[removed, between, between] * everywhere.ROUNDS]
+    asked = [ladder, between, between]
+    for chunk in everywhere.CHUNKS:
+        asked += [[[*drawn[:at], *drawn[at + chunk : size]] for at in range(0, size, chunk)], between, between]
     work = circuit_work(case.shape, pairs, [], case.machine, roles=circuits.EVERYWHERE)
     for kept in asked:
         work += circuit_work(case.shape, pairs, [Circuit(True, tuple(own)) for own in kept], **each)
