@@ -50,7 +50,7 @@ export JUPYTER_PREFER_ENV_PATH := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help book plan test browser bench bench-peers wheels lint format clean conda-ready
+.PHONY: help book plan test test-long browser bench bench-peers wheels lint format clean conda-ready
 
 help: ## list the targets
 	@echo "make <target> [PROFILE=$(PROFILE)]"
@@ -74,10 +74,13 @@ plan: $(READY) ## what the profile costs, step by step, before it is run; DEVICE
 	@$(PY) -m steps.plan
 
 # Two processes of one thread each: one builds the smoke book and asks about it, the other does the rest.
-test: browser $(READY) ## lint, then all tests; they build the book of the profile "smoke"
+test: browser $(READY) ## lint, then all tests but the long ones; they build the book of the profile "smoke"
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not long"
+
+test-long: browser $(READY) ## the long tests: what a change seldom breaks, or what a shorter test looks at, too
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m long
 
 bench: $(READY) ## sweeps of heads and of neurons, path patching, and how cost grows: written to bench/results/
 	$(PY) -m bench.sweep

@@ -134,6 +134,7 @@ def execute(build: Build, step: str) -> None:
     command += ["--no-progress-bar", "--stdout-file", "-", "--stderr-file", "-"]
     # a kernel spec in someone's home must not send the notebooks to another Python
     variables = os.environ | {"JUPYTER_PREFER_ENV_PATH": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    variables |= {"PYTHONWARNINGS": "ignore:IProgress not found"}  # no widgets are asked for, whoever imports tqdm
     status = subprocess.run(command, check=False, cwd=params.ROOT, env=variables).returncode
     if status:
         if running.exists():
