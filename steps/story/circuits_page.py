@@ -322,7 +322,7 @@ def verdict(row: Mapping[str, Any], above: float | None = None, below: float | N
 def tested_sentences(found: Mapping[str, Any], params: Story, where: str) -> list[str]:
     """Whether a circuit is faithful, necessary, minimal and complete; what is resampled `where` the words say."""
     weak, worst, failing = found["weakest"], found["incompleteness"], found["failing"]
-    named = listed(failing) if len(failing) < NAMED else f"{len(failing)} of {found['size']}"
+    named = listed(failing) if len(failing) < NAMED else f"{len(failing)} of {len(found['members'])}"
     named = "there are too few quads to say" if weak["low"] is None or np.isnan(weak["low"]) else named
     out = [
         f"Faithfulness on the confirmation half, when all else {where} is resampled, is "
@@ -333,8 +333,9 @@ def tested_sentences(found: Mapping[str, Any], params: Story, where: str) -> lis
         f"{verdict(found['faithfulness'], above=params.faithful_share)}.",
         f"Necessity: with the circuit resampled and all else intact the model keeps {with_ends(found['necessity'])}. "
         f"Less than half is left: {verdict(found['necessity'], below=0.5)}.",
-        f"Minimality: removing {weak['site']}, the member of least cost, takes {with_ends(weak, 3)} logits from the "
-        f"circuit ({weak['share']:.2f} of what the model has). Members whose cost is not shown to be above zero "
+        f"Minimality: of {len(found['members'])} members removed one by one, {weak['site']} costs least: "
+        f"{with_ends(weak, 3)} logits ({weak['share']:.2f} of what the model has). Those whose cost is not shown to be "
+        "above zero "
         f"(familywise): {named}.",
     ]
     if worst["subsets"]:

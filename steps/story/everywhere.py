@@ -33,7 +33,7 @@ POINTS = 4  # runs between the two prompts, at the middles of as many parts
 CHUNKS = (8, 3)  # nodes that are removed together in each round of pruning
 TOGETHER = 7  # sizes that are tested in a pass
 KEPT = ("head", "mlp")
-LADDER = (5, 10, 20, 40, 80, 160, 320)  # sizes of the curve
+LADDER = (5, 10, 20, 40, 80, 160, 320, 640)  # sizes of the curve
 
 # One row per node, by rank: `faithfulness` of it and all before it, where tested; then one per round and member.
 SCHEMA = records.table_schema(

@@ -64,7 +64,16 @@ def numbers(e: Everywhere, params: Story) -> dict[str, Any]:
         if role in each
     ]
     sets = {name: {test: share(rows, f"{name} {test}", params) for test in TESTS} for name in SETS}
-    return out | {"nodes": len(e.sites), "random": random, "over_random": over, "roles": parts, "sets": sets}
+    growing = by_order(wide)["attribution"]
+    grown = shares(growing, wide["everything"], params).rename_axis("nodes").reset_index().to_dict("records")
+    return out | {
+        "nodes": len(e.sites),
+        "curve": grown,
+        "random": random,
+        "over_random": over,
+        "roles": parts,
+        "sets": sets,
+    }
 
 
 def ranking(e: Everywhere) -> list[str]:
@@ -129,11 +138,15 @@ def sentences(found: Mapping[str, Any], params: Story) -> list[str]:
     cut += "pairs that were searched"
     cut += "" if found["reached"] else f", less than the {params.faithful_share:g} asked for, and no more were tried"
     sets, parts = found["sets"], found["roles"]
+    enough = next((row for row in found["curve"] if row["estimate"] >= params.faithful_share), None)
+    enough = "none" if enough is None else f"{enough['nodes']} is the first ({with_ends(enough)})"
     many = listed(f"{row['nodes']} at {ROLES[row['role']]}" for row in parts)
     without = listed(f"{with_ends(row)} (at {ROLES[row['role']]})" for row in parts)
     return [
         f"The circuit over all tokens has {found['size']} nodes of {found['nodes']}, a node being a head or MLP at a "
         f"role: {many}. {cut}; {spare} of them were pruned.",
+        "The curve goes on to all nodes: of its sizes that keep "
+        f"{params.faithful_share:g} or more of logit_diff on the confirmation half {enough}.",
         *tested_sentences(found, params, "at every token"),
         f"As many random nodes at each role keep {with_ends(found['random'])}, {with_ends(found['over_random'])} less. "
         f"Without its nodes at one role the circuit keeps {without}.",

@@ -63,8 +63,9 @@ class Story(OfSlice):
 
 
 LADDERS = 2  # of random circuits over all tokens, at each size of the curve
+MEMBERS = 40  # of that circuit that are removed one by one: the last by attribution
 # For the planner: sites of the circuit, and of that over all tokens, before they are pruned, as in the default book.
-GROWN, GROWN_EVERYWHERE = 17, 100
+GROWN, GROWN_EVERYWHERE = 17, 160
 
 
 # --- what is measured ---
@@ -443,14 +444,16 @@ def everywhere_tests(
     sites, order = circuit_of(search), search.loc[search["phase"] == "grow", "site"].tolist()
     subsets, out = subsets_of(sites, params.subsets, rng), {"circuit": Circuit(True, tuple(sites))}
     out["necessity"] = Circuit(False, tuple(sites))
-    growing = {size: order[:size] for size in everywhere.ladder(min(params.everywhere_limit, len(order)))}
+    # the curve goes on to all nodes, so that it can be seen where it reaches what a circuit of the limit may not
+    growing = {size: order[:size] for size in everywhere.ladder(len(order))}
     out |= {f"attribution {size}": Circuit(True, tuple(own)) for size, own in growing.items()}
+    growing = {size: own for size, own in growing.items() if size <= params.everywhere_limit}
     for number in range(params.random_sets):
         drawn = [nodes[index] for index in rng.permutation(len(nodes))]
         for size, own in ((growing if number < LADDERS else {}) | {len(sites): sites}).items():
             alike = [name for role, count in at_roles(own).items() for name in at_role(drawn, role)[:count]]
             out[f"random {size} {number}"] = Circuit(True, tuple(alike))
-    for site in sites:
+    for site in sites[-MEMBERS:]:
         out[f"member {site}"] = Circuit(True, tuple(other for other in sites if other != site))
     for number, subset in enumerate(subsets):
         out[f"kept {number}"] = Circuit(True, tuple(site for site in sites if site not in subset))
