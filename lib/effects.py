@@ -25,6 +25,7 @@ from lib.hooks import site_name
 from lib.stats import Interval, Settings
 
 SITE = ["layer", "component", "head"]
+LOGITS = ("effect", "margin_effect", "change")  # values of records in logits, to which the floor of settings applies
 # What a set of records must agree on before it is averaged, unless the caller groups by it.
 CONSTANT = ("profile", "task", "template", "direction", "ablation", "position")
 
@@ -170,10 +171,26 @@ def ratios(frame: pd.DataFrame, by: Sequence[str]) -> pd.Series:
 
 
 def familywise(
-    matrix: Float[np.ndarray, "quads sites"], settings: Settings, tail: stats.Tail = "two-sided"
+    matrix: Float[np.ndarray, "quads sites"],
+    settings: Settings,
+    tail: stats.Tail = "two-sided",
+    floor: float | None = None,
 ) -> dict[str, Sequence[float]]:
-    """Columns of a table of sites: the mean of each site, its interval and p value, for all sites together."""
-    return columns(stats.simultaneous(matrix, settings)) | {"p": stats.max_t(matrix, settings, tail)}
+    """Columns of a table of sites: the mean of each site, its interval and p value, for all sites together.
+
+    A mean up to `floor`, however alike the quads, is no effect: p 1.
+    """
+    p = stats.max_t(matrix, settings, tail)
+    if floor is not None:
+        p = np.where(np.abs(np.mean(matrix, axis=0)) <= floor, 1.0, p)
+    return columns(stats.simultaneous(matrix, settings)) | {"p": p}
+
+
+def is_loss(values: Float[np.ndarray, " quads"], settings: Settings) -> bool:
+    """Whether what each quad loses (logits) can be the denominator of a ratio: its mean lies above the floor, with the
+    whole interval where there are enough quads for one."""
+    loss = stats.mean_interval(values, settings)
+    return bool((loss.estimate if loss.low is None else loss.low) > settings.floor)
 
 
 def tested(
@@ -183,9 +200,12 @@ def tested(
     by: Sequence[str] = SITE,
     tail: stats.Tail = "two-sided",
 ) -> pd.DataFrame:
-    """The mean over quads of a value (see `quad_matrix`) at each site of one half, direction and ablation."""
-    matrix = quad_matrix(frame, value, by)
-    return matrix.sites.assign(**familywise(matrix.values, settings, tail), quads=len(matrix.quads))
+    """The mean over quads of a value (see `quad_matrix`) at each site of one half, direction and ablation.
+
+    What is in logits (`LOGITS`) must exceed the floor of the settings.
+    """
+    matrix, floor = quad_matrix(frame, value, by), settings.floor if value in LOGITS else None
+    return matrix.sites.assign(**familywise(matrix.values, settings, tail, floor), quads=len(matrix.quads))
 
 
 def site_effects(frame: pd.DataFrame, settings: Settings) -> pd.DataFrame:
@@ -201,8 +221,11 @@ def both_halves(frame: pd.DataFrame, settings: Settings) -> pd.DataFrame:
 
 
 def significant(table: pd.DataFrame, settings: Settings) -> pd.Series:
-    """Which sites are significant familywise; none where there are too few quads for an interval."""
-    return (table["p"] <= 1 - settings.level) & table["low"].notna()
+    """Which sites are significant familywise: by the test of sign flips, which holds its level where effects are spread
+    evenly about 0, and by the familywise interval, which holds it where they are skewed, too. None where there are too
+    few quads for an interval."""
+    low, high = (table[end].astype(float) for end in ("low", "high"))
+    return (table["p"] <= 1 - settings.level) & ((low > 0) | (high < 0))
 
 
 def confirmed(table: pd.DataFrame, settings: Settings) -> pd.DataFrame:
@@ -226,14 +249,13 @@ def shares_of_ceiling(
 ) -> pd.DataFrame:
     """The damage of each combination of `by` as a share of its ablation's ceiling, which is what that takes away at
     most: its damage in `whole`, the records of the whole final residual stream. A ratio of sums over the quads of both,
-    for the ablations whose ceiling lies above 0, with its whole interval if it has one. Columns: `by`, ablation,
-    estimate, low, high.
+    for the ablations whose ceiling is a loss (`is_loss`). Columns: `by`, ablation, estimate, low, high.
     """
     parts = [pd.DataFrame(columns=[*by, "ablation", "estimate", "low", "high"])]
-    for kind, limit in damages(whole, settings).items():
-        if (limit.estimate if limit.low is None else limit.low) > 0:
+    for kind, limit in whole.groupby("ablation", sort=False):
+        if is_loss(quad_matrix(limit, "effect", []).values[:, 0], settings):
             lost = quad_matrix(frame[frame["ablation"] == kind], "effect", by, "sum")
-            most = quad_matrix(whole[whole["ablation"] == kind], "effect", [], "sum").values[:, 0]
+            most = quad_matrix(limit, "effect", [], "sum").values[:, 0]
             spans = stats.ratio_intervals(lost.values, most, settings)
             parts.append(lost.sites.assign(ablation=kind, **columns(spans)))
     return pd.concat(parts[1:] or parts, ignore_index=True)

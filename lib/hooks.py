@@ -37,6 +37,9 @@ DOWN_PROJS = ("down_proj", "c_proj")  # what an MLP's last projection is called
 # 0.02 in fp16, 0.125 in bf16, 0.14 in 4 bits; a factor of ten or so is left for deeper models).
 NOISE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 0.25, torch.bfloat16: 1.0}
 QUANTISED_NOISE = 2.0
+# What a mean change of logits must exceed to be an effect (logits), by number format. In 16 bits and fewer, the noise
+# that was measured: ten times as much would hide single heads. In fp32, what is allowed for deeper models.
+FLOORS = {"float64": 1e-9, "float32": 1e-3, "float16": 0.02, "bfloat16": 0.125, "nf4": 0.14, "int8": 0.14}
 
 
 class Site(NamedTuple):

@@ -31,6 +31,7 @@ MINIMUM_CLUSTERS = 20  # below it, estimates are given without intervals
 CHUNK = 2**21  # elements of the largest temporary: 16 MB in fp64
 TAILS = 7  # degrees of freedom of the Student's t whose tails stand in for a bootstrap's, see `p_of_interval`
 ZERO = 1e-12  # a variance below this share of the values' mean square is rounding, not spread
+SPREAD = 0.15  # for all sites together, a resample counts at a site whose error in it reaches this share of its own
 
 
 @dataclass(frozen=True)
@@ -57,12 +58,13 @@ class Interval:
 
 @dataclass(frozen=True)
 class Settings:
-    """How intervals and tests are made; the parameters of a step, which hold the same four, stand in for it."""
+    """How intervals and tests are made; the parameters of a step, which hold the same five, stand in for it."""
 
     level: float = 0.95  # confidence of intervals
     resamples: int = 2000  # of the bootstrap
     flips: int = 2000  # of the signs of whole quads
     seed: int = 0
+    floor: float = 0.0  # logits: the model's own noise; no mean change up to it is an effect (`lib.effects`)
 
 
 DEFAULTS = Settings()
@@ -165,10 +167,11 @@ class _Ratios(NamedTuple):
             squares = np.where(squares > ZERO * n * n * self.error**2, squares, np.nan)
             yield delta, np.sqrt(squares / (n * (n - 1))) * (n / total)
 
-    def t_values(self, settings: Settings) -> Iterator[Float[np.ndarray, "chunk sites"]]:
-        """t per resample and site: how far the ratio moved, over the resample's own standard error."""
+    def t_values(self, settings: Settings, least: float = 0.0) -> Iterator[Float[np.ndarray, "chunk sites"]]:
+        """t per resample and site: how far the ratio moved, over the resample's own standard error; NaN where that is
+        less than a share `least` of the ratio's."""
         for delta, error in self.resampled(settings, settings.seed):
-            yield np.where(self.error > 0, delta / error, np.nan)
+            yield np.where((self.error > 0) & (error >= least * self.error), delta / error, np.nan)
 
 
 def _intervals(
@@ -187,7 +190,7 @@ def _intervals(
     if reason := too_few(n):
         return [Interval(float(estimate), None, None, level, n, reason) for estimate in ratios.estimate]
     if together:
-        largest = [np.fmax.reduce(np.abs(t), axis=1, initial=0.0) for t in ratios.t_values(settings)]
+        largest = [np.fmax.reduce(np.abs(t), axis=1, initial=0.0) for t in ratios.t_values(settings, SPREAD)]
         critical, method = np.full(sites, np.quantile(np.concatenate(largest), level)), f"max-|t| over {sites} sites"
     else:
         width = max(1, CHUNK // settings.resamples)  # sites at a time, all with the same resamples
@@ -286,6 +289,7 @@ def _of_two(one: Shares, other: Shares, combine: Callable, settings: Settings, t
     values, errors = combine(*drawn)
     t = np.abs(values - estimate) / errors
     if together:
+        t = np.where(errors >= SPREAD * error, t, np.nan)
         critical = np.full(len(estimate), np.quantile(np.fmax.reduce(t, axis=1, initial=0.0), level))
     else:
         critical = _quantiles(t, level)
@@ -303,7 +307,9 @@ def simultaneous(matrix: Float[np.ndarray, "quads sites"], settings: Settings = 
 
     Each is estimate +- c standard errors, where c is the quantile of the largest |t| over sites in resamples of whole
     quads, so the correlation between sites is kept (Romano and Wolf 2005). A site does not count towards the largest
-    in a resample in which it has no spread.
+    in a resample that misses nearly all of its spread (`SPREAD`): else one site whose effect is a single quad's would
+    make every interval as wide as one likes. In simulations of 300 sites they covered in at least 95% with normal,
+    heavy-tailed and lognormal values alike, from 20 quads on (`bench/coverage.py`).
     """
     values = _matrix(matrix, "matrix")
     return _intervals(values, np.ones((len(values), 1)), settings, together=True)
@@ -316,9 +322,10 @@ def max_t(
 
     All sites of a quad flip together, and each site's t is compared with the largest t over sites (Westfall and Young
     1993; single step). The assumption: under the null, a quad's effects are as likely as their negatives (symmetry
-    about 0). If that holds at some sites only, those are still protected. Skewed effects of mean 0 break it: 200
-    lognormal sites gave a rejection in 20 to 30% of simulations. When 2 ** n <= `flips`, every pattern is enumerated;
-    else `flips` patterns count, the identity among them (Phipson and Smyth 2010: no p is 0).
+    about 0). If that holds at some sites only, those are still protected. Skewed effects of mean 0 break it: 300
+    lognormal sites gave a rejection in 22 to 100% of simulations. So what is called significant must lie off 0 with its
+    interval for all sites together as well (`lib.effects.significant`). When 2 ** n <= `flips`, every pattern is
+    enumerated; else `flips` patterns count, the identity among them (Phipson and Smyth 2010: no p is 0).
 
     A sign flip leaves the sum of squares q alone, so t is one rising function of sum(s x) / sqrt(q) for all sites: that
     is compared, and each chunk of patterns costs one matrix product. Sites that are 0 in every quad get p = 1.

@@ -17,6 +17,7 @@ Ten lines sweep any model on any two prompts, without a profile::
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -127,9 +128,16 @@ def run_sets(
 
 
 def check(model: Model, pairs: Sequence[Pair], sets: Sequence[Sequence[Site]], role: str, kinds: Sequence[str]) -> None:
-    """ValueError for sites and roles that do not exist, and where there is nothing to run."""
+    """ValueError for sites and roles that do not exist, for pairs that rows could not tell apart, and where there is
+    nothing to run."""
     if not pairs:
         raise ValueError("no pairs to sweep")
+    same, times = Counter((pair.pair_id, pair.task, pair.template) for pair in pairs).most_common(1)[0]
+    if times > 1:
+        raise ValueError(
+            f"{times} pairs are called {same[0]!r} in template {same[2]!r}: rows could not tell them apart; give each "
+            "pair_id once"
+        )
     for pair in pairs:
         check_role(pair, role)
     if not kinds:

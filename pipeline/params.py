@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from lib.hooks import FLOORS
 from lib.tasks import TEMPLATES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -168,6 +169,11 @@ class Shared(BaseModel):
     restores_recovery: float = Field(
         0.5, ge=0, le=1, description="what the lower end of recovery's interval must exceed"
     )
+
+    @property
+    def floor(self) -> float:
+        """Logits: what a mean change must exceed to be an effect (`lib.stats.Settings`)."""
+        return FLOORS[self.quantisation or self.dtype]
 
 
 class OfSlice(Shared):

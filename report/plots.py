@@ -294,6 +294,7 @@ def slice_curve(
                 line = part[part[by] == group].sort_values("n_sites")
                 x = line["n_sites"].to_numpy(dtype=float) + (index - (len(groups) - 1) / 2) * 0.12
                 axes.plot(x, line["estimate"], color=colour, lw=1, alpha=0.6)
+                axes.fill_between(x, *_ends(line), color=colour, alpha=0.12, lw=0)
                 draw_points(axes, x, line, colour, marker, label=group)
             zero_line(axes)
             axes.axhline(threshold, color=BLACK, lw=1, ls="--", label=f"threshold ({threshold:g})")

@@ -27,13 +27,18 @@ ONE_HALF = (
 OVER_QUADS = "confirmation half, 95% studentised bootstrap intervals over quads"
 
 
-KINDS = {"heads": "head", "MLPs": "mlp", "attention modules": "attn"}
+KINDS = {"head": "head", "MLP": "mlp", "attention module": "attn"}
 
 
 def listed(words: Iterable[object]) -> str:
     """Words as a sentence lists them: "a", "a and b", "a, b and c"; "none" for nothing."""
     words = [str(word) for word in words]
     return " and ".join([", ".join(words[:-1])] * (len(words) > 1) + words[-1:]) or "none"
+
+
+def counted(number: int, thing: str) -> str:
+    """A number of things: 1 head, 2 heads."""
+    return f"{number} {thing}{'s' * (number != 1)}"
 
 
 def interval(estimate: float, low: float | None, high: float | None, digits: int = 2) -> str:
@@ -138,7 +143,8 @@ def top_sites_sentence(table: pd.DataFrame, params: Shared, count: int, what: st
     """The leading sites, picked on discovery, with their confirmation effects."""
     top, found = reported(picked(table, count)), len(effects.confirmed(table, params))
     many = (
-        f"Of {table['site'].nunique()} sites, {found} are significant familywise in both halves with a positive effect."
+        f"Of {counted(table['site'].nunique(), 'site')}, {found} {'is' if found == 1 else 'are'} significant "
+        f"familywise in both halves with a positive effect above the model's noise ({params.floor:g} logits)."
     )
     if table["low"].isna().any():
         many = f"There are too few quads to say of any of the {table['site'].nunique()} sites that it is significant."
@@ -159,8 +165,8 @@ def heads_or_mlps(table: pd.DataFrame, params: Shared, what: str) -> str:
         if rows is not None:
             row = reported(rows).iloc[0]
             share = interval(row["ratio"], row["ratio_low"], row["ratio_high"])
-            best.append(f"{row['site']} among {name} ({share} of logit_diff)")
-    lead = f"Significant in both halves are {listed(f'{count} {name}' for name, count in counts.items())}; the"
+            best.append(f"{row['site']} among {name}s ({share} of logit_diff)")
+    lead = f"Significant in both halves are {listed(counted(count, name) for name, count in counts.items())}; the"
     if table["low"].isna().any():
         lead = "The"
     return f"{lead} largest {what} is that of {listed(best)}."

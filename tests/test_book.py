@@ -290,7 +290,9 @@ def test_a_quick_profile_says_on_every_page_what_it_leaves_out(copy, built):
     said = f"other roles swept, counterfactual only: none instead of {roles}"
     assert params.left_out(PLAN.sections, "necessity", own.model_dump(mode="json")) == [said]
     landing = (copy / "book" / "index.md").read_text()
-    assert landing.index("The full report: `make book PROFILE=smollm2-135m`") < landing.index("## The answer, step by step")
+    assert landing.index("The full report: `make book PROFILE=smollm2-135m`") < landing.index(
+        "## The answer, step by step"
+    )
 
 
 def test_the_quick_profile_differs_from_the_full_one_in_sizes_alone():

@@ -15,7 +15,7 @@ from lib import records, stats
 from pipeline import keys, params, units
 from pipeline import step as steps
 from report import book
-from steps.__main__ import main
+from steps.__main__ import Build, main
 from steps.registry import PLAN
 from steps.story import circuits_page, claims, fresh, measure
 from steps.story import page as story
@@ -281,6 +281,8 @@ def test_too_few_quads_decide_nothing(tmp_path):
     own = judged(tmp_path, what)
     assert {own[name].verdict for name in ("slice_necessary", "slice_sufficient", "retrieval_heads")} == {NOT_TESTABLE}
     assert own["slice_necessary"].reason == "0.99; too few quads: an interval needs 20 of a half"
+    what["hydra"]["needed"] = [few(0.99, judges=True, n=17, level=0.95)]
+    assert judged(tmp_path, what)["slice_necessary"].reason.endswith("needs 20 of a half, and there are 17")
 
 
 def emptied(value):
@@ -556,6 +558,24 @@ def test_the_committed_record_refuses_a_second_opening_where_the_note_is_gone(tm
     fresh.open_once(changed.model_copy(update={"people_file": str(tmp_path / "others.csv")}))
 
 
+def test_fresh_people_are_asked_what_the_other_books_of_their_model_claim():
+    """Else what they say would decide nothing there: thresholds and rules are the same, but for what is left out."""
+
+    def fingerprint(name, **changed):
+        build = Build(name)
+        own = build.of("story").model_copy(update=changed)
+        return claims.fingerprint(claims.thresholds(own, lambda step, _: build.of(step).model_dump()), own)
+
+    asked, quick = Build("smollm2-135m-fresh").of("story"), params.load_profile("smollm2-135m-quick")
+    given = params.load_profile(asked.profile)
+    assert given.pop("people_file") and given["story"].pop("fresh") and given["story"].pop("frozen", True)
+    assert given | {"profile": quick["profile"]} == quick  # as many pairs of as many people
+    assert asked.fresh and asked.people_file != Build("smollm2-135m").of("story").people_file
+    for name in ("smollm2-135m", "smollm2-135m-quick"):
+        assert Build(name).of("story").fresh_claims == asked.fresh_claims and not Build(name).of("story").fresh
+        assert fingerprint(name, left_out=asked.left_out) == fingerprint(asked.profile)
+
+
 def test_only_a_run_on_fresh_people_is_written_down(tmp_path):
     asked, own = asked_of_fresh_people(tmp_path, found())
     with pytest.raises(claims.ClaimError, match="asks no fresh people"):
@@ -639,10 +659,7 @@ def test_the_circuit_in_three_sentences_by_the_verdicts(tmp_path):
 def test_what_leads_the_report_follows_the_verdicts(tmp_path):
     entries = list(judged(tmp_path).values())
     said, refused = story.answer(entries, found()), story.not_so(entries)
-    assert (
-        said.startswith("A few heads and MLPs at the last token (5.3 and mlp 7) are enough")
-        and "attribute read-out" in said
-    )
+    assert said.startswith("2 heads and MLPs at the last token are enough") and "attribute read-out" in said
     assert refused.startswith("Not supported: the slice is about supersets and not about whatever the names differ in;")
     assert "Not testable" not in refused and "one layer is the aggregator" not in refused  # that one is supported
 
@@ -659,6 +676,8 @@ def test_what_leads_the_report_follows_the_verdicts(tmp_path):
     assert story.answer(list(judged(tmp_path, what).values()), what).startswith("It is not shown here that a few heads")
     alone = [entry.model_copy(update={"verdict": SUPPORTED}) for entry in entries]
     assert story.not_so(alone) == ""
+    nearly = [entry.model_copy(update={"alone": SUPPORTED}) for entry in entries]
+    assert story.not_so(nearly).startswith("Supported by themselves, but not among all claims: the slice is about")
 
 
 def test_holms_correction():

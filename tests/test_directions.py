@@ -159,11 +159,12 @@ def test_a_resumed_run_is_the_patched_run(tiny, name):
 
 def test_a_rotation_learns_to_bring_the_clean_answer_up(tiny):
     model = tiny("llama", "float32")
-    learned = directions.rotations(model, PAIRS, 1, [2], 80, 0)[2]
+    groups = directions.opposed(model, PAIRS, [1])
+    learned = directions.rotations(model, groups, 1, [2], 80, 0)[2]
     assert np.allclose(learned @ learned.T, np.eye(2), atol=1e-5)
-    assert np.array_equal(learned, directions.rotations(model, PAIRS, 1, [2], 80, 0)[2])  # same seed, same bytes
+    assert np.array_equal(learned, directions.rotations(model, groups, 1, [2], 80, 0)[2])  # same seed, same bytes
     step = step_of(model)
-    start = directions.rotations(model, PAIRS, 1, [2], 1, 0)[2]
+    start = directions.rotations(model, groups, 1, [2], 1, 0)[2]
     variants = [direction_sweeps.fixed(name, basis) for name, basis in (("rotation|2|", learned), ("start|2|", start))]
     own = direction_sweeps.patching(step, direction_sweeps.PATCHES, PAIRS, [(Site(1, "resid"),)], variants)
     frame = step.table(direction_sweeps.PATCHES, own)
@@ -249,7 +250,7 @@ def part(quads):
     known = pd.DataFrame({"method": ["class means", "component", "rotation"], "k": [0, 0, 1], "layer": 21,
                           "variance": 2.0, "between": 0.5, "prompts": 80, "half": "discovery"})  # fmt: skip
     by_layer, nothing = measure.layer_table(scan, [21], PARAMS), pd.DataFrame()
-    m = measure.Measured([21], (), nothing, nothing, pairs, by_layer, 21, known, patches, moved, frame, kinds)
+    m = measure.Measured([21], (), nothing, nothing, pairs, by_layer, 21, known, patches, moved, frame, kinds, {})
     numbers = directions_page.numbers(m, PARAMS)
     for draw in ("layer", "number", "split", "dose", "transfer"):
         getattr(directions_page, f"{draw}_figure")(numbers)._repr_mimebundle_()

@@ -3,8 +3,10 @@
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
-from lib import effects, stats
+from lib import effects, hooks, stats
+from pipeline.params import Shared
 from report import site_tables
 
 
@@ -139,3 +141,36 @@ def test_critical_slice():
     for broken in (([], []), ([0.1], [0.1, 0.2])):
         with pytest.raises(ValueError, match="same sets"):
             effects.critical_slice(*broken, 0.8)
+
+
+def test_what_does_not_exceed_the_noise_is_no_effect_however_alike_the_quads():
+    """Sites of 1e-5 and of 0.002 logits, the same in every quad: with a floor of 0.001 only the second is an effect."""
+    rows = [
+        {"quad_id": f"{half}{quad:02d}", "head": head, "logit_diff_after": 3.0 - change, "half": half}
+        for half in ("discovery", "confirmation")
+        for quad in range(24)
+        for head, change in ((0, 1e-5 * (1 + quad % 3)), (1, 0.002 + 1e-5 * (quad % 3)))
+    ]
+    for floor, wanted in ((0.0, ["0.0", "0.1"]), (0.001, ["0.1"])):
+        given = stats.Settings(floor=floor)
+        table = effects.both_halves(records(rows), given)
+        assert table[effects.significant(table, given)]["site"].unique().tolist() == wanted
+        assert sorted(effects.confirmed(table, given)["site"]) == wanted
+    shares = pd.DataFrame(rows).assign(share=lambda frame: 3.0 - frame["logit_diff_after"])
+    other = effects.tested(records(shares.to_dict("records"), half="discovery"), given, "share", ["head"])
+    assert (other["p"] < 0.05).all(), "the floor is one of logits"
+
+
+def test_a_ratio_needs_a_loss_above_the_noise():
+    given = stats.Settings(floor=0.001)
+    assert effects.is_loss(np.full(24, 0.0011), given) and not effects.is_loss(np.full(24, 0.001), given)
+    unsure = np.array([1.0, -0.9] * 12)
+    assert unsure.mean() > 0.001 and not effects.is_loss(unsure, given), "the whole interval counts"
+    assert effects.is_loss(unsure[:10], given), "where there is one"
+
+
+def test_every_profile_has_the_floor_of_its_precision():
+    own = {"model": "m", "profile": "p"}
+    assert Shared(**own).floor == 0.001 and Shared(**own, dtype="float64").floor == 1e-9
+    assert Shared(**own, dtype="bfloat16").floor == 0.125 < hooks.NOISE[torch.bfloat16]
+    assert Shared(**own, dtype="bfloat16", quantisation="nf4").floor == 0.14 < hooks.QUANTISED_NOISE

@@ -15,12 +15,14 @@ def test_who_is_in_no_pair_is_left(tmp_path, capsys):
     pd.DataFrame({"pair_id": ["p"], "clean_a": ["A"], "corrupt_b": ["D"], "margin": [1.0]}).to_parquet(
         results / "pairs.parquet"
     )
-    pd.DataFrame({"names": ["X, E"]}).to_parquet(results / "baselines.quads.parquet")
+    pd.DataFrame({"clean_a": ["E"]}).to_parquet(results / "baselines.unselected.parquet")
     files = [f"--{key}={tmp_path / file}" for key, file in
              (("people", "people.csv"), ("seen", "seen.csv"), ("out", "fresh.csv"))]  # fmt: skip
     fresh_people.main([str(results), *files])
     assert pd.read_csv(tmp_path / "fresh.csv")["name"].tolist() == ["B", "C"]
     assert (tmp_path / "fresh.csv").read_text().splitlines()[0] == "name,superset,century"
-    assert "2 of 6 people are in no pair: 2 artists" in capsys.readouterr().out
+    assert "2 of 6 people are in none of these pairs: 2 artists" in capsys.readouterr().out
+    fresh_people.main([str(results), "--patched", *files])
+    assert pd.read_csv(tmp_path / "fresh.csv")["name"].tolist() == ["B", "C", "E"]
     with pytest.raises(SystemExit, match=r"has no pairs\.parquet"):
         fresh_people.main([str(tmp_path), *files])

@@ -327,7 +327,7 @@ def test_compensation_and_split_by_hand():
     found = page.compensation(frame, P).set_index("later")["estimate"]
     assert found["heads"] == pytest.approx(2.0 / 3.2) and found["MLPs"] == pytest.approx(-0.25 / 3.2)
     assert found["heads and MLPs"] == pytest.approx(1.75 / 3.2)
-    ratios = page.pair_ratios(frame, P)  # p2 lies below the floor of 0.5
+    ratios = page.pair_ratios(frame, P)  # p2 loses less than the floor of 0.5
     assert dict(zip(ratios["pair_id"], ratios["ratio"], strict=True)) == {"p0": 0.375, "p1": 1.5}
     (spread,) = page.distribution(ratios, P)
     assert spread["pairs"] == 2 and spread["repaired"].estimate == 1 and spread["overshot"].estimate == 0.5
@@ -336,6 +336,50 @@ def test_compensation_and_split_by_hand():
     assert split["random slices", "direct"] == pytest.approx(0.1)
     gains = frame[frame["slice"] == "random 1"].assign(slice="slice")
     assert page.compensation(gains, P)["estimate"].isna().all()  # nothing was lost
+    risen = [
+        row for i, c in enumerate(changes) for row in split_rows(f"p{i}", "confirmation", {**c, own: 3.0, head: -6})
+    ]
+    assert page.pair_ratios(pd.DataFrame(risen), P).empty, "a direct effect that rises is no loss to be made up for"
+
+
+def test_a_ratio_over_a_loss_within_the_noise_is_not_given():
+    """Of a slice whose direct effect falls by 0.001 logits nothing can be made up for, whatever later sites do."""
+    later, own = ("mlps", Site(5, "mlp")), ("direct", Site(3, "mlp"))
+    for loss, given in ((0.001, False), (0.02, True)):
+        rows = [
+            row
+            for half in effects.HALVES
+            for index in range(24)
+            for row in split_rows(f"{half}{index}", half, {own: -loss * (1 + 0.1 * (index % 3 - 1)), later: 2.0})
+        ]
+        frame = pd.DataFrame(rows)
+        ratios = page.compensation(frame, P)
+        assert ratios["estimate"].notna().all() == given and ratios["estimate"].isna().all() != given
+        table = measure.rises(frame, P)
+        once = measure.Round([Site(3, "mlp")], frame, table, table.head(0))
+        assert (page.missed(once, P)[0]["share"] is not None) == given
+        said = page.split_sentences(page.split_table(frame, P), ratios, [], P)[0]
+        assert ("no compensation ratio" in said) != given and ("The compensation ratio is" in said) == given
+
+
+def test_a_rise_within_the_noise_is_no_backup():
+    """Head 5.1 rises by 9e-6 logits in every quad, and costs 9e-6 more once the slice is gone."""
+    tiny, frame = 9e-6, fabricated(rise=0.0)
+    changed = frame["part"].eq("heads") & frame["head"].eq(1)
+    frame.loc[changed, "after"] = tiny * (1 + 0.01 * (np.arange(changed.sum()) % 5))
+    for floor, names in ((0.0, ["5.1"]), (P.floor, [])):
+        given = SimpleNamespace(**P.model_dump() | {"floor": floor})
+        table = measure.rises(frame, given)
+        assert measure.candidates(table, given)["site"].tolist() == names
+    rising = effects.reported(table)[lambda rows: rows["site"] == "5.1"]
+    rows = [
+        {"half": "confirmation", "quad_id": f"q{index}", "direction": "noise", "site_set": place,
+         "logit_diff_before": 0.0, "logit_diff_after": -cost * (1 + 1e-7 * (index % 5))}
+        for index in range(24)
+        for place, cost in enumerate((2.0, 2.0 + 2 * tiny, tiny))
+    ]  # fmt: skip
+    tests = measure.joint_tests(pd.DataFrame(rows), rising, P).iloc[0]
+    assert 0 < tests["low"] < P.floor and not tests["backup"] and not tests["stands_in"]
 
 
 def test_few_quads_and_one_half_go_through():

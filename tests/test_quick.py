@@ -2,11 +2,15 @@
 
 from collections import defaultdict
 
+import pandas as pd
+import pyarrow.parquet as pq
 import pytest
+from fake_score import fake_score
 
 from lib import weights
 from lib.tasks import Pair
-from pipeline import assumed, costs, params
+from pipeline import assumed, costs, params, population
+from steps.baselines import quads
 from steps.registry import PLAN
 
 QUADS = 24
@@ -20,21 +24,54 @@ FEWER = {
 }
 
 
+RESULTS = params.ROOT / "results" / "smollm2-135m-quick"
+
+
+def quads_of(table: pd.DataFrame) -> pd.Series:
+    """Quads by half, for each kind of row that is reported apart."""
+    kinds = [name for name in ("direction", "ablation", "position", "attribute") if name in table]
+    return table.groupby([*kinds, "half"], observed=True)["quad_id"].nunique()
+
+
+@pytest.mark.skipif(not (RESULTS / "story.run.json").is_file(), reason="the quick book was not made here")
+def test_every_table_that_the_quick_book_left_has_enough_quads_in_each_half():
+    few = {}
+    for path in sorted(RESULTS.glob("*.parquet")):
+        step, _, name = path.stem.partition(".")
+        if {"quad_id", "half"} <= set(pq.read_schema(path).names) and (name or step) not in FEWER.get(step, ()):
+            columns = {"direction", "ablation", "position", "attribute", "half", "quad_id", "kept"}
+            table = pd.read_parquet(path, columns=[*columns.intersection(pq.read_schema(path).names)])
+            counts = quads_of(table[table["kept"]] if "kept" in table else table)
+            few |= {(path.name, *key): count for key, count in counts.items() if count < QUADS}
+    assert not few
+
+
+def test_the_quick_profile_draws_enough_quads_from_the_people_there_are(smollm_tokenizer):
+    """The people, their names' tokens and the drawing are real. The model is made up: by its logits it knows as many of
+    them as the real one does, 62%."""
+    own = params.validate(PLAN.sections, "baselines", params.load_profile("smollm2-135m-quick"))
+    people = population.load_people(params.ROOT / own.people_file)
+    made, drops = quads.build_quads(people, smollm_tokenizer, fake_score(smollm_tokenizer, people, 0.85), own)
+    known = next(drop for drop in drops if drop["filter"] == "not known by the model")
+    assert 0.55 < known["left"] / (known["left"] + known["dropped"]) < 0.69
+    assert quads_of(made).min() >= QUADS + own.min_bucket
+
+
 @pytest.mark.parametrize("step", PLAN.names)
 def test_every_table_of_the_quick_book_has_enough_quads_in_each_half(step, tmp_path):
     given = params.load_profile("smollm2-135m-quick") | {"results_dir": str(tmp_path)}
     shape, place = weights.shape_of(weights.config_of(given["model"])), costs.Machine(2.0, "float32")
     case = assumed.case_of(PLAN, step, given, shape, place)
-    quads: dict[tuple[str, str, str], set[str]] = defaultdict(set)
+    found: dict[tuple[str, str, str], set[str]] = defaultdict(set)
     for table, *chosen in PLAN[step].assumed(case):
         for unit in table.units(case, *chosen):
             label = unit.id.rpartition("-")[0]
             if not {table.name, label} & FEWER.get(step, set()):
                 for pair in (one for one in unit.pairs if isinstance(one, Pair)):  # probes ask about people
-                    quads[table.name, label, pair.half].add(pair.quad_id)
-    few = {key: len(own) for key, own in quads.items() if len(own) < QUADS}
+                    found[table.name, label, pair.half].add(pair.quad_id)
+    few = {key: len(own) for key, own in found.items() if len(own) < QUADS}
     assert not few
-    assert quads or step == "baselines"
+    assert found or step == "baselines"
 
 
 def test_the_quick_book_asks_for_more_quads_than_it_needs():

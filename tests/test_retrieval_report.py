@@ -241,11 +241,11 @@ def test_the_edges_lead_from_the_names_through_the_slice_to_the_answer():
 def test_the_leading_senders_are_said_with_what_is_significant():
     sites = {"embedding": "embed", "10.6": "head", "mlp 0": "mlp", "10.8": "head"}
     about = pd.DataFrame({"site": sites.keys(), "component": sites.values(), "estimate": [3.0, 0.5, 2.0, -0.5]})
-    about = about.assign(p=[0.01, 0.01, 0.4, 0.01], low=0.0, high=9.0, quads=30)
+    about = about.assign(p=[0.01, 0.01, 0.4, 0.01], low=0.1, high=9.0, quads=30)
     table = pd.concat([about.assign(half="discovery"), about[:3].assign(half="confirmation")], ignore_index=True)
     assert page.senders_sentence(table, "names", P, 2) == (
-        "At `names`, the senders of largest path effect into the slice, of 4, are embedding (3.00 [0.00, 9.00]) and "
-        "mlp 0 (2.00 [0.00, 9.00]) (logits, familywise intervals); significant in both halves are the embedding, "
+        "At `names`, the senders of largest path effect into the slice, of 4, are embedding (3.00 [0.10, 9.00]) and "
+        "mlp 0 (2.00 [0.10, 9.00]) (logits, familywise intervals); significant in both halves are the embedding, "
         "1 heads and 0 MLPs, of 3 that were followed to the other half."
     )
     told = table[table["component"] == "head"]

@@ -79,7 +79,7 @@ def curve_of(estimates: list[float], **more: object) -> pd.DataFrame:
 
 def sites(rows: dict[str, tuple], half: str = "confirmation", **more: object) -> pd.DataFrame:
     """A table of sites of one half, name -> (estimate, p, ratio, ratio_low)."""
-    shared = {"half": half, "low": 0.0, "high": 9.0, "t": 1.0, "quads": 20, "ratio_high": 9.0} | more
+    shared = {"half": half, "low": 0.1, "high": 9.0, "t": 1.0, "quads": 20, "ratio_high": 9.0} | more
     own = pd.DataFrame(list(rows.values()), columns=["estimate", "p", "ratio", "ratio_low"])
     places = [place_of(name) for name in rows]
     return pd.DataFrame(places, columns=SITE).join(own).assign(site=list(rows), **shared)
@@ -438,6 +438,7 @@ def test_confirmed_sites_are_significant_and_positive_twice():
     alone = effects.confirmed(both[both["half"] == "discovery"], PARAMS)
     assert alone["site"].tolist() == ["0.5", "0.0", "0.1", "0.4"], "one half: once is enough"
     assert effects.confirmed(both, profile(level=0.995)).empty
+    assert effects.confirmed(both.assign(low=-0.1), PARAMS).empty, "the familywise interval must agree"
 
 
 def test_ablation_tables_leave_out_resid_and_the_names():
@@ -820,7 +821,8 @@ def test_leading_sites_are_picked_on_discovery_and_told_on_confirmation():
     assert said == (
         "The 2 sites of largest damage on the discovery half are, with their effect on logit_diff on the confirmation "
         "half (logits, familywise 90% intervals): 0.1 (-1.00 [-1.00, -1.00]) and mlp 0 (2.50 [2.50, 2.50]). "
-        "Of 3 sites, 2 are significant familywise in both halves with a positive effect."
+        "Of 3 sites, 2 are significant familywise in both halves with a positive effect above the model's noise "
+        "(0.001 logits)."
     )
     alone = words.top_sites_sentence(own[own["half"] == "discovery"], PARAMS, 1, "damage")
     assert alone.endswith("picked and reported on the same data.")
@@ -828,7 +830,7 @@ def test_leading_sites_are_picked_on_discovery_and_told_on_confirmation():
     assert "half (logits; fewer than 20 quads: no intervals): 0.1 (-1.00). " in few
     assert words.top_sites(own, 1) == "0.1 (-1.00 [-1.00, -1.00])"
     assert words.heads_or_mlps(own, PARAMS, "damage") == (
-        "Significant in both halves are 1 heads, 1 MLPs and 0 attention modules; the largest damage is that of 0.1 "
+        "Significant in both halves are 1 head, 1 MLP and 0 attention modules; the largest damage is that of 0.1 "
         "among heads (-0.25 [-0.25, -0.25] of logit_diff) and mlp 0 among MLPs (0.62 [0.62, 0.62] of logit_diff)."
     )
     handed = words.site_rows(own)
@@ -930,10 +932,11 @@ def test_what_step_04_says(tmp_path):
     order = sufficiency_measure.slice_order(own, 24)
     assert order["site"].tolist() == ["0.0", "mlp 0", "0.1"]
     joint = [
-        record(effect, half=half, direction=direction, site_set=i, quad=f"{half}1")
+        record(effect, half=half, direction=direction, site_set=i, quad=f"{half}{quad:02d}")
         for half in ("discovery", "confirmation")
         for direction, values in (("denoise", (3.0, 3.6, 3.8)), ("noise", (2.0, 3.4, 3.6)))
         for i, effect in enumerate(values)
+        for quad in range(MANY)
     ]
     curves = sufficiency_measure.slice_curves(table(joint), PARAMS)  # recovery 0.75 0.9 0.95, damage 0.5 0.85 0.9
 
@@ -950,19 +953,32 @@ def test_what_step_04_says(tmp_path):
     said = good["sentences"]
     assert said[0] == "Single sites that restore the answer on their own: 0.0; 0.0 recovers most: 0.75 [0.75, 0.75]."
     assert said[3] == (
+        "Heads and MLPs put into the corrupt run together, in order of discovery recovery, bring back, as shares of "
+        "the gap on the confirmation half: 0.90 [0.90, 0.90] at 2 sites and 0.95 [0.95, 0.95] at 3 sites. From 2 to 3 "
+        "it rises by 0.05 [0.05, 0.05]: there is no edge at 2. What is called the critical slice is cut off where the "
+        "share that the profile asks for (80%) is reached."
+    )
+    assert said[4] == (
         "The critical slice, heads and MLPs added in order of discovery recovery, has 2 sites and reaches 80% in both "
         "on the discovery half: 0.0 and mlp 0."
     )
-    assert said[4] == "On the confirmation half its joint recovery is 0.90 and its joint counterfactual damage 0.85."
-    assert said[5].startswith("With the slice's clean values the clean answer comes first in 100% of the confirmation")
-    assert said[5].endswith("have to meet, too few quads leave it open.")
-    assert good["headline"] == [said[0], *said[3:6]] and said[6] == sufficiency_page.placebo_page.NONE
-    assert [figure["file"] for figure in good["figures"]] == ["figures/step-slice.png", "figures/step-ranked.png"]
+    assert said[5] == (
+        "On the confirmation half its joint recovery is 0.90 [0.90, 0.90] and its joint counterfactual damage 0.85 "
+        "[0.85, 0.85]."
+    )
+    assert said[6].startswith("With the slice's clean values the clean answer comes first in 100% of the confirmation")
+    assert said[6].endswith("have to meet, it restores the answer.")
+    assert "the same 2 sites come first in 100% of draws" in said[7] and "the slice has 2 in the order of" in said[7]
+    assert "recover 0.95 [0.95, 0.95] of the gap together, and one by one 1.12 [1.12, 1.12] in all" in said[8]
+    assert good["headline"] == [said[0], *said[3:8]] and said[9] == sufficiency_page.placebo_page.NONE
+    assert [figure["file"] for figure in good["figures"]] == [
+        f"figures/step-{name}.png" for name in ("slice", "ranks", "ranked")
+    ]
     short = found(slice_share=0.99, restores_recovery=0.8)["sentences"]
     assert short[0].startswith("No single head or MLP restores the answer on its own: 0.0 recovers most")
-    assert "does not reach 99% in both on the discovery half (recovery 0.95, damage 0.90)" in short[3]
+    assert "does not reach 99% in both on the discovery half (recovery 0.95, damage 0.90)" in short[4]
     one = found(slice_share=0.5)["sentences"]
-    assert "has 1 site and reaches 50% in both on the discovery half: 0.0." in one[3]
+    assert "has 1 site and reaches 50% in both on the discovery half: 0.0." in one[4]
 
 
 @pytest.mark.parametrize(("effect", "lead", "met"), [(3.6, 2.0, True), (3.6, 0.5, False), (1.0, 2.0, False)])

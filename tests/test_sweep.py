@@ -393,6 +393,14 @@ def test_no_pairs_is_an_error(tiny):
         sweep.run(tiny("llama"), [])
 
 
+def test_pairs_that_rows_could_not_tell_apart_are_an_error(tiny):
+    elsewhere = replace(PAIRS[0], template="u")
+    assert len(sweep.run(tiny("llama"), [PAIRS[0], elsewhere], components=["mlp"], layers=[0])) == 2
+    twice = [PAIRS[0], PAIRS[1], replace(PAIRS[2], pair_id="p0")]
+    with pytest.raises(ValueError, match="2 pairs are called 'p0' in template 't'"):
+        sweep.run(tiny("llama"), twice)
+
+
 def test_units_are_a_pure_function_of_the_pairs():
     first, again = (sweep_units("noise", PAIRS, size=3, role="last") for _ in range(2))
     assert [unit.id for unit in first] == [unit.id for unit in again]

@@ -47,7 +47,7 @@ class Hydra(OfSlice):
     )
     rounds: int = Field(3, ge=1, description="most times that the slice is widened by the backups found")
     candidates: int = Field(8, ge=1, description="most candidates whose joint ablation is measured in a round")
-    direct_floor: float = Field(0.5, gt=0, description="logits; single pairs count where the direct effect exceeds it")
+    direct_floor: float = Field(0.5, gt=0, description="logits; single pairs count where the slice itself loses more")
 
 
 # --- what is measured ---
@@ -161,7 +161,7 @@ def lead_of(frame: pd.DataFrame, params: Hydra) -> str:
 
 def rises(frame: pd.DataFrame, params: Hydra) -> pd.DataFrame:
     """Rise of every later site's direct effect (ablated - intact, logits) under the leading ablation, in both halves:
-    familywise intervals, and one-sided familywise p values for "it does not rise"."""
+    familywise intervals, and one-sided familywise p values for "it does not rise", 1 for rises up to the floor."""
     own = frame[(frame["slice"] == "slice") & frame["part"].isin(["heads", "mlps"])]
     own = own[own["ablation"] == lead_of(frame, params)].assign(change=lambda rows: rows["after"] - rows["before"])
     if own.empty:  # the slice's last site is the model's last: nothing comes after
@@ -176,11 +176,12 @@ def rises(frame: pd.DataFrame, params: Hydra) -> pd.DataFrame:
 
 
 def candidates(table: pd.DataFrame, params: Hydra) -> pd.DataFrame:
-    """Sites whose rise is familywise significant on discovery, the largest there first, with their reported rows."""
+    """Sites whose rise is familywise significant on discovery, by test and interval where there is one, the largest
+    there first, with their reported rows."""
     if table.empty:
         return table
     first = in_halves(table)[0][1]
-    good = first[(first["p"] <= 1 - params.level) & (first["estimate"] > 0)]
+    good = first[(first["p"] <= 1 - params.level) & (first["estimate"] > 0) & ~(first["low"].astype(float) <= 0)]
     order = good.sort_values("estimate", ascending=False)["site"]
     return reported(table).set_index("site", drop=False).loc[order].reset_index(drop=True)
 
@@ -198,9 +199,9 @@ def sites_of(table: pd.DataFrame) -> list[Site]:
 def joint_tests(joint: pd.DataFrame, rising: pd.DataFrame, params: Hydra) -> pd.DataFrame:
     """What slice + candidate costs beyond the two apart (logits), on the confirmation half, familywise over candidates.
 
-    `backup` where the whole interval is above 0. It is the candidate's cost once the slice is gone (`gone`) less its
-    cost alone (`alone`), so that a site which opposes the answer through the slice passes too; `stands_in` where the
-    whole interval of `gone` is above 0.
+    `backup` where the whole interval is above the floor. It is the candidate's cost once the slice is gone (`gone`)
+    less its cost alone (`alone`), so that a site which opposes the answer through the slice passes too; `stands_in`
+    where the whole interval of `gone` is above the floor.
     """
     matrix = quad_matrix(reported(joint), "effect", ["site_set"]).values
     count, spans = len(rising), {}
@@ -210,7 +211,7 @@ def joint_tests(joint: pd.DataFrame, rising: pd.DataFrame, params: Hydra) -> pd.
     names = {"before": "intact", "after": "ablated", "estimate": "rise", "low": "rise_low", "high": "rise_high"}
     out = rising[["site", *SITE, *names]].rename(columns=names).assign(**spans)
     above = {"backup": "low", "stands_in": "gone_low"}
-    return out.assign(**{name: out[end].astype(float) > 0 for name, end in above.items()})
+    return out.assign(**{name: out[end].astype(float) > params.floor for name, end in above.items()})
 
 
 def backups_of(tests: pd.DataFrame) -> list[Site]:

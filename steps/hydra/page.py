@@ -19,7 +19,7 @@ from lib.batches import NEUTRAL
 from lib.effects import columns, in_halves, reported
 from pipeline.step import Step
 from report import plots
-from report.words import OVER_QUADS, about_model, finished, interval, listed, of_row
+from report.words import OVER_QUADS, about_model, counted, finished, interval, listed, of_row
 from steps.hydra.measure import Hydra, Round, backups_of, candidates, lead_of
 
 LATER = {"heads and MLPs": ["heads", "mlps"], "heads": ["heads"], "MLPs": ["mlps"]}
@@ -74,7 +74,7 @@ def compensation(frame: pd.DataFrame, params: Hydra) -> pd.DataFrame:
     """-(sum of the later sites' change) / (sum of the slice's direct effect) over pairs, for each ablation and half.
 
     1 is full repair, above 1 overshoot; below 0, later sites lose as well. NaN where the slice's direct effect does not
-    fall: then there is nothing to make up for.
+    surely fall by more than the floor: then there is nothing to make up for.
     """
     parts = []
     for half, own in in_halves(changes(frame[frame["slice"] == "slice"])):
@@ -82,16 +82,17 @@ def compensation(frame: pd.DataFrame, params: Hydra) -> pd.DataFrame:
             quads = rows.groupby("quad_id")[list(WORDS)].sum()
             gains = np.stack([quads[later].sum(axis=1) for later in LATER.values()], axis=1)
             spans = [stats.Interval(float("nan"), None, None, params.level, len(quads), "no loss")] * len(LATER)
-            if quads["direct"].sum() < 0:
+            if effects.is_loss(-rows.groupby("quad_id")["direct"].mean().to_numpy(), params):
                 spans = stats.ratio_intervals(gains, -quads["direct"], params)
             parts.append(pd.DataFrame({"later": list(LATER)} | columns(spans)).assign(ablation=ablation, half=half))
     return pd.concat(parts, ignore_index=True)
 
 
 def pair_ratios(frame: pd.DataFrame, params: Hydra) -> pd.DataFrame:
-    """Compensation of each confirmation pair whose slice has a direct effect beyond the floor, by ablation."""
+    """Compensation of each confirmation pair whose slice loses more of its direct effect than `direct_floor`, by
+    ablation: where it gains, there is no loss to be made up for."""
     own = reported(changes(frame[frame["slice"] == "slice"]))
-    own = own[own["direct"].abs() > params.direct_floor]
+    own = own[own["direct"] < -params.direct_floor]
     return own.assign(ratio=-(own["heads"] + own["mlps"]) / own["direct"])[["quad_id", "pair_id", "ablation", "ratio"]]
 
 
@@ -160,7 +161,8 @@ def missed(last: Round, params: Hydra) -> list[dict]:
     simultaneous intervals over sites that are no backup (logits; as a share of the slice's direct effect, beside the
     `rise` that the interval is about)."""
     lead = last.frame[(last.frame["slice"] == "slice") & (last.frame["ablation"] == lead_of(last.frame, params))]
-    direct = reported(changes(lead)).groupby("quad_id")["direct"].mean().mean()
+    quads = reported(changes(lead)).groupby("quad_id")["direct"].mean().to_numpy()
+    direct, loss = quads.mean(), effects.is_loss(-quads, params)
     names = [effects.site_name(*site) for site in backups_of(last.tests)]
     own = reported(last.rises) if len(last.rises) else last.rises
     own = own[~own["site"].isin(names)].dropna(subset="high").astype({"high": float})
@@ -168,7 +170,7 @@ def missed(last: Round, params: Hydra) -> list[dict]:
     return [
         {key: row[key] for key in ("site", "component")}
         | {"logits": row["high"]}
-        | {name: row[end] / -direct if direct < 0 else None for name, end in (("rise", "estimate"), ("share", "high"))}
+        | {name: row[end] / -direct if loss else None for name, end in (("rise", "estimate"), ("share", "high"))}
         for row in tops
     ]
 
@@ -234,7 +236,10 @@ def split_sentences(split: pd.DataFrame, ratios: pd.DataFrame, spread: Sequence[
         own = {row.later: row for row in own[own["ablation"] == ablation].itertuples()}
         whole = own["heads and MLPs"]
         if np.isnan(whole.estimate):
-            out.append(f"{text} The slice's direct effect does not fall, so there is nothing to make up for.")
+            out.append(
+                f"{text} The slice's direct effect does not surely fall by more than the model's noise "
+                f"({params.floor:g} logits), so there is nothing to make up for and no compensation ratio."
+            )
             continue
         text += (
             f" The compensation ratio is {shown(whole)} (heads {shown(own['heads'])}, MLPs {shown(own['MLPs'])}): "
@@ -243,10 +248,10 @@ def split_sentences(split: pd.DataFrame, ratios: pd.DataFrame, spread: Sequence[
         for rows in (entry for entry in spread if entry["ablation"] == ablation):
             q = rows["quantiles"]
             text += (
-                f" In the {rows['pairs']} pairs whose slice has a direct effect beyond {params.direct_floor:g} logits "
-                f"its median is {q['0.50']:.2f} and its middle 90% {q['0.05']:.2f} to {q['0.95']:.2f}; later sites "
-                f"make up for something in {share(rows['repaired'])} of them and for more than was lost in "
-                f"{share(rows['overshot'])}."
+                f" In the {counted(rows['pairs'], 'pair')} whose slice loses more than {params.direct_floor:g} logits "
+                f"of its direct effect, the median ratio is {q['0.50']:.2f} and the middle 90% {q['0.05']:.2f} to "
+                f"{q['0.95']:.2f}; later sites make up for part of the loss or more in {share(rows['repaired'])} of "
+                f"them and for more than was lost in {share(rows['overshot'])}."
             )
         out.append(text)
     return out
@@ -279,8 +284,9 @@ def backup_sentences(rounds: Sequence[Round], params: Hydra) -> list[str]:
             continue
         count, rising = own.rises["site"].nunique(), candidates(own.rises, params)
         text = (
-            f"When {which} ({len(own.sites)} sites) is ablated (`{lead_of(own.frame, params)}`), the direct effect of "
-            f"{len(rising)} of {count} later sites rises significantly on the discovery half (one-sided, familywise)"
+            f"When {which} ({counted(len(own.sites), 'site')}) is ablated (`{lead_of(own.frame, params)}`), the direct "
+            f"effect of {len(rising)} of {counted(count, 'later site')} rises significantly on the discovery half "
+            f"(one-sided, familywise, by more than the model's noise of {params.floor:g} logits)"
         )
         if len(rising) and own.tests.empty:
             out.append(f"{text}; the limit of rounds ({params.rounds}) was reached, so they were not ablated with it.")
@@ -292,8 +298,9 @@ def backup_sentences(rounds: Sequence[Round], params: Hydra) -> list[str]:
         each = [f"{row.site} ({interval(row.estimate, row.low, row.high, 3)})" for row in own.tests[sure].itertuples()]
         most = f"; at most {own.tests.loc[~sure, 'estimate'].max():.3f} among the others" if not sure.all() else ""
         out.append(
-            f"{text}. Of the {len(own.tests)} that rise most, those that cost more together with it than apart "
-            f"(logits, confirmation half, familywise intervals above zero) are: {listed(each)}{most}."
+            f"{text}. The largest rises ({len(own.tests)}) were ablated with it; those that cost more together "
+            "than apart (logits, confirmation half, familywise intervals above that noise) are: "
+            f"{listed(each)}{most}."
         )
         for row in own.tests[sure].itertuples():
             gone = interval(row.gone_estimate, row.gone_low, row.gone_high, 3)

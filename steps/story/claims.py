@@ -64,6 +64,7 @@ class Numbers(NamedTuple):
     power: float | None = None  # of the step's own test, were the claim true
     of: int = 1  # rows that this is the largest of
     least: float = 0.0  # smallest p value that its tests can give
+    quads: int | None = None  # that it rests on, where the step says so
 
 
 class Rule(NamedTuple):
@@ -294,6 +295,9 @@ def numbers_of(claim: Claim, found: Mapping[str, Any], params: Shared) -> Number
         columns = dict(zip(("estimate", "low", "high"), claim.columns, strict=True)) | {"p": claim.p}
         columns |= {"met": "met", "verdict": "verdict", "power": "power"} if claim.rule == "own" else {}
         read = [Numbers(**{name: row[column] for name, column in columns.items() if column}) for row in rows]
+        read = [
+            n._replace(quads=row["n"]) if {"n", "level"} <= row.keys() else n for n, row in zip(read, rows, strict=True)
+        ]
     except KeyError as error:
         raise ClaimError(
             f"claim {claim.id}: the findings of step {claim.step} have no {error.args[0]}: run the step again, or "
@@ -430,7 +434,8 @@ def decided(
         return NOT_TESTABLE, n.why or "the parameter that holds its threshold is not in the run record"
     value = "" if n.estimate is None else interval(n.estimate, n.low, n.high)
     if any(getattr(n, need) is None for need in rule.needs):
-        few = f"too few quads: an interval needs {MINIMUM_CLUSTERS} of a half"
+        there = "" if n.quads is None else f", and there are {n.quads}"
+        few = f"too few quads: an interval needs {MINIMUM_CLUSTERS} of a half{there}"
         if claim.rule == "own":
             few = "the step's own test did not decide"
             few += "" if n.power is None else f"; were there nothing, it would find so with probability {n.power:.2f}"

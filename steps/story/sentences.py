@@ -57,7 +57,8 @@ def site_names(found: Mapping[str, Any]) -> dict[str, str]:
     roles = listed(f"{row['nodes']} at {ROLES[row['role']]}" for row in over_all.get("roles", ()))
     nodes = f"{over_all.get('size', 0)} of {over_all.get('nodes', 0)} ({roles})"
     largest = str(coarse.get("measured", {}).get("layer", ""))
-    return {name: listed(sites) for name, sites in lists.items()} | {"largest": largest, "everywhere": nodes}
+    words = {"largest": largest, "size": str(len(names)), "everywhere": nodes}
+    return {name: listed(sites) for name, sites in lists.items()} | words
 
 
 def leading(retrieval: Mapping[str, Any], start: str) -> list[str]:
@@ -76,22 +77,27 @@ def answer(entries: Sequence[Entry], found: Mapping[str, Any]) -> str:
 
 def not_so(entries: Sequence[Entry]) -> str:
     """Which links of the plan's chain do not hold, which could not be tested, and which were not; "" if all hold."""
+    by_claim, alone = {entry.id: entry for entry in entries}, "Supported by themselves, but not among all claims"
     words = {NOT_SUPPORTED: "Not supported", NOT_TESTABLE: "Not testable here", NOT_TESTED: "Not tested"}
-    verdicts = {entry.id: entry.verdict for entry in entries}
-    links = {verdict: [link.plan for link in LINKS if verdicts[link.claim] == verdict] for verdict in words}
-    return " ".join(f"{words[verdict]}: {'; '.join(own)}." for verdict, own in links.items() if own)
+    links: dict[str, list[str]] = {name: [] for name in (words[NOT_SUPPORTED], alone, *words.values())}
+    for link in LINKS:
+        entry = by_claim[link.claim]
+        if entry.verdict != SUPPORTED:
+            nearly = entry.verdict == NOT_SUPPORTED and deciding(entry).alone == SUPPORTED
+            links[alone if nearly else words[entry.verdict]].append(link.plan)
+    return " ".join(f"{name}: {'; '.join(own)}." for name, own in links.items() if own)
 
 
 def outline(entries: Sequence[Entry], found: Mapping[str, Any]) -> list[str]:
     """What the circuit is, in three sentences: who writes at the names, who carries it on, what follows and what else
-    travels the same road. Of claims that answer one question, those that are supported speak, else the first."""
+    travels the same road. Of claims that answer one question, those that are supported speak, else all."""
     sites, by_claim = site_names(found), {entry.id: entry for entry in entries}
     out = []
     for part in OUTLINE:
         clauses = []
         for texts in part.clauses:
             held = [claim for claim in texts if by_claim[claim].verdict == SUPPORTED]
-            clauses += [clause(by_claim[claim], texts[claim].format(**sites)) for claim in held or [*texts][:1]]
+            clauses += [clause(by_claim[claim], texts[claim].format(**sites)) for claim in held or texts]
         out.append(f"**{part.about}**: {'; '.join(clauses)}.")
     return out
 

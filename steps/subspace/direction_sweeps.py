@@ -142,7 +142,7 @@ def table_of(name: str, proved: bool = False) -> Table:
 
         def rows(unit: Unit) -> pd.DataFrame:
             how = {"seed": step.params.seed, "memory": step.memory, "profile": step.params.profile}
-            how |= {"direction": own.direction}
+            how |= {"direction": own.direction, "role": own.options.get("role", "last")}
             frame = sweep.run_variants(step.model, unit.pairs, own.sets, own.names, own.make, **how)
             if unit.id == first:
                 frame.attrs["log"] = sweep.prove(step.model, unit.pairs[0]) + frame.attrs["log"]
@@ -152,6 +152,7 @@ def table_of(name: str, proved: bool = False) -> Table:
 
     def cost(case: Case, units: Sequence[Unit], own: Changes) -> Work:
         options = {"direction": own.direction, "site_sets": own.sets, "variants": own.names}
+        options["role"] = own.options.get("role", "last")
         return case.swept([replace(unit, options=options) for unit in units])
 
     columns = tuple(name for name in records.VARIANT_SCHEMA.columns if "label" not in name)

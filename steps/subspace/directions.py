@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from itertools import product
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -204,7 +205,7 @@ def found(
         bases = subspaces(values, prompts["superset"], professions)
         sizes = sorted({1, min(len(bases["class means", 0]), max(p.dimensions))})
         training = subsample(step.prompts(fit), p.pairs)
-        learned = rotations(step.model, training, layer, sizes, p.rotation_steps, p.seed)
+        learned = rotations(step.model, opposed(step.model, training, [layer]), layer, sizes, p.rotation_steps, p.seed)
         bases |= {("rotation", k): basis for k, basis in learned.items()}
         there, classes = seen(step, pairs, layer)
         random = step.rng("median direction").standard_normal((200, there.shape[1]))
@@ -239,10 +240,16 @@ def of_bases(
     case: Case, units: Sequence[Unit], pairs: Sequence[Pair], fit: pd.DataFrame, layer: int, means: pd.DataFrame
 ) -> Work:
     """The cost of the bases: what is read, and two learned rotations."""
-    shape, tokens, steps = case.shape, len(case.pairs[0].clean.ids), 2 * case.params.rotation_steps
-    rows = BATCH * (shape.n_layers - layer)
-    learned = Work(passes=2 * steps, grown=2.0 * steps * costs.block(shape, rows, tokens), other={"rotations": steps})
+    shape, tokens = case.shape, len(case.pairs[0].clean.ids)
+    learned = of_rotation(case, layer, 2 * case.params.rotation_steps)
     return plain(shape, 4 * len(reported(pairs)), tokens, 8) + learned + Work(table=4 * shape.hidden * 220)
+
+
+def of_rotation(case: Case, layer: int, steps: int) -> Work:
+    """The cost of learning a rotation after a layer in so many steps."""
+    shape, tokens = case.shape, len(case.pairs[0].clean.ids)
+    grown = 2.0 * steps * costs.block(shape, BATCH * (shape.n_layers - layer), tokens)
+    return Work(passes=2 * steps, grown=grown, other={"rotations": steps})
 
 
 DIRECTIONS = Table("directions", basis_units, found, of_bases, schema=None)
@@ -283,27 +290,42 @@ def spread_along(
     return variance, means.var(0) / np.maximum(variance, 1e-12)
 
 
+class Opposed(NamedTuple):
+    """Pairs of one length: what rotations after any of some layers are learned from."""
+
+    pairs: list[Pair]
+    corrupt: BaseRun
+    clean: Mapping[int, Float[Tensor, "pairs width"]]  # residual stream at the last token, by layer
+
+
+def opposed(model: Model, pairs: Sequence[Pair], layers: Sequence[int]) -> list[Opposed]:
+    """Both runs of each pair, once for all layers."""
+    out = []
+    for length in sorted({len(pair.clean.ids) for pair in pairs}):
+        own = [pair for pair in pairs if len(pair.clean.ids) == length]
+        corrupt = base_run(model, token_ids(model, [p.corrupt.ids for p in own]), [length - 1], ("resid",))
+        read = activations(model, [p.clean.ids for p in own], layers)
+        clean = {layer: torch.tensor(value).to(corrupt.activations["resid", layer]) for layer, value in read.items()}
+        out.append(Opposed(own, corrupt, clean))
+    return out
+
+
 def rotations(
-    model: Model, pairs: Sequence[Pair], layer: int, sizes: Sequence[int], steps: int, seed: int
+    model: Model, groups: Sequence[Opposed], layer: int, sizes: Sequence[int], steps: int, seed: int
 ) -> dict[int, Float[np.ndarray, "k width"]]:
     """For each of `sizes`, so many orthonormal directions, learned by gradient descent (arXiv 2303.02536, section 3):
     the change along them, clean into corrupt, after `layer`, is to make the clean answer the top candidate
     (cross-entropy over the candidates, before any soft cap)."""
-    groups = []
-    for length in sorted({len(pair.clean.ids) for pair in pairs}):
-        own = [pair for pair in pairs if len(pair.clean.ids) == length]
-        corrupt = base_run(model, token_ids(model, [p.corrupt.ids for p in own]), [length - 1], ("resid",))
-        before = corrupt.activations["resid", layer][:, 0]
-        wanted = torch.tensor(activations(model, [p.clean.ids for p in own], [layer])[layer]).to(before)
-        groups.append((own, corrupt, before, wanted))
-    shares, out = np.array([len(own) for own, *_ in groups]) / len(pairs), {}
+    shares, out = np.array([len(group.pairs) for group in groups]) / sum(len(group.pairs) for group in groups), {}
+    like = groups[0].clean[layer]
     for k in sizes:
         rng = np.random.default_rng([seed, k])
         torch.manual_seed(seed)
-        turn = orthogonal(torch.nn.Linear(before.shape[1], k, bias=False, device=before.device))
+        turn = orthogonal(torch.nn.Linear(like.shape[1], k, bias=False, device=like.device))
         optimiser = torch.optim.Adam(turn.parameters(), lr=RATE)
         for _ in range(steps):
-            own, corrupt, before, wanted = groups[rng.choice(len(groups), p=shares)]
+            own, corrupt, clean = groups[rng.choice(len(groups), p=shares)]
+            before, wanted = corrupt.activations["resid", layer][:, 0], clean[layer]
             batch = torch.tensor(rng.permutation(len(own))[:BATCH])
             basis, start = turn.weight.to(before.dtype), before[batch]
             final = resumed(model, corrupt, layer, start + (wanted[batch] - start) @ basis.T @ basis, batch)

@@ -4,6 +4,7 @@
 2. `directions`: class means of the fitting half, and at one layer bases of what carries the class.
 3. `direction_sweeps`: one direction patched after each layer of the slice; `layer_table` and `chosen_layer` say after
    which layer the rest is measured: subspaces patched there, moved to other prompts, and steered along.
+4. `interchange`: one name's class from another prompt, to see whether the causal model predicts the answer.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from pipeline.declaration import SUPERSET_TASKS, Declaration
 from pipeline.params import Counts, Doses, OfSlice, Words
 from pipeline.step import Step
 from pipeline.units import subsample, without_labels
-from steps.subspace import direction_sweeps, directions, probes
+from steps.subspace import direction_sweeps, directions, interchange, probes
 from steps.subspace.direction_sweeps import LAYERS, PATCHES, STEERING, TRANSFER
 from steps.subspace.directions import CLASS_MEANS, DIRECTIONS
 from steps.subspace.probes import ACCURACIES, SPECTRA
@@ -56,17 +57,14 @@ class Subspace(OfSlice):
     doses: Doses = Field(
         (-2, -1, -0.5, 0, 0.5, 1, 2), description="multiples of class mean - mean of all classes that are added"
     )
-
-
-def slice_layers(step: Step | Case) -> list[int]:
-    """The layers of the slice, in order."""
-    return sorted({site.layer for site in step.slice()})
+    earlier_layers: int = Field(3, ge=0, description="layers before the slice after which classes are interchanged")
+    interchange_steps: int = Field(60, ge=1, description="optimiser steps in which a rotation for those is learned")
 
 
 def assumed(case: Case) -> Iterator[tuple[Any, ...]]:
     """The tables in order; the layer is assumed to be the middle one of the slice, and the pairs to line up in another
     template, too."""
-    p, layers = case.params, slice_layers(case)
+    p, layers = case.params, interchange.slice_layers(case)
     yield ACCURACIES, None
     yield SPECTRA, None
     fit = pd.DataFrame({"pair_id": [pair.pair_id for pair in case.half(0)]})
@@ -79,6 +77,9 @@ def assumed(case: Case) -> Iterator[tuple[Any, ...]]:
     others = [replace(x, pair_id=f"{x.pair_id}@{n}", template=n) for n in directions.templates(p)[1:] for x in shown]
     yield TRANSFER, direction_sweeps.transfer(case, [*shown, *others], layer, means)
     yield STEERING, direction_sweeps.steering(case, assumed_prompts(case, shown), layer, means)
+    yield interchange.BASES, fit, interchange.layers_of(case)
+    for swap in interchange.SWAPS:
+        yield swap.table, swap.changes(case, interchange.assumed_cases(shown), None)
 
 
 def assumed_prompts(case: Case, shown: Sequence[Pair]) -> list[Pair]:
@@ -185,11 +186,12 @@ class Measured(NamedTuple):
     transfer: pd.DataFrame
     steering: pd.DataFrame
     kinds: Mapping[str, str]  # of steered prompts, by id
+    interchange: Mapping[str, pd.DataFrame]  # records, by where: "name" or "last"
 
 
 def run(step: Step) -> Measured:
     """Measure, or read what is there."""
-    p, layers, kinds = step.params, slice_layers(step), (probes.of_pairs(step), probes.of_people(step))
+    p, layers, kinds = step.params, interchange.slice_layers(step), (probes.of_pairs(step), probes.of_people(step))
     readings = probes.readings(step, kinds)
     accuracies, spectra = step.table(ACCURACIES, readings), step.table(SPECTRA, readings)
     table = step.pairs()
@@ -203,6 +205,8 @@ def run(step: Step) -> Measured:
     transfer = step.table(TRANSFER, direction_sweeps.transfer(step, [*shown, *others], layer, means))
     prompts, of_prompts = direction_sweeps.steering_prompts(step, table, pairs)
     steering = step.table(STEERING, direction_sweeps.steering(step, prompts, layer, means))
+    quads = table[table["pair_id"].isin([pair.pair_id for pair in shown])]
+    swapped = interchange.run(step, fit, quads)
     dropped = tuple(why for one in kinds for why in one.dropped)
     first = probes.slice_layers(step), dropped, accuracies, spectra
-    return Measured(*first, pairs, by_layer, layer, found, patches, transfer, steering, of_prompts)
+    return Measured(*first, pairs, by_layer, layer, found, patches, transfer, steering, of_prompts, swapped)

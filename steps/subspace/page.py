@@ -1,4 +1,4 @@
-"""Step 08 on its page: what probes read off the residual stream, and what its directions do."""
+"""Step 08 on its page: what probes read off the residual stream, what its directions do, and interchanges."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from pipeline.step import Step
 from report.words import about_model, finished
-from steps.subspace import directions_page, probes_page
+from steps.subspace import directions_page, interchange_page, probes_page
 from steps.subspace.measure import Measured
 
 
@@ -15,11 +15,13 @@ class Numbers(NamedTuple):
 
     probes: probes_page.Numbers
     directions: directions_page.Numbers
+    interchange: interchange_page.Numbers
 
 
 def numbers(step: Step, m: Measured) -> Numbers:
     """What figures, sentences and findings rest on."""
-    return Numbers(probes_page.numbers(m, step.params), directions_page.numbers(m, step.params))
+    parts = (probes_page, directions_page, interchange_page)
+    return Numbers(*(part.numbers(m, step.params) for part in parts))
 
 
 def findings(step: Step, m: Measured, n: Numbers) -> dict[str, Any]:
@@ -31,7 +33,12 @@ def findings(step: Step, m: Measured, n: Numbers) -> dict[str, Any]:
         "able": True,
         **probes_page.found(n.probes),
         "directions": directions_page.found(m, n.directions),
-        "sentences": [*probes_page.sentences(m, n.probes), *sentences],
+        "interchange": interchange_page.found(n.interchange),
+        "sentences": [
+            *probes_page.sentences(m, n.probes),
+            *sentences,
+            *interchange_page.sentences(n.interchange),
+        ],
         "headline": headline,  # what directions can do says more than probes
     }
     figures = {
@@ -40,5 +47,6 @@ def findings(step: Step, m: Measured, n: Numbers) -> dict[str, Any]:
         "layers": directions_page.layer_figure(n.directions),
         "numbers": directions_page.number_figure(n.directions),
         "doses": directions_page.dose_figure(n.directions),
+        "interchange": interchange_page.figure(n.interchange),
     }
-    return finished(step, found, figures, probes_page.CAPTIONS | directions_page.CAPTIONS)
+    return finished(step, found, figures, probes_page.CAPTIONS | directions_page.CAPTIONS | interchange_page.CAPTIONS)

@@ -4,7 +4,8 @@
 2. `slice_order` puts heads and MLPs in order of their recovery on the discovery half.
 3. `SETS`: the first of them, the first two, ... replaced together, in both directions.
 4. `critical_slice` says how many of them the critical slice has.
-5. `placebo.TABLE`: the same sites in pairs whose names differ in something else.
+5. `stability`: single sites in other templates, and the leading sites two by two.
+6. `placebo.TABLE`: the same sites in pairs whose names differ in something else.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from lib.hooks import Site
 from lib.tasks import Pair
 from pipeline.assumed import Case, of_sweep, order_of
 from pipeline.declaration import ANALYSED, Declaration, Table
-from pipeline.params import Components, Shared
+from pipeline.params import Components, Shared, Words
 from pipeline.step import Step, swept
 from pipeline.units import Unit, subsample, sweep_units
-from steps.sufficiency import placebo
+from steps.sufficiency import placebo, stability
 from steps.sufficiency.placebo import Specificity
 
 
@@ -33,6 +34,10 @@ class Sufficiency(Shared):
 
     components: Components = Field(("resid", "attn", "mlp", "head"), description="components swept at `last`")
     pairs: int | None = Field(None, ge=1, description="pairs at `last`; default all")
+    order_templates: Words = Field(
+        ("both_famous",), description="templates in which single sites are put in order, too; the profile's own is"
+    )
+    coupled_sites: int = Field(10, ge=2, description="leading sites that are patched two by two")
     placebo_pairs: int | None = Field(None, ge=1, description="placebo pairs of each attribute; default all")
     placebo_sites: int = Field(
         15, ge=1, description="leading sites patched alone in placebo pairs, the slice's at least"
@@ -74,6 +79,9 @@ def assumed(case: Case) -> Iterator[tuple[Any, ...]]:
     """The tables in order; the slice is assumed to grow to its limit."""
     yield (SITES,)
     yield SETS, order_of(case, case.params.slice_limit)
+    if others := stability.assumed_in_templates(case):
+        yield stability.OTHERS, others
+    yield stability.COUPLES, stability.couples(order_of(case, case.params.slice_limit), case.params.coupled_sites)
     if case.placebo():
         size = len(case.slice())
         yield placebo.TABLE, order_of(case, max(size, case.params.placebo_sites)), size
@@ -85,10 +93,11 @@ STEP = Declaration("sufficiency", Sufficiency, assumed, layered=True, placebo=Tr
 # --- what is chosen ---
 
 
-def slice_order(sites: pd.DataFrame, limit: int) -> pd.DataFrame:
-    """Heads and MLPs in order of discovery recovery, those that recover anything, at most `limit`."""
+def slice_order(sites: pd.DataFrame, limit: int, floor: float = 0.0) -> pd.DataFrame:
+    """Heads and MLPs in order of discovery recovery, those that recover anything (their rise is above the floor,
+    logits), at most `limit`."""
     own = sites[(sites["half"] == sites["half"].iloc[0]) & sites["component"].isin(["head", "mlp"])]
-    return own[own["ratio"] > 0].nlargest(limit, "ratio")
+    return own[(own["ratio"] > 0) & (own["estimate"] > floor)].nlargest(limit, "ratio")
 
 
 def slice_curves(joint: pd.DataFrame, params: Shared) -> pd.DataFrame:
@@ -119,19 +128,24 @@ class Measured(NamedTuple):
     curves: pd.DataFrame  # what they do together, by half
     critical: CriticalSlice
     specificity: Specificity | None = None  # where step 01 has left placebo pairs
+    others: pd.DataFrame | None = None  # single sites in other templates, where pairs line up there
+    couples: pd.DataFrame | None = None  # every two of the leading sites, where there are two
 
 
 def run(step: Step) -> Measured:
     """Measure, or read what is there."""
     p, swept_sites = step.params, step.table(SITES)
     sites = effects.both_halves(swept_sites[swept_sites["component"] != "resid"], p)
-    order = slice_order(sites, p.slice_limit)
+    order = slice_order(sites, p.slice_limit, p.floor)
     members = [Site(*site) for site in order[SITE].itertuples(index=False)]
     joint = step.table(SETS, members)
     curves = slice_curves(joint, p)
     critical = critical_slice(curves, p.slice_share)
     specific = specificity_of(step, members, critical.size)
-    return Measured(swept_sites, sites, order, joint, curves, critical, specific)
+    elsewhere, couples = stability.in_templates(step), stability.couples(members, p.coupled_sites)
+    others = step.table(stability.OTHERS, elsewhere) if elsewhere else None
+    twos = step.table(stability.COUPLES, couples) if couples else None
+    return Measured(swept_sites, sites, order, joint, curves, critical, specific, others, twos)
 
 
 def specificity_of(step: Step, members: Sequence[Site], size: int) -> Specificity | None:

@@ -14,12 +14,13 @@ from pipeline.params import Shared
 from pipeline.step import Step
 from report import plots, site_tables
 from report.words import about_model, finished, heads_or_mlps, interval, listed, site_rows, top_sites_sentence
-from steps.sufficiency import measure, placebo_page
+from steps.sufficiency import measure, placebo_page, stability_page
 from steps.sufficiency.measure import Measured
 
 CAPTIONS = {
     "slice": "Joint recovery and joint counterfactual damage as heads and MLPs are added in order of "
     "discovery recovery, both halves, 95% studentised bootstrap intervals over quads.",
+    "ranks": stability_page.CAPTION,
     "ranked": "The sites whose clean activation at the last token recovers most, picked on the discovery "
     "half, with their effect in both halves and intervals that hold for all sites together.",
     "placebo": placebo_page.CAPTION,
@@ -125,14 +126,15 @@ def findings(step: Step, m: Measured) -> dict[str, Any]:
     best_text = f"{best['site']} recovers most: {interval(best['ratio'], best['ratio_low'], best['ratio_high'])}"
     held = reported(m.curves)
     held = held[held["n_sites"] == m.critical.size]
-    together = slice_restores(m.joint, held, params)
+    together, stable = slice_restores(m.joint, held, params), stability_page.findings(m, params)
     alone = (
         f"No single head or MLP restores the answer on its own: {best_text}."
         if not restoring
         else f"Single sites that restore the answer on their own: {listed(restoring)}; {best_text}."
     )
     leading = [top_sites_sentence(m.sites, params, 6, "recovery"), heads_or_mlps(m.sites, params, "recovery")]
-    of_slice = [*slice_sentences(m, held, params), restores_sentence(together)]
+    of_slice = [stable.pop("curve"), *slice_sentences(m, held, params), restores_sentence(together)]
+    again, *added = stable.pop("sentences")
     placebo = placebo_page.findings(m.specificity, params)
     found = {
         "model": about_model(step),
@@ -144,11 +146,17 @@ def findings(step: Step, m: Measured) -> dict[str, Any]:
         "critical_slice_reached": m.critical.reached,
         "slice_restores": together,
         "joint": held[["quantity", "estimate", "low", "high"]].to_dict("records"),
+        **stable,
         **placebo,
-        "sentences": [alone, *leading, *of_slice, *placebo["sentences"]],
-        "headline": [alone, *of_slice, *placebo["headline"]],
+        "sentences": [alone, *leading, *of_slice, again, *added, *placebo["sentences"]],
+        "headline": [alone, *of_slice, again, *placebo["headline"]],
     }
-    figures = {"slice": slice_figure(step, m), "ranked": ranked(m), "placebo": placebo_page.figure(m.specificity)}
+    figures = {
+        "slice": slice_figure(step, m),
+        "ranks": stability_page.ranks_figure(m, params),
+        "ranked": ranked(m),
+        "placebo": placebo_page.figure(m.specificity),
+    }
     return finished(step, found, {name: own for name, own in figures.items() if own is not None}, CAPTIONS)
 
 
