@@ -133,7 +133,7 @@ def measured():
     rows = []
     for quad in range(24):
         for name, circuit in (tests | {"everything": circuits.ALL, "nothing": circuits.NOTHING}).items():
-            kept = {node for node in nodes if (node in circuit.sites) == circuit.only}
+            kept = [node for node in nodes if (node in circuit.sites) == circuit.only]
             value = 1 + (2 + 0.1 * quad) * sum(WORTH.get(node, 0) for node in kept)
             about = {"half": "confirmation", "quad_id": f"q{quad}", "pair_id": f"p{quad}", "ablation": "resample"}
             rows.append(about | {"test": name, "logit_diff": value, "metric": value - 2})
