@@ -1,16 +1,17 @@
 """People in no pair that has been looked at, as a table of their own: who is left for a fresh test of the claims.
 
-    python -m bench.fresh_people results/smollm2-135m results/smollm2-135m-quick
+    python -m bench.fresh_people results/smollm2-135m-quick --quads results/smollm2-135m
 
-Takes the names out of the pairs that these results are about: pairs.parquet, placebo.parquet, and the pairs before any
-selection (`--patched`: without these last, of which later steps patch only the slice). People of `--seen`, a table of
-further names, go as well: those of results that have been replaced since. The others' rows of data/people.csv are
-written to data/people_fresh.csv, for the profile smollm2-135m-fresh.
+Takes the names out of the pairs of these results (those of quads, placebo pairs, pairs before any selection), of the
+quads' pairs alone in the folders after `--quads`, and of `--seen`, a table of further names, such as those of results
+that have been replaced since. The others' rows of data/people.csv go to data/people_fresh.csv, for the profile
+smollm2-135m-fresh.
 
-Single names of these people, or pairs of theirs, may have been read in prompts in which nothing was patched (accuracies
-in step 01, one-name prompts, prompts drawn for the rule, training prompts of autoencoders): the people do not suffice
-to keep them out of those, too. What is printed says how many are left of each superset; as a model knows six in ten of
-them, a quarter of those of a superset end up in quads at most.
+The people do not suffice for more: the two profiles' placebo pairs and unselected pairs would leave some 1,300 people,
+too few for 24 quads in each half, whereas some 2,100 as above give 30 (by the drawing of step 01 with a made-up model
+that knows as many people; of placebo quads, which need people of two regions, some 18 in all, so what rests on them
+stays untested). So names of fresh people may have been in placebo or unselected pairs of the default profile, in pairs
+of states of the repository in which quads were drawn by other rules, and in prompts in which nothing was patched.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pathlib import Path
 import pandas as pd
 
 ROOT = Path(__file__).resolve().parent.parent
-PATCHED, SELECTED_BY_NOTHING = ("pairs.parquet", "placebo.parquet"), "baselines.unselected.parquet"
+QUADS, PAIRS = ("pairs.parquet",), ("pairs.parquet", "placebo.parquet", "baselines.unselected.parquet")
 
 
 def in_pairs(folders: Sequence[Path], names: set[str], tables: Sequence[str]) -> set[str]:
@@ -42,13 +43,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("results", nargs="+", type=Path, help="results folders whose people are seen")
     parser.add_argument("--people", type=Path, default=ROOT / "data" / "people.csv")
-    parser.add_argument("--patched", action="store_true", help="people of pairs before any selection may be fresh")
+    parser.add_argument(
+        "--quads", nargs="+", type=Path, default=(), help="results folders whose quads' people are seen"
+    )
     parser.add_argument("--seen", type=Path, help="a CSV of further names, column `name`")
     parser.add_argument("--out", type=Path, default=ROOT / "data" / "people_fresh.csv")
     options = parser.parse_args(arguments)
     people = pd.read_csv(options.people, dtype=str, keep_default_na=False)
-    tables = PATCHED if options.patched else (*PATCHED, SELECTED_BY_NOTHING)
-    seen = in_pairs(options.results, set(people["name"]), tables)
+    names = set(people["name"])
+    seen = in_pairs(options.results, names, PAIRS) | in_pairs(options.quads, names, QUADS)
     seen |= set(pd.read_csv(options.seen, dtype=str)["name"]) if options.seen else set()
     fresh = people[~people["name"].isin(seen)]
     fresh.to_csv(options.out, index=False, lineterminator="\n")

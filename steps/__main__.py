@@ -86,6 +86,9 @@ class Build:
 def run(build: Build, until: str | None) -> None:
     """Every step in order, up to `until`; without it, the book as well. Prints the path of the book's first page."""
     wanted = PLAN.names if until is None else [*PLAN.before(PLAN[until].name), until]
+    own = build.of("story")
+    if own.fresh and len(wanted) > 1:  # step 01 draws pairs; what follows looks at them
+        fresh.open_once(own, build.fingerprint())
     for step in wanted:
         bring_up_to_date(build, step)
     if until is None:

@@ -52,6 +52,9 @@ def found():
     rows = [span(0.7 + 0.1 * (name == "artist"), kind="superset", group=name) for name in ("artist", "writer")]
     rows += [few(0.1, kind="profession", group="poet"), span(0.8, kind="profession", group="actor")]
     rows += [span(0.1, kind="template", group="profession_both"), span(0.7, kind="template", group="both_famous")]
+    rows = [row | {"quantity": "damage"} for row in rows] + [
+        span(0.1, kind="superset", group="artist", quantity="mirror")
+    ]
     coarse = {name: span(0.9) for name in ("critical_layers", "one_layer", "middle_layers")}
     return {
         "baselines": {"accuracy": accuracy, "measured": {"fame": span(0.1)}, "able": {
@@ -83,7 +86,8 @@ def found():
         "generality": {
             "classes": rows, "leave_one_out": rows[:2], "interaction": {"why": "one class"}, "controls": controls(),
             "rule": {"ratio": span(0.0, 0.1), "fitted": [span(2.0, term="one name")]}},
-        "subspace": {"measured": {"profession_at_names": span(0.2), "superset_at_last": span(0.02),
+        "subspace": {"measured": {"profession_at_names": span(0.2, above_permuted=True),
+                                  "superset_at_last": span(0.02, above_permuted=True),
                                   "low_rank": {"estimate": 0.25, "below_permuted": True}}, "directions": {
             "restores": True, "by_number": [span(0.8, method="class difference", k=1)]
             + [span(value, method="class means", k=k) for k, value in ((1, 0.3), (4, 0.9))],
@@ -427,7 +431,7 @@ def test_a_slice_must_restore_the_answer_as_a_single_site_must(tmp_path):
 
 def test_each_verdict_says_what_kind_of_evidence_it_is(tmp_path):
     own = judged(tmp_path)
-    assert own["general_supersets"].came == "before" and own["general_supersets"].tier == claims.HALF
+    assert own["general_supersets"].came == "after" and own["general_supersets"].tier == claims.EXPLORATORY
     assert own["one_layer"].came == "after" and own["one_layer"].tier == claims.EXPLORATORY
     assert own["class_specific"].tier is None  # not testable
     assert story.when(own["one_layer"]) == "set after results (2cdf8c6, results of d637c5d seen): exploratory"
@@ -486,13 +490,13 @@ def asked_of_fresh_people(folder, what, **changed):
     return own, story_params(folder).model_copy(update={"fresh_claims": names["fresh_claims"]})
 
 
-def test_fresh_people_decide_what_was_set_after(tmp_path):
+def test_fresh_people_decide_what_was_set_after(tmp_path, monkeypatch):
+    earlier = claims.CAME["neutral"].model_copy(update={"word": "before"})
+    monkeypatch.setitem(claims.CAME, "neutral", earlier)  # one that came before, to set beside
     what = found()
     what["coarse_sweep"]["measured"]["one_layer"] = span(0.3)
     what["coarse_sweep"]["measured"]["critical_layers"] = few(0.9)
-    what["generality"]["classes"] = [
-        span(0.1, kind=row["kind"], group=row["group"]) for row in found()["generality"]["classes"]
-    ]
+    what["generality"]["classes"] = [row | span(0.1) for row in found()["generality"]["classes"]]
     asked, own = asked_of_fresh_people(tmp_path, what)
     entries = claims.ledger(found(), PLAN, own)
     assert fresh.confirm(entries, own).startswith("No fresh people have been asked yet")
@@ -503,7 +507,9 @@ def test_fresh_people_decide_what_was_set_after(tmp_path):
     )
     one = by_name["one_layer"]
     assert (one.alone, one.here, one.verdict, one.tier) == (SUPPORTED, SUPPORTED, NOT_SUPPORTED, claims.FRESH)
-    general = by_name["general_supersets"]  # set before: the confirmation half decides, and fresh people stand beside
+    general = by_name[
+        "general_supersets"
+    ]  # as if set before: the confirmation half decides, and fresh people stand beside
     assert (general.verdict, general.tier, general.fresh.verdict) == (SUPPORTED, claims.HALF, NOT_SUPPORTED)
     untested = by_name["critical_layers"]
     assert (untested.verdict, untested.tier, untested.fresh.verdict) == (SUPPORTED, claims.EXPLORATORY, NOT_TESTABLE)
@@ -574,6 +580,19 @@ def test_fresh_people_are_asked_what_the_other_books_of_their_model_claim():
     for name in ("smollm2-135m", "smollm2-135m-quick"):
         assert Build(name).of("story").fresh_claims == asked.fresh_claims and not Build(name).of("story").fresh
         assert fingerprint(name, left_out=asked.left_out) == fingerprint(asked.profile)
+
+
+def test_steps_do_not_look_at_fresh_people_before_rules_are_frozen(tmp_path, monkeypatch, capsys):
+    given = params.load_profile("smollm2-135m-fresh") | {"results_dir": str(tmp_path), "people_file": "data/people.csv"}
+    given["story"].pop("frozen", None)
+    ran = []
+    monkeypatch.setattr(params, "load_profile", lambda name: given)
+    monkeypatch.setattr("steps.__main__.bring_up_to_date", lambda build, step: ran.append(step))
+    asked = ["run", "coarse_sweep", "--profile", given["profile"]]
+    assert main(asked) == 1 and "under frozen rules alone" in capsys.readouterr().err and not ran
+    assert main(["run", "baselines", *asked[2:]]) == 0 and ran == ["baselines"]
+    given["story"]["frozen"] = Build(given["profile"]).fingerprint()
+    assert main(asked) == 0 and ran[1:] == ["baselines", "coarse_sweep"] and (tmp_path / fresh.OPENED).is_file()
 
 
 def test_only_a_run_on_fresh_people_is_written_down(tmp_path):
@@ -652,6 +671,8 @@ def test_the_circuit_in_three_sentences_by_the_verdicts(tmp_path):
     assert "supported by itself, but not when all claims" in story.outline(alone, what)[0]
     assert "not tested, for want of quads: the slice (5.3 and mlp 7) at the last token is enough" in road
     assert "bring the answer back (0.99)" in road and "tokens between (laid down in layers 4 and 5) (0.20 [" in road
+    what["coarse_sweep"]["between"]["fills"] = []
+    assert "at the tokens between (0.20 [" in story.outline([*judged(tmp_path, what).values()], what)[1]
     unable = [entry.model_copy(update={"estimate": None}) for entry in judged(tmp_path, what).values()]
     assert "not testable here is whether the slice (5.3 and mlp 7)" in story.outline(unable, what)[1]
 
@@ -765,18 +786,22 @@ def test_fame_and_flips_come_from_their_tables(tmp_path):
     assert flipped.estimate == 0.5 and flipped.n == 40 and flipped.low < 0.5 < flipped.high
 
 
-def test_probes_stand_beside_permuted_labels_at_the_slices_layer():
+def test_probes_stand_beside_the_better_baseline_at_the_slices_layer():
     key = {"kind": "pair", "target": "superset", "position": "last"}
+    above = {f"beyond{end}": value for end, value in (("", 0.5), ("_low", 0.4), ("_high", 0.6))}
     row = key | {"layer": 5, "low rank": True, "rank needed": 2, "cap": 4}
     found = {
         "probes": {
-            "accuracy": [key | {"layer": 4} | span(0.1), key | {"layer": 5} | span(0.9)],
+            "accuracy": [key | above | {"layer": 4} | span(0.1), key | above | {"layer": 5} | span(0.9)],
             "thresholds": [key | {"threshold": 0.3}],
         },
         "rank": {"layer": 5, "verdicts": [row | {"effective rank": 2, "permuted effective rank": 1.5}]},
     }
     out = story.probes(None, found)
-    assert out["superset_at_last"] == pytest.approx(span(0.6)) and "why" in out["profession_at_names"]
+    wanted = {"estimate": 0.5, "low": 0.4, "high": 0.6, "above_permuted": True}
+    assert out["superset_at_last"] == wanted and "why" in out["profession_at_names"]
+    found["probes"]["thresholds"][0]["threshold"] = 0.9  # the interval goes down to below it
+    assert not story.probes(None, found)["superset_at_last"]["above_permuted"]
     assert out["low_rank"] == {"estimate": 0.5, "below_permuted": False}
     found["rank"]["verdicts"][0]["low rank"] = None
     assert "why" in story.probes(None, found)["low_rank"]

@@ -250,7 +250,8 @@ def part(quads):
     known = pd.DataFrame({"method": ["class means", "component", "rotation"], "k": [0, 0, 1], "layer": 21,
                           "variance": 2.0, "between": 0.5, "prompts": 80, "half": "discovery"})  # fmt: skip
     by_layer, nothing = measure.layer_table(scan, [21], PARAMS), pd.DataFrame()
-    m = measure.Measured([21], (), nothing, nothing, pairs, by_layer, 21, known, patches, moved, frame, kinds, {})
+    read, rest = ([21], (), nothing, nothing, nothing), ({}, nothing, nothing, None)
+    m = measure.Measured(*read, pairs, by_layer, 21, known, patches, moved, frame, kinds, *rest)
     numbers = directions_page.numbers(m, PARAMS)
     for draw in ("layer", "number", "split", "dose", "transfer"):
         getattr(directions_page, f"{draw}_figure")(numbers)._repr_mimebundle_()

@@ -22,7 +22,11 @@ def test_who_is_in_no_pair_is_left(tmp_path, capsys):
     assert pd.read_csv(tmp_path / "fresh.csv")["name"].tolist() == ["B", "C"]
     assert (tmp_path / "fresh.csv").read_text().splitlines()[0] == "name,superset,century"
     assert "2 of 6 people are in none of these pairs: 2 artists" in capsys.readouterr().out
-    fresh_people.main([str(results), "--patched", *files])
-    assert pd.read_csv(tmp_path / "fresh.csv")["name"].tolist() == ["B", "C", "E"]
+    other = tmp_path / "other"
+    other.mkdir()
+    pd.DataFrame({"clean_b": ["B"]}).to_parquet(other / "pairs.parquet")
+    pd.DataFrame({"clean_b": ["C"]}).to_parquet(other / "placebo.parquet")
+    fresh_people.main([str(results), "--quads", str(other), *files])
+    assert pd.read_csv(tmp_path / "fresh.csv")["name"].tolist() == ["C"]
     with pytest.raises(SystemExit, match=r"has no pairs\.parquet"):
         fresh_people.main([str(tmp_path), *files])

@@ -10,10 +10,11 @@ import pytest
 
 from lib.hooks import Site
 from lib.tasks import SUPERSETS
+from pipeline import params
 from report.words import of_row
-from steps.generality import controls_page, name_rule, page
+from steps.generality import controls_page, name_rule, page, placebo, placebo_page
 from steps.generality.class_circuits import Circuit
-from steps.generality.measure import Generality
+from steps.generality.measure import WHOLE, Generality
 
 PARAMS = Generality(model="config:none", resamples=200, flips=200)
 
@@ -53,6 +54,27 @@ def made_joint(grid: pd.DataFrame, effect, seed: int = 0) -> pd.DataFrame:
     return pd.concat(frames, ignore_index=True)
 
 
+def made_needed(grid: pd.DataFrame, share: float, ceiling: float = 0.5) -> pd.DataFrame:
+    """Records of a class-neutral ablation: of the whole final residual, which takes `ceiling` of the gap away, and of a
+    set of sites that takes away `share` of that."""
+    kinds = {WHOLE: ceiling, 0: share * ceiling}
+    parts = [made_joint(grid, lambda *_, lost=lost: lost, 7).assign(site_set=place) for place, lost in kinds.items()]
+    frame = pd.concat(parts)
+    return frame[frame["direction"] == "noise"].assign(ablation="resample")
+
+
+def test_damage_is_a_share_of_what_the_ablation_can_take_away_and_the_counterfactual_one_stands_apart():
+    grid = made_grid(3)
+    joint = pd.concat([made_joint(grid, lambda *_: 0.9), made_needed(grid, 0.7)])
+    found = {row["quantity"]: row["estimate"] for row in page.both_ways(joint, PARAMS)}
+    assert found == pytest.approx({"damage": 0.7, "recovery": 0.9, "counterfactual damage": 0.9}, abs=0.05)
+    own = joint[joint["ablation"] == "resample"]
+    lost = (own["logit_diff_before"] - own["logit_diff_after"]).groupby(own["site_set"]).sum()
+    assert found["damage"] == pytest.approx(lost[0] / lost[WHOLE])
+    nothing = pd.concat([made_joint(grid, lambda *_: 0.9), made_needed(grid, 0.7, ceiling=-0.1)])
+    assert np.isnan(page.both_ways(nothing, PARAMS)[0]["estimate"]), "no ceiling, no share"
+
+
 def test_groups_recover_what_was_put_in_and_keep_classes_of_few_quads():
     grid = made_grid(6)
     rare = made_grid(3, ("artist", "writer")).assign(answer="scientist", corrupt_answer="writer")
@@ -61,10 +83,11 @@ def test_groups_recover_what_was_put_in_and_keep_classes_of_few_quads():
     )
     planted = {"artist": 0.9, "athlete": 0.4}
     joint = made_joint(grid, lambda answer, direction: planted.get(answer, 0.7) - 0.1 * (direction == "noise"))
+    joint = pd.concat([joint, made_needed(grid, 0.7)])
     table = page.groups(page.with_pairs(joint, grid), PARAMS).set_index(["kind", "group", "quantity"])
     assert table.loc[("superset", "artist", "recovery"), "estimate"] == pytest.approx(0.9, abs=0.05)
-    assert table.loc[("superset", "artist", "damage"), "estimate"] == pytest.approx(0.8, abs=0.05)
-    assert table.loc[("superset", "athlete", "damage"), "estimate"] == pytest.approx(0.3, abs=0.05)
+    assert table.loc[("superset", "artist", page.MIRRORED), "estimate"] == pytest.approx(0.8, abs=0.05)
+    assert table.loc[("superset", "athlete", page.MIRRORED), "estimate"] == pytest.approx(0.3, abs=0.05)
     for name, quads in (("artist", 24), ("scientist", 3)):
         row = table.loc[("superset", name, "damage")]
         assert row["quads"] == quads and np.isnan(row["low"]) == (quads < 20) and np.isfinite(row["estimate"])
@@ -92,6 +115,7 @@ def held_out(superset: str, low: float) -> list[dict]:
 
 
 def spoken(verdict: page.Verdict, circuits: pd.DataFrame, p: float = 0.001) -> str:
+    assert "general" not in verdict.verdict  # a word that says something else of placebo pairs
     sites = pd.DataFrame({"sure": [True, True, False]})
     tables = SimpleNamespace(circuits=circuits, interaction=(SimpleNamespace(p_overall=p), sites, ""))
     return page.verdict_sentence(verdict, tables, PARAMS)
@@ -101,26 +125,27 @@ def test_general_means_every_class_and_every_circuit_that_did_not_see_it():
     classes = pd.DataFrame([row for name in SUPERSETS for row in both("superset", name, 0.6)])
     circuits = pd.DataFrame([row for name in SUPERSETS for row in held_out(name, 0.55)])
     good = page.decide(classes, circuits, PARAMS)
-    assert good.verdict == "general" and good.tested == list(SUPERSETS) and good.failing.empty
-    assert "Verdict: the slice as a whole is general" in spoken(good, circuits)
-    assert "those of 2 differ between supersets" in spoken(good, circuits) and "differ" not in spoken(
-        good, circuits, 0.5
-    )
+    assert good.verdict == page.EVERY and good.tested == list(SUPERSETS) and good.failing.empty
+    assert "Verdict: the slice as a whole carries every superset" in spoken(good, circuits)
+    assert "not do so alike: the shares of 2 differ" in spoken(good, circuits)
+    assert "differ" not in spoken(good, circuits, 0.5)
 
     weak = classes.copy()
     weak.loc[(weak["group"] == "writer") & (weak["quantity"] == "recovery"), "low"] = 0.49
     bad = page.decide(weak, circuits, PARAMS)
     sentence = spoken(bad, circuits)
-    assert bad.verdict == "class-specific" and "the slice in writer (recovery" in sentence and "artist" not in sentence
+    assert bad.verdict == page.NOT_EVERY and "the slice in writer (recovery" in sentence and "artist" not in sentence
 
     blind = circuits.copy()
     blind.loc[(blind["superset"] == "artist") & (blind["kind"] == "without"), "low"] = 0.2
     bad = page.decide(classes, blind, PARAMS)
-    assert bad.verdict == "class-specific" and set(bad.failing["superset"]) == {"artist"}
+    assert bad.verdict == page.NOT_EVERY and set(bad.failing["superset"]) == {"artist"}
     assert "picked without it in artist" in spoken(bad, blind)
+    mirrored = pd.DataFrame([row | {"quantity": page.MIRRORED, "low": 0.1} for row in classes.to_dict("records")])
+    assert page.decide(pd.concat([classes, mirrored]), circuits, PARAMS).verdict == page.EVERY
     own = circuits.copy()
     own.loc[own["kind"] == "only", "low"] = 0.1  # a class's own circuit decides nothing
-    assert page.decide(classes, own, PARAMS).verdict == "general"
+    assert page.decide(classes, own, PARAMS).verdict == page.EVERY
 
 
 def test_a_class_of_few_quads_is_named_and_decides_nothing():
@@ -128,30 +153,35 @@ def test_a_class_of_few_quads_is_named_and_decides_nothing():
         [row for name in SUPERSETS for row in both("superset", name, 0.6 if name != "writer" else np.nan)]
     )
     verdict = page.decide(classes, pd.DataFrame(), PARAMS)
-    assert verdict.verdict == "general" and verdict.untested == ["writer"]
+    assert verdict.verdict == page.EVERY and verdict.untested == ["writer"]
     sentence = spoken(verdict, pd.DataFrame())
     assert "Too few quads for an interval: writer" in sentence and "were not there to test" in sentence
     nothing = page.decide(classes.assign(low=np.nan), pd.DataFrame(), PARAMS)
-    assert nothing.verdict == "not testable here" and nothing.untested == list(SUPERSETS)
+    assert nothing.verdict == page.UNTESTABLE and nothing.untested == list(SUPERSETS)
 
 
 def test_a_circuit_that_could_not_be_picked_keeps_its_rows():
     grid = made_grid(3)
     for_artists = made_joint(grid, lambda answer, _: 0.6 if answer == "artist" else 0.2, 1).assign(site_set=1)
-    joint = pd.concat([made_joint(grid, lambda *_: 0.8), for_artists])
+    needed = made_needed(grid, 0.5)
+    joint = pd.concat(
+        [made_joint(grid, lambda *_: 0.8), for_artists, needed, needed[needed["site_set"] == 0].assign(site_set=1)]
+    )
     empty = Circuit("without", "artist", (), ())
     found = Circuit("only", "artist", ("a",), (Site(1, "mlp"), Site(2, "mlp")), 1, True)
     joint, sites = page.with_pairs(joint, grid), [Site(1, "mlp"), Site(3, "head", 0)]
     table = page.circuit_table(joint, [empty, found], sites, PARAMS)
-    assert table["estimate"].isna().tolist() == [True, True, False, False]
-    assert table["estimate"].iloc[2] == pytest.approx(0.6, abs=0.1) and table["size"].tolist() == [0, 0, 1, 1]
-    assert table["overlap"].iloc[2] == pytest.approx(1 / 2)  # mlp 1 of mlp 1 and 3.0
+    assert table["estimate"].isna().tolist() == [True] * 3 + [False] * 3
+    assert table["size"].tolist() == [0] * 3 + [1] * 3
+    assert table["estimate"].iloc[3:].tolist() == pytest.approx([0.5, 0.6, 0.6], abs=0.1)
+    assert table["overlap"].iloc[3] == pytest.approx(1 / 2)  # mlp 1 of mlp 1 and 3.0
     moved = page.transfer(joint, [empty, found], PARAMS)
     assert set(moved["picked_on"]) == {"the slice", "artist"} and set(moved["tested_on"]) == set(SUPERSETS)
     moved = moved.set_index(["picked_on", "tested_on", "quantity"])["estimate"]
-    assert moved["artist", "artist", "damage"] == pytest.approx(0.6, abs=0.1)
+    assert moved["artist", "artist", page.MIRRORED] == pytest.approx(0.6, abs=0.1)
     assert moved["artist", "writer", "recovery"] == pytest.approx(0.2, abs=0.1)
-    assert moved["the slice", "writer", "damage"] == pytest.approx(0.8, abs=0.1)
+    assert moved["the slice", "writer", "damage"] == pytest.approx(0.5, abs=0.1)
+    assert moved["the slice", "writer", page.MIRRORED] == pytest.approx(0.8, abs=0.1)
 
 
 def test_a_site_that_serves_one_class_alone_shows_as_interaction_and_one_that_serves_all_does_not():
@@ -168,9 +198,89 @@ def test_a_site_that_serves_one_class_alone_shows_as_interaction_and_one_that_se
     assert sites["sure"].sum() == 1
     few = made_grid(1)
     test, _, why = page.interaction(page.with_pairs(frame[frame["pair_id"].isin(few["pair_id"])], few), every, PARAMS)
-    assert test is None and "units" in why
+    assert test is None and why.startswith("it takes two supersets that are each in 10 quads or more, and the best")
     test, _, why = page.interaction(page.with_pairs(frame, grid), [Site(0, "head", 0), Site(5, "mlp")], PARAMS)
     assert test is None and "fewer than two sites" in why
+
+
+def test_no_site_is_marked_where_the_quads_are_too_few_for_a_test():
+    quads = [f"q{n}" for n in range(10)]
+    assert (
+        page.untestable(["artist"] * 10 + ["writer"] * 10, quads * 2, np.ones(20))
+        == "10 quads are too few (20 are needed)"
+    )
+    assert page.untestable(["artist"] * 10 + ["writer"] * 10, [*quads, *map(str.upper, quads)], np.ones(20)) == ""
+    assert "artist answers have no gap above zero" in page.untestable(
+        ["artist", "writer"], ["a", "b"], np.array([-1, 1])
+    )
+
+
+# --- the placebo
+
+
+def made_placebo(shares: dict[str, float], quads: int, template: str = "profession_both") -> pd.DataFrame:
+    """Placebo records of the slice: of each class, `quads` quads whose gap it recovers a share of."""
+    parts = []
+    for name, share in shares.items():
+        grid = made_grid(quads, ("x", "y")).assign(template=template)
+        grid["pair_id"], grid["quad_id"] = (name + grid[column] for column in ("pair_id", "quad_id"))
+        own = made_joint(grid, lambda *_, share=share: share, seed=len(parts))
+        parts.append(own[own["direction"] == "denoise"].assign(shared=name, attribute="region"))
+    return pd.concat(parts, ignore_index=True)
+
+
+def test_a_class_is_specific_or_not_by_its_own_two_shares():
+    grid = made_grid(8)
+    joint = page.with_pairs(made_joint(grid, lambda *_: 0.8), grid)
+    frame = pd.concat([made_placebo({"artist": 0.1, "writer": 0.7}, 25), made_placebo({"athlete": 0.8}, 6)])
+    idle = frame.assign(site_set=1, logit_diff_after=frame["logit_diff_before"])
+    none = joint.assign(site_set=1, logit_diff_after=joint["logit_diff_before"])
+    joint, frame = pd.concat([joint, none]), pd.concat([frame, idle])
+    rows = placebo.specificity(joint, frame, {placebo.SLICE: [0], placebo.RANDOM: [1]}, PARAMS)
+    own = rows[rows["set"] == placebo.SLICE].set_index("group")
+    assert own.loc["artist", "quotient_estimate"] == pytest.approx(0.1 / 0.8, abs=0.05)
+    assert own["verdict"].to_dict() == {
+        "all pairs": "open",
+        "artist": "specific",
+        "athlete": None,
+        "writer": "general",
+    }
+    assert own.loc["athlete", ["quads", "placebo_quads"]].tolist() == [32, 6]
+    every = frame[frame["site_set"] == 0]
+    whole = (every["logit_diff_after"] - every["logit_diff_before"]).sum()
+    whole /= (every["logit_diff_clean"] - every["logit_diff_corrupt"]).sum()
+    assert own.loc["all pairs", "placebo_estimate"] == pytest.approx(whole)
+    random = rows[rows["set"] == placebo.RANDOM].set_index("group").loc["all pairs"]
+    assert random["estimate"] == random["placebo_estimate"] == 0
+    text = " ".join(placebo_page.sentences(rows, PARAMS))
+    least = placebo_page.quotient(next(rows[rows["group"] == "artist"].itertuples()))
+    assert "the slice is specific in artist; not specific in writer." in text
+    assert f"in the same class is smallest in artist ({least}) and largest in athlete" in text
+    assert "the slice is untested in athlete: 20 quads are needed, and there are as few as 6." in text
+    assert "Random heads of the slice's layers recover 0.00 [0.00, 0.00] of that gap" in text
+    shown = placebo_page.table(rows)
+    assert len(shown) == len(rows) and not shown.isna().any(axis=None) and placebo_page.figure(rows) is not None
+
+
+def test_placebo_quads_are_those_kept_and_of_the_right_sign_in_the_other_template_too():
+    pairs = pd.DataFrame(
+        {"pair_id": ["a", "b", "c"], "attribute": "region", "shared": "artist", "kept": [True, False, True]}
+    )
+    frame = pd.DataFrame({"pair_id": ["a@t", "b@t", "c@t", "a@u", "c@u"], "template": list("tttuu")})
+    frame = frame.assign(quad_id=frame["pair_id"].str[0], logit_diff_clean=[1, 1, 1, -1, 1], logit_diff_corrupt=0.0)
+    assert placebo.of_quads(frame, pairs, 0.01)["pair_id"].tolist() == ["a@t", "c@t", "c@u"]
+    assert placebo.of_quads(frame, pairs.assign(kept=False), 0.01).empty
+    assert placebo.specificity(frame, frame.drop(columns="quad_id").head(0), {placebo.SLICE: [0]}, PARAMS).empty
+    assert (
+        placebo_page.sentences(pd.DataFrame(), PARAMS) == [placebo_page.NONE]
+        and placebo_page.figure(pd.DataFrame()) is None
+    )
+
+
+def test_what_is_specific_means_the_same_on_pages_04_and_07():
+    for name in params.profiles():
+        given = params.load_profile(name)
+        assert given["generality"]["specific_ratio"] == given["sufficiency"]["specific_ratio"], name
 
 
 # --- controls
@@ -282,12 +392,12 @@ def test_rule_lines_are_the_least_squares_fits_to_the_two_steps():
 STEP = SimpleNamespace(params=PARAMS, record={})
 COUNTED = {"template": "profession_both", "possible": 9, "aligned": 9, "asked": 9, "left": 8, "quads": 4, "why": ""}
 NONE_LEFT = {"template": "both_famous", "aligned": 0, "asked": 0, "left": 0, "quads": 0, "why": "tokens differ"}
-MEASURED = SimpleNamespace(counts=[COUNTED, COUNTED | NONE_LEFT], mirrored=8)
+MEASURED = SimpleNamespace(counts=[COUNTED, COUNTED | NONE_LEFT], judge="resample")
 
 
 def made_tables(quads: int) -> page.Tables:
     grid, every = made_grid(quads), [Site(0, "head", head) for head in range(4)]
-    joint = page.with_pairs(made_joint(grid, lambda *_: 0.8), grid)
+    joint = page.with_pairs(pd.concat([made_joint(grid, lambda *_: 0.8), made_needed(grid, 0.7)]), grid)
     alone = [
         made_joint(grid, lambda *_: 0.3, seed=head).assign(layer=0, component="head", head=head) for head in range(4)
     ]
@@ -304,6 +414,7 @@ def made_tables(quads: int) -> page.Tables:
         interaction=page.interaction(alone, every, PARAMS),
         circuits=page.circuit_table(joint, circuits, [Site(0, "mlp")], PARAMS),
         transfer=page.transfer(joint, circuits, PARAMS),
+        specific=placebo.specificity(joint, made_placebo({"artist": 0.3}, 4 * quads), {placebo.SLICE: [0]}, PARAMS),
         candidates=candidates,
         controls=verdicts,
         leaders=controls_page.leaders(changes, PARAMS),
@@ -317,18 +428,30 @@ def test_every_sentence_is_made_and_every_figure_drawn_however_little_there_is(q
     found = page.numbers(STEP, MEASURED, tables)
     text = " ".join(found["sentences"])
     assert not re.search(r"\bnan\b", text) and "0 in 0 quads have a gap" in text and "tokens differ" in text
-    row = tables.groups.query("kind == 'all' and quantity == 'damage'").iloc[0]
-    assert f"damage is {of_row(row)}" in text  # the number in the sentence is the table's
-    words = {"general": "as a whole is general", "class-specific": "not shown to be general", "not testable here": ""}
-    assert words[found["verdict"]] in text
-    assert ("no superset has enough quads" in text) == (quads == 1)
+    words = {
+        "damage": "takes away {} of what",
+        "recovery": "recover {} of",
+        page.MIRRORED: "Counterfactual damage is {}",
+    }
+    for quantity, said in words.items():  # the number in the sentence is the table's
+        row = tables.groups[(tables.groups["kind"] == "all") & (tables.groups["quantity"] == quantity)].iloc[0]
+        assert said.format(of_row(row)) in text
+    assert {page.EVERY: "as a whole carries every", page.NOT_EVERY: "not shown", page.UNTESTABLE: ""}[
+        found["verdict"]
+    ] in text
+    assert ("none has enough quads" in text) == (quads == 1)
+    lowest = tables.groups.query("kind == 'superset' and quantity == 'recovery'").sort_values("estimate").iloc[0]
+    assert f"By superset, joint recovery runs from {of_row(lowest)} ({lowest['group']}) to " in text
+    assert "Without artist, scientist, athlete, politician and writer no circuit could be picked" in text
+    shown = controls_page.verdict_table(tables.controls)
+    assert not shown.isna().any(axis=None) and not shown.isin(["nan", "None"]).any(axis=None)
     assert page.by_group(STEP, tables, ["profession"]) is not None and page.by_group(STEP, tables, ["none"]) is None
     for draw in (page.by_group, page.left_out):
         assert draw(STEP, tables) is not None
     for draw in (page.site_figure, page.transfer_figure, page.site_table, page.interaction_table, page.circuits):
         assert draw(tables) is not None
     shown = page.circuits(tables)
-    assert len(shown) == len(tables.circuits) / 2 and not shown.index.has_duplicates
+    assert len(shown) == len(tables.circuits) / 3 and not shown.index.has_duplicates
     for row in tables.circuits.itertuples():  # each number stands beside its own circuit
         assert shown.loc[(row.superset, row.kind), row.quantity] == of_row(row)
     assert controls_page.figure(tables.candidates, 0.2) is not None
@@ -336,11 +459,11 @@ def test_every_sentence_is_made_and_every_figure_drawn_however_little_there_is(q
 
 
 def test_without_controls_circuits_or_rule_the_page_says_so():
-    nothing = dict.fromkeys(("circuits", "transfer", "candidates", "controls", "leaders"), pd.DataFrame())
+    nothing = dict.fromkeys(("circuits", "transfer", "candidates", "controls", "leaders", "specific"), pd.DataFrame())
     tables = made_tables(1)._replace(**nothing, rule=None)
     found = page.numbers(STEP, MEASURED, tables)
     text = " ".join(found["sentences"])
-    for said in ("No circuits were picked", "The controls were not run", "The rule was not read"):
+    for said in ("No circuits were picked", "The controls were not run", "The rule was not read", placebo_page.NONE):
         assert said in text
     assert found["leave_one_out"] == [] and found["rule"] is None
     assert page.left_out(STEP, tables) is page.transfer_figure(tables) is name_rule.figure(None, None) is None
@@ -359,5 +482,13 @@ def test_the_rule_is_said_with_its_numbers():
     fit = name_rule.compare(pd.DataFrame(rows), PARAMS)
     text = " ".join(name_rule.sentences(fit).values())
     assert "additive predicts best" in text and "two names by 4.0" in text
+    assert "of the first's: this leaves room for additive (1)." in text
+    for ratio, said in (
+        ((0.5, 0.3, 0.7), "neither additive (1) nor OR (0) is exact"),
+        ((0.5, None, None), "not testable"),
+    ):
+        span = SimpleNamespace(**dict(zip(("estimate", "low", "high"), ratio, strict=True)))
+        assert said in name_rule.exact_sentence(SimpleNamespace(ratio=span, reason="few"))
+    assert "cannot be said" in name_rule.exact_sentence(SimpleNamespace(ratio=None))
     assert name_rule.lines(fit, pd.DataFrame(rows))["additive"][2] == pytest.approx(4, abs=0.1)
     assert name_rule.figure(fit, pd.DataFrame(rows)) is not None

@@ -17,7 +17,7 @@ from pipeline import step as steps
 from pipeline.params import ROOT
 from pipeline.step import single_sites
 from pipeline.units import Unit
-from steps.generality import class_circuits, controls, grid, measure, name_rule_prompts
+from steps.generality import class_circuits, controls, grid, measure, name_rule_prompts, placebo
 from steps.generality.class_circuits import Circuit
 from steps.registry import PLAN
 from tests.test_sweep import PAIRS, plain
@@ -308,6 +308,64 @@ def test_a_control_prompt_is_ablated_by_the_mean_of_ordinary_prompts_balanced_ov
     own = changed[(changed["pair_id"] == pairs[0].pair_id) & (changed["number"] == 0)].set_index("ablation")
     assert own.loc["mean", "after"] == pytest.approx(expected.detach().numpy(), abs=1e-3)
     assert own.loc["mean", "before"] == pytest.approx(kept(pairs[0].clean)[1].detach().numpy(), abs=1e-3)
+
+
+def test_damage_is_by_a_mean_of_both_classes_where_no_third_gives_a_resample_and_its_ceiling_is_the_last_residual(
+    own_pairs, smollm
+):
+    step, table, _ = own_pairs
+    pairs = [prompt for prompt in step.prompts(table) if prompt.template == "profession_both"][:5]
+    frame, judge = measure.neutral(step, pairs, [(Site(21, "head", 6),)])
+    assert judge == "mean" and set(frame["site_set"]) == {0, measure.WHOLE} and set(frame["direction"]) == {"noise"}
+    last, place = Site(smollm.n_layers - 1, "resid"), [len(pairs[0].clean.ids) - 1]
+
+    def kept(ids):
+        with hooks.capture(smollm, [last], place) as seen:
+            plain(smollm, ids)
+        return seen[last]
+
+    plain.cache_clear()
+    sides = ([kept(getattr(pair, side).ids) for pair in pairs[1:]] for side in ("clean", "corrupt"))
+    mean = torch.stack([torch.cat(own).mean(0, keepdim=True) for own in sides]).mean(0)
+    plain.cache_clear()
+    with hooks.patch(smollm, {last: mean}, place):
+        logits = smollm.model(torch.tensor([pairs[0].clean.ids])).logits[0, -1]
+    answers = [pairs[0].clean_tokens[index] for index in (pairs[0].answer, pairs[0].corrupt_answer)]
+    whole = frame[(frame["pair_id"] == pairs[0].pair_id) & (frame["site_set"] == measure.WHOLE)]
+    expected = (logits[answers[0]] - logits[answers[1]]).item()
+    assert whole["logit_diff_after"].item() == pytest.approx(expected, abs=1e-3)
+    alone = [replace(pairs[0], pair_id="x", quad_id="x")]
+    assert measure.neutral(step, alone, [(Site(21, "head", 6),)]) == (None, None)  # nobody lends it anything
+
+
+def test_placebo_pairs_are_asked_in_every_template_and_attributes_do_not_share_a_unit(smollm_tokenizer):
+    rows = [
+        {
+            "pair_id": f"{kind}{n}",
+            "quad_id": f"{kind}{n}",
+            "half": "confirmation",
+            "task": "superset",
+            "attribute": kind,
+        }
+        | dict(zip(("clean_a", "clean_b", "corrupt_a", "corrupt_b"), names, strict=True))
+        | {"template": "profession_both", "answer": answer, "corrupt_answer": other}
+        for n, names in enumerate([("Brad Pitt", "Bob Dylan", "Hugh Grant", "Elton John")] * 3)
+        for kind, answer, other in (("region", "North America", "Europe"), ("gender", "male", "female"))
+    ]
+    given = params.load_profile("smoke")
+    own = SimpleNamespace(
+        params=params.validate(PLAN.sections, "generality", given).model_copy(update={"placebo_pairs": 2}),
+        tokenizer=smollm_tokenizer,
+        placebo_pairs=lambda: pd.DataFrame(rows),
+        placebo=lambda: rows,
+        prompts=lambda table: [tasks.make_pair(smollm_tokenizer, row) for row in table.to_dict("records")],
+    )
+    pairs = placebo.pairs_of(own)
+    assert {pair.template for pair in pairs} == {"profession_both", "both_famous"} and len(pairs) == 2 * 2 * 2
+    assert all(pair.pair_id.endswith(f"@{pair.template}") and not pair.labels for pair in pairs)
+    units_ = placebo.units(own, pairs, [(Site(1, "mlp"),)])
+    assert len(units_) == 4 and all(len({pair.candidates for pair in unit.pairs}) == 1 for unit in units_)
+    assert placebo.pairs_of(SimpleNamespace(params=own.params, placebo=list)) == []
 
 
 def test_rule_rows_are_of_known_people_each_asked_once(own_pairs):

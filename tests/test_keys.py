@@ -140,7 +140,11 @@ EDITS = {
         set(STEPS),
         set(STEPS),
     ),
-    "whom the study asks": (lambda house: append(house / "pipeline/population.py", "\nEXTRA = 1\n"), ASKING, ASKING),
+    "whom the study asks": (
+        lambda house: append(house / "pipeline/population.py", "\nEXTRA = 1\n"),
+        ASKING | {"sufficiency"},  # lines its pairs up in other templates
+        ASKING | {"sufficiency"},
+    ),
     "the odd-one-out items": (
         lambda house: append(house / "data/odd_one_out.csv", "x\n"),
         {"baselines"},

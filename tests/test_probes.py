@@ -224,12 +224,52 @@ def test_readings_are_block_outputs_at_the_names_and_the_last_token(tiny):
             np.testing.assert_allclose(found["last"][0, place, index], kept[2], rtol=1e-4, atol=1e-5)
 
 
-def test_threshold_is_the_highest_permuted_accuracy_of_any_layer_and_first_layer_stays_above():
+def test_threshold_is_the_highest_permuted_accuracy_of_any_layer():
     about = {"folds": "people", "rank": -1, "kind": "pair", "target": "superset", "position": "last"}
     null = pd.DataFrame({"layer": [0, 0, 1, 1], "score": [0.1, 0.3, 0.4, 0.2], "labels": "permuted"} | about)
     assert (probes_page.nulls(null)["threshold"] == 0.4).all()
-    curve = pd.DataFrame({"layer": [0, 1, 2, 3], "estimate": [0.6, 0.3, 0.5, 0.9]})
-    assert probes_page.first_above(curve, 0.4) == 2 and probes_page.first_above(curve, 0.95) is None
+
+
+def test_baselines_find_what_is_in_the_metadata_or_the_letters_and_nothing_else():
+    rng = np.random.default_rng(0)
+    names = [f"{''.join(rng.choice(list('bdgklmnprst'), 6))}{CLASSES[i % 5][:3]}" for i in range(200)]
+    rows = pd.DataFrame({"item": names, "unit": names, "superset": [CLASSES[i % 5] for i in range(200)]})
+    own = made(rows.assign(people=[[n] for n in names]), kind="one-name")._replace(people=tuple((n,) for n in names))
+    about = {"name": names, "century": 20, "gender": "male", "region": rng.permutation(rows["superset"])}
+    seen = probes.seen_without_model(pd.DataFrame(about), own.people)
+    score = pd.concat(probes.baseline_folds(own, seen, 0)).groupby("baseline")["score"].mean()
+    assert score["letters"] > 0.9 and abs(score["metadata"] - 0.2) < 0.1
+    known = pd.DataFrame(about | {"name": [f"x{n}" for n in names], "region": rows["superset"]})
+    texts = [(f"x{n}"[:7],) for n in names]  # what tells the classes apart is cut off
+    seen = probes.seen_without_model(known.assign(name=[text for (text,) in texts]), texts)
+    frame = pd.concat(probes.baseline_folds(own, seen, 0))
+    score = frame.groupby("baseline")["score"].mean()
+    assert score["metadata"] == 1 and abs(score["letters"] - 0.2) < 0.1
+    assert set(frame["fold"]) == set(own.rows["fold"]) and len(frame) == 400
+    unknown = probes.seen_without_model(known, own.people)  # nobody is in the table
+    score = pd.concat(probes.baseline_folds(own, unknown, 0)).groupby("baseline")["score"].mean()
+    assert score["metadata"] == pytest.approx(0.2)
+
+
+def test_a_probe_is_set_against_the_better_baseline_prompt_by_prompt(separable):
+    pairs, people, near, far, table = separable
+    rows = pd.concat([pairs.rows.assign(kind="pair"), people.rows.assign(kind="one-name")])
+    rows = rows.assign(target="superset").drop(columns="superset")
+    right = np.random.default_rng(0).random(len(rows)) < 0.5
+    scores = pd.concat(
+        [rows.assign(baseline="letters", score=right * 1.0), rows.assign(baseline="metadata", score=0.2)]
+    )
+    best = probes_page.baseline_table(scores, P).set_index(["kind", "baseline"])
+    assert best["better"].tolist() == (best["estimate"] > 0.3).tolist() and best["better"].sum() == 2
+    curve = probes_page.curves(table.assign(position="last"), scores, P)
+    own = curve[curve["own"] & (curve["kind"] == "pair")].iloc[0]
+    half = right[:80].mean()
+    assert own["baseline"] == "letters" and own["beyond"] == pytest.approx(own["estimate"] - half)
+    assert own["beyond_low"] < own["beyond"] < own["beyond_high"] and own["beyond_low"] > 0
+    said = " ".join(probes_page.accuracy_sentences(curve, [3]))
+    assert "surely above the better baseline (letters) after 1 of 1 layers (the first is 3, the last 3)" in said
+    perfect = probes_page.curves(table, scores.assign(score=1.0), P)
+    assert "after 0 of 1 layers." in probes_page.accuracy_sentences(perfect, [3])[0]
 
 
 def test_clusters_follow_supersets_only_if_they_do():

@@ -299,6 +299,27 @@ def test_professions_come_from_the_table_or_from_people():
         outputs.professions_of(pd.DataFrame([row]), people)
 
 
+def test_baselines_are_the_same_classifier_on_what_is_known_without_the_model(tiny):
+    """A region of its own for each class tells the class; one that is the same for all tells nothing."""
+    model, (pairs, own) = tiny("llama"), many_pairs()
+    found = {}
+    for name in ("region", "nothing"):
+        known = {}
+        for key, at in own.items():
+            regions = at if name == "region" else dict.fromkeys(at, "Europe")
+            known[key] = {role: (f"N{key[0]}", regions[role], "20", "male") for role in at}
+        about = outputs.About(own, WORDS, (50, 51, 52, 53, 54), known)
+        table = outputs.table(model, pairs, about, [Site(2, "mlp")], "last", 0)
+        records.conform(table, outputs.OUTPUTS)
+        found[name] = table[table["component"].isin(outputs.BASELINES)].set_index("component")["told"]
+    assert found["region"].loc["metadata"].mean() == pytest.approx(2 / 3)
+    assert found["nothing"].loc["metadata"].mean() < 0.1 and found["region"].loc["letters"].notna().all()
+    people = pd.DataFrame({"name": ["Ann"], "region": ["Asia"], "century": [20], "gender": ["female"]})
+    row = {"pair_id": "p", "clean_a": "Ann", "clean_b": "Bo", "corrupt_a": "Cy", "corrupt_b": "Ann"}
+    said = outputs.described(pd.DataFrame([row]), people)["p", "clean"]
+    assert said == {"name_a": ("Ann", "Asia", "20", "female"), "name_b": ("Bo", "", "", "")}
+
+
 # --- the whole step ---
 
 

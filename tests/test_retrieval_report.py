@@ -146,10 +146,18 @@ def test_a_head_is_a_retrieval_head_only_if_it_passes_all_four_tests():
     found = page.verdicts(tests, m, pd.Series({"low": 0.7}), span(1.0, 0.5, 1.5))
     assert found["retrieval_heads"] == {"names": ["9.1"]} and found["two_stages"] and found["mlps_at_the_names"]
     assert "9.1 at `names`, of 2 heads" in page.verdict_sentences(found, tests)[0]
-    like_others = tables({GOOD: 1.0, BLIND: 0.012})[page.TESTS[1]]  # above chance, as half of the others are
-    both = page.four_tests(named(GOOD, BLIND), own | {page.TESTS[1]: like_others}, P).assign(role="names", inside=False)
-    assert page.passing(both)["9.2", "names"] == page.NOT_SUPPORTED
-    assert page.above_chance(both) == ["9.1 at `names`", "9.2 at `names`"] and len(page.above_chance(tests)) == 1
+    like_others = tables({GOOD: 1.0, BLIND: 0.012})[page.TESTS[1]]  # above zero, as half of the others are
+    for test, verdict in ((page.TESTS[1], page.SUPPORTED), (page.TESTS[2], page.NOT_SUPPORTED)):
+        both = page.four_tests(named(GOOD, BLIND), tables({GOOD: 1.0, BLIND: 1.0}) | {test: like_others}, P)
+        both = both.assign(role="names", inside=False)
+        assert page.passing(both)["9.2", "names"] == verdict  # a probe like others' is enough, a write is not
+    table = page.passes(both).set_index("head")
+    assert table.loc["9.1 at names", list(page.TESTS)].tolist() == ["yes"] * 5
+    assert table.loc["9.2 at names", page.TESTS[2]] == "no" and table["ranked among"].tolist() == [120, 120]
+    assert table["smallest p"].tolist() == pytest.approx([2 / 121] * 2)
+    said = page.test_sentences(both)
+    assert f"of 2: path 2, output tells the class 2, {page.TESTS[2]} 1, attends" in said[0]
+    assert "ranked among 120 to 120 other heads; the smallest p" in said[1] and "is 0.017." in said[1]
     deciding = pd.DataFrame(page.deciding(found, tests, None))  # claims are corrected anew, for the heads tried
     assert deciding.groupby("site")["p"].max()["9.1 at names"] == pytest.approx(1 / 121)
     shown = page.shown_tests(tests)
@@ -182,7 +190,8 @@ def test_nine_quads_are_not_testable_in_findings_sentences_and_verdicts():
     assert "9 quads, 20 needed" in page.senders_sentence(route, "names", P)
     m = measured(heads={"names": []}, routes={"slice at names": route})
     assert "not testable with 9 quads, 20 are needed" in page.ablation_sentences(m, P)[0]
-    assert "9.1 at `names` (not testable in any)" in page.test_sentences(tests)[0]
+    assert "pass each test, of 1: path 0 (1 not testable)" in page.test_sentences(tests)[0]
+    assert set(page.passes(tests)[list(page.TESTS)].iloc[0]) == {"9 quads, 20 needed"}
     enough = measured(heads={"names": []}, routes={"slice at names": tables({GOOD: 1.0})["path"]})
     assert page.verdicts(tests[:0], enough, None, span(1.0, 0.5, 1.5))["two_stages"] is False
 
@@ -248,6 +257,29 @@ def test_the_leading_senders_are_said_with_what_is_significant():
         "mlp 0 (2.00 [0.10, 9.00]) (logits, familywise intervals); significant in both halves are the embedding, "
         "1 heads and 0 MLPs, of 3 that were followed to the other half."
     )
-    told = table[table["component"] == "head"]
-    assert "the class from the outputs of 1 of 2 heads" in page.write_sentence(told, "names", P, 1)
-    assert "too few quads" in page.write_sentence(told.assign(quads=9), "names", P, 1)
+
+
+def outputs_of(quads: int = 30, **told: float) -> pd.DataFrame:
+    """Accuracy above chance of ten heads, of which the first tells 0.4 and the others 0.1, and of baselines."""
+    rng, rows = np.random.default_rng(0), []
+    every = {("head", 3, head): 0.4 if head == 0 else 0.1 for head in range(10)}
+    every |= {(name, -1, -1): value for name, value in told.items()}
+    for half, number in product(("discovery", "confirmation"), range(quads)):
+        for (component, layer, head), value in every.items():
+            rows.append({"half": half, "quad_id": f"{half}{number}", "position": "names", "component": component,
+                         "layer": layer, "head": head, "told": value + 0.01 * rng.normal()})  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def test_a_probe_must_tell_more_than_what_is_known_without_the_model():
+    plain, known = outputs_of(metadata=-0.05, letters=-0.02), outputs_of(metadata=0.2, letters=0.05)
+    assert page.baseline(plain, "names")[0] == "chance" and page.baseline(known, "names")[0] == "metadata"
+    for frame, expected in ((plain, 0.4), (known, 0.2)):
+        table = page.beyond_baseline(frame, "names", P)
+        own = table[(table["half"] == "confirmation") & (table["head"] == 0)]
+        assert own["estimate"].item() == pytest.approx(expected, abs=0.01)
+    said = page.probe_sentence(measured(outputs=plain), "names", P)
+    assert "10 of 10 heads better than chance, in both halves. So many meet this" in said
+    said = page.probe_sentence(measured(outputs=known), "names", P)
+    assert "1 of 10 heads better than the people's metadata do (0.20 above chance), in both halves." in said
+    assert "too few quads" in page.probe_sentence(measured(outputs=outputs_of(9)), "names", P)

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+import test_lenses
 
 from lib import effects, stats
 from lib.effects import SITE
@@ -728,34 +729,12 @@ def step(params: Shared, **more: object) -> SimpleNamespace:
     return SimpleNamespace(params=params, record={}, name="step", layers_from="all layers, by the profile", **more)
 
 
-def ranks(quads: int = MANY) -> pd.DataFrame:
-    """The answer's rank by the logit lens: 1000, 100, 1 at `last` in half of the quads, else ten times that."""
-    spots = {"name_a": (5000, 2000, 3000), "last": (1000, 100, 1)}
-    return pd.DataFrame(
-        {"half": half, "quad_id": f"q{quad:02d}", "position": role, "layer": layer, "rank": rank * (1, 10)[quad % 2]}
-        for half in ("discovery", "confirmation")
-        for quad in range(quads)
-        for role, by_layer in spots.items()
-        for layer, rank in enumerate(by_layer)
-    )
-
-
-def test_the_logit_lens_is_a_geometric_mean_over_quads():
-    table = coarse_page.lens(ranks(), PARAMS).set_index(["position", "layer"])
-    assert table["estimate"].loc["last"].tolist() == pytest.approx([3.5, 2.5, 0.5])
-    own = stats.mean_interval([3.0, 4.0] * (MANY // 2), OWN)
-    assert table.loc[("last", 0), ["low", "high"]].tolist() == pytest.approx([own.low, own.high])
-    said = coarse_page.lens_sentence(coarse_page.lens(ranks(4), PARAMS), [0, 2])
-    assert "at rank 3162 after layer 0 and 3 after layer 2 of the vocabulary" in said
-    assert said.endswith("at the names it comes no higher than 6325 (`name_a`, after layer 1).")
-
-
 def told_of_02(frame: pd.DataFrame, folder: Path, **other: object) -> dict:
     """The findings of step 02 from its records."""
     params = coarse_measure.CoarseSweep(**SETTINGS | other)
     curves = coarse_measure.coarse_curves(frame, params)
     critical = coarse_measure.critical_layers(curves, params.critical_share)
-    made = coarse_measure.Measured(frame, curves, critical, ranks())
+    made = coarse_measure.Measured(frame, curves, critical, test_lenses.words(6))
     return coarse_page.findings(step(params, results=folder, write_findings=dict), made)
 
 
@@ -784,10 +763,12 @@ def test_what_step_02_says(tmp_path):
         "least 50% of the pairs that the model answers rightly.",
         "Replacing the residual stream at `last` (noise): no layer takes the clean answer away in at least 50% of the "
         "pairs that the model answers rightly.",
-        found["sentences"][-2],
+        *found["sentences"][-4:-1],
         "The hypothesis of the profile, layer 0, is not among them.",
     ]
-    assert found["sentences"][-2].startswith("Read through the final norm and the unembedding (logit lens)")
+    assert found["sentences"][-4].startswith(
+        "Whether at the last token of a name the person's profession is read above"
+    )
     assert found["headline"] == [found["sentences"][i] for i in (2, 1, 0)]
     last = told_of_02(table(rows), tmp_path, aggregator_layer=2)["sentences"][-1]
     assert last == "The hypothesis of the profile, layer 2, is among them."

@@ -17,7 +17,7 @@ from pipeline.declaration import ANALYSED, Declaration, Table
 from pipeline.params import Roles, Shared
 from pipeline.step import Step, swept
 from pipeline.units import Unit, subsample, sweep_units
-from steps.coarse_sweep.lens import LENS
+from steps.coarse_sweep import lenses
 
 
 class CoarseSweep(Shared):
@@ -28,6 +28,7 @@ class CoarseSweep(Shared):
     )
     pairs: int | None = Field(None, ge=1, description="pairs at `last`; default all")
     name_pairs: int = Field(80, ge=1, description="pairs at the other roles")
+    lens_pairs: int = Field(60, ge=1, description="confirmation pairs whose streams are read as words")
 
 
 def units(step: Step | Case) -> list[Unit]:
@@ -48,7 +49,7 @@ SWEEP = Table("coarse_sweep", units, swept, of_sweep, columns=ANALYSED)
 def assumed(case: Case) -> Iterator[tuple[Any, ...]]:
     """The tables in order."""
     yield (SWEEP,)
-    yield (LENS,)
+    yield (lenses.READ,)
 
 
 STEP = Declaration("coarse_sweep", CoarseSweep, assumed, layered=True, page_files=("data/patching_llama-3.3-70b.csv",))
@@ -114,11 +115,11 @@ class Measured(NamedTuple):
     records: pd.DataFrame
     curves: pd.DataFrame  # damage and recovery by half, direction, role and layer
     critical: CriticalLayers
-    ranks: pd.DataFrame  # of the answer, by the logit lens
+    words: pd.DataFrame  # ranks of words read from the stream
 
 
 def run(step: Step) -> Measured:
     """Measure, or read what is there."""
     sweep = step.table(SWEEP)
     curves = coarse_curves(sweep, step.params)
-    return Measured(sweep, curves, critical_layers(curves, step.params.critical_share), step.table(LENS))
+    return Measured(sweep, curves, critical_layers(curves, step.params.critical_share), step.table(lenses.READ))

@@ -22,6 +22,7 @@ from pipeline.step import Step
 from report import plots
 from report.site_tables import answered
 from report.words import OVER_QUADS, about_model, finished, interval, listed, of_row
+from steps.coarse_sweep import lenses_page
 from steps.coarse_sweep.measure import Measured, fewest_layers
 
 PARTS = ("names", "between", "last", "rest")  # every token has one of these roles
@@ -158,38 +159,6 @@ def account_figure(step: Step, m: Measured) -> Figure:
     return plots.layer_curve(reported(account_of(m, step.params)), "share of the clean - corrupt logit_diff")
 
 
-def lens(ranks: pd.DataFrame, settings: Settings) -> pd.DataFrame:
-    """The rank of the right superset's word when each layer is read as if it were the last, confirmation half: mean
-    over quads of its logarithm (base 10), by position and layer."""
-    own = reported(ranks).assign(log=lambda rows: np.log10(rows["rank"]))
-    wide = own.pivot_table(index="quad_id", columns=["position", "layer"], values="log")
-    spans = stats.mean_intervals(wide.to_numpy(), settings)
-    return wide.columns.to_frame(index=False).assign(**columns(spans), quads=len(wide))
-
-
-def lens_sentence(table: pd.DataFrame, layers: Sequence[int]) -> str:
-    """Where the right word can be read off."""
-
-    def typical(row: pd.Series) -> str:
-        return interval(*(10.0 ** row[["estimate", "low", "high"]].astype(float)), digits=0)
-
-    last = table[table["position"] == "last"].set_index("layer")
-    steps = listed(f"{typical(last.loc[layer])} after layer {layer}" for layer in layers)
-    names = table[table["position"] != "last"]
-    best, count = names.loc[names["estimate"].idxmin()], last["quads"].iloc[0]
-    return (
-        f"Read through the final norm and the unembedding (logit lens), the right word stands at `last` at rank "
-        f"{steps} of the vocabulary (geometric means over {count} quads, confirmation half; 1 is first); "
-        f"at the names it comes no higher than {typical(best)} (`{best['position']}`, after layer {best['layer']})."
-    )
-
-
-def lens_figure(step: Step, m: Measured) -> Figure:
-    """The rank of the right word, layer by layer."""
-    label = "rank of the right word in the vocabulary (log10)"
-    return plots.layer_curve(lens(m.ranks, step.params), label, marked=m.critical.layers)
-
-
 def outside(step: Step, m: Measured) -> pd.DataFrame:
     """What was measured elsewhere on this model, beside the recovery here, by layer; no rows for other models."""
     table = pd.read_csv(keys.input_file(OUTSIDE), comment="#")
@@ -213,6 +182,22 @@ def outside_sentence(table: pd.DataFrame) -> str:
         f"their MLPs {strong['mlp_window5'].max():.2f} there. In this run the largest rise is at layer "
         f"{table.loc[here.idxmax(), 'layer']:.0f} ({here.max():+.2f})."
     )
+
+
+def ranks_figure(step: Step, m: Measured) -> Figure:
+    """Recovery, and the ranks of right words, layer by layer."""
+    return lenses_page.ranks_figure(m.curves, m.words, step.params, m.critical.layers)
+
+
+def compared_figure(step: Step, m: Measured) -> Figure:
+    """How much better a word's rank is where it is right."""
+    return lenses_page.compared_figure(m.words, step.params, m.critical.layers)
+
+
+def read_table(step: Step, m: Measured) -> pd.DataFrame:
+    """Where words are read above control."""
+    ranks, settings = lenses_page.typical(m.words, step.params), step.params
+    return lenses_page.where_read(lenses_page.compared(m.words, settings), ranks, settings)
 
 
 def curves_figure(m: Measured) -> Figure:
@@ -266,8 +251,7 @@ def findings(step: Step, m: Measured) -> dict[str, Any]:
         sentences += told
         headline.append(told[-1])
         figures["account"] = account_figure(step, m)
-    read_at = sorted({max(0, m.critical.layers[0] - 1), *m.critical.layers, int(m.ranks["layer"].max())})
-    sentences.append(lens_sentence(lens(m.ranks, params), read_at))
+    sentences += lenses_page.sentences(m.words, params)
     if len(known := outside(step, m)) > 1:
         sentences.append(outside_sentence(known))
     if params.aggregator_layer != "auto":

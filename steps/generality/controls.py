@@ -96,9 +96,9 @@ def matched(names: pd.DataFrame, shapes: Sequence[tuple[int, ...]], count: int) 
             return
 
 
-def named_sets(step: Step | Case, sites: Sequence[Site]) -> list[tuple[str, list[Site]]]:
-    """What is ablated: the "slice"; its "heads" if it has any; "random" sets of heads outside the slice, as many in
-    each layer as the slice has there, where the layer has that many."""
+def random_heads(step: Step | Case, sites: Sequence[Site]) -> list[tuple[Site, ...]]:
+    """Sets of heads outside the slice, as many in each layer as the slice has there, where the layer has that many; no
+    sets where the slice has no heads."""
     rng, heads, out = step.rng("random heads"), [site for site in sites if site.component == "head"], []
     for _ in range(step.params.random_sets):
         chosen = []
@@ -106,8 +106,15 @@ def named_sets(step: Step | Case, sites: Sequence[Site]) -> list[tuple[str, list
             free = [Site(layer, "head", head) for head in range(step.n_heads)]
             free = [site for site in free if site not in sites]
             chosen += [free[index] for index in rng.permutation(len(free))[:count]]
-        out += [("random", sorted(chosen))] * bool(chosen)
-    return [("slice", list(sites)), *[("heads", heads)] * bool(heads), *out]
+        out += [tuple(sorted(chosen))] * bool(chosen)
+    return out
+
+
+def named_sets(step: Step | Case, sites: Sequence[Site]) -> list[tuple[str, list[Site]]]:
+    """What is ablated: the "slice"; its "heads" if it has any; the "random" sets."""
+    heads = [site for site in sites if site.component == "head"]
+    random = [("random", list(own)) for own in random_heads(step, sites)]
+    return [("slice", list(sites)), *[("heads", heads)] * bool(heads), *random]
 
 
 def units(step: Step, sets: Sequence[tuple], ordinary: Sequence[Pair], others: Sequence[Pair]) -> list[Unit]:

@@ -210,19 +210,29 @@ def sentences(verdicts: pd.DataFrame, candidates: pd.DataFrame, leaders: pd.Data
             continue
         first = own.iloc[0]
         good = {True: "met", False: "not met"}.get(first["met"], "not decided")
-        beside = listed(f"{row.scoring} under `{row.ablation}`: {row.verdict}" for row in own.iloc[1:].itertuples())
         rows = candidates[candidates["control"] == control].head(first["candidates"])
         few = ", too few for a test" if rows["low"].isna().any() else ""
         power = "" if pd.isna(first["power"]) else f" (were there nothing, found with probability {first['power']:.2f})"
         far = rows.loc[rows["estimate"].abs().idxmax()]
         out.append(
             f"Control {control} ({first['prompts']} prompts{few}; expected: {expected}): {first['verdict']}{power}, "
-            f"expectation {good}; the largest change is that of {far['candidate']}, {of_row(far)} logits. Beside that, "
-            f"{beside}."
+            f"expectation {good}; the largest change is that of {far['candidate']}, {of_row(far)} logits."
         )
-    falls = listed(f"{of_row(row)} ({row.control})" for row in leaders.itertuples())
+    others = leaders[leaders["control"] != "ordinary"].sort_values("estimate")
+    ends = " to ".join(f"{of_row(row)} ({row.control})" for row in others.iloc[[0, -1][: len(others)]].itertuples())
     out.append(
         "By name, a control's candidates can rise in one prompt and fall in the next. The candidate that leads a "
-        f"prompt before the ablation falls, against the candidates' mean, by {falls} logits."
+        f"control's prompt before the ablation falls, against the candidates' mean, by {ends} logits."
     )
     return out
+
+
+def verdict_table(verdicts: pd.DataFrame, digits: int = 3) -> pd.DataFrame | None:
+    """The verdicts for the page; an empty place where nothing was expected or tested."""
+    if verdicts.empty:
+        return None
+    met = verdicts["met"].map({True: "met", False: "not met"})
+    expected = met.where(met.notna(), "not decided").where(verdicts["control"].isin([*EXPECTATIONS]), "")
+    out = verdicts.assign(expectation=expected).drop(columns="met")
+    numbers = {name: out[name].map(lambda x: "" if pd.isna(x) else f"{x:.{digits}f}") for name in ("p", "power")}
+    return out.assign(**numbers, fall=out["fall"].round(digits))

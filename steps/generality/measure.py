@@ -2,11 +2,14 @@
 
 1. `GRID`: pairs of confirmation quads, in the profile's template and in others (`grid`).
 2. `CIRCUITS`: growing sets of circuits that are picked on part of the discovery pairs (`class_circuits`).
-3. `JOINT`: the slice, those circuits and each site of the slice replaced in every pair of the grid, both ways;
-   `UNSELECTED`: the slice, in step 01's pairs before any selection.
-4. `SITES`: every head and MLP alone, in the pairs of the profile's template.
-5. `CONTROLS`: the slice ablated in prompts in which it should find nothing (`controls`).
-6. `RULE`: prompts of two known people (`name_rule_prompts`).
+3. `JOINT`: the slice, those circuits, random heads and each site of the slice replaced in every pair of the grid, both
+   ways; `UNSELECTED`: the slice, clean into corrupt, in step 01's pairs before any selection.
+4. `NEEDED`: the slice and the circuits ablated class-neutrally, beside all that such an ablation can take away. (With
+   counterfactual values, damage is recovery in mirror pairs, and says nothing of its own.)
+5. `PLACEBO`: the same sets in pairs of one superset whose names differ in another attribute (`placebo`).
+6. `SITES`: every head and MLP alone, in the pairs of the profile's template.
+7. `CONTROLS`: the slice ablated in prompts in which it should find nothing (`controls`).
+8. `RULE`: prompts of two known people (`name_rule_prompts`).
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import pandas as pd
 from pydantic import Field
 
 from lib import records, tasks
+from lib.batches import NEUTRAL
 from lib.data import HALVES
 from lib.hooks import Site
 from lib.tasks import SUPERSETS, Pair
@@ -28,10 +32,11 @@ from pipeline.costs import Work, total
 from pipeline.declaration import EFFECTS, SUPERSET_TASKS, Declaration, Table
 from pipeline.params import OfSlice, Share, Words
 from pipeline.step import Step, single_sites
-from pipeline.units import Unit, subsample, without_labels
-from steps.generality import class_circuits, controls, grid, name_rule_prompts
+from pipeline.units import Unit, subsample, sweep_units, without_labels
+from steps.generality import class_circuits, controls, grid, name_rule_prompts, placebo
 from steps.generality.class_circuits import Circuit
 
+WHOLE = -1  # the `site_set` of the whole final residual stream: all that an ablation can take away
 SHARED = 0.25  # of a circuit's sites are those of every other, in the same order: in the default book, nearly
 
 
@@ -51,11 +56,31 @@ class Generality(OfSlice):
         0.2, description="a control is silent if no candidate moves by this share of the ordinary effect"
     )
     general_floor: Share = Field(0.5, description="what joint recovery and damage must exceed in every class")
+    placebo_pairs: int | None = Field(
+        None, ge=1, description="placebo pairs of each attribute and template; default all"
+    )
+    specific_ratio: float = Field(
+        0.5,
+        gt=0,
+        le=1,
+        description="specific: share of the placebo gap over share of the superset gap surely below this",
+    )
 
 
 def joint_units(step: Step | Case, pairs: Sequence[Pair], sets: Sequence[Sequence[Site]]) -> list[Unit]:
     """Sets of sites in every pair of the grid."""
     return grid.mirrored_units(pairs, site_sets=sets)
+
+
+def unselected_units(step: Step | Case, pairs: Sequence[Pair], sets: Sequence[Sequence[Site]]) -> list[Unit]:
+    """Sets of sites, clean into corrupt."""
+    return sweep_units("denoise", without_labels(pairs), direction="denoise", role="last", site_sets=list(sets))
+
+
+def needed_units(step: Step | Case, pairs: Sequence[Pair], sets: Sequence[Sequence[Site]]) -> list[Unit]:
+    """Sets of sites and, last, the whole final residual stream, ablated class-neutrally in the pairs with donors."""
+    every = [*sets, (Site(step.n_layers - 1, "resid"),)]
+    return sweep_units("needed", without_labels(pairs), role="last", ablations=list(NEUTRAL), site_sets=every)
 
 
 def site_units(step: Step | Case, pairs: Sequence[Pair]) -> list[Unit]:
@@ -78,6 +103,11 @@ def grid_cost(case: Case, units: Sequence[Unit]) -> Work:
     return out
 
 
+def needed_cost(case: Case, units: Sequence[Unit], pairs: Sequence[Pair], sets: Any) -> Work:
+    """A sweep with resamples and means of the grid's own prompts."""
+    return case.swept(units, pairs)
+
+
 def control_cost(case: Case, units: Sequence[Unit], sets: Any, ordinary: Sequence[Pair], others: Any) -> Work:
     """A sweep with means over ordinary prompts; names are drawn from lists of two thousand."""
     return case.swept(units, ordinary) + Work(other={"tokenised": 2000})
@@ -94,7 +124,9 @@ OF_SETS = {"schema": records.SET_SCHEMA, "columns": (*EFFECTS, "site_set")}
 GRID = Table.whole("grid", grid.kept_pairs, grid_cost)
 CIRCUITS = Table("circuits", class_circuits.growing_units, class_circuits.grown, of_sweep, **OF_SETS)
 JOINT = Table("joint", joint_units, of_pairs, of_sweep, **OF_SETS)
-UNSELECTED = Table("unselected", joint_units, of_pairs, of_sweep, **OF_SETS)
+UNSELECTED = Table("unselected", unselected_units, of_pairs, of_sweep, **OF_SETS)
+NEEDED = Table("needed", needed_units, of_pairs, needed_cost, **OF_SETS)
+PLACEBO = Table("placebo", placebo.units, placebo.compute, of_sweep, **OF_SETS)
 SITES = Table("generality", site_units, of_pairs, of_sweep, columns=EFFECTS)
 CONTROLS = Table("controls", controls.units, controls.compute, control_cost, schema=None)
 RULE = Table.whole("rule", name_rule_prompts.two_known_people, rule_cost)
@@ -168,11 +200,16 @@ def assumed(case: Case) -> Iterator[tuple[Any, ...]]:
     pairs, searched = assumed_grid(case), subsample(case.pairs, case.other("sufficiency").pairs)
     searched, own = case.half(0, searched), [pair for pair in pairs if pair.template == pairs[0].template]
     circuits = assumed_circuits(case, searched)
+    sets, random = picked_sets(case.sites, circuits), controls.random_heads(case, case.sites)
     yield (GRID,)
     yield CIRCUITS, without_labels(searched), circuits
-    yield JOINT, pairs, joint_sets(case.sites, circuits)
+    yield JOINT, pairs, [*sets, *random, *alone(case.sites)]
     if case.params.pairs_file is None:
         yield UNSELECTED, assumed_unselected(case), [tuple(case.sites)]
+    if needed_units(case, pairs, sets):
+        yield NEEDED, pairs, sets
+    if case.placebo():
+        yield PLACEBO, placebo.pairs_of(case), [*sets, *random]
     yield SITES, own
     sets = controls.named_sets(case, case.sites)
     ordinary = controls.poolable(own)
@@ -187,15 +224,23 @@ STEP = Declaration(
     assumed,
     layered=True,
     tasks=SUPERSET_TASKS,
+    placebo=True,
+    page_keys=("silence_margin", "general_floor", "specific_ratio"),
     reads={"sufficiency": ("critical_slice",)},
     reads_tables=("baselines", "sufficiency"),
     files=("people_file", "data/controls.csv"),
 )
 
 
-def joint_sets(sites: Sequence[Site], circuits: Sequence[Circuit]) -> list[tuple[Site, ...]]:
-    """The slice; the circuits that could be picked; each site of the slice. `site_set` counts them from 0."""
-    return [tuple(sites), *(circuit.sites for circuit in circuits if circuit.sites), *((site,) for site in sites)]
+def picked_sets(sites: Sequence[Site], circuits: Sequence[Circuit]) -> list[tuple[Site, ...]]:
+    """The slice and the circuits that could be picked. The grid's `site_set` counts them from 0, random heads behind
+    them, and behind those each site of the slice."""
+    return [tuple(sites), *(circuit.sites for circuit in circuits if circuit.sites)]
+
+
+def alone(sites: Sequence[Site]) -> list[tuple[Site, ...]]:
+    """Each site, a set of its own."""
+    return [(site,) for site in sites]
 
 
 def picked_circuits(step: Step) -> list[Circuit]:
@@ -212,11 +257,13 @@ class Measured(NamedTuple):
 
     grid: pd.DataFrame  # the pairs of the grid
     counts: list[dict[str, Any]]  # for each template, how many could be made, line up, were asked and are left
-    mirrored: int  # pairs of the profile's template whose mirror is in the grid
     slice: list[Site]
     circuits: list[Circuit]
-    joint: pd.DataFrame  # records of `joint_sets`
+    random: int  # sets of random heads
+    joint: pd.DataFrame  # records of `JOINT`, and those of `NEEDED` under the ablation that judges
+    judge: str | None  # the class-neutral ablation that judges damage; None where no pair has donors
     unselected: pd.DataFrame  # records of the slice in pairs before any selection; no rows where there are none
+    placebo: pd.DataFrame  # records in placebo pairs (`placebo.of_quads`); no rows where there are none
     sites: pd.DataFrame  # records of single sites
     candidates: tuple[str, ...]
     controls: pd.DataFrame  # the prompts of the controls
@@ -228,29 +275,56 @@ def run(step: Step) -> Measured:
     """Measure, or read what is there."""
     table = step.table(GRID)
     pairs, slice_sites, circuits = step.prompts(table), step.slice(), picked_circuits(step)
-    joint = grid.with_mirrors(step.table(JOINT, pairs, joint_sets(slice_sites, circuits)), grid.mirrors(pairs))
+    sets, random = picked_sets(slice_sites, circuits), controls.random_heads(step, slice_sites)
+    joint = step.table(JOINT, pairs, [*sets, *random, *alone(slice_sites)])
+    joint = grid.with_mirrors(joint, grid.mirrors(pairs))
     others = grid.unselected(step)
     unselected = joint.head(0) if not others else step.table(UNSELECTED, others, [tuple(slice_sites)])
+    needed, judge = neutral(step, pairs, sets)
+    tried = placebo.pairs_of(step)
+    there = step.table(PLACEBO, tried, [*sets, *random]) if tried else joint.head(0)
     own = [pair for pair in pairs if pair.template == pairs[0].template]
-    mirror = grid.mirrors(own)
-    sites = grid.with_mirrors(step.table(SITES, own), mirror)
-    ordinary, changes = controls.poolable(own), None
-    prompts, asked = controls.control_prompts(step, ordinary, table)
-    if ordinary:
-        sets = controls.named_sets(step, slice_sites)
-        changes = step.table(CONTROLS, sets, ordinary, asked)
-        changes = changes.assign(set=np.array([name for name, _ in sets])[changes["number"]])
+    sites = grid.with_mirrors(step.table(SITES, own), grid.mirrors(own))
+    prompts, changes = ablated_controls(step, own, table, slice_sites)
     return Measured(
         grid=table,
         counts=step.metadata(GRID)["templates"],
-        mirrored=len(mirror),
         slice=slice_sites,
         circuits=circuits,
-        joint=joint,
-        unselected=grid.with_mirrors(unselected, grid.mirrors(others)),
+        random=len(random),
+        joint=joint if needed is None else pd.concat([joint, needed], ignore_index=True),
+        judge=judge,
+        unselected=unselected,
+        placebo=placebo.of_quads(there, step.placebo_pairs(), step.record["model"]["noise"]) if tried else there,
         sites=sites,
         candidates=pairs[0].candidates,
         controls=prompts,
         changes=changes,
         people=step.table(RULE),
     )
+
+
+def neutral(
+    step: Step, pairs: Sequence[Pair], sets: Sequence[Sequence[Site]]
+) -> tuple[pd.DataFrame, str] | tuple[None, None]:
+    """The records of `NEEDED` under the ablation that judges, the first class-neutral one that any pair has donors for,
+    and which one that is; the whole final residual stream is the set `WHOLE`. None where no pair has donors."""
+    if not needed_units(step, pairs, sets):
+        return None, None
+    table = step.table(NEEDED, pairs, sets)
+    judge = next(kind for kind in NEUTRAL if kind in set(table["ablation"]))
+    own = table[table["ablation"] == judge]
+    return own.assign(site_set=own["site_set"].where(own["site_set"] < len(sets), WHOLE)), judge
+
+
+def ablated_controls(
+    step: Step, own: Sequence[Pair], table: pd.DataFrame, sites: Sequence[Site]
+) -> tuple[pd.DataFrame, pd.DataFrame | None]:
+    """The controls' prompts, and the candidates' logits under ablation; None where no mean can be taken."""
+    ordinary = controls.poolable(own)
+    prompts, asked = controls.control_prompts(step, ordinary, table)
+    if not ordinary:
+        return prompts, None
+    sets = controls.named_sets(step, sites)
+    changes = step.table(CONTROLS, sets, ordinary, asked)
+    return prompts, changes.assign(set=np.array([name for name, _ in sets])[changes["number"]])

@@ -231,34 +231,48 @@ def figure(fit: RuleResult | None, people: pd.DataFrame) -> Figure | None:
 
 
 def sentences(rule: RuleResult | None) -> dict[str, str]:
-    """Which rule fits, by what each sentence is about."""
+    """What one and two names add, whether a rule is exact, and which predicts best, by what each sentence is about."""
     if rule is None:
         return {"steps": "The rule was not read: too few known people."}
     shown = {row.term: of_row(row) for row in rule.fitted.itertuples()}
     out = {
         "steps": f"On {rule.prompts} prompts of two known people, one name in a class raises its logit by "
-        f"{shown['one name']} above the classes of neither name (first slot {shown['first slot']}, second "
-        f"{shown['second slot']}), two names by {shown['two names']}."
+        f"{shown['one name']} above the classes of neither name, two names by {shown['two names']}.",
+        "ratio": exact_sentence(rule),
+        "slots": f"Told apart, one name adds {shown['first slot']} in the first slot, {shown['second slot']} in the "
+        "second.",
     }
-    if rule.ratio is not None:
-        ratio = interval(rule.ratio.estimate, rule.ratio.low, rule.ratio.high)
-        out["ratio"] = f"The second name's step is {ratio} of the first's (1: additive; 0: OR)."
     for basis, verdict in rule.verdict.items():
         what = "the number of names" if basis == "number" else "what each name says alone"
         if verdict is None:
             out[basis] = f"By {what}, no rule is decided: {rule.reason}."
             continue
         own = rule.errors[rule.errors["basis"] == basis].set_index("rule")["explained"]
-        explained = listed(f"{name} {own[name]:.1%}" for name in ("additive", "OR", "AND", "free"))
         passing = [name for name in rule.fitting[basis] if name != verdict]
         words = {"neither": "each of the three rules is worse than free", "none": "nothing beats class priors"}
-        best = words.get(verdict, f"{verdict} predicts best")
-        out[basis] = (
-            f"By {what}, cross-validated over people, {best}; of the error that class "
-            f"priors leave, {explained} are explained"
-            + (f"; not significantly worse than free either: {listed(passing)}." if passing else ".")
+        lead = words.get(verdict) or (
+            f"{verdict} predicts best: of the error that class priors leave it explains {own[verdict]:.1%}, and a free "
+            f"fit {own['free']:.1%}"
+        )
+        out[basis] = f"By {what}, cross-validated over people, {lead}" + (
+            f"; not significantly worse than free either: {listed(passing)}." if passing else "."
         )
     return out
+
+
+def exact_sentence(rule: RuleResult) -> str:
+    """Which of additive and OR the two steps allow: to predict best is not to be exact."""
+    if rule.ratio is None:
+        return (
+            "Whether a second name adds as much as the first cannot be said: one name's step is not surely above zero."
+        )
+    low, high = rule.ratio.low, rule.ratio.high
+    said = f"The second name's step is {interval(rule.ratio.estimate, low, high)} of the first's"
+    if low is None:
+        return f"{said}; whether that is additive (1) or OR (0) is not testable here ({rule.reason})."
+    allowed = [name for name, value in (("additive (1)", 1.0), ("OR (0)", 0.0)) if low <= value <= high]
+    exact = f"this leaves room for {listed(allowed)}" if allowed else "neither additive (1) nor OR (0) is exact"
+    return f"{said}: {exact}."
 
 
 def numbers(rule: RuleResult) -> dict[str, Any]:

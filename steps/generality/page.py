@@ -1,10 +1,11 @@
 """Step 07 on its page: effects class by class, circuits tested on classes they were not picked on, and the verdict.
 
 1. `groups` puts damage and recovery of the slice side by side for every superset, profession, template and order.
+   Damage is under a class-neutral ablation, as a share of its ceiling; the counterfactual one stands beside.
 2. `ranks` and `interaction` ask whether the same sites carry every class, and equally.
 3. `circuit_table` and `transfer` test circuits picked without a superset, or on it alone.
-4. `decide` gives the verdict; every sentence is built from the numbers in it. Controls: `controls_page`; the rule:
-   `name_rule`.
+4. `decide` gives the verdict; every sentence is built from the numbers in it. Controls: `controls_page`; placebo:
+   `placebo_page`; the rule: `name_rule`.
 """
 
 from __future__ import annotations
@@ -17,22 +18,23 @@ import pandas as pd
 from IPython.display import Markdown
 from matplotlib.figure import Figure
 
-from lib import effects
+from lib import effects, stats
 from lib.effects import SITE, quad_matrix, site_name
 from lib.tasks import SUPERSETS
 from pipeline.params import Shared
 from pipeline.step import Step
 from report import plots, site_tables
 from report.words import about_model, finished, interval, listed, of_row, of_rows, shown
-from steps.generality import class_tests, controls_page, name_rule
+from steps.generality import class_tests, controls_page, name_rule, placebo, placebo_page
 from steps.generality.class_circuits import Circuit
-from steps.generality.class_tests import Interaction
-from steps.generality.measure import Measured
+from steps.generality.class_tests import MINIMUM_UNITS, Interaction
+from steps.generality.measure import WHOLE, Measured
 from steps.generality.name_rule import RuleResult
 
 CAPTIONS = {
-    "forest": "Joint damage and recovery of the critical slice by group of pairs, with 95% studentised bootstrap "
-    "intervals over quads; hollow: fewer than 20 quads. Dashed: the floor of the verdict.",
+    "forest": "Joint recovery of the critical slice by group of pairs (share of the gap), its damage under a "
+    "class-neutral ablation (share of what the whole final residual stream takes away), and its counterfactual damage; "
+    "95% studentised bootstrap intervals over quads; hollow: fewer than 20 quads. Dashed: the floor of the verdict.",
     "left-out": "Circuits picked on the discovery pairs without a superset, tested on the confirmation pairs that this "
     "superset answers, beside the slice; 95% intervals over quads. Dashed: the floor of the verdict.",
     "controls": "Change of each candidate's logit, less the mean of all candidates, when the slice is ablated by the "
@@ -40,8 +42,11 @@ CAPTIONS = {
     "dashed: the fall of the answer in ordinary prompts (random heads: when the slice's heads are ablated).",
     "rule": "What one name in either slot, and two names, add to the logit of their class, above the classes of "
     "neither name, with 95% intervals over prompts; lines: what each rule would make of it.",
+    "placebo": placebo_page.CAPTION,
 }
-SHARE = "joint effect (share of logit_diff)"
+SHARE = "joint effect (share of the gap, or of the ceiling)"
+JUDGED, MIRRORED = ("damage", "recovery"), "counterfactual damage"
+EVERY, NOT_EVERY, UNTESTABLE = "every superset", "not shown for every superset", "not testable here"
 SELECTIONS = ("selection", "answers", "matching")  # kinds of groups that say how pairs were selected
 
 
@@ -55,6 +60,7 @@ class Tables(NamedTuple):
     interaction: tuple[Interaction | None, pd.DataFrame, str]
     circuits: pd.DataFrame
     transfer: pd.DataFrame
+    specific: pd.DataFrame
     candidates: pd.DataFrame
     controls: pd.DataFrame
     leaders: pd.DataFrame
@@ -64,17 +70,29 @@ class Tables(NamedTuple):
 def tables(step: Step, m: Measured) -> Tables:
     """Everything that the page's figures and sentences are made of."""
     p, joint, alone = step.params, with_pairs(m.joint, m.grid), with_pairs(m.sites, m.grid)
-    first = 1 + sum(bool(circuit.sites) for circuit in m.circuits)
+    sets = numbered(m)
+    first = max(max(places) for places in sets.values()) + 1
     heads = class_matrices(alone[alone["component"] == "head"])
     candidates, verdicts, leaders = controls_page.tables(m, p)
     tested, moved = circuit_table(joint, m.circuits, m.slice, p), transfer(joint, m.circuits, p)
     by_group, by_site = groups(joint, p), site_effects(joint, first, m.slice, p)
     if len(m.unselected):
-        before = both_ways(m.unselected, p, kind="selection", group="before any selection")
-        by_group = pd.concat([by_group, pd.DataFrame(before)], ignore_index=True)
+        before = pd.DataFrame(both_ways(m.unselected, p, kind="selection", group="before any selection"))
+        by_group = pd.concat([by_group, before[before["quantity"] == "recovery"]], ignore_index=True)
     same, shares = ranks(heads, p), interaction(alone, m.slice, p)
     rule = name_rule.compare(m.people, p) if m.people["prompt"].nunique() > 1 else None
-    return Tables(by_group, by_site, heads, same, shares, tested, moved, candidates, verdicts, leaders, rule)
+    specific = placebo.specificity(joint, m.placebo, sets, p)
+    return Tables(by_group, by_site, heads, same, shares, tested, moved, specific, candidates, verdicts, leaders, rule)
+
+
+def numbered(m: Measured) -> dict[str, list[int]]:
+    """The places of sets in the grid's tables: of the slice, of the circuit picked without each superset (under its
+    name), of the circuits picked on one alone, of random heads."""
+    picked = [circuit for circuit in m.circuits if circuit.sites]
+    out = {placebo.SLICE: [0], "only": []}
+    for place, circuit in enumerate(picked, 1):
+        out.setdefault(circuit.superset if circuit.kind == "without" else "only", []).append(place)
+    return out | {placebo.RANDOM: [1 + len(picked) + number for number in range(m.random)]}
 
 
 def with_pairs(frame: pd.DataFrame, grid: pd.DataFrame) -> pd.DataFrame:
@@ -108,39 +126,46 @@ def divided(frame: pd.DataFrame) -> dict[str, dict[str, pd.DataFrame]]:
 
 
 def both_ways(rows: pd.DataFrame, params: Shared, **about: Any) -> list[dict[str, Any]]:
-    """Damage and recovery of one set of sites in some pairs, as rows of a table: ratios of sums, intervals over quads.
+    """What one set of sites does in some pairs, as rows of a table: ratios of sums, with intervals over quads.
 
-    NaN where the gaps do not add up to more than 0, or there are no rows.
+    `recovery` and `counterfactual damage` are shares of the gap; `damage`, under the class-neutral ablation that
+    judges, is a share of what that takes away from the whole final residual stream (the set `WHOLE`). NaN where what
+    they are a share of is not above 0, or there are no rows.
     """
-    out = []
-    for quantity, direction in (("damage", "noise"), ("recovery", "denoise")):
-        own = rows[rows["direction"] == direction]
+    noise, counterfactual = rows["direction"] == "noise", rows["ablation"] == "counterfactual"
+    ceiling, out = rows[noise & (rows["site_set"] == WHOLE)], []
+    kinds = {"damage": noise & ~counterfactual & (rows["site_set"] != WHOLE), "recovery": ~noise}
+    for quantity, chosen in (kinds | {MIRRORED: noise & counterfactual}).items():
+        own, found = rows[chosen], pd.DataFrame()
+        if quantity == "damage" and len(own):
+            found = effects.shares_of_ceiling(own, ceiling, params, [])
+        elif effects.gap(own).sum() > 0:
+            found = effects.curve(own, params, by=[])
         ends = dict.fromkeys(("estimate", "low", "high"), np.nan)
-        if effects.gap(own).sum() > 0:
-            found = effects.curve(own, params, by=[]).iloc[0]
-            ends = {key: np.nan if found[key] is None else float(found[key]) for key in ends}
+        if len(found):
+            ends = {key: np.nan if found[key].iloc[0] is None else float(found[key].iloc[0]) for key in ends}
         sizes = {"pairs": own["pair_id"].nunique(), "quads": own["quad_id"].nunique()}
         out.append(about | {"quantity": quantity} | ends | sizes)
     return out
 
 
 def groups(frame: pd.DataFrame, params: Shared) -> pd.DataFrame:
-    """Joint damage and recovery of the slice (`site_set` 0) for every group of pairs: `kind`, `group`, `quantity`."""
+    """The slice (`site_set` 0) in every group of pairs: `kind`, `group`, `quantity`, as in `both_ways`."""
     out = []
-    for kind, parts in divided(frame[frame["site_set"] == 0]).items():
+    for kind, parts in divided(frame[frame["site_set"].isin([0, WHOLE])]).items():
         for group, rows in parts.items():
             out += both_ways(rows, params, kind=kind, group=group)
     return pd.DataFrame(out)
 
 
 def site_effects(frame: pd.DataFrame, first: int, sites: Sequence, params: Shared) -> pd.DataFrame:
-    """Damage and recovery of single sites (sets `first`, `first` + 1, ...) by superset and template: one row each."""
+    """Counterfactual damage and recovery of single sites (sets `first`, `first` + 1, ...) by superset and template."""
     parts, out = divided(frame[frame["site_set"] >= first]), []
     for kind in ("superset", "template"):
         for group, rows in parts[kind].items():
             for number, own in rows.groupby("site_set"):
                 out += both_ways(own, params, kind=kind, group=group, site=site_name(*sites[number - first]))
-    return pd.DataFrame(out)
+    return pd.DataFrame([row for row in out if row["quantity"] != "damage"])
 
 
 def class_matrices(frame: pd.DataFrame, value: str = "effect", reduce: str = "mean") -> dict[str, effects.QuadMatrix]:
@@ -169,10 +194,9 @@ def interaction(
     names = [name for name, matrix in change.items() for _ in matrix.quads]
     values, gaps = (np.vstack([matrix.values for matrix in each.values()]) for each in (change, gap))
     quads = np.concatenate([matrix.quads for matrix in change.values()])
-    try:
-        test = class_tests.interaction(values, gaps[:, 0], names, quads, params.flips, params.seed)
-    except ValueError as error:
-        return None, pd.DataFrame(), str(error)
+    if why := untestable(names, quads, gaps[:, 0]):
+        return None, pd.DataFrame(), why
+    test = class_tests.interaction(values, gaps[:, 0], names, quads, params.flips, params.seed)
     sites = next(iter(change.values())).sites
     ratios, sure = test.ratios.to_numpy(), test.p <= 1 - params.level
     table = sites.assign(site=effects.named(sites), p=test.p, sure=sure, spread=np.ptp(ratios, axis=0))
@@ -180,19 +204,36 @@ def interaction(
     return test, table.sort_values(["sure", "spread"], ascending=False), ""
 
 
+def untestable(names: Sequence[str], quads: Sequence[str], gaps: np.ndarray) -> str:
+    """Why sites' shares cannot be compared between supersets, in words; "" if they can.
+
+    A superset takes part with `class_tests.MINIMUM_UNITS` quads, and those of all that do must be enough for a test.
+    """
+    units = pd.DataFrame({"superset": names, "quad": quads, "gap": gaps})
+    if not (total := units.groupby("superset")["gap"].sum()).gt(0).all():
+        return f"the pairs that {listed(total.index[total <= 0])} answers have no gap above zero to take shares of"
+    counts = units["superset"].value_counts()
+    enough = counts.index[counts >= MINIMUM_UNITS]
+    if len(enough) < 2:
+        most = f"the best covered one, {counts.index[0]}, is in {counts.iloc[0]}"
+        return f"it takes two supersets that are each in {MINIMUM_UNITS} quads or more, and {most}"
+    used = units.loc[units["superset"].isin(enough), "quad"].nunique()
+    return f"{used} quads are too few ({stats.MINIMUM_CLUSTERS} are needed)" if stats.too_few(used) else ""
+
+
 def records_of(frame: pd.DataFrame, circuits: Sequence[Circuit]) -> list[tuple[Circuit, pd.DataFrame]]:
     """Each circuit with its records in the profile's template: those with sites are sets 1, 2, ..."""
     own, number, out = frame[frame["own"]], 0, []
     for circuit in circuits:
         number += bool(circuit.sites)
-        out.append((circuit, own[own["site_set"] == number] if circuit.sites else own.head(0)))
+        out.append((circuit, own[own["site_set"].isin([number, WHOLE])] if circuit.sites else own.head(0)))
     return out
 
 
 def circuit_table(frame: pd.DataFrame, circuits: Sequence[Circuit], sites: Sequence, params: Shared) -> pd.DataFrame:
     """Each circuit on the pairs that its superset answers: without a superset, that is a test on the class held out.
 
-    Two rows each, for damage and recovery. `overlap` is with the critical slice `sites`, as a share of the sites in
+    A row for each quantity of `both_ways`. `overlap` is with the critical slice `sites`, as a share of the sites in
     either. A circuit that could not be picked keeps its rows.
     """
     out = []
@@ -206,7 +247,7 @@ def circuit_table(frame: pd.DataFrame, circuits: Sequence[Circuit], sites: Seque
 
 def transfer(frame: pd.DataFrame, circuits: Sequence[Circuit], params: Shared) -> pd.DataFrame:
     """Every superset's own circuit (and, first, the slice) on every superset's pairs: `picked_on`, `tested_on`, ..."""
-    sets = {"the slice": frame[frame["own"] & (frame["site_set"] == 0)]}
+    sets = {"the slice": frame[frame["own"] & frame["site_set"].isin([0, WHOLE])]}
     sets |= {own.superset: rows for own, rows in records_of(frame, circuits) if own.kind == "only" and own.sites}
     out = []
     for picked_on, rows in sets.items():
@@ -244,14 +285,14 @@ def squares(rows: pd.DataFrame, by: str, index: str, columns: str) -> dict[str, 
 
 
 def site_figure(t: Tables) -> Figure:
-    """Damage of each site of the slice alone, by superset and by template."""
-    rows = t.sites[t.sites["quantity"] == "damage"]
+    """Counterfactual damage of each site of the slice alone, by superset and by template."""
+    rows = t.sites[t.sites["quantity"] == MIRRORED]
     panels = squares(rows, "kind", "site", "group")
-    return plots.class_matrices(panels, "damage (share of logit_diff)", limit=rows["estimate"].max())
+    return plots.class_matrices(panels, f"{MIRRORED} (share of the gap)", limit=rows["estimate"].max())
 
 
 def site_table(t: Tables) -> pd.DataFrame:
-    """Damage and recovery of each site of the slice by superset, with intervals."""
+    """Recovery and counterfactual damage of each site of the slice by superset, with intervals."""
     rows = t.sites[t.sites["kind"] == "superset"]
     rows = rows.assign(effect=[interval(row.estimate, row.low, row.high) for row in rows.itertuples()])
     return rows.pivot(index=["quantity", "site"], columns="group", values="effect")
@@ -304,53 +345,59 @@ def transfer_figure(t: Tables) -> Figure | None:
     """Every superset's own circuit on every superset's pairs."""
     if t.circuits.empty:
         return None
-    panels = squares(t.transfer, "quantity", "picked_on", "tested_on")
+    panels = squares(t.transfer[t.transfer["quantity"].isin(JUDGED)], "quantity", "picked_on", "tested_on")
     return plots.class_matrices(panels, SHARE, "tested on", "picked on")
 
 
 class Verdict(NamedTuple):
     """Whether the slice and the circuits picked without a class hold in every class."""
 
-    verdict: str  # general, class-specific, not testable here
+    verdict: str  # EVERY, NOT_EVERY, UNTESTABLE
     tested: list[str]
     untested: list[str]  # classes with too few quads
     failing: pd.DataFrame
 
 
 def decide(groups: pd.DataFrame, circuits: pd.DataFrame, params: Shared) -> Verdict:
-    """General if in every superset with enough quads the lower ends of damage and recovery exceed the floor, for the
+    """EVERY if in every superset with enough quads the lower ends of damage and recovery exceed the floor, for the
     slice and for the circuit picked without the superset; where there are no such circuits, for the slice alone."""
-    own = groups[groups["kind"] == "superset"]
+    own = groups[(groups["kind"] == "superset") & groups["quantity"].isin(JUDGED)]
     tests = own.assign(superset=own["group"], circuit="the slice")
     if len(circuits):
-        held_out = circuits[circuits["kind"] == "without"].assign(circuit="the circuit picked without it")
+        held_out = circuits[(circuits["kind"] == "without") & circuits["quantity"].isin(JUDGED)]
+        held_out = held_out.assign(circuit="the circuit picked without it")
         tests = pd.concat([tests, held_out], ignore_index=True)
     enough = own.groupby("group", sort=False)["low"].agg(lambda low: low.notna().all())
     tested, untested = enough.index[enough].tolist(), enough.index[~enough].tolist()
     failing = tests[tests["superset"].isin(tested) & ~(tests["low"] > params.general_floor)]
-    verdict = "not testable here" if not tested else "class-specific" if len(failing) else "general"
+    verdict = UNTESTABLE if not tested else NOT_EVERY if len(failing) else EVERY
     return Verdict(verdict, tested, untested, failing)
 
 
 def quantities(rows: pd.DataFrame) -> str:
     """ "damage is 0.8 [0.7, 0.9] and recovery is ..." of the rows of one group."""
-    return listed(f"{row.quantity} is {of_row(row)}" for row in rows.itertuples())
+    return listed(f"{row.quantity} is {of_row(row)}" for row in rows[rows["quantity"].isin(JUDGED)].itertuples())
 
 
-def of_kind(groups: pd.DataFrame, kind: str, quantity: str = "damage") -> pd.DataFrame:
+def ends(rows: pd.DataFrame, name: str = "group") -> str:
+    """ "from 0.6 [0.5, 0.7] (writer) to 0.9 [0.8, 1.0] (artist)": the lowest and the highest of some rows."""
+    known = rows.dropna(subset="estimate").sort_values("estimate")
+    each = [f"{of_row(row)} ({getattr(row, name)})" for row in known.iloc[[0, -1][: len(known)]].itertuples()]
+    return f"from {' to '.join(each)}" if len(each) > 1 else "".join(each) or "not measured"
+
+
+def of_kind(groups: pd.DataFrame, kind: str, quantity: str = "recovery") -> pd.DataFrame:
     """One quantity of the groups of one kind."""
     return groups[(groups["kind"] == kind) & (groups["quantity"] == quantity)]
 
 
-def grid_sentences(counts: Sequence[Mapping[str, Any]], mirrored: int, groups: pd.DataFrame) -> list[str]:
+def grid_sentences(counts: Sequence[Mapping[str, Any]], groups: pd.DataFrame) -> list[str]:
     """What is in the grid, and what was left out of it."""
     first, *others = counts
     professions, supersets = (of_kind(groups, kind) for kind in ("profession", "supersets"))
-    same = ": over all pairs damage and recovery are read from nearly the same runs, by superset they are not"
     out = [
         f"The grid has {first['left']} pairs of {first['quads']} quads in `{first['template']}`, with "
-        f"{len(professions)} professions and {len(supersets)} ordered pairs of supersets. {mirrored} of these "
-        f"pairs have their mirror in the grid{same if mirrored > first['left'] / 2 else ''}."
+        f"{len(professions)} professions and {len(supersets)} ordered pairs of supersets."
     ]
     for count in others:
         why = f" (the first that does not: {count['why']})" if count["why"] else ""
@@ -362,99 +409,120 @@ def grid_sentences(counts: Sequence[Mapping[str, Any]], mirrored: int, groups: p
     return out
 
 
-def group_sentences(groups: pd.DataFrame, template: str) -> list[str]:
-    """The slice by superset, profession, template, order of the names."""
-    out = [f"Over all pairs, jointly, the slice's {quantities(groups[groups['kind'] == 'all'])}."]
-    for quantity in ("damage", "recovery"):
-        rows = of_kind(groups, "superset", quantity).sort_values("estimate")
-        out.append(f"By superset, joint {quantity} is {of_rows(rows, 'group')}.")
-    chosen = groups[groups["kind"].isin(SELECTIONS)]
-    each = [
-        f"{name}: {quantities(rows)} ({rows['quads'].max()} quads)"
-        for name, rows in chosen.groupby("group", sort=False)
+def needed_sentences(groups: pd.DataFrame, judge: str | None) -> list[str]:
+    """What the slice does over all pairs of the profile's template, taken out and put back."""
+    rows = {row.quantity: row for row in groups[groups["kind"] == "all"].itertuples()}
+    back, quads = of_row(rows["recovery"]), rows["recovery"].quads
+    lost = "How much the slice is needed was not asked: no pair has donors of other classes."
+    if judge is not None:
+        lost = (
+            f"Ablated by `{judge}`, which favours neither class of a pair, it takes away {of_row(rows['damage'])} of "
+            f"what the whole final residual stream takes away so ({rows['damage'].quads} quads): its damage."
+        )
+    return [
+        f"Over all pairs the slice's clean activations recover {back} of the gap ({quads} quads).",
+        lost,
+        f"Counterfactual damage is {of_row(rows[MIRRORED])} of the gap, but that is recovery in mirror pairs and no "
+        "second finding.",
     ]
-    out += [f"By how pairs were selected: {'; '.join(each)}."] * bool(each)
+
+
+def group_sentences(groups: pd.DataFrame, template: str) -> list[str]:
+    """The slice by superset, profession, template, order of the names: the lowest and the highest."""
+    out = [f"By superset, joint {name} runs {ends(of_kind(groups, 'superset', name))}." for name in JUDGED]
+    chosen = groups[groups["kind"].isin(SELECTIONS) & (groups["quantity"] == "recovery")]
+    out += [f"By how pairs were selected, joint recovery runs {ends(chosen)}."] * bool(len(chosen))
     others = groups[(groups["kind"] == "template") & (groups["group"] != template)]
     for name, rows in others.groupby("group", sort=False):
         out.append(f"In `{name}`, jointly, its {quantities(rows)} ({rows['quads'].max()} quads).")
     for kind in ("two names", "order"):
         rows = of_kind(groups, kind)
         if len(rows) > 1:
-            out.append(f"Joint damage by {kind}: {of_rows(rows, 'group')}.")
+            out.append(f"Joint recovery by {kind}: {of_rows(rows, 'group')}.")
     rows = of_kind(groups, "profession")
-    sure = rows[rows["low"].notna()].sort_values("estimate")
-    ends = " to ".join(f"{row.group} {of_row(row)}" for row in sure.iloc[[0, -1][: len(sure)]].itertuples())
+    sure = rows[rows["low"].notna()]
     if len(rows):
         out.append(
             f"{len(rows) - len(sure)} of {len(rows)} professions are in fewer than 20 quads: estimates without interval"
-            + (f"; among the others joint damage runs from {ends}." if ends else ".")
+            + (f"; among the others joint recovery runs {ends(sure)}." if len(sure) else ".")
         )
     return out
 
 
-def same_sites_sentences(t: Tables) -> list[str]:
+def same_sites_sentences(t: Tables, params: Shared) -> list[str]:
     """Ranks between classes, and class x site interaction."""
     out = []
     if len(t.ranks):
         within = t.ranks[t.ranks["class_a"] == t.ranks["class_b"]]
-        between = t.ranks[t.ranks["class_a"] != t.ranks["class_b"]].sort_values("estimate")
-        ends = [f"{row.class_a} and {row.class_b} {of_row(row)}" for row in between.iloc[[0, -1]].itertuples()]
-        out.append(
-            f"Ranked by their damage, the heads of two supersets correlate (Spearman) between {' and '.join(ends)}. "
+        between = t.ranks[t.ranks["class_a"] != t.ranks["class_b"]]
+        two = between.assign(both=between["class_a"] + " and " + between["class_b"])
+        out += [
+            f"Ranked by counterfactual damage, the heads of two supersets correlate (Spearman) {ends(two, 'both')}.",
             f"Between halves of two supersets the mean correlation is {between['halves'].mean():.2f}, between halves "
-            f"of one superset {within['halves'].mean():.2f}: the most that noise leaves."
-        )
+            f"of one superset {within['halves'].mean():.2f}: the most that noise leaves.",
+        ]
     test, sites, why = t.interaction
     if test is None:
-        return [*out, f"Class x site interaction was not tested: {why}."]
+        return [*out, f"Whether the slice's sites share the work alike in all supersets was not tested: {why}."]
     sure = sites[sites["sure"]]
-    some = (f"{row.site} (most in {row.most}, by {row.spread:.2f} of the gap)" for row in sure.head(6).itertuples())
-    lead = "" if sure.empty else f", led by {listed(some)}"
-    out.append(
-        f"Class x site interaction (labels of whole quads permuted): p = {test.p_overall:.4f} over the "
-        f"{len(sites)} sites of the slice; {len(sure)} of them differ between supersets familywise{lead}."
-    )
-    return out
+    alike = "do not share the work" if shares_differ(t, params) else "are not shown to share the work otherwise than"
+    lead = f", most of all {sure['site'].iloc[0]}" if len(sure) else ""
+    return [
+        *out,
+        f"The slice's {len(sites)} sites {alike} alike in all supersets (class x site interaction, labels of whole "
+        f"quads permuted: p = {test.p_overall:.4f}).",
+        f"Familywise, {len(sure)} of them {'differs' if len(sure) == 1 else 'differ'} between supersets{lead}.",
+    ]
 
 
-def circuit_sentences(circuits: pd.DataFrame, verdict: str) -> list[str]:
+def shares_differ(t: Tables, params: Shared) -> bool:
+    """Whether the test of class x site interaction was made and is significant."""
+    test = t.interaction[0]
+    return test is not None and test.p_overall <= 1 - params.level
+
+
+def circuit_sentences(circuits: pd.DataFrame) -> list[str]:
     """Circuits picked without a class, and on one alone."""
     if circuits.empty:
         return ["No circuits were picked class by class: step 04's table of single sites is not in the results."]
-    held_out = [
-        f"{name} {of_row(rows.iloc[0])} and {of_row(rows.iloc[1])}"
-        if rows["size"].iloc[0]
-        else f"{name}: none could be picked"
-        for name, rows in circuits[circuits["kind"] == "without"].groupby("superset", sort=False)
-    ]
-    own = circuits[(circuits["kind"] == "only") & (circuits["quantity"] == "damage") & (circuits["size"] > 0)]
-    shared = listed(f"{row.superset} {row.overlap:.2f} ({row.size} sites)" for row in own.itertuples())
-    named = [f"The circuit of {row.superset}: {row.sites}." for row in own.itertuples()]
-    return [
+    held_out = circuits[circuits["kind"] == "without"]
+    picked, none = held_out[held_out["size"] > 0], held_out.loc[held_out["size"] == 0, "superset"].unique()
+    out = [
         "Picked on the discovery pairs without a superset and tested on the confirmation pairs that it answers, "
-        f"circuits have joint damage and recovery: {'; '.join(held_out)}.",
-        f"Circuits picked on one superset alone share with the slice, of the sites in either: {shared}.",
-        *(named if verdict == "class-specific" else []),
+        f"circuits have joint {name} {ends(picked[picked['quantity'] == name], 'superset')}."
+        for name in JUDGED * bool(len(picked))
     ]
+    out += [f"Without {listed(none)} no circuit could be picked."] * bool(len(none))
+    own = circuits[(circuits["kind"] == "only") & (circuits["quantity"] == "recovery") & (circuits["size"] > 0)]
+    shared = own.sort_values("overlap").iloc[[0, -1][: len(own)]]
+    each = " to ".join(f"{row.overlap:.2f} ({row.superset}, {row.size} sites)" for row in shared.itertuples())
+    return out + [
+        f"Circuits picked on one superset alone share with the slice, of the sites in either, {each}."
+    ] * bool(len(own))
 
 
 def verdict_sentence(verdict: Verdict, t: Tables, params: Shared) -> str:
     """The verdict by the profile's rule, and beside it whether the sites' shares differ between classes."""
-    floor, (test, sites, _) = f"{params.general_floor:g}", t.interaction
+    floor = f"{params.general_floor:g}"
     few = f" Too few quads for an interval: {listed(verdict.untested)}." if verdict.untested else ""
     alone = " (circuits picked without a class were not there to test)" if t.circuits.empty else ""
-    if verdict.verdict == "not testable here":
-        return f"Whether the circuit is general cannot be tested here: no superset has enough quads.{few}"
-    if verdict.verdict == "class-specific":
-        rows = verdict.failing.itertuples()
-        fails = listed(f"{row.circuit} in {row.superset} ({row.quantity} {of_row(row)})" for row in rows)
-        return f"Verdict: not shown to be general. The lower end does not exceed {floor} for {fails}{alone}.{few}"
+    if verdict.verdict == UNTESTABLE:
+        return f"Whether the slice carries every superset cannot be tested here: none has enough quads.{few}"
+    if verdict.verdict == NOT_EVERY:
+        weakest = verdict.failing.sort_values("estimate").iloc[0]
+        fails = listed(f"{row.circuit} in {row.superset} ({row.quantity})" for row in verdict.failing.itertuples())
+        return (
+            f"Verdict: the slice is not shown to carry every superset. The lower end does not exceed {floor} for "
+            f"{fails}{alone}; the weakest is {of_row(weakest)}.{few}"
+        )
     shares = ""
-    if test is not None and test.p_overall <= 1 - params.level:
-        shares = f" Its sites do not share the work alike: those of {sites['sure'].sum()} differ between supersets."
+    if shares_differ(t, params):
+        differ = t.interaction[1]["sure"].sum()
+        shares = f" Site by site it does not do so alike: the shares of {differ} differ between supersets."
     return (
-        f"Verdict: the slice as a whole is general. In {listed(verdict.tested)} the lower ends of joint damage and "
-        f"recovery exceed {floor}, for the slice and for the circuit picked without the superset{alone}.{shares}{few}"
+        f"Verdict: the slice as a whole carries every superset. In {listed(verdict.tested)} the lower ends of joint "
+        f"damage and recovery exceed {floor}, for the slice and for the circuit picked without the superset{alone}."
+        f"{shares}{few}"
     )
 
 
@@ -462,18 +530,21 @@ def numbers(step: Step, m: Measured, t: Tables) -> dict[str, Any]:
     """The findings of step 07, without their figures."""
     verdict = decide(t.groups, t.circuits, step.params)
     spoken, rule = verdict_sentence(verdict, t, step.params), name_rule.sentences(t.rule)
+    specific = placebo_page.sentences(t.specific, step.params)
     test, sites, why = t.interaction
     tables = {"classes": t.groups, "sites": t.sites, "ranks": t.ranks, "transfer": t.transfer}
-    tables |= {"controls": t.controls, "leaders": t.leaders}
+    tables |= {"specific": t.specific, "controls": t.controls, "leaders": t.leaders}
     for name, kind in (("leave_one_out", "without"), ("circuits", "only")):
         tables[name] = t.circuits[t.circuits["kind"] == kind] if len(t.circuits) else t.circuits
     tables["failing"] = verdict.failing[["superset", "circuit", "quantity", "estimate", "low", "high"]]
     sentences = [
-        *grid_sentences(m.counts, m.mirrored, t.groups),
+        *grid_sentences(m.counts, t.groups),
+        *needed_sentences(t.groups, m.judge),
         *group_sentences(t.groups, m.counts[0]["template"]),
-        *same_sites_sentences(t),
-        *circuit_sentences(t.circuits, verdict.verdict),
+        *same_sites_sentences(t, step.params),
+        *circuit_sentences(t.circuits),
         spoken,
+        *specific,
         *controls_page.sentences(t.controls, t.candidates, t.leaders, step.params.silence_margin),
         *rule.values(),
     ]
@@ -482,6 +553,7 @@ def numbers(step: Step, m: Measured, t: Tables) -> dict[str, Any]:
         "task": step.params.task,
         "able": True,
         "verdict": verdict.verdict,
+        "judge": m.judge,
         "untested": verdict.untested,
         "grid": m.counts,
         **{name: table.to_dict("records") for name, table in tables.items()},
@@ -490,8 +562,9 @@ def numbers(step: Step, m: Measured, t: Tables) -> dict[str, Any]:
         "sentences": sentences,
         "headline": [
             spoken,
+            *specific[:1],
             *controls_page.headline(t.controls),
-            *(rule[name] for name in ("steps", "number") if name in rule),
+            *(rule[name] for name in ("steps", "ratio") if name in rule),
         ],
     }
 
@@ -503,6 +576,7 @@ def findings(step: Step, m: Measured, t: Tables) -> dict[str, Any]:
         "left-out": left_out(step, t),
         "controls": controls_page.figure(t.candidates, step.params.silence_margin),
         "rule": name_rule.figure(t.rule, m.people),
+        "placebo": placebo_page.figure(t.specific),
     }
     drawn = {name: figure for name, figure in figures.items() if figure is not None}
     return finished(step, numbers(step, m, t), drawn, CAPTIONS)

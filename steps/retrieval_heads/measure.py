@@ -6,7 +6,8 @@
 2. `ATTENTION`, `OUTPUTS`: where every head looks, and what it writes, in plain runs.
 3. `candidates` are picked on the discovery half; `ABLATION`: their paths alone are ablated, and those of the slice's
    own heads, beside each of the heads that theirs are ranked among (`band`).
-4. `EDGES`: the two-hop path from the names to the answer, edge by edge.
+4. `EDGES`: the path from the names to the answer through the slice, edge by edge. `HOP_READS`: what the last token
+   reads at the names, in one hop, and at the tokens that the names have spoken to, in two.
 
 A slice without heads reads nothing at the names: only its MLPs' inputs at the last token are asked about.
 """
@@ -34,9 +35,9 @@ from pipeline.declaration import ANALYSED, Declaration, Table
 from pipeline.params import OfSlice
 from pipeline.population import load_people
 from pipeline.step import Step
-from pipeline.units import Unit, subsample
-from steps.retrieval_heads import attention, one_name, outputs, routes
-from steps.retrieval_heads.routes import LAST, NAMES, heads_of, speaks
+from pipeline.units import Unit, subsample, sweep_units
+from steps.retrieval_heads import attention, hops, one_name, outputs, routes
+from steps.retrieval_heads.routes import BETWEEN, LAST, NAMES, heads_of, speaks
 
 # Each form of the article-free prompt, and the one with an article for comparison.
 PROBES = (("plural", "profession_is"), ("singular", "The profession of {a} is"), ("singular", "{a} is a"))
@@ -124,18 +125,28 @@ def routes_of(step: Step | Case, pairs: Subject) -> dict[str, tuple[list[Pair], 
     return own if heads_of(sites) else {"last": own["last"]}
 
 
+def screened_routes(step: Step | Case, pairs: Subject) -> dict[str, tuple[list[Pair], list[Site], Mapping[str, str]]]:
+    """`routes_of`, and the tokens between the names and the last one, where the slice's heads read what the names have
+    left there."""
+    own, heads = routes_of(step, pairs), heads_of(step.slice())
+    there = all("between" in pair.clean.roles for pair in pairs.at_names)
+    return own | ({"between": (pairs.at_names, heads, BETWEEN)} if heads and there else {})
+
+
 def sender_units(step: Step | Case, pairs: Subject) -> list[Unit]:
-    """All senders, singly, into the slice, on the discovery half."""
+    """All senders, singly, into the slice, on the discovery half; whole attention modules in the place of heads at the
+    tokens between, of which there are several."""
     units = []
-    for role, (some, into, route) in routes_of(step, pairs).items():
-        units += routes.paths(f"slice at {role}", of_half(some, 0), into, route, step.params.mlps)
+    for role, (some, into, route) in screened_routes(step, pairs).items():
+        senders = routes.modules(into) if role == "between" else None
+        units += routes.paths(f"slice at {role}", of_half(some, 0), into, route, step.params.mlps, senders)
     return units
 
 
 def confirmed_units(step: Step | Case, pairs: Subject, leaders: Mapping[str, Sequence[Site]]) -> list[Unit]:
     """The leading senders on the confirmation half, if there is another, and those at the names in one-name prompts."""
     units, mlps = [], step.params.mlps
-    for role, (some, into, route) in routes_of(step, pairs).items():
+    for role, (some, into, route) in screened_routes(step, pairs).items():
         senders = [(site,) for site in leaders[role]]
         if len({pair.half for pair in some}) > 1:
             units += routes.paths(f"slice at {role}", of_half(some, -1), into, route, mlps, senders)
@@ -169,12 +180,14 @@ def output_units(step: Step | Case, pairs: Subject) -> list[Unit]:
 
 def output_reader(step: Step, pairs: Subject) -> Callable[[Unit], pd.DataFrame]:
     """What reads and probes the heads' outputs of a unit's role."""
-    known, sites = outputs.professions_of(step.pairs(), load_people(step.people_file)), step.slice()
+    people, sites = load_people(step.people_file), step.slice()
+    known = outputs.professions_of(step.pairs(), people)
+    described = outputs.described(step.pairs(), people)
     template = tasks.find_template(pairs.at_last[0].template, pairs.at_last[0].task)
 
     def compute(unit: Unit) -> pd.DataFrame:
         tokens = tasks.candidates(step.model.tokenizer, template)[1]
-        about = outputs.About(known, superset_by_profession(step), tokens)
+        about = outputs.About(known, superset_by_profession(step), tokens, described)
         return outputs.table(step.model, unit.pairs, about, sites, unit.id, step.params.seed)
 
     return compute
@@ -194,6 +207,16 @@ def edge_units(step: Step | Case, senders: Sequence[Site]) -> list[Unit]:
     """The two-hop path, edge by edge, on the confirmation half."""
     pairs = of_half(subsample(step.prompts(), step.params.edge_pairs), -1)
     return routes.edge_units(pairs, senders, step.slice(), step.params.mlps)
+
+
+def hop_units(step: Step | Case, pairs: Subject) -> list[Unit]:
+    """What the last token reads where, on the confirmation half."""
+    return sweep_units("hops", of_half(pairs.at_names, -1), size=16)
+
+
+def hop_reader(step: Step, pairs: Subject) -> Callable[[Unit], pd.DataFrame]:
+    """What reads a unit's pairs."""
+    return lambda unit: hops.read(step.model, unit.pairs, step.slice(), step.memory)
 
 
 def probe_cost(case: Case, units: Sequence[Unit], *chosen: Any) -> Work:
@@ -226,6 +249,7 @@ GROUPS = Table("groups", group_units, patcher, of_paths, **PATHS)
 ATTENTION = Table("attention", attention_units, attention_reader, attention_cost, schema=attention.ATTENTION)
 OUTPUTS = Table("outputs", output_units, output_reader, output_cost, schema=outputs.OUTPUTS)
 ABLATION = Table("ablation", ablation_units, patcher, of_paths, **PATHS)
+HOP_READS = Table("hops", hop_units, hop_reader, hops.cost, schema=hops.SCHEMA)
 EDGES = Table("edges", edge_units, patcher, of_paths, **PATHS)
 
 
@@ -241,11 +265,11 @@ def assumed(case: Case) -> Iterator[tuple[Any, ...]]:
     heads = {"names": list(dict.fromkeys(Site(layer, "head", 0) for layer in layers))}
     heads["last"] = order_of(case, len(sites) + 2)[len(sites) :]
     heads = {role: heads[role] for role in routes_of(case, pairs)}
-    leaders = {role: [Site(number % before, "head", number // before) for number in range(FOLLOWED)] for role in heads}
+    followed = [Site(number % before, "head", number // before) for number in range(FOLLOWED)]
     yield PROBES_TABLE, ()
     yield SENDERS, pairs
-    yield CONFIRMED, pairs, leaders
-    for table in (GROUPS, ATTENTION, OUTPUTS):
+    yield CONFIRMED, pairs, dict.fromkeys(screened_routes(case, pairs), followed)
+    for table in (GROUPS, HOP_READS, ATTENTION, OUTPUTS):
         yield table, pairs
     yield ABLATION, pairs, ablation_sets(case, heads)
     yield EDGES, [Site(layer, "mlp") for layer in range(min(HOPS, before))] if "names" in heads else []
@@ -346,6 +370,7 @@ class Measured(NamedTuple):
     probes: pd.DataFrame
     routes: dict[str, pd.DataFrame]  # effects of senders by half: "slice at names", "slice at last", ...
     groups: pd.DataFrame
+    hops: pd.DataFrame  # what the last token reads, by reader and role
     attention: pd.DataFrame
     outputs: pd.DataFrame
     heads: dict[str, list[Site]]  # candidates by role
@@ -366,11 +391,14 @@ def run(step: Step) -> Measured:
     heads = {role: candidates(picked[f"slice at {role}"], sites, p) for role in roles}
     asked = families(step, heads)
     heard = {role: [site for site in asked[role] if speaks(site, sites)] for role in roles}
-    leaders = {role: sorted({*leading(picked[f"slice at {role}"], FOLLOWED), *heard[role]}) for role in roles}
+    leaders = {
+        role: sorted({*leading(picked[f"slice at {role}"], FOLLOWED), *heard.get(role, ())})
+        for role in screened_routes(step, pairs)
+    }
     more = confirmed_units(step, pairs, leaders)
     both = pd.concat([screened, *([step.table(CONFIRMED, pairs, leaders)] if more else [])])
     by_route = {name: senders_table(rows, p) for name, rows in both.groupby("receivers", sort=False)}
-    measured = [step.table(table, pairs) for table in (GROUPS, ATTENTION, OUTPUTS)]
+    measured = [step.table(table, pairs) for table in (GROUPS, HOP_READS, ATTENTION, OUTPUTS)]
     sets = ablation_sets(step, heads)
     none = pd.DataFrame(columns=COLUMNS)
     ablated = step.table(ABLATION, pairs, sets) if any(sets.values()) else none

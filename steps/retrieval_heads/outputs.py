@@ -4,7 +4,8 @@
    given, at the last token of each name or of the prompt.
 2. `told`: a ridge classifier (scikit-learn) on one head's output tells the class. Quads are whole in a fold, so no
    person of a test fold is in training; chance is one over the number of classes. At the names a second one tells the
-   profession among those of the name's own superset.
+   profession among those of the name's own superset. The same classifier on what is known of the people without a
+   model stands beside them (`BASELINES`): their region, century and gender; the letters of their names.
 3. `shares`: what the slice makes of it. At a receiver, classes lie apart in what its values and output projection make
    of the stream (its own OV) or, for an MLP, in its normed input; the directions between their means are those of the
    discovery half. A head's share is how much of that distance its output makes up, at the run's own scales: all that is
@@ -15,6 +16,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -23,6 +25,7 @@ import pandas as pd
 import pandera.pandas as pa
 import torch
 from jaxtyping import Float, Int
+from sklearn.feature_extraction.text import HashingVectorizer
 from sklearn.linear_model import Ridge
 from sklearn.model_selection import GroupKFold
 from sklearn.utils.class_weight import compute_sample_weight
@@ -40,6 +43,9 @@ from pipeline.rates import timed
 from steps.retrieval_heads.routes import speaks
 
 FOLDS = 5
+BASELINES = ("metadata", "letters")  # in the column `component`, without a layer
+ABOUT = ["region", "century", "gender"]
+LETTERS = 256  # features that runs of one to three letters are hashed into
 # A quad's means, every class counting alike: accuracy less chance, for the class and for the profession in it; the
 # share at the receivers; and the class at the unembedding (logits).
 MEASURES = ("told", "profession_told", "share", "unembedded")
@@ -50,7 +56,7 @@ OUTPUTS = pa.DataFrameSchema(
         **{name: pa.Column("float32", nullable=True) for name in MEASURES},
     },
     strict=True,
-    unique=["quad_id", "half", "position", "layer", "head"],
+    unique=["quad_id", "half", "position", "component", "layer", "head"],
     name="table of heads' outputs",
 )
 
@@ -79,6 +85,21 @@ def professions_of(table: pd.DataFrame, people: pd.DataFrame) -> dict[tuple[str,
     return found
 
 
+def described(table: pd.DataFrame, people: pd.DataFrame) -> dict[tuple[str, str], dict[str, tuple[str, ...]]]:
+    """What is known of each name of each prompt without a model: the name, and ABOUT of it ("" of people who are not in
+    the table of people), by pair and side and by role."""
+    known = people.set_index("name")[ABOUT].astype(str)
+    found = {}
+    for row in table.to_dict("records"):
+        for side in ("clean", "corrupt"):
+            names = {slot: row[f"{side}_{slot}"] for slot in SLOTS if row.get(f"{side}_{slot}")}
+            found[row["pair_id"], side] = {
+                f"name_{slot}": (name, *(known.loc[name] if name in known.index else [""] * len(ABOUT)))
+                for slot, name in names.items()
+            }
+    return found
+
+
 class Receiver(NamedTuple):
     """A site of the slice that is given a stream."""
 
@@ -104,12 +125,13 @@ class About(NamedTuple):
     professions: Labels  # at each name role
     superset_of: Mapping[str, str]
     tokens: Sequence[int]  # of each of SUPERSETS, as the template asks for it
+    described: Mapping[tuple[str, str], Mapping[str, tuple[str, ...]]] = {}  # `described`
 
 
 class Read(NamedTuple):
     """What was read: a row per prompt and place."""
 
-    rows: pd.DataFrame  # quad_id, half, label (the class), profession
+    rows: pd.DataFrame  # quad_id, half, label (the class), profession, people (of each name: the name and ABOUT)
     heads: Float[np.ndarray, "rows layers width"]
     streams: dict[nn.Module, Float[Tensor, "rows hidden"]]  # what each norm is given
     scales: Float[np.ndarray, "rows layers"]  # of a norm behind attention; 1 where there is none
@@ -183,8 +205,10 @@ def read(model: Model, pairs: Sequence[Pair], about: About, position: str, norms
                 for pair, side in (prompts[index][1] for index in chunk):
                     own = about.professions[pair.pair_id, side].values()
                     classes = [about.superset_of[one] for one in own]
-                    both = [("+".join(sorted(set(classes))), "")]
-                    named = both if position == "last" else zip(classes, own, strict=True)
+                    known = about.described.get((pair.pair_id, side), {})
+                    people = [known.get(name) for name in names]
+                    both = [("+".join(sorted(set(classes))), "", people)]
+                    named = both if position == "last" else zip(classes, own, ([one] for one in people), strict=True)
                     rows += [(pair.quad_id, pair.half, *one) for one in named]
                 flat = {key: value.flatten(0, 1) for key, value in run.activations.items()}
                 layers = range(model.n_layers)
@@ -197,7 +221,7 @@ def read(model: Model, pairs: Sequence[Pair], about: About, position: str, norms
                 for norm, parts in seen.items():
                     parts.append(now[norm][:, at].flatten(0, 1).cpu().double())
     streams = {norm: torch.cat(parts) for norm, parts in seen.items()}
-    rows = pd.DataFrame(rows, columns=["quad_id", "half", "label", "profession"])
+    rows = pd.DataFrame(rows, columns=["quad_id", "half", "label", "profession", "people"])
     return Read(rows, np.concatenate(heads), streams, np.concatenate(scales))
 
 
@@ -303,7 +327,21 @@ def table(
     columns |= {"position": position, "component": "head"}
     columns |= {"layer": np.tile(site // model.n_heads, len(index)), "head": np.tile(site % model.n_heads, len(index))}
     columns |= {name: mean.to_numpy(np.float32).ravel() for name, mean in means.items()}
-    return pd.DataFrame(columns)[list(OUTPUTS.columns)]
+    parts = [pd.DataFrame(columns)]
+    for name, values in known_of(seen.rows["people"]).items() if about.described else ():
+        mean = pd.Series(told(values, seen.rows, "label", seed)[:, 0]).groupby(keys).mean().astype(np.float32)
+        own = mean.rename("told").rename_axis(["quad_id", "half"]).reset_index()
+        parts.append(own.assign(position=position, component=name, layer=np.int32(-1), head=np.int32(-1)))
+    every = pd.concat(parts, ignore_index=True).reindex(columns=list(OUTPUTS.columns))
+    return every.astype(dict.fromkeys(MEASURES, np.float32))
+
+
+def known_of(people: Sequence[Sequence[tuple[str, ...]]]) -> dict[str, Float[np.ndarray, "rows 1 features"]]:
+    """By BASELINES, features of the people of each row, added up over them, as `told` takes them."""
+    facts = [Counter(f"{key} {one[place]}" for one in row for place, key in enumerate(ABOUT, 1)) for row in people]
+    letters = HashingVectorizer(analyzer="char_wb", ngram_range=(1, 3), n_features=LETTERS, norm=None)
+    spelled = letters.transform([" ".join(one[0] for one in row) for row in people]).toarray()
+    return {"metadata": pd.DataFrame(facts).fillna(0).to_numpy()[:, None], "letters": spelled[:, None]}
 
 
 def timings(hidden: int) -> dict[str, float]:

@@ -25,21 +25,27 @@ from pipeline.step import Step
 from report import plots, site_tables
 from report.site_tables import picked
 from report.words import ONE_HALF, about_model, finished, in_logits, interval, listed, shown, top_sites
+from steps.retrieval_heads import hops_page
 from steps.retrieval_heads.measure import Measured, RetrievalHeads, needed
+from steps.retrieval_heads.outputs import BASELINES
 from steps.retrieval_heads.routes import GROUPS, heads_of
 
 UNITS = {
     "path": "logit_diff (logits)",
-    "output tells the class": "accuracy above chance",
+    "output tells the class": "accuracy above baseline",
     "written into the slice": "share of its input",
     "attends to the names": "share beyond even",
     "ablation of the path": "margin (logits)",
 }
 TESTS = tuple(UNITS)  # the second and third are one test: both must be passed
-RANKED = (*TESTS[1:3], TESTS[4])  # by a rank among other heads of the nearest layers
+# By a rank among other heads of the nearest layers. Not the probe: most heads' outputs tell the class, so that a rank
+# among probes could never pick one out. It is a condition that a head must meet; the write and the path pick.
+RANKED = (TESTS[2], TESTS[4])
 BESIDE = ("at the unembedding", "output tells the profession")  # beside them, without a verdict
 EMPTY = ["site", "component", "half", "estimate", "low", "high", "p", "quads"]
 READ = "k and v at names"  # what the slice's heads read
+CHANCE = "chance"
+PASSES = {"null": "ranked among", "smallest": "smallest p"}
 SUPPORTED, NOT_SUPPORTED, NOT_TESTABLE = "supported", "not supported", "not testable"
 CAPTIONS = {
     "two-hop": "From the names to the answer: the width of an edge is the effect of its path on "
@@ -83,8 +89,25 @@ def tested(records: pd.DataFrame, value: str, params: RetrievalHeads) -> pd.Data
 
 def outputs_table(outputs: pd.DataFrame, role: str, value: str, params: RetrievalHeads) -> pd.DataFrame:
     """One of `outputs.MEASURES` of every head at a role: `tested`; without rows where there was too little to read."""
-    own = outputs[outputs["position"] == role].dropna(subset=[value])
+    own = outputs[(outputs["position"] == role) & (outputs["component"] == "head")].dropna(subset=[value])
     return tested(own.drop(columns="position"), value, params) if len(own) else pd.DataFrame(columns=EMPTY)
+
+
+def baseline(outputs: pd.DataFrame, role: str) -> tuple[str, pd.DataFrame]:
+    """What tells the class best at a role without the model, on the discovery half: chance, or one of
+    `outputs.BASELINES`; and its accuracy above chance, `told`, of each quad of both halves."""
+    own = outputs[(outputs["position"] == role) & outputs["component"].isin(BASELINES)].dropna(subset=["told"])
+    first = effects.in_halves(own)[0][1].groupby("component")["told"].mean() if len(own) else pd.Series(dtype=float)
+    best = first.idxmax() if len(first) and first.max() > 0 else CHANCE
+    return best, own.loc[own["component"] == best, ["quad_id", "half", "told"]]
+
+
+def beyond_baseline(outputs: pd.DataFrame, role: str, params: RetrievalHeads) -> pd.DataFrame:
+    """How much better a probe of each head's output tells the class than the `baseline`, quad by quad: `tested`."""
+    _, known = baseline(outputs, role)
+    own = outputs.merge(known.rename(columns={"told": "known"}), on=["quad_id", "half"], how="left")
+    beyond = own.assign(told=own["told"] - own["known"].fillna(0)).drop(columns="known")
+    return outputs_table(beyond, role, "told", params)
 
 
 def attention_table(attention: pd.DataFrame, role: str, params: RetrievalHeads) -> pd.DataFrame:
@@ -161,8 +184,8 @@ def four_tests(
     """One row per head of a family and test, confirmation half: estimate, interval, p, the null's size, verdict.
 
     `family`: each head's null, by names; `tables` by test. In a RANKED test a head passes whose interval is above zero
-    and whose rank among its null is significant (`ranks`); in the others one that is familywise significant and
-    positive in both halves.
+    and whose rank among its null is significant (`ranks`); in the others one that is positive and familywise
+    significant, over all senders or heads that were measured, in both halves.
     """
     rows, keep = [], ["estimate", "low", "high", "p", "alone", "null", "smallest", "quads"]
     for test, table in tables.items():
@@ -186,7 +209,7 @@ def tests_of(m: Measured, params: RetrievalHeads) -> pd.DataFrame:
             continue
         tables = {
             TESTS[0]: m.routes[f"slice at {role}"],
-            TESTS[1]: outputs_table(m.outputs, role, "told", params),
+            TESTS[1]: beyond_baseline(m.outputs, role, params),
             TESTS[2]: outputs_table(m.outputs, role, "share", params),
             TESTS[3]: attention_table(m.attention, role, params),
             TESTS[4]: margins(m, role, params).query("kind != 'together'"),
@@ -210,12 +233,18 @@ def passing(tests: pd.DataFrame, which: Sequence[str] = TESTS) -> dict[str, str]
     return {key: SUPPORTED if all_of == {SUPPORTED} else one[NOT_SUPPORTED in all_of] for key, all_of in said.items()}
 
 
-def above_chance(tests: pd.DataFrame) -> list[str]:
-    """Heads that pass all tests where the probe need only beat chance, not the probes of other heads."""
-    others = passing(tests, [test for test in TESTS if test != TESTS[1]])
-    told = tests[(tests["test"] == TESTS[1]) & (tests["low"] > 0)]
-    keys = zip(told["site"], told["role"], strict=True)
-    return [f"{site} at `{role}`" for site, role in keys if others[site, role] == SUPPORTED]
+def passes(tests: pd.DataFrame) -> pd.DataFrame:
+    """Which head passes which test, a row for each head: "yes", "no", or why that cannot be tested; the size of the
+    null that its ranks are among, and the smallest p that they can give after the correction."""
+    own = tests[tests["test"].isin(TESTS)]
+    said = {SUPPORTED: "yes", NOT_SUPPORTED: "no"}
+    own = own.assign(
+        head=own["site"] + " at " + own["role"] + np.where(own["inside"].astype(bool), " (slice)", ""),
+        said=own["verdict"].map(said).fillna(own["why"]),
+    )
+    wide = own.pivot_table(index="head", columns="test", values="said", aggfunc="first", sort=False)
+    ranked = own.groupby("head", sort=False)[["null", "smallest"]].max()
+    return wide.reindex(columns=list(TESTS)).join(ranked).rename(columns=PASSES).reset_index()
 
 
 def edges_table(records: pd.DataFrame, params: RetrievalHeads) -> pd.DataFrame:
@@ -338,6 +367,17 @@ def tests_table(step: Step, m: Measured) -> pd.DataFrame | Markdown:
     return shown(shown_tests(tests_of(m, step.params)), 3, "No head was put to the tests.")
 
 
+def passes_table(step: Step, m: Measured) -> pd.DataFrame | Markdown:
+    """Which head passes which test."""
+    tests = tests_of(m, step.params)
+    return shown(passes(tests) if len(tests) else tests, 3, "No head was put to the tests.")
+
+
+def hops_table(step: Step, m: Measured) -> pd.DataFrame:
+    """What the last token reads at which tokens."""
+    return hops_page.table(hops_page.shares(m.hops, step.params))
+
+
 def two_hop(step: Step, m: Measured) -> Figure:
     """The path from the names to the answer."""
     return plots.two_hop(*graph(edges_table(m.edges, step.params), m.senders, m.slice_sites))
@@ -456,12 +496,10 @@ def verdict_sentences(found: dict, tests: pd.DataFrame) -> list[str]:
     return [
         f"Retrieval heads outside the slice, by all four tests: {listed(heads)}, of {asked} heads put to them"
         + f" ({NOT_TESTABLE} at this size: {listed(open_ones)})" * bool(open_ones)
-        + f". Two stages, names to retrieval heads to slice: {answers[found['two_stages']]}. Where the probe need only "
-        f"beat chance, all tests are passed outside the slice by {listed(above_chance(outside))}, in it by "
-        f"{listed(above_chance(tests[tests['inside'].astype(bool)]))}.",
+        + f". Two stages, names to retrieval heads to slice: {answers[found['two_stages']]}.",
         "Retrieval and aggregation are one stage, the slice's own heads reading the names and writing the class: "
-        f"{answers[found['one_stage']]}; slice heads that attend to the names and write the class, more than the heads "
-        f"that they are ranked among: {listed(found['slice_heads_that_retrieve'])}.",
+        f"{answers[found['one_stage']]}. Slice heads that attend to the names, tell the class, and write more of it "
+        f"than the heads that they are ranked among: {listed(found['slice_heads_that_retrieve'])}.",
         f"MLPs at the names, not heads, write what the slice reads: {answers[found['mlps_at_the_names']]}.",
     ]
 
@@ -479,36 +517,47 @@ def deciding(found: Mapping[str, Any], tests: pd.DataFrame, senders: pd.DataFram
 
 
 def test_sentences(tests: pd.DataFrame) -> list[str]:
-    """Each head's way through the tests, and what the ranks can resolve."""
-    if tests.empty:
-        return []
+    """How many heads pass each test, and what the ranks can resolve; the table has each head's way through them."""
     out = []
     for inside, words in ((False, "outside the slice"), (True, "of the slice")):
-        own = tests[(tests["inside"] == inside) & ~tests["test"].isin(BESIDE)]
-        each: dict[str, list[str]] = {}
-        for (site, role), rows in own.groupby(["site", "role"], sort=False):
-            held = rows.loc[rows["verdict"] == SUPPORTED, "test"]
-            blind = rows.loc[rows["verdict"] == NOT_TESTABLE, "test"]
-            said = f"{NOT_TESTABLE} in any" if len(blind) == len(rows) else listed(held)
-            said += f"; {NOT_TESTABLE}: {listed(blind)}" * (0 < len(blind) < len(rows))
-            each.setdefault(said, []).append(f"{site} at `{role}`")
-        passed = listed(f"{listed(heads)} ({said})" for said, heads in each.items())
-        null, least = own["null"].dropna(), own["smallest"].dropna()
-        if each and len(null):
+        own = tests[(tests["inside"] == inside) & tests["test"].isin(TESTS)]
+        count = own.groupby(["site", "role"]).ngroups
+        if not count:
+            continue
+        held = own[own["verdict"] == SUPPORTED].groupby("test").size().reindex(TESTS, fill_value=0)
+        unclear = own[own["verdict"] == NOT_TESTABLE].groupby("test").size().reindex(TESTS, fill_value=0)
+        each = [f"{test} {held[test]}" + f" ({unclear[test]} {NOT_TESTABLE})" * bool(unclear[test]) for test in TESTS]
+        out.append(f"Heads {words} that pass each test, of {count}: {listed(each)}.")
+        if len(null := own["null"].dropna()):
             out.append(
-                f"What heads {words} pass: {passed}. Each is ranked among {null.min():g} to {null.max():g} other "
-                f"heads of the nearest layers; the smallest p that this can give, after Holm's correction, is "
-                f"{least.max():.2g} or less."
+                f"Each of these is ranked among {null.min():g} to {null.max():g} other heads; the smallest p that a "
+                f"rank can give, after Holm's correction, is {own['smallest'].max():.2g}."
             )
     return out
+
+
+def probe_sentence(m: Measured, role: str, params: RetrievalHeads) -> str:
+    """How many heads' outputs tell the class better than what is known without the model."""
+    told, (best, known) = beyond_baseline(m.outputs, role, params), baseline(m.outputs, role)
+    if told.empty or reported(told)["quads"].min() < stats.MINIMUM_CLUSTERS:
+        return f"What a probe tells from heads' outputs at `{role}` is {NOT_TESTABLE}: too few quads."
+    sure, of, against = effects.confirmed(told, params), told["site"].nunique(), CHANCE
+    if best != CHANCE:
+        against = f"the people's {best} do ({reported(known)['told'].mean():.2f} above chance)"
+    said = (
+        f"At `{role}`, a held-out linear probe tells the class from the outputs of {len(sure)} of {of} heads better "
+        f"than {against}, in both halves."
+    )
+    return said + " So many meet this condition that it singles out none." * (len(sure) > of / 2)
 
 
 def senders_sentence(table: pd.DataFrame, role: str, params: RetrievalHeads, count: int = 6) -> str:
     """The leading senders of a route."""
     leading = reported(picked(table, count))
     sure = effects.confirmed(table, params)
-    sites = {"head": "heads", "mlp": "MLPs"}
-    kinds = [f"{(sure['component'] == kind).sum()} {word}" for kind, word in sites.items()]
+    sites = {"head": "heads", "attn": "attention modules", "mlp": "MLPs"}
+    there = {kind: word for kind, word in sites.items() if kind in {*table["component"]}}
+    kinds = [f"{(sure['component'] == kind).sum()} {word}" for kind, word in there.items()]
     kinds = ["the embedding"] * (not sure["component"].isin(list(sites)).all()) + kinds
     asked, few = reported(table)["site"].nunique(), int(reported(table)["quads"].min())
     told = f"significant in both halves are {listed(kinds)}, of {asked} that were followed to the other half"
@@ -519,18 +568,6 @@ def senders_sentence(table: pd.DataFrame, role: str, params: RetrievalHeads, cou
         f"{top_sites(table, count)} ({in_logits(leading, 'familywise intervals')}); {told}."
         + ONE_HALF
         * (table["half"].nunique() == 1)
-    )
-
-
-def write_sentence(told: pd.DataFrame, role: str, params: RetrievalHeads, count: int = 4) -> str:
-    """How many heads' outputs tell the class at a role, and which lead."""
-    if told.empty or reported(told)["quads"].min() < stats.MINIMUM_CLUSTERS:
-        return f"What a probe tells from heads' outputs at `{role}` is {NOT_TESTABLE}: too few quads."
-    sure = effects.confirmed(told, params)
-    return (
-        f"At `{role}`, a held-out linear probe tells the class from the outputs of {len(sure)} of "
-        f"{told['site'].nunique()} heads (familywise, both halves), best from those of {top_sites(told, count)} "
-        "(accuracy above chance)."
     )
 
 
@@ -553,7 +590,7 @@ def findings(step: Step, m: Measured) -> dict[str, Any]:
     carried, more = shares(m.groups, p), direct_difference(m, where, p)
     tests = tests_of(m, p)
     everything = carried[(carried["senders"] == "everything") & (carried["receivers"] == READ)]
-    roles = list(m.heads)
+    roles, between = list(m.heads), m.routes.get("slice at between")
     found = verdicts(tests, m, everything.iloc[0] if len(everything) else None, more)
     why = "what the slice reads at the names, or its heads' tests, rest on too few quads, or it has no heads"
     conclusions, routed = verdict_sentences(found, tests), route_sentences(carried, more, where)
@@ -561,7 +598,9 @@ def findings(step: Step, m: Measured) -> dict[str, Any]:
         *probe_sentences(probe_table(m.probes, p), m.probes),
         *(senders_sentence(m.routes[f"slice at {role}"], role, p) for role in roles),
         *routed,
-        *(write_sentence(outputs_table(m.outputs, role, "told", p), role, p) for role in roles),
+        *hops_page.sentences(hops_page.shares(m.hops, p)),
+        *([senders_sentence(between, "between", p)] if between is not None else []),
+        *(probe_sentence(m, role, p) for role in roles),
         *([attention_sentence(looks_of(m, p), m.slice_sites)] if "names" in roles else []),
         *ablation_sentences(m, p),
         *test_sentences(tests),
@@ -574,6 +613,7 @@ def findings(step: Step, m: Measured) -> dict[str, Any]:
         "able": True,
         "verdicts": found,
         "carried": carried.to_dict("records"),
+        "hops": hops_page.shares(m.hops, p).to_dict("records"),
         "tests": tests.to_dict("records"),
         "deciding": deciding(found, tests, senders[f"slice at {roles[0]}"]),
         "one_stage": {"why": why} if found["one_stage"] is None else everything.iloc[0].to_dict(),

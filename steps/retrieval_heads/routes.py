@@ -1,7 +1,8 @@
 """Which paths step 06 measures: the work units of its path patching, from the slice to the verification.
 
 A route says at which role a slice's inputs are read. `NAMES`: the keys and values of its heads at the names' tokens.
-`LAST`: everything that its heads and MLPs are given at the last token. `INSIDE`: what a site at the names is given.
+`BETWEEN`: the same at the tokens between the names and the last one, to which the names have spoken before. `LAST`:
+everything that its heads and MLPs are given at the last token. `INSIDE`: what a site at the names is given.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from lib.tasks import Pair
 from pipeline.units import Unit, sweep_units
 
 NAMES = {"k": "names", "v": "names"}
+BETWEEN = {"k": "between", "v": "between"}
 LAST = {"q": "last", "k": "last", "v": "last", "mlp": "last"}
 INSIDE = {"q": "names", "k": "names", "v": "names", "mlp": "names"}
 ANSWER = {"final": "last"}
@@ -65,6 +67,12 @@ def groups(into: Sequence[Site], n_heads: int) -> list[tuple[Site, ...]]:
     mlps = tuple(Site(layer, "mlp") for layer in layers)
     heads = tuple(Site(layer, "head", head) for layer in layers for head in range(n_heads))
     return [(EMBED, *heads, *mlps), (EMBED,), mlps, heads]
+
+
+def modules(into: Sequence[Site]) -> list[tuple[Site, ...]]:
+    """Every attention module and MLP before the last of the sites that hear them, each alone."""
+    layers = range(max(1, max(site.layer for site in into)))
+    return [(Site(layer, component),) for layer in layers for component in ("attn", "mlp")]
 
 
 def group_units(pairs: Sequence[Pair], slice_sites: Sequence[Site], n_heads: int) -> list[Unit]:

@@ -65,13 +65,14 @@ def committed(params: Story) -> Path:
     return ROOT / params.fresh_claims
 
 
-def open_once(params: Story) -> None:
-    """Note beside the results under what these people are looked at.
+def open_once(params: Story, rules: str | None = None) -> None:
+    """Note beside the results under what these people are looked at; `rules` is the hash of thresholds and rules where
+    the steps that hold some of them have not run yet.
 
     ClaimError where thresholds and rules are not frozen, and where they are others than they were the first time, by
     that note or by the committed record: what has been seen once is no longer fresh.
     """
-    own = subject(params)
+    own = subject(params) | ({"fingerprint": rules} if rules else {})
     if params.frozen != own["fingerprint"]:
         raise ClaimError(
             f"fresh people are opened under frozen rules alone: give frozen = {own['fingerprint']!r} (it is "
@@ -152,7 +153,7 @@ def told(record: Record, after: int, verdicts: Sequence[str], both: str) -> str:
     count = {verdict: verdicts.count(verdict) for verdict in (SUPPORTED, NOT_SUPPORTED)}
     return (
         f"Of the {after} claims that were set after results had been seen, {len(verdicts)} are decided by *fresh "
-        f"people* alone, people kept out of other pairs ({both}): {count[SUPPORTED]} are supported there, "
+        f"people* alone, people in no quad of other profiles ({both}): {count[SUPPORTED]} are supported there, "
         f"{count[NOT_SUPPORTED]} are not; the others could not be tested on them, and stay exploratory. They were "
         f"asked once, under these thresholds and rules (hash `{record.fingerprint}`; profile `{record.profile}`, "
         f"commit {(record.commit or 'unknown')[:7]}, {record.started[:10]}, {machine(record.machine)})."

@@ -162,8 +162,9 @@ def flips(step: Step, found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def probes(step: Step, found: Mapping[str, Any]) -> dict[str, Any]:
-    """Accuracy of two probes beyond the highest under permuted labels, and the rank that the map to supersets needs as
-    a share of its cap, at the slice's first layer; from step 08's findings."""
+    """Accuracy of two probes beyond the better baseline, and whether it is also above all permuted labels;
+    the rank that the map to supersets needs as a share of its cap. At the slice's first layer, from step 08's findings.
+    """
     read, rank = found["probes"], found["rank"]
     people = {"kind": "one-name", "target": "profession", "position": "names"}
     pairs = {"kind": "pair", "target": "superset", "position": "last"}
@@ -173,8 +174,8 @@ def probes(step: Step, found: Mapping[str, Any]) -> dict[str, Any]:
         if row is None or top is None:
             out[name] = {"why": "there was no such probe: too few classes or people"}
         else:
-            ends = ("estimate", "low", "high")
-            out[name] = {end: None if row[end] is None else row[end] - top["threshold"] for end in ends}
+            out[name] = {"estimate": row["beyond"], "low": row["beyond_low"], "high": row["beyond_high"]}
+            out[name]["above_permuted"] = row["low"] is not None and row["low"] > top["threshold"]
     verdict = first(rank["verdicts"], pairs | {"layer": rank["layer"]})
     if verdict is None or verdict["low rank"] is None:
         return out | {"low_rank": {"why": "the probe is not above permuted labels, so its rank says nothing"}}

@@ -52,13 +52,13 @@ def site_names(found: Mapping[str, Any]) -> dict[str, str]:
         "slice_heads": [name for name in names if name[0].isdigit()],
         "circuit": circuit.get("sites", ()),
         "layers": coarse.get("critical_layers", ()),
-        "fills": coarse.get("between", {}).get("fills", ()),
     }
     roles = listed(f"{row['nodes']} at {ROLES[row['role']]}" for row in over_all.get("roles", ()))
     nodes = f"{over_all.get('size', 0)} of {over_all.get('nodes', 0)} ({roles})"
-    largest = str(coarse.get("measured", {}).get("layer", ""))
-    words = {"largest": largest, "size": str(len(names)), "everywhere": nodes}
-    return {name: listed(sites) for name, sites in lists.items()} | words
+    largest, fills = str(coarse.get("measured", {}).get("layer", "")), coarse.get("between", {}).get("fills", ())
+    laid_down = f" (laid down in layer{'s' * (len(fills) > 1)} {listed(fills)})" if fills else ""
+    own = {"largest": largest, "size": str(len(names)), "fills": laid_down, "everywhere": nodes}
+    return {name: listed(sites) for name, sites in lists.items()} | own
 
 
 def leading(retrieval: Mapping[str, Any], start: str) -> list[str]:

@@ -90,6 +90,16 @@ def prompts_of(step: Step, table: pd.DataFrame, name: str) -> pd.DataFrame:
     return pd.DataFrame(list(rows.values()), columns=["ids", "superset", "names"])
 
 
+def read_on(step: Step, fit: pd.DataFrame, layer: int) -> tuple[pd.DataFrame, Float[np.ndarray, "prompts width"]]:
+    """The fitting half's prompts in the profile's template, and their activations after a layer; read once."""
+    prompts = prompts_of(step, fit, step.params.template)
+
+    def read() -> Float[np.ndarray, "prompts width"]:
+        return activations(step.model, prompts["ids"].tolist(), [layer])[layer]
+
+    return prompts, step.shared(f"activations after layer {layer}", read)
+
+
 def activations(
     model: Model, prompts: Sequence[Sequence[int]], layers: Sequence[int]
 ) -> dict[int, Float[np.ndarray, "prompts width"]]:
@@ -198,8 +208,7 @@ def found(
     p = step.params
 
     def compute(_: Unit) -> pd.DataFrame:
-        prompts = prompts_of(step, fit, p.template)
-        values = activations(step.model, prompts["ids"].tolist(), [layer])[layer]
+        prompts, values = read_on(step, fit, layer)
         profession = load_people(step.people_file).set_index("name")["profession"].to_dict()
         professions = prompts["names"].map(lambda names: [profession.get(name) for name in names])
         bases = subspaces(values, prompts["superset"], professions)

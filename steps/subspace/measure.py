@@ -5,6 +5,7 @@
 3. `direction_sweeps`: one direction patched after each layer of the slice; `layer_table` and `chosen_layer` say after
    which layer the rest is measured: subspaces patched there, moved to other prompts, and steered along.
 4. `interchange`: one name's class from another prompt, to see whether the causal model predicts the answer.
+5. `confounds`: what of the class directions is region, century or gender, and what they carry in placebo pairs.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ from pipeline.declaration import SUPERSET_TASKS, Declaration
 from pipeline.params import Counts, Doses, OfSlice, Words
 from pipeline.step import Step
 from pipeline.units import subsample, without_labels
-from steps.subspace import direction_sweeps, directions, interchange, probes
+from steps.subspace import confounds, direction_sweeps, directions, interchange, probes
 from steps.subspace.direction_sweeps import LAYERS, PATCHES, STEERING, TRANSFER
 from steps.subspace.directions import CLASS_MEANS, DIRECTIONS
-from steps.subspace.probes import ACCURACIES, SPECTRA
+from steps.subspace.probes import ACCURACIES, BASELINE_SCORES, SPECTRA
 
 ONE = ("class difference", 1)  # the direction between the two classes of a pair
 
@@ -67,6 +68,7 @@ def assumed(case: Case) -> Iterator[tuple[Any, ...]]:
     p, layers = case.params, interchange.slice_layers(case)
     yield ACCURACIES, None
     yield SPECTRA, None
+    yield BASELINE_SCORES, None
     fit = pd.DataFrame({"pair_id": [pair.pair_id for pair in case.half(0)]})
     yield CLASS_MEANS, fit, layers
     means, pairs = directions.assumed_means(p, layers), without_labels(subsample(case.prompts(), p.pairs))
@@ -80,6 +82,11 @@ def assumed(case: Case) -> Iterator[tuple[Any, ...]]:
     yield interchange.BASES, fit, interchange.layers_of(case)
     for swap in interchange.SWAPS:
         yield swap.table, swap.changes(case, interchange.assumed_cases(shown), None)
+    spans = confounds.assumed_spans(case)
+    yield confounds.ATTRIBUTE_SPANS, fit, layer, means
+    yield confounds.IN_PAIRS, confounds.in_pairs(case, shown, layer, means, spans)
+    if case.placebo():
+        yield confounds.IN_PLACEBO, confounds.in_placebo(case, layer, means, spans, {})
 
 
 def assumed_prompts(case: Case, shown: Sequence[Pair]) -> list[Pair]:
@@ -98,6 +105,7 @@ STEP = Declaration(
     assumed,
     layered=True,
     tasks=SUPERSET_TASKS,
+    placebo=True,
     reads={"sufficiency": ("critical_slice",)},
     files=("people_file", "data/controls.csv"),
     timings=probes.timings,
@@ -178,6 +186,7 @@ class Measured(NamedTuple):
     dropped: tuple[str, ...]  # classes that probes leave out, and why
     accuracies: pd.DataFrame
     spectra: pd.DataFrame
+    baselines: pd.DataFrame  # accuracies of probes that do not see the model
     pairs: list[Pair]  # in which directions are patched
     by_layer: pd.DataFrame  # recovery after each layer of the slice
     layer: int  # after which all that follows is measured
@@ -187,6 +196,9 @@ class Measured(NamedTuple):
     steering: pd.DataFrame
     kinds: Mapping[str, str]  # of steered prompts, by id
     interchange: Mapping[str, pd.DataFrame]  # records, by where: "name" or "last"
+    spans: pd.DataFrame  # of the people's attributes
+    beside: pd.DataFrame  # the class difference and its parts in the attributes' span, and other directions
+    placebo: pd.DataFrame | None  # directions in placebo pairs, with their `attribute`; kept ones alone
 
 
 def run(step: Step) -> Measured:
@@ -194,6 +206,7 @@ def run(step: Step) -> Measured:
     p, layers, kinds = step.params, interchange.slice_layers(step), (probes.of_pairs(step), probes.of_people(step))
     readings = probes.readings(step, kinds)
     accuracies, spectra = step.table(ACCURACIES, readings), step.table(SPECTRA, readings)
+    baselines = step.table(BASELINE_SCORES, kinds)
     table = step.pairs()
     fit, pairs = directions.halves(step, table)
     means, shown = step.table(CLASS_MEANS, fit, layers), directions.reported(pairs)
@@ -208,5 +221,6 @@ def run(step: Step) -> Measured:
     quads = table[table["pair_id"].isin([pair.pair_id for pair in shown])]
     swapped = interchange.run(step, fit, quads)
     dropped = tuple(why for one in kinds for why in one.dropped)
-    first = probes.slice_layers(step), dropped, accuracies, spectra
-    return Measured(*first, pairs, by_layer, layer, found, patches, transfer, steering, of_prompts, swapped)
+    first = probes.slice_layers(step), dropped, accuracies, spectra, baselines
+    last = swapped, *confounds.run(step, fit, shown, layer, means)
+    return Measured(*first, pairs, by_layer, layer, found, patches, transfer, steering, of_prompts, *last)

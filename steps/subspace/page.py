@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from pipeline.step import Step
 from report.words import about_model, finished
-from steps.subspace import directions_page, interchange_page, probes_page
+from steps.subspace import confounds_page, directions_page, interchange_page, probes_page
 from steps.subspace.measure import Measured
 
 
@@ -16,11 +16,12 @@ class Numbers(NamedTuple):
     probes: probes_page.Numbers
     directions: directions_page.Numbers
     interchange: interchange_page.Numbers
+    confounds: confounds_page.Numbers
 
 
 def numbers(step: Step, m: Measured) -> Numbers:
     """What figures, sentences and findings rest on."""
-    parts = (probes_page, directions_page, interchange_page)
+    parts = (probes_page, directions_page, interchange_page, confounds_page)
     return Numbers(*(part.numbers(m, step.params) for part in parts))
 
 
@@ -33,11 +34,13 @@ def findings(step: Step, m: Measured, n: Numbers) -> dict[str, Any]:
         "able": True,
         **probes_page.found(n.probes),
         "directions": directions_page.found(m, n.directions),
+        "confounds": n.confounds.found(),
         "interchange": interchange_page.found(n.interchange),
         "sentences": [
             *probes_page.sentences(m, n.probes),
             *sentences,
             *interchange_page.sentences(n.interchange),
+            *confounds_page.sentences(m, n.confounds),
         ],
         "headline": headline,  # what directions can do says more than probes
     }

@@ -13,6 +13,8 @@
    `prompts`: every person is on both sides, in one template each; only there a *control* means something: labels
    permuted between people can be learned by heart (Hewitt and Liang 2019, arXiv 1909.03368).
 5. `spectrum`: the class means' singular values beside those of permuted labels, and words at the directions' ends.
+6. `baselines`: the same regression on what is known of the people without the model, in the very folds `people`: their
+   region, century and gender, or the letters of their names.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from itertools import product
 from typing import NamedTuple
 
@@ -28,6 +30,7 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
+from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
 from sklearn.linear_model import RidgeCV
 from sklearn.model_selection import StratifiedGroupKFold
 from sklearn.preprocessing import StandardScaler
@@ -53,6 +56,12 @@ WHOLE = -1  # the rank of a probe that is not reduced; the number of labels that
 BATCH = 32  # prompts of one pass
 WORDS, DIRECTIONS = 6, 4  # words named at each end of a direction, and leading directions that are
 PROFESSIONS = 70  # that have enough people for a probe, in the default book
+ATTRIBUTES = ("region", "century", "gender")
+# What a baseline sees: how many of the people are of each region, ..., or the n-grams of their names' letters.
+BASELINES = {
+    "metadata": partial(CountVectorizer, analyzer=list),
+    "letters": partial(TfidfVectorizer, analyzer="char_wb", ngram_range=(1, 4), sublinear_tf=True),
+}
 
 
 class Asked(NamedTuple):
@@ -64,6 +73,7 @@ class Asked(NamedTuple):
     templates: tuple[str, ...]
     prompts: tuple[tuple[Prompt, ...], ...]  # templates x rows
     dropped: tuple[str, ...]  # what was left out, and why
+    people: tuple[tuple[str, ...], ...] = ()  # names, by row
 
 
 class Labels(NamedTuple):
@@ -149,7 +159,8 @@ def asked(
         ]
     except ValueError as error:
         raise StepError(str(error)) from None
-    return Asked(kind, rows.drop(columns="people"), tuple(targets), tuple(templates), tuple(prompts), tuple(dropped))
+    people, rows = tuple(map(tuple, rows["people"])), rows.drop(columns="people")
+    return Asked(kind, rows, tuple(targets), tuple(templates), tuple(prompts), tuple(dropped), people)
 
 
 def large_enough(rows: pd.DataFrame, target: str, folds: int, kind: str) -> tuple[list[str], list[str]]:
@@ -222,21 +233,29 @@ def labelled(rows: pd.DataFrame, target: str, permutations: int, seed: int) -> L
 
 
 class Probe:
-    """Ridge probes of several targets and labellings, fitted together on the same prompts."""
+    """Ridge probes of several targets and labellings, fitted together on the same prompts.
 
-    def __init__(self, x: Float[np.ndarray, "rows hidden"], labels: Sequence[Labels], train: np.ndarray) -> None:
+    Without `scaled`, inputs keep their own units, and the strengths are times their total variance: what few names
+    have (a rare n-gram) must not count as much as what many have.
+    """
+
+    def __init__(
+        self, x: Float[np.ndarray, "rows hidden"], labels: Sequence[Labels], train: np.ndarray, scaled: bool = True
+    ) -> None:
         self.labels, self.train = labels, train
-        self.scaler = StandardScaler().fit(x[train])
+        self.scaler = StandardScaler(with_std=scaled).fit(x[train])
+        self.scale = self.scaler.scale_ if scaled else 1.0
         columns = [own.one_hot[:, train] for own in labels]
         self.blocks = np.cumsum([0] + [block.shape[0] * block.shape[2] for block in columns])
         stacked = np.concatenate([block.transpose(1, 0, 2).reshape(train.sum(), -1) for block in columns], axis=1)
-        strengths = [strength * x.shape[1] for strength in STRENGTHS]
+        spread = x.shape[1] if scaled else max(x[train].var(0).sum(), 1e-12)
+        strengths = [strength * spread for strength in STRENGTHS]
         self.ridge = RidgeCV(strengths, alpha_per_target=True).fit(self.scaler.transform(x[train]), stacked)
         self.fitted = self.outputs(x[train])
 
     def outputs(self, x: Float[np.ndarray, "rows hidden"], mean: np.ndarray | None = None) -> list[np.ndarray]:
         """For each target (labellings, rows, classes); `mean` takes the training mean's place."""
-        values = (x - (self.scaler.mean_ if mean is None else mean)) / self.scaler.scale_
+        values = (x - (self.scaler.mean_ if mean is None else mean)) / self.scale
         flat = np.split(self.ridge.predict(values), self.blocks[1:-1], axis=1)
         shapes = [(len(x), len(own.codes), len(own.classes)) for own in self.labels]
         return [own.reshape(shape).transpose(1, 0, 2) for own, shape in zip(flat, shapes, strict=True)]
@@ -332,6 +351,52 @@ def prompt_folds(own: Seen, params: Shared) -> Iterator[pd.DataFrame]:
         for name, score in (("true", total[0]), ("control", total[1:].mean(0))):
             found = rows[["item", "unit"]].assign(target=one.target, labels=name, score=score, **about, folds="prompts")
             yield found[one.there]
+
+
+# --- baselines ----------------------------------------------------------------------------------------------------
+
+
+def seen_without_model(people: pd.DataFrame, names: Sequence[Sequence[str]]) -> dict[str, list]:
+    """What each baseline sees of the people of each prompt: words for their attributes (and for region and century
+    together), or their names. Of people who are not in the table nothing is known."""
+    known = people.set_index("name")[[*ATTRIBUTES]].astype(str)
+    known["region and century"] = known["region"] + " " + known["century"]
+    words = {name: [f"{key} {value}" for key, value in row.items()] for name, row in known.to_dict("index").items()}
+    metadata = [[word for name in both for word in words.get(name, ["unknown"])] for both in names]
+    return {"metadata": metadata, "letters": [" ".join(both) for both in names]}
+
+
+def baseline_folds(own: Asked, seen: Mapping[str, Sequence], seed: int) -> Iterator[pd.DataFrame]:
+    """As `people_folds`, from what each of BASELINES sees; whatever it counts is chosen in the training folds."""
+    labels, folds = [labelled(own.rows, target, 0, seed) for target in own.targets], own.rows["fold"].to_numpy()
+    for name, vectoriser in BASELINES.items():
+        guesses = np.zeros((len(labels), len(folds)), dtype=int)
+        for fold in range(folds.max() + 1):
+            held = folds == fold
+            fitted = vectoriser().fit([one for one, out in zip(seen[name], held, strict=True) if not out])
+            x = fitted.transform(seen[name]).toarray()
+            probe = Probe(x, labels, ~held, scaled=False)
+            outputs = probe.outputs(x[held])
+            for target in range(len(labels)):
+                guesses[target, held] = probe.predict(outputs, target, 0)
+        for one, guess in zip(labels, guesses, strict=True):
+            yield scored(own, one, guess, baseline=name)
+
+
+def baselines(step: Step, kinds: Sequence[Asked]) -> pd.DataFrame:
+    """Accuracies of the baselines: a row per prompt."""
+    people = load_people(step.people_file)
+    each = (baseline_folds(own, seen_without_model(people, own.people), step.params.seed) for own in kinds)
+    return pd.concat([frame for frames in each for frame in frames], ignore_index=True)
+
+
+def of_baselines(case: Case, units: Sequence[Unit], kinds: None) -> Work:
+    """The cost of the baselines: fits of few labels on many columns, each about as long as a probe's."""
+    folds, rows = len(BASELINES) * case.params.probe_folds, len(case.pairs) + case.params.probe_people
+    return Work(table=60 * rows, other={"pair probes": folds, "people probes": folds})
+
+
+BASELINE_SCORES = Table.whole("probe_baselines", baselines, of_baselines)
 
 
 # --- tables -------------------------------------------------------------------------------------------------------

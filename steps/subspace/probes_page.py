@@ -1,7 +1,7 @@
 """Step 08, probes: from the tables of `steps.subspace.probes` to curves, ranks, figures and sentences.
 
-1. `curves`, `nulls` and `selectivity`: balanced accuracy over layers with intervals over quads or people, beside
-   permuted labels (a threshold is the highest accuracy at any layer under any of them) and the control task.
+1. `curves`, `nulls` and `selectivity`: balanced accuracy over layers with intervals over quads or people, beyond the
+   better of the `baselines`, beside permuted labels and the control task.
 2. `rank_table` and `spectra`: accuracy against rank, and the spectrum of the class means, each beside permuted labels;
    `verdicts` says whether the map is of low rank, by rules that it can fail.
 3. `ends` names the leading directions, `clusters` groups class means.
@@ -25,7 +25,8 @@ from report.words import interval, listed
 from steps.subspace.measure import Measured, Subspace
 from steps.subspace.probes import WHOLE
 
-CURVE = ["kind", "target", "position"]
+ASKED = ["kind", "target"]
+CURVE = [*ASKED, "position"]
 MOVED = [*CURVE, "trained", "template"]
 LEADS = (("pair", "superset", "last"), ("one-name", "profession", "last"))  # the two maps whose rank is asked for
 ENOUGH = 0.9  # share of the accuracy above chance that a low-rank probe must keep
@@ -34,7 +35,8 @@ LOW = 0.5  # share of its cap that a low rank may have at most
 CAPTIONS = {
     "probes": "Balanced accuracy of linear probes of the residual stream after each layer, on people that the probe "
     "has not seen, at the names and at the last token; 95% studentised bootstrap intervals over quads or people. "
-    "Beside it the range under permuted labels.",
+    "Beside it two baselines on the same folds, the people's metadata and the letters of their names alone, and the "
+    "range under permuted labels.",
     "rank": "Accuracy of reduced-rank probes at the slice's layer on people that the probe has not seen; the last rank "
     "is the cap. Grey: the range under permuted labels.",
 }
@@ -59,10 +61,32 @@ def of_people(frame: pd.DataFrame, labels: str = "true") -> pd.DataFrame:
     return frame[(frame["folds"] == "people") & (frame["labels"] == labels) & (frame["rank"] == WHOLE)]
 
 
-def curves(frame: pd.DataFrame, params: Subspace) -> pd.DataFrame:
-    """Accuracy over layers by kind, target, position, template trained on, and template tested on (`own`: the same)."""
-    parts = [estimates(rows, params, [*MOVED, "layer"]) for _, rows in of_people(frame).groupby(MOVED, sort=False)]
-    out = pd.concat(parts, ignore_index=True)
+def by_group(frame: pd.DataFrame, params: Subspace, groups: Sequence[str], by: Sequence[str]) -> pd.DataFrame:
+    """`estimates` of each group, with the units that are in all combinations of `by` there."""
+    parts = [estimates(rows, params, [*groups, *by]) for _, rows in frame.groupby([*groups], sort=False)]
+    return pd.concat(parts, ignore_index=True)
+
+
+def baseline_table(scores: pd.DataFrame, params: Subspace) -> pd.DataFrame:
+    """Accuracy of each baseline by kind and target; `better` is the higher one's."""
+    out = by_group(scores, params, ASKED, ["baseline"])
+    order = out.groupby(ASKED)["estimate"].rank(ascending=False, method="first")
+    return out.assign(better=order == 1)
+
+
+def curves(frame: pd.DataFrame, scores: pd.DataFrame, params: Subspace) -> pd.DataFrame:
+    """Accuracy over layers by kind, target, position, template trained on, and template tested on (`own`: the same).
+
+    `beyond` (with its ends): what it is above the better `baseline` on the same prompts, paired by units.
+    """
+    true, best = of_people(frame), baseline_table(scores, params)
+    best = scores.merge(best.loc[best["better"], [*ASKED, "baseline"]])[[*ASKED, "item", "baseline", "score"]]
+    paired = true.merge(best, on=[*ASKED, "item"], suffixes=("", "_of_baseline"), validate="many_to_one")
+    paired["score"] -= paired["score_of_baseline"]
+    key, names = [*MOVED, "layer"], ["beyond", "beyond_low", "beyond_high"]
+    above = by_group(paired, params, [*MOVED, "baseline"], ["layer"]).drop(columns="units")
+    above = above.rename(columns=dict(zip(("estimate", "low", "high"), names, strict=True)))
+    out = by_group(true, params, MOVED, ["layer"]).merge(above, on=key, validate="one_to_one")
     return out.assign(own=out["trained"] == out["template"])
 
 
@@ -174,12 +198,11 @@ def clusters(places: pd.DataFrame, superset_of: dict[str, str], permutations: in
     return {"tree": tree.tolist(), "names": list(places.index), "groups": groups, "rand": float(index), "p": float(p)}
 
 
-def transfer_table(curve: pd.DataFrame, null: pd.DataFrame, layer: int) -> pd.DataFrame:
+def transfer_table(curve: pd.DataFrame, layer: int) -> pd.DataFrame:
     """Every probe at one layer on prompts unlike its own, about other people, with the own probe of those beside it."""
     rows = curve[curve["layer"] == layer]
     own = rows[rows["own"]].set_index(CURVE)["estimate"].rename("own probe")
-    tops = null.groupby(CURVE)["threshold"].first()
-    return rows[~rows["own"]].join(own, on=CURVE).join(tops, on=CURVE).drop(columns="own")
+    return rows[~rows["own"]].join(own, on=CURVE).drop(columns="own")
 
 
 def superset_of(frame: pd.DataFrame) -> dict[str, str]:
@@ -194,6 +217,7 @@ class Numbers(NamedTuple):
 
     layer: int  # of the slice's leading site
     curve: pd.DataFrame
+    baselines: pd.DataFrame
     null: pd.DataFrame
     selectivity: pd.DataFrame
     ranks: pd.DataFrame
@@ -208,7 +232,7 @@ class Numbers(NamedTuple):
 def numbers(m: Measured, params: Subspace) -> Numbers:
     """Everything that the page says of probes, in numbers."""
     frame, means, layer = m.accuracies, m.spectra, m.probe_layers[0]
-    curve, null, ranks = curves(frame, params), nulls(frame), rank_table(frame, params)
+    curve, null, ranks = curves(frame, m.baselines, params), nulls(frame), rank_table(frame, params)
     verdict = verdicts(ranks, spectra(means))
     named = {
         lead[1]: ends(means, lead, layer)
@@ -217,8 +241,9 @@ def numbers(m: Measured, params: Subspace) -> Numbers:
     }
     of, places = superset_of(frame), [coordinates(means, lead, layer) for lead in LEADS]
     groups = clusters(places[1], of, params.flips, params.seed)
-    moved = transfer_table(curve, null, layer)
-    return Numbers(layer, curve, null, selectivity(frame, params), ranks, verdict, places[0], named, groups, of, moved)
+    read = curve, baseline_table(m.baselines, params), null, selectivity(frame, params)
+    moved = transfer_table(curve, layer)
+    return Numbers(layer, *read, ranks, verdict, places[0], named, groups, of, moved)
 
 
 # --- figures ----------------------------------------------------------------------------------------------------------
@@ -230,11 +255,13 @@ def titled(table: pd.DataFrame) -> pd.Series:
 
 
 def accuracy_figure(n: Numbers) -> Figure:
-    """Accuracy over layers at both positions, and the range of permuted labels."""
+    """Accuracy over layers at both positions, that of the baselines, and the range of permuted labels."""
     both = n.null.groupby(["kind", "target", "layer"], sort=False).agg(
         estimate=("estimate", "mean"), low=("low", "min"), high=("high", "max")
     )
-    frame = pd.concat([n.curve[n.curve["own"]], both.reset_index().assign(position="permuted labels")])
+    flat = n.baselines.merge(n.curve[["layer"]].drop_duplicates(), how="cross")  # no model, no layers
+    flat = flat.assign(position=flat["baseline"] + " alone")
+    frame = pd.concat([n.curve[n.curve["own"]], flat, both.reset_index().assign(position="permuted labels")])
     return layer_curve(frame.assign(panel=titled(frame)), "balanced accuracy", "position", "panel")
 
 
@@ -299,41 +326,52 @@ def shown(row: pd.Series) -> str:
     return interval(row["estimate"], row["low"], row["high"])
 
 
-def first_above(curve: pd.DataFrame, threshold: float) -> int | None:
-    """The first layer from which the accuracy stays above the threshold."""
-    own = curve.sort_values("layer")
-    stays = (own["estimate"] > threshold)[::-1].cummin()[::-1]
-    return int(own.loc[stays.idxmax(), "layer"]) if stays.any() else None
+def layers_beyond(own: pd.DataFrame) -> str:
+    """After which layers the accuracy is surely above that of the better baseline."""
+    layers = sorted(own.loc[own["beyond_low"].astype(float) > 0, "layer"])
+    if own["beyond_low"].isna().any():
+        return "too few were asked to say where it is above the better baseline"
+    where = f" (the first is {layers[0]}, the last {layers[-1]})" if layers else ""
+    better = f"the better baseline ({own['baseline'].iloc[0]})"
+    return f"surely above {better} after {len(layers)} of {len(own)} layers{where}"
 
 
-def accuracy_sentences(curve: pd.DataFrame, null: pd.DataFrame, layers: Sequence[int], permutations: int) -> list[str]:
-    """For each target, kind and position: where it rises above permuted labels, the best layer, the slice's ends."""
+def baseline_sentence(table: pd.DataFrame, null: pd.DataFrame, permutations: int) -> str:
+    """What is read without the model, and what permuted labels give."""
+    each = []
+    for key, own in table.groupby(ASKED, sort=False):
+        top = null.loc[(null[ASKED] == list(key)).all(axis=1), "threshold"].max()
+        said = listed(f"{row['baseline']} {shown(row)}" for _, row in own.iterrows())
+        each.append(f"{key[1]} from {key[0]} prompts: {said}, permuted labels at most {top:.2f}")
+    return (
+        "Two baselines see nothing of the model and are fitted and tested on the probes' own folds: the people's "
+        "region, century and gender (metadata), and the n-grams of their names' letters (letters). Their balanced "
+        f"accuracy, and the highest at any layer under any of {permutations} permutations of the labels: "
+        f"{'; '.join(each)}. Probes are set against the better of the two, prompt by prompt; each interval holds by "
+        "itself."
+    )
+
+
+def accuracy_sentences(curve: pd.DataFrame, layers: Sequence[int]) -> list[str]:
+    """For each target, kind and position: from where it is above the better baseline, the best layer, the slice's."""
     out = []
     for key, own in curve[curve["own"]].groupby(CURVE, sort=False):
-        threshold = null[(null[CURVE] == list(key)).all(axis=1)]["threshold"].iloc[0]
-        best, first = own.loc[own["estimate"].idxmax()], first_above(own, threshold)
-        at = own.set_index("layer").sort_index()
-        slices = [f"{shown(at.loc[layer])} at layer {layer}" for layer in dict.fromkeys((min(layers), max(layers)))]
-        above = (
-            f"is above the threshold of permuted labels ({threshold:.2f}) from layer {first} on"
-            if first is not None
-            else f"does not stay above the threshold of permuted labels ({threshold:.2f})"
-        )
+        best, at = own.loc[own["estimate"].idxmax()], own.set_index("layer").sort_index()
+        slices = [
+            f"{shown(at.loc[layer])} at layer {layer} ({beyond(at.loc[layer])} beyond the baseline)"
+            for layer in dict.fromkeys((min(layers), max(layers)))
+        ]
         out.append(
-            f"{key[1].capitalize()} from {key[0]} prompts at `{key[2]}`, people not seen: balanced accuracy {above}; "
-            f"it is {shown(at.iloc[0])} at layer {at.index[0]}, highest after layer {best['layer']} ({shown(best)}), "
-            f"and {listed(slices)}, where the slice begins and ends."
-            + (
-                " After that first layer little more than the spelling of the names can be read."
-                if first == at.index[0]
-                else ""
-            )
+            f"{key[1].capitalize()} from {key[0]} prompts at `{key[2]}`, people not seen: balanced accuracy "
+            f"{shown(at.iloc[0])} at layer {at.index[0]}, highest after layer {best['layer']} ({shown(best)}), and "
+            f"{listed(slices)}, where the slice begins and ends; {layers_beyond(own)}."
         )
-    return [
-        f"The threshold is the highest accuracy at any layer under any of {permutations} permutations of the labels "
-        f"(familywise p = {1 / (permutations + 1):.3f} for what exceeds it).",
-        *out,
-    ]
+    return out
+
+
+def beyond(row: pd.Series) -> str:
+    """What a probe's accuracy is above the better baseline's."""
+    return interval(row["beyond"], row["beyond_low"], row["beyond_high"])
 
 
 def selectivity_sentence(table: pd.DataFrame, layer: int) -> list[str]:
@@ -388,13 +426,13 @@ def transfer_sentence(table: pd.DataFrame, layer: int) -> list[str]:
     """How probes do on prompts that they were not trained on."""
     each = [
         f"{row['target']} at `{row['position']}` from `{row['trained']}` to `{row['template']}` {shown(row)} "
-        f"(beside {row['own probe']:.2f})"
+        f"(beside {row['own probe']:.2f}; {beyond(row)} beyond the baseline)"
         for _, row in table.iterrows()
     ]
-    good = int((table["estimate"] > table["threshold"]).sum())
+    good = int((table["beyond_low"].astype(float) > 0).sum())
     return [
         f"Probes moved to other prompts about other people, after layer {layer} (beside the accuracy that {HOME}): "
-        f"{listed(each)}. {good} of {len(table)} are above the threshold of permuted labels."
+        f"{listed(each)}. {good} of {len(table)} are surely above the better baseline of the people asked about."
     ] * bool(each)
 
 
@@ -410,7 +448,8 @@ def sentences(m: Measured, n: Numbers) -> list[str]:
         "people the model tells apart by selection (an accuracy near 1 at the last token of the last layers is built "
         f"in), and from one-name prompts about {sizes.loc['one-name', 'item']} other people, unselected.",
         *m.dropped,
-        *accuracy_sentences(n.curve, n.null, m.probe_layers, frame["permutation"].max() + 1),
+        baseline_sentence(n.baselines, n.null, frame["permutation"].max() + 1),
+        *accuracy_sentences(n.curve, m.probe_layers),
         *selectivity_sentence(n.selectivity, n.layer),
         *out,
         cluster_sentence(n.clusters, "profession"),
@@ -424,6 +463,7 @@ def found(n: Numbers) -> dict[str, dict]:
     return {
         "probes": {
             "accuracy": own.to_dict("records"),
+            "baselines": n.baselines.to_dict("records"),
             "thresholds": n.null.drop_duplicates(CURVE)[[*CURVE, "threshold"]].to_dict("records"),
             "selectivity": n.selectivity.to_dict("records"),
             "transfer": n.moved.to_dict("records"),

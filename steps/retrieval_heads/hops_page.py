@@ -1,0 +1,60 @@
+"""One hop or two, on the page of step 06: shares of the gap, by who reads and at which tokens."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from lib import stats
+from lib.effects import columns, quad_matrix, reported
+from lib.stats import Settings
+from report.words import listed, of_row
+from steps.retrieval_heads.hops import EVERY, ROLES, SLICE
+
+REMAINDER = "remainder"
+LEFT = {EVERY: "no role carries alone", SLICE: "is read by other heads, or carried by no role alone"}
+
+
+def shares(records: pd.DataFrame, settings: Settings) -> pd.DataFrame:
+    """What is read of the gap at each role, by reader, confirmation half; and of LEFT the `remainder`, with which these
+    add up to 1. Columns: reader, position, estimate, low, high, quads."""
+    own, parts = reported(records), []
+    for reader, rows in own.groupby("reader", sort=False):
+        lost, gaps = (quad_matrix(rows, value, ["position"], "sum") for value in ("effect", "gap"))
+        by_role = pd.DataFrame(lost.values, columns=lost.sites["position"])
+        by_role = by_role[[role for role in ROLES if role in by_role]]
+        gap = gaps.values[:, 0]
+        if reader in LEFT:
+            by_role = by_role.assign(**{REMAINDER: gap - by_role.sum(axis=1)})
+        spans = columns(stats.ratio_intervals(by_role.to_numpy(), gap, settings))
+        parts.append(pd.DataFrame({"reader": reader, "position": [*by_role]} | spans).assign(quads=len(gap)))
+    return pd.concat(parts, ignore_index=True)
+
+
+def table(shares: pd.DataFrame) -> pd.DataFrame:
+    """A row for each reader, a column for each role."""
+    said = shares.assign(said=[of_row(row) for row in shares.itertuples()])
+    return (
+        said.pivot_table(index="reader", columns="position", values="said", aggfunc="first", sort=False)
+        .fillna("")
+        .reset_index()
+    )
+
+
+def sentences(shares: pd.DataFrame) -> list[str]:
+    """What is read in one hop and what in two: by all heads, by the slice's, and by which of these most."""
+    out = []
+    for reader, what in LEFT.items():
+        own = shares[shares["reader"] == reader].set_index("position")
+        if len(own):
+            parts = listed(f"{of_row(row)} at `{role}`" for role, row in own.drop(REMAINDER).iterrows())
+            whose = "heads of all layers read" if reader == EVERY else "the slice's heads read"
+            out.append(
+                f"At the last token {whose} {parts} of the gap; {of_row(own.loc[REMAINDER])} {what} "
+                f"({own['quads'].iloc[0]} quads, confirmation half)."
+            )
+    there = shares[(shares["position"] == "between") & ~shares["reader"].isin([EVERY, SLICE])]
+    if len(there):
+        row = there.loc[there["estimate"].idxmax()]
+        verb = "share what they read at `between`, the most: " if "+" in row["reader"] else "reads most at `between`: "
+        out.append(f"Of the slice's heads {listed(row['reader'].split(' + '))} {verb}{of_row(row)} of the gap.")
+    return out
