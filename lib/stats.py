@@ -308,7 +308,7 @@ def simultaneous(matrix: Float[np.ndarray, "quads sites"], settings: Settings = 
     Each is estimate +- c standard errors, where c is the quantile of the largest |t| over sites in resamples of whole
     quads, so the correlation between sites is kept (Romano and Wolf 2005). A site does not count towards the largest
     in a resample that misses nearly all of its spread (`SPREAD`): else one site whose effect is a single quad's would
-    make every interval as wide as one likes. In simulations of 300 sites they covered in at least 95% with normal,
+    make every interval as wide as one likes. In simulations of 300 sites they covered in some 95% or more with normal,
     heavy-tailed and lognormal values alike, from 20 quads on (`bench/coverage.py`).
     """
     values = _matrix(matrix, "matrix")
