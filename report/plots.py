@@ -308,6 +308,31 @@ def slice_curve(
     return figure
 
 
+def node_curve(frame: pd.DataFrame, roles: pd.DataFrame, threshold: float) -> Figure:
+    """Faithfulness of growing circuits, a line for each `name`, over the number of their nodes (logarithmic); below,
+    how many of the nodes are at each role, a line for each column of `roles` (its index: the number of nodes).
+
+    Columns: `n_sites`, `name`, `estimate`, `low`, `high`.
+    """
+    _need("node_curve", frame, "n_sites", "name")
+    with _canvas((WIDTH, 4.6), 2) as (figure, (top, below)):
+        for name, (colour, marker) in styles_of(frame, "name").items():
+            line = frame[frame["name"] == name].sort_values("n_sites")
+            top.plot(line["n_sites"], line["estimate"], color=colour, lw=1, alpha=0.6)
+            draw_points(top, line["n_sites"].to_numpy(dtype=float), line, colour, marker, label=name)
+        zero_line(top)
+        top.axhline(threshold, color=BLACK, lw=1, ls="--", label=f"threshold ({threshold:g})")
+        top.set(ylabel="faithfulness (share)", xscale="log")
+        for role, (colour, marker) in styles_of(pd.DataFrame({"role": roles.columns}), "role").items():
+            below.plot(roles.index, roles[role], color=colour, marker=marker, ms=4, lw=1, label=role)
+        below.set(ylabel="nodes", xlabel="nodes in the circuit", yscale="symlog")
+        below.set_xticks(sizes := sorted(roles.index), map(str, sizes))
+        below.minorticks_off()
+        top.legend()
+        below.legend()
+    return figure
+
+
 @contextmanager
 def _canvas(size: tuple[float, float], rows: int = 1) -> Iterator[tuple[Figure, list[Axes]]]:
     """In the report's style, a figure of the given size (inches) and its axes, one above the other."""

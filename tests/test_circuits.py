@@ -1,5 +1,8 @@
 """Circuits against one-by-one patching, and the search on a model whose circuit is known."""
 
+import contextlib
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -19,34 +22,47 @@ TESTS = {
 }
 
 
-def by_hand(model, pair, circuit, ids, last):
+EVERYWHERE = {
+    "few": Circuit(True, ("0.1 at names", "mlp 0 at rest", "1.2 at between", "mlp 2 at last", "2.0")),
+    "names": Circuit(True, ("mlp 0 at names", "1.3 at names")),
+    "without": Circuit(False, ("0.3 at names", "mlp 1 at between", "2.2 at last", "1.1 at rest")),
+    "no MLP": Circuit(False, tuple(f"mlp {n} at {role}" for n in range(3) for role in circuits.EVERYWHERE)),
+    "at last": Circuit(True, ("1.2", "mlp 2")),
+}
+
+
+def by_hand(model, pair, circuit, ids, roles=circuits.AT_LAST):
     """logit_diff and margin with every site outside the circuit patched, by plain hooks and full forward passes."""
-    every = hooks.all_sites(model, ("head", "mlp"))
-    with hooks.capture(model, every, [last]) as seen:
+    every, named = hooks.all_sites(model, ("head", "mlp")), {name.removesuffix(" at last") for name in circuit.sites}
+    with hooks.capture(model, every) as seen:
         model.model(torch.tensor([ids]))
-    named = set(map(hooks.site_of, circuit.sites))
-    gone = [site for site in every if (site in named) != circuit.only]
-    with hooks.patch(model, {site: seen[site] for site in gone}, [last]):
+    with contextlib.ExitStack() as patches:
+        for role in roles:
+            tokens, end = list(pair.clean.roles[role]), "" if role == "last" else f" at {role}"
+            gone = [site for site in every if (hooks.site_name(*site) + end in named) != circuit.only]
+            patches.enter_context(hooks.patch(model, {site: seen[site][:, tokens] for site in gone}, tokens))
         logits = model.model(torch.tensor([pair.clean.ids])).logits[0, -1]
     own = logits[list(pair.clean_tokens)]
     others = torch.cat([own[: pair.answer], own[pair.answer + 1 :]])
     return (own[pair.answer] - own[pair.corrupt_answer]).item(), (own[pair.answer] - others.max()).item()
 
 
+@pytest.mark.parametrize("roles", [circuits.AT_LAST, circuits.EVERYWHERE])
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3", "gpt2", "qwen3"])
 @torch.no_grad()
-def test_every_circuit_equals_patching_one_by_one(tiny, name):
-    model, pairs = tiny(name), PAIRS[:3]
-    frame = circuits.run(model, pairs, TESTS, ablations=("resample", "counterfactual"), pool=PAIRS, seed=3)
+def test_every_circuit_equals_patching_one_by_one(tiny, name, roles):
+    model, pairs, tests = tiny(name), PAIRS[:3], TESTS if roles == circuits.AT_LAST else EVERYWHERE
+    how = {"ablations": ("resample", "counterfactual"), "pool": PAIRS, "seed": 3, "roles": roles}
+    frame = circuits.run(model, pairs, tests, **how)
     records.conform(frame, circuits.SCHEMA)
-    assert len(frame) == 3 * 2 * (2 + len(TESTS))
+    assert len(frame) == 3 * 2 * (2 + len(tests))
     rows = frame.set_index(["pair_id", "ablation", "test"])
     for pair in pairs:
         donors = {"resample": circuits.resampled(pair, PAIRS, 3), "counterfactual": pair.corrupt.ids}
         for kind, ids in donors.items():
-            for test, circuit in (TESTS | {"everything": ALL, "nothing": NOTHING}).items():
+            for test, circuit in (tests | {"everything": ALL, "nothing": NOTHING}).items():
                 found = rows.loc[(pair.pair_id, kind, test), ["logit_diff", "metric"]].tolist()
-                assert found == pytest.approx(by_hand(model, pair, circuit, ids, 9), abs=1e-9), (kind, test)
+                assert found == pytest.approx(by_hand(model, pair, circuit, ids, roles), abs=1e-9), (kind, test)
     assert rows["logit_diff"].groupby("test").std().min() > 0.01
 
 
@@ -54,10 +70,9 @@ def test_every_circuit_equals_patching_one_by_one(tiny, name):
 def test_on_the_bundled_model_and_against_the_sweep(smollm, two_pairs):
     tests = {"circuit": Circuit(True, ("21.6", "27.1", "mlp 29")), "without": Circuit(False, ("21.6", "mlp 23"))}
     frame = circuits.run(smollm, two_pairs, tests, ablations=("counterfactual",)).set_index(["pair_id", "test"])
-    last = len(two_pairs[0].clean.ids) - 1
     for pair in two_pairs:
         for test, circuit in tests.items():
-            wanted = by_hand(smollm, pair, circuit, pair.corrupt.ids, last)
+            wanted = by_hand(smollm, pair, circuit, pair.corrupt.ids)
             assert frame.loc[(pair.pair_id, test), ["logit_diff", "metric"]].tolist() == pytest.approx(wanted, abs=1e-4)
 
 
@@ -80,6 +95,21 @@ def test_circuits_share_what_they_share(tiny):
         circuits.kept_parts(model, [Circuit(True, ("resid 1",))])
     with pytest.raises(ValueError, match="layer 9 is not in"):
         circuits.kept_parts(model, [Circuit(True, ("mlp 9",))])
+    with pytest.raises(ValueError, match="at names cannot be in a circuit: its sites are heads and MLPs at last"):
+        circuits.kept_parts(model, [Circuit(True, ("mlp 1 at names",))])
+
+
+def test_a_pass_over_all_tokens_starts_at_the_names(tiny):
+    pair, roles = PAIRS[0], circuits.EVERYWHERE
+    assert list(circuits.tokens_of(pair, roles)) == [3, 4, 5, 6, 7, 8, 9]
+    assert [roles[number] for number in circuits.role_at(pair, roles)] == (
+        ["names", "names", "rest", "names", "between", "between", "last"]
+    )
+    assert circuits.roles_of(pair) == list(roles) and circuits.roles_of(pair, ("last",)) == ["last"]
+    other = replace(pair.corrupt, ids=(9, *pair.corrupt.ids[1:]))
+    pairs = [replace(pair, corrupt=other)]
+    with pytest.raises(single_pass.SweepError, match="differ before the names"):
+        circuits.run(tiny("llama"), pairs, {}, ablations=("counterfactual",), roles=roles)
 
 
 def test_a_pass_proves_itself(tiny, monkeypatch):
@@ -88,8 +118,8 @@ def test_a_pass_proves_itself(tiny, monkeypatch):
     for which, wrong in ((0, "everything differs"), (1, "nothing differs")):
         with monkeypatch.context() as patched:
 
-            def flipped(model, tested, which=which):
-                kept = every(model, tested)
+            def flipped(model, tested, roles, which=which):
+                kept = every(model, tested, roles)
                 kept[which, 1, 2] ^= True
                 return kept
 

@@ -111,7 +111,9 @@ def found():
                         "members": [span(0.5, site="5.3", p=0.001), span(0.02, site="mlp 7", p=0.2)]},
             "attribution": {"methods": [span(value, nodes=nodes, method=method) for nodes, method, value in
                                         (("sites", "atp", 0.9), ("queries", "atp", 0.3), ("queries", "atp_qk", 0.8))]},
-            "overlap": {"why": "published for another model"}},
+            "overlap": {"why": "published for another model"},
+            "everywhere": {"size": 2, "nodes": 20, "faithfulness": span(0.7), "roles": [
+                {"role": "names", "nodes": 1, "of": 5}, {"role": "last", "nodes": 1, "of": 5}]}},
     }  # fmt: skip
 
 
@@ -647,6 +649,7 @@ def test_the_circuit_in_three_sentences_by_the_verdicts(tmp_path):
     assert "heads there" not in names  # of two that answer one question, the one that is supported speaks
     assert "the slice (5.3 and mlp 7) at the last token is enough to bring the answer back (0.80 [0.75, 0.85])" in road
     assert "all else there is resampled: 5.3" in after
+    assert "2 of 20 (1 at the names and 1 at the last token) keep the task when all else is resampled at every" in after
     # the slice carries the placebo's gap as well: that is what is said, and not that it is about supersets
     assert "the names' region travels the same road: the slice is an attribute read-out (0.80 [0.70, 0.90])" in road
     assert "little of the names' region" not in road
@@ -726,7 +729,7 @@ def test_the_table_says_the_verdict_in_words_and_links_to_what_is_under_it(tmp_p
 
 def test_claims_and_checks_are_two_tables_on_one_page(tmp_path):
     """Their cells are coloured by identifiers that must not be the same."""
-    made = story.Judged({}, list(judged(tmp_path).values()), [], [], "", "", None)
+    made = story.Judged({}, list(judged(tmp_path).values()), [], [], "", "", None, None)
     pages = [story.table(part).to_html() for part in (made.claims, made.checks)]
     cells = [set(re.findall(r'id="(T_[^"]+)"', text)) for text in pages]
     assert all(cells) and not cells[0] & cells[1]
@@ -813,7 +816,7 @@ def test_published_heads_against_chance(tmp_path):
     draws = [(k / n) * ((k - 1) / (n - 1)) * ((n - k) / (n - 2)) * 3, (k * (k - 1) * (k - 2)) / (n * (n - 1) * (n - 2))]
     assert k == 40 and out["estimate"] == 2 and out["shared"] == sorted(top) and out["p"] == pytest.approx(sum(draws))
     assert out["expected"] == pytest.approx(3 * k / n)
-    assert "2 of the circuit's 3 heads" in story.overlap_sentence(out)
+    assert "2 of the 3 heads of the circuit at the last token" in story.overlap_sentence(out)
     other = story.overlap({"sites": top}, {"model": {"n_layers": 80, "n_heads": 64}}, story_params(tmp_path))
     assert story.overlap_sentence(other).startswith("Overlap with published heads: not applicable")
 

@@ -1,5 +1,6 @@
 """Costs are counted as the steps incur them: operations against PyTorch's own counter, rows against the records."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -39,6 +40,11 @@ def counted(run) -> float:
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         run()
     return counter.get_total_flops()
+
+
+def at_names(prompt):
+    """A stand-in's prompt that differs from others at its names, which begin at token 3, as those of a template do."""
+    return replace(prompt, ids=(1, 2, 3, *prompt.ids[:3], *prompt.ids[6:]))
 
 
 def agrees(work: costs.Work, run) -> None:
@@ -96,6 +102,11 @@ def test_circuits_and_attribution(both):
     tests = {"a": (True, ("1.2",)), "b": (True, ("1.2", "mlp 1")), "c": (False, ("2.0", "mlp 0"))}
     tested = [circuits.Circuit(*own) for own in tests.values()]
     agrees(story.circuit_work(shape, PAIRS, tested, PLACE), lambda: circuits.run(model, PAIRS, tests))
+    tests |= {"d": (True, ("0.1 at names", "mlp 1 at between", "2.2")), "e": (False, ("mlp 0 at names",))}
+    tested, roles = [circuits.Circuit(*own) for own in tests.values()], circuits.EVERYWHERE
+    alike = [replace(pair, clean=at_names(pair.clean), corrupt=at_names(pair.corrupt)) for pair in PAIRS]
+    work = story.circuit_work(shape, alike, tested, PLACE, roles=roles)
+    agrees(work, lambda: circuits.run(model, alike, tests, roles=roles))
     case = SimpleNamespace(shape=shape, n_layers=shape.n_layers, n_heads=shape.n_heads)
     work = story.attribution_cost(case, [Unit("", tuple(group)) for group in circuits.grouped(PAIRS)])
     agrees(work, lambda: attribution.attribute(model, PAIRS))

@@ -272,5 +272,5 @@ def test_the_circuit_is_set_beside_what_it_keeps_in_placebo_pairs():
     assert found["quotient_estimate"] == pytest.approx(other.mean() / own.mean())
     assert found["quotient_low"] < 0.25 < found["quotient_high"]
     (said,) = circuits_page.placebo_sentences([found])
-    assert "differ in region, the circuit keeps 0.2" in said and "(24 quads)" in said
+    assert "differ in region, the circuit at the last token keeps 0.2" in said and "(24 quads)" in said
     assert circuits_page.in_placebo(SimpleNamespace(**vars(m) | {"placebo": None}), PARAMS) == []

@@ -20,7 +20,7 @@ FEWER = {
     "retrieval_heads": {"edges", "slice-in-one-name-prompts"},
     "generality": {"circuits"},
     "neurons": {"neurons", "feature_map", "feature_ranks"},
-    "story": {"search", "attribution", "exact"},
+    "story": {"search", "attribution", "exact", "everywhere_search"},
 }
 
 

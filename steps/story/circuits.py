@@ -1,14 +1,14 @@
-"""Circuits at the last token: what is left of the task when every head and MLP outside a set is resampled there?
+"""Circuits: what is left of the task when every head and MLP outside a set is resampled?
 
-F(C) is the clean prompt's logit_diff when each head and MLP at `last` keeps what it computes, in that very run, if
-it is in C, and otherwise has the value of another prompt (Wang et al. 2022, section 3).
-All tokens before the last one stay as they are. F(everything) is the model; F(nothing) is that other prompt's.
+F(C) is the clean prompt's logit_diff when each head and MLP keeps what it computes, in that very run, if it is in C,
+and otherwise has the value of another prompt (Wang et al. 2022, section 3): at the last token alone (`AT_LAST`), where
+all tokens before it stay as they are, or at every token from the first name on (`EVERYWHERE`), where a site of C has a
+role. Embeddings are the clean prompt's. F(everything) is the model; F(nothing) is that other prompt's.
 
-1. `ready` runs the clean prompts plainly, which lends their KV cache; the donors' activations at the last token are
-   kept.
-2. `masked` runs the last token once for all circuits. Circuits that agree up to a layer are one row up to there: the
-   rows branch like a tree (`branches`), so that nothing is computed twice. A module is run only for the rows that keep
-   something of it; the others are given the donor's output.
+1. `ready` runs the clean prompts plainly, which lends their KV cache; the donors' activations at those tokens are kept.
+2. `masked` runs those tokens once for all circuits. Circuits that agree up to a layer are one row up to there: the
+   rows branch like a tree (`branches`), so that nothing is computed twice. A module is run only for the rows (an MLP:
+   the tokens of rows) that keep something of it; the others are given the donor's output.
 3. `scored`: every pass carries the circuit of everything and that of nothing, which must equal the two plain runs.
 4. `run` tests circuits. `search` grows the smallest one it can find by exact tests alone, and prunes it.
 """
@@ -28,21 +28,34 @@ from torch import Tensor, nn
 from lib import hooks, metrics, records
 from lib.batches import Pool, grouped
 from lib.hooks import Model, site_of
-from lib.single_pass import Activations, BaseRun, SweepError, base_run, joiner, row_limit, suffix, token_ids
+from lib.single_pass import (
+    Activations,
+    BaseRun,
+    SharedPrefix,
+    SweepError,
+    base_run,
+    joiner,
+    row_limit,
+    suffix,
+    token_ids,
+)
 from lib.sweep import SHARED_ROW_TOKENS
 from lib.tasks import Pair
 from lib.weights import Shape
 
 
 class Circuit(NamedTuple):
-    """Heads and MLPs, by name: the only ones that are kept, or the only ones that are not."""
+    """Heads and MLPs, by name (21.6, mlp 23 at names; without a role: at last): the only ones that are kept, or the
+    only ones that are not."""
 
     only: bool
     sites: tuple[str, ...]
 
 
 ALL, NOTHING = Circuit(False, ()), Circuit(True, ())
-COMPONENTS = ("head", "mlp", "attn", "resid")  # whose values donors give
+AT_LAST = ("last",)
+EVERYWHERE = ("names", "rest", "between", "last")  # rest: what stands between the names
+COMPONENTS = ("head", "mlp", "attn", "resid", "embed")  # whose values donors give
 BATCH = 16  # pairs whose plain runs are made together
 QUEUE = 32  # sites that the search tests at a time
 REFRESH = (0, 2, 8, 32)  # sizes of the circuit at which the search tests every site
@@ -84,7 +97,8 @@ class Ready:
     pairs: list[Pair]
     kinds: tuple[str, ...]
     base: BaseRun
-    sources: Activations  # (kinds x pairs, 1, width)
+    sources: Activations  # (kinds x pairs, tokens, width)
+    roles: tuple[str, ...]  # whose tokens are run
     alike: Bool[Tensor, " donors"]  # whether the donor ends in the same token
     memory: float  # GB that a pass may take
 
@@ -96,25 +110,50 @@ def ready(
     pool: Sequence[Pair] | None = None,
     seed: int = 0,
     memory: float = 2.0,
+    roles: Sequence[str] = AT_LAST,
 ) -> list[Ready]:
-    """The pairs with everything that their circuits are tested with, a batch of one group at a time.
+    """The pairs with everything that their circuits are tested with, a batch of one group at a time. SweepError where
+    a donor of `EVERYWHERE` has other tokens before the names: nothing would stand for them.
 
     Another prompt of the pair's group in `pool` (default: `pairs`), of another class than the pair's two, gives the
     values of `resample`, the pair's corrupt prompt those of `counterfactual`.
     """
     out = []
     for batch in grouped(pairs, BATCH):
-        last = batch[0].clean.roles["last"]
-        clean = base_run(model, token_ids(model, [pair.clean.ids for pair in batch]), last, COMPONENTS)
+        tokens = tokens_of(batch[0], roles)
+        clean = base_run(model, token_ids(model, [pair.clean.ids for pair in batch]), tokens, COMPONENTS)
         ids = [
             pair.corrupt.ids if kind == "counterfactual" else resampled(pair, pool or pairs, seed)
             for kind in ablations
             for pair in batch
         ]
-        donors = base_run(model, token_ids(model, ids), last, COMPONENTS, cache=False)
-        alike = donors.ids[:, -1] == clean.ids[:, -1].repeat(len(ablations))
-        out.append(Ready(batch, tuple(ablations), clean, donors.activations, alike.cpu(), memory))
+        donors = base_run(model, token_ids(model, ids), tokens, COMPONENTS, cache=False)
+        same = donors.ids == clean.ids.repeat(len(ablations), 1)
+        if roles != AT_LAST and not same[:, : tokens[0]].all():
+            raise SweepError(
+                f"pair {batch[0].pair_id} and others of its template: prompts differ before the names, where a circuit "
+                "over all tokens has no site"
+            )
+        own = (donors.activations, tuple(roles), same[:, -1].cpu())
+        out.append(Ready(batch, tuple(ablations), clean, *own, memory))
     return out
+
+
+def tokens_of(pair: Pair, roles: Sequence[str]) -> range:
+    """The tokens that are run: from the first one of the roles on; of the rest, what stands before the names is not."""
+    own = pair.clean.roles
+    return range(min(min(own[role]) for role in roles if role in own and role != "rest"), len(pair.clean.ids))
+
+
+def role_at(pair: Pair, roles: Sequence[str]) -> list[int]:
+    """Which of the roles each token that is run has."""
+    own = {token: number for number, role in enumerate(roles) for token in pair.clean.roles.get(role, ())}
+    return [own[token] for token in tokens_of(pair, roles)]
+
+
+def roles_of(pair: Pair, roles: Sequence[str] = EVERYWHERE) -> list[str]:
+    """Those of the roles that tokens which are run have."""
+    return [roles[number] for number in sorted({*role_at(pair, roles)})]
 
 
 def resampled(pair: Pair, pool: Sequence[Pair], seed: int) -> tuple[int, ...]:
@@ -126,16 +165,20 @@ def resampled(pair: Pair, pool: Sequence[Pair], seed: int) -> tuple[int, ...]:
 # --- the pass -----------------------------------------------------------------------------------------------------
 
 
-def kept_parts(model: Model | Shape, circuits: Sequence[Circuit]) -> Bool[np.ndarray, "circuits layers parts"]:
+def kept_parts(
+    model: Model | Shape, circuits: Sequence[Circuit], roles: Sequence[str] = AT_LAST
+) -> Bool[np.ndarray, "circuits layers parts roles"]:
     """Which heads (parts 0 ...) and MLPs (the last part) each circuit keeps. ValueError for sites the model lacks."""
-    out = np.zeros((len(circuits), model.n_layers, model.n_heads + 1), dtype=bool)
+    out = np.zeros((len(circuits), model.n_layers, model.n_heads + 1, len(roles)), dtype=bool)
     for kept, circuit in zip(out, circuits, strict=True):
         kept[:] = not circuit.only
-        for site in map(site_of, circuit.sites):
+        for name, _, role in (name.partition(" at ") for name in circuit.sites):
+            site = site_of(name)
             hooks.check_site(model, site)
-            if site.component not in ("head", "mlp"):
-                raise ValueError(f"{site} cannot be in a circuit: its sites are heads and MLPs")
-            kept[site.layer, site.head] = circuit.only  # an MLP's head is -1: the last part
+            if site.component not in ("head", "mlp") or (role or "last") not in roles:
+                allowed = f"its sites are heads and MLPs at {', '.join(roles)}"
+                raise ValueError(f"{site} at {role or 'last'} cannot be in a circuit: {allowed}")
+            kept[site.layer, site.head, roles.index(role or "last")] = circuit.only  # an MLP's head is -1: the last
     return out
 
 
@@ -143,72 +186,102 @@ class Branch(NamedTuple):
     """The rows of one layer."""
 
     parent: Int[np.ndarray, " rows"]  # the row of the layer before that each one continues
-    kept: Bool[np.ndarray, "rows parts"]
+    kept: Bool[np.ndarray, "rows parts tokens"]
 
 
-def branches(kept: Bool[np.ndarray, "circuits layers parts"]) -> tuple[list[Branch], Int[np.ndarray, " circuits"]]:
+def branches(
+    kept: Bool[np.ndarray, "circuits layers parts tokens"],
+) -> tuple[list[Branch], Int[np.ndarray, " circuits"]]:
     """For each layer the distinct ways in which circuits have gone up to it; and each circuit's row in the last."""
     out, row = [], np.zeros(len(kept), dtype=np.int64)
     for layer in range(kept.shape[1]):
-        way = np.column_stack([row, kept[:, layer]])
-        distinct, row = np.unique(way, axis=0, return_inverse=True)
-        row = row.reshape(-1)
-        out.append(Branch(distinct[:, 0], distinct[:, 1:].astype(bool)))
+        way = np.column_stack([row, np.packbits(kept[:, layer].reshape(len(kept), -1), axis=1)])
+        _, first, again = np.unique(way, axis=0, return_index=True, return_inverse=True)
+        out.append(Branch(row[first], kept[first, layer]))
+        row = again.reshape(-1)
     return out, row
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a pass: each state of the tree has one for every donor."""
+
+    donors: int
+    owner: Int[Tensor, " donors"]  # each donor's prompt
+    cache: SharedPrefix
+
+    def of(self, states: Int[np.ndarray, " states"], like: Tensor) -> Int[Tensor, " rows"]:
+        """The rows of these states, on the device of `like`."""
+        return (torch.from_numpy(states)[:, None] * self.donors + torch.arange(self.donors)).flatten().to(like.device)
+
+    def given(self, values: Tensor, hidden: Tensor) -> Tensor:
+        """The donors' output of a module, in every row."""
+        return values.to(hidden).repeat(len(hidden) // self.donors, 1, 1)
+
+    def attention(self, compute: Callable, values: Tensor, states: Int[np.ndarray, " states"]) -> Callable:
+        """An attention module's `forward`: computed in the rows of these states, the donor's in all others."""
+
+        def forward(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+            hidden, args, kwargs = hooks.split_call(args, kwargs)
+            out = self.given(values, hidden)
+            if len(states):
+                rows, self.cache.owner = self.of(states, hidden), self.owner.repeat(len(states))
+                out[rows] = hooks.first_tensor(compute(hidden[rows], *args, **kwargs))
+            return out, None
+
+        return forward
+
+    def mlp(self, compute: Callable, values: Tensor, some: Bool[np.ndarray, "states tokens"]) -> Callable:
+        """An MLP's `forward`: computed at these tokens of states, the donor's at all others."""
+        places = np.nonzero(some)
+
+        def forward(hidden: Tensor) -> Tensor:
+            out = self.given(values, hidden)
+            if len(places[0]):
+                state, token = (torch.from_numpy(part).to(hidden.device) for part in places)
+                own = compute(hidden.unflatten(0, (-1, self.donors))[state, :, token])
+                out.unflatten(0, (-1, self.donors))[state, :, token] = hooks.first_tensor(own)
+            return out
+
+        return forward
 
 
 @torch.no_grad()
 def masked(
-    model: Model, base: BaseRun, sources: Activations, kept: Bool[np.ndarray, "circuits layers parts"]
+    model: Model, base: BaseRun, sources: Activations, kept: Bool[np.ndarray, "circuits layers parts tokens"]
 ) -> Float[Tensor, "circuits donors hidden"]:
-    """Final hidden states of every circuit, in one pass over the last token of the base's prompts.
+    """Final hidden states of every circuit at the last token, in one pass over the tokens at the base's positions.
 
-    `sources` are (donors, 1, width): a whole number of times as many as there are prompts, each time in their order.
+    `sources` are (donors, tokens, width): a whole number of times as many as there are prompts, each time in their
+    order.
     """
     tree, place = branches(kept)
-    start, donors = base.ids.shape[1] - 1, len(sources["mlp", 0])
+    start, donors = min(base.positions), len(sources["mlp", 0])
     owner = torch.arange(donors, device=base.ids.device) % len(base.ids)
     inputs, narrow = suffix(base, start, owner, base.ids[:, start:]), joiner(owner[:0], len(base.ids))
+    rows = Rows(donors, owner, inputs["past_key_values"])
     handles: list = []
     forwards: list = []
-
-    def rows_of(states: Int[np.ndarray, " states"], like: Tensor) -> Int[Tensor, " rows"]:
-        """Each state of the tree has a row for every donor."""
-        return (torch.from_numpy(states)[:, None] * donors + torch.arange(donors)).flatten().to(like.device)
-
-    def module(component: str, layer: int, states: np.ndarray, compute: Callable) -> Callable:
-        """A module's `forward`: computed in the rows of these states, the donor's in all others."""
-
-        def forward(*args: Any, **kwargs: Any) -> Tensor:
-            hidden = args[0] if args else kwargs.pop("hidden_states")
-            out = sources[component, layer].to(hidden).repeat(len(hidden) // donors, 1, 1)
-            if len(states):
-                rows, inputs["past_key_values"].owner = rows_of(states, hidden), owner.repeat(len(states))
-                out[rows] = hooks.first_tensor(compute(hidden[rows], *args[1:], **kwargs))
-            return out if component == "mlp" else (out, None)
-
-        return forward
-
     for layer, branch in enumerate(tree):
-        heads, mlps = (np.flatnonzero(part.any(1)) for part in (branch.kept[:, :-1], branch.kept[:, -1:]))
-        some = torch.from_numpy(branch.kept[heads, :-1])[:, None, :, None]
+        states = np.flatnonzero(branch.kept[:, :-1].any((1, 2)))
+        heads = torch.from_numpy(branch.kept[states, :-1].swapaxes(1, 2))[:, None, ..., None]
 
         def split(
             block: nn.Module, args: tuple, kwargs: dict, layer: int = layer, parent: Any = branch.parent
         ) -> tuple:
             (hidden, *args), kwargs = narrow(block, args, kwargs)
-            rows = owner.repeat(len(parent)).to(hidden.device) if layer == 0 else rows_of(parent, hidden)
-            return (hidden[rows], *args), kwargs
+            own = owner.repeat(len(parent)).to(hidden.device) if layer == 0 else rows.of(parent, hidden)
+            return (hidden[own], *args), kwargs
 
-        def mix(z: Tensor, layer: int = layer, some: Tensor = some) -> Tensor:
-            parts = z.view(-1, donors, model.n_heads, model.head_size)
-            other = sources["head", layer].to(z).view(1, donors, model.n_heads, model.head_size)
-            return torch.where(some.to(z.device), parts, other).view(z.shape)
+        def mix(z: Tensor, layer: int = layer, heads: Tensor = heads) -> Tensor:
+            parts, other = (each.unflatten(-1, (model.n_heads, -1)) for each in (z, sources["head", layer].to(z)))
+            return torch.where(heads.to(z.device), parts.unflatten(0, (-1, donors)), other).view(z.shape)
 
         handles.append(model.blocks[layer].register_forward_pre_hook(split, with_kwargs=True))
         handles.append(hooks.on_activation(model, layer, "head", mix))
-        forwards.append((model.attns[layer], module("attn", layer, heads, model.attns[layer].forward)))
-        forwards.append((model.mlps[layer], module("mlp", layer, mlps, model.mlps[layer].forward)))
+        attn, mlp = model.attns[layer], model.mlps[layer]
+        forwards.append((attn, rows.attention(attn.forward, sources["attn", layer], states)))
+        forwards.append((mlp, rows.mlp(mlp.forward, sources["mlp", layer], branch.kept[:, -1])))
     with hooks.removing(handles), hooks.with_forwards(forwards):
         hidden = model.body(**inputs).last_hidden_state[:, -1]
     return hidden.unflatten(0, (-1, donors))[torch.from_numpy(place).to(hidden.device)]
@@ -219,8 +292,8 @@ def scored(model: Model, ready: Ready, circuits: Sequence[Circuit]) -> Float[np.
     """The candidates' logits under everything, nothing and every circuit. SweepError unless that of everything is the
     model and that of nothing the donors'."""
     count, kinds = len(ready.pairs), len(ready.kinds)
-    kept = kept_parts(model, [ALL, NOTHING, *circuits])
-    limit = min(row_limit(model, ready.base, ready.memory), SHARED_ROW_TOKENS)
+    kept = kept_parts(model, [ALL, NOTHING, *circuits], ready.roles)[..., role_at(ready.pairs[0], ready.roles)]
+    limit = min(row_limit(model, ready.base, ready.memory), SHARED_ROW_TOKENS // len(ready.base.positions))
     size, parts = max(1, limit // (len(kept) * kinds)), []
     for at in range(0, count, size):
         batch, base = ready.pairs[at : at + size], ready.base.part(at, min(at + size, count))

@@ -1,6 +1,7 @@
 """What the minimal circuit and gradient attribution come to: numbers, figures and sentences.
 
-1. `circuit_numbers`: is the circuit faithful, necessary, minimal and complete, and better than other orders of sites?
+1. `tested_numbers`: is a circuit faithful, necessary, minimal and complete? `circuit_numbers`: is that at the last
+   token better than other orders of sites?
 2. `compared`: how gradient attribution ranks sites and queries beside the exact effects; `cost`: what it saves.
 3. A function per figure; sentences; `part` hands on all of it.
 
@@ -27,12 +28,13 @@ from pipeline.step import Step
 from report import plots, site_tables
 from report.words import interval, listed
 from steps.story import measure
-from steps.story.measure import Measured, Story
+from steps.story.measure import Everywhere, Measured, Story
 
 METHODS = {"atp": "AtP", "atp_qk": "AtP with QK fix", "grad_drop": "AtP with QK fix and GradDrop"}
 ORDERS = {"circuit": "the search", "recovery": "recovery (step 04)"}
 ORDERS |= {name: name for name in ("damage", "attribution", "random")}
 ENDS = ["estimate", "low", "high"]
+NAMED = 20  # that a sentence lists at most
 CAPTIONS = {
     "circuit": "Faithfulness against the number of sites kept at the last token when all else there is resampled, in "
     "the order of the search, of single effects and of attribution, and at random; confirmation half, 95% studentised "
@@ -45,7 +47,7 @@ CAPTIONS = {
 # --- the circuit --------------------------------------------------------------------------------------------------
 
 
-def shown(m: Measured) -> pd.DataFrame:
+def shown(m: Measured | Everywhere) -> pd.DataFrame:
     """The circuits' rows that the page is about: confirmation half, the ablation of the search."""
     return reported(m.tested[m.tested["ablation"] == m.ablation])
 
@@ -137,8 +139,8 @@ def incompleteness(table: pd.DataFrame, subsets: Sequence[Sequence[str]]) -> dic
     return {"estimate": size.max(), **ends, "subsets": len(table), "worst": list(subsets[int(size.argmax())])}
 
 
-def circuit_numbers(m: Measured, slice_: Sequence[str], params: Story) -> dict[str, Any]:
-    """The numbers of the minimal circuit, `why` alone where there is none; `slice_` is the slice of step 04."""
+def tested_numbers(m: Measured | Everywhere, params: Story) -> dict[str, Any]:
+    """Is a circuit faithful, necessary, minimal and complete? `why` alone where there is none."""
     sites, path = measure.circuit_of(m.search), measure.grown(m.search)
     if not sites:
         return {"sites": [], "why": "the model keeps nothing over the resampled run, so there is nothing to search for"}
@@ -148,8 +150,6 @@ def circuit_numbers(m: Measured, slice_: Sequence[str], params: Story) -> dict[s
     circuit = rows[rows["test"] == "circuit"]
     hits = (circuit["metric"] > 0).groupby(circuit["quad_id"]).agg(["sum", "count"])
     leads = stats.proportion_interval(hits["sum"], hits["count"], params)
-    both = [site for site in sites if site in slice_]
-    chance = scipy_stats.hypergeom.sf(len(both) - 1, len(m.sites), len(slice_), len(sites))
     reached = m.search.loc[m.search["chosen"] & (m.search["phase"] == "grow"), "faithfulness"].max()
     return {
         "sites": sites,  # in order of joining
@@ -168,9 +168,18 @@ def circuit_numbers(m: Measured, slice_: Sequence[str], params: Story) -> dict[s
         "weakest": table.iloc[-1].to_dict(),
         "failing": table.loc[~table["matters"], "site"].tolist(),
         "incompleteness": incompleteness(subsets, m.subsets),
-        "areas": areas(rows, params).to_dict("records"),
-        "overlap": {"sites": both, "jaccard": site_tables.jaccard(sites, slice_), "p": float(chance)},  # with the slice
     }
+
+
+def circuit_numbers(m: Measured, slice_: Sequence[str], params: Story) -> dict[str, Any]:
+    """The numbers of the minimal circuit; `slice_` is the slice of step 04."""
+    numbers = tested_numbers(m, params)
+    if sites := numbers["sites"]:
+        both = [site for site in sites if site in slice_]
+        chance = float(scipy_stats.hypergeom.sf(len(both) - 1, len(m.sites), len(slice_), len(sites)))
+        numbers["areas"] = areas(shown(m), params).to_dict("records")
+        numbers["overlap"] = {"sites": both, "jaccard": site_tables.jaccard(sites, slice_), "p": chance}
+    return numbers
 
 
 # --- attribution --------------------------------------------------------------------------------------------------
@@ -251,8 +260,8 @@ def in_placebo(m: Measured, params: Story) -> list[dict[str, Any]]:
 def placebo_sentences(found: Sequence[Mapping[str, Any]]) -> list[str]:
     """Whether the circuit is about supersets."""
     return [
-        f"Placebo: in pairs of one superset whose names differ in {row['attribute']}, the circuit keeps "
-        f"{with_ends(row)} of the gap between that attribute's answers ({row['quads']} quads), "
+        f"Placebo: in pairs of one superset whose names differ in {row['attribute']}, the circuit at the "
+        f"last token keeps {with_ends(row)} of the gap between that attribute's answers ({row['quads']} quads), "
         f"{with_ends({end: row[f'quotient_{end}'] for end in ENDS})} times as much as of the superset gap."
         for row in found
     ]
@@ -310,35 +319,47 @@ def verdict(row: Mapping[str, Any], above: float | None = None, below: float | N
     return "shown" if met else "not shown"
 
 
-def circuit_sentences(found: Mapping[str, Any], params: Story) -> list[str]:
-    """What the circuit is, and whether it is faithful, necessary, minimal and complete."""
-    if not found["sites"]:
-        return [f"No circuit was searched for: {found['why']}."]
-    kind = {"resample": "another prompt's values", "counterfactual": "the corrupt prompt's values"}[found["ablation"]]
-    less = "" if found["reached"] else f", which is less than the {params.faithful_share:g} asked for"
-    spare = found["grown"] - found["size"]
-    weak, worst = found["weakest"], found["incompleteness"]
-    few = weak["low"] is None or np.isnan(weak["low"])
+def tested_sentences(found: Mapping[str, Any], params: Story, where: str) -> list[str]:
+    """Whether a circuit is faithful, necessary, minimal and complete; what is resampled `where` the words say."""
+    weak, worst, failing = found["weakest"], found["incompleteness"], found["failing"]
+    named = listed(failing) if len(failing) < NAMED else f"{len(failing)} of {len(found['members'])}"
+    named = "there are too few quads to say" if weak["low"] is None or np.isnan(weak["low"]) else named
     out = [
-        f"The circuit at the last token, in the order in which its sites joined: {listed(found['sites'])}. It has "
-        f"{found['size']} sites ({f'{spare} were pruned' if spare else 'none was spare'}). On the pairs that it was "
-        f"searched on it keeps {found['searched']:.2f} of logit_diff when everything else there has {kind}{less}.",
-        f"Faithfulness on the confirmation half is {with_ends(found['faithfulness'])} ({found['quads']} quads), on the "
-        f"discovery half {with_ends(found['faithfulness_discovery'])}; with all else from the corrupt prompt "
+        f"Faithfulness on the confirmation half, when all else {where} is resampled, is "
+        f"{with_ends(found['faithfulness'])} ({found['quads']} quads), on the discovery half "
+        f"{with_ends(found['faithfulness_discovery'])}; with all else from the corrupt prompt "
         f"{with_ends(found['faithfulness_counterfactual'])}. The answer leads the candidates in "
         f"{with_ends(found['leads'])} of the pairs. It keeps {params.faithful_share:g} or more: "
         f"{verdict(found['faithfulness'], above=params.faithful_share)}.",
         f"Necessity: with the circuit resampled and all else intact the model keeps {with_ends(found['necessity'])}. "
         f"Less than half is left: {verdict(found['necessity'], below=0.5)}.",
-        f"Minimality: removing {weak['site']}, the member of least cost, takes {with_ends(weak, 3)} logits from the "
-        f"circuit ({weak['share']:.2f} of what the model has). Members whose cost is not shown to be above zero "
-        f"(familywise): {'there are too few quads to say' if few else listed(found['failing'])}.",
+        f"Minimality: of {len(found['members'])} members removed one by one, {weak['site']} costs least: "
+        f"{with_ends(weak, 3)} logits ({weak['share']:.2f} of what the model has). Those whose cost is not shown to be "
+        "above zero "
+        f"(familywise): {named}.",
     ]
     if worst["subsets"]:
+        sites = f"; K = {listed(worst['worst'])}" if len(worst["worst"]) < NAMED else ""
         out.append(
             f"Completeness: over {worst['subsets']} random subsets K, the circuit without K and the model without K "
-            f"are at most {with_ends(worst)} apart (share of what the model has; K = {listed(worst['worst'])})."
+            f"are at most {with_ends(worst)} apart (share of what the model has{sites})."
         )
+    return out
+
+
+def circuit_sentences(found: Mapping[str, Any], params: Story) -> list[str]:
+    """What the circuit at the last token is, how it does in its tests, and how it compares with other orders."""
+    if not found["sites"]:
+        return [f"No circuit was searched for: {found['why']}."]
+    kind = {"resample": "another prompt's values", "counterfactual": "the corrupt prompt's values"}[found["ablation"]]
+    less = "" if found["reached"] else f", which is less than the {params.faithful_share:g} asked for"
+    spare = found["grown"] - found["size"]
+    out = [
+        f"The circuit at the last token, in the order in which its sites joined: {listed(found['sites'])}. It has "
+        f"{found['size']} sites ({f'{spare} were pruned' if spare else 'none was spare'}). On the pairs that it was "
+        f"searched on it keeps {found['searched']:.2f} of logit_diff when everything else there has {kind}{less}.",
+        *tested_sentences(found, params, "at the last token"),
+    ]
     table, over = {row["order"]: row for row in found["areas"]}, found["overlap"]
     circuit = table.pop("circuit", None)
     if circuit is not None:
@@ -347,8 +368,8 @@ def circuit_sentences(found: Mapping[str, Any], params: Story) -> list[str]:
             for order, row in table.items()
         ]
         out.append(
-            f"Area under faithfulness against size, up to the size that was grown: {with_ends(circuit)}; sites in "
-            f"other orders: {'; '.join(each)}."
+            "Area under faithfulness at the last token against size, up to the size that was grown: "
+            f"{with_ends(circuit)}; sites in other orders: {'; '.join(each)}."
         )
     out.append(
         f"Of the critical slice of step 04, {listed(over['sites'])} are in the circuit ({over['jaccard']:.0%} of the "

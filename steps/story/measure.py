@@ -1,17 +1,21 @@
-"""Step 10, measured: the smallest circuit at `last`, and gradient attribution beside the exact effects of single sites.
+"""Step 10, measured: the smallest circuits, at `last` and over all tokens, and gradient attribution beside exact
+effects.
 
 1. `SEARCH` grows a circuit on discovery pairs by exact tests, and prunes it.
 2. `ATTRIBUTION` estimates every head's, query's and MLP's effect by gradients, `EXACT` replaces each.
 3. `tests_of` names what the page asks of the circuit: growing circuits in its order and in others, random ones, the
    circuit without each member, circuit and model without random subsets of it. `CIRCUITS` tests them all.
 4. `PLACEBO`: the circuit in pairs of one superset whose names differ in another attribute.
+5. `EVERYWHERE_SEARCH` and `EVERYWHERE`: the same for a circuit over all tokens, and the slice of step 04 and the
+   circuit at `last` under its tests.
 
 What is judged from this and from the earlier steps, the claims, is the page's (`steps.story.claims`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,8 +36,8 @@ from pipeline.declaration import SUPERSET_TASKS, Declaration, Table
 from pipeline.params import OfSlice, Share, Words
 from pipeline.step import Step, single_sites
 from pipeline.units import Unit, subsample, sweep_units
-from steps.story import attribution, circuits
-from steps.story.circuits import ALL, BATCH, NOTHING, QUEUE, REFRESH, Circuit
+from steps.story import attribution, circuits, everywhere
+from steps.story.circuits import ALL, AT_LAST, BATCH, NOTHING, QUEUE, REFRESH, Circuit
 
 
 class Story(OfSlice):
@@ -42,6 +46,7 @@ class Story(OfSlice):
     pairs: int | None = Field(None, ge=1, description="pairs on which circuits are tested; default all")
     search_pairs: int = Field(40, ge=1, description="discovery pairs on which the circuit is searched")
     circuit_limit: int = Field(40, ge=1, description="most sites of a circuit")
+    everywhere_limit: int = Field(160, ge=1, description="most sites, each at a role, of a circuit over all tokens")
     faithful_share: Share = Field(0.8, description="share of logit_diff that a faithful circuit keeps")
     random_sets: int = Field(10, ge=2, description="random circuits of each size")
     subsets: int = Field(20, ge=2, description="subsets of the circuit in the test of completeness")
@@ -57,7 +62,10 @@ class Story(OfSlice):
     frozen: str = Field("", description="hash of thresholds and rules, if set before results (python -m steps freeze)")
 
 
-GROWN = 17  # for the planner: sites of the circuit before it is pruned, as in the default book
+LADDERS = 2  # of random circuits over all tokens, at each size of the curve
+MEMBERS = 40  # of that circuit that are removed one by one: the last by attribution
+# For the planner: sites of the circuit, and of that over all tokens, before they are pruned, as in the default book.
+GROWN, GROWN_EVERYWHERE = 17, 160
 
 
 # --- what is measured ---
@@ -87,6 +95,33 @@ def search_units(step: Step | Case) -> list[Unit]:
     (pairs, kind), p = searched_pairs(step), step.params
     options = {"sites": sites_of(step), "share": p.faithful_share, "limit": p.circuit_limit, "ablation": kind}
     return [Unit("search", tuple(pairs), options)]
+
+
+def nodes_of(step: Step | Case) -> list[str]:
+    """What could be in the circuit over all tokens: the same at every role that the prompts have."""
+    return [f"{site} at {role}" for role in circuits.roles_of(step.prompts()[0]) for site in sites_of(step)]
+
+
+def everywhere_search_units(step: Step | Case) -> list[Unit]:
+    """As `search_units`."""
+    (unit,), limit = search_units(step), step.params.everywhere_limit
+    return [Unit("search", unit.pairs, unit.options | {"sites": nodes_of(step), "limit": limit})]
+
+
+def everywhere_units(step: Step | Case, tests: Mapping[str, Circuit]) -> list[Unit]:
+    """All of the tests on the confirmation half (or the only one), the one called `circuit` also on the other, and
+    from the corrupt prompt."""
+    prompts, kind = step.prompts(), searched_pairs(step)[1]
+    pairs, _ = of_one_kind(subsample(prompts, step.params.pairs), prompts)
+    last = [pair for pair in pairs if pair.half == "confirmation"] or pairs
+    circuit = {"circuit": tests["circuit"]}
+    asked = [(kind, "tests", last, tests), (kind, "other", [pair for pair in pairs if pair not in last], circuit)]
+    asked += [("counterfactual", "circuit", last, circuit)] * (kind != "counterfactual")
+    return [
+        Unit(f"{name}-{how}-{index:04d}", tuple(chunk), {"tests": which, "ablations": [how]})
+        for how, name, own, which in asked
+        for index, chunk in enumerate(grouped(own, 8))
+    ]
 
 
 def attributed_pairs(step: Step | Case) -> list[Pair]:
@@ -129,20 +164,20 @@ def donor_options(step: Step) -> dict[str, Any]:
     return {"pool": step.prompts(), "seed": step.params.seed, "memory": step.memory}
 
 
-def searched(step: Step) -> Callable[[Unit], pd.DataFrame]:
-    """`circuits.search` of a unit."""
+def searched(step: Step, search: Callable[..., pd.DataFrame] = circuits.search) -> Callable[[Unit], pd.DataFrame]:
+    """`circuits.search`, or another, of a unit."""
     how = donor_options(step)
 
     def compute(unit: Unit) -> pd.DataFrame:
         options = dict(unit.options)
-        return circuits.search(step.model, unit.pairs, ablations=[options.pop("ablation")], **options, **how)
+        return search(step.model, unit.pairs, ablations=[options.pop("ablation")], **options, **how)
 
     return compute
 
 
-def tested(step: Step, tests: Mapping[str, Circuit]) -> Callable[[Unit], pd.DataFrame]:
+def tested(step: Step, tests: Mapping[str, Circuit], roles: Sequence[str] = AT_LAST) -> Callable[[Unit], pd.DataFrame]:
     """`circuits.run` of a unit."""
-    how = donor_options(step)
+    how = donor_options(step) | {"roles": roles}
     return lambda unit: circuits.run(step.model, unit.pairs, **unit.options, **how)
 
 
@@ -161,19 +196,28 @@ def tested_on_placebo(step: Step, tests: Mapping[str, Circuit]) -> Callable[[Uni
 
 
 def circuit_work(
-    shape: Shape, pairs: Sequence[Pair], tested: Sequence[Circuit], machine: Machine, plain: bool = True
+    shape: Shape,
+    pairs: Sequence[Pair],
+    tested: Sequence[Circuit],
+    machine: Machine,
+    plain: bool = True,
+    roles: Sequence[str] = AT_LAST,
 ) -> Work:
     """Circuits tested on pairs (`circuits.run`), with the plain runs of both prompts if `plain`: a row of the tree is
     run in a module only where the circuit keeps something of it."""
-    kept, out = circuits.kept_parts(shape, [ALL, NOTHING, *tested]), Work()
-    states = [(rows.kept[:, :-1].any(1).sum(), rows.kept[:, -1].sum()) for rows in circuits.branches(kept)[0]]
+    kept, out = circuits.kept_parts(shape, [ALL, NOTHING, *tested], roles), Work()
     for group in grouped(pairs):
-        tokens = len(group[0].clean.ids)
-        limit = min(costs.limit_of(shape, tokens, tokens - 1, machine.dtype, machine.memory), SHARED_ROW_TOKENS)
-        attention = 2 * shape.attention + 4 * shape.n_heads * shape.head_size * tokens
-        each = sum(int(heads) * attention + int(mlps) * 2 * shape.mlp for heads, mlps in states)
+        tokens, at = len(group[0].clean.ids), circuits.role_at(group[0], roles)
+        tree, _ = circuits.branches(kept[..., at])
+        limit = costs.limit_of(shape, tokens, tokens - len(at), machine.dtype, machine.memory)
+        limit = min(limit, SHARED_ROW_TOKENS // len(at))
+        attention = len(at) * (2 * shape.attention + 4 * shape.n_heads * shape.head_size * tokens)
+        heads = sum(int(rows.kept[:, :-1].any((1, 2)).sum()) for rows in tree)
+        mlps = sum(int(rows.kept[:, -1].sum()) for rows in tree)
+        each = heads * attention + mlps * 2 * shape.mlp
         passes = -(-len(group) // max(1, limit // len(kept)))
-        out += Work(passes=passes, grown=float(len(group) * each), light=len(group) * len(kept))
+        grown = {"grown" if len(at) == 1 else "spans": float(len(group) * each)}
+        out += Work(passes=passes, light=len(group) * len(kept), **grown)
         if plain:
             out += costs.plain(shape, 2 * len(group), tokens, 2 * -(-len(group) // BATCH)) + Work(other={"jobs": 1})
     return out
@@ -196,6 +240,32 @@ def search_cost(case: Case, units: Sequence[Unit]) -> Work:
         one = [Circuit(True, tuple(kept)) for kept in queue]
         work += circuit_work(case.shape, pairs, one, case.machine, plain=False).times(asked / len(queue))
     return work
+
+
+def assumed_nodes(case: Case) -> tuple[list[str], int]:
+    """As `assumed_order`, of the circuit over all tokens."""
+    names = nodes_of(case)
+    drawn = [names[index] for index in np.random.default_rng(0).permutation(len(names))]
+    return drawn, min(GROWN_EVERYWHERE, case.params.everywhere_limit, len(drawn) - 1)
+
+
+def everywhere_search_cost(case: Case, units: Sequence[Unit]) -> Work:
+    """Gradients, the ladder and what is between two of its sizes, and the rounds of pruning."""
+    (drawn, size), pairs = assumed_nodes(case), units[0].pairs
+    each = {"machine": case.machine, "plain": False, "roles": circuits.EVERYWHERE}
+    ladder = [drawn[:own] for own in everywhere.ladder(min(case.params.everywhere_limit, len(drawn)))]
+    between = [drawn[:size]] * everywhere.TOGETHER
+    asked = [ladder, between, between]
+    for chunk in everywhere.CHUNKS:
+        asked += [[[*drawn[:at], *drawn[at + chunk : size]] for at in range(0, size, chunk)], between, between]
+    work = circuit_work(case.shape, pairs, [], case.machine, roles=circuits.EVERYWHERE)
+    for kept in asked:
+        work += circuit_work(case.shape, pairs, [Circuit(True, tuple(own)) for own in kept], **each)
+    for group in grouped(pairs):
+        whole = circuits.tokens_of(group[0], circuits.EVERYWHERE)
+        rows = 3 * everywhere.POINTS * len(group)  # forward, and backward towards the input alone
+        work += Work(passes=2, spans=costs.of_rows(case.shape, [0] * rows, len(whole), whole.stop))
+    return work + Work(table=20 * len(units[0].options["sites"]))
 
 
 def node_rows(case: Case, units: Sequence[Unit]) -> int:
@@ -223,12 +293,14 @@ def exact_cost(case: Case, units: Sequence[Unit]) -> Work:
     return work + Work(table=5 * node_rows(case, units))
 
 
-def circuits_cost(case: Case, units: Sequence[Unit], tests: Mapping[str, Circuit]) -> Work:
+def circuits_cost(
+    case: Case, units: Sequence[Unit], tests: Mapping[str, Circuit], roles: Sequence[str] = AT_LAST
+) -> Work:
     """The circuits of each unit."""
     work = Work()
     for unit in units:
         asked, rows = list(unit.options["tests"].values()), len(unit.pairs) * len(unit.options["tests"])
-        work += circuit_work(case.shape, unit.pairs, asked, case.machine) + Work(table=39 * rows)
+        work += circuit_work(case.shape, unit.pairs, asked, case.machine, roles=roles) + Work(table=39 * rows)
     return work
 
 
@@ -249,6 +321,20 @@ EXACT = Table(
 )
 CIRCUITS = Table("circuits", circuit_units, tested, circuits_cost, schema=circuits.SCHEMA)
 PLACEBO = Table("placebo", placebo_units, tested_on_placebo, circuits_cost, schema=circuits.SCHEMA)
+EVERYWHERE_SEARCH = Table(
+    "everywhere_search",
+    everywhere_search_units,
+    lambda step: searched(step, everywhere.search),
+    everywhere_search_cost,
+    schema=everywhere.SCHEMA,
+)
+EVERYWHERE = Table(
+    "everywhere",
+    everywhere_units,
+    lambda step, tests: tested(step, tests, circuits.EVERYWHERE),
+    lambda case, units, tests: circuits_cost(case, units, tests, circuits.EVERYWHERE),
+    schema=circuits.SCHEMA,
+)
 
 
 def assumed(case: Case) -> Iterator[tuple[Any, ...]]:
@@ -263,6 +349,12 @@ def assumed(case: Case) -> Iterator[tuple[Any, ...]]:
     yield CIRCUITS, tests
     if placebo_units(case, tests):
         yield PLACEBO, tests
+    yield (EVERYWHERE_SEARCH,)
+    nodes, kept = assumed_nodes(case)
+    others = {"slice": [site_name(*site) for site in case.slice()], "last": drawn[:size]}
+    rows = [("grow", number, site, 1.0, number < kept) for number, site in enumerate(nodes)]
+    search = pd.DataFrame(rows, columns=list(everywhere.SCHEMA.columns))
+    yield EVERYWHERE, everywhere_tests(search, others, nodes_of(case), case.params, case.rng())[1]
 
 
 STEP = Declaration(
@@ -336,6 +428,69 @@ def tests_of(
     return out
 
 
+def everywhere_tests(
+    search: pd.DataFrame,
+    others: Mapping[str, Sequence[str]],
+    nodes: Sequence[str],
+    params: Story,
+    rng: np.random.Generator,
+) -> tuple[list[tuple[str, ...]], dict[str, Circuit]]:
+    """Subsets of the circuit over all tokens, and every circuit that the page asks about beside it, by name.
+
+    `others` are sites at `last` by the name of their set. Random circuits have as many nodes at each role as those
+    before them in the ranking, or as the circuit. Of every set: `alone` keeps it and nothing else, `there` resamples
+    what is not in it at `last` alone, `removed` resamples it alone.
+    """
+    sites, order = circuit_of(search), search.loc[search["phase"] == "grow", "site"].tolist()
+    subsets, out = subsets_of(sites, params.subsets, rng), {"circuit": Circuit(True, tuple(sites))}
+    out["necessity"] = Circuit(False, tuple(sites))
+    # the curve goes on to all nodes, so that it can be seen where it reaches what a circuit of the limit may not
+    growing = {size: order[:size] for size in everywhere.ladder(len(order))}
+    out |= {f"attribution {size}": Circuit(True, tuple(own)) for size, own in growing.items()}
+    growing = {size: own for size, own in growing.items() if size <= params.everywhere_limit}
+    for number in range(params.random_sets):
+        drawn = [nodes[index] for index in rng.permutation(len(nodes))]
+        for size, own in ((growing if number < LADDERS else {}) | {len(sites): sites}).items():
+            alike = [name for role, count in at_roles(own).items() for name in at_role(drawn, role)[:count]]
+            out[f"random {size} {number}"] = Circuit(True, tuple(alike))
+    for site in sites[-MEMBERS:]:
+        out[f"member {site}"] = Circuit(True, tuple(other for other in sites if other != site))
+    for number, subset in enumerate(subsets):
+        out[f"kept {number}"] = Circuit(True, tuple(site for site in sites if site not in subset))
+        out[f"model {number}"] = Circuit(False, tuple(subset))
+    for role in at_roles(sites):
+        out[f"without {role}"] = Circuit(True, tuple(site for site in sites if not site.endswith(f" at {role}")))
+    sets = {name: [f"{site} at last" for site in own] for name, own in others.items()} | {"everywhere": sites}
+    for name, own in sets.items():
+        rest = [node for node in at_role(nodes, "last") if node not in own]
+        out |= {f"{name} alone": Circuit(True, tuple(own)), f"{name} removed": Circuit(False, tuple(own))}
+        out[f"{name} there"] = Circuit(False, tuple(rest))
+    for site in dict.fromkeys(site for own in sets.values() for site in at_role(own, "last")):
+        out[f"single {site}"] = Circuit(False, (site,))
+    return subsets, out
+
+
+def at_role(nodes: Iterable[str], role: str) -> list[str]:
+    """Those of the nodes that are at a role."""
+    return [node for node in nodes if node.endswith(f" at {role}")]
+
+
+def at_roles(nodes: Iterable[str]) -> dict[str, int]:
+    """How many of the nodes are at each role."""
+    return dict(Counter(node.partition(" at ")[2] for node in nodes))
+
+
+class Everywhere(NamedTuple):
+    """The circuit over all tokens; fields as in `Measured`."""
+
+    sites: list[str]  # nodes that could be in it
+    search: pd.DataFrame
+    subsets: list[tuple[str, ...]]
+    tests: dict[str, Circuit]
+    ablation: str
+    tested: pd.DataFrame
+
+
 class Measured(NamedTuple):
     """What step 10 has measured, and what was chosen from it."""
 
@@ -348,6 +503,7 @@ class Measured(NamedTuple):
     ablation: str  # of what is not kept
     tested: pd.DataFrame  # the circuits
     placebo: pd.DataFrame | None = None  # the circuit in placebo pairs, with their `attribute`; kept ones alone
+    everywhere: Everywhere | None = None
 
 
 def run(step: Step) -> Measured | None:
@@ -369,4 +525,13 @@ def run(step: Step) -> Measured | None:
         about = step.placebo_pairs().set_index("pair_id")[["attribute", "kept"]]
         placebo = step.table(PLACEBO, tests).join(about, on="pair_id")
         placebo = placebo[placebo["kept"]]
-    return Measured(sites, search, gradients, exact, subsets, tests, kind, tested, placebo)
+    over_all = run_everywhere(step, circuit_of(search))
+    return Measured(sites, search, gradients, exact, subsets, tests, kind, tested, placebo, over_all)
+
+
+def run_everywhere(step: Step, last: Sequence[str]) -> Everywhere:
+    """The circuit over all tokens, beside the slice and the circuit at `last`."""
+    search, nodes = step.table(EVERYWHERE_SEARCH), nodes_of(step)
+    others = {"slice": [site_name(*site) for site in step.slice()], "last": last}
+    subsets, tests = everywhere_tests(search, others, nodes, step.params, step.rng("circuits over all tokens"))
+    return Everywhere(nodes, search, subsets, tests, searched_pairs(step)[1], step.table(EVERYWHERE, tests))

@@ -31,7 +31,7 @@ from pipeline.params import Shared
 from pipeline.step import Step, plain
 from report import plots
 from report.words import joined, listed, not_done
-from steps.story import circuits_page, claims, fresh
+from steps.story import circuits_page, claims, everywhere_page, fresh
 from steps.story.claims import CLAIMS, NOT_SUPPORTED, SUPPORTED, VERDICTS, Entry
 from steps.story.measure import Measured, Story
 from steps.story.sentences import answer, not_so, outline, sentence
@@ -55,6 +55,7 @@ class Judged(NamedTuple):
     answer: str  # what leads the report
     not_so: str  # links of the plan's chain that do not hold, or could not be tested
     circuit: dict[str, Any] | None  # what `circuits_page` hands on; None where the model does not do the task
+    everywhere: dict[str, Any] | None  # what `everywhere_page` does
     fresh: str = ""  # what fresh people decided
 
     @property
@@ -72,22 +73,24 @@ def judge(step: Step, m: Measured | None) -> Judged:
     """Judge every claim, and write claims.json."""
     if step.params.fresh:
         fresh.open_once(step.params)
-    circuit = None if m is None else circuits_page.part(step, m)
-    found = gather(step, circuit)
+    parts = [None] * 2 if m is None else [one.part(step, m) for one in (circuits_page, everywhere_page)]
+    found = gather(step, *parts)
     entries = claims.ledger(found, step.plan, step.params)
     sides = [f"{side}_{slot}" for side in ("clean", "corrupt") for slot in "abc"]
     asked = () if m is None else step.pairs()[sides].to_numpy().ravel()
     confirmed = fresh.confirm(entries, step.params, asked)
-    parts = sentence(entries, found)
-    step.write_extra("claims.json", document(entries, parts, step.params, confirmed))
-    said = (outline(entries, found), parts, answer(entries, found), not_so(entries))
-    return Judged(found, entries, *said, circuit, confirmed)
+    linked = sentence(entries, found)
+    step.write_extra("claims.json", document(entries, linked, step.params, confirmed))
+    said = (outline(entries, found), linked, answer(entries, found), not_so(entries))
+    return Judged(found, entries, *said, *parts, confirmed)
 
 
 # --- what is read -------------------------------------------------------------------------------------------------
 
 
-def gather(step: Step, circuit: Mapping[str, Any] | None) -> dict[str, dict[str, Any] | None]:
+def gather(
+    step: Step, circuit: Mapping[str, Any] | None, everywhere: Mapping[str, Any] | None
+) -> dict[str, dict[str, Any] | None]:
     """Findings by step, None where it has not run; what `MEASURED` computes is added under `measured`."""
     found = {name: step.find(name) for name in step.plan.before(step.name)}
     for name, compute in MEASURED.items():
@@ -95,7 +98,7 @@ def gather(step: Step, circuit: Mapping[str, Any] | None) -> dict[str, dict[str,
             found[name] |= {"measured": plain(compute(step, found[name]))}
     if circuit is None:
         return found | {step.name: not_done(step)}
-    parts = {key: circuit[key] for key in ("circuit", "attribution")}
+    parts = {key: circuit[key] for key in ("circuit", "attribution")} | {"everywhere": everywhere["everywhere"]}
     return found | {step.name: plain(parts | {"overlap": overlap(parts["circuit"], found["sufficiency"], step.params)})}
 
 
@@ -357,9 +360,9 @@ def overlap_sentence(found: Mapping[str, Any] | None) -> str:
     if found is None or "why" in found:
         return f"Overlap with published heads: not applicable, {(found or {'why': 'no circuit was searched'})['why']}."
     return (
-        f"{found['estimate']} of the circuit's {found['heads']} heads are among the {found['published']} published "
-        f"filter heads ({listed(found['shared'])}); {found['expected']:.2f} would be by chance among "
-        f"{found['total']} heads (hypergeometric, p = {found['p']:.2g})."
+        f"{found['estimate']} of the {found['heads']} heads of the circuit at the last token are among the "
+        f"{found['published']} published filter heads ({listed(found['shared'])}); {found['expected']:.2f} would be by "
+        f"chance among {found['total']} heads (hypergeometric, p = {found['p']:.2g})."
     )
 
 
@@ -408,4 +411,4 @@ def findings(step: Step, judged: Judged) -> dict[str, Any]:
         "verdicts": {entry.id: entry.verdict for entry in judged.entries},
         "measured": {name: found[name]["measured"] for name in MEASURED if "measured" in (found[name] or {})},
     }
-    return step.write_findings(joined(step, [ledger, judged.circuit]))
+    return step.write_findings(joined(step, [ledger, judged.circuit, judged.everywhere]))

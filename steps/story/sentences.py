@@ -31,6 +31,8 @@ from steps.story.claims import (
 )
 
 OPEN = "[a link that is open]"
+ROLES = {"names": "the names", "rest": "the tokens between the names", "between": "the tokens after the names"}
+ROLES |= {"last": "the last token"}
 LEADING = 4  # senders at the names that are named
 
 
@@ -39,7 +41,7 @@ def site_names(found: Mapping[str, Any]) -> dict[str, str]:
     step = {name: findings or {} for name, findings in found.items()}
     retrieval, coarse = step["retrieval_heads"], step["coarse_sweep"]
     verdicts, members = retrieval.get("verdicts", {}), step["sufficiency"].get("critical_slice", ())
-    circuit = step["story"].get("circuit") or {}
+    circuit, over_all = (step["story"].get(name) or {} for name in ("circuit", "everywhere"))
     names = [site["site"] for site in members]
     lists = {
         "name_mlps": leading(retrieval, "mlp"),
@@ -51,9 +53,11 @@ def site_names(found: Mapping[str, Any]) -> dict[str, str]:
         "circuit": circuit.get("sites", ()),
         "layers": coarse.get("critical_layers", ()),
     }
+    roles = listed(f"{row['nodes']} at {ROLES[row['role']]}" for row in over_all.get("roles", ()))
+    nodes = f"{over_all.get('size', 0)} of {over_all.get('nodes', 0)} ({roles})"
     largest, fills = str(coarse.get("measured", {}).get("layer", "")), coarse.get("between", {}).get("fills", ())
     laid_down = f" (laid down in layer{'s' * (len(fills) > 1)} {listed(fills)})" if fills else ""
-    own = {"largest": largest, "size": str(len(names)), "fills": laid_down}
+    own = {"largest": largest, "size": str(len(names)), "fills": laid_down, "everywhere": nodes}
     own |= {"by_parts": by_parts(step["sufficiency"].get("specific_parts", ()))}
     own |= {"directions_layer": str(step["subspace"].get("directions", {}).get("layer", ""))}
     return {name: listed(sites) for name, sites in lists.items()} | own
