@@ -649,9 +649,14 @@ def test_the_circuit_in_three_sentences_by_the_verdicts(tmp_path):
     assert "heads there" not in names  # of two that answer one question, the one that is supported speaks
     assert "the slice (5.3 and mlp 7) at the last token is enough to bring the answer back (0.80 [0.75, 0.85])" in road
     assert "all else there is resampled: 5.3" in after
-    assert "2 of 20 (1 at the names and 1 at the last token) keep most of it when all else is resampled at every" in after
+    assert (
+        "2 of 20 (1 at the names and 1 at the last token) keep most of it when all else is resampled at every" in after
+    )
     # the slice carries the placebo's gap as well: that is what is said, and not that it is about supersets
-    assert "the names' region travels the same road: as a whole the slice is an attribute read-out (0.80 [0.70, 0.90])" in road
+    assert (
+        "the names' region travels the same road: as a whole the slice is an attribute read-out (0.80 [0.70, 0.90])"
+        in road
+    )
     assert "little of the names' region" not in road
     what = found()
     what["retrieval_heads"]["carried"][2:] = [

@@ -189,7 +189,7 @@ def headline(verdicts: pd.DataFrame) -> list[str]:
     kept, missed = (
         [name for name in EXPECTATIONS if name in met and (met[name] is True) == good] for good in (True, False)
     )
-    return [f"Controls as expected: {listed(kept)}; not, or not decided: {listed(missed)}."] * bool(met)
+    return [f"Controls as expected, each by itself: {listed(kept)}; not, or not decided: {listed(missed)}."] * bool(met)
 
 
 def sentences(verdicts: pd.DataFrame, candidates: pd.DataFrame, leaders: pd.DataFrame, margin: float) -> list[str]:

@@ -139,6 +139,14 @@ def incompleteness(table: pd.DataFrame, subsets: Sequence[Sequence[str]]) -> dic
     return {"estimate": size.max(), **ends, "subsets": len(table), "worst": list(subsets[int(size.argmax())])}
 
 
+def leads(rows: pd.DataFrame, test: str, params: Story) -> dict[str, float | None]:
+    """Share of pairs in which the answer leads the candidates in a test, over quads."""
+    own = rows[rows["test"] == test]
+    hits = (own["metric"] > 0).groupby(own["quad_id"]).agg(["sum", "count"])
+    span = stats.proportion_interval(hits["sum"], hits["count"], params)
+    return {end: getattr(span, end) for end in ENDS}
+
+
 def tested_numbers(m: Measured | Everywhere, params: Story) -> dict[str, Any]:
     """Is a circuit faithful, necessary, minimal and complete? `why` alone where there is none."""
     sites, path = measure.circuit_of(m.search), measure.grown(m.search)
@@ -147,9 +155,6 @@ def tested_numbers(m: Measured | Everywhere, params: Story) -> dict[str, Any]:
     rows, last = shown(m), reported(m.tested)
     first = in_halves(m.tested[m.tested["ablation"] == m.ablation])[0][1]
     table, subsets = members(rows, params), without_subsets(rows, params)
-    circuit = rows[rows["test"] == "circuit"]
-    hits = (circuit["metric"] > 0).groupby(circuit["quad_id"]).agg(["sum", "count"])
-    leads = stats.proportion_interval(hits["sum"], hits["count"], params)
     reached = m.search.loc[m.search["chosen"] & (m.search["phase"] == "grow"), "faithfulness"].max()
     return {
         "sites": sites,  # in order of joining
@@ -163,7 +168,8 @@ def tested_numbers(m: Measured | Everywhere, params: Story) -> dict[str, Any]:
         "faithfulness_discovery": share(first, "circuit", params),
         "faithfulness_counterfactual": share(last[last["ablation"] != m.ablation], "circuit", params),
         "necessity": share(rows, "necessity", params),  # kept by the model when the circuit is ablated; 0 is best
-        "leads": {end: getattr(leads, end) for end in ENDS},  # of pairs in which the answer leads under the circuit
+        "leads": leads(rows, "circuit", params),  # share of pairs in which the answer leads under the circuit, and
+        "leads_untouched": leads(rows, "everything", params),  # in the model
         "members": table.to_dict("records"),
         "weakest": table.iloc[-1].to_dict(),
         "failing": table.loc[~table["matters"], "site"].tolist(),
@@ -329,7 +335,8 @@ def tested_sentences(found: Mapping[str, Any], params: Story, where: str) -> lis
         f"{with_ends(found['faithfulness'])} ({found['quads']} quads), on the discovery half "
         f"{with_ends(found['faithfulness_discovery'])}; with all else from the corrupt prompt "
         f"{with_ends(found['faithfulness_counterfactual'])}. The answer leads the candidates in "
-        f"{with_ends(found['leads'])} of the pairs. It keeps {params.faithful_share:g} or more: "
+        f"{with_ends(found['leads'])} of the pairs, in the model itself in {with_ends(found['leads_untouched'])}. It "
+        f"keeps {params.faithful_share:g} or more: "
         f"{verdict(found['faithfulness'], above=params.faithful_share)}.",
         f"Necessity: with the circuit resampled and all else intact the model keeps {with_ends(found['necessity'])}. "
         f"Less than half is left: {verdict(found['necessity'], below=0.5)}.",
