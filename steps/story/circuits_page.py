@@ -249,10 +249,11 @@ def cost(n_layers: int, n_heads: int, tokens: float) -> pd.DataFrame:
 
 def in_placebo(m: Measured, params: Story) -> list[dict[str, Any]]:
     """What the circuit keeps of the gap in the placebo pairs of each attribute (`estimate`), and that over what it
-    keeps of the superset gap (`quotient_*`); confirmation half."""
-    rows, own = [], sums(shown(m))
+    keeps in the task's pairs (`quotient_*`), all else from the corrupt prompt; confirmation half."""
+    rows, task = [], reported(m.tested)
+    own = sums(task[task["ablation"] == "counterfactual"])
     for attribute, frame in () if m.placebo is None else m.placebo.groupby("attribute", sort=False):
-        half = frame[frame["half"] == shown(m)["half"].iloc[0]]
+        half = frame[frame["half"] == task["half"].iloc[0]]
         wide = sums(half) if len(half) else own.iloc[:0]
         if not (wide["everything"].sum() > 0 and own["everything"].sum() > 0):
             continue
@@ -267,8 +268,9 @@ def placebo_sentences(found: Sequence[Mapping[str, Any]]) -> list[str]:
     """Whether the circuit is about supersets."""
     return [
         f"Placebo: in pairs of one superset whose names differ in {row['attribute']}, the circuit at the "
-        f"last token keeps {with_ends(row)} of the gap between that attribute's answers ({row['quads']} quads), "
-        f"{with_ends({end: row[f'quotient_{end}'] for end in ENDS})} times as much as of the superset gap."
+        f"last token keeps {with_ends(row)} of the gap between that attribute's answers, all else there from the "
+        f"corrupt prompt ({row['quads']} quads), {with_ends({end: row[f'quotient_{end}'] for end in ENDS})} "
+        "times as much as of the superset gap."
         for row in found
     ]
 

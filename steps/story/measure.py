@@ -149,13 +149,12 @@ def circuit_units(step: Step | Case, tests: Mapping[str, Circuit]) -> list[Unit]
 
 
 def placebo_units(step: Step | Case, tests: Mapping[str, Circuit]) -> list[Unit]:
-    """The circuit in placebo pairs, where the task's prompts have values to put in place of all else."""
-    kind, prompts, units = searched_pairs(step)[1], step.prompts(), []
+    """The circuit in placebo pairs, all else from their corrupt prompts: few have donors among the task's prompts."""
+    units = []
     for classes in dict.fromkeys(pair.candidates for pair in step.placebo()):
         pairs = subsample([pair for pair in step.placebo() if pair.candidates == classes], step.params.pairs)
-        able = with_donors(pairs, prompts, kind) if kind == "resample" else pairs
-        options = {"tests": {"circuit": tests["circuit"]}, "ablations": [kind]}
-        units += [Unit(f"{'-'.join(classes)}-{n:04d}", tuple(own), options) for n, own in enumerate(grouped(able, 8))]
+        options = {"tests": {"circuit": tests["circuit"]}, "ablations": ["counterfactual"]}
+        units += [Unit(f"{'-'.join(classes)}-{n:04d}", tuple(own), options) for n, own in enumerate(grouped(pairs, 8))]
     return units
 
 
