@@ -366,6 +366,8 @@ class Step:
         first = next(iter(tables.values()), None) or self._facts()
         own = ("rows", "units", "seconds", "started", "memory_gb", "commit", "log")
         record = first | {
+            # as they are now: those that the page alone depends on may be others than when the table was made
+            "parameters": self.params.model_dump(mode="json", exclude=set(keys.PLACES)),
             "ingredients": self.ingredients,
             "seconds": round(math.fsum(table["seconds"] for table in tables.values()), 3),
             "log": [line for table in tables.values() for line in table["log"]],

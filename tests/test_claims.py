@@ -17,7 +17,7 @@ from pipeline import step as steps
 from report import book
 from steps.__main__ import Build, main
 from steps.registry import PLAN
-from steps.story import circuits_page, claims, fresh, measure
+from steps.story import circuits_page, claims, fresh, measure, sentences
 from steps.story import page as story
 from steps.story.claims import CLAIMS, LINKS, NOT_SUPPORTED, NOT_TESTABLE, NOT_TESTED, SUPPORTED
 
@@ -121,12 +121,14 @@ PROFILE = params.load_profile("smollm2-135m")
 THRESHOLDS = PROFILE["story"]["claims"]
 
 
+RECORDED = {"general_floor": 0.5, "silence_margin": 0.2, "fame_tolerance": 0.25, "sae_selective": 0.8}
+RECORDED |= {"specific_ratio": 0.5}
+
+
 def story_params(folder, **changed):
     """Parameters of step 10 with the default profile's thresholds, and steps that recorded theirs in `folder`."""
-    held = {"general_floor": 0.5, "silence_margin": 0.2, "fame_tolerance": 0.25, "sae_selective": 0.8}
-    held |= {"specific_ratio": 0.5}
     for step in ("baselines", "sufficiency", "generality", "neurons"):
-        units.write_json(folder / f"{step}.run.json", {"parameters": held})
+        units.write_json(folder / f"{step}.run.json", {"parameters": RECORDED})
     base = PROFILE | {"results_dir": str(folder), "profile": "own"}
     section = base["story"] | {
         "claims": {key: value for key, value in (THRESHOLDS | changed).items() if value is not None}
@@ -463,7 +465,13 @@ def test_fresh_people_are_opened_once_under_frozen_rules(tmp_path):
     frozen = own.model_copy(update={"frozen": claims.fingerprint(claims.thresholds(own), own)})
     fresh.open_once(frozen)
     fresh.open_once(frozen)  # the same again
-    assert {entry.tier for entry in claims.ledger(found(), PLAN, frozen)} == {claims.FRESH, None}
+    entries = claims.ledger(found(), PLAN, frozen)
+    assert {entry.tier for entry in entries} == {claims.FRESH, None}
+    assert fresh.confirm(entries, frozen) == ""
+    used = {entry.id for entry in entries if entry.tier == claims.EXPLORATORY}  # their prompts' people or words were
+    assert used and used <= fresh.NOT_ABOUT_THEM <= {claim.id for claim in CLAIMS}
+    with pytest.raises(claims.ClaimError, match="in this template, they are not fresh"):
+        fresh.open_once(frozen.model_copy(update={"template": "both_famous"}))
     other = story_params(tmp_path, one_layer=0.4).model_copy(update={"fresh": True})
     other = other.model_copy(update={"frozen": claims.fingerprint(claims.thresholds(other), other)})
     with pytest.raises(claims.ClaimError, match=f"opened under the thresholds and rules '{frozen.frozen}'"):
@@ -487,6 +495,8 @@ def asked_of_fresh_people(folder, what, **changed):
         "machine": {"cores": 2, "cpu": "x"},
     }
     units.write_json(folder / "fresh" / "story.run.json", about)
+    people = {"inputs": {"people_file": keys.hash_file(keys.input_file(own.people_file))}}
+    units.write_json(folder / "fresh" / "baselines.run.json", {"parameters": RECORDED, "ingredients": people})
     return own, story_params(folder).model_copy(update={"fresh_claims": names["fresh_claims"]})
 
 
@@ -502,8 +512,9 @@ def test_fresh_people_decide_what_was_set_after(tmp_path, monkeypatch):
     assert fresh.confirm(entries, own).startswith("No fresh people have been asked yet")
     assert fresh.write(asked) == tmp_path / "record.json"
     said, by_name = fresh.confirm(entries, own, ["Aamir Khan", "No One"]), {entry.id: entry for entry in entries}
-    assert "(1 of their 3210 is in a pair of this report)" in said and "(none of their 3210" in fresh.confirm(
-        entries, own
+    assert (
+        "(1 of their 3210 is in a quad of this report's task; placebo" in said
+        and "(none of their 3210" in fresh.confirm(entries, own)
     )
     one = by_name["one_layer"]
     assert (one.alone, one.here, one.verdict, one.tier) == (SUPPORTED, SUPPORTED, NOT_SUPPORTED, claims.FRESH)
@@ -511,6 +522,8 @@ def test_fresh_people_decide_what_was_set_after(tmp_path, monkeypatch):
         "general_supersets"
     ]  # as if set before: the confirmation half decides, and fresh people stand beside
     assert (general.verdict, general.tier, general.fresh.verdict) == (SUPPORTED, claims.HALF, NOT_SUPPORTED)
+    used = by_name["task_done"]
+    assert (used.verdict, used.tier, used.fresh.verdict) == (SUPPORTED, claims.EXPLORATORY, claims.NOT_TESTED)
     untested = by_name["critical_layers"]
     assert (untested.verdict, untested.tier, untested.fresh.verdict) == (SUPPORTED, claims.EXPLORATORY, NOT_TESTABLE)
     check = by_name["no_illusion"]
@@ -527,7 +540,8 @@ def test_fresh_people_decide_what_was_set_after(tmp_path, monkeypatch):
     whole, *rest = story.sentence(entries, found())
     assert "layers 5 and 7 do that together (0.90 [0.85, 0.95])" in whole and "layer 5 alone" not in whole
     assert any("one layer is the aggregator (on fresh people 0.30 [0.25, 0.35]; asked" in text for text in rest)
-    assert "(0.80 [0.75, 0.85], and 0.80 [0.75, 0.85] on fresh people)" in " ".join(story.outline(entries, found()))
+    both = "(0.80 [0.75, 0.85], and 0.80 [0.75, 0.85] for sites picked anew on fresh people)"
+    assert both in " ".join(story.outline(entries, found()))
     document = json.loads(json.dumps(story.document(entries, [], own, said)))
     jsonschema.validate(document, json.loads((ROOT / "data/claims.schema.json").read_text(encoding="utf-8")))
     units.write_json(tmp_path / "book" / "claims.json", document)
@@ -552,9 +566,9 @@ def test_fresh_people_asked_under_other_rules_decide_nothing(tmp_path):
 def test_the_committed_record_refuses_a_second_opening_where_the_note_is_gone(tmp_path):
     asked, _ = asked_of_fresh_people(tmp_path, found())
     fresh.write(asked)
-    (tmp_path / "fresh" / fresh.OPENED).unlink()
+    fresh.opened(asked).unlink()
     fresh.open_once(asked)  # the same rules
-    (tmp_path / "fresh" / fresh.OPENED).unlink()
+    fresh.opened(asked).unlink()
     changed = asked.model_copy(update={"level": 0.99})
     changed = changed.model_copy(update={"frozen": claims.fingerprint(claims.thresholds(changed), changed)})
     with pytest.raises(claims.ClaimError, match=f"{asked.frozen}.*commit 0123456789.*started 2026-11-27T18:00:00"):
@@ -592,13 +606,19 @@ def test_steps_do_not_look_at_fresh_people_before_rules_are_frozen(tmp_path, mon
     assert main(asked) == 1 and "under frozen rules alone" in capsys.readouterr().err and not ran
     assert main(["run", "baselines", *asked[2:]]) == 0 and ran == ["baselines"]
     given["story"]["frozen"] = Build(given["profile"]).fingerprint()
-    assert main(asked) == 0 and ran[1:] == ["baselines", "coarse_sweep"] and (tmp_path / fresh.OPENED).is_file()
+    assert main(asked) == 0 and ran[1:] == ["baselines", "coarse_sweep"] and len([*tmp_path.glob("fresh.*.json")]) == 1
 
 
 def test_only_a_run_on_fresh_people_is_written_down(tmp_path):
     asked, own = asked_of_fresh_people(tmp_path, found())
     with pytest.raises(claims.ClaimError, match="asks no fresh people"):
         fresh.write(own)
+    run = tmp_path / "fresh" / "baselines.run.json"
+    text = run.read_text(encoding="utf-8")
+    units.write_json(run, json.loads(text) | {"ingredients": {"inputs": {"people_file": "0"}}})
+    with pytest.raises(claims.ClaimError, match="are not of the people in"):
+        fresh.write(asked)
+    run.write_text(text, encoding="utf-8")
     document = json.loads((tmp_path / "fresh" / "claims.json").read_text(encoding="utf-8"))
     units.write_json(tmp_path / "fresh" / "claims.json", document | {"fingerprint": "0"})
     with pytest.raises(claims.ClaimError, match=r"judged by other rules \(0\)"):
@@ -674,8 +694,9 @@ def test_the_circuit_in_three_sentences_by_the_verdicts(tmp_path):
     road = story.outline(list(judged(tmp_path, what).values()), what)[1]
     alone = [entry.model_copy(update={"alone": SUPPORTED}) for entry in judged(tmp_path, what).values()]
     assert "supported by itself, but not when all claims" in story.outline(alone, what)[0]
-    assert "not tested, for want of quads: the slice (5.3 and mlp 7) at the last token is enough" in road
-    assert "bring the answer back (0.99)" in road and "tokens between (laid down in layers 4 and 5) (0.20 [" in road
+    assert "not testable here: the slice (5.3 and mlp 7) at the last token is enough" in road
+    assert "bring the answer back (0.99; too few quads: an interval needs" in road
+    assert "tokens between (laid down in layers 4 and 5) (0.20 [" in road
     what["coarse_sweep"]["between"]["fills"] = []
     assert "at the tokens between (0.20 [" in story.outline([*judged(tmp_path, what).values()], what)[1]
     unable = [entry.model_copy(update={"estimate": None}) for entry in judged(tmp_path, what).values()]
@@ -694,7 +715,7 @@ def test_what_leads_the_report_follows_the_verdicts(tmp_path):
         what["sufficiency"]["specific"][0] |= {f"quotient_{key}": at for key, at in span(value).items()}
         return story.answer(list(judged(tmp_path, what).values()), what)
 
-    assert with_quotient(0.2).endswith("and of what else the names differ in they carry much less.")
+    assert with_quotient(0.2).endswith("and of the names' region they carry much less.")
     assert with_quotient(0.5).endswith("read out whatever the names differ in, is not decided here.")
     what = found()
     what["sufficiency"]["slice_restores"]["restores"] = False
@@ -704,6 +725,17 @@ def test_what_leads_the_report_follows_the_verdicts(tmp_path):
     assert story.not_so(alone) == ""
     nearly = [entry.model_copy(update={"alone": SUPPORTED}) for entry in entries]
     assert story.not_so(nearly).startswith("Supported by themselves, but not among all claims: the slice is about")
+
+
+def test_parts_of_the_slice_without_a_verdict_are_not_named():
+    rows = [{"site": "its heads", "attribute": "region", "verdict": None}]
+    assert sentences.by_parts(rows) == ""
+    rows += [{"site": "its MLPs", "attribute": "region", "verdict": "open"}]
+    assert sentences.by_parts(rows) == " (the slice's MLPs by themselves are not decided)"
+
+
+def test_what_would_turn_a_verdict_follows_the_verdict():
+    assert claims.turned(SUPPORTED, "a").startswith("Refuted") and "after all" in claims.turned(NOT_SUPPORTED, "a")
 
 
 def test_holms_correction():

@@ -155,7 +155,7 @@ def test_a_class_of_few_quads_is_named_and_decides_nothing():
     verdict = page.decide(classes, pd.DataFrame(), PARAMS)
     assert verdict.verdict == page.EVERY and verdict.untested == ["writer"]
     sentence = spoken(verdict, pd.DataFrame())
-    assert "Too few quads for an interval: writer" in sentence and "were not there to test" in sentence
+    assert "takes nothing away): writer" in sentence and "were not there to test" in sentence
     nothing = page.decide(classes.assign(low=np.nan), pd.DataFrame(), PARAMS)
     assert nothing.verdict == page.UNTESTABLE and nothing.untested == list(SUPERSETS)
 
@@ -201,6 +201,13 @@ def test_a_site_that_serves_one_class_alone_shows_as_interaction_and_one_that_se
     assert test is None and why.startswith("it takes two supersets that are each in 10 quads or more, and the best")
     test, _, why = page.interaction(page.with_pairs(frame, grid), [Site(0, "head", 0), Site(5, "mlp")], PARAMS)
     assert test is None and "fewer than two sites" in why
+
+
+def test_single_sites_stand_behind_all_other_sets_some_of_which_may_be_empty():
+    none = page.numbered(SimpleNamespace(circuits=[], random=0))
+    assert none["only"] == none[placebo.RANDOM] == [] and page.behind(none) == 1
+    own = Circuit("only", "artist", (), (Site(1, "mlp"),), 1)
+    assert page.behind(page.numbered(SimpleNamespace(circuits=[own], random=3))) == 5
 
 
 def test_no_site_is_marked_where_the_quads_are_too_few_for_a_test():
@@ -439,7 +446,7 @@ def test_every_sentence_is_made_and_every_figure_drawn_however_little_there_is(q
     assert {page.EVERY: "as a whole carries every", page.NOT_EVERY: "not shown", page.UNTESTABLE: ""}[
         found["verdict"]
     ] in text
-    assert ("none has enough quads" in text) == (quads == 1)
+    assert ("cannot be tested here. No interval of damage" in text) == (quads == 1)
     lowest = tables.groups.query("kind == 'superset' and quantity == 'recovery'").sort_values("estimate").iloc[0]
     assert f"By superset, joint recovery runs from {of_row(lowest)} ({lowest['group']}) to " in text
     assert "Without artist, scientist, athlete, politician and writer no circuit could be picked" in text

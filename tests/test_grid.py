@@ -346,6 +346,7 @@ def test_placebo_pairs_are_asked_in_every_template_and_attributes_do_not_share_a
             "half": "confirmation",
             "task": "superset",
             "attribute": kind,
+            "kept": n > 0,
         }
         | dict(zip(("clean_a", "clean_b", "corrupt_a", "corrupt_b"), names, strict=True))
         | {"template": "profession_both", "answer": answer, "corrupt_answer": other}
@@ -362,6 +363,7 @@ def test_placebo_pairs_are_asked_in_every_template_and_attributes_do_not_share_a
     )
     pairs = placebo.pairs_of(own)
     assert {pair.template for pair in pairs} == {"profession_both", "both_famous"} and len(pairs) == 2 * 2 * 2
+    assert not any(pair.quad_id.endswith("0") for pair in pairs)  # those that are not kept take nobody's place
     assert all(pair.pair_id.endswith(f"@{pair.template}") and not pair.labels for pair in pairs)
     units_ = placebo.units(own, pairs, [(Site(1, "mlp"),)])
     assert len(units_) == 4 and all(len({pair.candidates for pair in unit.pairs}) == 1 for unit in units_)

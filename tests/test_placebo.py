@@ -16,6 +16,7 @@ from pipeline.params import Shared
 from steps.baselines import placebo
 from steps.baselines.measure import Baselines
 from steps.story import circuits_page
+from steps.story import measure as story
 from steps.sufficiency import placebo as measured
 from steps.sufficiency import placebo_page
 
@@ -260,6 +261,17 @@ def circuit_rows(shares_of, attribute, half="confirmation"):
             about = {"quad_id": f"{attribute}{quad}", "pair_id": f"{attribute}{quad}.0", "half": half}
             rows.append(about | {"test": test, "logit_diff": value, "ablation": "resample", "attribute": attribute})
     return pd.DataFrame(rows)
+
+
+def test_the_circuit_is_asked_in_kept_placebo_pairs_of_the_half_that_is_read():
+    rows = [("a", "discovery", True), ("b", "confirmation", True), ("c", "confirmation", False)]
+    pairs = [SimpleNamespace(pair_id=name, half=half) for name, half, _ in rows]
+    table = pd.DataFrame(rows, columns=["pair_id", "half", "kept"])
+    step = SimpleNamespace(placebo=lambda: pairs, placebo_pairs=lambda: table)
+    assert [pair.pair_id for pair in story.placebo_pairs(step)] == ["b"]
+    del pairs[1]  # the only half
+    assert [pair.pair_id for pair in story.placebo_pairs(step)] == ["a"]
+    assert story.placebo_pairs(SimpleNamespace(placebo=list)) == []
 
 
 def test_the_circuit_is_set_beside_what_it_keeps_in_placebo_pairs():

@@ -81,6 +81,16 @@ def test_metadata_and_run_record_say_how_it_was_made(here):
     assert (here / "out" / "necessity.run.json").stat().st_mtime_ns == before  # redrawing is no new run
 
 
+def test_a_parameter_of_the_page_alone_is_recorded_as_it_is_now(here):
+    """Later steps read thresholds there; what was measured stays, and says what it was measured under."""
+    begin().table(table("necessity", fake_plan(2), fake_compute))
+    again = begin(resamples=900)
+    assert again.record["parameters"]["resamples"] != 900
+    again.write_findings({})
+    assert again.record["parameters"]["resamples"] == 900
+    assert records.read_metadata(here / "out" / "necessity.parquet")["parameters"]["resamples"] != 900
+
+
 def test_a_second_table_has_its_own_file_and_line_in_the_record(here):
     step = begin()
     step.table(table("necessity", fake_plan(2), fake_compute))

@@ -71,11 +71,10 @@ def tables(step: Step, m: Measured) -> Tables:
     """Everything that the page's figures and sentences are made of."""
     p, joint, alone = step.params, with_pairs(m.joint, m.grid), with_pairs(m.sites, m.grid)
     sets = numbered(m)
-    first = max(max(places) for places in sets.values()) + 1
     heads = class_matrices(alone[alone["component"] == "head"])
     candidates, verdicts, leaders = controls_page.tables(m, p)
     tested, moved = circuit_table(joint, m.circuits, m.slice, p), transfer(joint, m.circuits, p)
-    by_group, by_site = groups(joint, p), site_effects(joint, first, m.slice, p)
+    by_group, by_site = groups(joint, p), site_effects(joint, behind(sets), m.slice, p)
     if len(m.unselected):
         before = pd.DataFrame(both_ways(m.unselected, p, kind="selection", group="before any selection"))
         by_group = pd.concat([by_group, before[before["quantity"] == "recovery"]], ignore_index=True)
@@ -93,6 +92,11 @@ def numbered(m: Measured) -> dict[str, list[int]]:
     for place, circuit in enumerate(picked, 1):
         out.setdefault(circuit.superset if circuit.kind == "without" else "only", []).append(place)
     return out | {placebo.RANDOM: [1 + len(picked) + number for number in range(m.random)]}
+
+
+def behind(sets: Mapping[str, Sequence[int]]) -> int:
+    """The place of the first single site: behind all of `numbered`, some of which may be empty."""
+    return max(place for places in sets.values() for place in places) + 1
 
 
 def with_pairs(frame: pd.DataFrame, grid: pd.DataFrame) -> pd.DataFrame:
@@ -359,7 +363,7 @@ class Verdict(NamedTuple):
 
 
 def decide(groups: pd.DataFrame, circuits: pd.DataFrame, params: Shared) -> Verdict:
-    """EVERY if in every superset with enough quads the lower ends of damage and recovery exceed the floor, for the
+    """EVERY if in every superset with intervals of both the lower ends of damage and recovery exceed the floor, for the
     slice and for the circuit picked without the superset; where there are no such circuits, for the slice alone."""
     own = groups[(groups["kind"] == "superset") & groups["quantity"].isin(JUDGED)]
     tests = own.assign(superset=own["group"], circuit="the slice")
@@ -504,10 +508,13 @@ def circuit_sentences(circuits: pd.DataFrame) -> list[str]:
 def verdict_sentence(verdict: Verdict, t: Tables, params: Shared) -> str:
     """The verdict by the profile's rule, and beside it whether the sites' shares differ between classes."""
     floor = f"{params.general_floor:g}"
-    few = f" Too few quads for an interval: {listed(verdict.untested)}." if verdict.untested else ""
+    few = (
+        " No interval of damage and recovery both (too few quads, no donors of another class, or an ablation that "
+        f"takes nothing away): {listed(verdict.untested)}."
+    ) * bool(verdict.untested)
     alone = " (circuits picked without a class were not there to test)" if t.circuits.empty else ""
     if verdict.verdict == UNTESTABLE:
-        return f"Whether the slice carries every superset cannot be tested here: none has enough quads.{few}"
+        return f"Whether the slice carries every superset cannot be tested here.{few}"
     if verdict.verdict == NOT_EVERY:
         weakest = verdict.failing.sort_values("estimate").iloc[0]
         fails = listed(f"{row.circuit} in {row.superset} ({row.quantity})" for row in verdict.failing.itertuples())

@@ -32,13 +32,15 @@ ALL = "all pairs"
 
 
 def pairs_of(step: Step | Case) -> list[Pair]:
-    """The placebo pairs, template by template, at most `placebo_pairs` of each attribute; those that line up there."""
+    """The kept placebo pairs (for the planner, all), at most `placebo_pairs` of each attribute in each template in
+    which they line up."""
     p, out = step.params, []
     for name in dict.fromkeys([p.template, *p.templates] if step.placebo() else ()):
         if isinstance(step, Case):
             own = [replace(pair, template=find_template(name, p.task).name) for pair in step.placebo()]
         else:
-            rows = step.placebo_pairs().assign(template=name)
+            rows = step.placebo_pairs()
+            rows = rows[rows["kept"]].assign(template=name)
             own = step.prompts(aligned(rows, step.tokenizer, **prompt_options(p))[0])
         for classes in dict.fromkeys(pair.candidates for pair in own):
             chosen = subsample([pair for pair in own if pair.candidates == classes], p.placebo_pairs)

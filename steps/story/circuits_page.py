@@ -155,13 +155,14 @@ def tested_numbers(m: Measured | Everywhere, params: Story) -> dict[str, Any]:
     rows, last = shown(m), reported(m.tested)
     first = in_halves(m.tested[m.tested["ablation"] == m.ablation])[0][1]
     table, subsets = members(rows, params), without_subsets(rows, params)
-    reached = m.search.loc[m.search["chosen"] & (m.search["phase"] == "grow"), "faithfulness"].max()
+    chosen = m.search[m.search["chosen"]]
+    grown = chosen.loc[chosen["phase"] == "grow", "faithfulness"].iloc[-1]
     return {
         "sites": sites,  # in order of joining
         "size": len(sites),
         "grown": len(path),  # size before pruning
-        "searched": reached,  # faithfulness that the search saw
-        "reached": bool(reached >= params.faithful_share),
+        "searched": grown,  # faithfulness that the search saw, before pruning
+        "reached": bool(grown >= params.faithful_share),
         "ablation": m.ablation,
         "quads": rows["quad_id"].nunique(),
         "faithfulness": share(rows, "circuit", params),  # kept when all else is ablated
@@ -183,6 +184,7 @@ def circuit_numbers(m: Measured, slice_: Sequence[str], params: Story) -> dict[s
     if sites := numbers["sites"]:
         both = [site for site in sites if site in slice_]
         chance = float(scipy_stats.hypergeom.sf(len(both) - 1, len(m.sites), len(slice_), len(sites)))
+        numbers["searched"] = m.search.loc[m.search["chosen"], "faithfulness"].iloc[-1]  # that of what is left
         numbers["areas"] = areas(shown(m), params).to_dict("records")
         numbers["overlap"] = {"sites": both, "jaccard": site_tables.jaccard(sites, slice_), "p": chance}
     return numbers

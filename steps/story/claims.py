@@ -47,7 +47,7 @@ TIERS = {
     HALF: "set before results were seen, measured on the half that had no say in what was picked",
     EXPLORATORY: "set when results on the same people, or others' on the same model, had been seen",
 }
-DECIDING = ("at", "p_of_some", "numbers_of", "decided", "p_value", "equivalence", "ledger")
+DECIDING = ("at", "leaves", "p_of_some", "numbers_of", "decided", "p_value", "equivalence", "ledger")
 POWER = 0.8  # that a number of quads is worked out for
 
 
@@ -398,11 +398,7 @@ def judge(
         n = numbers_of(claim, found, params)
         verdict, reason = decided(claim, n, found, threshold, params)
     asked = rule.asked.format(t=held_by if threshold is None else f"{threshold:g}", c=claim.centre)
-    turned = {
-        SUPPORTED: f"Refuted, if the same measurement on new quads does not give this: {asked}.",
-        NOT_SUPPORTED: f"Supported after all, if the same measurement on new quads gives this: {asked}.",
-    }
-    there, rows = verdict in turned, None
+    there, rows = verdict in (SUPPORTED, NOT_SUPPORTED), None
     if there and claim.rows:
         rows = Rows(file=f"{claim.rows[0]}.parquet", filter=claim.rows[1].format(**params.model_dump()))
     came = CAME.get(claim.came or "", Came(word="after", set="", seen=None))
@@ -428,10 +424,19 @@ def judge(
         here=verdict,
         verdict=verdict,
         reason=reason,
-        refuted_by=turned.get(verdict, f"Decided, once it can be measured, by this: {asked}."),
+        refuted_by=turned(verdict, asked),
         figure=f"executed/{page}.ipynb#{claim.figure}" if there and claim.figure else None,
         rows=rows,
     )
+
+
+def turned(verdict: str, asked: str) -> str:
+    """What would turn a verdict."""
+    words = {
+        SUPPORTED: f"Refuted, if the same measurement on new quads does not give this: {asked}.",
+        NOT_SUPPORTED: f"Supported after all, if the same measurement on new quads gives this: {asked}.",
+    }
+    return words.get(verdict, f"Decided, once it can be measured, by this: {asked}.")
 
 
 def decided(

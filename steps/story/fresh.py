@@ -19,8 +19,10 @@ import pandas as pd
 from pipeline import keys, units
 from pipeline.params import ROOT
 from steps.story.claims import (
+    EXPLORATORY,
     FRESH,
     NOT_SUPPORTED,
+    NOT_TESTED,
     SUPPORTED,
     ClaimError,
     Confirmed,
@@ -32,7 +34,20 @@ from steps.story.claims import (
 )
 from steps.story.measure import Story
 
-OPENED = "fresh.json"  # in the results folder: under what these people have been opened
+# Claims that fresh people do not decide: their prompts are of other people or words, which had been used before.
+NOT_ABOUT_THEM = frozenset(
+    {
+        "task_done",
+        "control_invented_names",
+        "control_things",
+        "control_two_supersets",
+        "either_name",
+        "rule_or",
+        "rule_additive",
+        "rule_and",
+        "profession_at_names",
+    }
+)
 
 
 class Record(Strict):
@@ -41,7 +56,9 @@ class Record(Strict):
     profile: str
     model: str
     model_sha256: str | None
+    quantisation: str | None
     task: str
+    template: str
     people_file: str
     people_sha256: str
     fingerprint: str  # of thresholds and rules
@@ -55,9 +72,15 @@ class Record(Strict):
 
 def subject(params: Story) -> dict[str, Any]:
     """Who is asked, of which model, and under which thresholds and rules."""
-    about = params.model_dump(include={"profile", "model", "model_sha256", "task", "people_file"})
+    names = {"profile", "model", "model_sha256", "quantisation", "task", "template", "people_file"}
+    about = params.model_dump(mode="json", include=names)
     about["people_sha256"] = keys.hash_file(keys.input_file(params.people_file))
     return about | {"fingerprint": fingerprint(thresholds(params), params), "left_out": list(params.left_out)}
+
+
+def opened(params: Story) -> Path:
+    """The note, beside the results, of under what the people in this file have been opened."""
+    return keys.results_folder(params) / f"fresh.{keys.hash_file(keys.input_file(params.people_file))[:12]}.json"
 
 
 def committed(params: Story) -> Path:
@@ -69,8 +92,8 @@ def open_once(params: Story, rules: str | None = None) -> None:
     """Note beside the results under what these people are looked at; `rules` is the hash of thresholds and rules where
     the steps that hold some of them have not run yet.
 
-    ClaimError where thresholds and rules are not frozen, and where they are others than they were the first time, by
-    that note or by the committed record: what has been seen once is no longer fresh.
+    ClaimError where thresholds and rules are not frozen, and where they, the template or the quantisation are others
+    than they were the first time, by that note or by the committed record: what has been seen once is no longer fresh.
     """
     own = subject(params) | ({"fingerprint": rules} if rules else {})
     if params.frozen != own["fingerprint"]:
@@ -78,16 +101,16 @@ def open_once(params: Story, rules: str | None = None) -> None:
             f"fresh people are opened under frozen rules alone: give frozen = {own['fingerprint']!r} (it is "
             f"{params.frozen!r})"
         )
-    note = keys.results_folder(params) / OPENED
+    note = opened(params)
     for path in (note, committed(params)):
         first = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else own
         same = all(first[key] == own[key] for key in ("people_sha256", "model", "model_sha256", "task"))
-        if same and first["fingerprint"] != own["fingerprint"]:
+        if same and any(first[key] != own[key] for key in ("fingerprint", "template", "quantisation")):
             shown = ", ".join(f"{key} {value}" for key, value in first.items() if isinstance(value, str))
             raise ClaimError(
                 f"these people were opened under the thresholds and rules {first['fingerprint']!r} "
-                f"({keys.shown(path)}: {shown}); under {own['fingerprint']!r} they are not fresh: judge the claims "
-                "with fresh = false, or keep other people aside"
+                f"({keys.shown(path)}: {shown}); under {own['fingerprint']!r}, in this template, they are not fresh: "
+                "judge the claims with fresh = false, or keep other people aside"
             )
     if not note.is_file():
         units.write_json(note, own)
@@ -101,6 +124,9 @@ def write(params: Story) -> Path:
     path, run = (keys.results_folder(params) / name for name in ("claims.json", "story.run.json"))
     if not (path.is_file() and run.is_file()):
         raise ClaimError(f"{keys.shown(path)} is not there: run the profile {params.profile} first")
+    stored = (keys.stored_ingredients(keys.results_folder(params), keys.PAIRS) or {}).get("inputs", {})
+    if stored.get("people_file") != subject(params)["people_sha256"]:
+        raise ClaimError(f"the pairs in {keys.shown(path.parent)} are not of the people in {params.people_file}")
     ledger = Ledger.model_validate_json(path.read_text(encoding="utf-8"))
     if ledger.fingerprint != params.frozen:
         raise ClaimError(f"{keys.shown(path)} was judged by other rules ({ledger.fingerprint}): run step 10 again")
@@ -120,16 +146,20 @@ def confirm(entries: Sequence[Entry], params: Story, asked: Collection[str] = ()
     """Give the entries what fresh people said, and let it be the verdict of claims that were set after, where it is
     one; returns how that stands, in words ("" for a profile that names no such file, or asks fresh people itself).
 
-    `asked` are the people in this report's own pairs: nobody should be both, and where someone is, that is said.
+    `asked` are the people in this report's own pairs: nobody should be both, and where someone is, that is said. Claims
+    that are `NOT_ABOUT_THEM` are not decided by them, nor where they are asked themselves.
     """
     path = committed(params)
+    for entry in entries:
+        if entry.id in NOT_ABOUT_THEM and entry.tier == FRESH:
+            entry.tier = EXPLORATORY
     if params.fresh or not params.fresh_claims:
         return ""
     if not path.is_file():
         return "No fresh people have been asked yet: verdicts by what was set after results were seen stay exploratory."
     record = Record.model_validate_json(path.read_text(encoding="utf-8"))
-    if not keys.same_subject(record.model_dump() | {"quantisation": params.quantisation}, params):
-        return f"The fresh people of `{params.fresh_claims}` were asked about another model or task."
+    if not (keys.same_subject(record.model_dump(), params) and record.template == params.template):
+        return f"The fresh people of `{params.fresh_claims}` were asked about another model, task or template."
     own = fingerprint(thresholds(params), params.model_copy(update={"left_out": record.left_out}))
     if own != record.fingerprint:
         return (
@@ -139,12 +169,16 @@ def confirm(entries: Sequence[Entry], params: Story, asked: Collection[str] = ()
         )
     after = [entry for entry in entries if entry.check is None and entry.came == "after"]
     for entry in entries:
-        entry.fresh = record.claims[entry.id]
+        there = {"verdict": NOT_TESTED, "reason": "its prompts are of people or words that were used before"}
+        entry.fresh = record.claims[entry.id].model_copy(update=there if entry.id in NOT_ABOUT_THEM else {})
     decided = [entry for entry in after if entry.fresh.verdict in (SUPPORTED, NOT_SUPPORTED)]
     for entry in decided:
         entry.verdict, entry.tier = entry.fresh.verdict, FRESH
     people = set(pd.read_csv(keys.input_file(record.people_file), dtype=str, keep_default_na=False)["name"])
-    both = f"{len(people & set(asked)) or 'none'} of their {len(people)} is in a pair of this report"
+    both = (
+        f"{len(people & set(asked)) or 'none'} of their {len(people)} is in a quad of this report's task; placebo "
+        "pairs and pairs before selection may have some"
+    )
     return told(record, len(after), [entry.verdict for entry in decided], both)
 
 
@@ -153,9 +187,10 @@ def told(record: Record, after: int, verdicts: Sequence[str], both: str) -> str:
     count = {verdict: verdicts.count(verdict) for verdict in (SUPPORTED, NOT_SUPPORTED)}
     return (
         f"Of the {after} claims that were set after results had been seen, {len(verdicts)} are decided by *fresh "
-        f"people* alone, people in no quad of other profiles ({both}): {count[SUPPORTED]} are supported there, "
-        f"{count[NOT_SUPPORTED]} are not; the others could not be tested on them, and stay exploratory. They were "
-        f"asked once, under these thresholds and rules (hash `{record.fingerprint}`; profile `{record.profile}`, "
+        f"people* alone, people in no quad of other profiles ({both}), on whose pairs the sites are picked anew: "
+        f"{count[SUPPORTED]} are supported there, {count[NOT_SUPPORTED]} are not; the others could not be tested on "
+        "them, or rest on prompts of people or words that had been used before, and stay exploratory. They were asked "
+        f"once, under these thresholds and rules (hash `{record.fingerprint}`; profile `{record.profile}`, "
         f"commit {(record.commit or 'unknown')[:7]}, {record.started[:10]}, {machine(record.machine)})."
     )
 

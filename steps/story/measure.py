@@ -148,11 +148,21 @@ def circuit_units(step: Step | Case, tests: Mapping[str, Circuit]) -> list[Unit]
     ]
 
 
+def placebo_pairs(step: Step | Case) -> list[Pair]:
+    """The kept placebo pairs (for the planner, all) of the confirmation half, or of the only one: no other is read."""
+    pairs = step.placebo()
+    if pairs and not isinstance(step, Case):
+        rows = step.placebo_pairs()
+        kept = set(rows.loc[rows["kept"], "pair_id"])
+        pairs = [pair for pair in pairs if pair.pair_id in kept]
+    return [pair for pair in pairs if pair.half == "confirmation"] or pairs
+
+
 def placebo_units(step: Step | Case, tests: Mapping[str, Circuit]) -> list[Unit]:
     """The circuit in placebo pairs, all else from their corrupt prompts: few have donors among the task's prompts."""
-    units = []
-    for classes in dict.fromkeys(pair.candidates for pair in step.placebo()):
-        pairs = subsample([pair for pair in step.placebo() if pair.candidates == classes], step.params.pairs)
+    units, every = [], placebo_pairs(step)
+    for classes in dict.fromkeys(pair.candidates for pair in every):
+        pairs = subsample([pair for pair in every if pair.candidates == classes], step.params.pairs)
         options = {"tests": {"circuit": tests["circuit"]}, "ablations": ["counterfactual"]}
         units += [Unit(f"{'-'.join(classes)}-{n:04d}", tuple(own), options) for n, own in enumerate(grouped(pairs, 8))]
     return units
@@ -521,9 +531,8 @@ def run(step: Step) -> Measured | None:
     tested = step.table(CIRCUITS, tests)
     kind, placebo = searched_pairs(step)[1], None
     if placebo_units(step, tests):
-        about = step.placebo_pairs().set_index("pair_id")[["attribute", "kept"]]
+        about = step.placebo_pairs().set_index("pair_id")[["attribute"]]
         placebo = step.table(PLACEBO, tests).join(about, on="pair_id")
-        placebo = placebo[placebo["kept"]]
     over_all = run_everywhere(step, circuit_of(search))
     return Measured(sites, search, gradients, exact, subsets, tests, kind, tested, placebo, over_all)
 

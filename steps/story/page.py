@@ -79,6 +79,8 @@ def judge(step: Step, m: Measured | None) -> Judged:
     sides = [f"{side}_{slot}" for side in ("clean", "corrupt") for slot in "abc"]
     asked = () if m is None else step.pairs()[sides].to_numpy().ravel()
     confirmed = fresh.confirm(entries, step.params, asked)
+    for entry in entries:  # its verdict may be another now, by the correction or by fresh people
+        entry.refuted_by = claims.turned(entry.verdict, entry.asked)
     linked = sentence(entries, found)
     step.write_extra("claims.json", document(entries, linked, step.params, confirmed))
     said = (outline(entries, found), linked, answer(entries, found), not_so(entries))
@@ -293,7 +295,7 @@ def laid_out(frame: pd.DataFrame, name: str, widths: Sequence[str]) -> Styler:
 
 def forest(entries: Sequence[Entry]) -> Figure | None:
     """`CAPTIONS["claims"]`; None where nothing was decided by an interval."""
-    rows = [distances(entry) for entry in entries if entry.verdict in (SUPPORTED, NOT_SUPPORTED)]
+    rows = [distances(entry) for entry in entries if entry.here in (SUPPORTED, NOT_SUPPORTED)]
     rows = [row for row in rows if row]
     if not rows:
         return None
@@ -324,7 +326,7 @@ def distances(entry: Entry) -> dict[str, Any] | None:
     else:
         return None
     ends = dict(zip(("estimate", "low", "high"), x / (abs(entry.threshold) or 1.0), strict=True))
-    return {"site": entry.id.replace("_", " "), "verdict": entry.verdict} | ends
+    return {"site": entry.id.replace("_", " "), "verdict": entry.here} | ends  # of the interval that is drawn
 
 
 def tally(entries: Sequence[Entry]) -> str:

@@ -65,10 +65,11 @@ def site_names(found: Mapping[str, Any]) -> dict[str, str]:
 
 def by_parts(parts: Sequence[Mapping[str, Any]]) -> str:
     """What the placebo says of the slice's heads and of its MLPs, in brackets; "" where it was not asked."""
+    words = {"specific": "specific", "general": "not specific", "open": "not decided"}
     said = [
-        f"{row['site'].replace('its', 'the slice')} by themselves are {row['verdict']}".replace("slice ", "slice's ")
+        f"the slice's {row['site'].removeprefix('its ')} by themselves are {words[row['verdict']]}"
         for row in parts
-        if row["site"] in ("its heads", "its MLPs") and row["attribute"] == "region"
+        if row["site"] in ("its heads", "its MLPs") and row["attribute"] == "region" and row["verdict"] in words
     ]
     return f" ({', '.join(said)})" if said else ""
 
@@ -128,7 +129,8 @@ def clause(entry: Entry, text: str) -> str:
     if entry.verdict == NOT_SUPPORTED:
         return f"it is not supported that {text} ({value(entry)}; asked for: {entry.asked})"
     if entry.verdict == NOT_TESTABLE and entry.estimate is not None:
-        return f"not tested, for want of quads: {text} ({value(entry)})"
+        why = entry.reason.partition("; ")[2]  # behind its numbers
+        return f"not testable here: {text} ({'; '.join(filter(None, (value(entry), why)))})"
     return f"{entry.verdict} is whether {text} ({entry.reason})"
 
 
@@ -172,4 +174,6 @@ def value(entry: Entry) -> str:
         return claims.estimated(of) + unit if of.high is not None else f"{of.estimate:.3g}"
 
     decided = deciding(entry)
-    return number(entry) if decided is entry else f"{number(entry)}, and {number(decided)} on fresh people"
+    if decided is entry:
+        return number(entry)
+    return f"{number(entry)}, and {number(decided)} for sites picked anew on fresh people"
