@@ -249,13 +249,13 @@ def shares_of_ceiling(
 ) -> pd.DataFrame:
     """The damage of each combination of `by` as a share of its ablation's ceiling, which is what that takes away at
     most: its damage in `whole`, the records of the whole final residual stream. A ratio of sums over the quads of both,
-    for the ablations whose ceiling is a loss (`is_loss`). Columns: `by`, ablation, estimate, low, high.
+    for the ablations whose ceiling is a loss (`is_loss`), in sum too. Columns: `by`, ablation, estimate, low, high.
     """
     parts = [pd.DataFrame(columns=[*by, "ablation", "estimate", "low", "high"])]
     for kind, limit in whole.groupby("ablation", sort=False):
-        if is_loss(quad_matrix(limit, "effect", []).values[:, 0], settings):
+        most = quad_matrix(limit, "effect", [], "sum").values[:, 0]
+        if most.sum() > 0 and is_loss(quad_matrix(limit, "effect", []).values[:, 0], settings):
             lost = quad_matrix(frame[frame["ablation"] == kind], "effect", by, "sum")
-            most = quad_matrix(limit, "effect", [], "sum").values[:, 0]
             spans = stats.ratio_intervals(lost.values, most, settings)
             parts.append(lost.sites.assign(ablation=kind, **columns(spans)))
     return pd.concat(parts[1:] or parts, ignore_index=True)

@@ -350,6 +350,8 @@ def make_pair(
         raise ValueError(f"{where}: template {template.name!r} is of task {template.task!r}, not {row['task']!r}")
     names = {side: [row[f"{side}_{slot}"] for slot in template.slots] for side in ("clean", "corrupt")}
     clean, corrupt = (make_prompt(tokenizer, template, n, chat_template, attributes) for n in names.values())
+    if clean.roles["last"][0] in clean.roles["names"]:
+        raise ValueError(f"template {template.name!r} ends in a name: the last token must be the prompt's own")
     swapped = _swapped(clean, corrupt, names["clean"], names["corrupt"], where)
     clean, corrupt = (replace(prompt, roles=prompt.roles | {"swapped": swapped}) for prompt in (clean, corrupt))
 

@@ -349,12 +349,13 @@ def check_layers(params: Shared, n_layers: int) -> None:
 
 def _template(params: Shared) -> str:
     """The template asked for, or the task's first."""
-    for name in getattr(params, "templates", ()):
-        if name not in TEMPLATES and "{a}" not in name:
-            raise ParameterError(
-                f"parameter templates: {name!r} is unknown{_nearest(name, TEMPLATES)}; the templates are "
-                f"{', '.join(TEMPLATES)}, or a text with {{a}} and {{b}}"
-            )
+    for key in ("templates", "order_templates"):
+        for name in getattr(params, key, ()):
+            if name not in TEMPLATES and "{a}" not in name:
+                raise ParameterError(
+                    f"parameter {key}: {name!r} is unknown{_nearest(name, TEMPLATES)}; the templates are "
+                    f"{', '.join(TEMPLATES)}, or a text with {{a}} and {{b}}"
+                )
     own = [name for name, template in TEMPLATES.items() if template.task == params.task]
     if params.template is None:
         return own[0]

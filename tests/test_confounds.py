@@ -47,7 +47,7 @@ def found_in(along):
     assert len(confounds.span_of(each, [counts["century"]])) == 0  # one value: nothing differs
     bases = [confounds.span_of(each, [counts["region"][order]]) for order in (np.arange(90), *orders)]
     own, *others = (confounds.shares(vectors, basis) for basis in bases)
-    return pd.DataFrame(confounds.share_rows(names, own, np.stack(others), {})).set_index("name")
+    return pd.DataFrame(confounds.share_rows(names, own, np.stack(others), {}, 0.95)).set_index("name")
 
 
 def test_the_share_of_a_direction_is_what_of_it_lies_along_the_attribute():
@@ -111,6 +111,19 @@ def test_parts_and_the_placebos_directions_arrive_in_the_model(tiny):
     assert random == pytest.approx(first, rel=1e-6)
 
 
+def test_every_placebo_attribute_gives_as_many_pairs(tiny):
+    many = [replace(PAIRS[1], pair_id=f"{n}", quad_id=f"{n}", half="confirmation") for n in range(9)]
+    two = [replace(pair, pair_id=f"two {pair.pair_id}", quad_id=f"two {pair.quad_id}") for pair in many[:3]]
+    step = step_of(tiny("llama"))
+    step.params = step.params.model_copy(update={"pairs": 2})
+    step.placebo = lambda: [*many, *(replace(pair, candidates=tuple("abcde")) for pair in two)]
+    means, spans = means_table(32, [1]), spans_table(32)
+    own = confounds.in_placebo(step, 1, means, spans, {})
+    assert [sum(pair.candidates == words for pair in own.pairs) for words in (WORDS, tuple("abcde"))] == [2, 2]
+    own = confounds.in_placebo(step, 1, means, spans, {"7": WORDS[2], "two 0": WORDS[2]})
+    assert [pair.pair_id for pair in own.pairs] == ["7", "two 0"], "others had no gap of the right sign"
+
+
 def page_of(quads):
     """What the page makes of directions of known effect."""
     both = {"random|1|0": 0.0, "random|1|1": 0.1, "whole|0|": 1.0, "class means|4|": 0.9}
@@ -126,7 +139,7 @@ def page_of(quads):
     made = {"spans": spans, "beside": synthetic(quads, both | own), "placebo": placebo, "layer": 21}
     m = measure.Measured(**dict.fromkeys(measure.Measured._fields) | made)
     numbers = confounds_page.numbers(m, PARAMS)
-    return numbers, confounds_page.sentences(m, numbers), m
+    return numbers, confounds_page.sentences(m, numbers, PARAMS), m
 
 
 def test_the_page_says_what_was_put_in():
@@ -141,11 +154,13 @@ def test_the_page_says_what_was_put_in():
     assert region["quotient_estimate"] == pytest.approx(4, abs=0.6) and region["verdict"] == "general"
     assert rows.loc["class means", "verdict"] == "open"
     assert len(said) == 3 and "surely less" in said[2] and "(30 quads)" in said[2] and "0.30" in said[0]
+    strict = confounds_page.sentences(m, numbers, PARAMS.model_copy(update={"level": 0.998}))[0]
+    assert "), more than in spans" in said[0] and "not surely more than in spans" in strict and "100% of" in strict
     table = confounds_page.share_table(numbers)
     assert table.loc[MEAN].tolist() == ["0.30 (0.20)"] * 4
     assert len(confounds_page.placebo_table(numbers)) == len(rows) == 5
     numbers = confounds_page.numbers(m._replace(placebo=None), PARAMS)
-    assert confounds_page.sentences(m, numbers)[-1] == confounds_page.NONE
+    assert confounds_page.sentences(m, numbers, PARAMS)[-1] == confounds_page.NONE
     assert confounds_page.placebo_table(numbers) is None
 
 

@@ -169,6 +169,20 @@ def test_a_ratio_needs_a_loss_above_the_noise():
     assert effects.is_loss(unsure[:10], given), "where there is one"
 
 
+def test_a_share_of_a_ceiling_that_gains_in_sum_is_not_given():
+    def of(gains):
+        rows = [{"quad_id": "a", "pair_id": "a", "logit_diff_before": 3.0, "logit_diff_after": 0.0}]
+        rows += [
+            {"quad_id": "b", "pair_id": f"b{n}", "logit_diff_before": 3.0, "logit_diff_after": 4.0}
+            for n in range(gains)
+        ]
+        frame = records(rows)
+        return effects.shares_of_ceiling(frame, frame, stats.Settings(floor=0.001), [])
+
+    assert of(2)["estimate"].tolist() == [1.0]
+    assert of(4).empty, "quads lose on average, the pairs gain in sum"
+
+
 def test_every_profile_has_the_floor_of_its_precision():
     own = {"model": "m", "profile": "p"}
     assert Shared(**own).floor == 0.001 and Shared(**own, dtype="float64").floor == 1e-9

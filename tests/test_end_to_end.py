@@ -83,6 +83,11 @@ CHOSEN = {
 }
 
 
+# Of which a unit more or less may run: which names line up in another template, and with how many tokens, is not known
+# before they are put into it.
+ROUGH = {"generality": {"placebo"}}
+
+
 @pytest.mark.parametrize("step", PLAN.names)
 def test_the_plan_has_the_tables_and_the_units_of_the_run(smoke_tree, step):
     """One declaration: what `make plan` counts is what the notebook ran, table by table and unit by unit."""
@@ -92,9 +97,9 @@ def test_the_plan_has_the_tables_and_the_units_of_the_run(smoke_tree, step):
     planned = {table.name: len(table.units(case, *chosen)) for table, *chosen in PLAN[step].assumed(case)}
     record = json.loads((smoke_tree / f"results/smoke/{step}.run.json").read_text())["tables"]
     ran = {name.removeprefix(f"{step}."): table["units"] for name, table in record.items()}
-    chosen = CHOSEN.get(step, set())
+    chosen, rough = CHOSEN.get(step, set()), ROUGH.get(step, set())
     assert set(ran) <= set(planned) and set(planned) - set(ran) <= chosen
-    assert {name: planned[name] for name in ran if name not in chosen} == {
-        name: units for name, units in ran.items() if name not in chosen
-    }
+    exact = set(ran) - chosen - rough
+    assert {name: planned[name] for name in exact} == {name: ran[name] for name in exact}
+    assert all(abs(ran[name] - planned[name]) <= 2 for name in rough)
     assert all(ran[name] <= planned[name] for name in chosen & set(ran))

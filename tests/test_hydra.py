@@ -336,6 +336,9 @@ def test_compensation_and_split_by_hand():
     assert split["random slices", "direct"] == pytest.approx(0.1)
     gains = frame[frame["slice"] == "random 1"].assign(slice="slice")
     assert page.compensation(gains, P)["estimate"].isna().all()  # nothing was lost
+    more = [row for n in range(10) for row in split_rows(f"x{n}", "confirmation", {own: 0.5, head: 0.0, mlp: 0.0})]
+    mixed = pd.concat([frame, pd.DataFrame(more).assign(quad_id="qx")])
+    assert page.compensation(mixed, P)["estimate"].isna().all(), "quads lose on average, the pairs gain in sum"
     risen = [
         row for i, c in enumerate(changes) for row in split_rows(f"p{i}", "confirmation", {**c, own: 3.0, head: -6})
     ]

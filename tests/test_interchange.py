@@ -188,6 +188,9 @@ def test_a_model_that_adds_evidence_is_right_and_one_that_does_not_move_is_right
     assert "after layer 3" in text and "nan" not in text
     interchange_page.figure(n)._repr_mimebundle_()
     assert interchange_page.table(n).shape == (8, 4)
+    assert set(n.gains.loc[n.gains["against"] == interchange.RANDOM, "basis"]) == {interchange.MEANS}
+    alone = n._replace(accuracies=n.accuracies[n.accuracies["kind"] == "other"])
+    assert "without need was not asked" in interchange_page.sentences(alone)[-1]
 
 
 def test_a_bias_for_a_class_cannot_pass_for_the_rule():

@@ -1,5 +1,7 @@
 """Logit lens and patchscope: ranks against the model's own modules and full passes, and what the page makes of them."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -10,7 +12,7 @@ from lib import hooks, records
 from lib.hooks import Site
 from lib.readout import readout
 from pipeline.params import Shared
-from steps.coarse_sweep import lenses, lenses_page
+from steps.coarse_sweep import lenses, lenses_page, measure, page
 from steps.coarse_sweep.lenses import LENS, PATCHSCOPE, Said
 
 TARGET = [5, 6, 7, 8]
@@ -78,6 +80,14 @@ def test_words_have_their_forms_of_one_token(smollm_tokenizer, two_pairs):
     assert words["superset", "clean"] == [" artists", " artist"] and words["name_a", "clean"] == [" actor", " actors"]
 
 
+def test_no_words_are_read_where_the_answer_is_a_name():
+    for task, tables in (("superset", [measure.SWEEP, lenses.READ]), ("odd_one_out", [measure.SWEEP])):
+        case = SimpleNamespace(params=SimpleNamespace(task=task))
+        assert [table for (table,) in measure.assumed(case)] == tables
+    m = measure.Measured(None, None, None, None)
+    assert page.ranks_figure(None, m) is page.compared_figure(None, m) is page.read_table(None, m) is None
+
+
 def words(quads: int = 24, professions: tuple[str, str] = ("poet", "actor")) -> pd.DataFrame:
     """Ranks of 1000 everywhere; from layer 1 on 100 where the superset is right at the last token, in the patchscope,
     and from layer 2 on 10 for a person's own profession at the name. With a spread between quads."""
@@ -124,7 +134,10 @@ def test_a_word_is_read_where_it_ranks_better_than_where_it_is_wrong():
     assert float(best["rank there"].split()[0]) == pytest.approx(10, abs=1)
     said = lenses_page.sentences(table, SETTINGS)
     assert "first after layer 2 by the patchscope, after no layer by the logit lens" in said[0]
-    assert "rises most at layer 2 and is largest after layer 2: there the word ranks 98.7 [" in said[1]
+    assert (
+        "rises most at layer 2 and is largest after layer 2 (picked on the same pairs): there the word ranks 98.7 ["
+        in said[1]
+    )
     assert "first after layer 1 by the patchscope" in said[2] and "superset's word at 5000" in said[4]
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from smoke_book import NOTEBOOKS, make
 
 LAST = f"step-{NOTEBOOKS[-1][3:]}"  # the target that runs all of them, without the book
@@ -37,6 +38,7 @@ def drawn(tree: Path) -> dict[str, object]:
     return found | {path.name: path.read_bytes() for path in sorted(files)}
 
 
+@pytest.mark.long
 def test_every_figure_is_drawn_again_from_the_tables_alone(own_tree, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(NO_MODEL)
     hidden = {"PYTHONPATH": str(tmp_path), "SUPERSET_CIRCUIT_CACHE": str(tmp_path / "empty")}

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from smoke_book import make, stamps
 
 
@@ -21,6 +22,7 @@ def test_nothing_runs_twice_and_a_sentence_redraws_without_sweeping(own_tree):
     assert "The question." in (own_tree / "build/smoke/book/_build/html/executed/03_necessity.html").read_text()
 
 
+@pytest.mark.long
 def test_a_parameter_of_a_step_reruns_it_and_redraws_what_depends_on_it(own_tree):
     tables, pages = "results/smoke/*.parquet", "build/smoke/executed/*"
     before = stamps(own_tree, tables, pages)

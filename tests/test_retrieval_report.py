@@ -39,6 +39,8 @@ def test_candidates_are_significant_heads_outside_the_slice_largest_first():
     table = measure.senders_table(paths(effects), P)
     assert measure.candidates(table, SLICE, P) == [Site(11, "head", 2), Site(10, "head", 6)]
     assert set(table["site"]) >= {"embedding", "mlp 5", "10.6"}
+    wide = table.assign(low=np.where(table["site"] == "11.2", -0.1, table["low"]))
+    assert measure.candidates(wide, SLICE, P) == [Site(10, "head", 6)], "the interval holds zero"
     assert measure.leading(table, 2) == [EMBED, Site(21, "head", 6)]
 
 
@@ -186,7 +188,8 @@ def test_nine_quads_are_not_testable_in_findings_sentences_and_verdicts():
         found = page.verdicts(asked, m, pd.Series({"low": None}), span(1.0, None, None, 9))
         assert {found[key] for key in ("two_stages", "one_stage", "mlps_at_the_names")} == {None}
         said = " ".join([*page.verdict_sentences(found, asked), *page.test_sentences(asked)])
-        assert said.count("not testable here") == 2 and "too few quads to say" in said and "not supported" not in said
+        assert said.count("not testable here") == 3 and "not supported" not in said
+        assert "not testable here (too few quads, or the slice has no heads)" in said
     assert "9 quads, 20 needed" in page.senders_sentence(route, "names", P)
     m = measured(heads={"names": []}, routes={"slice at names": route})
     assert "not testable with 9 quads, 20 are needed" in page.ablation_sentences(m, P)[0]
@@ -245,6 +248,8 @@ def test_the_edges_lead_from_the_names_through_the_slice_to_the_answer():
     edges = page.edges_table(frame, P).set_index("source")
     assert edges["significant"].to_dict() == {"mlp 5 at names": True, "names": False}
     assert set(edges["target"]) == {"21.6"}
+    faint = paths({(5, "mlp", -1): P.floor / 2, (-1, "embed", -1): 0.0}, spread=P.floor / 100, receivers="21.6")
+    assert not page.edges_table(faint, P)["significant"].any(), "within the model's noise"
 
 
 def test_the_leading_senders_are_said_with_what_is_significant():

@@ -11,6 +11,7 @@ from lib import effects
 from lib.hooks import Site
 from lib.tasks import TEMPLATES
 from pipeline.assumed import pair_of
+from pipeline.step import StepError
 from steps.sufficiency import measure, stability, stability_page
 
 SITES = ["0.0", "0.1", "mlp 0", "1.0", "1.1"]
@@ -84,9 +85,21 @@ def test_the_critical_size_is_drawn_again_along_the_measured_order():
     sizes = []
     for indices in np.random.default_rng(7).integers(24, size=(200, 24)):
         reached = np.flatnonzero(joint[indices].sum(0) / 240 >= 0.35)
-        sizes.append(reached[0] + 1 if len(reached) else 5)
+        sizes.append(reached[0] + 1 if len(reached) else 6)
     wanted = np.quantile(sizes, [0.05, 0.95], method="nearest")
     assert stability_page.stability(m, params).sizes == tuple(wanted) and wanted[0] < wanted[1]
+    assert stability_page.reach((2, 5), 5) == "at 2 to 5 sites"
+    assert stability_page.reach((2, 6), 5) == "at 2 to more than 5 sites"
+    assert stability_page.reach((6, 6), 5) == "not within the 5 sites measured"
+    never = stability_page.findings(m, PARAMS.model_copy(update={"slice_share": 0.99}))["sentences"][0]
+    assert "both curves reach 99% not within the 5 sites measured in the middle 90% of draws" in never
+
+
+def test_a_slice_of_nothing_is_refused():
+    frame = pd.DataFrame(alone(-np.abs(EFFECTS), "discovery") + alone(-np.abs(EFFECTS), "confirmation"))
+    step = SimpleNamespace(params=PARAMS, table=lambda *_: frame)
+    with pytest.raises(StepError, match="no head or MLP raises logit_diff .* there is no critical slice"):
+        measure.run(step)
 
 
 def test_other_orders_are_those_of_the_other_half_and_of_templates_with_a_gap():
@@ -167,3 +180,5 @@ def test_units_of_the_tables():
     assert unit.options["components"] == ["head", "mlp"] and unit.options["direction"] == "denoise"
     step.params = step.params.model_copy(update={"template": "both_famous"})
     assert stability.assumed_in_templates(step) == [], "the profile's own template is no other"
+    step.params = step.params.model_copy(update={"task": "odd_one_out", "template": "odd_one_out"})
+    assert stability.other_templates(step.params) == [], "three names fit into no template of two"

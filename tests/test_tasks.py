@@ -221,6 +221,7 @@ def test_pairs_that_do_not_line_up_name_the_names_and_counts(smollm_tokenizer):
         ({"corrupt_answer": "artist"}, "both 'artist'"),
         ({"template": "nonsense"}, "unknown template 'nonsense'"),
         ({"task": "one_name"}, "is of task 'superset', not 'one_name'"),
+        ({"template": "Who is like {a} and {b}"}, "ends in a name: the last token must be the prompt's own"),
     ):
         with pytest.raises(ValueError, match=message):
             make_pair(smollm_tokenizer, ROW | change)

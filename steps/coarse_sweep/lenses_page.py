@@ -171,8 +171,9 @@ def told(rows: pd.DataFrame, what: str) -> list[str]:
         f"{what[0].upper()}{what[1:]} {first(scope)} by the patchscope, {first(lens)} by the logit lens (familywise "
         f"over layers; {scope['quads']} quads, confirmation half).",
         f"By the patchscope this rises most at layer {scope['rises most at layer']} and is largest after layer "
-        f"{scope['most after layer']}: there the word ranks {scope['times better than where wrong']} times better "
-        f"where it is right than where it is wrong, at {scope['rank there']} of the vocabulary.",
+        f"{scope['most after layer']} (picked on the same pairs): there the word ranks "
+        f"{scope['times better than where wrong']} times better where it is right than where it is wrong, at "
+        f"{scope['rank there']} of the vocabulary.",
     ]
 
 

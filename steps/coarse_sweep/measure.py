@@ -13,7 +13,7 @@ from pydantic import Field
 from lib.effects import curve, in_halves
 from lib.sweep import DIRECTIONS
 from pipeline.assumed import Case, of_sweep
-from pipeline.declaration import ANALYSED, Declaration, Table
+from pipeline.declaration import ANALYSED, SUPERSET_TASKS, Declaration, Table
 from pipeline.params import Roles, Shared
 from pipeline.step import Step, swept
 from pipeline.units import Unit, subsample, sweep_units
@@ -49,7 +49,8 @@ SWEEP = Table("coarse_sweep", units, swept, of_sweep, columns=ANALYSED)
 def assumed(case: Case) -> Iterator[tuple[Any, ...]]:
     """The tables in order."""
     yield (SWEEP,)
-    yield (lenses.READ,)
+    if case.params.task in SUPERSET_TASKS:
+        yield (lenses.READ,)
 
 
 STEP = Declaration("coarse_sweep", CoarseSweep, assumed, layered=True, page_files=("data/patching_llama-3.3-70b.csv",))
@@ -115,11 +116,12 @@ class Measured(NamedTuple):
     records: pd.DataFrame
     curves: pd.DataFrame  # damage and recovery by half, direction, role and layer
     critical: CriticalLayers
-    words: pd.DataFrame  # ranks of words read from the stream
+    words: pd.DataFrame | None  # ranks of words read from the stream, where the answer is a superset
 
 
 def run(step: Step) -> Measured:
     """Measure, or read what is there."""
     sweep = step.table(SWEEP)
     curves = coarse_curves(sweep, step.params)
-    return Measured(sweep, curves, critical_layers(curves, step.params.critical_share), step.table(lenses.READ))
+    words = step.table(lenses.READ) if step.params.task in SUPERSET_TASKS else None
+    return Measured(sweep, curves, critical_layers(curves, step.params.critical_share), words)

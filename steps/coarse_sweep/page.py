@@ -185,18 +185,24 @@ def outside_sentence(table: pd.DataFrame) -> str:
     )
 
 
-def ranks_figure(step: Step, m: Measured) -> Figure:
-    """Recovery, and the ranks of right words, layer by layer."""
+def ranks_figure(step: Step, m: Measured) -> Figure | None:
+    """Recovery, and the ranks of right words, layer by layer, where words were read."""
+    if m.words is None:
+        return None
     return lenses_page.ranks_figure(m.curves, m.words, step.params, m.critical.layers)
 
 
-def compared_figure(step: Step, m: Measured) -> Figure:
-    """How much better a word's rank is where it is right."""
+def compared_figure(step: Step, m: Measured) -> Figure | None:
+    """How much better a word's rank is where it is right, where words were read."""
+    if m.words is None:
+        return None
     return lenses_page.compared_figure(m.words, step.params, m.critical.layers)
 
 
-def read_table(step: Step, m: Measured) -> pd.DataFrame:
-    """Where words are read above control."""
+def read_table(step: Step, m: Measured) -> pd.DataFrame | None:
+    """Where words are read above control, where they were read."""
+    if m.words is None:
+        return None
     ranks, settings = lenses_page.typical(m.words, step.params), step.params
     return lenses_page.where_read(lenses_page.compared(m.words, settings), ranks, settings)
 
@@ -252,7 +258,7 @@ def findings(step: Step, m: Measured) -> dict[str, Any]:
         sentences += told
         headline.append(told[-1])
         figures["account"] = account_figure(step, m)
-    sentences += lenses_page.sentences(m.words, params)
+    sentences += [] if m.words is None else lenses_page.sentences(m.words, params)
     if len(known := outside(step, m)) > 1:
         sentences.append(outside_sentence(known))
     if params.aggregator_layer != "auto":

@@ -82,7 +82,8 @@ def compensation(frame: pd.DataFrame, params: Hydra) -> pd.DataFrame:
             quads = rows.groupby("quad_id")[list(WORDS)].sum()
             gains = np.stack([quads[later].sum(axis=1) for later in LATER.values()], axis=1)
             spans = [stats.Interval(float("nan"), None, None, params.level, len(quads), "no loss")] * len(LATER)
-            if effects.is_loss(-rows.groupby("quad_id")["direct"].mean().to_numpy(), params):
+            lost = -rows.groupby("quad_id")["direct"].mean().to_numpy()
+            if quads["direct"].sum() < 0 and effects.is_loss(lost, params):
                 spans = stats.ratio_intervals(gains, -quads["direct"], params)
             parts.append(pd.DataFrame({"later": list(LATER)} | columns(spans)).assign(ablation=ablation, half=half))
     return pd.concat(parts, ignore_index=True)

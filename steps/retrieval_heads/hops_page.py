@@ -11,6 +11,7 @@ from report.words import listed, of_row
 from steps.retrieval_heads.hops import EVERY, ROLES, SLICE
 
 REMAINDER = "remainder"
+SHARING = "with those that share their keys and values"
 LEFT = {EVERY: "no role carries alone", SLICE: "is read by other heads, or carried by no role alone"}
 
 
@@ -41,13 +42,14 @@ def table(shares: pd.DataFrame) -> pd.DataFrame:
 
 
 def sentences(shares: pd.DataFrame) -> list[str]:
-    """What is read in one hop and what in two: by all heads, by the slice's, and by which of these most."""
+    """What is read in one hop and what in two: by all heads, by the slice's, and by which of these most, where
+    that is surely above zero."""
     out = []
     for reader, what in LEFT.items():
         own = shares[shares["reader"] == reader].set_index("position")
         if len(own):
             parts = listed(f"{of_row(row)} at `{role}`" for role, row in own.drop(REMAINDER).iterrows())
-            whose = "heads of all layers read" if reader == EVERY else "the slice's heads read"
+            whose = "heads of all layers read" if reader == EVERY else f"the slice's heads, {SHARING}, read"
             out.append(
                 f"At the last token {whose} {parts} of the gap; {of_row(own.loc[REMAINDER])} {what} "
                 f"({own['quads'].iloc[0]} quads, confirmation half)."
@@ -55,6 +57,10 @@ def sentences(shares: pd.DataFrame) -> list[str]:
     there = shares[(shares["position"] == "between") & ~shares["reader"].isin([EVERY, SLICE])]
     if len(there):
         row = there.loc[there["estimate"].idxmax()]
-        verb = "share what they read at `between`, the most: " if "+" in row["reader"] else "reads most at `between`: "
-        out.append(f"Of the slice's heads {listed(row['reader'].split(' + '))} {verb}{of_row(row)} of the gap.")
+        if pd.notna(row["low"]) and row["low"] > 0:
+            verb = "share" if "+" in row["reader"] else "reads"
+            out.append(
+                f"Of the slice's heads, {SHARING}, {listed(row['reader'].split(' + '))} {verb} most at `between`: "
+                f"{of_row(row)} of the gap (the largest of these estimates, picked and reported on the same pairs)."
+            )
     return out

@@ -308,7 +308,8 @@ def senders_table(records: pd.DataFrame, params: RetrievalHeads) -> pd.DataFrame
 def candidates(table: pd.DataFrame, slice_sites: Sequence[Site], params: RetrievalHeads) -> list[Site]:
     """Heads outside the slice whose path into it is significant familywise on the discovery half, largest first."""
     own = table[(table["half"] == table["half"].iloc[0]) & (table["component"] == "head") & (table["estimate"] > 0)]
-    own = own[own["p"] <= 1 - params.level].sort_values("estimate", ascending=False)
+    sure = (own["p"] <= 1 - params.level) & ~(own["low"].astype(float) <= 0)  # of too few quads the tests say so
+    own = own[sure].sort_values("estimate", ascending=False)
     sites = [Site(*row) for row in own[SITE].itertuples(index=False)]
     return [site for site in sites if site not in slice_sites][: params.candidates]
 

@@ -248,7 +248,7 @@ def passes(tests: pd.DataFrame) -> pd.DataFrame:
 
 def edges_table(records: pd.DataFrame, params: RetrievalHeads) -> pd.DataFrame:
     """Edges of the two-hop path, confirmation half: source, target, mean effect (logits), and whether it is other than
-    zero (max-T over all edges at one token; nothing is claimed of too few quads)."""
+    zero (familywise over all edges at one token, above the model's noise; nothing is claimed of too few quads)."""
     own = reported(records).assign(component=lambda frame: frame["sender"])
     there = np.where(own["position"] == "names", " at names", "")
     own = own.assign(source=effects.named(own) + there, target=own["receivers"])
@@ -256,9 +256,8 @@ def edges_table(records: pd.DataFrame, params: RetrievalHeads) -> pd.DataFrame:
     parts = []
     for _, rows in own.groupby(["position", "mlps"], sort=False):
         matrix = quad_matrix(rows, "effect", ["source", "target"])
-        sure = stats.max_t(matrix.values, params) <= 1 - params.level
-        few = stats.too_few(len(matrix.quads)) is not None
-        parts.append(matrix.sites.assign(estimate=matrix.values.mean(0), significant=sure & (not few)))
+        found = matrix.sites.assign(**effects.familywise(matrix.values, params, floor=params.floor))
+        parts.append(found.assign(significant=effects.significant(found, params)))
     return pd.concat(parts, ignore_index=True)
 
 
@@ -492,7 +491,8 @@ def verdict_sentences(found: dict, tests: pd.DataFrame) -> list[str]:
     open_ones = [f"{site} at `{role}`" for (site, role), said in passing(outside).items() if said == NOT_TESTABLE]
     asked = outside.groupby("role", sort=False)["site"].nunique().sum()
     answers = {True: SUPPORTED, False: NOT_SUPPORTED, None: f"{NOT_TESTABLE} here"}
-    more = {True: "so it is", False: "this is not shown", None: "too few quads to say"}
+    why = f"{NOT_TESTABLE} here (too few quads, or the slice has no heads)"
+    more = {True: "so it is", False: "this is not shown", None: why}
     return [
         f"Retrieval heads outside the slice, by all four tests: {listed(heads)}, of {asked} heads put to them"
         + f" ({NOT_TESTABLE} at this size: {listed(open_ones)})" * bool(open_ones)

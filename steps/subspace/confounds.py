@@ -96,7 +96,8 @@ def dealt(rng: np.random.Generator, couples: pd.DataFrame) -> np.ndarray:
 def attribute_spans(step: Step, fit: pd.DataFrame, layer: int, means: pd.DataFrame) -> pd.DataFrame:
     """Rows of three kinds (`what`): `span` and `dealt`, vectors of the bases of all attributes together, true and of
     attributes dealt out anew; `difference`, one unit vector for each placebo attribute; `share`, by direction (`name`)
-    and attribute, with the mean share `by_chance`, the 95% point (`highest`), p, and the span's dimensions k."""
+    and attribute, with the mean share `by_chance`, its quantile at the profile's level (`highest`), p, and the
+    span's dimensions k."""
     prompts, read = directions.read_on(step, fit, layer)
     values, couples = within_classes(read, prompts)
     counts, rng = counts_of(load_people(step.people_file), couples["names"].tolist()), step.rng("attributes dealt")
@@ -112,7 +113,7 @@ def attribute_spans(step: Step, fit: pd.DataFrame, layer: int, means: pd.DataFra
     for attribute, own in of_each.items():
         other = [shares(vectors, span_of(values, [one[order] for one in own])) for order in orders]
         about = {"what": "share", "attribute": attribute, "k": len(spans[attribute])}
-        rows += share_rows(names, shares(vectors, spans[attribute]), np.stack(other), about)
+        rows += share_rows(names, shares(vectors, spans[attribute]), np.stack(other), about, step.params.level)
     return pd.DataFrame(rows, columns=COLUMNS).assign(prompts=len(couples))
 
 
@@ -124,14 +125,14 @@ def class_directions(vectors: Vectors) -> tuple[list[str], Float[np.ndarray, "di
     return [*out], np.stack([*out.values()])
 
 
-def share_rows(names: Sequence[str], found: np.ndarray, chance: np.ndarray, about: Mapping) -> list[dict]:
+def share_rows(names: Sequence[str], found: np.ndarray, chance: np.ndarray, about: Mapping, level: float) -> list[dict]:
     """The share of each direction beside those of the spans dealt out (draws x directions), and their mean over the
     differences between classes."""
     between = [" - " in name for name in names]
     found, chance = np.append(found, found[between].mean()), np.column_stack([chance, chance[:, between].mean(1)])
     p = (1 + (chance >= found).sum(0)) / (1 + len(chance))
     table = {"name": [*names, MEAN], "share": found, "by_chance": chance.mean(0), "p": p}
-    frame = pd.DataFrame(table | {"highest": np.quantile(chance, 0.95, axis=0)})
+    frame = pd.DataFrame(table | {"highest": np.quantile(chance, level, axis=0)})
     return [row | about | {"vector": []} for row in frame.to_dict("records")]
 
 
@@ -201,10 +202,13 @@ def in_placebo(
     step: Step | Case, layer: int, means: pd.DataFrame, spans: pd.DataFrame, shared: Mapping[str, str]
 ) -> Changes:
     """Directions between supersets, and the placebo attributes' own, in the reported placebo pairs; `shared` is the
-    superset of a pair's people. Pairs of a superset that the fitting half lacks are left out."""
+    superset of a pair's people, of the pairs that may be taken (none: all). Pairs of a superset that the fitting half
+    lacks are left out; `pairs` of the parameters is how many there are of each attribute."""
     vectors = vectors_of(means, step.params.template, layer)
-    pairs = [pair for pair in step.placebo() if shared.get(pair.pair_id, next(iter(vectors))) in vectors]
-    own = without_labels(subsample(directions.reported(pairs), step.params.pairs))
+    by: dict[tuple[str, ...], list[Pair]] = {}
+    for pair in directions.reported([p for p in step.placebo() if not shared or shared.get(p.pair_id) in vectors]):
+        by.setdefault(pair.candidates, []).append(pair)
+    own = without_labels([pair for pairs in by.values() for pair in subsample(pairs, step.params.pairs)])
 
     def other(number: int) -> Callable[[Sequence[Pair], int], torch.Tensor]:
         def basis(pairs: Sequence[Pair], layer: int) -> torch.Tensor:
@@ -235,9 +239,9 @@ def run(
     """The three tables; that of the placebo pairs, where there are any, with their `attribute`, those kept alone."""
     spans = step.table(ATTRIBUTE_SPANS, fit, layer, means)
     beside = step.table(IN_PAIRS, in_pairs(step, shown, layer, means, spans))
-    about, kept = step.placebo_pairs(), ()
-    if about is not None:
-        about = about.set_index("pair_id")[["attribute", "kept", "shared"]]
+    about, placebo = step.placebo_pairs(), None
+    if about is not None and about["kept"].any():
+        about = about[about["kept"].astype(bool)].set_index("pair_id")[["attribute", "shared"]]
         own = in_placebo(step, layer, means, spans, about["shared"].to_dict())
-        kept = step.table(IN_PLACEBO, own).join(about, on="pair_id").query("kept") if own.pairs else ()
-    return spans, beside, kept if len(kept) else None
+        placebo = step.table(IN_PLACEBO, own).join(about, on="pair_id") if own.pairs else None
+    return spans, beside, placebo

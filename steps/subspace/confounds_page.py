@@ -14,7 +14,10 @@ from steps.subspace.directions_page import last_half
 from steps.subspace.measure import ONE, Measured, Subspace, sums, with_share
 from steps.subspace.probes import ATTRIBUTES
 
-NONE = "Step 01 has left no placebo pairs here: whether the class directions are about supersets alone was not asked."
+NONE = (
+    "There are no placebo pairs here with a gap of the right sign above the noise, of a superset that the fitting half "
+    "has: whether the class directions are about supersets alone was not asked."
+)
 
 
 class Numbers(NamedTuple):
@@ -60,7 +63,8 @@ def specific(own: pd.DataFrame, placebo: pd.DataFrame | None, params: Subspace) 
 
 
 def share_table(n: Numbers) -> pd.DataFrame:
-    """Each direction's shares in the attributes' spans, in brackets what 95% of spans dealt out anew stay below."""
+    """Each direction's shares in the attributes' spans, in brackets what spans dealt out anew stay below, at the
+    profile's level."""
     text = [f"{row.share:.2f} ({row.highest:.2f})" for row in n.shares.itertuples()]
     wide = n.shares.assign(text=text).pivot(index="name", columns="attribute", values="text")
     order = wide.loc[n.shares["name"].unique(), [*ATTRIBUTES, TOGETHER]]
@@ -86,13 +90,13 @@ def of(row: Any, prefix: str) -> str:
     return interval(*ends) if pd.notna(getattr(row, f"{prefix}_estimate")) else "nothing to compare with"
 
 
-def attribute_sentences(n: Numbers, layer: int) -> list[str]:
+def attribute_sentences(n: Numbers, layer: int, level: float) -> list[str]:
     """How much of the class directions lies along the people's attributes, and what that part does."""
     mean, by = n.shares[n.shares["name"] == MEAN].set_index("attribute"), n.parts.set_index("part")
     every, each = mean.loc[TOGETHER], n.shares[n.shares["attribute"] == TOGETHER]
     alone = listed(f"{name} {mean.loc[name, 'share']:.2f} ({mean.loc[name, 'highest']:.2f})" for name in ATTRIBUTES)
     rest = each[each["name"].str.endswith("the rest")].sort_values("share", ascending=False)
-    more = "more" if every["p"] <= 0.05 else "not surely more"
+    more = "more" if every["p"] <= 1 - level else "not surely more"
     ends = [(rest["name"].iloc[place].split()[0], rest["share"].iloc[place]) for place in (0, -1)]
     most, least = (f"{name} ({share:.2f})" for name, share in ends)
     first = (
@@ -100,9 +104,9 @@ def attribute_sentences(n: Numbers, layer: int) -> list[str]:
         f"along a span of {every['k']} dimensions (fitted on {every['prompts']} couples of people). Of the squared "
         f"length of the difference between two classes' means {every['share']:.2f} lies in it (mean over all pairs of "
         f"classes), {more} than in spans of attributes dealt out anew within classes: {every['by_chance']:.2f} on "
-        f"average, at most {every['highest']:.2f} in 95% of them (p = {every['p']:.2g}). Of one attribute alone, with "
-        f"that 95% point: {alone}. Of the directions of one class against the rest, most lies there of {most}, least "
-        f"of {least}."
+        f"average, at most {every['highest']:.2f} in {level:.0%} of them (p = {every['p']:.2g}). Of one attribute "
+        f"alone, with that {level:.0%} point: {alone}. Of the directions of one class against the rest, most lies "
+        f"there of {most}, least of {least}."
     )
     if f"{TOGETHER} inside" not in by.index:
         return [first]
@@ -143,7 +147,7 @@ def placebo_sentence(rows: pd.DataFrame, attribute: str, layer: int) -> str:
     )
 
 
-def sentences(m: Measured, n: Numbers) -> list[str]:
+def sentences(m: Measured, n: Numbers, params: Subspace) -> list[str]:
     """Everything that the page says of confounds, in words."""
     placebo = [placebo_sentence(rows, name, m.layer) for name, rows in n.placebo.groupby("attribute", sort=False)]
-    return [*attribute_sentences(n, m.layer), *(placebo or [NONE])]
+    return [*attribute_sentences(n, m.layer, params.level), *(placebo or [NONE])]

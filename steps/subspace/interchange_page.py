@@ -86,12 +86,13 @@ def accuracies(cases: pd.DataFrame, params: Subspace) -> pd.DataFrame:
 
 
 def gains(cases: pd.DataFrame, params: Subspace) -> pd.DataFrame:
-    """How much more often each basis is right than nothing swapped, and than the random subspace, paired by quads."""
+    """How much more often each basis is right than nothing swapped, and the class means than the random subspace, whose
+    change is as long as theirs; paired by quads."""
     own = cases[(cases["kind"] == "other") & (cases["scoring"] == "centred")]
     right = own.groupby(["quad_id", "basis"])["right"].mean().unstack()
     still = own.groupby("quad_id")["still"].mean()
     over = pd.DataFrame({basis: right[basis] - still for basis in right if basis != WHOLE})
-    beyond = pd.DataFrame({basis: right[basis] - right[RANDOM] for basis in right if basis not in (WHOLE, RANDOM)})
+    beyond = pd.DataFrame({MEANS: right[MEANS] - right[RANDOM]})
     parts = []
     for against, values in ((NOTHING, over), (RANDOM, beyond)):
         spans = columns(stats.mean_intervals(values.to_numpy(), params))
@@ -160,20 +161,29 @@ def sentences(n: Numbers) -> list[str]:
             f"With one name's class {PANELS[where]} after layer {layer}, the predicted answer comes in this share of "
             f"cases: {listed(each)} (class means, raw: {raw}). {gain_words(more)}"
         )
-    moved = []
+    return [*out, unneeded(n)]
+
+
+def unneeded(n: Numbers) -> str:
+    """How often the answer moves without need."""
+    moved, own = [], n.accuracies[(n.accuracies["scoring"] == "centred") & (n.accuracies["kind"] == "same")]
     for where, layer in n.at.items():
-        here = own.loc[where, "centred", "same"]
-        each = [f"{SHOWN[basis]} {of_row(here.loc[basis, layer])}" for basis in SHOWN if (basis, layer) in here.index]
-        moved.append(f"{PANELS[where]} {listed(each)}")
-    out.append(
+        here = own[(own["where"] == where) & (own["layer"] == layer)].set_index("basis")
+        each = [f"{SHOWN[basis]} {of_row(here.loc[basis])}" for basis in SHOWN if basis in here.index]
+        moved += [f"{PANELS[where]} {listed(each)}"] * bool(each)
+    if not moved:
+        return (
+            "No prompt lines up whose source's name is of the class that was there before: how often the answer moves "
+            "without need was not asked."
+        )
+    return (
         "Where the source's name is of the class that was there before, the causal model leaves the answer as it was; "
         f"it moves all the same in this share of cases: {'; '.join(moved)}."
     )
-    return out
 
 
 def gain_words(more: pd.DataFrame) -> str:
-    """Which bases are right more often than nothing swapped, and than random subspaces."""
+    """Which bases are right more often than nothing swapped, and whether the class means are than random ones."""
     if more["low"].isna().any():
         return "There are too few quads to say what is more often right than nothing swapped."
     out = []
@@ -183,7 +193,8 @@ def gain_words(more: pd.DataFrame) -> str:
             for row in rows.itertuples()
             if row.low > 0
         ]
-        than = "nothing swapped" if against == NOTHING else "the random subspace"
+        random = "the one random subspace drawn, its change as long as the class means'"
+        than = "nothing swapped" if against == NOTHING else random
         not_so = [SHOWN[row.basis] for row in rows.itertuples() if not row.low > 0]
         out.append(
             f"More often right than {than}: {listed(each)}" + (f"; not shown: {listed(not_so)}" if not_so else "") + "."

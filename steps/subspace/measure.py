@@ -37,7 +37,11 @@ ONE = ("class difference", 1)  # the direction between the two classes of a pair
 class Subspace(OfSlice):
     """08: probes, the rank of the map, patching and steering along directions."""
 
-    pairs: int | None = Field(None, ge=1, description="pairs on which directions are patched; default all")
+    pairs: int | None = Field(
+        None,
+        ge=1,
+        description="pairs on which directions are patched, and placebo pairs of each attribute; default all",
+    )
     probe_people: int = Field(500, ge=1, description="most people that probes ask about with one-name prompts")
     probe_template: str = Field("common_both", description="the pairs' second template, which probes are tried in")
     probe_questions: Words = Field(

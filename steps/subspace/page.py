@@ -40,7 +40,7 @@ def findings(step: Step, m: Measured, n: Numbers) -> dict[str, Any]:
             *probes_page.sentences(m, n.probes),
             *sentences,
             *interchange_page.sentences(n.interchange),
-            *confounds_page.sentences(m, n.confounds),
+            *confounds_page.sentences(m, n.confounds, step.params),
         ],
         "headline": headline,  # what directions can do says more than probes
     }

@@ -17,7 +17,7 @@ from lib.data import HALVES
 from lib.hooks import Site
 from lib.tasks import Pair
 from pipeline.assumed import Case, of_sweep, pair_of
-from pipeline.declaration import EFFECTS, Table
+from pipeline.declaration import EFFECTS, SUPERSET_TASKS, Table
 from pipeline.population import aligned
 from pipeline.step import Step, swept
 from pipeline.units import Unit, subsample, sweep_units, without_labels
@@ -41,8 +41,11 @@ def in_templates(step: Step) -> list[Pair]:
 
 
 def other_templates(params: Any) -> list[tasks.Template]:
-    """The templates beside the profile's own."""
-    return [tasks.find_template(name, params.task) for name in params.order_templates if name != params.template]
+    """The templates beside the profile's own, where both ask about two names."""
+    if params.task not in SUPERSET_TASKS:
+        return []
+    found = [tasks.find_template(name, params.task) for name in params.order_templates if name != params.template]
+    return [template for template in found if template.task in SUPERSET_TASKS]
 
 
 def assumed_in_templates(case: Case) -> list[Pair]:

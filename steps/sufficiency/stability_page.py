@@ -46,7 +46,7 @@ class Stability(NamedTuple):
     sites: pd.DataFrame  # the leading sites: site, rank, `included` (probability), `rank_low`, `rank_high`
     same: float  # share of bootstraps in which the slice's sites are the first, in whatever order
     kept: float  # how many of the slice's sites are among as many first, mean over bootstraps
-    sizes: tuple[float, float]  # between which the critical size lies
+    sizes: tuple[float, float]  # between which the critical size lies; one above all measured: not reached
     others: list[Order]
     quads: int
 
@@ -101,12 +101,14 @@ def stability(m: Measured, params: Sufficiency) -> Stability:
 
 
 def sizes_again(m: Measured, params: Sufficiency, drawn: Float[np.ndarray, "bootstraps quads"]) -> list[int]:
-    """The critical size in each bootstrap of the discovery quads, along the order that was measured."""
+    """The critical size in each bootstrap of the discovery quads, along the order that was measured; one more than was
+    measured where the share is not reached."""
     both = []
     for _, rows in in_halves(m.joint)[0][1].groupby("direction"):
         change, gaps = (quad_matrix(rows, value, ["site_set"], reduce="sum").values for value in ("effect", "gap"))
         both.append((drawn @ change) / (drawn @ gaps))
-    return [effects.critical_slice(one, other, params.slice_share).size for one, other in zip(*both, strict=True)]
+    found = [effects.critical_slice(one, other, params.slice_share) for one, other in zip(*both, strict=True)]
+    return [own.size if own.reached else own.size + 1 for own in found]
 
 
 def additivity(m: Measured, params: Sufficiency) -> pd.DataFrame:
@@ -250,9 +252,17 @@ def stability_sentence(m: Measured, found: Stability, params: Sufficiency) -> st
         f"The order rests on {found.quads} discovery quads: drawn again (bootstrap), the same {size} sites come first "
         f"in {found.same:.0%} of draws, and {found.kept:.1f} of the {size} on average; among the first {size} in at "
         f"least {params.level:.0%} {'is' if len(sure) == 1 else 'are'} {listed(sure)}. Along the order that was "
-        f"measured, both curves reach {params.slice_share:.0%} at {found.sizes[0]:.0f} to {found.sizes[1]:.0f} sites "
-        f"in the middle {params.level:.0%} of draws.{told}"
+        f"measured, both curves reach {params.slice_share:.0%} {reach(found.sizes, len(m.order))} in the middle "
+        f"{params.level:.0%} of draws.{told}"
     )
+
+
+def reach(sizes: tuple[float, float], measured: int) -> str:
+    """Between which sizes a share is reached, of so many that were measured."""
+    low, high = sizes
+    if low > measured:
+        return f"not within the {counted(measured, 'site')} measured"
+    return f"at {low:.0f} to " + (f"more than {measured} sites" if high > measured else f"{high:.0f} sites")
 
 
 def where(order: Order) -> str:
