@@ -259,7 +259,8 @@ def circuit_rows(shares_of, attribute, half="confirmation"):
     for quad, share in enumerate(shares_of):
         for test, value in (("everything", 5.0), ("nothing", 1.0), ("circuit", 1 + 4 * share)):
             about = {"quad_id": f"{attribute}{quad}", "pair_id": f"{attribute}{quad}.0", "half": half}
-            rows.append(about | {"test": test, "logit_diff": value, "ablation": "counterfactual", "attribute": attribute})
+            about |= {"ablation": "counterfactual", "attribute": attribute}
+            rows.append(about | {"test": test, "logit_diff": value})
     return pd.DataFrame(rows)
 
 
