@@ -12,7 +12,8 @@ too few for 24 quads in each half, whereas some 2,100 as above give 30 (by the d
 that knows as many people; of placebo quads, which need people of two regions, some 18 in all, so what rests on them
 stays untested). So names of fresh people may have been in placebo or unselected pairs of the default profile, in pairs
 of states of the repository in which quads were drawn by other rules, in prompts in which nothing was patched, and
-(those of two supersets) in the controls of step 07. Claims on such prompts are not decided by them (`steps.story.fresh`).
+(those of two supersets) in the controls of step 07. Claims on such prompts are not decided by them
+(`steps.story.fresh`).
 """
 
 from __future__ import annotations
