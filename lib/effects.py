@@ -247,7 +247,7 @@ def damages(frame: pd.DataFrame, settings: Settings) -> dict[str, Interval]:
 def shares_of_ceiling(
     frame: pd.DataFrame, whole: pd.DataFrame, settings: Settings, by: Sequence[str] = SITE
 ) -> pd.DataFrame:
-    """The damage of each combination of `by` as a share of its ablation's ceiling: of its damage in `whole`, the records
+    """The damage of each combination of `by` as a share of its ablation's ceiling, its damage in `whole`, the records
     of the whole final residual stream.
 
     A ratio of sums over the quads of both, for the ablations whose ceiling is a loss (`is_loss`), in sum too. Columns:
