@@ -1,8 +1,8 @@
 """Whom the study asks about: people, what a model knows of them, and the pairs that quads of them make.
 
 1. `load_people` reads and checks the table of people.
-2. `add_fame` asks the model about each person alone: is the own superset its first choice, and how sure is it?
-   `add_tokens` counts the tokens of each name.
+2. `ask_alone` asks the model about each person alone; `add_fame`: is the own superset its first choice, and how sure is
+   it? `add_tokens` counts the tokens of each name.
 3. `pairs_of` turns quads (four people, a, b of one superset and c, d of another) into pairs.
 4. `aligned` keeps the pairs whose prompts line up token by token; `add_margins` asks the model for their answers, and
    `right_signed` keeps the quads whose prompts differ as they should.
@@ -106,23 +106,36 @@ def logits_of(score: Score, prompts: Sequence[tuple[int, ...]], tokens: Sequence
     return out
 
 
-def add_fame(people: pd.DataFrame, tokenizer: Any, score: Score, chat_template: bool = False) -> pd.DataFrame:
-    """`people` with `evidence`, `fame` (nats, at most 0), `known`, and `first` (the superset the model gives the name).
-
-    `evidence` for each superset is the logit of its word on the one-name prompts, their mean over the templates of
-    `tasks.FAME`. A model prefers some words whatever the name, so fame and first choice rest on evidence that is
-    centred on its mean over people, every superset counting alike (batch calibration, Zhou et al. 2023, arXiv
-    2309.17249). Fame is the log-softmax of the own superset's.
-    """
-    parts = []
+def ask_alone(
+    people: pd.DataFrame,
+    tokenizer: Any,
+    score: Score,
+    chat_template: bool = False,
+    asked: pd.DataFrame | None = None,
+) -> pd.DataFrame:
+    """`people` with `evidence`: for each superset the logit of its word on the one-name prompts, their mean over the
+    templates of `tasks.FAME`. Who is in `asked`, an earlier answer, is not asked again."""
+    known = {} if asked is None else dict(zip(asked["name"], asked["evidence"], strict=True))
+    names, parts = [name for name in people["name"] if name not in known], []
     for template in (TEMPLATES[name] for name in tasks.FAME):
         _, tokens = tasks.candidates(tokenizer, template)
-        prompts = [tasks.make_prompt(tokenizer, template, [name], chat_template).ids for name in people.name]
-        parts.append(logits_of(score, prompts, [tokens] * len(prompts)).astype(np.float64))
-    evidence, own = np.mean(parts, axis=0), people.superset.map(SUPERSETS.index).to_numpy()
+        prompts = [tasks.make_prompt(tokenizer, template, [name], chat_template).ids for name in names]
+        parts.append(logits_of(score, prompts, [tokens] * len(prompts)).astype(np.float64) if names else [])
+    known |= dict(zip(names, np.mean(parts, axis=0), strict=True)) if names else {}
+    return people.assign(evidence=[np.asarray(known[name]) for name in people["name"]])
+
+
+def add_fame(people: pd.DataFrame) -> pd.DataFrame:
+    """`people`, asked alone, with `fame` (nats, at most 0), `known`, and `first` (the superset the model gives the name).
+
+    A model prefers some words whatever the name, so fame and first choice rest on evidence that is centred on its mean
+    over people, every superset counting alike (batch calibration, Zhou et al. 2023, arXiv 2309.17249). Fame is the
+    log-softmax of the own superset's.
+    """
+    evidence, own = np.stack(people["evidence"].to_list()), people["superset"].map(SUPERSETS.index).to_numpy()
     centred = evidence - np.mean([evidence[own == s].mean(0) for s in np.unique(own)], axis=0)
     first, fame = centred.argmax(1), log_softmax(centred, axis=1)[np.arange(len(own)), own]
-    return people.assign(evidence=list(evidence), fame=fame, known=first == own, first=[SUPERSETS[i] for i in first])
+    return people.assign(fame=fame, known=first == own, first=[SUPERSETS[i] for i in first])
 
 
 def add_tokens(

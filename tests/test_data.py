@@ -89,7 +89,8 @@ def test_wrong_files_of_people(tmp_path):
 def test_fame_is_the_centred_log_probability_of_the_own_superset_over_templates(people, smollm_tokenizer):
     few = some_people(people, 6, 0)
     score = fake_score(smollm_tokenizer, few, skill=2.0)
-    frame = population.add_fame(few, smollm_tokenizer, score)
+    asked = population.ask_alone(few, smollm_tokenizer, score)
+    frame = population.add_fame(asked)
     logits = np.zeros((len(few), 5))
     for template in (tasks.TEMPLATES[name] for name in tasks.FAME):
         tokens = list(tasks.candidates(smollm_tokenizer, template)[1])
@@ -102,12 +103,17 @@ def test_fame_is_the_centred_log_probability_of_the_own_superset_over_templates(
     assert np.allclose(np.exp(frame.fame), probability[np.arange(len(own)), own])
     assert (frame.known == (probability.argmax(1) == own)).all()
     assert (frame["first"] == np.array(SUPERSETS)[probability.argmax(1)]).all()
+    # who has been asked is not asked again, and nothing changes by it
+    prompts = []
+    again = population.ask_alone(few, smollm_tokenizer, lambda own: prompts.extend(own) or score(own), False, asked[4:])
+    assert len(prompts) == 4 * len(tasks.FAME)
+    assert np.allclose(np.stack(again["evidence"].to_list()), np.stack(asked["evidence"].to_list()))
 
 
 def test_nan_logits_are_an_error(people, smollm_tokenizer):
     few = some_people(people, 2, 0)
     with pytest.raises(ValueError, match="NaN or infinite"):
-        population.add_fame(few, smollm_tokenizer, lambda prompts: np.full((len(prompts), 30000), np.nan))
+        population.ask_alone(few, smollm_tokenizer, lambda prompts: np.full((len(prompts), 30000), np.nan))
 
 
 @settings(max_examples=50, deadline=None)

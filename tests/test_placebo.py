@@ -129,9 +129,13 @@ def some(people):
     return sided.groupby(["superset", "region"]).head(14).reset_index(drop=True)
 
 
+BASELINES = Baselines(model="m", template="profession_both", placebo_quads_per_half=5)
+
+
 def built(some, tokenizer, skill, taken=(), **more):
-    params = Baselines(model="m", template="profession_both", placebo_quads_per_half=5, **more)
-    pairs, drops = placebo.build(some, taken, tokenizer, region_score(tokenizer, some, skill), params, "region")
+    params, score = BASELINES.model_copy(update=more), region_score(tokenizer, some, skill)
+    asked = population.ask_alone(some[some["name"].isin(taken)], tokenizer, score)
+    pairs, drops = placebo.build(some, asked, taken, tokenizer, score, params, "region")
     return placebo.chosen(pairs, 1e-3, 0), drops
 
 
@@ -156,6 +160,22 @@ def test_placebo_pairs_are_of_one_superset_and_of_two_regions(some, smollm_token
     assert made.candidates == ("North America", "Europe")
     assert [smollm_tokenizer.decode([token]) for token in made.clean_tokens] == [" Americans", " Europeans"]
     assert {"artists", "writers"} <= set(made.labels)
+
+
+def test_people_asked_before_come_first_and_are_not_asked_again(some, smollm_tokenizer):
+    score, prompts = region_score(smollm_tokenizer, some, 5.0), []
+    asked = population.ask_alone(some.groupby(["superset", "region"]).head(6), smollm_tokenizer, score)
+
+    def counted(own):
+        prompts.extend(own)
+        return score(own)
+
+    params = BASELINES.model_copy(update={"placebo_quads_per_half": 2})  # one quad a superset: 6 of 14 are asked about
+    pairs, _ = placebo.build(some, asked, (), smollm_tokenizer, counted, params, "region")
+    sides = ("clean_a", "clean_b", "corrupt_a", "corrupt_b")
+    assert set(pairs[list(sides)].to_numpy().ravel()) <= set(asked["name"])
+    assert len(prompts) == len({(row[f"{side}_a"], row[f"{side}_b"]) for row in pairs.to_dict("records")
+                                for side in ("clean", "corrupt")})  # fmt: skip
 
 
 def test_quads_without_a_gap_of_the_right_sign_are_dropped_whole(some, smollm_tokenizer):

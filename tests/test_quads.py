@@ -26,6 +26,12 @@ def people():
     return population.load_people(ROOT / "data" / "people.csv")
 
 
+def built(people, tokenizer, score, options, noise=0.0):
+    """Quads as step 01 makes them: people drawn, asked about alone, put together."""
+    asked = population.ask_alone(quads.to_ask(people, options)[0], tokenizer, score)
+    return quads.build_quads(people, asked, tokenizer, score, options, noise)
+
+
 @SLOW
 @given(
     seed=st.integers(0, 2**32 - 1),
@@ -39,7 +45,7 @@ def test_quads_keep_their_promises(people, smollm_tokenizer, seed, skill, per_qu
     score = fake_score(smollm_tokenizer, few, skill, seed)
     options = Options(template, 10, per_quad, tolerance, min_bucket=2, seed=seed)
     try:
-        made, drops = quads.build_quads(few, smollm_tokenizer, score, options)
+        made, drops = built(few, smollm_tokenizer, score, options)
     except ValueError as error:
         assert "are left after filtering" in str(error) and "not known by the model" in str(error)
         return
@@ -79,7 +85,7 @@ def test_quads_keep_their_promises(people, smollm_tokenizer, seed, skill, per_qu
         assert other["left"] + other["dropped"] == one["left"]
     assert drops[-1]["left"] == len(made)
     # the seed decides
-    again, _ = quads.build_quads(few, smollm_tokenizer, score, options)
+    again, _ = built(few, smollm_tokenizer, score, options)
     pd.testing.assert_frame_equal(made, again)
 
 
@@ -166,14 +172,14 @@ def test_nothing_left_is_an_error_with_the_counts(people, smollm_tokenizer):
     few = some_people(people, 10, 0)
     hopeless = fake_score(smollm_tokenizer, few, skill=-50.0)
     with pytest.raises(ValueError, match="not known by the model: 50 people dropped, 0 left"):
-        quads.build_quads(few, smollm_tokenizer, hopeless, Options(quads_per_half=2))
+        built(few, smollm_tokenizer, hopeless, Options(quads_per_half=2))
     able = fake_score(smollm_tokenizer, few, skill=50.0)
     with pytest.raises(ValueError, match="bucket under 99: .* quads dropped, 0 left"):
-        quads.build_quads(few, smollm_tokenizer, able, Options(quads_per_half=2, min_bucket=99))
+        built(few, smollm_tokenizer, able, Options(quads_per_half=2, min_bucket=99))
     with pytest.raises(ValueError, match="no match in token count and fame: 0 quads"):
-        quads.build_quads(few[few.superset == "artist"], smollm_tokenizer, able, Options(quads_per_half=2))
+        built(few[few.superset == "artist"], smollm_tokenizer, able, Options(quads_per_half=2))
     with pytest.raises(ValueError, match="template of two names"):
-        quads.build_quads(few, smollm_tokenizer, able, Options("odd_one_out"))
+        built(few, smollm_tokenizer, able, Options("odd_one_out"))
 
 
 def test_sampled_pairs_are_balanced_and_use_no_one_twice(people):
@@ -218,7 +224,7 @@ def test_the_bundled_model_gives_quads_with_a_gap(people, smollm):
     def score(prompts):
         return models.next_logits(smollm, prompts)
 
-    made, drops = quads.build_quads(people, smollm.tokenizer, score, Options(quads_per_half=6, min_bucket=2))
+    made, drops = built(people, smollm.tokenizer, score, Options(quads_per_half=6, min_bucket=2))
     assert len(made) >= 6 and set(made.half) == set(data.HALVES)
     used = population.add_margins(population.pairs_of(made), smollm.tokenizer, score)
     assert len(population.right_signed(used, smollm.noise)) == len(used)

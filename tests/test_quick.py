@@ -51,7 +51,9 @@ def test_the_quick_profile_draws_enough_quads_from_the_people_there_are(smollm_t
     them as the real one does, 62%."""
     own = params.validate(PLAN.sections, "baselines", params.load_profile("smollm2-135m-quick"))
     people = population.load_people(params.ROOT / own.people_file)
-    made, drops = quads.build_quads(people, smollm_tokenizer, fake_score(smollm_tokenizer, people, 0.85), own)
+    score = fake_score(smollm_tokenizer, people, 0.85)
+    asked = population.ask_alone(quads.to_ask(people, own)[0], smollm_tokenizer, score)
+    made, drops = quads.build_quads(people, asked, smollm_tokenizer, score, own)
     known = next(drop for drop in drops if drop["filter"] == "not known by the model")
     assert 0.55 < known["left"] / (known["left"] + known["dropped"]) < 0.69
     assert quads_of(made).min() >= QUADS + own.min_bucket

@@ -3,9 +3,10 @@
 1. `ACCURACY`: people drawn before any selection, for every task and template. One row per prompt: what was asked, what
    the model chose among the candidates, where the right word stands in its whole vocabulary, and what it would have
    said itself.
-2. `QUADS`: four people each, matched; `PAIRS`: the pairs that every later step sweeps, written as pairs.parquet.
-3. `UNSELECTED`: as many pairs of other people before any selection.
-4. `PLACEBO`: pairs of one superset whose names differ in another attribute, written as placebo.parquet.
+2. `ALONE`: what the model makes of each name alone.
+3. `QUADS`: four people each, matched; `PAIRS`: the pairs that every later step sweeps, written as pairs.parquet.
+4. `UNSELECTED`: as many pairs of other people before any selection.
+5. `PLACEBO`: pairs of one superset whose names differ in another attribute, written as placebo.parquet.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ from pipeline.assumed import Case
 from pipeline.costs import Work, total
 from pipeline.declaration import SUPERSET_TASKS, Declaration, Table
 from pipeline.params import ROOT, Shared, Words
-from pipeline.population import add_margins, aligned, load_people, pairs_of, readings, right_signed, solved
+from pipeline.population import add_margins, aligned, ask_alone, load_people, pairs_of, readings, right_signed, solved
 from pipeline.step import Step
 from pipeline.units import Unit
 from steps.baselines import placebo
-from steps.baselines.quads import PER_QUAD, build_quads, generate_odd_one_out, sample_pairs, unselected_quads
+from steps.baselines.quads import PER_QUAD, build_quads, generate_odd_one_out, sample_pairs, to_ask, unselected_quads
 
 
 class Baselines(Shared):
@@ -60,6 +61,7 @@ class Baselines(Shared):
 
 # For the planner: people asked about, and quads tried for one that is found, as in the default book.
 ASKED, TRIED = 3000, 1.1
+SIDED = 0.4  # of those asked about, how many are of a placebo's classes and in no quad
 BUILT_FROM = ("quads_per_half", "pairs_per_quad", "fame_tolerance", "min_bucket", "odd_one_out_items", "seed")
 CHANCE = {"superset": 1 / 5, "bi_association": 1 / 5, "one_name": 1 / 5, "odd_one_out": 1 / 3}
 
@@ -164,9 +166,10 @@ def measure(model: Model, people: pd.DataFrame, template: Template, params: Base
     )
 
 
-def make_quads(model: Model, people: pd.DataFrame, params: Baselines) -> pd.DataFrame:
+def make_quads(model: Model, people: pd.DataFrame, alone: pd.DataFrame, params: Baselines) -> pd.DataFrame:
     """The quads of the profile's task; what each filter dropped is in `attrs["facts"]["drops"]`."""
-    quads, drops = build_quads(people, model.tokenizer, score(model), params, model.noise)
+    own = to_ask(people, params)[0].merge(alone, on="name", validate="1:1")
+    quads, drops = build_quads(people, own, model.tokenizer, score(model), params, model.noise)
     quads.attrs["facts"] = {"drops": drops}
     return quads
 
@@ -193,14 +196,16 @@ def make_unselected(model: Model, people: pd.DataFrame, quads: pd.DataFrame, par
     return answered(model, pairs_of(drawn, params.pairs_per_quad), params)
 
 
-def make_placebo(model: Model, people: pd.DataFrame, pairs: pd.DataFrame, params: Baselines) -> pd.DataFrame:
+def make_placebo(
+    model: Model, people: pd.DataFrame, alone: pd.DataFrame, pairs: pd.DataFrame, params: Baselines
+) -> pd.DataFrame:
     """The placebo pairs of every attribute; `attrs["facts"]` says what each filter dropped, and why there are none."""
     names = [f"{side}_{slot}" for side in ("clean", "corrupt") for slot in "ab"]
     taken, made, about = {*pairs[names].to_numpy().ravel()}, [], []
     for attribute in params.placebo_attributes:
         facts: dict[str, Any] = {"attribute": attribute, "drops": [], "why": ""}
         try:
-            own, facts["drops"] = placebo.build(people, taken, model.tokenizer, score(model), params, attribute)
+            own, facts["drops"] = placebo.build(people, alone, taken, model.tokenizer, score(model), params, attribute)
             made.append(placebo.chosen(own, model.noise, params.seed))
         except ValueError as error:
             facts["why"] = str(error)
@@ -229,9 +234,26 @@ def whole(step: Step | Case, *chosen: Any) -> list[Unit]:
     return [Unit("all", (), step.params.model_dump(mode="json", include=set(BUILT_FROM)))]
 
 
-def quads_of(step: Step) -> Callable[[Unit], pd.DataFrame]:
+def alone_units(step: Step | Case) -> list[Unit]:
+    """A unit for each superset's people."""
+    p = step.params
+    return [Unit(superset, (), p.model_dump(mode="json", include={"quads_per_half", "seed"})) for superset in SUPERSETS]
+
+
+def alone_of(step: Step) -> Callable[[Unit], pd.DataFrame]:
+    """What asks about the people of a superset: `name` and `evidence`, which `ask_alone` gives."""
+    drawn, model = to_ask(people_of(step), step.params)[0], step.model
+
+    def ask(unit: Unit) -> pd.DataFrame:
+        own = drawn[drawn["superset"] == unit.id]
+        return ask_alone(own, model.tokenizer, score(model), step.params.chat_template)[["name", "evidence"]]
+
+    return ask
+
+
+def quads_of(step: Step, alone: pd.DataFrame) -> Callable[[Unit], pd.DataFrame]:
     """What makes the quads."""
-    return lambda _: make_quads(step.model, people_of(step), step.params)
+    return lambda _: make_quads(step.model, people_of(step), alone, step.params)
 
 
 def placebo_units(step: Step | Case, *chosen: Any) -> list[Unit]:
@@ -240,9 +262,9 @@ def placebo_units(step: Step | Case, *chosen: Any) -> list[Unit]:
     return [Unit("all", (), step.params.model_dump(mode="json", include=names))]
 
 
-def placebo_from(step: Step, pairs: pd.DataFrame) -> Callable[[Unit], pd.DataFrame]:
+def placebo_from(step: Step, alone: pd.DataFrame, pairs: pd.DataFrame) -> Callable[[Unit], pd.DataFrame]:
     """What makes the placebo pairs."""
-    return lambda _: make_placebo(step.model, people_of(step), pairs, step.params)
+    return lambda _: make_placebo(step.model, people_of(step), alone, pairs, step.params)
 
 
 def pairs_from(step: Step, quads: pd.DataFrame | None) -> Callable[[Unit], pd.DataFrame]:
@@ -264,12 +286,16 @@ def accuracy_cost(case: Case, units: Sequence[Unit]) -> Work:
     return work
 
 
-def quads_cost(case: Case, units: Sequence[Unit]) -> Work:
-    """Everyone asked about alone, and the prompts of the quads that are tried."""
+def alone_cost(case: Case, units: Sequence[Unit]) -> Work:
+    """Everyone asked about alone."""
+    people = min(ASKED, PER_QUAD * case.params.quads_per_half * len(SUPERSETS))
+    return total(case.asked(people, tasks.TEMPLATES[name]) for name in tasks.FAME)
+
+
+def quads_cost(case: Case, units: Sequence[Unit], alone: None) -> Work:
+    """The prompts of the quads that are tried."""
     p = case.params
-    people = min(ASKED, PER_QUAD * p.quads_per_half * len(SUPERSETS))
-    alone = total(case.asked(people, tasks.TEMPLATES[name]) for name in tasks.FAME)
-    return alone + case.asked(round(TRIED * 2 * len(case.pairs)), tasks.find_template(p.template, p.task))
+    return case.asked(round(TRIED * 2 * len(case.pairs)), tasks.find_template(p.template, p.task))
 
 
 def pairs_cost(case: Case, units: Sequence[Unit], quads: None) -> Work:
@@ -277,15 +303,18 @@ def pairs_cost(case: Case, units: Sequence[Unit], quads: None) -> Work:
     return case.asked(2 * len(case.pairs), tasks.find_template(case.params.template, case.params.task))
 
 
-def placebo_cost(case: Case, units: Sequence[Unit], pairs: None) -> Work:
-    """Everyone of the attributes' classes asked about alone, and both prompts of each pair."""
+def placebo_cost(case: Case, units: Sequence[Unit], alone: None, pairs: None) -> Work:
+    """Those of the attributes' classes asked about alone who have not been, and both prompts of each pair."""
     p = case.params
     quads = 2 * p.placebo_quads_per_half * len(p.placebo_attributes)
-    alone = total(case.asked(4 * placebo.ASKED * quads, tasks.TEMPLATES[name]) for name in tasks.FAME)
-    return alone + case.asked(2 * p.pairs_per_quad * quads, tasks.find_template(p.template, p.task))
+    wanted, before = 4 * placebo.ASKED * quads, PER_QUAD * p.quads_per_half * len(SUPERSETS)
+    people = max(wanted - round(SIDED * before), 0)
+    more = total(case.asked(people, tasks.TEMPLATES[name]) for name in tasks.FAME)
+    return more + case.asked(2 * p.pairs_per_quad * quads, tasks.find_template(p.template, p.task))
 
 
 ACCURACY = Table("baselines", accuracy_units, accuracy_of, accuracy_cost, schema=None)
+ALONE = Table("alone", alone_units, alone_of, alone_cost, schema=None)
 QUADS = Table("quads", whole, quads_of, quads_cost, schema=None)
 PAIRS = Table("pairs", whole, pairs_from, pairs_cost, schema=None)
 UNSELECTED = Table("unselected", whole, unselected_from, pairs_cost, schema=None)
@@ -297,11 +326,12 @@ def assumed(case: Case) -> Iterator[tuple[Any, ...]]:
     yield (ACCURACY,)
     if case.params.pairs_file is None:
         if case.params.task != "odd_one_out":
-            yield (QUADS,)
+            yield (ALONE,)
+            yield QUADS, None
             yield UNSELECTED, None
         yield PAIRS, None
         if case.params.task in SUPERSET_TASKS:
-            yield PLACEBO, None
+            yield PLACEBO, None, None
 
 
 STEP = Declaration(
@@ -370,13 +400,14 @@ def run(step: Step) -> Measured:
         return Measured(frame, accuracy, None, None, [], f"No pairs were built: the model does not do `{params.task}`.")
     quads, unselected, drops = None, None, []
     if params.task != "odd_one_out":
-        quads, drops = step.table(QUADS), step.metadata(QUADS)["drops"]
+        alone = step.table(ALONE)
+        quads, drops = step.table(QUADS, alone), step.metadata(QUADS)["drops"]
         unselected = step.table(UNSELECTED, quads)
     pairs = step.table(PAIRS, quads)
     step.write_extra("pairs.parquet", pairs)
     if params.task not in SUPERSET_TASKS:
         return Measured(frame, accuracy, pairs, unselected, drops, "")
-    made = step.table(PLACEBO, pairs)
+    made = step.table(PLACEBO, alone, pairs)
     if len(made):
         step.write_extra("placebo.parquet", made)
     return Measured(frame, accuracy, pairs, unselected, drops, "", made, step.metadata(PLACEBO)["placebo"])

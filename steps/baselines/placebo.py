@@ -45,9 +45,16 @@ def classes(people: pd.DataFrame, attribute: str) -> pd.Series:
 
 
 def build(
-    people: pd.DataFrame, taken: Collection[str], tokenizer: Any, score: Score, params: Shared, attribute: str
+    people: pd.DataFrame,
+    asked: pd.DataFrame,
+    taken: Collection[str],
+    tokenizer: Any,
+    score: Score,
+    params: Shared,
+    attribute: str,
 ) -> tuple[pd.DataFrame, list[dict[str, Any]]]:
-    """The placebo pairs of one attribute, both halves, and what each filter dropped.
+    """The placebo pairs of one attribute, both halves, and what each filter dropped. People who were `asked` about for
+    the task's quads, and are not `taken` by one, come first: they need not be asked again.
 
     Columns as in `pipeline.population.add_margins`, with `attribute`, `shared` (the superset of all four people) and
     `gap` (clean less corrupt, on the two answers). ValueError where nobody is left, or an answer is not a single token.
@@ -62,10 +69,12 @@ def build(
     own = own.assign(kind=classes(own, attribute))
     free = filters.keep(own[own["kind"] != ""], f"no class of {attribute}", len(people))
     others = filters.keep(free[~free["name"].isin(taken)], "in a quad of the task", len(free))
-    shuffled = others.iloc[rng.permutation(len(others))].groupby(["superset", "kind"])
-    sampled = filters.keep(shuffled.head(2 * ASKED * wanted).sort_index(), "not sampled", len(others))
-    asked = population.add_fame(sampled, tokenizer, score, params.chat_template)
-    known = filters.keep(asked[asked["known"]], "not known by the model", len(asked))
+    shuffled = others.iloc[rng.permutation(len(others))]
+    first = shuffled.iloc[np.argsort(~shuffled["name"].isin(asked["name"]), kind="stable")]
+    sampled = first.groupby(["superset", "kind"]).head(2 * ASKED * wanted).sort_index()
+    sampled = filters.keep(sampled, "not sampled", len(others))
+    told = population.add_fame(population.ask_alone(sampled, tokenizer, score, params.chat_template, asked))
+    known = filters.keep(told[told["known"]], "not known by the model", len(told))
     free = population.add_tokens(known, tokenizer, words, **prompting)
     free = filters.keep(free, "name merges with the template", len(known))
 

@@ -1,12 +1,12 @@
 """From people to fair pairs: quads whose prompts differ as they should, odd-one-out items, pairs before any selection.
 
-1. `build_quads` filters people (`add_fame`, `add_tokens`), puts four of the same token counts
-   together, a, b of one superset and c, d of another, a matched to c and b to d in fame, and in region, century and
+1. `to_ask` draws the people whom the model is asked about, each alone.
+2. `build_quads` filters them (`add_fame`, `add_tokens`), puts four of the same token counts together, a, b of one superset and c, d of another, a matched to c and b to d in fame, and in region, century and
    gender as far as the people allow (`choose`), and keeps the quads whose gap has the right sign
    (`right_signed`). Failed quads free their people again.
-2. `unselected_quads` puts four together whatever the model makes of them.
-3. `generate_odd_one_out` makes items of three from four people of one token count each.
-4. `sample_pairs` draws people without asking the model: for accuracies.
+3. `unselected_quads` puts four together whatever the model makes of them.
+4. `generate_odd_one_out` makes items of three from four people of one token count each.
+5. `sample_pairs` draws people without asking the model: for accuracies.
 
 What is random depends on the seed alone. Bad input raises ValueError.
 """
@@ -64,10 +64,19 @@ class Filters:
         return table
 
 
+def to_ask(people: pd.DataFrame, options: Options) -> tuple[pd.DataFrame, np.random.Generator]:
+    """Whom the model is asked about, drawn by the seed, as many of each superset if there are as many; the generator,
+    for what is drawn next."""
+    rng, free = np.random.default_rng(options.seed), unambiguous(people)
+    shuffled = free.iloc[rng.permutation(len(free))]
+    return shuffled.groupby("superset").head(PER_QUAD * options.quads_per_half).sort_index(), rng
+
+
 def build_quads(
-    people: pd.DataFrame, tokenizer: Any, score: Score, options: Options, noise: float = 0.0
+    people: pd.DataFrame, asked: pd.DataFrame, tokenizer: Any, score: Score, options: Options, noise: float = 0.0
 ) -> tuple[pd.DataFrame, list[dict[str, Any]]]:
-    """Quads with a gap above the model's `noise`, in two halves without a person in common; what each filter dropped.
+    """Quads of those of the `people` who were `asked` about alone, with a gap above the model's `noise`, in two halves
+    without a person in common; what each filter dropped.
 
     Returns:
         quads: quad_id, half, task, template, superset, other, bucket, and for each of a, b, c, d its name, profession
@@ -81,14 +90,11 @@ def build_quads(
     words = tasks.find_template(options.template)
     if len(words.slots) != 2:
         raise ValueError(f"quads need a template of two names; {options.template!r} is of task {words.task!r}")
-    rng, filters = np.random.default_rng(options.seed), Filters(options.template)
+    (_, rng), filters = to_ask(people, options), Filters(options.template)
     prompting = {"chat_template": options.chat_template, "attributes": options.attributes}
 
     free = filters.keep(unambiguous(people), "known for two supersets, or a namesake's name", len(people))
-    shuffled = free.iloc[rng.permutation(len(free))].groupby("superset")
-    sampled = shuffled.head(PER_QUAD * options.quads_per_half).sort_index()
-    free = filters.keep(sampled, "not sampled", len(free))
-    asked = add_fame(free, tokenizer, score, options.chat_template)
+    asked = filters.keep(add_fame(asked), "not sampled", len(free))
     known = filters.keep(asked[asked.known], "not known by the model", len(asked))
     counted = add_tokens(known, tokenizer, words, **prompting)
     free = filters.keep(counted, "name merges with the template", len(known))

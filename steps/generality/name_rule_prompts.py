@@ -16,7 +16,7 @@ from jaxtyping import Float
 
 from lib import models, tasks
 from lib.tasks import SUPERSETS
-from pipeline.population import add_fame, add_tokens, load_people, readings, unambiguous
+from pipeline.population import add_fame, add_tokens, ask_alone, load_people, readings, unambiguous
 from pipeline.step import Step
 from steps.generality.grid import prompt_options
 
@@ -57,7 +57,7 @@ def known_people(step: Step, template: tasks.Template, rng: np.random.Generator)
     people = add_tokens(unambiguous(people), tokenizer, template, **prompt_options(p))
     each = -(-4 * p.rule_prompts // people["superset"].nunique())
     asked = people.sample(frac=1, random_state=rng).groupby("superset").head(each)
-    asked = add_fame(asked, tokenizer, partial(models.next_logits, step.model), chat_template=p.chat_template)
+    asked = add_fame(ask_alone(asked, tokenizer, partial(models.next_logits, step.model), p.chat_template))
     asked = asked.assign(evidence=list(evidence(np.stack(asked["evidence"].to_list()), asked["superset"])))
     return asked[asked["known"]]
 
