@@ -28,6 +28,7 @@ from lib.metrics import margins
 from lib.tasks import SUPERSETS, TEMPLATES, Template
 
 Score = Callable[[Sequence[Sequence[int]]], np.ndarray]
+PER_QUAD = 8  # people of each superset whom the model is asked about alone, for each quad of a half
 CHUNK = 256  # prompts scored at once: their full-vocabulary logits are 50 MB at 50,000 tokens
 PEOPLE = pa.DataFrameSchema(
     {
@@ -126,7 +127,7 @@ def ask_alone(
 
 
 def add_fame(people: pd.DataFrame) -> pd.DataFrame:
-    """`people`, asked alone, with `fame` (nats, at most 0), `known`, and `first` (the superset the model gives the name).
+    """`people`, asked alone, with `fame` (nats, at most 0), `known`, and `first` (the superset that the name is given).
 
     A model prefers some words whatever the name, so fame and first choice rest on evidence that is centred on its mean
     over people, every superset counting alike (batch calibration, Zhou et al. 2023, arXiv 2309.17249). Fame is the

@@ -30,11 +30,21 @@ from pipeline.assumed import Case
 from pipeline.costs import Work, total
 from pipeline.declaration import SUPERSET_TASKS, Declaration, Table
 from pipeline.params import ROOT, Shared, Words
-from pipeline.population import add_margins, aligned, ask_alone, load_people, pairs_of, readings, right_signed, solved
+from pipeline.population import (
+    PER_QUAD,
+    add_margins,
+    aligned,
+    ask_alone,
+    load_people,
+    pairs_of,
+    readings,
+    right_signed,
+    solved,
+)
 from pipeline.step import Step
 from pipeline.units import Unit
 from steps.baselines import placebo
-from steps.baselines.quads import PER_QUAD, build_quads, generate_odd_one_out, sample_pairs, to_ask, unselected_quads
+from steps.baselines.quads import build_quads, generate_odd_one_out, sample_pairs, to_ask, unselected_quads
 
 
 class Baselines(Shared):

@@ -1,9 +1,10 @@
 """From people to fair pairs: quads whose prompts differ as they should, odd-one-out items, pairs before any selection.
 
 1. `to_ask` draws the people whom the model is asked about, each alone.
-2. `build_quads` filters them (`add_fame`, `add_tokens`), puts four of the same token counts together, a, b of one superset and c, d of another, a matched to c and b to d in fame, and in region, century and
-   gender as far as the people allow (`choose`), and keeps the quads whose gap has the right sign
-   (`right_signed`). Failed quads free their people again.
+2. `build_quads` filters them (`add_fame`, `add_tokens`), puts four of the same token counts together, a, b of one
+   superset and c, d of another, a matched to c and b to d in fame, and in region, century and gender as far as the
+   people allow (`choose`), and keeps the quads whose gap has the right sign (`right_signed`). Failed quads free their
+   people again.
 3. `unselected_quads` puts four together whatever the model makes of them.
 4. `generate_odd_one_out` makes items of three from four people of one token count each.
 5. `sample_pairs` draws people without asking the model: for accuracies.
@@ -25,10 +26,18 @@ from scipy.optimize import linear_sum_assignment
 from lib import tasks
 from lib.data import halves
 from lib.tasks import DEFAULT_ATTRIBUTES, SUPERSETS, Template
-from pipeline.population import Score, add_fame, add_margins, add_tokens, pairs_of, right_signed, unambiguous
+from pipeline.population import (
+    PER_QUAD,
+    Score,
+    add_fame,
+    add_margins,
+    add_tokens,
+    pairs_of,
+    right_signed,
+    unambiguous,
+)
 
 ROUNDS = 6  # how often the people of failed quads are matched anew; only the sign of the gap is looked at
-PER_QUAD = 8  # people of each superset whom the model is asked about, for each quad of a half
 # What two matched people may share beside fame; quads are taken from the strictest matches first.
 SHARED = (("region", "century", "gender"), ("region", "century"), ())
 

@@ -94,18 +94,19 @@ def kept_pairs(step: Step) -> pd.DataFrame:
     return grid
 
 
-def unselected_table(step: Step | Case) -> pd.DataFrame | None:
-    """Step 01's pairs before any selection; None where it has left none."""
+def of_step_01(step: Step | Case, name: str) -> pd.DataFrame | None:
+    """A table of step 01: "unselected", its pairs before any selection; "alone", its answers about each name. None
+    where it has left none."""
     try:
-        path = keys.find_pairs(step.name, step.params).with_name("baselines.unselected.parquet")
+        path = keys.find_pairs(step.name, step.params).with_name(f"baselines.{name}.parquet")
     except ParameterError:
         return None
     return records.read(path) if step.params.pairs_file is None and path.is_file() else None
 
 
 def unselected(step: Step) -> list[Pair]:
-    """The same as prompts."""
-    table = unselected_table(step)
+    """Step 01's pairs before any selection, as prompts."""
+    table = of_step_01(step, "unselected")
     return [] if table is None else without_labels(step.prompts(table))
 
 

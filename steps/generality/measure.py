@@ -31,6 +31,7 @@ from pipeline.assumed import MOVED, Case, of_sweep, order_of, pair_of
 from pipeline.costs import Work, total
 from pipeline.declaration import EFFECTS, SUPERSET_TASKS, Declaration, Table
 from pipeline.params import OfSlice, Share, Words
+from pipeline.population import PER_QUAD
 from pipeline.step import Step, single_sites
 from pipeline.units import Unit, subsample, sweep_units, without_labels
 from steps.generality import class_circuits, controls, grid, name_rule_prompts, placebo
@@ -114,9 +115,11 @@ def control_cost(case: Case, units: Sequence[Unit], sets: Any, ordinary: Sequenc
 
 
 def rule_cost(case: Case, units: Sequence[Unit]) -> Work:
-    """Everyone is asked about alone, twice as many as are needed; then two by two."""
+    """Twice as many people as are needed asked about alone, but for those whom step 01 has asked; then two by two."""
     p = case.params
-    alone = total(case.asked(4 * p.rule_prompts, tasks.TEMPLATES[name]) for name in tasks.FAME)
+    before = 0 if p.pairs_file else PER_QUAD * case.other("baselines").quads_per_half * len(SUPERSETS)
+    people = max(4 * p.rule_prompts - before, 0)
+    alone = total(case.asked(people, tasks.TEMPLATES[name]) for name in tasks.FAME)
     return alone + case.asked(p.rule_prompts, tasks.find_template(p.template, p.task))
 
 
@@ -160,7 +163,7 @@ def assumed_grid(case: Case) -> list[Pair]:
 
 def assumed_unselected(case: Case) -> list[Pair]:
     """Step 01's pairs before any selection: those of a run, else as many as it keeps."""
-    table = grid.unselected_table(case)
+    table = grid.of_step_01(case, "unselected")
     if table is None:
         return case.prompts()
     template = tasks.find_template(case.params.template, case.params.task)

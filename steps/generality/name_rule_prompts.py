@@ -18,7 +18,7 @@ from lib import models, tasks
 from lib.tasks import SUPERSETS
 from pipeline.population import add_fame, add_tokens, ask_alone, load_people, readings, unambiguous
 from pipeline.step import Step
-from steps.generality.grid import prompt_options
+from steps.generality.grid import of_step_01, prompt_options
 
 
 def two_known_people(step: Step) -> pd.DataFrame:
@@ -51,13 +51,15 @@ def two_known_people(step: Step) -> pd.DataFrame:
 
 
 def known_people(step: Step, template: tasks.Template, rng: np.random.Generator) -> pd.DataFrame:
-    """People of one superset who are known, with the `evidence` of their names; drawn from twice as many as needed."""
-    p, tokenizer = step.params, step.model.tokenizer
+    """People of one superset who are known, with the `evidence` of their names; drawn from twice as many as needed, of
+    whom those come first whom step 01 has asked about."""
+    p, tokenizer, before = step.params, step.model.tokenizer, of_step_01(step, "alone")
     people = load_people(step.people_file)
-    people = add_tokens(unambiguous(people), tokenizer, template, **prompt_options(p))
-    each = -(-4 * p.rule_prompts // people["superset"].nunique())
-    asked = people.sample(frac=1, random_state=rng).groupby("superset").head(each)
-    asked = add_fame(ask_alone(asked, tokenizer, partial(models.next_logits, step.model), p.chat_template))
+    people = add_tokens(unambiguous(people), tokenizer, template, **prompt_options(p)).sample(frac=1, random_state=rng)
+    if before is not None:
+        people = people.iloc[np.argsort(~people["name"].isin(before["name"]), kind="stable")]
+    asked = people.groupby("superset").head(-(-4 * p.rule_prompts // people["superset"].nunique()))
+    asked = add_fame(ask_alone(asked, tokenizer, partial(models.next_logits, step.model), p.chat_template, before))
     asked = asked.assign(evidence=list(evidence(np.stack(asked["evidence"].to_list()), asked["superset"])))
     return asked[asked["known"]]
 
