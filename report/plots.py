@@ -663,8 +663,9 @@ def two_hop(columns: Sequence[tuple[str, Sequence[str]]], edges: pd.DataFrame, u
     enters a site at the names goes on along every path, and so is not of the size of what it tells the slice.
 
     `columns` are (heading, nodes from the top, in the order in which they compute). `edges` has `source`, `target`,
-    `estimate` and `significant`; an edge that is not significant is a thin dashed line. Edges within a column bulge to
-    the right and run down. A node is labelled by its name up to " at ": a site of two columns is "mlp 23 at names" in
+    `estimate` and `significant`, and perhaps `low`; an edge that is not significant is grey and dashed, as wide as the
+    others are. Where no edge has an interval, the legend says that none is tested. Edges within a column bulge to the
+    right and run down. A node is labelled by its name up to " at ": a site of two columns is "mlp 23 at names" in
     one of them.
 
     Raises ValueError for a node in two columns, and for an edge to or from a node that is in none.
@@ -688,12 +689,13 @@ def two_hop(columns: Sequence[tuple[str, Sequence[str]]], edges: pd.DataFrame, u
     largest = edges["estimate"].abs().groupby(edges["hop"]).max().to_dict()
 
     with _canvas((WIDTH, 1.1 + 0.42 * tall)) as (figure, (axes,)):
-        faint = {"lw": 0.6, "color": GREY, "ls": (0, (4, 3)), "alpha": 0.45}
+        untested = "low" in edges and len(edges) > 0 and edges["low"].isna().all()
         for row in edges.sort_values("significant").itertuples():
             width = max(0.4, 12 * abs(row.estimate) / (largest[row.hop] or 1))
-            wide = {"lw": width, "color": BLUE if row.estimate > 0 else VERMILION, "alpha": 0.65}
             line = edge_line(places[row.source], places[row.target])
-            drawn = {"zorder": 2, **wide} if row.significant else {"zorder": 1, **faint}
+            drawn = {"lw": width, "color": BLUE if row.estimate > 0 else VERMILION, "alpha": 0.65, "zorder": 2}
+            if not row.significant:
+                drawn |= {"color": GREY, "ls": (0, (3 / width, 2 / width)), "alpha": 0.45, "zorder": 1}
             axes.add_patch(PathPatch(line, fill=False, capstyle="butt", **drawn))
         for node, (x, y) in places.items():
             box = {"boxstyle": "round,pad=0.3", "fc": "white", "ec": BLACK, "lw": 0.8}
@@ -706,7 +708,8 @@ def two_hop(columns: Sequence[tuple[str, Sequence[str]]], edges: pd.DataFrame, u
             axes.text(*at, f"{inside}widest {size:.2g} {unit}", ha="center", va="top", fontsize=8, color=GREY)
         for label, colour in (("above zero", BLUE), ("below zero", VERMILION)):
             axes.plot([], [], label=label, lw=3, color=colour, alpha=0.65)
-        axes.plot([], [], label="not significant", **faint)
+        label = "not tested: too few quads" if untested else "not significant"
+        axes.plot([], [], label=label, lw=3, color=GREY, ls=(0, (1, 0.7)), alpha=0.45)
         axes.set(xlim=(-0.3, len(columns) - 0.7), ylim=(tall / 2 + 0.9, -tall / 2 - 0.9))
         axes.set_axis_off()
         add_legend(figure, axes)
@@ -749,10 +752,11 @@ def probe_bars(frame: pd.DataFrame, ylabel: str = "right (share of people)") -> 
 def four_tests(frame: pd.DataFrame, units: Mapping[str, str]) -> Figure:
     """Sites put to several tests, a panel per test with its own axis; blue where the test is passed, grey where not.
 
-    Columns: `site` (in the frame's order), `test`, `passed` (bool), `estimate`, `low`, `high`. `units` has what each
-    test's axis measures. At the right: how many of the tests made the site passes.
+    Columns: `site` (in the frame's order), `test`, `passed` (bool), `estimate`, `low`, `high`, and `whole`, the test
+    that a panel is a part of. `units` has what each panel's axis measures. At the right: how many of the tests made the
+    site passes, of several parts only where it passes each.
     """
-    _need("four_tests", frame, "site", "test", "passed")
+    _need("four_tests", frame, "site", "test", "passed", "whole")
     sites, tests = list(dict.fromkeys(frame["site"])), list(dict.fromkeys(frame["test"]))
     with style.context(STYLE):
         figure = Figure(figsize=(WIDTH, 1.25 + 0.21 * len(sites)))
@@ -770,7 +774,7 @@ def four_tests(frame: pd.DataFrame, units: Mapping[str, str]) -> Figure:
             axes.set_yticks(range(len(sites)), sites)
         panels[0].set_ylim(len(sites) - 0.4, -0.6)
         for place, site in enumerate(sites):
-            own = frame.loc[frame["site"] == site, "passed"]
+            own = frame[frame["site"] == site].groupby("whole")["passed"].all()
             text = f"{int(own.sum())} of {len(own)}"
             panels[-1].text(1.04, place, text, transform=panels[-1].get_yaxis_transform(), va="center", fontsize=8)
         add_legend(figure, panels[0])

@@ -13,7 +13,7 @@ COLUMNS = [("names", ["names"]), ("at the names", ["mlp 23 at names"]), ("slice"
 EDGES = pd.DataFrame(
     [
         ("names", "mlp 23 at names", 2.0, True), ("mlp 23 at names", "21.6", -1.0, True),
-        ("21.6", "mlp 23", 0.5, True), ("mlp 23", "answer", 0.3, False),
+        ("21.6", "mlp 23", 0.5, True), ("mlp 23", "answer", 0.3, False), ("21.6", "answer", 0.15, False),
     ],
     columns=["source", "target", "estimate", "significant"],
 )  # fmt: skip
@@ -29,17 +29,23 @@ def test_two_hop_draws_effects_as_widths():
     second = drawn[1.12, 0, 1.88, -0.5]
     inside = drawn[2.12, -0.5, 2.12, 0.5]
     last = drawn[2.12, 0.5, 2.88, 0]
-    assert len(drawn) == 4
+    assert len(drawn) == 5
     assert first.get_linewidth() == second.get_linewidth() == inside.get_linewidth() == 12  # the widest of their hops
     assert to_hex(first.get_edgecolor()) == plots.BLUE.lower()
     assert to_hex(second.get_edgecolor()) == plots.VERMILION.lower()
     assert inside.get_path().vertices[:, 0].max() > 2.2  # around the column
     assert to_hex(last.get_edgecolor()) == plots.GREY and last.get_linestyle() != "-"
+    assert (last.get_linewidth(), drawn[2.12, -0.5, 2.88, 0].get_linewidth()) == (
+        12,
+        6,
+    )  # not significant, yet to scale
     words = [text.get_text() for text in axes.texts]
     assert words.count("mlp 23") == 2 and {"names", "21.6", "answer", "slice"} <= set(words)
     assert {"widest 2 logits", "widest 1 logits", "inside: widest 0.5 logits"} <= set(words)
     legend = [text.get_text() for text in figure.legends[0].get_texts()]
     assert legend == ["above zero", "below zero", "not significant"]
+    few = plots.two_hop(COLUMNS, EDGES.assign(significant=False, low=np.nan)).legends[0].get_texts()
+    assert few[2].get_text() == "not tested: too few quads"
 
 
 def test_two_hop_refuses_what_it_cannot_place():
@@ -79,7 +85,7 @@ def test_four_tests():
         ],
         columns=["site", "test", "estimate", "low", "high", "passed"],
     )  # fmt: skip
-    figure = plots.four_tests(frame, {"path": "logits", "attends": "share"})
+    figure = plots.four_tests(frame.assign(whole=frame["test"]), {"path": "logits", "attends": "share"})
     path, attends = figure.axes
     assert (path.get_xlabel(), attends.get_xlabel()) == ("logits", "share")
     dots = [c for c in path.collections if isinstance(c, PathCollection) and len(c.get_offsets())]
@@ -90,3 +96,5 @@ def test_four_tests():
     assert len(hollow) == 1 and to_hex(hollow[0].get_facecolors()[0]) == "#ffffff"
     assert [text.get_text() for text in attends.texts] == ["1 of 2", "0 of 1"]
     assert [tick.get_text() for tick in path.get_yticklabels()] == ["21.6", "16.3"]
+    one = plots.four_tests(frame.assign(whole="both"), {"path": "logits", "attends": "share"}).axes[1]
+    assert [text.get_text() for text in one.texts] == ["0 of 1", "0 of 1"]  # two parts of one test: both, or it fails

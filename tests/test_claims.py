@@ -76,13 +76,14 @@ def found():
         "retrieval_heads": {
             "verdicts": {"retrieval_heads": {"last": ["2.1"], "names": ["3.0", "1.4"]},
                          "slice_heads_that_retrieve": ["5.3"]},
-            "deciding": [span(1.0, site="2.1 at last")], "measured": {"path_ablation": span(0.6)},
+            "two_stages": {"estimate": 3, "p": 1e-6, "smallest": 0.0}, "measured": {"path_ablation": span(0.6)},
             "one_stage": carried(0.7, "everything", "k and v", "recomputed"),
             "senders": {"slice at names": [span(0.3, site="mlp 0"), span(0.2, site="1.4"), span(0.2, site="mlp 2"),
                                            span(0.01, site="mlp 9")]},
             "carried": [carried(0.7, "everything", "k and v", "recomputed"),
                         carried(0.7, "everything", "v", "recomputed"),
-                        carried(0.1, "heads", "k and v", "frozen"), carried(0.6, "MLPs", "k and v", "frozen")]},
+                        carried(0.1, "heads", "k and v", "frozen"), carried(0.4, "MLPs", "k and v", "frozen")],
+            "written": [span(0.1, senders="heads", mlps="frozen"), span(0.6, senders="MLPs", mlps="frozen")]},
         "generality": {
             "classes": rows, "leave_one_out": rows[:2], "interaction": {"why": "one class"}, "controls": controls(),
             "rule": {"ratio": span(0.0, 0.1), "fitted": [span(2.0, term="one name")]}},
@@ -181,6 +182,7 @@ def test_another_threshold_is_another_verdict_and_another_sentence(tmp_path):
     before, after = (story.sentence(list(own.values()), found()) for own in (plain, strict))
     assert "layer 5 alone does most of that" in before[0] and "3.0 and 1.4 retrieve the class" in before[0]
     assert "layers 5 and 7 do that together" in after[0] and "MLPs at the tokens of each name" in after[0]
+    assert "the slice's own heads (5.3, together; the four tests of a single head are passed by 5.3)" in after[0]
     assert any(text.startswith("The evidence does not support that one layer is the aggregator") for text in after)
     assert not any("one layer is the aggregator" in text for text in before)
 
@@ -283,7 +285,7 @@ def test_too_few_quads_decide_nothing(tmp_path):
     what = found()
     what["sufficiency"]["joint"] = [few(0.99, quantity="recovery"), few(0.99, quantity="damage")]
     what["hydra"]["needed"] = [few(0.99, judges=True)]
-    what["retrieval_heads"]["deciding"] = []
+    what["retrieval_heads"]["two_stages"] = {"why": "its tests were not made, or rest on too few quads"}
     own = judged(tmp_path, what)
     assert {own[name].verdict for name in ("slice_necessary", "slice_sufficient", "retrieval_heads")} == {NOT_TESTABLE}
     assert own["slice_necessary"].reason == "0.99; too few quads: an interval needs 20 of a half"
@@ -365,12 +367,19 @@ def test_few_ledgers_support_a_claim_that_only_touches_its_threshold():
 
 def test_ranks_too_coarse_for_the_correction_decide_nothing(tmp_path):
     what = found()
-    what["retrieval_heads"]["deciding"] = [{"site": "2.1 at last", "p": 0.01, "low": 0.1, "estimate": 1.0}]
+    some = what["retrieval_heads"]["two_stages"] = {"estimate": 1, "p": 0.01, "smallest": 0.0}
     fine = judged(tmp_path, what)["retrieval_heads"]
     assert (fine.alone, fine.verdict) == (SUPPORTED, NOT_SUPPORTED)
-    what["retrieval_heads"]["deciding"][0]["smallest"] = 0.01
+    some["smallest"] = 0.01
     coarse = judged(tmp_path, what)["retrieval_heads"]
     assert (coarse.alone, coarse.verdict) == (SUPPORTED, NOT_TESTABLE) and "no p small enough" in coarse.reason
+    some |= {"p": 0.069, "smallest": 0.034}
+    alone = judged(tmp_path, what)["retrieval_heads"]
+    assert (alone.alone, alone.verdict) == (NOT_SUPPORTED, NOT_SUPPORTED), "a head passes, but not by a p below 0.05"
+    assert alone.reason == "1, p = 0.069; asked for: at least 1, with p below 0.05" and alone.p == 0.069
+    some["smallest"] = 0.06
+    open_ = judged(tmp_path, what)["retrieval_heads"]
+    assert (open_.alone, open_.verdict) == (NOT_TESTABLE, NOT_TESTABLE) and "no p small enough" in open_.reason
 
 
 def test_the_largest_of_several_pays_for_their_number():
@@ -378,13 +387,6 @@ def test_the_largest_of_several_pays_for_their_number():
     n = claims.Numbers(0.6, 0.5, 0.7, of=1)
     one, ten = (claims.p_value(claim, n._replace(of=count), 0.45, 0.95) for count in (1, 10))
     assert ten == pytest.approx(10 * one) and claims.p_value(claim, n._replace(of=10**6), 0.45, 0.95) == 1
-
-
-def test_some_site_passes_all_its_tests():
-    rows = [{"site": f"{name} at last", "p": p} for name, ps in (("a", (0.001, 0.01)), ("b", (0.5, 0.0))) for p in ps]
-    assert claims.p_of_some({"last": ["a"]}, rows) == pytest.approx(0.02)  # its worse test, times two sites
-    assert claims.p_of_some({"last": []}, rows) == 1
-    assert claims.p_of_some({"last": ["c"]}, [{"site": "c at last", "estimate": 1.0, "low": None}]) == 1
 
 
 @pytest.mark.parametrize(
@@ -679,15 +681,13 @@ def test_the_circuit_in_three_sentences_by_the_verdicts(tmp_path):
     )
     assert "little of the names' region" not in road
     what = found()
-    what["retrieval_heads"]["carried"][2:] = [
-        carried(value, senders, "k and v", "frozen") for senders, value in (("heads", 0.6), ("MLPs", 0.1))
+    what["retrieval_heads"]["written"] = [
+        span(value, senders=senders, mlps="frozen") for senders, value in (("heads", 0.6), ("MLPs", 0.1))
     ]
     assert story.outline(list(judged(tmp_path, what).values()), what)[0].startswith(
         "**At the names**: heads there (1.4"
     )
-    what["retrieval_heads"]["carried"][2:] = [
-        carried(0.1, senders, "k and v", "frozen") for senders in ("heads", "MLPs")
-    ]
+    what["retrieval_heads"]["written"] = [span(0.1, senders=senders, mlps="frozen") for senders in ("heads", "MLPs")]
     names = story.outline(list(judged(tmp_path, what).values()), what)[0]
     assert "it is not supported that MLPs there" in names and "(0.10 [0.05, 0.15]; asked for: lower end" in names
     what["sufficiency"]["joint"] = [few(0.99, quantity="recovery"), few(0.99, quantity="damage")]
@@ -696,9 +696,13 @@ def test_the_circuit_in_three_sentences_by_the_verdicts(tmp_path):
     assert "supported by itself, but not when all claims" in story.outline(alone, what)[0]
     assert "not testable here: the slice (5.3 and mlp 7) at the last token is enough" in road
     assert "bring the answer back (0.99; too few quads: an interval needs" in road
-    assert "tokens between (laid down in layers 4 and 5) (0.20 [" in road
+    assert "tokens between (laid down in layers 4 and 5), a share that overlaps with the next (0.20 [" in road
+    assert "at the names, at the last token and on the way to it, reaches them by their values (0.70 [" in road
     what["coarse_sweep"]["between"]["fills"] = []
-    assert "at the tokens between (0.20 [" in story.outline([*judged(tmp_path, what).values()], what)[1]
+    assert (
+        "at the tokens between, a share that overlaps with the next (0.20 ["
+        in story.outline([*judged(tmp_path, what).values()], what)[1]
+    )
     unable = [entry.model_copy(update={"estimate": None}) for entry in judged(tmp_path, what).values()]
     assert "not testable here is whether the slice (5.3 and mlp 7)" in story.outline(unable, what)[1]
 

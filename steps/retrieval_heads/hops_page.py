@@ -64,3 +64,17 @@ def sentences(shares: pd.DataFrame) -> list[str]:
                 f"{of_row(row)} of the gap (the largest of these estimates, picked and reported on the same pairs)."
             )
     return out
+
+
+def both_hops(shares: pd.DataFrame, everything: pd.DataFrame) -> list[str]:
+    """Why path patching at the names (`everything` that the slice reads there) finds more than the last token reads
+    there: it goes both ways."""
+    own = shares[shares["reader"] == SLICE].set_index("position")
+    if not len(everything) or "between" not in own.index:
+        return []
+    return [
+        f"The {of_row(everything.iloc[0])} that path patching at the names finds goes both ways. It replaces keys and "
+        "values there for every token that reads them: for the last token, which by itself reads "
+        f"{of_row(own.loc['names'])}, and for those before it, so that it counts the part that these heads lay down of "
+        f"the {of_row(own.loc['between'])} that the last token reads at `between`."
+    ]

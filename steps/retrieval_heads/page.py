@@ -37,7 +37,10 @@ UNITS = {
     "attends to the names": "share beyond even",
     "ablation of the path": "margin (logits)",
 }
-TESTS = tuple(UNITS)  # the second and third are one test: both must be passed
+TESTS = tuple(UNITS)
+# The four tests and their parts: a head writes the class that passes both parts of that test.
+FOUR = {"path": TESTS[:1], "writes the class": TESTS[1:3], "attends to the names": TESTS[3:4], TESTS[4]: TESTS[4:]}
+NUMBERED = {test: f"{number} {test}" for number, test in zip(("1", "2a", "2b", "3", "4"), TESTS, strict=True)}
 # By a rank among other heads of the nearest layers. Not the probe: most heads' outputs tell the class, so that a rank
 # among probes could never pick one out. It is a condition that a head must meet; the write and the path pick.
 RANKED = (TESTS[2], TESTS[4])
@@ -45,8 +48,11 @@ BESIDE = ("at the unembedding", "output tells the profession")  # beside them, w
 EMPTY = ["site", "component", "half", "estimate", "low", "high", "p", "quads"]
 READ = "k and v at names"  # what the slice's heads read
 CHANCE = "chance"
+PASSED = "passed of 4"
 PASSES = {"null": "ranked among", "smallest": "smallest p"}
 SUPPORTED, NOT_SUPPORTED, NOT_TESTABLE = "supported", "not supported", "not testable"
+NONE_READ = "the slice has no heads, or what they read at the names is not shown to carry anything"
+NOT_MADE = "its tests were not made, or rest on too few quads"
 CAPTIONS = {
     "groups": "What groups of senders carry of the gap to what the slice reads, other MLPs frozen and recomputed; "
     "confirmation half, 95% intervals over quads.",
@@ -65,6 +71,20 @@ def shares(records: pd.DataFrame, params: RetrievalHeads) -> pd.DataFrame:
     for (receivers, mlps), rows in own.groupby(["receivers", "mlps"], sort=False):
         parts.append(effects.curve(rows, params, ["site_set"]).assign(receivers=receivers, mlps=mlps))
     out = pd.concat(parts, ignore_index=True)
+    return out.assign(senders=[GROUPS[index] for index in out["site_set"]])
+
+
+def written(records: pd.DataFrame, receivers: str, params: RetrievalHeads) -> pd.DataFrame:
+    """What each set of senders carries of what these receivers are given, all that everything carries; confirmation
+    half, by MLP mode. A ratio of sums, with its interval over quads; no rows where everything carries nothing."""
+    own, parts = reported(records[records["receivers"] == receivers]), []
+    for mlps, rows in own.groupby("mlps", sort=False):
+        carried = quad_matrix(rows, "effect", ["site_set"], "sum")
+        whole = carried.values[:, carried.sites["site_set"] == GROUPS.index("everything")]
+        if effects.is_loss(whole[:, 0], params):
+            spans = effects.columns(stats.ratio_intervals(carried.values, whole, params))
+            parts.append(carried.sites.assign(**spans, receivers=receivers, mlps=mlps, quads=len(whole)))
+    out = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["site_set"])
     return out.assign(senders=[GROUPS[index] for index in out["site_set"]])
 
 
@@ -165,7 +185,7 @@ def ranks(estimates: pd.Series, family: Mapping[str, Sequence[str]]) -> pd.DataF
 
 
 def verdict(row: Mapping[str, Any], ranked: bool, family: int, params: RetrievalHeads) -> tuple[str, str]:
-    """The verdict of one test of one head, and why it cannot be tested (see `four_tests`)."""
+    """The verdict of one test of one head, and why it cannot be tested, or which half fails (see `four_tests`)."""
     alpha = 1 - params.level
     if pd.isna(row["estimate"]):
         return NOT_TESTABLE, "not measured: too few quads of a class, or nothing of the slice behind it"
@@ -173,8 +193,10 @@ def verdict(row: Mapping[str, Any], ranked: bool, family: int, params: Retrieval
         return NOT_TESTABLE, f"{row['quads']:g} quads, {stats.MINIMUM_CLUSTERS} needed"
     if ranked and row["smallest"] > alpha:
         return NOT_TESTABLE, f"ranked among {row['null']:g} heads, {needed(family, params.level)} needed"
-    passed = row["low"] > 0 and row["p"] <= alpha if ranked else row["passed"]
-    return (SUPPORTED if passed else NOT_SUPPORTED), ""
+    here = pd.notna(row["low"]) and row["low"] > 0 and row["p"] <= alpha
+    if here and not ranked and not row["passed"]:
+        return NOT_SUPPORTED, "not significant in the discovery half"
+    return (SUPPORTED if (here if ranked else row["passed"]) else NOT_SUPPORTED), ""
 
 
 def four_tests(
@@ -233,8 +255,8 @@ def passing(tests: pd.DataFrame, which: Sequence[str] = TESTS) -> dict[str, str]
 
 
 def passes(tests: pd.DataFrame) -> pd.DataFrame:
-    """Which head passes which test, a row for each head: "yes", "no", or why that cannot be tested; the size of the
-    null that its ranks are among, and the smallest p that they can give after the correction."""
+    """Which head passes which test, a row for each head: "yes", "no", or why that cannot be tested; how many of the
+    four; the size of the null that its ranks are among, and the smallest p that they can give after the correction."""
     own = tests[tests["test"].isin(TESTS)]
     said = {SUPPORTED: "yes", NOT_SUPPORTED: "no"}
     own = own.assign(
@@ -242,8 +264,16 @@ def passes(tests: pd.DataFrame) -> pd.DataFrame:
         said=own["verdict"].map(said).fillna(own["why"]),
     )
     wide = own.pivot_table(index="head", columns="test", values="said", aggfunc="first", sort=False)
-    ranked = own.groupby("head", sort=False)[["null", "smallest"]].max()
-    return wide.reindex(columns=list(TESTS)).join(ranked).rename(columns=PASSES).reset_index()
+    wide = wide.reindex(columns=list(TESTS)).rename(columns=NUMBERED)
+    both = [(wide[[NUMBERED[part] for part in parts]] == "yes").all(axis=1) for parts in FOUR.values()]
+    wide[PASSED] = pd.concat(both, axis=1).sum(axis=1)
+    ranked = own.groupby("head", sort=False)[["null", "smallest"]].max().astype({"null": "Int64", "smallest": float})
+    return wide.join(ranked).rename(columns=PASSES).reset_index()
+
+
+def leaders(table: pd.DataFrame) -> pd.DataFrame:
+    """The senders of largest discovery effect, in that order, with what the confirmation half gives."""
+    return reported(picked(table, 20))[["site", "estimate", "low", "high", "p"]]
 
 
 def edges_table(records: pd.DataFrame, params: RetrievalHeads) -> pd.DataFrame:
@@ -281,7 +311,8 @@ def probe_table(probes: pd.DataFrame, params: RetrievalHeads) -> pd.DataFrame:
 def shown_tests(tests: pd.DataFrame) -> pd.DataFrame:
     """The tests as the page shows them: a row for each head and test."""
     said = [interval(row.estimate, row.low, row.high) if pd.notna(row.estimate) else "" for row in tests.itertuples()]
-    out = tests.assign(head=tests["site"] + " at " + tests["role"], found=said)
+    out = tests.assign(head=tests["site"] + " at " + tests["role"], found=said, test=tests["test"].replace(NUMBERED))
+    out["p"] = tests["p"].map(lambda p: f"{p:.2g}" if pd.notna(p) else "")
     out["null heads"] = tests["null"].map(lambda size: f"{size:g}" if pd.notna(size) else "")
     out["verdict"] = out["verdict"] + tests["why"].map(lambda why: f" ({why})" if why else "")
     return out[["head", "test", "found", "p", "null heads", "smallest", "verdict"]].reset_index(drop=True)
@@ -354,9 +385,10 @@ def tests_figure(step: Step, m: Measured) -> Figure | None:
     """The four tests, where any head was put to them."""
     tests = tests_of(m, step.params)
     tests = tests[~tests["test"].isin(BESIDE)]
-    lines = {test: fill(test, 14) for test in TESTS}
+    lines = {test: fill(NUMBERED[test], 14) for test in TESTS}
+    whole = {part: test for test, parts in FOUR.items() for part in parts}
     about = {"site": tests["site"] + " at " + tests["role"], "test": tests["test"].map(lines)}
-    named = tests.assign(passed=tests["verdict"] == SUPPORTED, **about)
+    named = tests.assign(passed=tests["verdict"] == SUPPORTED, whole=tests["test"].map(whole), **about)
     return plots.four_tests(named, {lines[test]: unit for test, unit in UNITS.items()}) if len(tests) else None
 
 
@@ -384,6 +416,18 @@ def two_hop(step: Step, m: Measured) -> Figure:
 # --- sentences ---
 
 
+def edges_sentence(edges: pd.DataFrame) -> list[str]:
+    """That the edges of the two-hop path have no intervals, where there are too few quads."""
+    own = reported(edges) if len(edges) else edges
+    quads, pairs = (own[name].nunique() for name in ("quad_id", "pair_id"))
+    if not len(own) or quads >= stats.MINIMUM_CLUSTERS:
+        return []
+    return [
+        f"The two-hop path is followed edge by edge on {pairs} pairs ({quads} quads) of the confirmation half, too few "
+        f"for intervals ({stats.MINIMUM_CLUSTERS} quads needed): its edges are sizes, without a test."
+    ]
+
+
 def probe_sentences(table: pd.DataFrame, probes: pd.DataFrame) -> list[str]:
     """What the one-name prompts show, and how labels of several tokens were scored."""
     out = []
@@ -403,15 +447,36 @@ def probe_sentences(table: pd.DataFrame, probes: pd.DataFrame) -> list[str]:
 
 
 def share_of(table: pd.DataFrame, senders: str, receivers: str, mlps: str) -> str:
-    """One share of the gap with its interval, for a sentence."""
+    """One share with its interval, for a sentence."""
     own = table[(table["senders"] == senders) & (table["receivers"] == receivers) & (table["mlps"] == mlps)].iloc[0]
     return interval(own["estimate"], own["low"], own["high"])
 
 
-def route_sentences(table: pd.DataFrame, gap: stats.Interval, where: str) -> list[str]:
+def kinds(table: pd.DataFrame, where: str, mlps: str) -> str:
+    """The shares of MLPs, heads and the embedding."""
+    names = {"MLPs": "MLPs", "heads": "heads", "embedding": "the embedding"}
+    return listed(f"{name} {share_of(table, kind, where, mlps)}" for kind, name in names.items())
+
+
+def kinds_sentences(table: pd.DataFrame, parts: pd.DataFrame, where: str) -> list[str]:
+    """What each kind of sites wrote: as shares of what all carry together (`written`), and of the gap (`shares`)."""
+    out, given = [], "read there" if where == READ else "given there"
+    if {"frozen", "recomputed"} <= {*parts.get("mlps", ())}:
+        out.append(
+            f"Shares of what is {given} that are written directly (other MLPs frozen): "
+            f"{kinds(parts, where, 'frozen')}; with the MLPs that listen recomputed, "
+            f"{kinds(parts, where, 'recomputed')}. The latter overlap, for what heads and the embedding write reaches "
+            "the slice through MLPs, too."
+        )
+    return [
+        *out,
+        f"The same as shares of the whole gap between clean and corrupt: directly {kinds(table, where, 'frozen')}; "
+        f"with the MLPs that listen recomputed, {kinds(table, where, 'recomputed')}.",
+    ]
+
+
+def route_sentences(table: pd.DataFrame, parts: pd.DataFrame, gap: stats.Interval, where: str) -> list[str]:
     """What the slice is given, and which kinds of sites wrote it; `where`: `k and v at names`, or its MLPs' inputs."""
-    direct = {name: share_of(table, name, where, "frozen") for name in ("MLPs", "heads", "embedding")}
-    through = {name: share_of(table, name, where, "recomputed") for name in direct}
     every = share_of(table, "everything", where, "recomputed")
     whole = f"Replacing all that the slice's MLPs are given at the last token takes away {every} of the gap"
     if where == READ:
@@ -424,9 +489,7 @@ def route_sentences(table: pd.DataFrame, gap: stats.Interval, where: str) -> lis
     more = "less than" if gap.high is not None and gap.high < 0 else more
     return [
         f"{whole}.",
-        f"Directly (other MLPs frozen), the MLPs there carry {direct['MLPs']} of it, the heads {direct['heads']} and "
-        f"the embedding {direct['embedding']}; with the MLPs that listen recomputed, {through['MLPs']}, "
-        f"{through['heads']} and {through['embedding']}.",
+        *kinds_sentences(table, parts, where),
         f"Directly, the MLPs there carry {more if gap.low is not None else 'an effect that differs from'} the heads': "
         f"a difference of {interval(gap.estimate, gap.low, gap.high)} logits"
         + ("." if gap.low is not None else f", not testable ({gap.n} quads, {stats.MINIMUM_CLUSTERS} needed)."),
@@ -455,16 +518,38 @@ def ablation_sentences(m: Measured, params: RetrievalHeads) -> list[str]:
     return out
 
 
-def verdicts(tests: pd.DataFrame, m: Measured, reads: pd.Series | None, gap: stats.Interval) -> dict:
+def outside_of(tests: pd.DataFrame) -> pd.DataFrame:
+    """The tests of heads outside the slice."""
+    return tests[~tests["inside"].astype(bool) & tests["test"].isin(TESTS)]
+
+
+def any_head(tests: pd.DataFrame) -> dict[str, float]:
+    """Whether any head outside the slice passes all its tests: how many do; the p value of that, the smallest over them
+    of a head's largest, ranks uncorrected, times all heads put to the tests at all roles; and the smallest p that the
+    ranks could give."""
+    own = outside_of(tests)
+    p = own["alone"].astype(float).fillna(own["p"].astype(float)).fillna(1.0)
+    largest = p.groupby([own["site"], own["role"]]).max()
+    passed = [key for key, said in passing(own).items() if said == SUPPORTED]
+    smallest = (1 / (1 + own["null"].dropna().astype(float))).max() if len(own) else np.nan
+    return {
+        "estimate": len(passed),
+        "p": min([1.0, *(len(largest) * largest[key] for key in passed)]),
+        "smallest": 0.0 if np.isnan(smallest) else len(largest) * smallest,
+        "heads": len(largest),
+    }
+
+
+def verdicts(
+    tests: pd.DataFrame, m: Measured, reads: pd.Series | None, gap: stats.Interval, params: RetrievalHeads
+) -> dict:
     """The possible answers of the step, each true, false or None (not testable), with the heads concerned.
 
     `reads`: the share of the gap that the slice reads at the names, with its interval; `gap`: MLPs less heads there.
-    Where no head is a candidate, enough quads to find one decide that there is none.
+    Where no head is a candidate, enough quads to find one decide that there is none. The slice's own heads face the
+    same tests as the candidates.
     """
-    outside, inside = (
-        passing(tests[~tests["inside"].astype(bool)]),
-        passing(tests[tests["inside"].astype(bool)], TESTS[1:4]),
-    )
+    outside, inside = (passing(tests[tests["inside"].astype(bool) == own]) for own in (False, True))
     decided = NOT_TESTABLE not in outside.values() and all(
         m.heads[role] or m.routes[f"slice at {role}"]["quads"].min() >= stats.MINIMUM_CLUSTERS for role in m.heads
     )
@@ -472,12 +557,14 @@ def verdicts(tests: pd.DataFrame, m: Measured, reads: pd.Series | None, gap: sta
     for (site, role), said in outside.items():
         if said == SUPPORTED:
             heads.setdefault(role, []).append(site)
+    some, alpha = any_head(tests), 1 - params.level
+    could = some["smallest"] < alpha if heads else decided
     own = [site for (site, _), said in inside.items() if said == SUPPORTED]
     low = None if reads is None else reads["low"]
     unknown = low is None or pd.isna(low) or (not own and NOT_TESTABLE in inside.values())
     return {
         "retrieval_heads": heads,
-        "two_stages": True if heads else False if decided else None,
+        "two_stages": True if heads and some["p"] < alpha else False if could else None,
         "slice_heads_that_retrieve": own,
         "one_stage": None if unknown else bool(own) and bool(low > 0.5),
         "mlps_at_the_names": None if gap.low is None or reads is None else gap.low > 0,
@@ -487,34 +574,42 @@ def verdicts(tests: pd.DataFrame, m: Measured, reads: pd.Series | None, gap: sta
 def verdict_sentences(found: dict, tests: pd.DataFrame) -> list[str]:
     """The verdicts in words."""
     heads = [f"{listed(sites)} at `{role}`" for role, sites in found["retrieval_heads"].items()]
-    outside = tests[~tests["inside"].astype(bool)]
-    open_ones = [f"{site} at `{role}`" for (site, role), said in passing(outside).items() if said == NOT_TESTABLE]
-    asked = outside.groupby("role", sort=False)["site"].nunique().sum()
+    each, some = passing(outside_of(tests)), any_head(tests)
+    open_ones = [f"{site} at `{role}`" for (site, role), said in each.items() if said == NOT_TESTABLE]
+    inside = tests.loc[tests["inside"].astype(bool), "site"].nunique()
     answers = {True: SUPPORTED, False: NOT_SUPPORTED, None: f"{NOT_TESTABLE} here"}
     why = f"{NOT_TESTABLE} here (too few quads, or the slice has no heads)"
     more = {True: "so it is", False: "this is not shown", None: why}
+    p = f" (p = {some['p']:.2g} when corrected for all {some['heads']} heads of all roles)" * bool(heads)
     return [
-        f"Retrieval heads outside the slice, by all four tests: {listed(heads)}, of {asked} heads put to them"
+        f"Retrieval heads outside the slice, by all four tests: {listed(heads)}, of {some['heads']} heads put to them"
         + f" ({NOT_TESTABLE} at this size: {listed(open_ones)})" * bool(open_ones)
-        + f". Two stages, names to retrieval heads to slice: {answers[found['two_stages']]}.",
-        "Retrieval and aggregation are one stage, the slice's own heads reading the names and writing the class: "
-        f"{answers[found['one_stage']]}. Slice heads that attend to the names, tell the class, and write more of it "
-        f"than the heads that they are ranked among: {listed(found['slice_heads_that_retrieve'])}.",
+        + f". Two stages, names to retrieval heads to slice: {answers[found['two_stages']]}{p}.",
+        "Retrieval and aggregation are one stage, the slice's own heads together reading the names and writing the "
+        f"class: {answers[found['one_stage']]}. Heads of the slice that by themselves pass the same four tests: "
+        f"{listed(found['slice_heads_that_retrieve'])}, of {inside}.",
         "Directly, MLPs at the names write more of what the slice reads than heads there: "
         f"{more[found['mlps_at_the_names']]}. How much of it each writes, page 10 judges.",
     ]
 
 
-def deciding(found: Mapping[str, Any], tests: pd.DataFrame, senders: pd.DataFrame) -> list[dict]:
-    """The tests that decide whether heads outside the slice retrieve, ranks uncorrected: nothing where that is not
-    testable, the leading sender where no head was put to the tests."""
-    if found["two_stages"] is None:
-        return []
-    own = tests[~tests["inside"].astype(bool) & tests["test"].isin(TESTS)]
-    own = own.assign(p=own["alone"].fillna(own["p"]), smallest=1 / (1 + own["null"].astype(float)))
-    own = own.assign(site=own["site"] + " at " + own["role"])
-    rows = own if len(own) else senders.head(1).assign(smallest=np.nan)
-    return rows[["site", "estimate", "low", "p", "smallest"]].to_dict("records")
+def heads_tests(tests: pd.DataFrame) -> str:
+    """Which of the four tests each head passes."""
+    by_test = {test: passing(tests, parts) for test, parts in FOUR.items()}
+    out = []
+    for site, role in dict.fromkeys(zip(tests["site"], tests["role"], strict=True)):
+        held = [test for test, said in by_test.items() if said[site, role] == SUPPORTED]
+        out.append(f"{site} {'all four' if len(held) == len(FOUR) else listed(held)}")
+    return "; ".join(out)
+
+
+def passed_by(tests: pd.DataFrame, test: str) -> str:
+    """How many heads pass one of the four tests; of one of two parts, also each part."""
+    parts = FOUR.get(test, (test,))
+    said = [*passing(tests, parts).values()]
+    words = [passed_by(tests, part) for part in parts] if len(parts) > 1 else []
+    words += [f"{said.count(NOT_TESTABLE)} {NOT_TESTABLE}"] * (NOT_TESTABLE in said)
+    return f"{test} {said.count(SUPPORTED)}" + f" ({', '.join(words)})" * bool(words)
 
 
 def test_sentences(tests: pd.DataFrame) -> list[str]:
@@ -525,14 +620,15 @@ def test_sentences(tests: pd.DataFrame) -> list[str]:
         count = own.groupby(["site", "role"]).ngroups
         if not count:
             continue
-        held = own[own["verdict"] == SUPPORTED].groupby("test").size().reindex(TESTS, fill_value=0)
-        unclear = own[own["verdict"] == NOT_TESTABLE].groupby("test").size().reindex(TESTS, fill_value=0)
-        each = [f"{test} {held[test]}" + f" ({unclear[test]} {NOT_TESTABLE})" * bool(unclear[test]) for test in TESTS]
-        out.append(f"Heads {words} that pass each test, of {count}: {listed(each)}.")
-        if len(null := own["null"].dropna()):
+        each = [passed_by(own, test) for test in FOUR]
+        which = f" Passed by each: {heads_tests(own)}." * inside
+        out.append(f"Heads {words} that pass each test, of {count}: {listed(each)}.{which}")
+        if len(null := own["null"].dropna().astype(int)):
+            least, most, family = null.min(), null.max(), "of the slice" if inside else "of a role"
             out.append(
-                f"Each of these is ranked among {null.min():g} to {null.max():g} other heads; the smallest p that a "
-                f"rank can give, after Holm's correction, is {own['smallest'].max():.2g}."
+                f"Each of these is ranked among {least}{f' to {most}' * bool(most > least)} other heads; the smallest "
+                f"p that a rank can give, after Holm's correction over the heads {family}, is "
+                f"{own['smallest'].max():.2g}."
             )
     return out
 
@@ -586,39 +682,43 @@ def attention_sentence(looks: Mapping[str, pd.DataFrame], slice_sites: Sequence[
 
 def findings(step: Step, m: Measured) -> dict[str, Any]:
     """The findings of step 06."""
-    p, keep = step.params, ["site", "estimate", "low", "high", "p"]
+    p = step.params
     where = READ if heads_of(m.slice_sites) else m.groups["receivers"].iloc[0]
-    carried, more = shares(m.groups, p), direct_difference(m, where, p)
-    tests = tests_of(m, p)
+    carried, more, parts = shares(m.groups, p), direct_difference(m, where, p), written(m.groups, where, p)
+    tests, hops = tests_of(m, p), hops_page.shares(m.hops, p)
     everything = carried[(carried["senders"] == "everything") & (carried["receivers"] == READ)]
     roles, between = list(m.heads), m.routes.get("slice at between")
-    found = verdicts(tests, m, everything.iloc[0] if len(everything) else None, more)
+    found = verdicts(tests, m, everything.iloc[0] if len(everything) else None, more, p)
     why = "what the slice reads at the names, or its heads' tests, rest on too few quads, or it has no heads"
-    conclusions, routed = verdict_sentences(found, tests), route_sentences(carried, more, where)
+    conclusions, routed = verdict_sentences(found, tests), route_sentences(carried, parts, more, where)
     sentences = [
         *probe_sentences(probe_table(m.probes, p), m.probes),
         *(senders_sentence(m.routes[f"slice at {role}"], role, p) for role in roles),
         *routed,
-        *hops_page.sentences(hops_page.shares(m.hops, p)),
+        *hops_page.sentences(hops),
+        *hops_page.both_hops(hops, everything),
         *([senders_sentence(between, "between", p)] if between is not None else []),
         *(probe_sentence(m, role, p) for role in roles),
         *([attention_sentence(looks_of(m, p), m.slice_sites)] if "names" in roles else []),
         *ablation_sentences(m, p),
         *test_sentences(tests),
+        *edges_sentence(m.edges),
         *conclusions,
     ]
-    senders = {role: reported(table)[keep].nlargest(20, "estimate") for role, table in m.routes.items()}
     findings = {
         "model": about_model(step),
         "task": p.task,
         "able": True,
         "verdicts": found,
         "carried": carried.to_dict("records"),
-        "hops": hops_page.shares(m.hops, p).to_dict("records"),
+        "written": parts.to_dict("records") if where == READ and len(parts) else {"why": NONE_READ},
+        "hops": hops.to_dict("records"),
         "tests": tests.to_dict("records"),
-        "deciding": deciding(found, tests, senders[f"slice at {roles[0]}"]),
+        "two_stages": {"why": NOT_MADE}
+        if found["two_stages"] is None and not found["retrieval_heads"]
+        else any_head(tests),
         "one_stage": {"why": why} if found["one_stage"] is None else everything.iloc[0].to_dict(),
-        "senders": {role: table.to_dict("records") for role, table in senders.items()},
+        "senders": {role: leaders(table).to_dict("records") for role, table in m.routes.items()},
         "sentences": sentences,
         "headline": [routed[0], *conclusions],
     }

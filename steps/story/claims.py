@@ -19,7 +19,7 @@ import difflib
 import inspect
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -47,7 +47,7 @@ TIERS = {
     HALF: "set before results were seen, measured on the half that had no say in what was picked",
     EXPLORATORY: "set when results on the same people, or others' on the same model, had been seen",
 }
-DECIDING = ("at", "leaves", "p_of_some", "numbers_of", "decided", "p_value", "equivalence", "ledger")
+DECIDING = ("at", "leaves", "numbers_of", "decided", "p_value", "equivalence", "ledger")
 POWER = 0.8  # that a number of quads is worked out for
 
 
@@ -86,7 +86,7 @@ RULES = {
         "whole interval within {t} of {c:g}", ("low", "high"), lambda n, t, c: c - t < n.low and n.high < c + t
     ),
     "p": Rule("p below {t}", ("p",), lambda n, t, c: n.p < t),
-    "count": Rule("at least {t}", ("estimate",), lambda n, t, c: n.estimate >= t),
+    "count": Rule("at least {t}, with p below {p:g}", ("estimate", "p"), lambda n, t, c: n.estimate >= t),
     "most": Rule("at most {t}", ("estimate",), lambda n, t, c: n.estimate <= t),
     "own": Rule("the step's own test, with a margin of {t}, meets what was expected", ("met",), lambda n, t, c: n.met),
 }
@@ -119,11 +119,10 @@ class Claim(Strict):
     figure: str
     rows: tuple[str, str] | None
     threshold_from: str | None = None
-    pick: Literal["first", "largest", "weakest", "count"] = "first"
+    pick: Literal["first", "largest", "weakest"] = "first"
     columns: tuple[str | None, str | None, str | None] = ("estimate", "low", "high")
     p: str | None = None
     centre: float = 0.0
-    tests: str | None = None
     requires: tuple[str, str] | None = None
     excludes: tuple[str, str] | None = None
     companion: str | None = None
@@ -262,18 +261,6 @@ def at(found: Mapping[str, Any], path: str, params: Shared) -> Any:
     return value
 
 
-def p_of_some(passing: Mapping[str, Sequence[str]], tests: Sequence[Mapping[str, Any]]) -> float:
-    """p of "some site passes all its tests": the smallest over sites of their largest p, times the sites tried."""
-    largest: dict[str, float] = {}
-    for row in tests:
-        p = row.get("p")
-        if p is None:
-            p = 1.0 if row["low"] is None else p_of_interval(row["estimate"], row["low"], 0.0, True)
-        largest[row["site"]] = max(p, largest.get(row["site"], 0.0))
-    passed = [f"{site} at {role}" for role, sites in passing.items() for site in sites]
-    return min([1.0, *(len(largest) * largest[site] for site in passed if site in largest)])
-
-
 def leaves(value: Any) -> Iterator[Any]:
     """What a list, or a mapping, of lists holds."""
     for item in value.values() if isinstance(value, Mapping) else value or ():
@@ -284,13 +271,6 @@ def numbers_of(claim: Claim, found: Mapping[str, Any], params: Shared) -> Number
     """The numbers under a claim, from the findings of its step; `why` where there are none to judge."""
     try:
         value = at(found, claim.path, params)
-        if claim.pick == "count":
-            tests = at(found, claim.tests, params) if claim.tests else ()
-            if claim.tests and not any(row["low"] is not None for row in tests):
-                return Numbers(why="its tests were not made, or rest on too few quads")
-            least = [row["smallest"] for row in tests if row.get("smallest")]
-            least = max(least, default=0.0) * len({row["site"] for row in tests})
-            return Numbers(estimate=len(list(leaves(value))), p=p_of_some(value, tests), least=least)
         rows = [row for row in (value if isinstance(value, list) else [value]) if row is not None]
         if not rows:
             return Numbers(why="the step has no such numbers here")
@@ -298,6 +278,7 @@ def numbers_of(claim: Claim, found: Mapping[str, Any], params: Shared) -> Number
             return Numbers(why=rows[0]["why"])
         columns = dict(zip(("estimate", "low", "high"), claim.columns, strict=True)) | {"p": claim.p}
         columns |= {"met": "met", "verdict": "verdict", "power": "power"} if claim.rule == "own" else {}
+        columns |= {"least": "smallest"} if claim.rule == "count" else {}
         read = [Numbers(**{name: row[column] for name, column in columns.items() if column}) for row in rows]
         read = [
             n._replace(quads=row["n"]) if {"n", "level"} <= row.keys() else n for n, row in zip(read, rows, strict=True)
@@ -397,7 +378,8 @@ def judge(
     else:
         n = numbers_of(claim, found, params)
         verdict, reason = decided(claim, n, found, threshold, params)
-    asked = rule.asked.format(t=held_by if threshold is None else f"{threshold:g}", c=claim.centre)
+    told = {"c": claim.centre, "p": 1 - params.level}
+    asked = rule.asked.format(t=held_by if threshold is None else f"{threshold:g}", **told)
     there, rows = verdict in (SUPPORTED, NOT_SUPPORTED), None
     if there and claim.rows:
         rows = Rows(file=f"{claim.rows[0]}.parquet", filter=claim.rows[1].format(**params.model_dump()))
@@ -463,8 +445,9 @@ def decided(
     elif claim.rule == "p":
         value = "; ".join(filter(None, (value, f"p = {n.p:.2g}")))
     elif claim.rule == "count":
-        value = f"{n.estimate:g}"
-    reason = f"{value}; asked for: {rule.asked.format(t=f'{threshold:g}', c=claim.centre)}"
+        value = f"{n.estimate:g}, p = {n.p:.2g}"
+    alpha = 1 - params.level
+    reason = f"{value}; asked for: {rule.asked.format(t=f'{threshold:g}', c=claim.centre, p=alpha)}"
     if not rule.holds(n, threshold, claim.centre):
         unsure = claim.rule == "within" and n.low < claim.centre + threshold and n.high > claim.centre - threshold
         if unsure and n.high - n.low > 2 * threshold:
@@ -473,7 +456,10 @@ def decided(
                 f"{reason}; an interval this wide could not lie there, wherever its middle: were the truth "
                 f"{claim.centre:g}, {times:.2g} times as many quads would show it, four times in five"
             )
-        return NOT_SUPPORTED, reason + shortfall(claim, n, threshold, 1 - params.level)
+        return NOT_SUPPORTED, reason + shortfall(claim, n, threshold, alpha)
+    if claim.rule == "count" and not n.p < alpha:
+        coarse = "; its ranks among other heads could give no p small enough"
+        return (NOT_TESTABLE, reason + coarse) if n.least >= alpha else (NOT_SUPPORTED, reason)
     for condition, good in ((claim.requires, True), (claim.excludes, False)):
         if condition and any(leaves([at(found, condition[0], params)])) != good:
             return NOT_SUPPORTED, f"{reason}; {condition[1]}"

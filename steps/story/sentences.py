@@ -75,7 +75,8 @@ def by_parts(parts: Sequence[Mapping[str, Any]]) -> str:
 
 
 def leading(retrieval: Mapping[str, Any], start: str) -> list[str]:
-    """The senders at the names of largest path effect into the slice, of one kind: those above zero, if any is."""
+    """The senders at the names of largest path effect into the slice on the discovery half, in which order step 06 has
+    them, of one kind: those above zero on the other half, if any is."""
     rows = [row for row in retrieval.get("senders", {}).get("slice at names", ()) if re.match(start, row["site"])]
     shown = [row for row in rows if row["low"] is not None and row["low"] > 0]
     return [row["site"] for row in (shown or rows)[:LEADING]]
