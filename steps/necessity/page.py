@@ -162,9 +162,9 @@ def mirror_sentence(step: Step, m: Measured) -> str:
     """Why counterfactual values do not judge necessity, and which ablation does."""
     seen = (step.find("coarse_sweep") or {}).get("mirror")
     number = (
-        f" (over {seen['quads']} quads the two effects of the residual stream at `last` after layer {seen['layer']} "
-        f"correlate at {seen['correlation']:.2f})"
-        if seen and seen["correlation"] is not None
+        f" (in {seen['pairs']} pairs whose mirror was swept, too, the two effects of the residual stream at `last` "
+        f"after layer {seen['layer']} correlate at {seen['correlation']:.2f})"
+        if seen and seen["correlation"] is not None and "pairs" in seen
         else ""
     )
     judged = (
