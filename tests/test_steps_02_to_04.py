@@ -877,8 +877,8 @@ def test_what_step_03_says(tmp_path):
     assert "mlp 0 (3.00 [3.00, 3.00]), 0.1 (2.00 [2.00, 2.00]), 0.0 (1.00" in said[1]
     assert said[3] == (
         "`counterfactual` noise in a pair is denoise in its mirror pair (in 20 pairs whose mirror was swept, too, the "
-        "two effects of the residual stream at `last` after layer 0 correlate at 0.97); no class-neutral ablation could "
-        "be run in both halves, so necessity is not judged here: what follows is about `zero`."
+        "two effects of the residual stream at `last` after layer 0 correlate at 0.97); no class-neutral ablation "
+        "could be run in both halves, so necessity is not judged here: what follows is about `zero`."
     )
     assert said[4].startswith(
         "The ceiling of each ablation, what it does to the whole residual stream of the last layer at `last`, is 0.75 "

@@ -174,7 +174,7 @@ def budget_curves(table: pd.DataFrame) -> Figure:
             axes.set_xticks(list(order.values()), [str(k) for k in order])
         axes.set_xlabel("features, neurons or directions patched together")
         plots.shared_ylabel(figure, "share of the whole site's effect")
-        plots.add_legend(figure, panels[0][0])
+        plots.add_legend(figure)
     return figure
 
 

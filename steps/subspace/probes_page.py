@@ -289,7 +289,7 @@ def rank_figure(n: Numbers) -> Figure:
         axes.set_xticks(every, [str(rank) for rank in every])
         axes.set_xticks([], minor=True)
         axes.set_xlabel("rank of the probe")
-        add_legend(figure, panels[0])
+        add_legend(figure)
     return figure
 
 
