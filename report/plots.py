@@ -459,7 +459,15 @@ def add_legend(figure: Figure) -> None:
             named.setdefault(text, handle)
     named.pop("", None)
     if named:
-        figure.legend(named.values(), named, loc="outside upper left", ncols=min(len(named), 6))
+        figure.legend(named.values(), named, loc="outside upper left", ncols=legend_columns(list(named)))
+
+
+def legend_columns(names: Sequence[str], width: int = 90) -> int:
+    """As many columns, six at most, as a legend of these names has room for across the page (in letters)."""
+    for columns in range(min(len(names), 6), 1, -1):
+        if sum(5 + max(map(len, own)) for own in np.array_split(names, columns)) <= width:
+            return columns
+    return 1
 
 
 def halves(sites: pd.DataFrame) -> Figure | None:

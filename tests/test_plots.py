@@ -41,6 +41,12 @@ def test_layer_curve():
     assert figure.get_supylabel() == "recovery (share)" and figure.axes[1].get_xlabel() == "layer"
 
 
+def test_a_legend_has_as_many_columns_as_there_is_room_for():
+    assert plots.legend_columns(["denoise", "noise"]) == 2 and plots.legend_columns(["x"] * 7) == 6
+    assert plots.legend_columns(["x" * 20] * 5) == 3, "25 letters each, in 90"
+    assert plots.legend_columns(["x" * 99] * 2) == 1
+
+
 def test_heat_map_is_centred_at_zero_and_marks_cells():
     matrix = np.array([[0.1, -0.4, np.nan], [0.2, 0.0, 0.3]])
     figure = plots.heat_map(

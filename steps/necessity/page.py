@@ -142,7 +142,8 @@ def ceiling_sentences(step: Step, m: Measured) -> tuple[dict[str, str], dict[str
     told["ceiling"] = (
         "The ceiling of each ablation, what it does to the whole residual stream of the last layer at `last`, is "
         + listed(f"{limit} under `{kind}`" for kind, limit in limits.items())
-        + " of the gap between clean and corrupt."
+        + " of the gap between clean and corrupt. It is no bound: a part can take away more, where "
+        "the rest stands against it."
     )
     there = [kind for kind in m.sites if kind in {*shares["ablation"]}]
     if there:
