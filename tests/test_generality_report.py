@@ -278,7 +278,11 @@ def test_a_class_is_specific_or_not_by_its_own_two_shares():
     assert f"of that gap on average over 2 sets (one by one 0.000 [0.000, 0.000] and {whole:.3f} [" in text
     every = next(rows[(rows["set"] == placebo.RANDOM) & (rows["group"] == "all pairs")].itertuples())
     assert f"divided by their share of the superset gap: {placebo_page.quotient(every)}." in text
-    shown = placebo_page.table(rows)
+    params = PARAMS.model_copy(update={"specific_ratio": 0.5})
+    shown = placebo_page.table(rows, params)
+    assert shown["placebo less 0.5 x superset"].tolist() == [
+        placebo_page.of(row, "beyond") for row in rows.itertuples()
+    ]
     cells = shown[(shown["patched"] == placebo.RANDOM) & (shown["pairs of"] == "all pairs")].iloc[0]
     assert cells["placebo over superset"] == placebo_page.quotient(every) and cells["verdict"] == "not decided"
     assert len(shown) == len(rows) and not shown.isna().any(axis=None) and placebo_page.figure(rows) is not None

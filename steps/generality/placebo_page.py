@@ -70,8 +70,8 @@ def figure(rows: pd.DataFrame) -> Figure | None:
     return plots.forest(both.assign(kind=both["attribute"] + ", " + both["template"]), "recovery (share of the gap)")
 
 
-def table(rows: pd.DataFrame) -> pd.DataFrame | Markdown:
-    """Every set's two shares, their quotient and the verdict."""
+def table(rows: pd.DataFrame, params: Shared) -> pd.DataFrame | Markdown:
+    """Every set's two shares, their quotient, what the verdict goes by, and the verdict."""
     if rows.empty:
         return Markdown(NONE)
     columns = {
@@ -82,6 +82,7 @@ def table(rows: pd.DataFrame) -> pd.DataFrame | Markdown:
         "share of the superset gap": [of_row(row) for row in rows.itertuples()],
         "share of the placebo gap": [of(row, "placebo") for row in rows.itertuples()],
         "placebo over superset": [quotient(row) for row in rows.itertuples()],
+        f"placebo less {params.specific_ratio:g} x superset": [of(row, "beyond") for row in rows.itertuples()],
         "verdict": rows["verdict"].map(VERDICTS).fillna(FEW),
         "quads": [f"{row.quads}, {row.placebo_quads}" for row in rows.itertuples()],
     }
