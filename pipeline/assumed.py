@@ -104,16 +104,16 @@ class Case:
     # --- tables ---
 
     def swept(self, units: Sequence[Unit], pool: Sequence[Pair] | None = None) -> Work:
-        """A table of `sweep_units` units and the step's proofs; `pool` lends means and resamples."""
+        """A table of `sweep_units` units; `pool` lends means and resamples."""
         each = [sweep_unit(self.shape, unit.pairs, unit.options, self.machine) for unit in units]
         of_row = [LABELLED if unit.pairs[0].label_tokens else SHORT for unit in units]
         size = sum(count * one.rows for count, one in zip(of_row, each, strict=True))
-        return total([*each, self.pool(units, pool), costs.proofs(self.shape, self.pairs[0]), Work(table=size)])
+        return total([*each, self.pool(units, pool), Work(table=size)])
 
     def pathed(self, units: Sequence[Unit]) -> Work:
         each = [path_unit(self.shape, unit.pairs, unit.options, self.machine) for unit in units]
         size = sum(one.rows for one in each) * (LABELLED + 15)
-        return total([*each, self.pool(units, self.pairs), costs.proofs(self.shape, self.pairs[0]), Work(table=size)])
+        return total([*each, self.pool(units, self.pairs), Work(table=size)])
 
     def pool(self, units: Sequence[Unit], pool: Sequence[Pair] | None) -> Work:
         """Each group that is lent means or resamples has its prompts run once, for each plan that comes to it."""

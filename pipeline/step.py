@@ -217,20 +217,23 @@ class Step:
             kept[name] = make()
         return kept[name]
 
-    def sweeper(self, pairs: Sequence[Pair], run: Callable | None = None) -> Callable[[Unit], pd.DataFrame]:
-        """What computes units of `sweep_units`, or of what else `run` sweeps; means and resamples come from `pairs`.
+    def prove(self, pair: Pair) -> list[str]:
+        """The two proofs that patching does what it says, the identity patch and the whole-residual patch: once in a
+        sitting, by whichever table comes first. Their lines for the log; none where they have been made."""
+        from lib import sweep
 
-        The first unit of a sitting also makes the step's two proofs, the identity patch and the whole-residual patch;
-        their numbers go into the log.
-        """
+        before = "proofs" in self.__dict__.get("kept", {})
+        lines = self.shared("proofs", lambda: sweep.prove(self.model, pair))
+        return [] if before else lines
+
+    def sweeper(self, pairs: Sequence[Pair], run: Callable | None = None) -> Callable[[Unit], pd.DataFrame]:
+        """What computes units of `sweep_units`, or of what else `run` sweeps; means and resamples come from `pairs`."""
         pools: dict = {}
-        proofs: list[str] = []
 
         def compute(unit: Unit) -> pd.DataFrame:
             from lib import sweep
 
-            own = [] if proofs else sweep.prove(self.model, pairs[0])
-            proofs.extend(own)
+            own = self.prove(pairs[0])
             where = {"memory": self.memory, "seed": self.params.seed, "profile": self.params.profile}
             frame = (run or sweep.run)(self.model, unit.pairs, pool=pairs, pools=pools, **where, **unit.options)
             frame.attrs["log"] = own + frame.attrs["log"]

@@ -26,7 +26,7 @@ from typing import Any
 
 from lib import models, weights
 from lib.weights import Shape
-from pipeline import assumed, keys, machine, params, rates
+from pipeline import assumed, costs, keys, machine, params, rates
 from pipeline.costs import Machine
 from pipeline.params import Shared
 from pipeline.rates import PROVING, READING, seconds
@@ -50,12 +50,14 @@ def step_plan(
     step: str, given: Mapping[str, Any], shape: Shape, place: Machine, rates: Mapping[str, float], against: bool
 ) -> dict:
     """One step of the plan, as the JSON has it: its declared tables, counted on stand-ins."""
-    case, tables, rows = assumed.case_of(PLAN, step, given, shape, place), [], 0.0
+    case, tables, rows, proved = assumed.case_of(PLAN, step, given, shape, place), [], 0.0, False
     p = case.params
     taken = measured(step, p) if against else {}
     for table, *chosen in PLAN[step].assumed(case):
         units = table.units(case, *chosen)
         name, work = table.name, table.cost(case, units, *chosen)
+        if not proved and work.grown:  # the first table that patches makes the step's proofs
+            work, proved = work + costs.proofs(shape, case.pairs[0]), True
         load = 0.0 if tables else PROVING + weights.weight_gb(shape, p.dtype) / rates.get("reading", READING)
         rows += work.rows
         own = {"table": name, "units": len(units), "passes": round(work.passes), "operations": work.operations}

@@ -63,7 +63,7 @@ def found():
                          "critical_layers": [5, 7], "measured": coarse | {"layer": 5}},
         "sufficiency": {
             "joint": [span(0.8, quantity="recovery"), span(0.9, quantity="damage")], "restoring": [],
-            "slice_restores": {"share": 0.9, "restores": True},
+            "slice_restores": {"share": 0.9, "restores": True}, "measured": {"beyond_random": True},
             "specific": [{"attribute": "region", "choice": "kept", "direction": "denoise", "quotient_estimate": 0.8,
                           "quotient_low": 0.7, "quotient_high": 0.9}],
             "sites": [{"component": kind, "ratio": ratio, "ratio_low": ratio - 0.01, "ratio_high": ratio + 0.01}
@@ -104,7 +104,7 @@ def found():
         }, "neurons": {"shares": [span(value, quantity="damage", kind="helping", n_sites=n) for n, value in
                                            ((1, 0.1), (10, 0.3))]}},
         "story": {
-            "circuit": {"sites": ["5.3"], "faithfulness": span(0.9), "necessity": span(0.1),
+            "circuit": {"sites": ["5.3"], "size": 1, "faithfulness": span(0.9), "necessity": span(0.1),
                         "incompleteness": span(0.1),
                         "areas": [{"order": name, **span(0.5), "minus_estimate": 0.2, "minus_low": low,
                                    "minus_high": 0.3} for name, low in (("random", 0.1), ("recovery", -0.1))],
@@ -112,7 +112,7 @@ def found():
             "attribution": {"methods": [span(value, nodes=nodes, method=method) for nodes, method, value in
                                         (("sites", "atp", 0.9), ("queries", "atp", 0.3), ("queries", "atp_qk", 0.8))]},
             "overlap": {"why": "published for another model"},
-            "everywhere": {"size": 2, "nodes": 20, "faithfulness": span(0.7), "roles": [
+            "everywhere": {"size": 2, "nodes": 20, "judged": span(0.7), "roles": [
                 {"role": "names", "nodes": 1, "of": 5}, {"role": "last", "nodes": 1, "of": 5}]}},
     }  # fmt: skip
 
@@ -349,9 +349,9 @@ def test_verdicts_hold_for_all_tested_claims_together(tmp_path):
     assert all(entry.p is not None and entry.check is None for entry in tested)
     said = story.tally(list(own.values()))
     checks = [entry for entry in own.values() if entry.check]
-    assert f"corrected for the {len(tested)} that were tested" in said and f"{len(checks)} checks, which" in said
+    assert f"corrected for the {len(tested)} that have a p value" in said and f"{len(checks)} checks, from" in said
     counted = sum(entry.verdict == SUPPORTED for entry in own.values() if not entry.check)
-    assert f"tested: {counted} supported" in said and f"(each alone: {counted + 1} supported" in said
+    assert f"p value: {counted} supported" in said and f"(each alone: {counted + 1} supported" in said
 
 
 def test_few_ledgers_support_a_claim_that_only_touches_its_threshold():
@@ -667,8 +667,11 @@ def test_the_circuit_in_three_sentences_by_the_verdicts(tmp_path):
         names.startswith("**At the names**: MLPs there (mlp 0 and mlp 2 lead) write") and "(0.60 [0.55, 0.65])" in names
     )
     assert "heads there" not in names  # of two that answer one question, the one that is supported speaks
-    assert "the slice (5.3 and mlp 7) at the last token is enough to bring the answer back (0.80 [0.75, 0.85])" in road
-    assert "all else there is resampled: 5.3" in after
+    assert (
+        "the slice (5.3 and mlp 7) at the last token, put into the other prompt's run, brings the answer back (0.80 ["
+        in road
+    )
+    assert "at the last token 1 sites that were searched for keep most of logit_diff" in after
     assert (
         "2 of 20 (1 at the names and 1 at the last token) keep most of it when all else is resampled at every" in after
     )
@@ -694,8 +697,8 @@ def test_the_circuit_in_three_sentences_by_the_verdicts(tmp_path):
     road = story.outline(list(judged(tmp_path, what).values()), what)[1]
     alone = [entry.model_copy(update={"alone": SUPPORTED}) for entry in judged(tmp_path, what).values()]
     assert "supported by itself, but not when all claims" in story.outline(alone, what)[0]
-    assert "not testable here: the slice (5.3 and mlp 7) at the last token is enough" in road
-    assert "bring the answer back (0.99; too few quads: an interval needs" in road
+    assert "not testable here: the slice (5.3 and mlp 7) at the last token, put" in road
+    assert "brings the answer back (0.99; too few quads: an interval needs" in road
     assert "tokens between (laid down in layers 4 and 5) (0.20 [" in road
     what["coarse_sweep"]["between"]["fills"] = []
     assert "at the tokens between (0.20 [" in story.outline([*judged(tmp_path, what).values()], what)[1]
@@ -705,8 +708,8 @@ def test_the_circuit_in_three_sentences_by_the_verdicts(tmp_path):
 
 def test_what_leads_the_report_follows_the_verdicts(tmp_path):
     entries = list(judged(tmp_path).values())
-    said, refused = story.answer(entries, found()), story.not_so(entries)
-    assert said.startswith("2 heads and MLPs at the last token are enough") and "attribute read-out" in said
+    said, refused = story.answer(entries, found()), story.not_so(entries, found())
+    assert said.startswith("Put into the run of other names, 2 heads and MLPs at") and "attribute read-out" in said
     assert refused.startswith("Not supported: the slice is about supersets and not about whatever the names differ in;")
     assert "Not testable" not in refused and "one layer is the aggregator" not in refused  # that one is supported
 
@@ -722,9 +725,42 @@ def test_what_leads_the_report_follows_the_verdicts(tmp_path):
     what["sufficiency"]["joint"][1] = few(0.9, quantity="damage")
     assert story.answer(list(judged(tmp_path, what).values()), what).startswith("It is not shown here that a few heads")
     alone = [entry.model_copy(update={"verdict": SUPPORTED}) for entry in entries]
-    assert story.not_so(alone) == ""
+    assert story.not_so(alone, found()) == ""
+    kept = found()
+    kept["story"]["everywhere"]["sets"] = {"slice": {"there": span(0.5), "alone": span(0.0)}}
+    assert "at the last token resampled it keeps 0.50 [0.45, 0.55]" in story.not_so(alone, kept)
     nearly = [entry.model_copy(update={"alone": SUPPORTED}) for entry in entries]
-    assert story.not_so(nearly).startswith("Supported by themselves, but not among all claims: the slice is about")
+    assert story.not_so(nearly, found()).startswith(
+        "Supported by themselves, but not among all claims: the slice is about"
+    )
+
+
+def test_a_read_out_carries_more_of_the_other_attribute_than_random_heads_do(tmp_path):
+    what = found()
+    what["sufficiency"]["measured"] = {"beyond_random": False}
+    entry = judged(tmp_path, what)["slice_general"]
+    assert entry.verdict == NOT_SUPPORTED and "random heads" in entry.reason
+
+    def beyond(own, random):
+        rows = [{"set": name, "group": "all pairs", "attribute": "region", "template": "profession_both"} | ends
+                for name, ends in (("the slice", own), ("random heads", random))]  # fmt: skip
+        step = SimpleNamespace(params=SimpleNamespace(template="profession_both"), find=lambda name: {"specific": rows})
+        return story.beyond_random(step, {})["beyond_random"]
+
+    low, high = ({"placebo_low": at, "placebo_high": at + 0.1} for at in (0.0, 0.5))
+    assert beyond(high, low) and not beyond(low, high) and not beyond(high, {"placebo_low": None, "placebo_high": None})
+
+
+def test_class_and_region_in_directions_of_their_own_are_said_where_that_is_shown():
+    row = {"method": "class difference", "attribute": "region", "verdict": "specific"} | span(0.9)
+    row |= {f"placebo_{key}": value for key, value in span(0.1).items()}
+    subspace = {"confounds": {"placebo": [row]}, "directions": {"layer": 7}}
+    said = sentences.by_directions(subspace)
+    assert (
+        "after layer 7" in said and "0.90 [0.85, 0.95] of the superset gap and 0.10 [0.05, 0.15] of the region" in said
+    )
+    row["verdict"] = "general"
+    assert sentences.by_directions(subspace) == "" == sentences.by_directions({})
 
 
 def test_parts_of_the_slice_without_a_verdict_are_not_named():

@@ -33,7 +33,9 @@ def step_of(model, sites=()):
         return records.conform(frame, table.schema)
 
     own = PARAMS.model_copy(update={"doses": (-1.0, 0.0, 2.0), "layers": "all", "template": "t"})
-    step = SimpleNamespace(model=model, params=own, table=table, memory=2.0, rng=lambda _: np.random.default_rng(3))
+    step = SimpleNamespace(
+        model=model, params=own, table=table, memory=2.0, prove=lambda _: [], rng=lambda _: np.random.default_rng(3)
+    )
     step.slice = lambda: list(sites)
     return step
 

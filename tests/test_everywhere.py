@@ -179,6 +179,21 @@ def test_the_numbers_tables_and_sentences_of_a_known_circuit(measured):
     figure = everywhere_page.curve(step, m)
     lines = {line.get_label(): line.get_ydata() for line in figure.axes[1].get_lines()}
     assert lines["the last token"][[0, -1]].tolist() == [3, 5] and figure.axes[0].get_xscale() == "log"
+    assert figure.axes[1].get_lines()[0].get_xdata().tolist() == [5, 10, 20]
+    assert found["without_random"]["estimate"] == pytest.approx(1 - found["random"]["estimate"])
+
+
+def test_a_circuit_over_all_tokens_is_judged_where_some_circuit_could_pass():
+    kept = {"estimate": 0.48, "low": 0.21, "high": 0.75}
+    low, high = ({"nodes": nodes, "estimate": 0.7, "low": end, "high": 1.0} for nodes, end in ((160, 0.37), (320, 0.6)))
+    whole = {"nodes": 1200, "estimate": 1.0, "low": 1.0, "high": 1.0}
+    assert everywhere_page.judged(kept, [low, high, whole], 1200, P) == kept
+    why = everywhere_page.judged(kept, [low, whole], 1200, P)["why"]
+    assert why.startswith("0.48 [0.21, 0.75]; no circuit of fewer than all 1200 nodes") and "first 160" in why
+    passing = kept | {"low": 0.55}
+    assert everywhere_page.judged(passing, [low, whole], 1200, P) == passing
+    few = kept | {"low": None}
+    assert everywhere_page.judged(few, [low, whole], 1200, P) == few
 
 
 def test_a_curve_that_never_reaches_the_share_and_no_circuit_are_said(measured):

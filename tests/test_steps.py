@@ -51,6 +51,16 @@ def counting(calls: list):
     return compute
 
 
+def test_the_two_proofs_are_made_once_in_a_sitting_whichever_table_comes_first(here, monkeypatch):
+    asked = []
+    monkeypatch.setattr("lib.sweep.prove", lambda model, pair: asked.append((model, pair)) or ["identity", "whole"])
+    step = begin()
+    step.__dict__["model"] = "the model"
+    assert [step.prove("a pair"), step.prove("another")] == [["identity", "whole"], []]
+    assert asked == [("the model", "a pair")]
+    assert begin().__dict__.get("kept") is None, "another sitting makes them again"
+
+
 def test_a_finished_table_is_read_not_computed(here):
     calls = []
     first = begin().table(table("necessity", fake_plan(3), counting(calls)))

@@ -94,12 +94,11 @@ def neuron_units(step: Step | Case) -> list[Unit]:
 
 
 def neuron_sweeper(step: Step) -> Callable[[Unit], pd.DataFrame]:
-    """What sweeps every neuron; the first unit of a sitting makes the step's proofs as well."""
-    reading, proofs = reader_of(step), []
+    """What sweeps every neuron."""
+    reading = reader_of(step)
 
     def compute(unit: Unit) -> pd.DataFrame:
-        lines = [] if proofs else sweep.prove(step.model, unit.pairs[0])
-        proofs.extend(lines)
+        lines = step.prove(unit.pairs[0])
         frame = neurons.run(step.model, unit.pairs, reading=reading(), memory=step.memory, **unit.options)
         frame.attrs = {"log": lines, "facts": {"candidates": list(unit.pairs[0].candidates)}}
         return frame
@@ -119,11 +118,11 @@ def neuron_unit(shape: Shape, pair: Pair, layers: Sequence[int], machine: Machin
 
 
 def neuron_cost(case: Case, units: Sequence[Unit]) -> Work:
-    """The units, the proofs, and the reading of each layer."""
+    """The units, and the reading of each layer."""
     layers = layers_of(case)
     each = total(neuron_unit(case.shape, unit.pairs[0], layers, case.machine) for unit in units)
     table = Work(table=round(NEURON_ROW * each.light), other={"readings": len(layers)})
-    return each + costs.proofs(case.shape, units[0].pairs[0]) + table
+    return each + table
 
 
 def bare_pairs(step: Step | Case) -> list[Pair]:

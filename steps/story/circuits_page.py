@@ -35,6 +35,7 @@ ORDERS = {"circuit": "the search", "recovery": "recovery (step 04)"}
 ORDERS |= {name: name for name in ("damage", "attribution", "random")}
 ENDS = ["estimate", "low", "high"]
 NAMED = 20  # that a sentence lists at most
+LEFT = 0.2  # share that the model must keep without a subset, for a circuit to be seen to do as it does
 CAPTIONS = {
     "circuit": "Faithfulness against the number of sites kept at the last token when all else there is resampled, in "
     "the order of the search, of single effects and of attribution, and at random; confirmation half, 95% studentised "
@@ -104,6 +105,18 @@ def areas(frame: pd.DataFrame, params: Story) -> pd.DataFrame:
     return shares(table, whole, params).join(minus).rename_axis("order").reset_index()
 
 
+def at_size(frame: pd.DataFrame, params: Story) -> list[dict[str, Any]]:
+    """Faithfulness of as many sites in every order as the search took: `order`, `size`, `estimate`, `low`, `high`, and
+    the search's less it (`minus_*`)."""
+    wide = sums(frame)
+    means = by_order(wide)
+    size = max(means["circuit"])
+    own = means.xs(size, axis=1, level=1)
+    table = shares(own, wide["everything"], params)
+    minus = shares(own.rsub(own["circuit"], axis=0), wide["everything"], params).add_prefix("minus_")
+    return table.join(minus).assign(size=size).rename_axis("order").reset_index().to_dict("records")
+
+
 def members(frame: pd.DataFrame, params: Story) -> pd.DataFrame:
     """What the removal of each member costs the circuit (logits), all together: familywise intervals and p values."""
     tested = frame[frame["test"].str.startswith("member ") | (frame["test"] == "circuit")]
@@ -132,11 +145,12 @@ def without_subsets(frame: pd.DataFrame, params: Story) -> pd.DataFrame:
 def incompleteness(table: pd.DataFrame, subsets: Sequence[Sequence[str]]) -> dict[str, Any]:
     """The largest |difference| of `without_subsets`, between the largest lower and upper end of all of them."""
     if table.empty:
-        return dict.fromkeys(ENDS) | {"subsets": 0, "worst": []}
+        return dict.fromkeys([*ENDS, "model"]) | {"subsets": 0, "worst": []}
     size, low, high = table["estimate"].abs(), table["low"], table["high"]
     ends = {"low": np.maximum(0, np.maximum(low, -high)).max(), "high": np.maximum(-low, high).max()}
     ends = dict.fromkeys(ends) if low.isna().any() else ends
-    return {"estimate": size.max(), **ends, "subsets": len(table), "worst": list(subsets[int(size.argmax())])}
+    about = {"subsets": len(table), "worst": list(subsets[int(size.argmax())]), "model": table["model"].max()}
+    return {"estimate": size.max(), **ends, **about}
 
 
 def leads(rows: pd.DataFrame, test: str, params: Story) -> dict[str, float | None]:
@@ -183,10 +197,10 @@ def circuit_numbers(m: Measured, slice_: Sequence[str], params: Story) -> dict[s
     numbers = tested_numbers(m, params)
     if sites := numbers["sites"]:
         both = [site for site in sites if site in slice_]
-        chance = float(scipy_stats.hypergeom.sf(len(both) - 1, len(m.sites), len(slice_), len(sites)))
         numbers["searched"] = m.search.loc[m.search["chosen"], "faithfulness"].iloc[-1]  # that of what is left
         numbers["areas"] = areas(shown(m), params).to_dict("records")
-        numbers["overlap"] = {"sites": both, "jaccard": site_tables.jaccard(sites, slice_), "p": chance}
+        numbers["at_size"] = at_size(shown(m), params)
+        numbers["overlap"] = {"sites": both, "jaccard": site_tables.jaccard(sites, slice_)}
     return numbers
 
 
@@ -351,9 +365,11 @@ def tested_sentences(found: Mapping[str, Any], params: Story, where: str) -> lis
     ]
     if worst["subsets"]:
         sites = f"; K = {listed(worst['worst'])}" if len(worst["worst"]) < NAMED else ""
+        nothing = ": nothing is set against nothing, so this shows no completeness" if worst["model"] < LEFT else ""
         out.append(
             f"Completeness: over {worst['subsets']} random subsets K, the circuit without K and the model without K "
-            f"are at most {with_ends(worst)} apart (share of what the model has{sites})."
+            f"are at most {with_ends(worst)} apart (share of what the model has{sites}). Without them the model itself "
+            f"keeps at most {worst['model']:.2f}{nothing}."
         )
     return out
 
@@ -382,11 +398,28 @@ def circuit_sentences(found: Mapping[str, Any], params: Story) -> list[str]:
             "Area under faithfulness at the last token against size, up to the size that was grown: "
             f"{with_ends(circuit)}; sites in other orders: {'; '.join(each)}."
         )
+        out.append(at_size_sentence(found["at_size"]))
     out.append(
         f"Of the critical slice of step 04, {listed(over['sites'])} are in the circuit ({over['jaccard']:.0%} of the "
-        f"sites in either; p = {over['p']:.2g} for as many by chance)."
+        "sites in either). Both were picked by effect on the same half, so that they overlap is no second finding."
     )
     return out
+
+
+def at_size_sentence(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What as many sites keep in every order as the search took."""
+    own = next(row for row in rows if row["order"] == "circuit")
+    others = [row for row in rows if row["order"] != "circuit"]
+    each = [
+        f"{ORDERS[row['order']]} {with_ends(row)} (the search less it: "
+        f"{with_ends({end: row[f'minus_{end}'] for end in ENDS})})"
+        for row in others
+    ]
+    ahead = [ORDERS[row["order"]] for row in others if row["estimate"] > own["estimate"]]
+    said = f", so at this size the search is behind {listed(ahead)}" if ahead else ""
+    return (
+        f"Of {own['size']} sites, as many as were grown, the search's keep {with_ends(own)}; {'; '.join(each)}{said}."
+    )
 
 
 def attribution_sentences(table: pd.DataFrame, costs: pd.DataFrame, pairs: int) -> list[str]:
@@ -432,6 +465,7 @@ def part(step: Step, m: Measured) -> dict[str, Any]:
         ],
         "figures": {"circuit": circuit_curves(step, m), "attribution": attribution(m)},
         "captions": CAPTIONS,
+        "headline": [],
     }
 
 

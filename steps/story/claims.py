@@ -6,7 +6,7 @@
 3. `thresholds` takes each threshold from the profile (`claims` of section `story`), or from the parameter that already
    holds it, as the step that used it recorded it.
 4. `judge` gives one claim's entry, decided alone; `ledger` all of them, decided under Holm's correction over every
-   claim that was tested. Checks (claims that cannot fail here) are judged alone and count for nothing.
+   claim that was tested. Checks (claims whose outcome says little here) are judged alone and count for nothing.
 5. `fingerprint` is the hash of thresholds and rules. A profile that holds it, as `frozen`, set them before its results.
 6. `Ledger` is the model of claims.json; its JSON schema is committed as data/claims.schema.json.
 
@@ -39,7 +39,9 @@ SUPPORTED, NOT_SUPPORTED, NOT_TESTABLE, NOT_TESTED = "supported", "not supported
 VERDICTS = (SUPPORTED, NOT_SUPPORTED, NOT_TESTABLE, NOT_TESTED)
 CORRECTION = (
     "Verdicts hold for all tested claims together: by Holm's correction of their p values. Each interval holds on its "
-    "own; its claim's p value is one minus the highest level at which it would still lie beyond the threshold."
+    "own; its claim's p value is one minus the highest level at which it would still lie beyond the threshold, the "
+    "interval being stretched by the tails of Student's t of 7 degrees of freedom. How small a small one is rests on "
+    "that assumption."
 )
 FRESH, HALF, EXPLORATORY = "fresh people", "confirmation half", "exploratory"
 TIERS = {
@@ -199,7 +201,7 @@ class Entry(Strict):
     p_holm: float | None = Field(description="corrected over all tested claims; null for checks")
     p_from: str = Field(description="the step's own test, or the interval")
     power: float | None = Field(description="of an equivalence test, were there nothing")
-    check: str | None = Field(description="why this cannot fail here, and so is outside the tally; null for claims")
+    check: str | None = Field(description="why its outcome says little here: outside the tally; null for claims")
     came: Literal["before", "after"] = Field(description="set before or after results were seen")
     set: str | None = Field(description="commit that set threshold and rule last; null if frozen by the profile")
     seen: str | None = Field(description="commit whose results had been seen, or by which they could first be had")
@@ -389,7 +391,7 @@ def judge(
     """The entry of one claim, decided alone; `found` are the findings of its step, None if it has not run."""
     rule, page, n = RULES[claim.rule], plan.page(claim.step), Numbers()
     if claim.id in params.left_out:
-        verdict, reason = NOT_TESTED, "this profile leaves it out: it has too few quads of each class"
+        verdict, reason = NOT_TESTED, "this profile leaves it out: it has too few quads, or of each class too few"
     elif found is None:
         verdict, reason = NOT_TESTED, f"step {page[:2]} ({claim.step}) has not run"
     elif found.get("able") is False:
@@ -473,7 +475,9 @@ def decided(
                 f"{reason}; an interval this wide could not lie there, wherever its middle: were the truth "
                 f"{claim.centre:g}, {times:.2g} times as many quads would show it, four times in five"
             )
-        return NOT_SUPPORTED, reason + shortfall(claim, n, threshold, 1 - params.level)
+        outside = claim.rule == "within" and not unsure
+        more = "; the whole interval lies outside" if outside else shortfall(claim, n, threshold, 1 - params.level)
+        return NOT_SUPPORTED, reason + more
     for condition, good in ((claim.requires, True), (claim.excludes, False)):
         if condition and any(leaves([at(found, condition[0], params)])) != good:
             return NOT_SUPPORTED, f"{reason}; {condition[1]}"

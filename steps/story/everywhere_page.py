@@ -9,9 +9,10 @@ Shares are of what the model has over the run in which nothing is kept, confirma
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from IPython.display import Markdown
 from matplotlib.figure import Figure
@@ -68,11 +69,33 @@ def numbers(e: Everywhere, params: Story) -> dict[str, Any]:
     grown = shares(growing, wide["everything"], params).rename_axis("nodes").reset_index().to_dict("records")
     return out | {
         "nodes": len(e.sites),
+        "judged": judged(out["faithfulness"], grown, len(e.sites), params),
         "curve": grown,
         "random": random,
+        "without_random": without_random(wide, params),
         "over_random": over,
         "roles": parts,
         "sets": sets,
+    }
+
+
+def without_random(wide: pd.DataFrame, params: Story) -> dict[str, Any]:
+    """What the model keeps without as many random nodes at each role as the circuit has, mean over the draws."""
+    drawn = wide.filter(like="random removed ").mean(axis=1)
+    return shares(drawn.to_frame(), wide["everything"], params).iloc[0].to_dict()
+
+
+def judged(kept: Mapping[str, Any], grown: Sequence[Mapping[str, Any]], nodes: int, params: Story) -> dict[str, Any]:
+    """What the circuit keeps; `why` that decides nothing where no circuit of fewer than all nodes passes at these
+    quads, so that none could have."""
+    asked, part = params.claims["circuit_everywhere"], [row for row in grown if row["nodes"] < nodes]
+    lows = [row["low"] for row in part]
+    if any(low is None or np.isnan(low) or low > asked for low in lows) or kept["low"] is None or kept["low"] > asked:
+        return dict(kept)
+    best = max(part, key=lambda row: row["low"])
+    return {
+        "why": f"{with_ends(kept)}; no circuit of fewer than all {nodes} nodes has a lower end above {asked:g} here: "
+        f"the first {best['nodes']} by attribution come nearest, {with_ends(best)}"
     }
 
 
@@ -91,7 +114,8 @@ def curve(step: Step, m: Measured | None) -> Figure | None:
     one = shares(wide[["circuit"]], wide["everything"], step.params)
     one = one.assign(name="pruned", n_sites=len(measure.circuit_of(e.search)))
     table = pd.concat([table, one], ignore_index=True)
-    composed = pd.DataFrame([at_roles(order[:size]) for size in sorted(set(table["n_sites"]))]).fillna(0)
+    sizes = sorted(set(table["n_sites"]))
+    composed = pd.DataFrame([at_roles(order[:size]) for size in sizes], index=sizes).fillna(0)
     composed = composed.reindex(columns=[role for role in ROLES if role in composed])
     return plots.node_curve(table, composed.rename(columns=ROLES), step.params.faithful_share)
 
@@ -138,18 +162,17 @@ def sentences(found: Mapping[str, Any], params: Story) -> list[str]:
     cut += "pairs that were searched"
     cut += "" if found["reached"] else f", less than the {params.faithful_share:g} asked for, and no more were tried"
     sets, parts = found["sets"], found["roles"]
-    enough = next((row for row in found["curve"] if row["estimate"] >= params.faithful_share), None)
-    enough = "none" if enough is None else f"{enough['nodes']} is the first ({with_ends(enough)})"
+    first = listed(f"{row['nodes']} keep {with_ends(row)}" for row in found["curve"] if row["estimate"] > 0.1)
     many = listed(f"{row['nodes']} at {ROLES[row['role']]}" for row in parts)
     without = listed(f"{with_ends(row)} (at {ROLES[row['role']]})" for row in parts)
     return [
         f"The circuit over all tokens has {found['size']} nodes of {found['nodes']}, a node being a head or MLP at a "
         f"role: {many}. {cut}; {spare} of them were pruned.",
-        "The curve goes on to all nodes: of its sizes that keep "
-        f"{params.faithful_share:g} or more of logit_diff on the confirmation half {enough}.",
+        f"The curve goes on to all nodes; on the confirmation half, of the first by attribution {first} of logit_diff.",
         *tested_sentences(found, params, "at every token"),
         f"As many random nodes at each role keep {with_ends(found['random'])}, {with_ends(found['over_random'])} less. "
-        f"Without its nodes at one role the circuit keeps {without}.",
+        f"Without its nodes at one role the circuit keeps {without}. With such random nodes resampled instead, and all "
+        f"else intact, the model keeps {with_ends(found['without_random'])}.",
         f"Under one test, all else resampled at every token, it keeps {with_ends(sets['everywhere']['alone'])}, the "
         f"circuit at the last token {with_ends(sets['last']['alone'])}, the slice of step 04 "
         f"{with_ends(sets['slice']['alone'])}. With all else resampled at the last token alone, its nodes there keep "
@@ -166,6 +189,7 @@ def part(step: Step, m: Measured) -> dict[str, Any]:
         "sentences": sentences(found, step.params),
         "figures": {"everywhere": figure} if figure else {},
         "captions": {"everywhere": CAPTION},
+        "headline": [],
     }
 
 

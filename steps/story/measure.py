@@ -447,8 +447,8 @@ def everywhere_tests(
     """Subsets of the circuit over all tokens, and every circuit that the page asks about beside it, by name.
 
     `others` are sites at `last` by the name of their set. Random circuits have as many nodes at each role as those
-    before them in the ranking, or as the circuit. Of every set: `alone` keeps it and nothing else, `there` resamples
-    what is not in it at `last` alone, `removed` resamples it alone.
+    before them in the ranking, or as the circuit; the latter are also `removed`. Of every set: `alone` keeps it and
+    nothing else, `there` resamples what is not in it at `last` alone, `removed` resamples it alone.
     """
     sites, order = circuit_of(search), search.loc[search["phase"] == "grow", "site"].tolist()
     subsets, out = subsets_of(sites, params.subsets, rng), {"circuit": Circuit(True, tuple(sites))}
@@ -462,6 +462,8 @@ def everywhere_tests(
         for size, own in ((growing if number < LADDERS else {}) | {len(sites): sites}).items():
             alike = [name for role, count in at_roles(own).items() for name in at_role(drawn, role)[:count]]
             out[f"random {size} {number}"] = Circuit(True, tuple(alike))
+            if own is sites:
+                out[f"random removed {number}"] = Circuit(False, tuple(alike))
     for site in sites[-MEMBERS:]:
         out[f"member {site}"] = Circuit(True, tuple(other for other in sites if other != site))
     for number, subset in enumerate(subsets):

@@ -39,8 +39,10 @@ from steps.story.sentences import answer, not_so, outline, sentence
 PUBLISHED = "data/filter_heads_llama-3.3-70b.csv"
 COLOURS = dict(zip(VERDICTS, ("#cfe8dc", "#f6d5c6", "#e6e6e6", "#ffffff"), strict=True))
 CAPTIONS = {
-    "claims": "Every claim that an interval decides, as its distance from the threshold in units of the threshold. "
-    "Right of zero the claim holds; it is supported if the whole interval lies there. 95% intervals, each on its own."
+    "claims": "Every claim that an interval decides, as its distance from the threshold in units of the threshold, "
+    "with its 95% interval; hollow: a bound, or no interval. A claim whose whole interval lies right of zero is "
+    "supported by itself. The colour is its verdict, for which all claims are corrected together and further "
+    "conditions hold (the table says which). Linear up to 1, logarithmic beyond."
 }
 LOGIT_DIFFS = [f"logit_diff_{run}" for run in ("before", "after", "clean", "corrupt")]
 
@@ -65,7 +67,7 @@ class Judged(NamedTuple):
 
     @property
     def checks(self) -> list[Entry]:
-        """What cannot fail here."""
+        """What is shown, and not counted."""
         return [entry for entry in self.entries if entry.check is not None]
 
 
@@ -83,7 +85,7 @@ def judge(step: Step, m: Measured | None) -> Judged:
         entry.refuted_by = claims.turned(entry.verdict, entry.asked)
     linked = sentence(entries, found)
     step.write_extra("claims.json", document(entries, linked, step.params, confirmed))
-    said = (outline(entries, found), linked, answer(entries, found), not_so(entries))
+    said = (outline(entries, found), linked, answer(entries, found), not_so(entries, found))
     return Judged(found, entries, *said, *parts, confirmed)
 
 
@@ -190,7 +192,22 @@ def first(rows: Sequence[Mapping[str, Any]], key: Mapping[str, Any]) -> Mapping[
     return next((row for row in rows if row.items() >= key.items()), None)
 
 
-MEASURED = {"baselines": fame, "coarse_sweep": layers, "retrieval_heads": flips, "subspace": probes}
+def beyond_random(step: Step, found: Mapping[str, Any]) -> dict[str, Any]:
+    """Whether the slice's share of the placebo gap (region) is surely above that of random heads, by step 07."""
+    there = (step.find("generality") or {}).get("specific", ())
+    key = {"template": step.params.template, "group": "all pairs", "attribute": "region"}
+    own, random = (first(there, key | {"set": name}) for name in ("the slice", "random heads"))
+    known = all(row and row["placebo_low"] is not None for row in (own, random))
+    return {"beyond_random": bool(known and own["placebo_low"] > random["placebo_high"])}
+
+
+MEASURED = {
+    "baselines": fame,
+    "coarse_sweep": layers,
+    "sufficiency": beyond_random,
+    "retrieval_heads": flips,
+    "subspace": probes,
+}
 
 
 def overlap(circuit: Mapping[str, Any], slice_found: Mapping[str, Any] | None, params: Shared) -> dict[str, Any]:
@@ -241,14 +258,14 @@ def table(entries: Sequence[Entry]) -> Styler:
         return html.escape(text.replace("`", ""))  # the table is HTML, not MyST
 
     def tested(entry: Entry) -> str:
-        parts = [] if entry.p is None else [f"p {entry.p:.2g}"]
-        parts += [] if entry.p_holm is None else [f"corrected {entry.p_holm:.2g}", f"alone {entry.alone}"]
+        parts = [] if entry.p is None else [f"p {p_in_words(entry.p)}"]
+        parts += [] if entry.p_holm is None else [f"corrected {p_in_words(entry.p_holm)}", f"alone {entry.alone}"]
         parts += [] if entry.power is None else [f"power {entry.power:.2f}"]
         return "<br>".join([", ".join(parts), when(entry)])
 
     def on_fresh(entry: Entry) -> str:
         there = entry.fresh
-        corrected = "" if there.p_holm is None else f"<br>corrected p {there.p_holm:.2g}"
+        corrected = "" if there.p_holm is None else f"<br>corrected p {p_in_words(there.p_holm)}"
         return f"{there.verdict}<br>{html.escape(there.reason.partition(';')[0].replace('`', ''))}{corrected}"
 
     columns = {
@@ -267,6 +284,11 @@ def table(entries: Sequence[Entry]) -> Styler:
     name = "checks" if entries and entries[0].check else "claims"  # two tables on a page are styled by their names
     look = laid_out(pd.DataFrame(columns), name, widths)
     return look.map(lambda word: f"background-color: {COLOURS[word]}; color: black", subset=["verdict"])
+
+
+def p_in_words(p: float) -> str:
+    """A p value; what lies far in the assumed tail of an interval is only said to be small."""
+    return "under 0.0001" if p < 1e-4 else f"{p:.2g}"
 
 
 def when(entry: Entry) -> str:
@@ -339,12 +361,12 @@ def tally(entries: Sequence[Entry]) -> str:
     kinds = [entry.tier for entry in own if entry.verdict == SUPPORTED]
     confirmed, half, after = (kinds.count(kind) for kind in (claims.FRESH, claims.HALF, claims.EXPLORATORY))
     return (
-        f"The {len(own)} claims of the plan, corrected for the {sum(e.p_holm is not None for e in own)} that were "
-        f"tested: {counted([entry.verdict for entry in own], VERDICTS)} (each alone: "
+        f"The {len(own)} claims of the plan, corrected for the {sum(e.p_holm is not None for e in own)} that have a p "
+        f"value: {counted([entry.verdict for entry in own], VERDICTS)} (each alone: "
         f"{counted([entry.alone for entry in own], VERDICTS[:2])}). Of those supported, {confirmed} are confirmed on "
         f"fresh people and {half} on the confirmation half by a threshold set before; {after} are exploratory. "
-        f"{len(checks)} checks, which cannot fail here, count for nothing: "
-        f"{sum(entry.verdict == SUPPORTED for entry in checks)} hold."
+        f"{len(checks)} checks, from which little is learned either way (the table says why), count for nothing: "
+        f"{counted([entry.verdict for entry in checks], VERDICTS)}."
     )
 
 

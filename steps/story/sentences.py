@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from report.words import listed
+from report.words import interval, listed
 from steps.story import claims
 from steps.story.claims import (
     ANSWERS,
@@ -60,6 +60,8 @@ def site_names(found: Mapping[str, Any]) -> dict[str, str]:
     own = {"largest": largest, "size": str(len(names)), "fills": laid_down, "everywhere": nodes}
     own |= {"by_parts": by_parts(step["sufficiency"].get("specific_parts", ()))}
     own |= {"directions_layer": str(step["subspace"].get("directions", {}).get("layer", ""))}
+    own |= {"circuit_size": str(circuit.get("size", 0)), "circuit_region": of_region(circuit.get("placebo", ()))}
+    own |= {"by_directions": by_directions(step["subspace"])}
     return {name: listed(sites) for name, sites in lists.items()} | own
 
 
@@ -72,6 +74,30 @@ def by_parts(parts: Sequence[Mapping[str, Any]]) -> str:
         if row["site"] in ("its heads", "its MLPs") and row["attribute"] == "region" and row["verdict"] in words
     ]
     return f" ({', '.join(said)})" if said else ""
+
+
+def of_region(rows: Sequence[Mapping[str, Any]]) -> str:
+    """How much of the region gap the circuit keeps, over what it keeps of the superset gap; "" where nobody asked."""
+    own = [row for row in rows if row["attribute"] == "region"]
+    return "".join(f", and of the gap between regions {in_brackets(row, 'quotient_')} times as much" for row in own[:1])
+
+
+def by_directions(subspace: Mapping[str, Any]) -> str:
+    """That class and region travel in directions of their own, where step 08 shows the class difference to be specific;
+    else ""."""
+    placebo, layer = subspace.get("confounds", {}).get("placebo", ()), subspace.get("directions", {}).get("layer")
+    own = [row for row in placebo if (row["method"], row["attribute"]) == ("class difference", "region")]
+    return "".join(
+        f", but in another direction: after layer {layer} that between two supersets carries {in_brackets(row)} of the "
+        f"superset gap and {in_brackets(row, 'placebo_')} of the region gap"
+        for row in own
+        if row["verdict"] == "specific"
+    )
+
+
+def in_brackets(row: Mapping[str, Any], prefix: str = "") -> str:
+    """An estimate of a row with its interval."""
+    return interval(*(row[f"{prefix}{end}"] for end in ("estimate", "low", "high")))
 
 
 def leading(retrieval: Mapping[str, Any], start: str) -> list[str]:
@@ -88,8 +114,9 @@ def answer(entries: Sequence[Entry], found: Mapping[str, Any]) -> str:
     return f"{words[0].upper()}{words[1:]}."
 
 
-def not_so(entries: Sequence[Entry]) -> str:
-    """Which links of the plan's chain do not hold, which could not be tested, and which were not; "" if all hold."""
+def not_so(entries: Sequence[Entry], found: Mapping[str, Any]) -> str:
+    """What the slice does not do by itself, and which links of the plan's chain do not hold, which could not be tested,
+    and which were not."""
     by_claim, alone = {entry.id: entry for entry in entries}, "Supported by themselves, but not among all claims"
     words = {NOT_SUPPORTED: "Not supported", NOT_TESTABLE: "Not testable here", NOT_TESTED: "Not tested"}
     links: dict[str, list[str]] = {name: [] for name in (words[NOT_SUPPORTED], alone, *words.values())}
@@ -98,7 +125,19 @@ def not_so(entries: Sequence[Entry]) -> str:
         if entry.verdict != SUPPORTED:
             nearly = entry.verdict == NOT_SUPPORTED and deciding(entry).alone == SUPPORTED
             links[alone if nearly else words[entry.verdict]].append(link.plan)
-    return " ".join(f"{name}: {'; '.join(own)}." for name, own in links.items() if own)
+    said = [f"{name}: {'; '.join(own)}." for name, own in links.items() if own]
+    return " ".join([*kept_alone(found), *said])
+
+
+def kept_alone(found: Mapping[str, Any]) -> list[str]:
+    """What the slice keeps of logit_diff where all else takes other prompts' values; nothing where nobody asked."""
+    kept = ((found.get("story") or {}).get("everywhere") or {}).get("sets", {}).get("slice")
+    if not kept or not kept["there"] or not kept["alone"]:
+        return []
+    return [
+        f"The slice alone is no working part: with all else at the last token resampled it keeps "
+        f"{in_brackets(kept['there'])} of logit_diff, with all else at every token {in_brackets(kept['alone'])}."
+    ]
 
 
 def outline(entries: Sequence[Entry], found: Mapping[str, Any]) -> list[str]:

@@ -131,21 +131,19 @@ class Changes(NamedTuple):
     direction: str = "denoise"
 
 
-def table_of(name: str, proved: bool = False) -> Table:
-    """A table of `sweep.run_variants`; the first unit of one that is `proved` also makes the step's two proofs."""
+def table_of(name: str) -> Table:
+    """A table of `sweep.run_variants`."""
 
     def units(step: Step | Case, own: Changes) -> list[Unit]:
         return sweep_units(name, own.pairs, **own.options)
 
     def compute(step: Step, own: Changes) -> Callable[[Unit], pd.DataFrame]:
-        first = units(step, own)[0].id if proved else None
-
         def rows(unit: Unit) -> pd.DataFrame:
             how = {"seed": step.params.seed, "memory": step.memory, "profile": step.params.profile}
             how |= {"direction": own.direction, "role": own.options.get("role", "last")}
+            lines = step.prove(unit.pairs[0])
             frame = sweep.run_variants(step.model, unit.pairs, own.sets, own.names, own.make, **how)
-            if unit.id == first:
-                frame.attrs["log"] = sweep.prove(step.model, unit.pairs[0]) + frame.attrs["log"]
+            frame.attrs["log"] = lines + frame.attrs["log"]
             return frame
 
         return rows
@@ -159,7 +157,7 @@ def table_of(name: str, proved: bool = False) -> Table:
     return Table(name, units, compute, cost, records.VARIANT_SCHEMA, columns)
 
 
-LAYERS = table_of("direction_layers", proved=True)
+LAYERS = table_of("direction_layers")
 PATCHES = table_of("direction_patches")
 TRANSFER = table_of("direction_transfer")
 STEERING = table_of("steering")
