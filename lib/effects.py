@@ -4,8 +4,8 @@
 2. `curve` and `ratios` are ratios of sums over records: damage (noise) and recovery (denoise). `tested` has the sites'
    mean effects with familywise intervals and p values; `site_effects` is both.
 3. Sites are picked on the discovery half and reported on the confirmation half: `by_half`, `both_halves`, `reported`,
-   `confirmed`. `shares_of_ceiling` sets a site's damage beside what its ablation can take away at most;
-   `critical_slice` says how many sites that is.
+   `confirmed`. `shares_of_ceiling` sets a site's damage beside what its ablation takes away of all there
+   is; `critical_slice` says how many sites that is.
 
 Records are data frames with the columns of `lib.records`; effects are in logits.
 """
@@ -248,7 +248,7 @@ def shares_of_ceiling(
     frame: pd.DataFrame, whole: pd.DataFrame, settings: Settings, by: Sequence[str] = SITE
 ) -> pd.DataFrame:
     """The damage of each combination of `by` as a share of its ablation's ceiling, its damage in `whole`, the records
-    of the whole final residual stream.
+    of the whole final residual stream. (No bound: a part can do more.)
 
     A ratio of sums over the quads of both, for the ablations whose ceiling is a loss (`is_loss`), in sum too. Columns:
     `by`, ablation, estimate, low, high.

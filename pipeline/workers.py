@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 ANSWER_S, START_S = 10, 900  # how long a cluster may take to answer, and a replica to come up
+PATIENCE_S = 300  # how long a unit may be out before an idle replica does it, too
 DEATHS = 3  # replicas that one unit may take with it
 NONE_UP = f"workers: no replica was up after {START_S} s; see `ray status` for what they wait for"
 
@@ -195,6 +196,9 @@ class Distribution:
         # what is awaited: a replica with its unit, or with None while it only says what it is
         self.busy: dict[Any, tuple[Any, Unit | None]] = {ask(replica): (replica, None) for replica in replicas}
         self.queue, self.deaths, self.halvings = deque(todo), Counter(), Counter()
+        self.idle: list[Any] = []  # replicas that nothing is left for
+        self.given: Counter[str] = Counter()  # how many replicas have a unit
+        self.finished: set[str] = set()
         self.weights = {"weights": weights_hash(step.model)} if "model" in step.__dict__ else {}
 
     def run(self) -> Iterator[Done]:
@@ -203,30 +207,55 @@ class Distribution:
         from ray.exceptions import RayActorError, RayTaskError
 
         while self.queue or self.computing:
-            ready, _ = ray.wait(list(self.busy), timeout=None if self.computing else START_S)
-            if not ready:
+            ready, _ = ray.wait(list(self.busy), timeout=PATIENCE_S if self.computing else START_S)
+            if not ready and not self.computing:
                 raise WorkersError(NONE_UP)
+            if not ready:
+                self.ask_another()
+                continue
             replica, unit = self.busy.pop(ready[0])
+            if unit:
+                self.given[unit.id] -= 1
             try:
                 answer = ray.get(ready[0])
             except (RayActorError, RayTaskError) as error:
                 self.failed(unit, error, dead=isinstance(error, RayActorError))
                 self.busy[ask(replica)] = (replica, None)
+                self.share_out()
                 continue
             if unit is None:
                 refuse_unlike(answer["alike"], self.weights)
                 self.weights = {"weights": answer["alike"]["weights"]}
-            else:
+            elif unit.id not in self.finished:
+                self.finished.add(unit.id)
                 yield self.noted(unit, answer)
-            if self.queue:
-                unit = self.queue.popleft()
-                share = self.memory / 2 ** self.halvings[unit.id]
-                self.busy[replica.compute.remote(self.table, self.work, unit, share)] = (replica, unit)
+            self.idle.append(replica)
+            self.share_out()
+
+    def share_out(self) -> None:
+        """Give what is queued to replicas that are idle."""
+        while self.queue and self.idle:
+            self.give(self.idle.pop(), self.queue.popleft())
+
+    def give(self, replica: ActorHandle, unit: Unit) -> None:
+        """Have a replica compute a unit."""
+        share = self.memory / 2 ** self.halvings[unit.id]
+        self.busy[replica.compute.remote(self.table, self.work, unit, share)] = (replica, unit)
+        self.given[unit.id] += 1
+
+    def ask_another(self) -> None:
+        """Give an idle replica a unit that another one has had for long: it may have been given it while its node went
+        down, and then waits for a node that never comes. Whichever is done first counts; both give the same rows."""
+        late = [unit for _, unit in self.busy.values() if unit and self.given[unit.id] == 1]
+        late = [unit for unit in late if unit.id not in self.finished]
+        if late and self.idle:
+            log.warning("%s has been out for %g s; another replica does it, too", late[0].id, PATIENCE_S)
+            self.give(self.idle.pop(), late[0])
 
     @property
     def computing(self) -> bool:
-        """Whether a replica has a unit."""
-        return any(unit for _, unit in self.busy.values())
+        """Whether a replica has a unit that is not done."""
+        return any(unit and unit.id not in self.finished for _, unit in self.busy.values())
 
     def failed(self, unit: Unit | None, error: Exception, dead: bool) -> None:
         """Put a unit back whose replica died or ran out of memory. Raises what is neither, or happens too often."""
@@ -240,7 +269,7 @@ class Distribution:
                 raise (cause or error) from None
             raise WorkersError(f"workers: {name} took {self.deaths[name]} replicas with it: {error}") from error
         log.warning("a replica %s; %s goes to the next one", "died" if dead else "ran out of memory", name)
-        if unit:
+        if unit and unit.id not in self.finished and not self.given[name]:
             self.halvings[name] += short
             self.queue.appendleft(unit)
 

@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float
 from matplotlib import style
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm, to_rgba
 from matplotlib.patches import PathPatch
@@ -102,7 +103,7 @@ def layer_curve(
             zero_line(axes)
         shared_ylabel(figure, ylabel)
         _layers(axes, frame["layer"])
-        add_legend(figure, panels[0][0])
+        add_legend(figure)
     return figure
 
 
@@ -157,7 +158,7 @@ def layer_bars(frame: pd.DataFrame, ylabel: str, by: str = "component", panel: s
             _bars(axes, part, by, styles_of(frame, by), part["layer"].to_numpy())
         shared_ylabel(figure, ylabel)
         _layers(axes, frame["layer"])
-        add_legend(figure, panels[0][0])
+        add_legend(figure)
     return figure
 
 
@@ -181,7 +182,7 @@ def ranked_sites(frame: pd.DataFrame, xlabel: str, by: str = "half", lines: Sequ
         axes.set_yticks(range(len(sites)), sites)
         axes.set_ylim(len(sites) - 0.4, -0.6)
         axes.set_xlabel(xlabel)
-        add_legend(figure, axes)
+        add_legend(figure)
     return figure
 
 
@@ -304,7 +305,7 @@ def slice_curve(
         names = [f"{n}\n+ {sites[n - 1]}" if 0 < n <= len(sites) else f"{n}" for n in counts]
         axes.set_xticks(counts, names, fontsize=8 if sites else None)
         axes.set_xlabel("sites in the set")
-        add_legend(figure, panels[0][0])
+        add_legend(figure)
     return figure
 
 
@@ -429,7 +430,7 @@ def _categories(
         if chance is not None:
             axes.axhline(chance, color=BLACK, lw=1.2, ls="--", label=f"chance ({chance:.2g})")
         axes.set(xlabel=xlabel, ylabel=ylabel)
-        add_legend(figure, axes)
+        add_legend(figure)
     return figure
 
 
@@ -449,11 +450,24 @@ def _layers(axes: Axes, layers: pd.Series) -> None:
     axes.set_xticks(range(first, last + 1, -(-(last - first + 1) // 16)))
 
 
-def add_legend(figure: Figure, axes: Axes) -> None:
-    """A legend above the axes, where it covers nothing; none for a single unnamed group."""
-    named = [(handle, text) for handle, text in zip(*axes.get_legend_handles_labels(), strict=True) if text]
+def add_legend(figure: Figure) -> None:
+    """A legend above the axes, where it covers nothing, of what is drawn in any of them; none for a single unnamed
+    group."""
+    named: dict[str, Artist] = {}
+    for axes in figure.axes:
+        for handle, text in zip(*axes.get_legend_handles_labels(), strict=True):
+            named.setdefault(text, handle)
+    named.pop("", None)
     if named:
-        figure.legend(*zip(*named, strict=True), loc="outside upper left", ncols=min(len(named), 6))
+        figure.legend(named.values(), named, loc="outside upper left", ncols=legend_columns(list(named)))
+
+
+def legend_columns(names: Sequence[str], width: int = 90) -> int:
+    """As many columns, six at most, as a legend of these names has room for across the page (in letters)."""
+    for columns in range(min(len(names), 6), 1, -1):
+        if sum(5 + max(map(len, own)) for own in np.array_split(names, columns)) <= width:
+            return columns
+    return 1
 
 
 def halves(sites: pd.DataFrame) -> Figure | None:
@@ -480,7 +494,7 @@ def part_bars(frame: pd.DataFrame, ylabel: str, by: str = "slice", panel: str | 
             axes.set_xticks(range(len(names)), names)
             axes.grid(False, axis="x")
         shared_ylabel(figure, ylabel)
-        add_legend(figure, panels[0][0])
+        add_legend(figure)
     return figure
 
 
@@ -500,7 +514,7 @@ def pair_histogram(
         for line in lines:
             axes.axvline(line, color=GREY, lw=1, ls="--")
         axes.set(xlabel=xlabel, ylabel="pairs", xlim=(-ends, ends))
-        add_legend(figure, axes)
+        add_legend(figure)
     return figure
 
 
@@ -521,7 +535,7 @@ def widening_curve(frame: pd.DataFrame, by: str = "half", panel: str = "quantity
             zero_line(axes)
         axes.set_xticks(np.unique(frame["n_sites"]))
         axes.set_xlabel("sites in the slice")
-        add_legend(figure, panels[0][0])
+        add_legend(figure)
     return figure
 
 
@@ -535,19 +549,20 @@ def forest(
 ) -> Figure:
     """Estimates with intervals from the top in the frame's order, under a heading for each value of `section`.
 
-    Columns: `section`, `row`, `by` ("damage", "recovery"), `estimate`, `low`, `high`, `quads` (written at the right).
+    Columns: `section`, `row`, `by` ("damage", "recovery"), `estimate`, `low`, `high`, `quads` (written at the right, in
+    the order of the legend where they differ).
     """
     _need("forest", frame, section, row, by, "quads")
-    places, labels, sizes = {}, [], []
+    places, labels, sizes, groups = {}, [], [], styles_of(frame, by)
     for heading, part in frame.groupby(section, sort=False):
         labels.append((str(heading), True))
         sizes.append("")
         for name, own in part.groupby(row, sort=False):
             places[heading, name] = len(labels)
             labels.append((str(name), False))
-            sizes.append(f"{own['quads'].max()}")
+            counts = [quads for group in groups for quads in own.loc[own[by] == group, "quads"]]
+            sizes.append(", ".join(str(quads) for quads in (counts if len({*counts}) > 1 else counts[:1])))
     with _canvas((WIDTH, 0.9 + 0.2 * len(labels))) as (figure, (axes,)):
-        groups = styles_of(frame, by)
         for index, (group, (colour, marker)) in enumerate(groups.items()):
             part = frame[(frame[by] == group) & frame["estimate"].notna()]
             at = np.array([places[key] for key in zip(part[section], part[row], strict=True)], dtype=float)
@@ -565,7 +580,7 @@ def forest(
         axes.text(1.01, -1, "quads", transform=axes.get_yaxis_transform(), va="center", fontsize=8, color=GREY)
         axes.grid(False, axis="y")
         axes.set(ylim=(len(labels) - 0.4, -0.7), xlabel=xlabel)
-        add_legend(figure, axes)
+        add_legend(figure)
     return figure
 
 
@@ -652,7 +667,7 @@ def rule_points(fitted: pd.DataFrame, rules: Mapping[str, Sequence[float]], ylab
         zero_line(axes)
         axes.set_xticks(range(3))
         axes.set(xlabel="names in the class", ylabel=ylabel, xlim=(-0.2, 2.2))
-        add_legend(figure, axes)
+        add_legend(figure)
     return figure
 
 
@@ -712,7 +727,7 @@ def two_hop(columns: Sequence[tuple[str, Sequence[str]]], edges: pd.DataFrame, u
         axes.plot([], [], label=label, lw=3, color=GREY, ls=(0, (1, 0.7)), alpha=0.45)
         axes.set(xlim=(-0.3, len(columns) - 0.7), ylim=(tall / 2 + 0.9, -tall / 2 - 0.9))
         axes.set_axis_off()
-        add_legend(figure, axes)
+        add_legend(figure)
     return figure
 
 
@@ -745,7 +760,7 @@ def probe_bars(frame: pd.DataFrame, ylabel: str = "right (share of people)") -> 
             axes.grid(False, axis="x")
             axes.set(ylim=(0, 1), xlim=(-0.6, len(names) - 0.4))
         shared_ylabel(figure, ylabel)
-        add_legend(figure, panels[0][0])
+        add_legend(figure)
     return figure
 
 
@@ -777,5 +792,5 @@ def four_tests(frame: pd.DataFrame, units: Mapping[str, str]) -> Figure:
             own = frame[frame["site"] == site].groupby("whole")["passed"].all()
             text = f"{int(own.sum())} of {len(own)}"
             panels[-1].text(1.04, place, text, transform=panels[-1].get_yaxis_transform(), va="center", fontsize=8)
-        add_legend(figure, panels[0])
+        add_legend(figure)
     return figure

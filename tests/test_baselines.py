@@ -256,6 +256,14 @@ def test_what_step_01_says(tmp_path):
     assert without["headline"] == without["sentences"], "the task is not done: all of it is the answer"
 
 
+def test_the_placebo_gap_is_that_of_every_kept_pair_each_quad_counting_once():
+    quads = {"quad_id": ["a", "a", "b", "c"], "gap": [5.0, 1.0, 2.0, -9.0], "kept": [True, True, True, False]}
+    placebo = pd.DataFrame(quads).assign(attribute="region", half="discovery")
+    made = SimpleNamespace(about_placebo=[{"attribute": "region", "why": ""}], placebo=placebo)
+    (said,) = page.placebo_sentences(made)
+    assert "of the right sign in 2 (2 discovery), 2.50 logits on average; 1 are dropped" in said
+
+
 def test_what_the_model_says_by_itself_in_a_table():
     words = pd.Series(["x"] * 5 + ["y"] * 3 + ["z"] * 2)
     assert page.commonest(words, 2) == '"x" 50%, "y" 30%'

@@ -215,6 +215,8 @@ def test_auc_and_selectivity():
         assert table.loc[unit, "artist"] == pytest.approx(wanted)
     own = picks.selective(rows, "features", PARAMS)
     assert own.iloc[0].to_dict() == {"unit": 0, "superset": "artist", "discovery": 1.0, "confirmation": 1.0}
+    few = features_page.auc_interval(reads(19), np.stack(list(reads(19)["features"]))[:, 3], "artist", PARAMS)
+    assert np.isfinite(few.estimate) and few.low is None, "19 quads"
     many = reads(80)
     values = np.stack(list(many["features"]))[:, 3]
     span = features_page.auc_interval(many, values, "artist", PARAMS)
@@ -284,15 +286,31 @@ def test_the_verdict_follows_the_numbers(better, wanted):
     gaps = features_page.compared(own, PARAMS)
     row = gaps[(gaps["other"] == "neurons") & (gaps["k"] == 3)].iloc[0]
     assert row["estimate"] == pytest.approx(better, abs=0.1) and row["low"] < better < row["high"]
-    assert wanted in features_page.effect_sentences(table, gaps, PARAMS)[-1]
+    *_, against, beyond, verdict = features_page.effect_sentences(table, gaps, PARAMS, 2)
+    assert wanted in verdict
+    assert ("more than neurons at a budget of 3;" in against) == (better == 1) and "[" not in against
+    assert beyond.startswith("There are 2 class directions: beyond a budget of 2,")
+    said = features_page.effect_sentences(table, gaps, PARAMS, 2)[0]
+    assert "; of 3: " in said and said.count("directions (all 2 that there are)") == 1
+    assert "all " not in features_page.effect_sentences(table, gaps, PARAMS, 3)[0].partition("All")[0]
     assert len(features_page.budget_curves(table).axes) == 1
+
+
+def test_the_best_features_are_said_with_their_prompts_and_few_quads_have_no_interval():
+    pairs = pd.DataFrame({"pair_id": [f"p{quad}" for quad in range(80)]})
+    pairs = pairs.assign(**{f"{side}_{slot}": "x" for side in ("clean", "corrupt") for slot in "ab"})
+    for quads, there in ((30, 14), (80, 40)):
+        found = features_page.map_table(reads(quads), PARAMS, pairs)
+        said = features_page.map_sentences(reads(quads), found, PARAMS)[-1]
+        assert f"{there} prompts of {there} quads)" in said
+        assert ("no interval where the superset is in fewer than 20 quads" in said) == (there < 20) == ("[" not in said)
 
 
 def test_too_few_quads_and_a_site_without_effect_are_said():
     own = patches(1, quads=3)
     own.loc[own["variant"] == "whole", "logit_diff_after"] = -1.0
     table, gaps = features_page.budget_table(own, PARAMS), features_page.compared(own, PARAMS)
-    said = features_page.effect_sentences(table, gaps, PARAMS)
+    said = features_page.effect_sentences(table, gaps, PARAMS, 3)
     assert "too few quads" in said[-1] and "not defined" in said[0]
     features_page.budget_curves(table)
 

@@ -242,8 +242,14 @@ def test_a_class_is_specific_or_not_by_its_own_two_shares():
     frame = pd.concat([made_placebo({"artist": 0.1, "writer": 0.7}, 25), made_placebo({"athlete": 0.8}, 6)])
     idle = frame.assign(site_set=1, logit_diff_after=frame["logit_diff_before"])
     none = joint.assign(site_set=1, logit_diff_after=joint["logit_diff_before"])
-    joint, frame = pd.concat([joint, none]), pd.concat([frame, idle])
-    rows = placebo.specificity(joint, frame, {placebo.SLICE: [0], placebo.RANDOM: [1]}, PARAMS)
+    some = [own.assign(site_set=2) for own in (joint, frame)]  # as much as the slice
+    joint, frame = pd.concat([joint, none, some[0]]), pd.concat([frame, idle, some[1]])
+    one = placebo_page.specificity(joint, frame, {placebo.SLICE: [0], placebo.RANDOM: [1]}, PARAMS)
+    (told,) = (text for text in placebo_page.sentences(one, PARAMS) if text.startswith("Random heads"))
+    assert told.endswith(
+        "recover 0.00 [0.00, 0.00] of that gap; divided by their share of the superset gap: not defined."
+    )
+    rows = placebo_page.specificity(joint, frame, {placebo.SLICE: [0], placebo.RANDOM: [1, 2]}, PARAMS)
     own = rows[rows["set"] == placebo.SLICE].set_index("group")
     assert own.loc["artist", "quotient_estimate"] == pytest.approx(0.1 / 0.8, abs=0.05)
     assert own["verdict"].to_dict() == {
@@ -258,14 +264,27 @@ def test_a_class_is_specific_or_not_by_its_own_two_shares():
     whole /= (every["logit_diff_clean"] - every["logit_diff_corrupt"]).sum()
     assert own.loc["all pairs", "placebo_estimate"] == pytest.approx(whole)
     random = rows[rows["set"] == placebo.RANDOM].set_index("group").loc["all pairs"]
-    assert random["estimate"] == random["placebo_estimate"] == 0
+    assert random["placebo_estimate"] == pytest.approx(whole / 2)
+    alone = rows[rows["set"].str.startswith("random heads, set")]
+    assert alone["set"].tolist() == ["random heads, set 1", "random heads, set 2"] and set(alone["group"]) == {
+        "all pairs"
+    }
+    assert alone["placebo_estimate"].tolist() == pytest.approx([0, whole])
     text = " ".join(placebo_page.sentences(rows, PARAMS))
     least = placebo_page.quotient(next(rows[rows["group"] == "artist"].itertuples()))
     assert "the slice is specific in artist; not specific in writer." in text
     assert f"in the same class is smallest in artist ({least}) and largest in athlete" in text
     assert "the slice is untested in athlete: 20 quads are needed, and there are as few as 6." in text
-    assert "Random heads of the slice's layers recover 0.00 [0.00, 0.00] of that gap" in text
-    shown = placebo_page.table(rows)
+    assert f"of that gap on average over 2 sets (one by one 0.000 [0.000, 0.000] and {whole:.3f} [" in text
+    every = next(rows[(rows["set"] == placebo.RANDOM) & (rows["group"] == "all pairs")].itertuples())
+    assert f"divided by their share of the superset gap: {placebo_page.quotient(every)}." in text
+    params = PARAMS.model_copy(update={"specific_ratio": 0.5})
+    shown = placebo_page.table(rows, params)
+    assert shown["placebo less 0.5 x superset"].tolist() == [
+        placebo_page.of(row, "beyond") for row in rows.itertuples()
+    ]
+    cells = shown[(shown["patched"] == placebo.RANDOM) & (shown["pairs of"] == "all pairs")].iloc[0]
+    assert cells["placebo over superset"] == placebo_page.quotient(every) and cells["verdict"] == "not decided"
     assert len(shown) == len(rows) and not shown.isna().any(axis=None) and placebo_page.figure(rows) is not None
 
 
@@ -341,6 +360,27 @@ def test_shuffled_labels_are_silent_on_an_effect_that_right_labels_show():
     assert found.loc["shuffled labels", "verdict"] == "silent" and found.loc["ordinary", "verdict"] == "active"
 
 
+def test_the_primary_scoring_is_named_and_so_is_how_many_others_agree():
+    frame, prompts, grid = made_controls(np.zeros(5))
+    things = frame["pair_id"].str.startswith("control")
+    frame["after"] = [after + 2.0 * moved for after, moved in zip(frame["after"], things, strict=True)]  # all alike
+    rows = controls_page.with_controls(frame, prompts, grid)
+    candidates, verdicts = controls_page.scored(rows, SUPERSETS, PARAMS)
+    said = controls_page.sentences(verdicts, candidates, controls_page.leaders(rows, PARAMS), 0.2)
+    assert "This scoring, centred under `mean`, is the primary one: verdicts, figure and claims go by it." in said[0]
+    assert any(
+        text.startswith("Control things") and "of 1 other scoring 0 agree (raw under `mean` active)." in text
+        for text in said
+    )
+    assert "by the primary scoring (centred under `mean`)" in controls_page.headline(verdicts)[0]
+    unsure = pd.DataFrame({"verdict": ["silent", "undecided", "silent"], "p": [0.01, 0.077, 0.02]})
+    unsure = unsure.assign(scoring=["centred", "raw", "centred"], ablation=["mean", "mean", "zero"])
+    assert controls_page.agreeing(unsure) == (
+        "of 2 other scorings 1 agrees (raw under `mean` undecided, p = 0.077; centred under `zero` silent)"
+    )
+    assert controls_page.agreeing(unsure.head(1)) == "no other scoring was made"
+
+
 def test_too_few_prompts_decide_nothing():
     frame, prompts, grid = made_controls(np.zeros(5), prompts=6)
     _, verdicts = controls_page.scored(controls_page.with_controls(frame, prompts, grid), SUPERSETS, PARAMS)
@@ -394,6 +434,17 @@ def test_rule_lines_are_the_least_squares_fits_to_the_two_steps():
     x, y = np.array([1] * 4 + [2] * 2), np.array([1.0] * 4 + [3.0] * 2)
     assert lines["additive"][1] == pytest.approx((x * y).sum() / (x**2).sum())
     assert lines["OR"] == pytest.approx([0, y.mean(), y.mean()]) and lines["AND"] == [0, 0, 3.0]
+
+
+def test_pairs_before_any_selection_stand_beside_the_ends():
+    both = {"kind": "selection", "quantity": "recovery"}
+    shares = [("solved", 0.7, 29), (page.UNSELECTED, 0.8, 60), ("not solved", 0.9, 8)]
+    rows = [both | {"group": group, "estimate": share, "low": None, "high": None, "quads": quads}
+            for group, share, quads in shares]  # fmt: skip
+    assert (
+        "By how pairs were selected, joint recovery runs from 0.70 (solved) to 0.90 (not solved); in pairs before any "
+        "selection it is 0.80 (60 quads)."
+    ) in page.group_sentences(pd.DataFrame(rows), "t")
 
 
 STEP = SimpleNamespace(params=PARAMS, record={})

@@ -16,6 +16,7 @@ from lib.hooks import Site
 from report import words
 from steps.neurons import neurons, neurons_page, picks
 from steps.neurons.measure import Measured, Neurons
+from steps.story import claims
 
 P = Neurons(model="config:none", resamples=200, flips=200, top_neurons=6, budgets=(1, 2), random_sets=2, cards=2)
 SPREAD = [
@@ -228,6 +229,32 @@ def test_shares_of_the_mlps_effect_and_whether_a_few_carry_it():
     assert f"joint damage of {damage['mlps'].iloc[0]:.2f}" in text and f"{first} (2)" in text
     assert f"2 random neurons that write as much: {second}." in text
     assert neurons_page.shares(replaced(SETS, COST | {("MLPs", 1): -1.0}), SETS, P).empty
+
+
+def test_the_number_of_the_claim_stands_beside_what_the_page_asks(monkeypatch):
+    wanted = neurons_page.CLAIMED
+    (claim,) = (one for one in claims.CLAIMS if one.id == "few_neurons")
+    assert claim.path == f"neurons.shares[quantity={wanted['quantity']},kind=helping,n_sites={wanted['n_sites']}]"
+    carried = neurons_page.shares(replaced(SETS, COST), SETS, P)
+    assert neurons_page.claimed(carried) == "", "no set of that size"
+    monkeypatch.setitem(wanted, "n_sites", 2)
+    row = carried[(carried["quantity"] == "damage") & (carried["kind"] == "helping") & (carried["n_sites"] == 2)].iloc[
+        0
+    ]
+    own = words.interval(row["estimate"], row["low"], row["high"])
+    said = neurons_page.claimed(carried)
+    assert f"damage alone, by the 2 that help most on discovery: {own}.)" in said and said.count("page 10") == 1
+
+
+def test_a_neuron_helps_or_opposes_only_where_its_interval_is_off_zero():
+    def said(*numbers):
+        return neurons_page.helps(pd.Series(dict(zip(("estimate", "low", "high"), numbers, strict=True))))
+
+    assert said(0.2, 0.1, 0.3) == "helps the answer (effect 0.20 [0.10, 0.30] logits)"
+    assert said(-0.2, -0.3, -0.1) == "opposes the answer (effect -0.20 [-0.30, -0.10] logits)"
+    unsure = "is not shown to help or oppose the answer (effect "
+    assert said(0.2, -0.1, 0.5) == unsure + "0.20 [-0.10, 0.50] logits)"
+    assert said(-0.2, None, None) == said(-0.2, np.nan, np.nan) == unsure + "-0.20 logits)"
 
 
 def test_top_neurons_are_significant_in_both_halves_with_one_sign():

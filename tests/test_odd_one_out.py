@@ -256,7 +256,10 @@ def test_the_findings_say_what_the_numbers_say(results, coarse):
     critical = found(results, "coarse_sweep")
     assert critical["critical_layers"] and set(critical["critical_layers"]) <= {1, 2}
     assert critical["first_flip_layer"]["denoise"] in (1, 2)
-    assert any("At `swapped` recovery falls below one half" in sentence for sentence in critical["sentences"])
+    assert any(
+        "At `swapped` the estimate of recovery crosses one half downwards" in sentence
+        for sentence in critical["sentences"]
+    )
     for step, column in (("necessity", "mean"), ("sufficiency", "clean")):
         frame = records.read(results / f"{step}.parquet")
         frame = frame[(frame["position"] == "last") & (frame["ablation"] == column)]

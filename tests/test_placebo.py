@@ -13,6 +13,7 @@ from lib import effects, stats, tasks
 from lib.stats import Settings, Shares
 from pipeline import population
 from pipeline.params import Shared
+from report.words import interval
 from steps.baselines import placebo
 from steps.baselines.measure import Baselines
 from steps.story import circuits_page
@@ -259,7 +260,11 @@ def test_the_slice_is_judged_by_its_quotient_on_kept_pairs(share, verdict, words
         0.8
     )
     assert moved["region", "whole vocabulary"] == pytest.approx(share)
-    assert placebo_page.figure(m) is not None and len(placebo_page.table(m)) == 5
+    assert placebo_page.figure(m) is not None and len(placebo_page.table(m, params)) == 5
+    shown = placebo_page.table(m, params).set_index("site").loc["21.6"]
+    part = m.parts.iloc[0]
+    assert part["beyond_estimate"] == pytest.approx(part["placebo_estimate"] - 0.5 * part["estimate"])
+    assert shown["placebo less 0.5 x task"] == interval(*part[["beyond_estimate", "beyond_low", "beyond_high"]])
 
 
 def test_few_placebo_quads_are_not_testable_and_none_are_said():

@@ -37,8 +37,14 @@ def test_layer_curve():
     band = next(c for c in figure.axes[0].collections if isinstance(c, PolyCollection)).get_paths()[0].vertices
     assert band[:, 1].min() == pytest.approx(0.0) and band[:, 1].max() == pytest.approx(0.6)
     assert figure.axes[0].patches[0].get_x() == 0.5  # the marked layer, from half a layer before to half a layer after
-    assert {text.get_text() for text in figure.legends[0].get_texts()} == {"names"}
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["names", "last"]  # the second panel's, too
     assert figure.get_supylabel() == "recovery (share)" and figure.axes[1].get_xlabel() == "layer"
+
+
+def test_a_legend_has_as_many_columns_as_there_is_room_for():
+    assert plots.legend_columns(["denoise", "noise"]) == 2 and plots.legend_columns(["x"] * 7) == 6
+    assert plots.legend_columns(["x" * 20] * 5) == 3, "25 letters each, in 90"
+    assert plots.legend_columns(["x" * 99] * 2) == 1
 
 
 def test_heat_map_is_centred_at_zero_and_marks_cells():
@@ -199,3 +205,13 @@ def test_colours_differ_in_lightness_or_hue_for_every_eye():
         grey = colours @ [0.2126, 0.7152, 0.0722]
         far = np.abs(colours[:, None] - colours).max(-1) + np.abs(grey[:, None] - grey)
         assert far[~np.eye(len(together), dtype=bool)].min() > 0.25, together
+
+
+def test_a_forest_says_the_quads_of_every_estimate_of_a_row():
+    rows = [("superset gap", "artist", 12), ("placebo gap", "artist", 9), ("superset gap", "writer", 7)]
+    frame = pd.DataFrame(rows, columns=["quantity", "group", "quads"]).assign(kind="region")
+    frame = frame.assign(estimate=0.5, low=None, high=None)
+    (axes,) = plots.forest(frame, "recovery").axes
+    assert [text.get_text() for text in axes.texts] == ["", "12, 9", "7", "quads"]
+    same = plots.forest(frame.assign(quads=12), "recovery").axes[0]
+    assert [text.get_text() for text in same.texts][1] == "12"

@@ -283,3 +283,11 @@ def test_clusters_follow_supersets_only_if_they_do():
     )
     mixed = probes_page.clusters(grouped.set_axis(rng.permutation(professions)), superset_of, 500, 0)
     assert mixed["p"] > 0.05 and "not shown to follow" in probes_page.cluster_sentence(mixed, "x")
+
+
+def test_selectivity_is_no_sum_that_roundings_could_spoil():
+    row = {"target": "superset", "kind": "pair", "position": "last", "layer": 3, "true": 0.592, "control": 0.5655}
+    table = pd.DataFrame([row | {"estimate": 0.0265, "low": -0.01, "high": 0.06}, row | {"layer": 4}])
+    (said,) = probes_page.selectivity_sentence(table, 3)
+    assert said.endswith("`last` 0.592 and 0.566, 0.026 [-0.010, 0.060] apart (not shown to be above 0).")
+    assert "=" not in said

@@ -160,7 +160,7 @@ def test_interactions_are_what_two_do_beyond_each_alone():
     assert found["sure"].tolist() == [True, False, True]
     said = stability_page.interactions_sentence(found)
     assert "Of the 3 twos among them, 2 interact significantly" in said
-    assert "1 recover less together than one by one, 1 more" in said and "0.0 with 0.1 -0.50 [-0.50, -0.50]" in said
+    assert "1 recover less together than one by one, 1 more" in said and "0.0 with 0.1 -0.500 [-0.500, -0.500]" in said
     assert stability_page.interactions(measured(couples=None), PARAMS) is None
 
 

@@ -273,16 +273,16 @@ def test_a_flat_or_broken_curve_has_no_critical_layers():
 def test_where_a_curve_crosses_one_half_for_good(estimates, position, layer):
     curves = pd.concat(
         [
-            curve_of(estimates, position=position).iloc[::-1],
-            curve_of([0.9] * 5, position="last" if position != "last" else "names"),
-            curve_of([1 - e for e in estimates], position=position, direction="noise"),
-            curve_of([1 - e for e in estimates], position=position, half="discovery"),
+            curve_of(estimates, position=position, half="discovery").iloc[::-1],
+            curve_of([0.9] * 5, position="last" if position != "last" else "names", half="discovery"),
+            curve_of([1 - e for e in estimates], position=position, direction="noise", half="discovery"),
+            curve_of([1 - e for e in estimates], position=position).iloc[::-1],
         ],
         ignore_index=True,
     )
     found, row = coarse_page.crossing(curves, position)
     assert found == layer
-    assert row is None if layer is None else row["estimate"] == estimates[layer] and row["half"] == "confirmation"
+    assert row is None if layer is None else row["estimate"] == 1 - estimates[layer] and row["half"] == "confirmation"
 
 
 def test_a_crossing_of_the_other_direction_and_of_one_half():
@@ -735,7 +735,9 @@ def told_of_02(frame: pd.DataFrame, folder: Path, **other: object) -> dict:
     curves = coarse_measure.coarse_curves(frame, params)
     critical = coarse_measure.critical_layers(curves, params.critical_share)
     made = coarse_measure.Measured(frame, curves, critical, test_lenses.words(6))
-    return coarse_page.findings(step(params, results=folder, write_findings=dict), made)
+    pairs = pd.DataFrame({name: frame["pair_id"].unique() for name in ("pair_id", "answer", "corrupt_answer")})
+    own = step(params, results=folder, write_findings=dict, pairs=lambda: pairs.assign(template="t"))
+    return coarse_page.findings(own, made)
 
 
 def test_what_step_02_says(tmp_path):
@@ -754,8 +756,10 @@ def test_what_step_02_says(tmp_path):
     assert found["first_flip_layer"] == {"denoise": 1, "noise": None}
     sample = "(1 pairs of 1 quads, confirmation half)"
     assert found["sentences"] == [
-        f"At `last` recovery rises above one half after layer 1: 0.80 {sample}.",
-        f"At `names` recovery falls below one half after layer 1: 0.20 {sample}.",
+        f"At `last` the estimate of recovery crosses one half upwards after layer 2 (picked on the discovery half): "
+        f"1.00 there {sample}.",
+        f"At `names` the estimate of recovery crosses one half downwards after layer 2 (picked on the discovery half): "
+        f"0.00 there {sample}.",
         "The critical layers, the fewest whose rises of the denoise curve at `last` make up 80% of it on the "
         "discovery half, are 1 (+0.40) and 2 (+0.50); together 90% of the curve.",
         "On the confirmation half the same layers make up 80%.",
@@ -767,7 +771,7 @@ def test_what_step_02_says(tmp_path):
         "The hypothesis of the profile, layer 0, is not among them.",
     ]
     assert found["sentences"][-4].startswith(
-        "Whether at the last token of a name the person's profession is read above"
+        "Whether at the last token of a name the person's profession ranks better where it is right"
     )
     assert found["headline"] == [found["sentences"][i] for i in (2, 1, 0)]
     last = told_of_02(table(rows), tmp_path, aggregator_layer=2)["sentences"][-1]
@@ -780,9 +784,34 @@ def test_a_curve_that_never_crosses_is_said_to_stay(tmp_path):
     said = told_of_02(table(rows), tmp_path)["sentences"]
     sample = "(1 pairs of 1 quads, confirmation half)"
     # recovery at the last layer is 2 / 4, which is not above one half; at `name_a` it stays at 3 / 4
-    assert said[0] == f"At `last` recovery never rises above one half for good {sample}."
-    assert said[1] == f"At `names` recovery falls below one half after layer 0: 0.10 {sample}."
-    assert said[2] == f"At `name_a` recovery never falls below one half for good {sample}."
+    half = "(confirmation half)"
+    assert said[0] == f"At `last` the estimate of recovery never crosses one half upwards for good {half}."
+    assert said[1] == (
+        "At `names` the estimate of recovery crosses one half downwards after layer 0 (picked on the confirmation "
+        f"half): 0.10 there {sample}."
+    )
+    assert said[2] == f"At `name_a` the estimate of recovery never crosses one half downwards for good {half}."
+
+
+def test_noise_is_set_beside_denoise_of_the_mirror_and_of_no_other_pair():
+    people = {
+        "clean_a": list("wxyz"),
+        "corrupt_a": list("xwzq"),
+        "answer": list("wxyz"),
+        "corrupt_answer": list("xwzq"),
+    }
+    pairs = pd.DataFrame({"pair_id": list("abcd"), "template": "t"} | people)
+    pairs = pd.concat([pairs, pairs.assign(pair_id=list("efgh"), template="u")], ignore_index=True)
+    assert coarse_page.mirrors(pairs) == {"a": "b", "b": "a", "e": "f", "f": "e"}
+    moved = {"a": 1.0, "b": 2.0, "e": 4.0, "f": 3.0, "c": 9.0}
+    rows = [record(moved[pair], pair_id=pair, direction="noise") for pair in moved]
+    own = {"a": 2.0, "b": 1.0, "e": 3.0, "f": 4.0, "c": -9.0}  # what noise does in the mirror
+    frame = table(rows + [record(own[pair], pair_id=pair) for pair in own])
+    critical = SimpleNamespace(layers=(0,), rises=(1.0,))
+    made = coarse_measure.Measured(frame, None, critical, None)
+    assert coarse_page.mirror(made, pairs) == {"layer": 0, "correlation": pytest.approx(1.0), "pairs": 4}
+    assert coarse_page.mirror(made, pairs.head(3))["correlation"] is None, "two pairs correlate at 1 or -1"
+    assert coarse_page.mirror(made, pairs[pairs["pair_id"] == "c"])["pairs"] == 0
 
 
 def measured(half: str, moved: dict[str, float], quads: int = MANY, **more: object) -> list[dict]:
@@ -832,7 +861,7 @@ def test_what_step_03_says(tmp_path):
     aside = {"ablation": "counterfactual", "position": "between"}
     rows += measured("confirmation", {"mlp 0": 1.0, "attn 0": 1.4}, **aside, **shared)
     frame, params = table(rows), necessity_measure.Necessity(**SETTINGS | {"ablations": ("zero", "mean")})
-    seen = {"mirror": {"layer": 0, "correlation": 0.971, "quads": 20}}
+    seen = {"mirror": {"layer": 0, "correlation": 0.971, "pairs": 20}}
     own = step(params, results=tmp_path, write_findings=dict, n_layers=1, find={"coarse_sweep": seen}.get)
     tables = necessity_measure.ablation_tables(frame[frame["position"] == "last"], params)
     made = necessity_measure.Measured(frame, tables, necessity_measure.lead_of(tables))
@@ -847,9 +876,9 @@ def test_what_step_03_says(tmp_path):
     assert "zero damage" in said[1]
     assert "mlp 0 (3.00 [3.00, 3.00]), 0.1 (2.00 [2.00, 2.00]), 0.0 (1.00" in said[1]
     assert said[3] == (
-        "`counterfactual` noise in a pair is denoise in its mirror pair (over 20 quads the two effects of the residual "
-        "stream at `last` after layer 0 correlate at 0.97); no class-neutral ablation could be run in both halves, so "
-        "necessity is not judged here: what follows is about `zero`."
+        "`counterfactual` noise in a pair is denoise in its mirror pair (in 20 pairs whose mirror was swept, too, the "
+        "two effects of the residual stream at `last` after layer 0 correlate at 0.97); no class-neutral ablation "
+        "could be run in both halves, so necessity is not judged here: what follows is about `zero`."
     )
     assert said[4].startswith(
         "The ceiling of each ablation, what it does to the whole residual stream of the last layer at `last`, is 0.75 "

@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from itertools import islice, permutations
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pyarrow as pa
@@ -148,7 +149,47 @@ def test_a_unit_short_of_memory_is_done_again_with_half(cluster, here, begin):
     ]
 
 
-def test_a_lost_node_costs_its_units_alone_and_the_rows_are_those_of_a_local_run(cluster, here, begin, caplog):
+def test_a_unit_whose_replica_never_answers_is_done_by_an_idle_one(monkeypatch):
+    """A call that reaches a replica just as its node goes down is never answered. The replicas here are made up, and so
+    is what waits for them: no cluster loses a node at a given microsecond."""
+    answered, asked = [], []
+    monkeypatch.setattr(workers, "refuse_unlike", lambda *_: None)
+    monkeypatch.setattr(workers, "ask", lambda replica: (replica.name, None))
+    monkeypatch.setattr("ray.put", lambda value: value)
+    monkeypatch.setattr("ray.get", lambda reference: answer(reference))
+
+    class Mute:
+        """Answers what it is, and never computes; the other one does."""
+
+        def __init__(self, name: str) -> None:
+            self.name, self.compute = name, SimpleNamespace(remote=self.remote)
+
+        def remote(self, table, work, unit, share):
+            asked.append((self.name, unit.id))
+            return self.name, unit.id
+
+    def answer(reference):
+        name, unit = reference
+        return {"alike": {"weights": "w"}} if unit is None else SimpleNamespace(unit=unit, frame=None, by=name)
+
+    def wait(references, timeout):
+        able = [one for one in references if one[1] is None or one[0] == "able"]
+        answered.append(timeout)
+        return able[:1], []
+
+    monkeypatch.setattr("ray.wait", wait)
+    plan = [units.Unit("u-0"), units.Unit("u-1"), units.Unit("u-2")]
+    step = SimpleNamespace()
+    run = workers.Distribution([Mute("mute"), Mute("able")], step, 1.0, plan, lambda unit: None).run()
+    assert sorted((done.unit, done.by) for done in run) == [("u-0", "able"), ("u-1", "able"), ("u-2", "able")]
+    assert asked.count(("mute", "u-0")) == 1 and len(asked) == 4
+    assert set(answered) == {workers.START_S, workers.PATIENCE_S}
+
+
+def test_a_lost_node_costs_its_units_alone_and_the_rows_are_those_of_a_local_run(
+    cluster, here, begin, caplog, monkeypatch
+):
+    monkeypatch.setattr(workers, "PATIENCE_S", 20)
     local = swept(begin("local"))
     Path("computed").unlink()
 

@@ -172,7 +172,8 @@ def placebo_sentences(m: Measured) -> list[str]:
         if about["why"]:
             out.append(f"There are no placebo pairs that differ in {about['attribute']}: {about['why']}.")
             continue
-        quads = m.placebo[m.placebo["attribute"] == about["attribute"]].groupby("quad_id").first()
+        by_quad = m.placebo[m.placebo["attribute"] == about["attribute"]].groupby("quad_id")
+        quads = by_quad[["kept", "half"]].first().assign(gap=by_quad["gap"].mean())
         kept = quads[quads["kept"]]
         halves = listed(f"{count} {half}" for half, count in kept["half"].value_counts().sort_index().items())
         out.append(

@@ -68,7 +68,7 @@ def typical(words: pd.DataFrame, settings: Settings) -> pd.DataFrame:
 
 
 def controls(words: pd.DataFrame) -> pd.DataFrame:
-    """Geometric mean rank of either kind of word in the patchscope, by source (none, random) and layer."""
+    """Geometric mean rank of either kind of word in the patchscope, by source (none, random), kind and layer."""
     own = reported(words)
     own = own[~own["source"].isin(SIDES)]
     kind = np.where(own["word"] == "superset", "superset", "profession")
@@ -111,21 +111,23 @@ def compared(words: pd.DataFrame, settings: Settings) -> pd.DataFrame:
 
 
 def where_read(compared: pd.DataFrame, ranks: pd.DataFrame, settings: Settings) -> pd.DataFrame:
-    """For each reading and instrument the first layer that is above control, the one at which that rises most, and the
-    one most above it: there the rank of the word, and by what factor it is better than where the word is wrong."""
+    """For each reading and instrument the first layer that is above control, with the rank of the word after it, the
+    one at which that rises most, and the one most above it: there the rank of the word, and by what factor it is
+    better than where the word is wrong."""
     known, rows = {asked.about: asked for asked in READINGS}, []
     for (about, instrument), own in compared.groupby(["about", "instrument"], sort=False):
         sure = own[effects.significant(own, settings) & (own["estimate"] > 0)]
         best, asked = own.loc[own["estimate"].idxmax()], known[about]
         there = ranks[(ranks["instrument"] == instrument) & (ranks["word"] == asked.word)]
-        there = there[(there["position"] == asked.position) & (there["layer"] == best["layer"])].iloc[0]
+        there = there[there["position"] == asked.position].set_index("layer")
         first = int(sure["layer"].min()) if len(sure) else None
         untested = own["low"].isna().any()
         rows.append({
             "read": about, "instrument": instrument,
             "first after layer": NOT_TESTABLE if untested else "none" if first is None else str(first),
+            "rank after it": "" if untested or first is None else span(there.loc[first]),
             "rises most at layer": int(own.loc[own["estimate"].diff().fillna(0).idxmax(), "layer"]),
-            "most after layer": int(best["layer"]), "rank there": span(there),
+            "most after layer": int(best["layer"]), "rank there": span(there.loc[best["layer"]]),
             "times better than where wrong": span(best, 1), "quads": int(best["quads"]),
         })  # fmt: skip
     return pd.DataFrame(rows)
@@ -137,43 +139,47 @@ def span(row: pd.Series, digits: int = 0) -> str:
 
 
 def sentences(words: pd.DataFrame, settings: Settings) -> list[str]:
-    """From which layer on the profession is read at the names, and the superset at the last token; and the controls."""
-    table = where_read(compared(words, settings), typical(words, settings), settings)
-    what = "at the last token of a name the person's profession is read above that of the other person of the prompt"
-    said = told(table[table["read"] == PROFESSION.about], f"{what}, who is of the same superset,")
-    what = "at `last` the superset's word is read above that of the pair's other prompt"
-    said += told(table[table["read"] == AT_LAST.about], what)
-    alone = controls(words).groupby(["word", "source"])["rank"].median()
-    if "superset" in alone.index:
-        said.append(
-            f"With nothing put into it the patchscope's prompt ranks the superset's word at "
-            f"{alone['superset', 'none']:.0f}, with a random direction at {alone['superset', 'random']:.0f} (geometric "
-            "means; median over layers)."
-        )
+    """From which layer on the profession ranks better at the names where it is right, and the superset at the last
+    token; and the controls."""
+    table, empty = where_read(compared(words, settings), typical(words, settings), settings), controls(words)
+    where = "ranks better where it is right than where it is wrong"
+    what = f"at the last token of a name the person's profession {where} (at the other person of the"
+    asked = table[table["read"] == PROFESSION.about]
+    said = told(asked, f"{what} prompt, who is of the same superset)", empty[empty["word"] == PROFESSION.word])
+    what = f"at `last` the superset's word {where} (in the pair's other prompt)"
+    empty = empty[empty["word"] == AT_LAST.word]
+    said += told(table[table["read"] == AT_LAST.about], what, empty)
+    plain = empty.loc[empty["source"] == "none", "rank"]
+    said += [
+        f"With nothing put into it the patchscope's prompt ranks the superset's word at {rank:.0f} (geometric mean)."
+        for rank in plain.head(1)
+    ]
     return said
 
 
-def told(rows: pd.DataFrame, what: str) -> list[str]:
-    """One reading by both instruments; nothing where it was not made."""
+def told(rows: pd.DataFrame, what: str, empty: pd.DataFrame) -> list[str]:
+    """One reading by both instruments; nothing where it was not made. `empty`: `controls` of its word."""
     if rows.empty:
         return []
     scope, lens = (rows[rows["instrument"] == name].iloc[0] for name in (PATCHSCOPE, LENS))
 
     if scope["first after layer"] == NOT_TESTABLE:
         few = f"{scope['quads']} quads, {stats.MINIMUM_CLUSTERS} needed"
-        return [f"Whether {what.removesuffix(',')} is {NOT_TESTABLE} ({few})."]
+        return [f"Whether {what} is {NOT_TESTABLE} ({few})."]
 
     def first(row: pd.Series) -> str:
         layer = row["first after layer"]
-        return "after no layer" if layer == "none" else f"first after layer {layer}"
+        return "after no layer" if layer == "none" else f"first after layer {layer}, at rank {row['rank after it']}"
 
+    most = scope["most after layer"]
+    random = empty.loc[(empty["source"] == "random") & (empty["layer"] == most), "rank"]
+    beside = "".join(f" (with a random direction put in after that layer: {rank:.0f})" for rank in random)
     return [
-        f"{what[0].upper()}{what[1:]} {first(scope)} by the patchscope, {first(lens)} by the logit lens (familywise "
-        f"over layers; {scope['quads']} quads, confirmation half).",
+        f"{what[0].upper()}{what[1:]}: by the patchscope {first(scope)}, by the logit lens {first(lens)} (familywise "
+        f"over layers; {scope['quads']} quads, confirmation half; rank 1 is the top of the vocabulary).",
         f"By the patchscope this rises most at layer {scope['rises most at layer']} and is largest after layer "
-        f"{scope['most after layer']} (picked on the same pairs): there the word ranks "
-        f"{scope['times better than where wrong']} times better where it is right than where it is wrong, at "
-        f"{scope['rank there']} of the vocabulary.",
+        f"{most} (picked on the same pairs): there the word ranks {scope['times better than where wrong']} times "
+        f"better where it is right than where it is wrong, at {scope['rank there']}{beside}.",
     ]
 
 

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from lib import stats
 from lib.effects import by_half, columns, effect, in_halves, quad_matrix, reported
 from lib.stats import Settings
+from lib.sweep import DIRECTIONS
 from pipeline import keys
 from pipeline.params import Shared
 from pipeline.step import Step
@@ -38,13 +39,19 @@ CAPTIONS = {
 
 
 def crossing(curves: pd.DataFrame, position: str, direction: str = "denoise") -> tuple[int | None, pd.Series | None]:
-    """Where the confirmation curve at a role crosses one half: upwards at `last`, downwards at the names. The layer
-    after which it stays on the far side, and its row; None if it never does."""
-    own = reported(curves)
-    own = own[(own["direction"] == direction) & (own["position"] == position)].sort_values("layer")
-    far = own["estimate"] > 0.5 if position == "last" else own["estimate"] < 0.5
+    """Where the curve at a role crosses one half: upwards at `last`, downwards at the names. The layer after which the
+    estimate stays on the far side on the discovery half, and the confirmation half's row there; None if it never
+    does."""
+    own = curves[(curves["direction"] == direction) & (curves["position"] == position)].sort_values("layer")
+    if own.empty:
+        return None, None
+    first, last = in_halves(own)[0][1], reported(own)
+    far = first["estimate"] > 0.5 if position == "last" else first["estimate"] < 0.5
     stays = far[::-1].cummin()[::-1]
-    return (None, None) if not stays.any() else (int(own.loc[stays.idxmax(), "layer"]), own.loc[stays.idxmax()])
+    if not stays.any():
+        return None, None
+    layer = int(first.loc[stays.idxmax(), "layer"])
+    return layer, last[last["layer"] == layer].iloc[0]
 
 
 def flip_share(frame: pd.DataFrame) -> pd.Series:
@@ -140,14 +147,32 @@ def through_between(table: pd.DataFrame, share: float) -> tuple[dict[str, Any], 
     return found, [text, f"{' and '.join(lines)} of the gap."]
 
 
-def mirror(m: Measured) -> dict[str, float]:
-    """How noise and denoise agree: the correlation over quads of their effects at `last`, after the critical layer of
-    the largest rise, confirmation half."""
-    layer = m.critical.layers[int(np.argmax(m.critical.rises))]
+def mirrors(pairs: pd.DataFrame) -> dict[str, str]:
+    """For each pair that has one, its mirror: the same two prompts, clean and corrupt exchanged."""
+    slots = [slot for slot in "abc" if f"clean_{slot}" in pairs]
+    sides = [
+        [f"{side}_{slot}" for slot in slots] + [answer]
+        for side, answer in (("clean", "answer"), ("corrupt", "corrupt_answer"))
+    ]
+    rows = pairs.fillna({name: "" for side in sides for name in side})
+    clean, corrupt = (list(rows[["template", *side]].itertuples(index=False, name=None)) for side in sides)
+    own = dict(zip(zip(clean, corrupt, strict=True), rows["pair_id"], strict=True))
+    turned = zip(rows["pair_id"], zip(corrupt, clean, strict=True), strict=True)
+    return {pair: own[key] for pair, key in turned if key in own}
+
+
+def mirror(m: Measured, pairs: pd.DataFrame) -> dict[str, float | None]:
+    """How noise in a pair agrees with denoise in its mirror: the correlation over the confirmation pairs whose mirror
+    was swept, too, of the effects at `last`, after the critical layer of the largest rise; None with fewer than
+    three."""
+    layer, other = m.critical.layers[int(np.argmax(m.critical.rises))], mirrors(pairs)
     own = reported(m.records)
     own = own[(own["position"] == "last") & (own["layer"] == layer)].assign(effect=effect)
-    ways = own.pivot_table(index="quad_id", columns="direction", values="effect")
-    return {"layer": layer, "correlation": ways.corr().iloc[0, -1], "quads": len(ways)}
+    noise, denoise = (own[own["direction"] == way].groupby("pair_id")["effect"].mean() for way in DIRECTIONS)
+    denoise = denoise[denoise.index.isin(other)].rename(index=other)
+    both = pd.DataFrame({"noise": noise, "mirrored": denoise}).dropna()
+    alike = both["noise"].corr(both["mirrored"]) if len(both) > 2 else None
+    return {"layer": layer, "correlation": alike, "pairs": len(both)}
 
 
 def account_of(m: Measured, params: Shared) -> pd.DataFrame:
@@ -223,12 +248,16 @@ def moves_of(m: Measured, confirmation: pd.DataFrame) -> dict[str, str]:
         layer, row = crossing(m.curves, position)
         rows = denoise[denoise["position"] == position]
         sample = f"{rows['pair_id'].nunique()} pairs of {rows['quad_id'].nunique()} quads, confirmation half"
-        verb = "rises above" if position == "last" else "falls below"
+        picked_on = in_halves(m.curves)[0][0]
+        way = "upwards" if position == "last" else "downwards"
+        lead = f"At `{position}` the estimate of recovery"
         if layer is None:
-            moves[position] = f"At `{position}` recovery never {verb} one half for good ({sample})."
+            moves[position] = f"{lead} never crosses one half {way} for good ({picked_on} half)."
         else:
-            value = interval(row["estimate"], row["low"], row["high"])
-            moves[position] = f"At `{position}` recovery {verb} one half after layer {layer}: {value} ({sample})."
+            moves[position] = (
+                f"{lead} crosses one half {way} after layer {layer} (picked on the {picked_on} half): {of_row(row)} "
+                f"there ({sample})."
+            )
     return moves
 
 
@@ -274,7 +303,7 @@ def findings(step: Step, m: Measured) -> dict[str, Any]:
         "first_flip_layer": flips,
         "sentences": sentences,
         "between": passing,
-        "mirror": mirror(m),
+        "mirror": mirror(m, step.pairs()),
         "headline": headline,
     }
     return finished(step, found, figures, CAPTIONS)

@@ -19,7 +19,7 @@ from lib import stats
 from lib.effects import columns
 from pipeline.params import Shared
 from report import plots
-from report.words import listed, of_row
+from report.words import counted, listed, of_row
 from steps.generality import class_tests
 from steps.generality.controls import ABLATIONS, LISTED
 from steps.generality.measure import Measured
@@ -189,11 +189,37 @@ def headline(verdicts: pd.DataFrame) -> list[str]:
     kept, missed = (
         [name for name in EXPECTATIONS if name in met and (met[name] is True) == good] for good in (True, False)
     )
-    return [f"Controls as expected, each by itself: {listed(kept)}; not, or not decided: {listed(missed)}."] * bool(met)
+    if not met:
+        return []
+    return [
+        f"Controls as expected by the primary scoring ({named(verdicts.iloc[0])}), each by itself: {listed(kept)}; "
+        f"not, or not decided: {listed(missed)}."
+    ]
+
+
+def named(row: pd.Series) -> str:
+    """A scoring and its ablation in words."""
+    return f"{row['scoring']} under `{row['ablation']}`"
+
+
+def agreeing(own: pd.DataFrame) -> str:
+    """How many of the other scorings of a control come to the verdict of the first, and what each comes to."""
+    first, others = own.iloc[0], own.iloc[1:]
+    if others.empty:
+        return "no other scoring was made"
+    same = int((others["verdict"] == first["verdict"]).sum())
+    each = [
+        f"{named(row)} {row['verdict']}"
+        + (f", p = {row['p']:.3f}" if row["verdict"] == "undecided" and pd.notna(row["p"]) else "")
+        for _, row in others.iterrows()
+    ]
+    agree = "agrees" if same == 1 else "agree"
+    return f"of {counted(len(others), 'other scoring')} {same} {agree} ({'; '.join(each)})"
 
 
 def sentences(verdicts: pd.DataFrame, candidates: pd.DataFrame, leaders: pd.DataFrame, margin: float) -> list[str]:
-    """Every control against its expectation, by the scoring and ablation that decide; the others beside."""
+    """Every control against its expectation, by the scoring and ablation that decide, and how many of the others
+    agree."""
     if verdicts.empty:
         return [
             "The controls were not run: no ordinary prompt has another quad of its token counts to take a mean from."
@@ -201,7 +227,8 @@ def sentences(verdicts: pd.DataFrame, candidates: pd.DataFrame, leaders: pd.Data
     ablation, fall = verdicts[["ablation", "fall"]].iloc[0]
     out = [
         f"Ablated by `{ablation}`, the slice takes {fall:.2f} logits from the ordinary answer, against the candidates' "
-        f"mean; the margin of silence is {margin:.0%} of that, {margin * fall:.2f}."
+        f"mean; the margin of silence is {margin:.0%} of that, {margin * fall:.2f}. This scoring, "
+        f"{named(verdicts.iloc[0])}, is the primary one: verdicts, figure and claims go by it."
     ]
     for control, expected in EXPECTATIONS.items():
         own = verdicts[verdicts["control"] == control]
@@ -216,7 +243,8 @@ def sentences(verdicts: pd.DataFrame, candidates: pd.DataFrame, leaders: pd.Data
         far = rows.loc[rows["estimate"].abs().idxmax()]
         out.append(
             f"Control {control} ({first['prompts']} prompts{few}; expected: {expected}): {first['verdict']}{power}, "
-            f"expectation {good}; the largest change is that of {far['candidate']}, {of_row(far)} logits."
+            f"expectation {good}; the largest change is that of {far['candidate']}, {of_row(far)} logits; "
+            f"{agreeing(own)}."
         )
     others = leaders[leaders["control"] != "ordinary"].sort_values("estimate")
     ends = " to ".join(f"{of_row(row)} ({row.control})" for row in others.iloc[[0, -1][: len(others)]].itertuples())

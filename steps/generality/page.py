@@ -34,7 +34,8 @@ from steps.generality.name_rule import RuleResult
 CAPTIONS = {
     "forest": "Joint recovery of the critical slice by group of pairs (share of the gap), its damage under a "
     "class-neutral ablation (share of what the whole final residual stream takes away), and its counterfactual damage; "
-    "95% studentised bootstrap intervals over quads; hollow: fewer than 20 quads. Dashed: the floor of the verdict.",
+    "95% studentised bootstrap intervals over quads; hollow: fewer than 20 quads; at the right the number of quads, in "
+    "the order of the legend where it differs. Dashed: the floor of the verdict.",
     "left-out": "Circuits picked on the discovery pairs without a superset, tested on the confirmation pairs that this "
     "superset answers, beside the slice; 95% intervals over quads. Dashed: the floor of the verdict.",
     "controls": "Change of each candidate's logit, less the mean of all candidates, when the slice is ablated by the "
@@ -47,6 +48,7 @@ CAPTIONS = {
 SHARE = "joint effect (share of the gap, or of the ceiling)"
 JUDGED, MIRRORED = ("damage", "recovery"), "counterfactual damage"
 EVERY, NOT_EVERY, UNTESTABLE = "every superset", "not shown for every superset", "not testable here"
+UNSELECTED = "before any selection"
 SELECTIONS = ("selection", "answers", "matching")  # kinds of groups that say how pairs were selected
 
 
@@ -76,11 +78,11 @@ def tables(step: Step, m: Measured) -> Tables:
     tested, moved = circuit_table(joint, m.circuits, m.slice, p), transfer(joint, m.circuits, p)
     by_group, by_site = groups(joint, p), site_effects(joint, behind(sets), m.slice, p)
     if len(m.unselected):
-        before = pd.DataFrame(both_ways(m.unselected, p, kind="selection", group="before any selection"))
+        before = pd.DataFrame(both_ways(m.unselected, p, kind="selection", group=UNSELECTED))
         by_group = pd.concat([by_group, before[before["quantity"] == "recovery"]], ignore_index=True)
     same, shares = ranks(heads, p), interaction(alone, m.slice, p)
     rule = name_rule.compare(m.people, p) if m.people["prompt"].nunique() > 1 else None
-    specific = placebo.specificity(joint, m.placebo, sets, p)
+    specific = placebo_page.specificity(joint, m.placebo, sets, p)
     return Tables(by_group, by_site, heads, same, shares, tested, moved, specific, candidates, verdicts, leaders, rule)
 
 
@@ -435,7 +437,9 @@ def group_sentences(groups: pd.DataFrame, template: str) -> list[str]:
     """The slice by superset, profession, template, order of the names: the lowest and the highest."""
     out = [f"By superset, joint {name} runs {ends(of_kind(groups, 'superset', name))}." for name in JUDGED]
     chosen = groups[groups["kind"].isin(SELECTIONS) & (groups["quantity"] == "recovery")]
-    out += [f"By how pairs were selected, joint recovery runs {ends(chosen)}."] * bool(len(chosen))
+    before = chosen[chosen["group"] == UNSELECTED].itertuples()
+    each = "".join(f"; in pairs {row.group} it is {of_row(row)} ({row.quads} quads)" for row in before)
+    out += [f"By how pairs were selected, joint recovery runs {ends(chosen)}{each}."] * bool(len(chosen))
     others = groups[(groups["kind"] == "template") & (groups["group"] != template)]
     for name, rows in others.groupby("group", sort=False):
         out.append(f"In `{name}`, jointly, its {quantities(rows)} ({rows['quads'].max()} quads).")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from IPython.display import Markdown
 from matplotlib.figure import Figure
@@ -12,26 +14,48 @@ from lib.stats import MINIMUM_CLUSTERS
 from pipeline.params import Shared
 from report import plots
 from report.words import interval, listed, of_row
+from steps.generality import placebo
 from steps.generality.placebo import ALL, RANDOM, SLICE
 
 CAPTION = (
     "Share of the superset gap and of the placebo gap that the slice's clean activations recover, over all pairs of a "
-    "template and superset by superset; 95% studentised bootstrap intervals over quads; hollow: fewer than 20 quads."
+    "template and superset by superset; 95% studentised bootstrap intervals over quads; hollow: fewer than 20 quads; "
+    "at the right the quads of either kind."
 )
 NONE = "There are no placebo pairs here: whether the slice is specific in every class and template was not asked."
 VERDICTS = {"specific": "specific", "general": "not specific", "open": "not decided"}
 FEW = "too few quads to test"
 
 
-def of(row: Any, prefix: str) -> str:
+def of(row: Any, prefix: str, digits: int = 2) -> str:
     """The estimate of a row whose columns have a prefix."""
     ends = [getattr(row, f"{prefix}_{name}") for name in ("estimate", "low", "high")]
-    return interval(*(None if index and pd.isna(end) else end for index, end in enumerate(ends)))
+    return interval(*(None if index and pd.isna(end) else end for index, end in enumerate(ends)), digits=digits)
 
 
 def quotient(row: Any) -> str:
-    """The placebo share over the superset share; "" for what has no superset share to speak of."""
-    return "" if row.set == RANDOM else of(row, "quotient")
+    """The placebo share over the superset share, where there is one."""
+    return of(row, "quotient") if np.isfinite(row.quotient_estimate) else "not defined"
+
+
+def specificity(
+    joint: pd.DataFrame, frame: pd.DataFrame, sets: Mapping[str, Sequence[int]], params: Shared
+) -> pd.DataFrame:
+    """`placebo.specificity`; where several sets of random heads were patched, each of them is there alone as well, over
+    all pairs."""
+    table, places = placebo.specificity(joint, frame, sets, params), sets.get(RANDOM) or ()
+    if table.empty or len(places) < 2:
+        return table
+    whole = joint.assign(own=False)  # no class apart
+    parts = [
+        placebo.specificity(whole, frame, {SLICE: [place]}, params).assign(set=f"{RANDOM}, set {number}")
+        for number, place in enumerate(places, 1)
+    ]
+    every, order = pd.concat([table, *parts], ignore_index=True), ["attribute", "template"]
+    places_of = {name: list(dict.fromkeys(table[name])) for name in order}
+    return every.sort_values(
+        order, key=lambda own: own.map(places_of[own.name].index), kind="stable", ignore_index=True
+    )
 
 
 def figure(rows: pd.DataFrame) -> Figure | None:
@@ -46,8 +70,8 @@ def figure(rows: pd.DataFrame) -> Figure | None:
     return plots.forest(both.assign(kind=both["attribute"] + ", " + both["template"]), "recovery (share of the gap)")
 
 
-def table(rows: pd.DataFrame) -> pd.DataFrame | Markdown:
-    """Every set's two shares, their quotient and the verdict."""
+def table(rows: pd.DataFrame, params: Shared) -> pd.DataFrame | Markdown:
+    """Every set's two shares, their quotient, what the verdict goes by, and the verdict."""
     if rows.empty:
         return Markdown(NONE)
     columns = {
@@ -58,7 +82,8 @@ def table(rows: pd.DataFrame) -> pd.DataFrame | Markdown:
         "share of the superset gap": [of_row(row) for row in rows.itertuples()],
         "share of the placebo gap": [of(row, "placebo") for row in rows.itertuples()],
         "placebo over superset": [quotient(row) for row in rows.itertuples()],
-        "verdict": rows["verdict"].map(VERDICTS).fillna(FEW).where(rows["set"] != RANDOM, ""),
+        f"placebo less {params.specific_ratio:g} x superset": [of(row, "beyond") for row in rows.itertuples()],
+        "verdict": rows["verdict"].map(VERDICTS).fillna(FEW),
         "quads": [f"{row.quads}, {row.placebo_quads}" for row in rows.itertuples()],
     }
     return pd.DataFrame(columns)
@@ -73,10 +98,8 @@ def sentences(rows: pd.DataFrame, params: Shared) -> list[str]:
         for template, there in each.groupby("template", sort=False):
             own, random = (there[(there["set"] == name) & (there["group"] == ALL)] for name in (SLICE, RANDOM))
             out += [template_sentence(attribute, template, row, params) for row in own.itertuples()]
-            out += [
-                f"Random heads of the slice's layers recover {of(row, 'placebo')} of that gap."
-                for row in random.itertuples()
-            ]
+            alone = there[there["set"].str.startswith(f"{RANDOM}, set")]
+            out += [random_sentence(row, alone) for row in random.itertuples()]
         classes = each[each["group"] != ALL]
         for name in (SLICE, "picked without it"):
             out += class_sentences(attribute, name, classes[classes["set"] == name])
@@ -95,6 +118,16 @@ def template_sentence(attribute: str, template: str, row: Any, params: Shared) -
     return (
         f"In `{template}` the slice recovers {of(row, 'placebo')} of the {attribute} gap ({row.placebo_quads} placebo "
         f"quads), {of(row, 'quotient')} times its share of the superset gap ({row.quads} quads): {verdict}."
+    )
+
+
+def random_sentence(row: Any, alone: pd.DataFrame) -> str:
+    """What random heads do there, on average and set by set."""
+    each = listed(of(own, "placebo", 3) for own in alone.itertuples())
+    mean = f" on average over {len(alone)} sets (one by one {each})" if len(alone) else ""
+    return (
+        f"Random heads of the slice's layers recover {of(row, 'placebo')} of that gap{mean}; divided by their share of "
+        f"the superset gap: {quotient(row)}."
     )
 
 

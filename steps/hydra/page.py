@@ -322,16 +322,16 @@ def ending(rounds: Sequence[Round], params: Hydra) -> str:
     if last.rises.empty:
         left = "no other site comes after the slice, so none could stand in for it"
         return f"Backups by both tests: {listed(names)}; {left}."
-    bounds, unique = missed(last, params), "no other pathway is seen at the last token"
+    bounds = missed(last, params)
     if not bounds:
         return f"Backups by both tests: {listed(names)}. There are too few quads to confirm one, or to rule one out."
     if not names:
-        text = f"No backup was found: {unique}."
+        text = "No backup was found at the last token."
     else:
         stopped = len(candidates(last.rises, params)) and last.tests.empty
         text = f"Backups by both tests: {listed(names)}; "
         text += f"the limit of rounds ({params.rounds}) was reached." if stopped else "no further one after widening."
-        text += "" if stand_in else f" None of them is shown to stand in for the slice: {unique}."
+        text += "" if stand_in else " None of them is shown to stand in for the slice."
     each = [
         f"{KINDS[bound['component']]} whose direct effect rises by up to "
         f"{bound['logits']:.2f} logits ({bound['site']}"
@@ -339,7 +339,10 @@ def ending(rounds: Sequence[Round], params: Hydra) -> str:
         + ")"
         for bound in bounds
     ]
-    return f"{text} It could have missed {' or '.join(each)}: upper ends of intervals that hold for all later sites."
+    what = " or ".join(each)
+    return (
+        f"{text[:-1]}, but the search could have missed {what}: upper ends of intervals that hold for all later sites."
+    )
 
 
 def control_sentences(split: pd.DataFrame) -> list[str]:

@@ -142,7 +142,8 @@ def ceiling_sentences(step: Step, m: Measured) -> tuple[dict[str, str], dict[str
     told["ceiling"] = (
         "The ceiling of each ablation, what it does to the whole residual stream of the last layer at `last`, is "
         + listed(f"{limit} under `{kind}`" for kind, limit in limits.items())
-        + " of the gap between clean and corrupt."
+        + " of the gap between clean and corrupt. It is no bound: a part can take away more, where "
+        "the rest stands against it."
     )
     there = [kind for kind in m.sites if kind in {*shares["ablation"]}]
     if there:
@@ -162,9 +163,9 @@ def mirror_sentence(step: Step, m: Measured) -> str:
     """Why counterfactual values do not judge necessity, and which ablation does."""
     seen = (step.find("coarse_sweep") or {}).get("mirror")
     number = (
-        f" (over {seen['quads']} quads the two effects of the residual stream at `last` after layer {seen['layer']} "
-        f"correlate at {seen['correlation']:.2f})"
-        if seen and seen["correlation"] is not None
+        f" (in {seen['pairs']} pairs whose mirror was swept, too, the two effects of the residual stream at `last` "
+        f"after layer {seen['layer']} correlate at {seen['correlation']:.2f})"
+        if seen and seen["correlation"] is not None and "pairs" in seen
         else ""
     )
     judged = (

@@ -20,9 +20,9 @@ from lib.tasks import SUPERSETS
 from pipeline.step import Step
 from report import plots
 from report.plots import class_matrices
-from report.words import interval
+from report.words import counted, interval, listed
 from steps.neurons.measure import Measured, Neurons
-from steps.neurons.picks import aucs, best_features, selective, stacked
+from steps.neurons.picks import aucs, best_features, class_directions, selective, stacked
 
 KINDS = ("features", "neurons", "directions", "random features", "random directions")
 MATCHED = 0.7  # cosine from which two decoder rows count as one feature (Paulo and Belrose 2025, arXiv 2501.16615)
@@ -72,10 +72,14 @@ def matched(cosines: np.ndarray, chosen: np.ndarray) -> dict[str, float]:
 
 
 def auc_interval(rows: pd.DataFrame, values: np.ndarray, superset: str, params: Neurons) -> stats.Interval:
-    """An AUC with its interval over quads, from each prompt's part in it (DeLong et al. 1988, summed over quads)."""
+    """An AUC with its interval over quads, from each prompt's part in it (DeLong et al. 1988, summed over quads); none
+    where the prompts of the superset, or the others, are of too few quads."""
     own = (rows["superset"] == superset).to_numpy()
     above = (values[own][:, None] > values[~own]) + 0.5 * (values[own][:, None] == values[~own])
     area, parts = above.mean(), np.zeros(len(rows))
+    fewest = min(rows.loc[side, "quad_id"].nunique() for side in (own, ~own))
+    if reason := stats.too_few(fewest, "quads"):
+        return stats.Interval(float(area), None, None, params.level, fewest, reason)
     parts[own], parts[~own] = (above.mean(1) - area) / own.sum(), (above.mean(0) - area) / (~own).sum()
     sums = pd.Series(parts).groupby(rows["quad_id"].to_numpy()).sum().to_numpy()
     return stats.mean_interval(area + len(sums) * sums, params)
@@ -131,6 +135,7 @@ def map_table(rows: pd.DataFrame, params: Neurons, pairs: pd.DataFrame) -> pd.Da
         mine = (own["superset"] == superset).to_numpy()
         column = values[:, feature]
         row = {"superset": superset, "feature": feature, "discovery": areas[superset].max(), "n": int(mine.sum())}
+        row |= {"n quads": own.loc[mine, "quad_id"].nunique()}
         row |= {"estimate": np.nan, "low": np.nan, "high": np.nan, "fires": np.nan, "fires elsewhere": np.nan}
         if 0 < mine.sum() < len(mine):
             span = columns([auc_interval(own, column, superset, params)])
@@ -146,8 +151,9 @@ def cards(found: pd.DataFrame, promoted: pd.DataFrame, candidates: Sequence[str]
     most = [candidates[int(np.argmax(logits))] for logits in promoted["logits"]]
     own = promoted.assign(**{"candidate promoted most": most})[["feature", "candidate promoted most", "promotes"]]
     spans = [interval(*row) for row in found[["estimate", "low", "high"]].to_numpy(dtype=float)]
-    shown = found.round(2).assign(**{"AUC, confirmation": spans}).rename(columns={"discovery": "AUC, discovery"})
-    return shown.drop(columns=["estimate", "low", "high", "n"]).merge(own.drop_duplicates("feature"), on="feature")
+    names = {"discovery": "AUC, discovery", "n": "prompts", "n quads": "quads"}
+    shown = found.round(2).assign(**{"AUC, confirmation": spans}).rename(columns=names)
+    return shown.drop(columns=["estimate", "low", "high"]).merge(own.drop_duplicates("feature"), on="feature")
 
 
 def map_figure(m: Measured) -> Figure:
@@ -174,7 +180,7 @@ def budget_curves(table: pd.DataFrame) -> Figure:
             axes.set_xticks(list(order.values()), [str(k) for k in order])
         axes.set_xlabel("features, neurons or directions patched together")
         plots.shared_ylabel(figure, "share of the whole site's effect")
-        plots.add_legend(figure, panels[0][0])
+        plots.add_legend(figure)
     return figure
 
 
@@ -219,16 +225,24 @@ def map_sentences(rows: pd.DataFrame, found: pd.DataFrame, params: Neurons) -> l
             own = selective(rows, kind, params)
             again, total = int((own["confirmation"] >= params.sae_selective).sum()), len(rows[kind].iloc[0])
             parts.append(f"{len(own)} of {total} {kind} on discovery, {again} of them again on confirmation")
-    best = [f"{r.superset}: {r.feature} ({interval(r.estimate, r.low, r.high)})" for r in found.itertuples()]
+    best = [
+        f"{r.superset}: {r.feature} ({interval(r.estimate, r.low, r.high)}, {counted(r.n, 'prompt')} of "
+        f"{counted(r.quads, 'quad')})"
+        for r in found.rename(columns={"n quads": "quads"}).itertuples()
+    ]
+    few = found["low"].isna().any()
+    why = f" There is no interval where the superset is in fewer than {stats.MINIMUM_CLUSTERS} quads." * bool(few)
+    said = ", ".join(best) or "none"
     return [
         f"Selective for a superset (AUC of at least {params.sae_selective:g}, one against the rest, at `last`) are "
         f"{'; '.join(parts)}.",
-        f"The best feature of each superset by discovery, with its AUC on confirmation: {', '.join(best) or 'none'}.",
+        f"The best feature of each superset by discovery, with its AUC on confirmation: {said}.{why}",
     ]
 
 
-def effect_sentences(table: pd.DataFrame, gaps: pd.DataFrame, params: Neurons) -> list[str]:
-    """What features do at equal budget beside neurons, directions and random ones; the verdict comes last."""
+def effect_sentences(table: pd.DataFrame, gaps: pd.DataFrame, params: Neurons, directions: int) -> list[str]:
+    """What features do at equal budget beside neurons, directions (there are so many) and random ones; the verdict
+    comes last."""
     out, verdicts = [], []
     for quantity, own in table.groupby("quantity", sort=False):
         whole = part_of(own, quantity, "whole")
@@ -236,7 +250,8 @@ def effect_sentences(table: pd.DataFrame, gaps: pd.DataFrame, params: Neurons) -
         each = []
         for k in dict.fromkeys((min(params.budgets), max(params.budgets))):
             shares = [(kind, part_of(own, quantity, kind, k)) for kind in KINDS if kind in set(own["kind"])]
-            each.append(f"{k}: " + ", ".join(f"{kind} {shown(row)}" for kind, row in shares))
+            names = {"directions": f"directions (all {directions} that there are)"} if k > directions else {}
+            each.append(f"{k}: " + ", ".join(f"{names.get(kind, kind)} {shown(row)}" for kind, row in shares))
         rest, error = (shown(part_of(own, quantity, kind)) for kind in ("reconstruction", "error"))
         out.append(
             f"Patching the whole site gives a {quantity} of {text} logits. Shares of it at a budget of "
@@ -247,7 +262,7 @@ def effect_sentences(table: pd.DataFrame, gaps: pd.DataFrame, params: Neurons) -
             if low.isna().all():
                 continue
             more, less = part["k"][low > 0].tolist(), part["k"][high < 0].tolist()
-            said = [f"more than {other} at {more}"] * bool(more) + [f"less than {other} at {less}"] * bool(less)
+            said = [f"{word} than {other} {at_budgets(ks)}" for word, ks in (("more", more), ("less", less)) if ks]
             verdicts.append(
                 (quantity, " and ".join(said) or f"neither more nor less than {other} at any budget", other, more)
             )
@@ -256,6 +271,11 @@ def effect_sentences(table: pd.DataFrame, gaps: pd.DataFrame, params: Neurons) -
     for quantity in dict.fromkeys(table["quantity"]):
         said = "; ".join(text for which, text, *_ in verdicts if which == quantity)
         out.append(f"In {quantity}, SAE features do {said} (familywise over kinds and budgets).")
+    if max(params.budgets) > directions:
+        out.append(
+            f"There are {directions} class directions: beyond a budget of {directions}, features stand against all of "
+            "them, not against as many as there are features."
+        )
     better = {other for _, _, other, more in verdicts if more and other in ("neurons", "directions")}
     rivals = [other for other in ("neurons", "directions") if any(other == own for _, _, own, _ in verdicts)]
     beaten = [other for other in rivals if other in better]
@@ -263,6 +283,11 @@ def effect_sentences(table: pd.DataFrame, gaps: pd.DataFrame, params: Neurons) -
     left = [other for other in rivals if other not in better]
     worse = f"SAE features are not shown to be better than {' or '.join(left)} at any budget here" if left else ""
     return [*out, "; ".join(filter(None, (end, worse))) + "."]
+
+
+def at_budgets(sizes: Sequence[int]) -> str:
+    """At which budgets, in words."""
+    return f"at a budget of {sizes[0]}" if len(sizes) == 1 else f"at budgets of {listed(sizes)}"
 
 
 def shown(row: pd.Series) -> str:
@@ -292,7 +317,7 @@ def part(step: Step, m: Measured) -> dict[str, Any]:
     params, stable = step.params, stable_over_seeds(step, m)
     found = map_table(m.reads, params, step.pairs())
     table, gaps = budget_table(m.features, params), compared(m.features, params)
-    effects = effect_sentences(table, gaps, params)
+    effects = effect_sentences(table, gaps, params, len(class_directions(m.reads)))
     about = ["seed", "site", "sha256", "features", "active", "samples", "explained", "explained_last", "l0", "dead"]
     return {
         "sentences": [*sae_sentences(m.saes, stable, params), *map_sentences(m.reads, found, params), *effects],

@@ -215,7 +215,7 @@ def lines(
             plots.zero_line(axes)
         axes.set_xlabel(xlabel)
         plots.shared_ylabel(figure, ylabel)
-        plots.add_legend(figure, panels[0][0])
+        plots.add_legend(figure)
     return figure
 
 

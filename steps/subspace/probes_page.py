@@ -289,7 +289,7 @@ def rank_figure(n: Numbers) -> Figure:
         axes.set_xticks(every, [str(rank) for rank in every])
         axes.set_xticks([], minor=True)
         axes.set_xlabel("rank of the probe")
-        add_legend(figure, panels[0])
+        add_legend(figure)
     return figure
 
 
@@ -378,14 +378,14 @@ def selectivity_sentence(table: pd.DataFrame, layer: int) -> list[str]:
     """Task, control and selectivity at the slice's layer."""
     rows = table[table["layer"] == layer]
     each = [
-        f"{row['target']} from {row['kind']} prompts at `{row['position']}` {row['true']:.2f} - {row['control']:.2f} = "
-        f"{shown(row)}"
+        f"{row['target']} from {row['kind']} prompts at `{row['position']}` {row['true']:.3f} and "
+        f"{row['control']:.3f}, {interval(row['estimate'], row['low'], row['high'], 3)} apart"
         + ("" if row["low"] is None or np.isnan(row["low"]) or row["low"] > 0 else " (not shown to be above 0)")
         for _, row in rows.iterrows()
     ]
     return [
-        f"Selectivity after layer {layer}, with every person on both sides of the folds (accuracy on the task less "
-        f"accuracy on random labels per person): {listed(each)}."
+        f"Selectivity after layer {layer}, with every person on both sides of the folds (accuracy on the task and on "
+        f"random labels per person, and how far the first is above the second): {'; '.join(each)}."
     ] * bool(each)
 
 

@@ -44,8 +44,9 @@ def figure(m: Specificity | None) -> Figure | None:
     return plots.ranked_sites(pd.concat(parts), "recovery (share of the gap)", by="gap")
 
 
-def table(m: Specificity | None) -> pd.DataFrame | Markdown:
-    """Shares, their quotient and the verdict, site by site; behind the slice, the same on all pairs and in noise."""
+def table(m: Specificity | None, params: Shared) -> pd.DataFrame | Markdown:
+    """Shares, their quotient, what the verdict on single sites goes by, and the verdict, site by site; behind the
+    slice, the same on all pairs and in noise."""
     if m is None or m.joint.empty:
         return Markdown(NONE)
     others = m.joint[(m.joint["choice"] != "kept") | (m.joint["direction"] != "denoise")]
@@ -57,6 +58,7 @@ def table(m: Specificity | None) -> pd.DataFrame | Markdown:
         "share of the task's gap": [of_row(row) for row in rows.itertuples()],
         "share of the placebo gap": [of(row, "placebo") for row in rows.itertuples()],
         "placebo over task": [of(row, "quotient") for row in rows.itertuples()],
+        f"placebo less {params.specific_ratio:g} x task": [of(row, "beyond") for row in rows.itertuples()],
         "verdict": rows["verdict"].fillna("too few quads"),
         "quads": [f"{row.quads}, {row.placebo_quads}" for row in rows.itertuples()],
     }

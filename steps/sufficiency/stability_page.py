@@ -191,7 +191,7 @@ def interactions_table(m: Measured, params: Sufficiency, count: int = 10) -> pd.
         "sites": rows["site"] + " with " + rows["other"],
         "together": rows["together"].round(3),
         "one by one": rows["apart"].round(3),
-        "together less one by one": [of_row(row) for row in rows.itertuples()],
+        "together less one by one": [interval(row.estimate, row.low, row.high, 3) for row in rows.itertuples()],
         "significant": np.where(rows["sure"], "yes", "no"),
     }
     return pd.DataFrame(columns)
@@ -295,7 +295,7 @@ def interactions_sentence(twos: pd.DataFrame) -> str:
     sure = twos[twos["sure"]]
     less, more = sure[sure["estimate"] < 0], sure[sure["estimate"] > 0]
     most = twos.loc[twos["estimate"].abs().nlargest(3).index]
-    each = [f"{row.site} with {row.other} {interval(row.estimate, row.low, row.high)}" for row in most.itertuples()]
+    each = [f"{row.site} with {row.other} {interval(row.estimate, row.low, row.high, 3)}" for row in most.itertuples()]
     return (
         f"Of the {len(twos)} twos among them, {len(sure)} interact significantly (familywise, above the model's "
         f"noise): {len(less)} recover less together than one by one, {len(more)} more. The largest interactions are, "
