@@ -155,7 +155,11 @@ def ranks_figure(m: Measured, params: Sufficiency) -> Figure:
     parts = [rows.assign(order="discovery half")]
     for other in found.others:
         parts.append(rows.assign(estimate=other.ranks[:shown], low=np.nan, high=np.nan, order=other.name))
-    return plots.ranked_sites(pd.concat(parts), "rank by recovery", by="order", lines=[m.critical.size + 0.5])
+    figure = plots.ranked_sites(pd.concat(parts), "rank by recovery", by="order", lines=[m.critical.size + 0.5])
+    figure.axes[0].set(xscale="log")  # a site may come last in some draws
+    figure.axes[0].set_xticks(ticks := [1, 2, 5, 10, 20, 50, 100, 200], map(str, ticks))
+    figure.axes[0].minorticks_off()
+    return figure
 
 
 def table(m: Measured, params: Sufficiency) -> pd.DataFrame:
