@@ -9,12 +9,12 @@ quads' pairs alone in the folders after `--quads`, and of `--seen`, a table of f
 that have been replaced since. The others' rows of data/people.csv go to data/people_fresh.csv, for the profile
 smollm2-135m-fresh.
 
-The people do not suffice for more: the two profiles' placebo pairs and unselected pairs would leave some 1,300 people,
-too few for 24 quads in each half, whereas the 2,013 give 25 and 26 (and of placebo quads, which need people of two
-regions, 4 in each, so what rests on them stays untested). So names of fresh people may have been in placebo or unselected pairs of the default profile, in pairs
-of states of the repository in which quads were drawn by other rules, in prompts in which nothing was patched, and
-(those of two supersets) in the controls of step 07. Claims on such prompts are not decided by them
-(`steps.story.fresh`).
+The people do not suffice for more: the two profiles' placebo pairs and unselected pairs would leave some 1,300
+people, too few for 24 quads in each half, whereas the 2,013 give 25 and 26 (and of placebo quads, which need people
+of two regions, 4 in each, so what rests on them stays untested). So names of fresh people may have been in placebo or
+unselected pairs of the default profile, in pairs of states of the repository in which quads were drawn by other
+rules, in prompts in which nothing was patched, and (those of two supersets) in the controls of step 07. Claims on
+such prompts are not decided by them (`steps.story.fresh`).
 """
 
 from __future__ import annotations
