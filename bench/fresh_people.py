@@ -2,7 +2,7 @@
 
     python -m bench.fresh_people results/smollm2-135m-quick --quads results/smollm2-135m
 
-(With `--people data/people_fresh.csv` and the results of a later state, whoever has been seen by then leaves the table.)
+(With `--people data/people_fresh.csv` and results of a later state, whoever has been seen by then leaves the table.)
 
 Takes the names out of the pairs of these results (those of quads, placebo pairs, pairs before any selection), of the
 quads' pairs alone in the folders after `--quads`, and of `--seen`, a table of further names, such as those of results
