@@ -133,6 +133,7 @@ clean: ## delete the pages and the book of the profile; its results stay, so tha
 	@$(PYTHON) $(PYTHON_OK) || { echo "error: PYTHON=$(PYTHON) is not a working Python 3.11 or newer" >&2; exit 2; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
 		{ echo "error: $(PYTHON) cannot make environments; on Debian: sudo apt-get install python3-venv" >&2; exit 2; }
+	@test ! -L .venv || { echo "error: .venv is a link, and what it points to would be emptied; remove the link" >&2; exit 2; }
 	@echo "making .venv (once, a few minutes: torch and 150 other packages)"
 	$(PYTHON) -m venv --clear .venv
 	.venv/bin/python -m pip install --quiet -r requirements.lock

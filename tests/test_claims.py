@@ -351,7 +351,10 @@ def test_verdicts_hold_for_all_tested_claims_together(tmp_path):
     assert all(entry.p is not None and entry.check is None for entry in tested)
     said = story.tally(list(own.values()))
     checks = [entry for entry in own.values() if entry.check]
-    assert f"corrected for the {len(tested)} that have a p value" in said and f"{len(checks)} checks, from" in said
+    assert (
+        f"corrected for the {len(tested)} that have a p value" in said
+        and f"{len(checks)} checks are not counted" in said
+    )
     counted = sum(entry.verdict == SUPPORTED for entry in own.values() if not entry.check)
     assert f"p value: {counted} supported" in said and f"(each alone: {counted + 1} supported" in said
 
@@ -675,7 +678,7 @@ def test_the_circuit_in_three_sentences_by_the_verdicts(tmp_path):
     )
     assert "at the last token 1 sites that were searched for keep most of logit_diff" in after
     assert (
-        "2 of 20 (1 at the names and 1 at the last token) keep most of it when all else is resampled at every" in after
+        "of 2 heads and MLPs of 20 (1 at the names and 1 at the last token), keeps most of it when all else is" in after
     )
     # the slice carries the placebo's gap as well: that is what is said, and not that it is about supersets
     assert (
@@ -732,11 +735,24 @@ def test_what_leads_the_report_follows_the_verdicts(tmp_path):
     assert story.not_so(alone, found()) == ""
     kept = found()
     kept["story"]["everywhere"]["sets"] = {"slice": {"there": span(0.5), "alone": span(0.0)}}
-    assert "at the last token resampled it keeps 0.50 [0.45, 0.55]" in story.not_so(alone, kept)
+    assert "at the last token resampled the slice keeps 0.50 [0.45, 0.55]" in story.not_so(alone, kept)
     nearly = [entry.model_copy(update={"alone": SUPPORTED}) for entry in entries]
     assert story.not_so(nearly, found()).startswith(
         "Supported by themselves, but not among all claims: the slice is about"
     )
+
+
+def test_the_rows_under_a_claim_are_those_that_its_number_is_made_of(tmp_path):
+    what = found()
+    what["hydra"]["needed"] = [span(0.2, judges=False, ablation="mean"), span(0.9, judges=True, ablation="resample")]
+    what["story"]["circuit"] |= {"ablation": "resample"}
+    entries = judged(tmp_path, what)
+    assert entries["slice_sufficient"].rows.filter.endswith("site_set == 1")  # of two sites, counted from 0
+    assert entries["slice_necessary"].rows.filter.endswith("ablation == 'resample'")
+    assert "ablation == 'resample' and test in ['circuit'" in entries["circuit_faithful"].rows.filter
+    rows = pd.DataFrame({"half": ["confirmation"] * 3, "ablation": ["resample", "resample", "mean"],
+                         "test": ["circuit", "circuit 2", "circuit"]})  # fmt: skip
+    assert rows.query(entries["circuit_faithful"].rows.filter, engine="python").index.tolist() == [0]
 
 
 def test_a_read_out_carries_more_of_the_other_attribute_than_random_heads_do(tmp_path):

@@ -579,7 +579,7 @@ def verdict_sentences(found: dict, tests: pd.DataFrame) -> list[str]:
     inside = tests.loc[tests["inside"].astype(bool), "site"].nunique()
     answers = {True: SUPPORTED, False: NOT_SUPPORTED, None: f"{NOT_TESTABLE} here"}
     why = f"{NOT_TESTABLE} here (too few quads, or the slice has no heads)"
-    more = {True: "so it is", False: "this is not shown", None: why}
+    more = {True: "shown", False: "not shown", None: why}
     p = f" (p = {some['p']:.2g} when corrected for all {some['heads']} heads of all roles)" * bool(heads)
     return [
         f"Retrieval heads outside the slice, by all four tests: {listed(heads)}, of {some['heads']} heads put to them"
@@ -588,7 +588,7 @@ def verdict_sentences(found: dict, tests: pd.DataFrame) -> list[str]:
         "Retrieval and aggregation are one stage, the slice's own heads together reading the names and writing the "
         f"class: {answers[found['one_stage']]}. Heads of the slice that by themselves pass the same four tests: "
         f"{listed(found['slice_heads_that_retrieve'])}, of {inside}.",
-        "Directly, MLPs at the names write more of what the slice reads than heads there: "
+        "That MLPs at the names write directly more of what the slice reads there than heads do is "
         f"{more[found['mlps_at_the_names']]}. How much of it each writes, page 10 judges.",
     ]
 

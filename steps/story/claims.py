@@ -168,7 +168,7 @@ class Rows(Strict):
     """The rows under a claim."""
 
     file: str = Field(description="Parquet file in the results folder")
-    filter: str = Field(description="what pandas' DataFrame.query takes")
+    filter: str = Field(description="of the rows that its numbers are made of, as pandas' DataFrame.query takes it")
 
 
 class Confirmed(Strict):
@@ -384,7 +384,9 @@ def judge(
     asked = rule.asked.format(t=held_by if threshold is None else f"{threshold:g}", **told)
     there, rows = verdict in (SUPPORTED, NOT_SUPPORTED), None
     if there and claim.rows:
-        rows = Rows(file=f"{claim.rows[0]}.parquet", filter=claim.rows[1].format(**params.model_dump()))
+        rows = Rows(
+            file=f"{claim.rows[0]}.parquet", filter=claim.rows[1].format(**params.model_dump(), **picked(found))
+        )
     came = CAME.get(claim.came or "", Came(word="after", set="", seen=None))
     return Entry(
         **claim.model_dump(include={"id", "section", "step", "quantity", "check"}),
@@ -412,6 +414,14 @@ def judge(
         figure=f"executed/{page}.ipynb#{claim.figure}" if there and claim.figure else None,
         rows=rows,
     )
+
+
+def picked(found: Mapping[str, Any]) -> dict[str, Any]:
+    """What a step chose that tells the rows of a claim from others: the slice's number among the growing sets, the
+    ablation that judges, and that of the search for a circuit."""
+    judges = [row["ablation"] for row in found.get("needed", ()) if row.get("judges") and "ablation" in row]
+    searched = (found.get("circuit") or {}).get("ablation")
+    return {"slice_set": len(found.get("critical_slice", ())) - 1, "judge": "".join(judges[:1]), "searched": searched}
 
 
 def turned(verdict: str, asked: str) -> str:

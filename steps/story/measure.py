@@ -54,7 +54,7 @@ class Story(OfSlice):
         32, ge=1, description="pairs on which gradient attribution is compared with patching"
     )
     claims: dict[str, float] = Field(default_factory=dict, description="threshold of each claim; none may be missing")
-    left_out: Words = Field((), description="claims about each class that too few quads of a class are there to judge")
+    left_out: Words = Field((), description="claims that are not asked: too few quads, or of each class too few")
     fresh: bool = Field(False, description="the people were kept aside until now; opened once, under one `frozen` hash")
     fresh_claims: str = Field(
         "", description="file of the verdicts on fresh people, which decide what was set after (python -m steps fresh)"

@@ -365,7 +365,7 @@ def tally(entries: Sequence[Entry]) -> str:
         f"value: {counted([entry.verdict for entry in own], VERDICTS)} (each alone: "
         f"{counted([entry.alone for entry in own], VERDICTS[:2])}). Of those supported, {confirmed} are confirmed on "
         f"fresh people and {half} on the confirmation half by a threshold set before; {after} are exploratory. "
-        f"{len(checks)} checks, from which little is learned either way (the table says why), count for nothing: "
+        f"{len(checks)} checks are not counted, because little is learned from them either way (the table says why): "
         f"{counted([entry.verdict for entry in checks], VERDICTS)}."
     )
 

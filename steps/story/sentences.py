@@ -54,7 +54,7 @@ def site_names(found: Mapping[str, Any]) -> dict[str, str]:
         "layers": coarse.get("critical_layers", ()),
     }
     roles = listed(f"{row['nodes']} at {ROLES[row['role']]}" for row in over_all.get("roles", ()))
-    nodes = f"{over_all.get('size', 0)} of {over_all.get('nodes', 0)} ({roles})"
+    nodes = f"{over_all.get('size', 0)} heads and MLPs of {over_all.get('nodes', 0)} ({roles})"
     largest, fills = str(coarse.get("measured", {}).get("layer", "")), coarse.get("between", {}).get("fills", ())
     laid_down = f" (laid down in layer{'s' * (len(fills) > 1)} {listed(fills)})" if fills else ""
     own = {"largest": largest, "size": str(len(names)), "fills": laid_down, "everywhere": nodes}
@@ -136,8 +136,9 @@ def kept_alone(found: Mapping[str, Any]) -> list[str]:
     if not kept or not kept["there"] or not kept["alone"]:
         return []
     return [
-        f"The slice alone is no working part: with all else at the last token resampled it keeps "
-        f"{in_brackets(kept['there'])} of logit_diff, with all else at every token {in_brackets(kept['alone'])}."
+        f"With all else at the last token resampled the slice keeps {in_brackets(kept['there'])} of logit_diff; with "
+        "all else at every token, and so with what the names' tokens would have given it, "
+        f"{in_brackets(kept['alone'])}."
     ]
 
 
