@@ -179,6 +179,15 @@ def test_people_asked_before_come_first_and_are_not_asked_again(some, smollm_tok
                                 for side in ("clean", "corrupt")})  # fmt: skip
 
 
+def test_people_whom_the_model_does_not_know_come_last():
+    people = pd.DataFrame({"name": list("uvwxyz"), "superset": ["artist", "artist", "artist"] + ["writer"] * 3})
+    for_artists, for_writers = ([9.0 * (word == own) for word in tasks.SUPERSETS] for own in ("artist", "writer"))
+    told = {"u": for_writers, "v": for_artists, "x": for_writers, "y": for_artists}
+    asked = pd.DataFrame({"name": list(told), "evidence": list(told.values())})
+    assert placebo.turns(people, asked).tolist() == [2, 0, 1, 0, 2, 1]
+    assert placebo.turns(people, asked.head(0)).tolist() == [1] * 6
+
+
 def test_quads_without_a_gap_of_the_right_sign_are_dropped_whole(some, smollm_tokenizer):
     pairs, _ = built(some, smollm_tokenizer, 0.1)
     right = pairs["gap"].gt(1e-3).groupby(pairs["quad_id"]).all()

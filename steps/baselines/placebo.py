@@ -53,8 +53,9 @@ def build(
     params: Shared,
     attribute: str,
 ) -> tuple[pd.DataFrame, list[dict[str, Any]]]:
-    """The placebo pairs of one attribute, both halves, and what each filter dropped. People who were `asked` about for
-    the task's quads, and are not `taken` by one, come first: they need not be asked again.
+    """The placebo pairs of one attribute, both halves, and what each filter dropped. Of the people who were `asked`
+    about for the task's quads, and are not `taken` by one, those whom the model knows come first, and the others last:
+    none need be asked again.
 
     Columns as in `pipeline.population.add_margins`, with `attribute`, `shared` (the superset of all four people) and
     `gap` (clean less corrupt, on the two answers). ValueError where nobody is left, or an answer is not a single token.
@@ -70,7 +71,7 @@ def build(
     free = filters.keep(own[own["kind"] != ""], f"no class of {attribute}", len(people))
     others = filters.keep(free[~free["name"].isin(taken)], "in a quad of the task", len(free))
     shuffled = others.iloc[rng.permutation(len(others))]
-    first = shuffled.iloc[np.argsort(~shuffled["name"].isin(asked["name"]), kind="stable")]
+    first = shuffled.iloc[np.argsort(turns(shuffled, asked), kind="stable")]
     sampled = first.groupby(["superset", "kind"]).head(2 * ASKED * wanted).sort_index()
     sampled = filters.keep(sampled, "not sampled", len(others))
     told = population.add_fame(population.ask_alone(sampled, tokenizer, score, params.chat_template, asked))
@@ -89,6 +90,15 @@ def build(
     pairs = population.add_margins(pairs, tokenizer, score, **prompting)
     pairs["gap"] = pairs["metric_clean"] - pairs["metric_corrupt"]  # of two answers, the margin is their difference
     return pairs.join(quads.set_index("quad_id")["shared"], on="quad_id"), filters.drops
+
+
+def turns(people: pd.DataFrame, asked: pd.DataFrame) -> pd.Series:
+    """0 for people whom the model knows by what it was `asked` before, 1 for those it was not, 2 for the others."""
+    before = people[["name", "superset"]].merge(asked[["name", "evidence"]], on="name")
+    if before.empty:
+        return pd.Series(1, index=people.index)
+    known = population.add_fame(before).set_index("name")["known"]
+    return people["name"].map(known.map({True: 0, False: 2})).fillna(1)
 
 
 def chosen(pairs: pd.DataFrame, noise: float, seed: int) -> pd.DataFrame:
