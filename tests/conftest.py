@@ -39,8 +39,10 @@ CONFIGS = {
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The smoke book first, and last what needs it: with several processes, files go to them in this order."""
-    place = {"test_end_to_end.py": -1, "test_redrawn.py": 1, "test_rerun.py": 2}
+    """The smoke book first, then the longest files, and last what needs that book: with several processes, files go to
+    them in this order, and none is left with a long one when the others are done."""
+    place = {"test_end_to_end.py": -2, "test_by_hand.py": -1, "test_workers.py": -1, "test_odd_one_out.py": -1}
+    place |= {"test_redrawn.py": 1, "test_rerun.py": 2}
     items.sort(key=lambda item: place.get(item.path.name, 0))
 
 
