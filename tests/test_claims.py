@@ -545,7 +545,7 @@ def test_fresh_people_decide_what_was_set_after(tmp_path, monkeypatch):
     whole, *rest = story.sentence(entries, found())
     assert "layers 5 and 7 do that together (0.90 [0.85, 0.95])" in whole and "layer 5 alone" not in whole
     assert any("one layer is the aggregator (on fresh people 0.30 [0.25, 0.35]; asked" in text for text in rest)
-    both = "(0.80 [0.75, 0.85], and 0.80 [0.75, 0.85] for sites picked anew on fresh people)"
+    both = "(0.80 [0.75, 0.85]; on fresh people 0.80 [0.75, 0.85])"
     assert both in " ".join(story.outline(entries, found()))
     document = json.loads(json.dumps(story.document(entries, [], own, said)))
     jsonschema.validate(document, json.loads((ROOT / "data/claims.schema.json").read_text(encoding="utf-8")))

@@ -217,4 +217,4 @@ def value(entry: Entry) -> str:
     decided = deciding(entry)
     if decided is entry:
         return number(entry)
-    return f"{number(entry)}, and {number(decided)} for sites picked anew on fresh people"
+    return f"{number(entry)}; on fresh people {number(decided)}"
