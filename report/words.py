@@ -49,6 +49,13 @@ def interval(estimate: float, low: float | None, high: float | None, digits: int
     return texts[0] + ("" if bare else f" [{texts[1]}, {texts[2]}]")
 
 
+def with_ends(row: Mapping[str, Any] | None, digits: int = 2, prefix: str = "") -> str:
+    """The estimate of a mapping with its interval; `prefix` of its three keys ("placebo_")."""
+    if row is None:
+        return "not measured"
+    return interval(*(row[f"{prefix}{end}"] for end in ("estimate", "low", "high")), digits)
+
+
 def in_logits(rows: pd.DataFrame, kind: str) -> str:
     """What stands in brackets after effects: "logits, familywise intervals", or that there are none."""
     return (

@@ -71,7 +71,7 @@ class Baselines(Shared):
 
 # For the planner: people asked about, and quads tried for one that is found, as in the default book.
 ASKED, TRIED = 3000, 1.1
-SIDED = 0.4  # of those asked about, how many are of a placebo's classes and in no quad
+SIDED = 0.46  # of those asked about, how many are of a placebo's classes and in no quad, in the quick book
 BUILT_FROM = ("quads_per_half", "pairs_per_quad", "fame_tolerance", "min_bucket", "odd_one_out_items", "seed")
 CHANCE = {"superset": 1 / 5, "bi_association": 1 / 5, "one_name": 1 / 5, "odd_one_out": 1 / 3}
 

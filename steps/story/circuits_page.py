@@ -26,7 +26,7 @@ from lib.effects import columns, familywise, in_halves, named, reported
 from lib.hooks import site_name
 from pipeline.step import Step
 from report import plots, site_tables
-from report.words import interval, listed
+from report.words import interval, listed, with_ends
 from steps.story import measure
 from steps.story.measure import Everywhere, Measured, Story
 
@@ -285,7 +285,7 @@ def placebo_sentences(found: Sequence[Mapping[str, Any]]) -> list[str]:
     return [
         f"Placebo: in pairs of one superset whose names differ in {row['attribute']}, the circuit at the "
         f"last token keeps {with_ends(row)} of the gap between that attribute's answers, all else there from the "
-        f"corrupt prompt ({row['quads']} quads), {with_ends({end: row[f'quotient_{end}'] for end in ENDS})} "
+        f"corrupt prompt ({row['quads']} quads), {with_ends(row, prefix='quotient_')} "
         "times as much as of the superset gap."
         for row in found
     ]
@@ -327,11 +327,6 @@ def attribution(m: Measured | None) -> Figure | None:
 
 
 # --- sentences ----------------------------------------------------------------------------------------------------
-
-
-def with_ends(row: Mapping[str, Any] | None, digits: int = 2) -> str:
-    """An estimate with its interval."""
-    return "not measured" if row is None else interval(row["estimate"], row["low"], row["high"], digits)
 
 
 def verdict(row: Mapping[str, Any], above: float | None = None, below: float | None = None) -> str:
@@ -391,7 +386,7 @@ def circuit_sentences(found: Mapping[str, Any], params: Story) -> list[str]:
     circuit = table.pop("circuit", None)
     if circuit is not None:
         each = [
-            f"{ORDERS[order]} {with_ends(row)} (less by {with_ends({end: row[f'minus_{end}'] for end in ENDS})})"
+            f"{ORDERS[order]} {with_ends(row)} (less by {with_ends(row, prefix='minus_')})"
             for order, row in table.items()
         ]
         out.append(
@@ -411,8 +406,7 @@ def at_size_sentence(rows: Sequence[Mapping[str, Any]]) -> str:
     own = next(row for row in rows if row["order"] == "circuit")
     others = [row for row in rows if row["order"] != "circuit"]
     each = [
-        f"{ORDERS[row['order']]} {with_ends(row)} (the search less it: "
-        f"{with_ends({end: row[f'minus_{end}'] for end in ENDS})})"
+        f"{ORDERS[row['order']]} {with_ends(row)} (the search less it: {with_ends(row, prefix='minus_')})"
         for row in others
     ]
     ahead = [ORDERS[row["order"]] for row in others if row["estimate"] > own["estimate"]]

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from lib.effects import familywise
 from pipeline.step import Step
 from report import plots
-from report.words import listed
+from report.words import listed, with_ends
 from steps.story import measure
 from steps.story.circuits_page import (
     by_order,
@@ -30,7 +30,6 @@ from steps.story.circuits_page import (
     sums,
     tested_numbers,
     tested_sentences,
-    with_ends,
 )
 from steps.story.measure import Everywhere, Measured, Story, at_roles
 from steps.story.sentences import ROLES

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from report.words import interval, listed
+from report.words import listed, with_ends
 from steps.story import claims
 from steps.story.claims import (
     ANSWERS,
@@ -79,7 +79,9 @@ def by_parts(parts: Sequence[Mapping[str, Any]]) -> str:
 def of_region(rows: Sequence[Mapping[str, Any]]) -> str:
     """How much of the region gap the circuit keeps, over what it keeps of the superset gap; "" where nobody asked."""
     own = [row for row in rows if row["attribute"] == "region"]
-    return "".join(f", and of the gap between regions {in_brackets(row, 'quotient_')} times as much" for row in own[:1])
+    return "".join(
+        f", and of the gap between regions {with_ends(row, prefix='quotient_')} times as much" for row in own[:1]
+    )
 
 
 def by_directions(subspace: Mapping[str, Any]) -> str:
@@ -88,16 +90,11 @@ def by_directions(subspace: Mapping[str, Any]) -> str:
     placebo, layer = subspace.get("confounds", {}).get("placebo", ()), subspace.get("directions", {}).get("layer")
     own = [row for row in placebo if (row["method"], row["attribute"]) == ("class difference", "region")]
     return "".join(
-        f", but in another direction: after layer {layer} that between two supersets carries {in_brackets(row)} of the "
-        f"superset gap and {in_brackets(row, 'placebo_')} of the region gap"
+        f", but in another direction: after layer {layer} that between two supersets carries {with_ends(row)} of the "
+        f"superset gap and {with_ends(row, prefix='placebo_')} of the region gap"
         for row in own
         if row["verdict"] == "specific"
     )
-
-
-def in_brackets(row: Mapping[str, Any], prefix: str = "") -> str:
-    """An estimate of a row with its interval."""
-    return interval(*(row[f"{prefix}{end}"] for end in ("estimate", "low", "high")))
 
 
 def leading(retrieval: Mapping[str, Any], start: str) -> list[str]:
@@ -136,9 +133,9 @@ def kept_alone(found: Mapping[str, Any]) -> list[str]:
     if not kept or not kept["there"] or not kept["alone"]:
         return []
     return [
-        f"With all else at the last token resampled the slice keeps {in_brackets(kept['there'])} of logit_diff; with "
+        f"With all else at the last token resampled the slice keeps {with_ends(kept['there'])} of logit_diff; with "
         "all else at every token, and so with what the names' tokens would have given it, "
-        f"{in_brackets(kept['alone'])}."
+        f"{with_ends(kept['alone'])}."
     ]
 
 
