@@ -24,7 +24,7 @@ ONE_HALF = (
 )
 
 
-OVER_QUADS = "confirmation half, 95% studentised bootstrap intervals over quads"
+OVER_QUADS = "confirmation half, studentised bootstrap intervals over quads"
 
 
 KINDS = {"head": "head", "MLP": "mlp", "attention module": "attn"}

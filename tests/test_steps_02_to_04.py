@@ -763,8 +763,8 @@ def test_what_step_02_says(tmp_path):
         "The critical layers, the fewest whose rises of the denoise curve at `last` make up 80% of it on the "
         "discovery half, are 1 (+0.40) and 2 (+0.50); together 90% of the curve.",
         "On the confirmation half the same layers make up 80%.",
-        "Replacing the residual stream at `last` (denoise): layer 1 is the first that gives the clean answer in at "
-        "least 50% of the pairs that the model answers rightly.",
+        "Replacing the residual stream at `last` (denoise): looked for and read on the same pairs, layer 1 is the "
+        "first that gives the clean answer in at least 50% of the pairs that the model answers rightly.",
         "Replacing the residual stream at `last` (noise): no layer takes the clean answer away in at least 50% of the "
         "pairs that the model answers rightly.",
         *found["sentences"][-4:-1],

@@ -74,7 +74,7 @@ def first_flip_layer(frame: pd.DataFrame, share: float) -> int | None:
 def flip_sentence(direction: str, layer: int | None, params: Shared) -> str:
     """The first layer that flips the answer in one direction."""
     what = "gives the clean answer" if direction == "denoise" else "takes the clean answer away"
-    where = f"layer {layer} is the first that" if layer is not None else "no layer"
+    where = "no layer" if layer is None else f"looked for and read on the same pairs, layer {layer} is the first that"
     return (
         f"Replacing the residual stream at `last` ({direction}): {where} {what} in at least "
         f"{params.restores_share:.0%} of the pairs that the model answers rightly."

@@ -34,15 +34,15 @@ from steps.generality.name_rule import RuleResult
 CAPTIONS = {
     "forest": "Joint recovery of the critical slice by group of pairs (share of the gap), its damage under a "
     "class-neutral ablation (share of what the whole final residual stream takes away), and its counterfactual damage; "
-    "95% studentised bootstrap intervals over quads; hollow: fewer than 20 quads; at the right the number of quads, in "
+    "studentised bootstrap intervals over quads; hollow: fewer than 20 quads; at the right the number of quads, in "
     "the order of the legend where it differs. Dashed: the floor of the verdict.",
     "left-out": "Circuits picked on the discovery pairs without a superset, tested on the confirmation pairs that this "
-    "superset answers, beside the slice; 95% intervals over quads. Dashed: the floor of the verdict.",
+    "superset answers, beside the slice; intervals over quads. Dashed: the floor of the verdict.",
     "controls": "Change of each candidate's logit, less the mean of all candidates, when the slice is ablated by the "
     "mean over ordinary prompts; intervals hold for a control's candidates together. Shaded: the margin of silence; "
     "dashed: the fall of the answer in ordinary prompts (random heads: when the slice's heads are ablated).",
     "rule": "What one name in either slot, and two names, add to the logit of their class, above the classes of "
-    "neither name, with 95% intervals over prompts; lines: what each rule would make of it.",
+    "neither name, with intervals over prompts; lines: what each rule would make of it.",
     "placebo": placebo_page.CAPTION,
 }
 SHARE = "joint effect (share of the gap, or of the ceiling)"

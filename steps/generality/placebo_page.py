@@ -19,7 +19,7 @@ from steps.generality.placebo import ALL, RANDOM, SLICE
 
 CAPTION = (
     "Share of the superset gap and of the placebo gap that the slice's clean activations recover, over all pairs of a "
-    "template and superset by superset; 95% studentised bootstrap intervals over quads; hollow: fewer than 20 quads; "
+    "template and superset by superset; studentised bootstrap intervals over quads; hollow: fewer than 20 quads; "
     "at the right the quads of either kind."
 )
 NONE = "There are no placebo pairs here: whether the slice is specific in every class and template was not asked."

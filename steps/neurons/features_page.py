@@ -29,7 +29,7 @@ MATCHED = 0.7  # cosine from which two decoder rows count as one feature (Paulo 
 CAPTIONS = {
     "feature-budgets": "What SAE features, neurons and class directions recover and damage when the most effective of "
     "them are patched together, as a share of patching the whole site, beside random features and directions of the "
-    "same norm as the features' change; confirmation half, 95% studentised bootstrap intervals over quads. Dashed: all "
+    "same norm as the features' change; confirmation half, studentised bootstrap intervals over quads. Dashed: all "
     "features.",
 }
 

@@ -31,7 +31,7 @@ CAPTIONS = {
     "top": "The neurons of largest effect either way, picked on the discovery half: fall of logit_diff when each "
     "is given its corrupt value in the clean run, both halves; intervals hold for all of the top neurons together.",
     "joint": "Joint effect of the top neurons as a share of that of the same layers' whole MLPs, beside the sum of "
-    " their single effects and random neurons of the same layers that write as much; confirmation half, 95% "
+    " their single effects and random neurons of the same layers that write as much; confirmation half, "
     "studentised bootstrap intervals over quads.",
 }
 

@@ -55,7 +55,7 @@ NONE_READ = "the slice has no heads, or what they read at the names is not shown
 NOT_MADE = "its tests were not made, or rest on too few quads"
 CAPTIONS = {
     "groups": "What groups of senders carry of the gap to what the slice reads, other MLPs frozen and recomputed; "
-    "confirmation half, 95% intervals over quads.",
+    "confirmation half, intervals over quads.",
     "senders": "The senders of largest path effect into the slice, picked on the discovery half, with "
     "their effect in both halves and intervals that hold for all senders together.",
 }

@@ -38,7 +38,7 @@ NAMED = 20  # that a sentence lists at most
 LEFT = 0.2  # share that the model must keep without a subset, for a circuit to be seen to do as it does
 CAPTIONS = {
     "circuit": "Faithfulness against the number of sites kept at the last token when all else there is resampled, in "
-    "the order of the search, of single effects and of attribution, and at random; confirmation half, 95% studentised "
+    "the order of the search, of single effects and of attribution, and at random; confirmation half, studentised "
     "bootstrap intervals over quads.",
     "attribution": "Attribution patching against the exact cost of replacing each head and MLP at the last token by "
     "its corrupt value (logits, mean over pairs).",

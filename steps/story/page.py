@@ -40,7 +40,7 @@ PUBLISHED = "data/filter_heads_llama-3.3-70b.csv"
 COLOURS = dict(zip(VERDICTS, ("#cfe8dc", "#f6d5c6", "#e6e6e6", "#ffffff"), strict=True))
 CAPTIONS = {
     "claims": "Every claim that an interval decides, as its distance from the threshold in units of the threshold, "
-    "with its 95% interval; hollow: a bound, or no interval. A claim whose whole interval lies right of zero is "
+    "with its interval; hollow: a bound, or no interval. A claim whose whole interval lies right of zero is "
     "supported by itself. The colour is its verdict, for which all claims are corrected together and further "
     "conditions hold (the table says which). Linear up to 1, logarithmic beyond."
 }

@@ -30,7 +30,7 @@ CAPTIONS = {
     "numbers": "Recovery against the number of directions patched together, after the chosen layer; grey: random "
     f"subspaces whose change has the same norm; dashed: the whole residual stream; {OVER_QUADS}.",
     "doses": "Logit of the class whose direction is added, less the candidates' mean, against the dose, in prompts of "
-    "no one class; random: a direction of equal norm; 95% bootstrap intervals over prompts.",
+    "no one class; random: a direction of equal norm; bootstrap intervals over prompts.",
 }
 
 

@@ -34,7 +34,7 @@ PANELS = {"name": "swapped at the tokens of the name", "last": "swapped at the l
 CAPTIONS = {
     "interchange": "Interchange interventions: share of cases in which the answer (centred) is the one that the causal "
     "model predicts once one name's class is swapped, by the layer after which it is. Whatever does not depend on the "
-    "class of the source is right in at most half. Confirmation half, 95% Wilson intervals over quads."
+    "class of the source is right in at most half. Confirmation half, Wilson intervals over quads."
 }
 
 

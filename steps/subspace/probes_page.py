@@ -34,7 +34,7 @@ HOME = "a probe has on the tested kind of prompts when it is trained on them, in
 LOW = 0.5  # share of its cap that a low rank may have at most
 CAPTIONS = {
     "probes": "Balanced accuracy of linear probes of the residual stream after each layer, on people that the probe "
-    "has not seen, at the names and at the last token; 95% studentised bootstrap intervals over quads or people. "
+    "has not seen, at the names and at the last token; studentised bootstrap intervals over quads or people. "
     "Beside it two baselines on the same folds, the people's metadata and the letters of their names alone, and the "
     "range under permuted labels.",
     "rank": "Accuracy of reduced-rank probes at the slice's layer on people that the probe has not seen; the last rank "

@@ -19,7 +19,7 @@ from steps.sufficiency.measure import Measured
 
 CAPTIONS = {
     "slice": "Joint recovery and joint counterfactual damage as heads and MLPs are added in order of "
-    "discovery recovery, both halves, 95% studentised bootstrap intervals over quads.",
+    "discovery recovery, both halves, studentised bootstrap intervals over quads.",
     "ranks": stability_page.CAPTION,
     "ranked": "The sites whose clean activation at the last token recovers most, picked on the discovery "
     "half, with their effect in both halves and intervals that hold for all sites together.",

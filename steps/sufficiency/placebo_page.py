@@ -16,7 +16,7 @@ from steps.sufficiency.placebo import SLICE, TASK, Specificity
 
 CAPTION = (
     "Share of the gap that each site's clean activation recovers at the last token, in the task's pairs and in placebo "
-    "pairs, whose people are of one superset; confirmation half, 95% studentised bootstrap intervals over quads."
+    "pairs, whose people are of one superset; confirmation half, studentised bootstrap intervals over quads."
 )
 NONE = "Step 01 has left no placebo pairs here: whether the slice is about supersets alone was not asked."
 

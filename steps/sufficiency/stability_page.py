@@ -26,7 +26,7 @@ HALF = "confirmation half"
 JOINT, SUM, BEYOND, LEFT = "joint recovery", "sum of single recoveries", "joint less sum", "still to come"
 TOO_FEW = "too few quads"
 CAPTION = (
-    "Ranks of the leading sites by recovery: on the discovery half, with the middle 95% of their ranks in bootstraps "
+    "Ranks of the leading sites by recovery: on the discovery half, with the interval of their ranks in bootstraps "
     "of its quads, on the confirmation half and in other templates. Dashed: where the critical slice is cut off."
 )
 
