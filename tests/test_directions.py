@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from professions import SUPERSETS
 
 from lib import hooks, records
 from lib.hooks import Site
@@ -189,7 +190,7 @@ def test_subspaces_have_the_dimensions_that_their_rows_span():
     variance, between = directions.spread_along(values, labels, np.eye(12)[[0, 5]])
     assert variance[0] == pytest.approx(2, rel=0.1) and between[0] > 0.99 and between[1] < 0.2
     with pytest.raises(ValueError, match="two supersets; the fitting half has artist"):
-        directions.class_means(values[:20], labels[:20])
+        directions.class_means(values[:20], labels[:20], SUPERSETS)
 
 
 def test_pairs_of_classes_that_were_not_fitted_are_left_out():
