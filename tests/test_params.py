@@ -23,7 +23,14 @@ def from_notebook(step, namespace):
 
 
 def test_every_profile_is_valid_for_every_step():
-    assert params.profiles() == ["llama-3.3-70b", "smoke", "smollm2-135m", "smollm2-135m-fresh", "smollm2-135m-quick"]
+    assert params.profiles() == [
+        "cities-quick",
+        "llama-3.3-70b",
+        "smoke",
+        "smollm2-135m",
+        "smollm2-135m-fresh",
+        "smollm2-135m-quick",
+    ]
     for name in params.profiles():
         for step in PLAN.names:
             assert validate(step, load_profile(name)).profile == name
