@@ -231,15 +231,14 @@ class Template:
 
 def load(name: str = DEFAULT) -> Question:
     """The question of that name in data/questions/, or of a folder of your own that holds a question.yaml."""
-    known = sorted(path.parent.name for path in FOLDER.glob("*/question.yaml"))
-    places = [FOLDER / name] if name in known else [Path(name), ROOT / name]
-    folder = next((place for place in places if (place / "question.yaml").is_file()), places[0])
-    path = folder / "question.yaml"
-    if not path.is_file():
+    places = [folder / "question.yaml" for folder in (FOLDER / name, Path(name), ROOT / name)]
+    path = next((place for place in places if place.is_file()), None)
+    if path is None:
+        known = sorted(place.parent.name for place in FOLDER.glob("*/question.yaml"))
         raise ValueError(
             f"question {name!r} is unknown; there are {', '.join(known)}, or give a folder that holds a question.yaml"
         )
-    return _read(folder.resolve(), path.stat().st_mtime_ns)
+    return _read(path.parent.resolve(), path.stat().st_mtime_ns)
 
 
 @cache

@@ -123,14 +123,17 @@ def items(people: pd.DataFrame, tokenizer: object, template: Template, params: B
 
 def odd_pairs(people: pd.DataFrame, tokenizer: object, params: Baselines) -> pd.DataFrame:
     """Odd-one-out items: the plan's own, then generated ones of other people."""
-    own = data.load_pairs_file(keys.input_file(params.odd_one_out_file), question=params.question)
-    if not params.odd_one_out_items:
-        return own
-    taken = {name for side in ("clean", "corrupt") for slot in tasks.SLOTS for name in own[f"{side}_{slot}"]}
-    others = people[~people["name"].isin(taken)].reset_index(drop=True)
-    count = params.odd_one_out_items
-    made = generate_odd_one_out(others, tokenizer, count, params.seed, params.chat_template, params.question)
-    return pd.concat([own, made], ignore_index=True)
+    file, count, taken, parts = params.odd_one_out_file, params.odd_one_out_items, set(), []
+    if file:
+        own = data.load_pairs_file(keys.input_file(file), question=params.question)
+        taken = {name for side in ("clean", "corrupt") for slot in tasks.SLOTS for name in own[f"{side}_{slot}"]}
+        parts.append(own)
+    if count:
+        others = people[~people["name"].isin(taken)].reset_index(drop=True)
+        parts.append(generate_odd_one_out(others, tokenizer, count, params.seed, params.chat_template, params.question))
+    if not parts:
+        raise ValueError("odd_one_out_items is 0, and the question has no odd-one-out items of its own: ask for some")
+    return pd.concat(parts, ignore_index=True)
 
 
 def measure(model: Model, people: pd.DataFrame, template: Template, params: Baselines) -> pd.DataFrame:
