@@ -61,6 +61,8 @@ class Pair:
 
 def answer_ids(tokenizer: Any, words: Sequence[str]) -> list[tuple[int, ...]]:
     """Token ids of each " word" as the model would predict it, after another word (() if the two merge)."""
+    if not words:
+        return []
     prefix = tuple(tokenizer("both", add_special_tokens=False).input_ids)
     full = tokenizer([f"both{word}" for word in words], add_special_tokens=False).input_ids
     return [tuple(ids[len(prefix) :]) if tuple(ids[: len(prefix)]) == prefix else () for ids in full]

@@ -225,7 +225,7 @@ def test_the_gap_is_told_for_every_way_of_selecting():
     assert left.startswith("3 pairs in 2 discovery quads and 1 confirmation quads are left")
     assert "Of the 3 quads, 1 are solved" in gap and "their gap is 6.00 logits" in gap
     assert unselected.startswith("Of 2 quads of people drawn before any selection, 50% have a gap above zero")
-    assert matched.startswith("In 2 of the 3 quads") and "in 1 of one gender" in matched
+    assert matched.startswith("In 2 of the 3 quads") and "in 1 in gender" in matched
 
 
 def test_what_step_01_says(tmp_path):

@@ -135,9 +135,9 @@ def test_the_most_alike_are_matched_first_and_fame_still_decides():
     other = side(
         (0.1, "Europe", 19, "male"), (0.2, "Asia", 20, "female"), (0.2, "Asia", 20, "unknown"), (5.0, "x", 1, "male")
     )
-    found = quads.matches(one, other, 0.25, np.random.default_rng(0), quads.SHARED)
+    found = quads.matches(one, other, 0.25, np.random.default_rng(0), QUESTION.shared)
     assert found == [(0, 1), (1, 2), (2, 0)]  # of one gender, then of one region and century, then anyone as famous
-    assert len(quads.matches(one, other, 0.05, np.random.default_rng(0), quads.SHARED)) == 0
+    assert len(quads.matches(one, other, 0.05, np.random.default_rng(0), QUESTION.shared)) == 0
 
 
 def test_a_quad_is_kept_for_its_gap_and_solved_by_its_answers():

@@ -34,7 +34,7 @@ MINE = {
 
 def written(folder: Path, **changed) -> Path:
     """A folder with a question of two classes, some keys changed (None: left out)."""
-    (folder / "things.csv").write_text("thing,kind\ndog,animal\ncat,animal\nfig,fruit\nplum,fruit\n")
+    (folder / "things.csv").write_text("thing,kind\ndog,animal\ncat,animal\napple,fruit\norange,fruit\n")
     given = {key: value for key, value in (MINE | changed).items() if value is not None}
     (folder / "question.yaml").write_text(yaml.safe_dump(given))
     return folder
@@ -79,10 +79,10 @@ def test_a_question_of_ones_own_is_a_folder(tmp_path, smollm_tokenizer):
     own = params.validate(PLAN.sections, "generality", given)
     assert own.template == "both" and own.templates == ("both",) and own.topic.supersets == ("animal", "fruit")
     table = population.load_people(own.people_file, mine)
-    assert table["name"].tolist() == ["dog", "cat", "fig", "plum"]
+    assert table["name"].tolist() == ["dog", "cat", "apple", "orange"]
     assert table["profession"].tolist() == table["superset"].tolist()  # it has no finer labels
     row = {"pair_id": "p", "quad_id": "q", "half": "discovery", "task": "superset", "template": "both"}
-    row |= {"clean_a": "dog", "clean_b": "cat", "corrupt_a": "fig", "corrupt_b": "plum"}
+    row |= {"clean_a": "dog", "clean_b": "cat", "corrupt_a": "apple", "corrupt_b": "orange"}
     row |= {"answer": "animal", "corrupt_answer": "fruit"}
     pair = tasks.make_pair(smollm_tokenizer, row, question=mine)
     assert pair.candidates == ("animal", "fruit") and smollm_tokenizer.decode(pair.clean_tokens[0]) == " animals"
@@ -140,7 +140,7 @@ def test_pages_speak_in_the_questions_words():
     said = "A person of a superset, and people of two; `superset` stays. People differ, as supersets do."
     there = "A city of a continent, and cities of two; `superset` stays. Cities differ, as continents do."
     assert CITIES.reworded(said) == there and QUESTION.reworded(said) == said
-    mine = questions.Question.model_construct(words={"superset": "animal kind"})
+    mine = CITIES.model_copy(update={"words": {"superset": "animal kind"}})
     assert mine.reworded("a superset") == "an animal kind"
 
 

@@ -277,10 +277,10 @@ def pair_sentences(m: Measured, table: pd.DataFrame, topic: Question) -> list[st
             "beside that, known to the model by the name alone, and matched in fame.",
         ]
     if "kept and matched" in rows.index:
-        also = f", and in {count[alike_too(topic)]} of one {listed(topic.match_also)} as well" * bool(topic.match_also)
+        also = f", and in {count[alike_too(topic)]} in {listed(topic.match_also)} as well" * bool(topic.match_also)
         gaps.append(
             f"In {count['kept and matched']} of the {count['kept']} quads the people who are swapped for each other "
-            f"are of one {listed(topic.match)}{also}; the gap of the matched quads is "
+            f"agree in {listed(topic.match)}{also}; the gap of the matched quads is "
             f"{of_row(rows.loc['kept and matched'])} logits."
         )
     return [left, *gaps]
