@@ -123,7 +123,9 @@ def fitted(step: Step, fit: pd.DataFrame, layers: Sequence[int]) -> pd.DataFrame
     for (place, layer), read in seen.items():
         labels, vectors = zip(*read, strict=True)
         if len(set(labels)) > 1:
-            basis = spanned(np.stack(list(class_means(np.stack(vectors), labels).values())))
+            basis = spanned(
+                np.stack(list(class_means(np.stack(vectors), labels, step.params.topic.supersets).values()))
+            )
             rows += [(place, layer, MEANS, *each, len(read)) for each in enumerate(basis.astype(np.float32))]
     training, p = [pair for pair in cases(step, fit) if pair.pair_id.endswith("other")], step.params
     groups = opposed(step.model, training, slice_layers(step))
