@@ -81,7 +81,8 @@ def cases(step: Step, table: pd.DataFrame) -> list[Pair]:
             answers = {"answer": classes[0], "corrupt_answer": classes[1]}
             rows.append(row | clean | answers | {"pair_id": f"{row['quad_id']} {name}"})
     p = step.params
-    own, _ = aligned(pd.DataFrame(rows), step.tokenizer, chat_template=p.chat_template, attributes=p.attributes)
+    how = {"chat_template": p.chat_template, "attributes": p.attributes, "question": p.question}
+    own, _ = aligned(pd.DataFrame(rows), step.tokenizer, **how)
     return without_labels(step.prompts(own))
 
 
