@@ -31,7 +31,7 @@ from lib.hooks import Model, Site
 from lib.single_pass import plain_runs
 from pipeline.params import ROOT
 from pipeline.population import controls_of, load_people
-from pipeline.step import Step, StepError
+from pipeline.step import Step
 from pipeline.units import Unit, subsample
 from steps.neurons import coders
 from steps.neurons.coders import Coder
