@@ -141,7 +141,7 @@ def run_all(tab: Tab, before: int) -> int:
         found = [re.fullmatch(r"\[(\d+)\]:", prompt) for prompt in tab.value(PROMPTS)]
         return [int(match[1]) for match in found] if all(found) else []
 
-    last = until(lambda: tab.value(MISTAKES) or (min(numbers(), default=0) > before and max(numbers())), "the run", 300)
+    last = until(lambda: tab.value(MISTAKES) or (min(numbers(), default=0) > before and max(numbers())), "the run", 900)
     assert tab.value(MISTAKES) == []
     return last
 
