@@ -360,6 +360,15 @@ def set_aside(folder: Path, step: Declaration) -> Path:
     return target
 
 
+def bring_back(folder: Path, step: Declaration, key: str) -> None:
+    """Move results of this data key that were set aside back, where the folder has none of the step."""
+    aside = folder / "stale" / f"{step.name}-{key[:8]}"
+    if stored_key(folder, step.name) is None and stored_key(aside, step.name) == key:
+        for path in reversed(step_files(aside, step)):  # the record first: what is left behind is computed again
+            os.replace(path, folder / path.name)
+        shutil.rmtree(aside)
+
+
 def remove(folder: Path, step: Declaration) -> list[Path]:
     """Delete a step's results; returns what was deleted."""
     gone = step_files(folder, step)

@@ -218,6 +218,8 @@ BY_HAND = ("model", "question", "task", "template", "seed", "layers")
 BY_HAND += ("pairs_file", "people_file", "results_dir", "memory", "overwrite")
 # Variables of an IPython session that no one gave as a parameter.
 _IPYTHON = {"In", "Out", "exit", "quit", "get_ipython", "open"}
+# How papermill heads the cell that it adds for what it was given.
+ADDED = "# Parameters\n"
 Sections = Mapping[str, type[Shared]]
 
 
@@ -323,21 +325,53 @@ def _sentence(step: str, model: type[Shared], error: ValidationError) -> str:
     return f"parameter {key} = {value!r} of step {step}: {'; or '.join(wanted)} ({key}: {meaning})"
 
 
-def from_notebook(sections: Sections, step: str, namespace: Mapping[str, Any]) -> Shared:
-    """The step's parameters out of a notebook's `globals()`.
+def parameters_cells(namespace: Mapping[str, Any]) -> list[str] | None:
+    """The parameters cells of an IPython session as they were run last: the one that gives `profile`, and the one that
+    papermill adds. None where these are not the variables of such a session."""
+    run = namespace.get("In")
+    if not isinstance(run, list):
+        return None
+    given = [cell for cell in run if re.search(r"^profile *=(?!=)", cell, re.M) and not cell.startswith(ADDED)]
+    return given[-1:] + [cell for cell in run if cell.startswith(ADDED)][-1:]
 
-    Taken are plain values (text, numbers, lists, dicts) under names without a leading underscore that are not
-    IPython's. Where no `model` is given (a notebook opened by hand), the profile's YAML is read beneath them.
+
+def run_by_hand(namespace: Mapping[str, Any]) -> bool:
+    """Whether someone runs the cells of a notebook, rather than papermill."""
+    cells = parameters_cells(namespace)
+    return cells is not None and not any(cell.startswith(ADDED) for cell in cells)
+
+
+def given_in(sections: Sections, step: str, namespace: Mapping[str, Any]) -> dict[str, Any]:
+    """What a notebook's variables give as parameters: plain values (text, numbers, lists, dicts) under names without a
+    leading underscore that are not IPython's.
+
+    In an IPython session other variables than parameters are left alone, unless a parameters cell sets them: there, a
+    name that is no parameter is a mistake, and so is a value of another type.
+    """
+    cells = parameters_cells(namespace)
+    here = set(re.findall(r"^(\w+)\b[^=\n]*=(?!=)", "\n".join(cells or ()), re.M))
+    known, plain = {*step_model(sections, step).model_fields, *sections}, (str, int, float, list, tuple, dict)
+    own = {key: value for key, value in namespace.items() if not key.startswith("_") and key not in _IPYTHON}
+    return {
+        key: value
+        for key, value in own.items()
+        if (isinstance(value, plain) and (cells is None or key in known | here)) or key in known & here
+    }
+
+
+def from_notebook(sections: Sections, step: str, namespace: Mapping[str, Any]) -> Shared:
+    """The step's parameters out of a notebook's `globals()` (see `given_in`).
+
+    Where no `model` is given, and where the notebook is run by hand, the profile's YAML is read beneath them.
     """
     for name in sections:
         if isinstance(namespace.get(name), ModuleType):
             raise ParameterError(f"the notebook imports a module under the name {name!r}, which hides that section")
-    plain = (str, int, float, list, tuple, dict)
-    names = [key for key in namespace if not key.startswith("_") and key not in _IPYTHON]
-    given = {key: namespace[key] for key in names if isinstance(namespace[key], plain)}
-    if "model" not in given:
-        step_model(sections, step)
+    given = {key: value for key, value in given_in(sections, step, namespace).items() if value is not None}
+    if "model" not in given or (run_by_hand(namespace) and given.get("profile") in profiles()):
         base = load_profile(given.get("profile", Shared.model_fields["profile"].default))
+        if given.get("model", base.get("model")) != base.get("model"):
+            base |= {"model_sha256": None}  # that of the profile's own model
         given = base | given | {"profile": base["profile"]}
     elif "profile" not in given:
         raise ParameterError("profile is not given: it names the folder of the results; run with -p profile <name>")

@@ -334,6 +334,13 @@ class Step:
             "Run with -p overwrite true to replace them, or with another results_dir"
         )
 
+    def set_stale_aside(self) -> None:
+        """Move results that other parameters, inputs or code made to where `pipeline.keys.bring_back` finds them."""
+        key = self.data_key
+        if keys.stored_key(self.results, self.name) not in (None, key) and not self.params.overwrite:
+            aside = keys.set_aside(self.results, self.declaration)
+            print(f"results of {self.name} made otherwise set aside in {keys.shown(aside)}")
+
     def _clear_stale(self) -> None:
         self.refuse_stale()
         if not self.fresh:
@@ -531,9 +538,13 @@ def single_sites(step: Step) -> pd.DataFrame:
 def begin(plan: Plan, step: str, namespace: Mapping[str, Any], engine: Callable[[Shared], Engine | None]) -> Step:
     """The step of a notebook, from its `globals()`; `engine` makes who computes for the parameters.
 
+    Results that other parameters made are refused, or, where someone runs the cells by hand, set aside as make does.
     ParameterError or StepError in one sentence if it cannot run.
     """
     checked = params.from_notebook(plan.sections, step, namespace)
     begun = Step(plan, step, checked, engine(checked))
+    if params.run_by_hand(namespace):
+        begun.set_stale_aside()
     begun.refuse_stale()
+    keys.bring_back(begun.results, begun.declaration, begun.data_key)
     return begun

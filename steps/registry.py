@@ -12,7 +12,7 @@ from pipeline import step as steps
 from pipeline import workers
 from pipeline.declaration import Plan
 from pipeline.step import Step
-from report.words import not_done
+from report import words
 from steps.baselines import measure as baselines
 from steps.coarse_sweep import measure as coarse_sweep
 from steps.generality import measure as generality
@@ -54,7 +54,7 @@ def begin(name: str, namespace: Mapping[str, Any]) -> Step:
         return step
     display(Markdown(f"Model `{step.params.model}`, task `{step.params.task}`: {able.why}.{layers}"))
     if not able and not own.always:
-        found = step.write_findings(not_done(step))
+        found = step.write_findings(words.not_done(step))
         display(Markdown("\n\n".join(found["sentences"])))
         raise SystemExit(0)
     return step

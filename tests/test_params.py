@@ -196,7 +196,50 @@ def test_a_notebooks_variables():
     with pytest.raises(ParameterError, match="profile is not given"):
         from_notebook("necessity", session | {"model": "./m"})
     with pytest.raises(ParameterError, match="unknown parameter pear = 3"):
-        from_notebook("necessity", session | {"profile": "smoke", "pear": 3})
+        from_notebook("necessity", {"profile": "smoke", "pear": 3})
+
+
+PROFILE_CELL = 'profile = "smoke"\npairs = 3  # pairs'
+ADDED_CELL = '# Parameters\nprofile = "smoke"\n'
+
+
+@pytest.mark.parametrize(
+    ("cells", "variables", "message"),
+    [
+        ([PROFILE_CELL + "\npear = 3"], {"pear": 3}, "unknown parameter pear = 3"),
+        ([PROFILE_CELL, ADDED_CELL + "layrs = 2"], {"layrs": 2}, "unknown parameter layrs = 2"),
+        ([PROFILE_CELL + "\nlayers = range(2)"], {"layers": range(2)}, r"layers = range\(0, 2\)"),
+        ([PROFILE_CELL, "pear = 3"], {"pear": 3}, None),
+        ([PROFILE_CELL + "\npear = 3", PROFILE_CELL], {"pear": 3}, None),  # mended, and run again
+        ([PROFILE_CELL, "found = page.findings(step)"], {"found": {"n": 1}, "i": 2, "roles": ["last"]}, None),
+        ([PROFILE_CELL, "model = step.model"], {"model": object(), "pear": object()}, None),
+    ],
+)
+def test_what_is_no_parameter_is_left_alone_unless_it_stands_in_a_parameters_cell(cells, variables, message):
+    session = {"In": ["", *cells], "profile": "smoke", "pairs": 3} | variables
+    if message is None:
+        assert from_notebook("necessity", session) == from_notebook("necessity", {"profile": "smoke", "pairs": 3})
+    else:
+        with pytest.raises(ParameterError, match=message):
+            from_notebook("necessity", session)
+
+
+def test_a_model_named_in_its_cell_stands_on_the_profile():
+    """Not on the defaults alone; the hash of the profile's own weights is not that of another model's."""
+    session = {"In": [PROFILE_CELL], "profile": "smoke", "model": "owner/name"}
+    own, base = from_notebook("necessity", session), load_profile("smoke")
+    assert (own.model, own.model_sha256, own.min_pairs) == ("owner/name", None, base["min_pairs"])
+    assert from_notebook("necessity", session | {"model": base["model"]}).model_sha256 == base["model_sha256"]
+
+
+@pytest.mark.parametrize("step", PLAN.names)
+def test_no_variable_of_a_notebook_has_the_name_of_a_parameter(step):
+    """Its first cell, run again, would take the variable for the parameter."""
+    cells = json.loads(PLAN.notebook(step).read_text())["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code" and "parameters" not in cell["metadata"]["tags"]]
+    text = "\n".join("".join(cell["source"]) for cell in code)
+    names = set(re.findall(r"^(\w+) = ", text, flags=re.M))
+    assert {"step", "found"} <= names and not names & {*PLAN[step].params.model_fields, *PLAN.names}
 
 
 def test_a_profile_with_a_doubled_section_is_refused_by_a_notebook_too(tmp_path, monkeypatch):
