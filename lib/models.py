@@ -45,9 +45,17 @@ def tokenizer(spec: str, sha256: str | None = None) -> transformers.PreTrainedTo
     """The tokenizer of a model string, without the weights."""
     where, _, local = resolve(spec, sha256)
     try:
-        return transformers.AutoTokenizer.from_pretrained(where, local_files_only=local, trust_remote_code=False)
+        return words_of(where, local, transformers.AutoConfig.from_pretrained(where, local_files_only=local))
     except (OSError, ValueError) as error:
         raise load_error(spec, where, error) from error
+
+
+def words_of(where: str, local: bool, config: transformers.PretrainedConfig) -> transformers.PreTrainedTokenizerBase:
+    """A tokenizer that knows how many tokens its model reads."""
+    words = transformers.AutoTokenizer.from_pretrained(where, local_files_only=local, trust_remote_code=False)
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    words.model_max_length = min(words.model_max_length, context or words.model_max_length)
+    return words
 
 
 @dataclass(frozen=True)
@@ -104,7 +112,7 @@ def load(spec: str, **options: Any) -> Model:
             model = transformers.AutoModelForCausalLM.from_config(config, **arguments).to(DTYPES[how.dtype])
         else:
             model = transformers.AutoModelForCausalLM.from_pretrained(where, local_files_only=local, **arguments)
-            words = transformers.AutoTokenizer.from_pretrained(where, local_files_only=local, trust_remote_code=False)
+            words = words_of(where, local, model.config)
     except (OSError, ValueError, SafetensorError) as error:
         raise load_error(spec, where, error) from error
     if how.device_map is None and how.quantisation is None:

@@ -12,6 +12,7 @@ Nothing here needs torch: any Hugging Face *fast* tokenizer will do. All bad inp
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any, Literal
 
 Form = Literal["plural", "singular", "capitalised"]
@@ -27,6 +28,7 @@ SLOTS = ("a", "b", "c")
 TASKS = ("superset", "bi_association", "odd_one_out", "one_name")
 _N_NAMES = {"superset": 2, "bi_association": 2, "odd_one_out": 3, "one_name": 1}
 _SLOT = re.compile(r"\{(a|b|c|attributes|examples)\}")
+_BRACES = re.compile(r"\{[^{}]*\}")
 
 # What the bi-association prompt lists for each attribute, and a worked example of it. The plan's example answers
 # "Doctor"; [doctor] takes the template's form, because " Athlete" is two tokens for SmolLM2 and " athlete" is one.
@@ -81,6 +83,15 @@ class Template:
     def __post_init__(self) -> None:
         if self.task not in TASKS:
             raise ValueError(f"template {self.name!r}: unknown task {self.task!r}; allowed: {', '.join(TASKS)}")
+        unknown = [braces for braces in _BRACES.findall(self.text) if not _SLOT.fullmatch(braces)]
+        if unknown:
+            known = "slots are {a}, {b} and {c}"
+            raise ValueError(f"template {self.name!r}: {', '.join(unknown)} is no slot; {known}")
+        if self.text != self.text.rstrip():
+            raise ValueError(
+                f"template {self.name!r} ends in white space, and answers begin with a space of their own: take it off "
+                "(in YAML, `>-` and `|-` leave out the last line break)"
+            )
         found = [slot for slot in _SLOT.findall(self.text) if slot in SLOTS]
         if found != list(self.slots):
             raise ValueError(
@@ -181,6 +192,7 @@ def _distinct(names: Sequence[str], tokens: Sequence[int], where: str) -> None:
             raise ValueError(f"{where}: {other!r} and {names[i]!r} share their first token; they cannot be told apart")
 
 
+@lru_cache(maxsize=256)
 def candidates(
     tokenizer: Any, template: Template, attribute: str = "superset"
 ) -> tuple[tuple[str, ...], tuple[int, ...]]:
@@ -215,6 +227,7 @@ PROFESSIONS = (
 )  # fmt: skip
 
 
+@lru_cache(maxsize=256)
 def labels(tokenizer: Any, template: Template) -> tuple[tuple[str, ...], tuple[int, ...]]:
     """Words recorded beside the candidates, and their tokens: professions (plural, singular) and singular supersets, of
     one token, and no candidate itself. Odd-one-out has none: its answers are names."""
@@ -230,6 +243,7 @@ def labels(tokenizer: Any, template: Template) -> tuple[tuple[str, ...], tuple[i
     return tuple(kept.values()), tuple(kept)
 
 
+@lru_cache(maxsize=256)
 def recorded(tokenizer: Any, template: Template, attribute: str) -> tuple[tuple[str, ...], tuple[int, ...]]:
     """What is recorded beside the candidates of a pair about an attribute: `labels`, and the answers of the others."""
     words, tokens = labels(tokenizer, template)
@@ -239,6 +253,12 @@ def recorded(tokenizer: Any, template: Template, attribute: str) -> tuple[tuple[
         if len(ids) == 1:
             kept[ids[0]] = word.strip()
     return tuple(kept.values()), tuple(kept)
+
+
+@lru_cache(maxsize=8)
+def special_tokens(tokenizer: Any) -> tuple[str, ...]:
+    """The texts that a tokenizer reads as one of its special tokens, wherever they stand."""
+    return tuple(token.content for token in getattr(tokenizer, "added_tokens_decoder", {}).values() if token.special)
 
 
 def fill(template: Template, names: Sequence[str], attributes: Sequence[str]) -> tuple[str, list[tuple[int, int]]]:
@@ -278,10 +298,13 @@ def make_prompt(
     answer prefix then opens the reply; without one, a reply may not begin with a leading-space token. `attributes` are
     what the bi-association prompt asks about.
 
-    Raises ValueError for a wrong number of names, a name that is not found in the wrapped prompt, a token that mixes a
-    name with the text around it, and a tokenizer that is not fast or appends a token of its own.
+    Raises ValueError for a wrong number of names, a name that is not found in the wrapped prompt or holds a special
+    token, a token that mixes a name with the text around it, a prompt longer than the tokenizer's model can read, and a
+    tokenizer that is not fast or appends a token of its own.
     """
     text, spans = fill(template, names, attributes)
+    if special := [token for token in special_tokens(tokenizer) if any(token in name for name in names)]:
+        raise ValueError(f"{list(names)} holds {special[0]!r}, which this tokenizer reads as a special token")
     if chat_template:
         if not getattr(tokenizer, "chat_template", None):
             raise ValueError("chat_template is true, but this tokenizer has none; set chat_template to false")
@@ -304,6 +327,8 @@ def make_prompt(
             f"this tokenizer appends {tokenizer.convert_ids_to_tokens(ids[-1])!r}; the last token must be the prompt's "
             "own, so that the model predicts the answer after it"
         )
+    if len(ids) > (limit := getattr(tokenizer, "model_max_length", len(ids))):
+        raise ValueError(f"the prompt has {len(ids)} tokens, and the model reads {limit}; choose shorter names")
     roles: dict[str, tuple[int, ...]] = {}
     for slot, name, (start, end) in zip(template.slots, names, spans, strict=True):
         roles[f"name_{slot}"] = _name_tokens(text, offsets, name, start, end)
@@ -382,14 +407,15 @@ def _swapped(
 ) -> tuple[int, ...]:
     """Positions of the names that differ, after a check that the two prompts line up and differ nowhere else."""
     positions: tuple[int, ...] = ()
+    unequal = []
     for slot, one, other in zip(SLOTS, names, others, strict=False):
         own, theirs = (prompt.roles[f"name_{slot}"] for prompt in (clean, corrupt))
         if len(own) != len(theirs):
-            raise ValueError(
-                f"{where}: the names in slot {slot} have different token counts: {one!r} has {len(own)}, "
-                f"{other!r} has {len(theirs)}; choose names of equal counts"
-            )
+            unequal.append(f"in slot {slot} {one!r} has {len(own)}, {other!r} has {len(theirs)}")
         positions += own if one != other else ()
+    if unequal:
+        counts = "; ".join(unequal)
+        raise ValueError(f"{where}: the names have different token counts: {counts}; choose names of equal counts")
     outside = set(clean.roles["all"]) - set(clean.roles["names"])
     if clean.roles != corrupt.roles or any(clean.ids[i] != corrupt.ids[i] for i in outside):
         raise ValueError(f"{where}: the two prompts differ outside their names: {clean.text!r} and {corrupt.text!r}")

@@ -21,7 +21,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from lib.hooks import FLOORS
-from lib.tasks import TEMPLATES
+from lib.tasks import TEMPLATES, find_template
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -348,21 +348,18 @@ def check_layers(params: Shared, n_layers: int) -> None:
 
 
 def _template(params: Shared) -> str:
-    """The template asked for, or the task's first."""
-    for key in ("templates", "order_templates"):
-        for name in getattr(params, key, ()):
-            if name not in TEMPLATES and "{a}" not in name:
-                raise ParameterError(
-                    f"parameter {key}: {name!r} is unknown{_nearest(name, TEMPLATES)}; the templates are "
-                    f"{', '.join(TEMPLATES)}, or a text with {{a}} and {{b}}"
-                )
+    """The template asked for, or the task's first; texts of one's own are checked."""
+    named = [("template", params.template)] if params.template is not None else []
+    named += [(key, name) for key in ("templates", "order_templates") for name in getattr(params, key, ())]
+    for key, name in named:
+        try:
+            find_template(name, params.task)
+        except ValueError as error:
+            raise ParameterError(f"parameter {key} = {name!r}{_nearest(name, TEMPLATES)}: {error}") from None
     own = [name for name, template in TEMPLATES.items() if template.task == params.task]
-    if params.template is None:
-        return own[0]
-    if params.template in own or (params.template not in TEMPLATES and "{a}" in params.template):
-        return params.template
-    owner = f" (it is of task {TEMPLATES[params.template].task})" if params.template in TEMPLATES else ""
-    raise ParameterError(
-        f"parameter template = {params.template!r}{owner}: templates of task {params.task} are {', '.join(own)}, "
-        f"or give a text with {{a}} and {{b}}{_nearest(params.template, own)}"
-    )
+    if params.template in TEMPLATES and params.template not in own:
+        raise ParameterError(
+            f"parameter template = {params.template!r} (it is of task {TEMPLATES[params.template].task}): templates of "
+            f"task {params.task} are {', '.join(own)}, or give a text with {{a}} and {{b}}"
+        )
+    return params.template or own[0]

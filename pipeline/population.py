@@ -51,32 +51,31 @@ def load_people(path: str | Path) -> pd.DataFrame:
 
     Columns: name, profession, superset, two_supersets, second_superset ("" if none), region, century (-5: fifth BC),
     gender, namesake ("" if none).
-    Raises ValueError naming the file's row (the header is row 1), the column, the value and what is allowed.
+    Raises ValueError naming the file's line, the column, the value and what is allowed.
     """
     table = read_table(Path(path), "people_file", list(PEOPLE.columns)).astype(str)
+    where = f"{path}, {table.index.name}"
     flags = {"true": True, "True": True, "false": False, "False": False}
     for column, allowed in (("two_supersets", flags), ("century", None)):
         known = table[column].isin(allowed) if allowed else table[column].str.fullmatch(r"-?\d+")
         if not known.all():
-            row = int(np.argmin(known))
-            raise ValueError(
-                f"{path}, row {row + 2}: {column} is {table[column][row]!r}; allowed: "
-                f"{'true, false' if allowed else 'a whole number'}"
-            )
+            row = known.idxmin()
+            what = "true, false" if allowed else "a whole number"
+            raise ValueError(f"{where} {row}: {column} is {table[column][row]!r}; allowed: {what}")
         table[column] = table[column].map(allowed) if allowed else table[column].astype(int)
     try:
         table = PEOPLE.validate(table, lazy=True)
     except pa.errors.SchemaErrors as error:
         first = error.failure_cases.iloc[0]
-        row = "" if pd.isna(first["index"]) else f", row {int(first['index']) + 2}"
-        raise ValueError(f"{path}{row}: {first['column']} {first['failure_case']!r} fails {first['check']}") from None
+        row = path if pd.isna(first["index"]) else f"{where} {first['index']}"
+        raise ValueError(f"{row}: {first['column']} {first['failure_case']!r} fails {first['check']}") from None
     odd = table[(table.two_supersets != table.second_superset.ne("")) | (table.second_superset == table.superset)]
     if len(odd):
         raise ValueError(
-            f"{path}, row {odd.index[0] + 2}: {odd['name'].iloc[0]!r}: second_superset must be given where "
+            f"{where} {odd.index[0]}: {odd['name'].iloc[0]!r}: second_superset must be given where "
             "two_supersets is true, be empty where it is false, and differ from superset"
         )
-    return table
+    return table.reset_index(drop=True)
 
 
 def unambiguous(people: pd.DataFrame) -> pd.DataFrame:

@@ -29,7 +29,10 @@ ROOT = Path(__file__).resolve().parents[1]
 def here(tmp_path, monkeypatch):
     """A working folder with a file of pairs; results go to out/."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "mine.csv").write_text("pair_id\np0\n")
+    (tmp_path / "mine.csv").write_text(
+        "clean_a,clean_b,corrupt_a,corrupt_b,answer,corrupt_answer\n"
+        "Brad Pitt,Pablo Picasso,Isaac Newton,Albert Einstein,artist,scientist\n"
+    )
     return tmp_path
 
 
