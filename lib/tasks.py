@@ -192,7 +192,6 @@ def _distinct(names: Sequence[str], tokens: Sequence[int], where: str) -> None:
             raise ValueError(f"{where}: {other!r} and {names[i]!r} share their first token; they cannot be told apart")
 
 
-@lru_cache(maxsize=256)
 def candidates(
     tokenizer: Any, template: Template, attribute: str = "superset"
 ) -> tuple[tuple[str, ...], tuple[int, ...]]:
@@ -227,7 +226,6 @@ PROFESSIONS = (
 )  # fmt: skip
 
 
-@lru_cache(maxsize=256)
 def labels(tokenizer: Any, template: Template) -> tuple[tuple[str, ...], tuple[int, ...]]:
     """Words recorded beside the candidates, and their tokens: professions (plural, singular) and singular supersets, of
     one token, and no candidate itself. Odd-one-out has none: its answers are names."""
@@ -243,7 +241,6 @@ def labels(tokenizer: Any, template: Template) -> tuple[tuple[str, ...], tuple[i
     return tuple(kept.values()), tuple(kept)
 
 
-@lru_cache(maxsize=256)
 def recorded(tokenizer: Any, template: Template, attribute: str) -> tuple[tuple[str, ...], tuple[int, ...]]:
     """What is recorded beside the candidates of a pair about an attribute: `labels`, and the answers of the others."""
     words, tokens = labels(tokenizer, template)
@@ -386,9 +383,8 @@ def make_pair(
         words: tuple[str, ...] = template.slots
         own, other = (_name_answers(*each, where) for each in zip((clean, corrupt), names.values(), strict=True))
     else:
-        words, shared = candidates(tokenizer, template, attribute)
+        words, shared, beside = _answer_words(tokenizer, template, attribute)
         own = other = (shared, ())
-        beside = recorded(tokenizer, template, attribute)
     places = []
     for column in ("answer", "corrupt_answer"):
         if row[column] not in words:
@@ -400,6 +396,12 @@ def make_pair(
     prompts = (template.task, template.name, clean, corrupt)
     tokens = (own[0], other[0], own[1], other[1])
     return Pair(*about, *prompts, words, *places, *tokens, *beside)
+
+
+@lru_cache(maxsize=256)
+def _answer_words(tokenizer: Any, template: Template, attribute: str) -> tuple:
+    """The candidates of all pairs of a template, their tokens, and what is recorded beside them."""
+    return *candidates(tokenizer, template, attribute), recorded(tokenizer, template, attribute)
 
 
 def _swapped(
