@@ -32,6 +32,16 @@ FOUR = [
 ]
 COMMON = "What {a} and {b} have in common is that they are both"
 LONG = "Brad " * 8200
+# Pairs that SmolLM2-135M answers, both prompts of each; no name is in two.
+KNOWN = [
+    "Frank Drake,Edwin Hubble,Jim Morrison,Miles Davis,scientist,artist",
+    "John C. Calhoun,Mike Huckabee,Scott Joplin,Kendrick Lamar,politician,artist",
+    "Andy Warhol,Fred Astaire,William Shockley,David Bohm,artist,scientist",
+    "Caravaggio,Antonio Vivaldi,LeBron James,Karim Benzema,artist,athlete",
+    "Marilyn Monroe,Bela Bartok,Barbara McClintock,Walther Bothe,artist,scientist",
+    "Bruce Springsteen,Frida Kahlo,Jake LaMotta,Diego Maradona,artist,athlete",
+    "Mahmoud Abbas,Mitt Romney,Joshua Lederberg,Paul Sabatier,politician,scientist",
+]
 
 
 def begin(folder: Path, text: str | bytes | None = None, step: str = "necessity", **given: object) -> steps.Step:
@@ -252,7 +262,7 @@ def test_many_rows_are_read_in_seconds_and_many_faults_are_cut(tmp_path):
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("What {a} and {b} share is that they are both\n", "ends in white space.*`>-` and `|-`"),
+        ("What {a} and {b} share is that they are both\n", r"ends in white space.*`>-` and `\|-`"),
         ("What {a} and {b} share is that they are both ", "ends in white space"),
         ("What {b} and {a} share is", "must hold the slots {a}, {b} once each, in this order"),
         ("What {a} and {name} share is", r"\{name\} is no slot; slots are"),
@@ -324,61 +334,63 @@ def first_step(folder: Path, rows: list[str], smollm: object, **given: object) -
 
 @pytest.fixture(scope="module")
 def asked(tmp_path_factory, smollm):
-    """Step 01 on the four pairs, one of them with its answers exchanged."""
-    turned = [*FOUR[:3], "", "Paul Newman,Harrison Ford,James Watson,Edwin Hubble,scientist,artist"]
+    """Step 01 on seven pairs that the model knows, and the mirror of the first; the last has its answers exchanged."""
+    names, turned = KNOWN[0].split(","), KNOWN[6].split(",")
+    mirror = ",".join([*names[2:4], *names[:2], names[5], names[4]])
+    rows = [KNOWN[0], mirror, *KNOWN[1:6], "", ",".join([*turned[:4], turned[5], turned[4]])]
     folder = tmp_path_factory.mktemp("asked")
-    return folder, *first_step(folder, turned, smollm)
+    return folder, *first_step(folder, rows, smollm)
 
 
 def test_step_01_asks_about_the_given_pairs(asked, smollm):
     _, _, found = asked
     m, own = found["m"], found["m"].records
-    own = own[own["template"] == "profession_both"]
-    assert len(own) == 8, "two prompts of each pair, each once"
-    assert set(own["names"]) == {"Brad Pitt, Bill Murray", "Isaac Newton, Albert Einstein", "Bruce Willis, Gary Cooper",
-        "Charles Darwin, Francis Crick", "Charles Darwin, Louis Pasteur", "Bruce Willis, James Dean",
-        "Paul Newman, Harrison Ford", "James Watson, Edwin Hubble"}  # fmt: skip
-    alone = m.records[m.records["task"] == "one_name"]
-    assert len(alone) == 14 and alone.set_index("names").loc["Bruce Willis", "answer"] == "artist"
-    assert own.set_index("names").loc["James Watson, Edwin Hubble", "answer"] == "artist", "as the file has it"
-    first = m.pairs.iloc[0]
-    made = tasks.make_pair(smollm.tokenizer, first | {"half": "discovery"})
+    own = own[own["template"] == "profession_both"].set_index("names")
+    sides = [", ".join(names) for row in KNOWN for names in (row.split(",")[:2], row.split(",")[2:4])]
+    assert sorted(own.index) == sorted(sides), "two prompts of each pair, each once"
+    assert own.loc["Mahmoud Abbas, Mitt Romney", "answer"] == "scientist", "as the file has it"
+    assert own["correct"].sum() == 12
+    alone = m.records[m.records["task"] == "one_name"].set_index("names")
+    assert len(alone) == 28 and alone.loc["Frida Kahlo", "answer"] == "artist"
+    first = m.pairs.iloc[0].to_dict()
+    made = tasks.make_pair(smollm.tokenizer, first)
     logits = models.next_logits(smollm, [made.clean.ids, made.corrupt.ids])
     tokens = [made.clean_tokens[i] for i in (made.answer, made.corrupt_answer)]
     by_hand = logits[:, tokens[0]] - logits[:, tokens[1]]
     assert [first["logit_diff_clean"], first["logit_diff_corrupt"]] == pytest.approx(by_hand, abs=1e-4)
     assert first["gap"] == pytest.approx(by_hand[0] - by_hand[1], abs=2e-4)
+    assert m.pairs["gap"][1] == pytest.approx(first["gap"], abs=2e-4), "a mirror has the same gap"
 
 
 def test_step_01_counts_gaps_and_names_the_line_of_a_wrong_sign(asked):
     _, _, found = asked
     pairs = found["m"].pairs
-    assert pairs["kept"].tolist() == [True, True, True, False] and pairs["line"].tolist() == [2, 3, 4, 6]
-    assert found["pairs"] == 4 and found["able"]["superset"]["able"]
-    assert "3 of the 4 given pairs have a gap of the right sign" in found["able"]["superset"]["why"]
+    assert pairs["kept"].tolist() == pairs["solved"].tolist() == [True] * 7 + [False]
+    assert pairs["line"].tolist() == [2, 3, 4, 5, 6, 7, 8, 10]
+    assert found["pairs"] == 8 and found["able"]["superset"]["able"]
+    assert "7 of the 8 given pairs have a gap of the right sign" in found["able"]["superset"]["why"]
     text = " ".join(found["sentences"])
     halves = pairs.groupby("half")["quad_id"].nunique()
-    assert f"`mine.csv` gives 4 pairs in {halves['discovery']} discovery quads and" in text
-    assert pairs["quad_id"].nunique() == 3, "the second and the third pair share names"
-    assert "The gap has the wrong sign in line 6 of the file" in text
+    assert f"`mine.csv` gives 8 pairs in {halves['discovery']} discovery quads and" in text
+    assert pairs["quad_id"].nunique() == 7, "a pair and its mirror share names"
+    assert "The gap has the wrong sign in line 10 of the file" in text
     assert "names are those of `mine.csv`" in text and "drawn before" not in text
-    solved = (pairs["metric_clean"] > 0) & (pairs["metric_corrupt"] < 0)
-    assert f"{(solved & pairs['kept']).sum()} of these are solved" in text
+    assert "7 pairs have a gap" in text and "7 of these are solved" in text
     kept = next(row for row in found["selection"] if row["pairs of"] == "a gap above the noise")
-    assert kept["pairs"] == 3 and "drawn before" not in found["figures"][0]["caption"]
+    assert kept["pairs"] == 7 and "drawn before" not in found["figures"][0]["caption"]
 
 
 def test_the_guard_is_about_these_pairs(asked, smollm, tmp_path):
     folder, _, _ = asked
-    text = (folder / "mine.csv").read_text()
     there = {"results_dir": str(folder / "out")}
-    able = begin(tmp_path, text, **there).able()
-    assert able and able.known and "3 of the 4 given pairs" in able.why
+    able = begin(tmp_path, (folder / "mine.csv").read_bytes(), **there).able()
+    assert able and able.known and "7 of the 8 given pairs" in able.why
     other = begin(tmp_path, lines(ONE), **there).able()
     assert other and not other.known and other.why.endswith("does superset on these pairs")
-    step, found = first_step(tmp_path, FOUR[:2], smollm)
-    assert not found["able"]["superset"]["able"] and "fewer than the 3 asked for (min_pairs)" in found["headline"][0]
-    assert not begin(tmp_path).able() and begin(tmp_path).able().why == found["able"]["superset"]["why"]
+    _, found = first_step(tmp_path, KNOWN[:2], smollm)
+    why = found["able"]["superset"]["why"]
+    assert "2 of the 2 given pairs have a gap of the right sign, fewer than the 3 asked for (min_pairs)" in why
+    assert not begin(tmp_path).able() and begin(tmp_path).able().why == why, "said on every page"
 
 
 def test_given_pairs_are_asked_about_in_units(tmp_path, with_tokenizer, monkeypatch):
