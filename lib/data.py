@@ -177,8 +177,7 @@ def read_pairs_file(
     given = set(table)
     table = table.astype(object).where(table.notna(), "").astype(str).apply(lambda column: column.str.strip())
     table = table.reindex(columns=[*_REQUIRED, *_OPTIONAL], fill_value="")
-    known = [name for name, own in TEMPLATES.items() if name in set(table["template"])]
-    by_template = table["template"].map({name: TEMPLATES[name].task for name in known}).fillna("")
+    by_template = table["template"].map(lambda name: TEMPLATES[name].task if name in TEMPLATES else "")
     asked = table["task"].where(table["task"].ne(""), by_template)
     task = task or next((own for own in asked if own), "superset")
     table["task"] = asked.where(asked.ne(""), task)

@@ -242,7 +242,7 @@ def test_a_task_the_model_cannot_do(here):
     baselines = begin("baselines", people_file="mine.csv", **other)
     baselines.write_findings({"able": {"superset": {"able": True, "why": "95%"}, "odd_one_out": wrong}})
     assert begin(**other).able() and begin(**other).able().known
-    step = begin(task="odd_one_out", template="odd_one_out", pairs_file=None, **other)
+    step = begin(task="odd_one_out", template="odd_one_out", **other)
     assert not step.able() and step.able().why == "accuracy 27%, not above chance"
     step.write_findings({"able": False})
     assert step.fresh and step.record["tables"] == {}  # stated under its key, nothing computed
