@@ -18,8 +18,8 @@ import pandas as pd
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
-from lib import tasks
-from lib.tasks import SUPERSETS, TEMPLATES, Template
+from lib import questions, tasks
+from lib.questions import Question, Template
 
 HALVES = ("discovery", "confirmation")
 SHOWN = 500  # rows that are named in one message
@@ -149,18 +149,21 @@ def _read_csv(path: Path, where: str) -> tuple[pd.DataFrame, Faults]:
     return pd.DataFrame(even, columns=header, index=pd.Index(rows, name="line"), dtype=str), faults
 
 
-def load_pairs_file(
-    path: str | Path, seed: int = 0, task: str | None = None, template: str | None = None
-) -> pd.DataFrame:
+def load_pairs_file(path: str | Path, seed: int = 0, **asked: Any) -> pd.DataFrame:
     """The pairs table of `read_pairs_file`. ValueError naming every row that cannot be used."""
-    table, faults = read_pairs_file(path, seed, task, template)
+    table, faults = read_pairs_file(path, seed, **asked)
     if faults:
         raise ValueError(unusable(f"pairs_file {Path(path).name}", table, faults))
     return table.reset_index()
 
 
 def read_pairs_file(
-    path: str | Path, seed: int = 0, task: str | None = None, template: str | None = None
+    path: str | Path,
+    seed: int = 0,
+    *,
+    task: str | None = None,
+    template: str | None = None,
+    question: str = questions.DEFAULT,
 ) -> tuple[pd.DataFrame, Faults]:
     """A user's own pairs (CSV or Parquet) as a pairs table, and what is wrong with rows that cannot be used.
 
@@ -174,17 +177,17 @@ def read_pairs_file(
     """
     path = Path(path)
     table, faults = _read(path, "pairs_file", _REQUIRED, _OPTIONAL)
-    given = set(table)
+    given, topic = set(table), questions.load(question)
     table = table.astype(object).where(table.notna(), "").astype(str).apply(lambda column: column.str.strip())
     table = table.reindex(columns=[*_REQUIRED, *_OPTIONAL], fill_value="")
-    by_template = table["template"].map(lambda name: TEMPLATES[name].task if name in TEMPLATES else "")
+    by_template = table["template"].map(lambda name: topic.texts[name].task if name in topic.texts else "")
     asked = table["task"].where(table["task"].ne(""), by_template)
     task = task or next((own for own in asked if own), "superset")
     table["task"] = asked.where(asked.ne(""), task)
     table["template"] = table["template"].where(table["template"].ne(""), template or "")
     numbered = pd.Series([f"p{number:04d}" for number in range(len(table))], index=table.index)
     table["pair_id"] = table["pair_id"].where(table["pair_id"].ne(""), numbered)
-    words: dict[str, Template | str] = {name: _words(name, task, template) for name in table["template"].unique()}
+    words = {name: _words(name, task, template, topic) for name in table["template"].unique()}
     for place, row in zip(table.index, table.to_dict("records"), strict=True):
         if place not in faults and (wrong := list(_row_faults(row, task, words[row["template"]]))):
             faults[place] = "; ".join(wrong)
@@ -197,12 +200,12 @@ def read_pairs_file(
     return table.assign(half=table["quad_id"].map(half), bucket=table["template"]), faults
 
 
-def _words(name: str, task: str, asked: str | None) -> Template | str:
-    """The template of rows that name this one (""  for the task's first), or why they cannot have it."""
-    first = next((own.name for own in TEMPLATES.values() if own.task == task), "")
+def _words(name: str, task: str, asked: str | None, topic: Question) -> Template | str:
+    """The template of rows that name this one ("" for the task's first), or why they cannot have it."""
+    first = next((own.name for own in topic.of_task(task)), "")
     try:
-        words = tasks.find_template(name or first, task)
-        wanted = tasks.find_template(asked, task) if asked else words
+        words = topic.find(name or first, task)
+        wanted = topic.find(asked, task) if asked else words
     except ValueError as error:
         return str(error)
     if words.text != wanted.text or words.form != wanted.form:
@@ -229,7 +232,7 @@ def _row_faults(row: Mapping[str, str], task: str, words: Template | str) -> Ite
             yield f"{column} is {name!r}, and task {task} has the names {', '.join(words.slots)} alone"
         elif wrong := wrong_name(name):
             yield f"{column} {name!r} {wrong}"
-    allowed = words.slots if task == "odd_one_out" else SUPERSETS
+    allowed = words.slots if task == "odd_one_out" else words.question.supersets
     for column in ("answer", "corrupt_answer"):
         if row[column] not in allowed:
             yield f"{column} {row[column]!r} is unknown; allowed: {', '.join(allowed)}"

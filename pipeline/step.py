@@ -196,8 +196,9 @@ class Step:
         from lib import data
 
         p, path, made = self.params, keys.find_pairs(self.name, self.params), []
+        asked = {"task": p.task, "template": p.template, "question": p.question}
         try:
-            table, faults = data.read_pairs_file(path, p.seed, p.task, p.template)
+            table, faults = data.read_pairs_file(path, p.seed, **asked)
         except ValueError as error:
             raise StepError(str(error)) from None
         with units.progress("pairs_file", len(table), unit="pairs", delay=2) as bar:
@@ -215,7 +216,8 @@ class Step:
         """A row of a pairs table as prompts."""
         from lib import tasks
 
-        return tasks.make_pair(self.tokenizer, row, self.params.chat_template, self.params.attributes)
+        p = self.params
+        return tasks.make_pair(self.tokenizer, row, p.chat_template, p.attributes, p.question)
 
     def prompts(self, table: pd.DataFrame | None = None) -> list[Pair]:
         """The pairs (default: of `pairs`) as prompts, tokenised and checked. StepError names the pair that is wrong."""

@@ -125,7 +125,7 @@ def test_a_name_may_be_odd(name, tmp_path, smollm_tokenizer):
     row = dict(zip(HEADER.split(","), ONE.split(","), strict=True)) | {"clean_a": name}
     pd.DataFrame([row]).to_csv(tmp_path / "mine.csv", index=False)
     assert data.load_pairs_file(tmp_path / "mine.csv")["clean_a"].tolist() == [name]
-    assert name in tasks.make_prompt(smollm_tokenizer, tasks.TEMPLATES["profession_both"], [name, "Bob Dylan"]).text
+    assert name in tasks.make_prompt(smollm_tokenizer, tasks.find_template("profession_both"), [name, "Bob Dylan"]).text
 
 
 # --- inputs that cannot be used: one sentence, with the line

@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lib import data, models, tasks
+from lib import data, models
+from lib.questions import Question
 from lib.records import atomic
-from lib.tasks import SUPERSETS
 from pipeline.declaration import SUPERSET_TASKS
-from pipeline.population import PEOPLE, add_tokens, pairs_of
+from pipeline.population import MISSING, add_tokens, pairs_of
 from steps.baselines.measure import Baselines
 
 COLUMNS = ["pair_id", "quad_id", "clean_a", "clean_b", "corrupt_a", "corrupt_b", "answer", "corrupt_answer"]
@@ -32,17 +32,17 @@ Groups = Mapping[tuple, Sequence[str]]  # token counts and superset -> names
 Quad = tuple[tuple[str, str], tuple[str, str], tuple[str, str]]  # the two supersets; a and c; b and d
 
 
-def read_names(path: Path) -> pd.DataFrame:
+def read_names(path: Path, topic: Question) -> pd.DataFrame:
     """The table of names. ValueError naming every row that cannot be used."""
-    table = data.read_table(path, "table of names", ("name", "superset"), [*PEOPLE.columns]).fillna("")
+    table = data.read_table(path, "table of names", ("name", "superset"), [*MISSING, *topic.attributes]).fillna("")
     twice, faults = table["name"].duplicated(), {}
     for place, row in table.iterrows():
         if not row["name"]:
             faults[place] = "name is empty"
         elif wrong := data.wrong_name(row["name"]):
             faults[place] = f"{row['name']!r} {wrong}"
-        elif row["superset"] not in SUPERSETS:
-            faults[place] = f"superset {row['superset']!r} is unknown; allowed: {', '.join(SUPERSETS)}"
+        elif row["superset"] not in topic.supersets:
+            faults[place] = f"superset {row['superset']!r} is unknown; allowed: {', '.join(topic.supersets)}"
         elif twice[place]:
             faults[place] = f"{row['name']!r} stands there already"
     if faults:
@@ -59,7 +59,7 @@ def quads_of(groups: Groups) -> list[Quad]:
             two = sorted(free, key=lambda superset: -len(free[superset]))[:2]
             if len(two) < 2 or not free[two[1]]:
                 break
-            key = tuple(sorted(two, key=SUPERSETS.index))
+            key = tuple(sorted(two))
             for _ in range(min(2, len(free[two[1]]))):  # two at once are a quad: fewer are left without a second
                 swaps[key].append(tuple(free[superset].pop() for superset in key))
     return [(key, one, other) for key, own in swaps.items() for one, other in zip(own[0::2], own[1::2], strict=False)]
@@ -67,7 +67,7 @@ def quads_of(groups: Groups) -> list[Quad]:
 
 def put_together(people: pd.DataFrame, tokenizer: Any, params: Baselines) -> tuple[pd.DataFrame, dict[str, list[str]]]:
     """The pairs, as a `pairs_file` has them, and who is left over, by the reason."""
-    template = tasks.find_template(params.template, params.task)
+    template = params.topic.find(params.template, params.task)
     known = people
     for column, is_set in (("two_supersets", "true"), ("namesake", None)):
         if column in people:
@@ -98,8 +98,9 @@ def write_pairs(names: Path, to: Path, params: Baselines) -> str:
         raise ValueError(f"pairs are made for the tasks {', '.join(SUPERSET_TASKS)}, not for {params.task}")
     if to.exists():
         raise ValueError(f"{to} is there already; name another file, or remove it")
-    people = read_names(names)
-    pairs, left = put_together(people, models.tokenizer(params.model, params.model_sha256), params)
+    people = read_names(names, params.topic)
+    spec = (params.tokenizer,) if params.tokenizer else (params.model, params.model_sha256)
+    pairs, left = put_together(people, models.tokenizer(*spec), params)
     if pairs.empty:
         counts = "; ".join(f"{len(own)} {why}" for why, own in left.items())
         raise ValueError(f"the {len(people)} names of {names.name} make no pair: {counts}")
