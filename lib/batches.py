@@ -52,9 +52,10 @@ log = logging.getLogger(__name__)
 
 
 def group_of(pair: Pair) -> tuple:
-    """What pairs must share to run in one pass and to give each other means and resamples: half, template, the number
-    of tokens, and where the roles stand."""
-    return pair.half, pair.task, pair.template, len(pair.clean.ids), tuple(sorted(pair.clean.roles.items()))
+    """What pairs must share to run in one pass and to give each other means and resamples: half, template, candidates,
+    the number of tokens, and where the roles stand."""
+    roles = tuple(sorted(pair.clean.roles.items()))
+    return pair.half, pair.task, pair.template, pair.candidates, len(pair.clean.ids), roles
 
 
 def check_role(pair: Pair, role: str) -> None:

@@ -123,6 +123,11 @@ def test_every_placebo_attribute_gives_as_many_pairs(tiny):
     assert [sum(pair.candidates == words for pair in own.pairs) for words in (WORDS, tuple("abcde"))] == [2, 2]
     own = confounds.in_placebo(step, 1, means, spans, {"7": WORDS[2], "two 0": WORDS[2]})
     assert [pair.pair_id for pair in own.pairs] == ["7", "two 0"], "others had no gap of the right sign"
+    units = confounds.IN_PLACEBO.units(step, own)
+    assert [[pair.pair_id for pair in unit.pairs] for unit in units] == [["7"], ["two 0"]], "no pass has both"
+    shared = {"7": WORDS[2], "two 0": WORDS[2]}
+    frame = step.table(confounds.IN_PLACEBO, confounds.in_placebo(step, 1, means, spans, shared))
+    assert set(frame["pair_id"]) == {"7", "two 0"}, "one table of both, whose candidates differ"
 
 
 def page_of(quads):

@@ -143,6 +143,8 @@ def table_of(name: str) -> Table:
             lines = step.prove(unit.pairs[0])
             frame = sweep.run_variants(step.model, unit.pairs, own.sets, own.names, own.make, **how)
             frame.attrs["log"] = lines + frame.attrs["log"]
+            if len({pair.candidates for pair in own.pairs}) > 1:  # several attributes: no unit's are the table's
+                frame.attrs.pop("facts")
             return frame
 
         return rows
