@@ -181,7 +181,7 @@ def test_subspaces_have_the_dimensions_that_their_rows_span():
     centres = {"artist": 3 * np.eye(12)[0], "writer": 3 * np.eye(12)[1], "athlete": np.zeros(12)}
     values = np.stack([centres[name] for name in labels]) + 0.1 * rng.standard_normal((60, 12))
     jobs = [[None, {"artist": "poet", "writer": "dancer", "athlete": "boxer"}[name]] for name in labels]
-    found = directions.subspaces(values, labels, jobs)
+    found = directions.subspaces(values, labels, jobs, SUPERSETS)
     for method in ("class means", "probe", "profession means"):
         basis = found[method, 0]
         assert basis.shape == (2, 12) and np.allclose(basis @ basis.T, np.eye(2))

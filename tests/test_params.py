@@ -158,7 +158,9 @@ def test_steps_and_profiles_that_do_not_exist(tmp_path):
         ParameterError, match=r"'necesity' is unknown \(did you mean 'necessity'\?\); the steps are base"
     ):
         validate("necesity", BASE)
-    with pytest.raises(ParameterError, match=r"'smok' is unknown \(did you mean 'smoke'\?\); there are cities-quick, llama"):
+    with pytest.raises(
+        ParameterError, match=r"'smok' is unknown \(did you mean 'smoke'\?\); there are cities-quick, llama"
+    ):
         load_profile("smok")
     path = tmp_path / "mine.yaml"
     for text, message in (

@@ -96,7 +96,7 @@ def ability_table(step: Step, m: Measured) -> pd.DataFrame | None:
     kept = {
         "prompts": "prompts",
         "place": "median place",
-        "candidate_probability": f"probability of the {number_word(len(order) - 1)}",
+        "candidate_probability": f"probability of the {number_word(len(step.params.topic.supersets))}",
     }
     rest = table.drop_duplicates("superset").set_index("superset")[list(kept)].rename(columns=kept).round(3)
     return shares.join(rest)
@@ -230,7 +230,7 @@ def ability_sentences(table: pd.DataFrame, topic: Question) -> dict[str, str]:
     rows = {(row.superset, row.scoring): row for row in table.itertuples()}
     raw, centred, first = (rows["all", name] for name in ("raw", "centred", "first word"))
     names = [name for name in table["superset"].unique() if name != "all"]
-    five = number_word(len(names))
+    five = number_word(len(topic.supersets))
     classes = [
         f"{topic.plural(name)} {of_row(rows[name, 'raw'])} and {of_row(rows[name, 'centred'])}" for name in names
     ]
@@ -242,7 +242,7 @@ def ability_sentences(table: pd.DataFrame, topic: Question) -> dict[str, str]:
     return {
         "five words": f"Among the {five} words the right one comes first in {of_row(raw)} of {raw.prompts} prompts "
         f"whose names were drawn before any selection, and in {of_row(centred)} once each word's mean over people is "
-        f"taken off (chance {1 / len(names):.2f}).",
+        f"taken off (chance {1 / len(topic.supersets):.2f}).",
         "classes": f"Class by class, raw and centred: {listed(classes)}.",
         "vocabulary": f"In the whole vocabulary the right word comes first in {of_row(first)} of these prompts; its "
         f"place is {raw.place:g} in the median, and the {five} words together have {raw.candidate_probability:.0%} of "

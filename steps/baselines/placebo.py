@@ -60,14 +60,13 @@ def build(
     `gap` (clean less corrupt, on the two answers). ValueError where nobody is left, or an answer is not a single token.
     """
     words = tasks.find_template(params.template, params.task, question=params.question)
-    topic = words.question
+    topic, own = words.question, population.unambiguous(people)
+    own = own.assign(kind=classes(own, attribute, topic))
     tasks.candidates(tokenizer, words, attribute)
     rng, filters = np.random.default_rng([params.seed, crc32(attribute.encode())]), Filters(params.template)
     prompting = {"chat_template": params.chat_template, "attributes": params.attributes}
     wanted = -(-2 * params.placebo_quads_per_half // len(topic.supersets))
 
-    own = population.unambiguous(people)
-    own = own.assign(kind=classes(own, attribute, topic))
     free = filters.keep(own[own["kind"] != ""], f"no class of {attribute}", len(people))
     others = filters.keep(free[~free["name"].isin(taken)], "in a quad of the task", len(free))
     shuffled = others.iloc[rng.permutation(len(others))]

@@ -212,7 +212,7 @@ def found(
         prompts, values = read_on(step, fit, layer)
         profession = load_people(step.people_file, p.question).set_index("name")["profession"].to_dict()
         professions = prompts["names"].map(lambda names: [profession.get(name) for name in names])
-        bases = subspaces(values, prompts["superset"], professions)
+        bases = subspaces(values, prompts["superset"], professions, p.topic.supersets)
         sizes = sorted({1, min(len(bases["class means", 0]), max(p.dimensions))})
         training = subsample(step.prompts(fit), p.pairs)
         learned = rotations(step.model, opposed(step.model, training, [layer]), layer, sizes, p.rotation_steps, p.seed)
@@ -266,7 +266,10 @@ DIRECTIONS = Table("directions", basis_units, found, of_bases, schema=None)
 
 
 def subspaces(
-    values: Float[np.ndarray, "prompts width"], labels: Sequence[str], professions: Sequence[Sequence[str | None]]
+    values: Float[np.ndarray, "prompts width"],
+    labels: Sequence[str],
+    professions: Sequence[Sequence[str | None]],
+    supersets: Sequence[str],
 ) -> dict[tuple[str, int], Float[np.ndarray, "k width"]]:
     """Nested orthonormal bases by (method, 0): of class means, of a linear probe's weights, of the means of the
     professions (of all prompts with a name of each), and the principal components that hold VARIANCE of the variance.
@@ -274,7 +277,7 @@ def subspaces(
     The probe is a ridge regression on the one-hot class. Its penalty is the total variance, so that it halves the
     weight of a component that holds just one prompt's share.
     """
-    means, labels, centred = class_means(values, labels), np.asarray(labels), values - values.mean(0)
+    means, labels, centred = class_means(values, labels, supersets), np.asarray(labels), values - values.mean(0)
     hot = np.stack([labels == name for name in means], axis=1).astype(float)
     out = {("class means", 0): spanned(np.stack(list(means.values())))}
     out["probe", 0] = spanned(Ridge(alpha=centred.var(0).sum()).fit(values, hot).coef_)
