@@ -24,7 +24,7 @@ from torch import Tensor
 from lib import metrics, single_pass
 from lib.hooks import Model, Site
 from lib.single_pass import Activations, BaseRun, Grown, Row, base_run, index_batches, joined, plain_runs, token_ids
-from lib.tasks import Pair
+from lib.tasks import Pair, token_texts
 
 ABLATIONS = ("zero", "mean", "resample", "counterfactual")
 NEUTRAL = ("resample", "mean")  # what other quads give takes the side of neither class of a pair (`neutral_classes`)
@@ -402,7 +402,7 @@ class PairBatch:
             columns[f"label_logits_{when}"] = list(scored[f"label_logits_{when}"].astype(np.float32))
         ids, inverse = np.unique(scored["top_token_after"], return_inverse=True)
         tokenizer = self.model.tokenizer  # where there is none, tokens stay numbers
-        words = [tokenizer.decode([token]) if tokenizer else str(token) for token in ids.tolist()]
+        words = token_texts(tokenizer, ids.tolist()) if tokenizer else list(map(str, ids.tolist()))
         columns["top_token_after"] = np.array(words)[inverse]
         return pd.DataFrame(columns | {name: scored[name] for name in AS_SCORED if name in scored})
 

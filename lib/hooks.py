@@ -72,6 +72,8 @@ class Model:
     name: str
     sha256: str | None
     quantisation: str | None
+    residual_scale: float = 1.0  # Granite: what attention and MLP write is multiplied by it before it is added
+    logit_scale: float = 1.0  # Granite: what logits are multiplied by
 
     @property
     def device(self) -> torch.device:
@@ -103,12 +105,17 @@ class Model:
         return QUANTISED_NOISE if self.quantisation else NOISE[self.dtype]
 
     def unembedding(self, tokens: Int[Tensor, "*rows"] | Sequence[int] | None = None) -> tuple[Tensor, Tensor | None]:
-        """Rows of the unembedding, (*rows, hidden), and its bias, (*rows), if it has one: of all tokens or of these."""
+        """Rows of the unembedding, (*rows, hidden), and its bias, (*rows), if it has one: of all tokens or of these.
+
+        Where logits are scaled, so are these, in fp32 or better."""
         weight, bias = materialised(self.unembed), getattr(self.unembed, "bias", None)
-        if tokens is None:
+        if tokens is not None:
+            tokens = torch.as_tensor(tokens, device=weight.device)
+            weight, bias = weight[tokens], None if bias is None else bias[tokens]
+        if self.logit_scale == 1:
             return weight, bias
-        tokens = torch.as_tensor(tokens, device=weight.device)
-        return weight[tokens], None if bias is None else bias[tokens]
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        return self.logit_scale * weight.to(wide), None if bias is None else self.logit_scale * bias.to(wide)
 
     def logits(
         self, hidden: Float[Tensor, "*more rows hidden"], tokens: Tensor | Sequence[int] | None = None

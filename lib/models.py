@@ -1,7 +1,8 @@
 """Loading a decoder and the few handles everything else uses, proved on one prompt.
 
-1. `load` turns a model string into a Hugging Face causal model: a GGUF file inside an installed Python package, a
-   local folder, a hub id, or a config file with seeded random weights.
+1. `load` turns a model string into a Hugging Face causal model: a GGUF file, of one's own or inside an installed Python
+   package, a local folder, a hub id, or a config file with seeded random weights. A type of model that no test proves
+   is refused, and so are weights that are not those of their config.
 2. `find_handles` names the modules the project touches, whatever the architecture calls them.
 3. `prove` runs one prompt and checks that those modules are what they are taken for.
 """
@@ -11,43 +12,60 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
 from jaxtyping import Float, Int
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from lib import hooks, single_pass, weights
+from lib import adapters, hooks, single_pass, tasks, weights
 from lib.hooks import Model, Site
 from lib.single_pass import BaseRun, Row, base_run, grow, prove_base_rows, prove_same
 from lib.weights import ModelError, load_error, resolve
 
 # Where each architecture keeps its parts; the first name that exists is taken. (path from the causal model, path from
-# a block.) Llama, Qwen2, Qwen3, Mistral, Gemma2, Gemma3 use the first of each, GPT-2 the second.
+# a block.) Most use the first of each, GPT-2 the second, a decoder inside a model that sees images the third.
 NAMES = {
-    "blocks": ("model.layers", "transformer.h"),
-    "final_norm": ("model.norm", "transformer.ln_f"),
-    "body": ("model", "transformer"),
+    "blocks": ("model.layers", "transformer.h", "model.language_model.layers"),
+    "final_norm": ("model.norm", "transformer.ln_f", "model.language_model.norm"),
+    "body": ("model.language_model", "model", "transformer"),
     "attn": ("self_attn", "attn"),
     "o_proj": ("o_proj", "c_proj"),
     "mlp": ("mlp",),
     "down_proj": hooks.DOWN_PROJS,
 }
+# The types of config for which tests compare sweeps, path patching and read-outs with one forward pass per site. That
+# modules have the right names is not enough: what stands between them (a norm over all heads, a factor, blocks side by
+# side) may make a right-looking number wrong.
+PROVED = ("llama", "qwen2", "qwen3", "qwen3_moe", "mistral", "mixtral", "gemma", "gemma2", "gemma3", "gemma3_text")
+PROVED += ("gpt2", "olmo2", "olmo3", "phi3", "granite", "smollm3")
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16}
 Logits = Float[np.ndarray, "prompts vocab"]
 SHARED_TOKENS = 512  # fewest tokens that running a shared prefix by itself must spare
 
 
 def tokenizer(spec: str, sha256: str | None = None) -> transformers.PreTrainedTokenizerBase:
-    """The tokenizer of a model string, without the weights."""
+    """The tokenizer of a model string, without the weights. ModelError for one that no prompt could be read with."""
     where, _, local = resolve(spec, sha256)
+    if spec.startswith("config:"):
+        raise ModelError(f"model {spec!r} has no tokenizer; name the model whose it takes as tokenizer")
+    return words_of(spec, where, local)
+
+
+def words_of(spec: str, where: str, local: bool) -> transformers.PreTrainedTokenizerBase:
+    """`tokenizer`, of what `resolve` gave."""
     try:
-        return transformers.AutoTokenizer.from_pretrained(where, local_files_only=local, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+        words = transformers.AutoTokenizer.from_pretrained(where, local_files_only=local, trust_remote_code=False)
+    except Exception as error:  # whatever is wrong with its files
         raise load_error(spec, where, error) from error
+    try:
+        tasks.encoded(words, "both")
+    except ValueError as error:
+        raise ModelError(f"model {spec!r}: {error}") from None
+    return words
 
 
 @dataclass(frozen=True)
@@ -63,6 +81,8 @@ class Loading:
     offload_folder: str | None = None  # for weights on disk that cannot be read where they lie
     attention: str | None = None  # overrides the attention kernel
     seed: int = 0  # of random weights
+    tokenizer: str | None = None  # the model string whose tokenizer is taken; None: the model's own
+    adapter: str | None = None  # folder of a LoRA adapter to merge
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -70,6 +90,8 @@ class Loading:
         if self.device_map is None and (self.max_memory or self.offload_folder):
             idle = "max_memory" if self.max_memory else "offload_folder"
             raise ModelError(f"{idle} is for models on several devices: give device_map: auto with it, or leave it out")
+        if self.adapter is not None and (self.device_map or self.quantisation):
+            raise ModelError(f"adapter {self.adapter!r} is merged into plain weights: without quantisation, device_map")
 
     def arguments(self, random: bool, placed: str | dict) -> dict[str, Any]:
         """Those of transformers' loader, or of its maker of random weights."""
@@ -80,14 +102,16 @@ class Loading:
         memory = {key: f"{value}GiB" for key, value in self.max_memory.items()} if self.max_memory else None
         spread = self.device_map or self.quantisation
         out |= {"use_safetensors": True, "offload_folder": self.offload_folder, "max_memory": memory}
+        out |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # `check_loaded` refuses them by name
         return out | {"device_map": placed if spread else None}
 
 
 def load(spec: str, **options: Any) -> Model:
     """Load a model and prove its handles.
 
-    `spec` is `package:name/file.gguf`, a folder, a hub id, or `config:file.json` (random weights, for shape tests;
-    without a tokenizer). The options are the fields of `Loading`. Raises ModelError with what was wrong and what to do.
+    `spec` is `package:name/file.gguf`, a file.gguf, a folder, a hub id, or `config:file.json` (random weights, for
+    shape tests; without a tokenizer, unless one is named). The options are the fields of `Loading`. Raises ModelError
+    with what was wrong and what to do.
     """
     how, random = Loading(**options), spec.startswith("config:")
     placed = how.device_map or pick_device(how.device)
@@ -96,22 +120,49 @@ def load(spec: str, **options: Any) -> Model:
     where, actual, local = resolve(spec, how.sha256)
     if random and (how.quantisation or how.device_map):
         raise ModelError(f"model {spec!r} has random weights: quantisation and device_map do not apply")
-    arguments = how.arguments(random, placed)
-    try:
-        if random:
-            torch.manual_seed(how.seed)
-            config, words = transformers.AutoConfig.from_pretrained(where, local_files_only=True), None
-            model = transformers.AutoModelForCausalLM.from_config(config, **arguments).to(DTYPES[how.dtype])
-        else:
-            model = transformers.AutoModelForCausalLM.from_pretrained(where, local_files_only=local, **arguments)
-            words = transformers.AutoTokenizer.from_pretrained(where, local_files_only=local, trust_remote_code=False)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise load_error(spec, where, error) from error
+    model, words = fetched(spec, where, local, how, how.arguments(random, placed))
+    if how.adapter is not None:
+        adapters.merge(model, how.adapter)
+        spec = f"{spec} with {Path(how.adapter).name}"
     if how.device_map is None and how.quantisation is None:
         model = model.to(placed)
     handles = find_handles(model.eval().requires_grad_(False), words, spec, actual, how.quantisation)
     prove(handles)
     return handles
+
+
+def fetched(
+    spec: str, where: str, local: bool, how: Loading, arguments: dict[str, Any]
+) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase | None]:
+    """The causal model and its tokenizer, once its type is known to be one of PROVED."""
+    words = None if how.tokenizer is None else tokenizer(how.tokenizer)
+    try:
+        config = transformers.AutoConfig.from_pretrained(where, local_files_only=local, trust_remote_code=False)
+        if config.model_type not in PROVED:
+            raise ModelError(
+                f"model {spec!r}: looked for one of the types that tests prove ({', '.join(PROVED)}), found "
+                f"{config.model_type!r}, whose sweeps and paths nothing has shown to be right"
+            )
+        if hasattr(config.get_text_config(), "num_experts_per_tok") and how.dtype == "float64":
+            arguments["experts_implementation"] = "eager"  # the only kernel that has it
+        if spec.startswith("config:"):
+            torch.manual_seed(how.seed)
+            model = transformers.AutoModelForCausalLM.from_config(config, **arguments).to(DTYPES[how.dtype])
+        else:
+            words = words or words_of(spec, where, local)
+            model, info = transformers.AutoModelForCausalLM.from_pretrained(where, local_files_only=local, **arguments)
+            weights.check_loaded(spec, info)
+    except ModelError:
+        raise
+    except Exception as error:  # a config can be wrong in any way
+        raise load_error(spec, where, error) from error
+    rows = len(model.get_input_embeddings().weight)
+    if words is not None and words.vocab_size > rows:
+        raise ModelError(
+            f"model {spec!r} has {rows} tokens, and the tokenizer of {how.tokenizer or spec!r} {words.vocab_size}: "
+            "the two do not belong together"
+        )
+    return model, words
 
 
 def pick_device(device: str) -> str:
@@ -182,6 +233,8 @@ def find_handles(
         name=name,
         sha256=sha256,
         quantisation=quantisation,
+        residual_scale=getattr(config, "residual_multiplier", 1.0),
+        logit_scale=1 / getattr(config, "logits_scaling", 1.0),
     )
 
 

@@ -13,7 +13,8 @@ their roles hold. Nothing is linearised. What the first run records is the row's
 same pass; in the second run the receiver is given the base row's input with this difference, and so nothing of what
 other receivers do. What does not arrive changes nothing, to the bit.
 
-With grouped queries, k and v are made once for a group of query heads: their paths reach all of them.
+With grouped queries, k and v are made once for a group of query heads: their paths reach all of them. Where a norm
+spans the queries or keys of all heads (OLMo 2 and 3), a head's are read and set behind it: before it, more would hear.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from lib.tasks import Pair
 from lib.weights import ModelError
 
 PROJECTIONS = {"q": "q_proj", "k": "k_proj", "v": "v_proj"}
+NORMS = {"q": "q_norm", "k": "k_norm"}
 FUSED = ("c_attn", "qkv_proj")  # q, k and v in one module, side by side
 KINDS = (*PROJECTIONS, "mlp", "block", "final")
 MLPS = ("recomputed", "frozen")
@@ -337,12 +339,15 @@ def input_of(model: Model, receiver: Receiver) -> Input:
         return Input(module, lambda value: value, slice(None), partial(hooks.on_input, module))
     attention = model.attns[receiver.layer]
     module, first = projection(model, attention, receiver.kind)
+    values, norm = module, getattr(attention, NORMS.get(receiver.kind, ""), None)
+    if norm is not None and norm.weight.numel() > model.head_size:
+        values, module = nn.Sequential(module, norm), norm
     columns = slice(first + receiver.head * model.head_size, first + (receiver.head + 1) * model.head_size)
 
     def on(visit: Callable[[Tensor], Tensor]) -> Any:
         return module.register_forward_hook(lambda _, args, output: visit(output))
 
-    return Input(attention, module, columns, on)
+    return Input(attention, values, columns, on)
 
 
 def projection(model: Model, attention: nn.Module, kind: str) -> tuple[nn.Module, int]:

@@ -6,8 +6,9 @@ fixed scale s it is linear, so a logit is a sum over everything that wrote into 
 
 1. `fixed_norm` finds g, b, c and epsilon of any norm module by probing it: RMSNorm, Gemma's 1 + weight and LayerNorm
    need no cases of their own. `readout` joins the final norm to the unembedding.
-2. `post_norms` finds the norms that an attention or MLP output passes before it is added (Gemma 2 and 3), by watching
-   which module is given that output; names do not tell (`post_attention_layernorm` comes before the MLP in Llama).
+2. `post_norms` finds the norms that an attention or MLP output passes before it is added (Gemma 2 and 3, OLMo 2 and 3),
+   by watching which module is given that output; names do not tell (`post_attention_layernorm` comes before the MLP in
+   Llama). A factor on what is added (Granite's residual multiplier) is a norm that divides by nothing.
 
 Everything is in fp64 on the CPU, whatever the model's dtype and device.
 """
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from typing import NamedTuple
@@ -26,7 +27,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lib import hooks
-from lib.hooks import Model, materialised
+from lib.hooks import Model
 from lib.weights import ModelError
 
 LARGE, SMALL = 2.0**20, 2.0**-20  # probes whose size drowns any epsilon, or is drowned by it; powers of two are exact
@@ -35,12 +36,13 @@ TOLERANCE = 1e-5  # of the module's largest output: many norms compute in fp32 i
 
 @dataclass(frozen=True)
 class FixedNorm:
-    """A norm g * c(x) / s(x) + b in fp64."""
+    """A norm g * c(x) / s(x) + b in fp64; with `divides` false, s is 1."""
 
     gain: Float[Tensor, " hidden"]
     bias: Float[Tensor, " hidden"]
     centres: bool
     epsilon: float
+    divides: bool = True
 
     def centred(self, x: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows hidden"]:
         """c(x), in fp64 on the CPU."""
@@ -49,7 +51,8 @@ class FixedNorm:
 
     def scale(self, x: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows"]:
         """s(x): what the norm divides x by."""
-        return (self.centred(x).square().mean(-1) + self.epsilon).sqrt()
+        scale = (self.centred(x).square().mean(-1) + self.epsilon).sqrt()
+        return scale if self.divides else torch.ones_like(scale)
 
     def __call__(self, x: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows hidden"]:
         """The norm itself."""
@@ -65,11 +68,11 @@ class Readout:
     """The final norm and the unembedding."""
 
     norm: FixedNorm
-    unembed: Float[Tensor, "vocab hidden"]  # in the model's dtype, where the model keeps it
+    unembed: Float[Tensor, "vocab hidden"]  # as `Model.unembedding` gives it, where the model keeps it
 
     def directions(self, tokens: Int[Tensor, "*rows"] | Sequence[int] | int) -> Float[Tensor, "*rows hidden"]:
         """A vector x of the residual stream at scale s adds x @ direction / s to the token's logit, before any cap."""
-        return self.norm.pull(self.unembed[torch.as_tensor(tokens, device=self.unembed.device)])
+        return self.norm.pull(self.unembed[torch.as_tensor(tokens, dtype=torch.long, device=self.unembed.device)])
 
 
 class PostNorms(NamedTuple):
@@ -116,7 +119,7 @@ def fixed_norm(module: nn.Module, width: int) -> FixedNorm:
 
 def readout(model: Model) -> Readout:
     """The model's final norm and unembedding; ModelError where the norm is of another form."""
-    unembed = materialised(model.unembed)
+    unembed = model.unembedding()[0]
     return Readout(fixed_norm(model.final_norm, unembed.shape[1]), unembed)
 
 
@@ -142,4 +145,9 @@ def post_norms(model: Model) -> list[PostNorms]:
         for key, child in found.items()
         if not isinstance(child, (nn.Dropout, nn.Identity))
     }
+    if model.residual_scale != 1:
+        for key, output in outputs.items():
+            ones = torch.ones(output.shape[-1], dtype=torch.float64)
+            own = norms.get(key) or FixedNorm(ones, 0 * ones, centres=False, epsilon=0.0, divides=False)
+            norms[key] = replace(own, gain=model.residual_scale * own.gain, bias=model.residual_scale * own.bias)
     return [PostNorms(norms.get((layer, "attn")), norms.get((layer, "mlp"))) for layer in range(model.n_layers)]

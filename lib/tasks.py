@@ -12,10 +12,16 @@ Nothing here needs torch: any Hugging Face *fast* tokenizer will do. All bad inp
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import date
 from typing import Any
 
 from lib import questions
 from lib.questions import SLOT, SLOTS, SUPERSET, TASKS, Form, Question, Template
+
+# The day that a chat template is told where it asks for today's: that of Llama 3.3's own example. With another one each
+# day, prompts of the same parameters would differ.
+DATE = date(2024, 7, 26)
+_NOW = re.compile(r"""strftime_now\(\s*(?:"([^"]*)"|'([^']*)')\s*\)""")
 
 __all__ = ["SLOTS", "TASKS", "Form", "Pair", "Prompt", "Question", "Template"]
 DEFAULT_ATTRIBUTES = ("profession", "school")  # that the bi-association prompt lists
@@ -57,6 +63,31 @@ class Pair:
     corrupt_seconds: tuple[int, ...] = ()
     labels: tuple[str, ...] = ()  # words recorded beside the candidates
     label_tokens: tuple[int, ...] = ()
+
+
+def encoded(tokenizer: Any, text: str, special: bool = True) -> tuple[tuple[int, ...], list[tuple[int, int]]]:
+    """The token ids of a prompt, the tokenizer's own special tokens (unless not `special`) before it, and the
+    characters that each token stands for. ValueError for a tokenizer that is not fast or appends a token of its own."""
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError("a fast tokenizer is needed: this one gives no offset mapping")
+    encoding = tokenizer(text, return_offsets_mapping=True, add_special_tokens=special)
+    ids, offsets = tuple(encoding["input_ids"]), encoding["offset_mapping"]
+    if not ids:
+        raise ValueError(f"the text {text!r} has no tokens; give one that has some")
+    if offsets[-1][0] == offsets[-1][1]:
+        raise ValueError(
+            f"this tokenizer appends {tokenizer.convert_ids_to_tokens(ids[-1])!r}; the last token must be the prompt's "
+            "own, so that the model predicts the answer after it"
+        )
+    return ids, offsets
+
+
+def token_texts(tokenizer: Any, tokens: Sequence[int]) -> list[str]:
+    """What each token stands for after another word, with its leading space. Decoded alone, a token that begins a word
+    loses the space in tokenizers of Llama 2's kind."""
+    before = tokenizer("both", add_special_tokens=False).input_ids
+    start = len(tokenizer.decode(before))
+    return [text[start:] for text in tokenizer.batch_decode([[*before, token] for token in tokens])]
 
 
 def answer_ids(tokenizer: Any, words: Sequence[str]) -> list[tuple[int, ...]]:
@@ -183,7 +214,9 @@ def make_prompt(
         if not getattr(tokenizer, "chat_template", None):
             raise ValueError("chat_template is true, but this tokenizer has none; set chat_template to false")
         message = [{"role": "user", "content": text}]
-        wrapped = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        wrapped = tokenizer.apply_chat_template(
+            message, tokenize=False, add_generation_prompt=True, **dated(tokenizer.chat_template)
+        )
         start = wrapped.find(text)
         if start < 0:
             raise ValueError(
@@ -191,21 +224,26 @@ def make_prompt(
             )
         text, spans = wrapped, [(s + start, e + start) for s, e in spans]
     text += template.answer_prefix
-    if not getattr(tokenizer, "is_fast", False):
-        raise ValueError("a fast tokenizer is needed: this one gives no offset mapping")
     # A chat template writes the special tokens itself; adding the tokenizer's would double the first one.
-    encoding = tokenizer(text, return_offsets_mapping=True, add_special_tokens=not chat_template)
-    ids, offsets = tuple(encoding["input_ids"]), encoding["offset_mapping"]
-    if offsets[-1][0] == offsets[-1][1]:
-        raise ValueError(
-            f"this tokenizer appends {tokenizer.convert_ids_to_tokens(ids[-1])!r}; the last token must be the prompt's "
-            "own, so that the model predicts the answer after it"
-        )
+    ids, offsets = encoded(tokenizer, text, special=not chat_template)
     roles: dict[str, tuple[int, ...]] = {}
     for slot, name, (start, end) in zip(template.slots, names, spans, strict=True):
         roles[f"name_{slot}"] = _name_tokens(text, offsets, name, start, end)
     roles["names"] = tuple(p for positions in roles.values() for p in positions)
     return Prompt(text, ids, roles | outside_names(roles["names"], len(ids)))
+
+
+def dated(template: Any) -> dict[str, str]:
+    """The option of `apply_chat_template` that tells a template DATE where it asks for today's date; none where it does
+    not ask. ValueError for a date in a form that cannot be told from the template."""
+    if not isinstance(template, str) or "strftime_now(" not in template:
+        return {}
+    forms = {double or single for double, single in _NOW.findall(template)}
+    if len(_NOW.findall(template)) < template.count("strftime_now("):
+        raise ValueError("the chat template writes today's date in a form it works out; set chat_template to false")
+    days = {form: DATE.strftime(form) for form in sorted(forms)}
+    # on a line of its own, whose end jinja drops
+    return {"chat_template": f"{{% macro strftime_now(form) %}}{{{{ {days!r}[form] }}}}{{% endmacro %}}\n{template}"}
 
 
 def outside_names(names: Sequence[int], length: int) -> dict[str, tuple[int, ...]]:
@@ -302,53 +340,106 @@ def _swapped(
 def two_prompts(
     tokenizer: Any,
     *,
+    clean: str | Sequence[str],
+    corrupt: str | Sequence[str],
+    answer: str | Sequence[str],
+    corrupt_answer: str | Sequence[str],
+    foils: Sequence = (),
+    roles: Mapping | Sequence[Mapping] | None = None,
+    pair_id: str | Sequence[str] | None = None,
+) -> Pair | list[Pair]:
+    """A pair from any two texts whose tokens line up, without a template: roles `swapped`, `last` and `all`.
+
+    Lists of texts give a list of pairs: whatever else is no list of as many holds for all of them.
+
+    answer, corrupt_answer, foils  the candidates, written as they continue the text (" Paris"); the first token of each
+                                   is read.
+    roles                          more roles by name: the words that have it, of both texts or of each.
+    pair_id                        each is a cluster by itself; default: "two_prompts", or "two_prompts 1", ...
+
+    Raises ValueError for different token counts, the same text twice, white space at a text's end, candidates that
+    share a first token, a role whose words are not there once, or not at the same tokens of both texts, lists of
+    different lengths, and a pair_id given twice.
+    """
+    given = {"clean": clean, "corrupt": corrupt, "answer": answer, "corrupt_answer": corrupt_answer}
+    given |= {"foils": foils, "roles": roles or {}, "pair_id": pair_id}
+    if isinstance(clean, str):
+        return _two_prompts(tokenizer, **given | {"pair_id": "two_prompts" if pair_id is None else pair_id})
+    if pair_id is None:
+        given["pair_id"] = [f"two_prompts {number}" for number in range(1, len(clean) + 1)]
+    listed = {name for name, value in given.items() if not isinstance(value, str | Mapping)}
+    if all(isinstance(word, str) for word in foils):
+        listed.discard("foils")
+    for name in sorted(listed | {"clean", "corrupt", "pair_id"}):
+        if isinstance(given[name], str) or len(given[name]) != len(clean):
+            raise ValueError(f"two_prompts: {name} is no list of {len(clean)}, as clean is: {given[name]!r}")
+    if twice := sorted({one for one in given["pair_id"] if list(given["pair_id"]).count(one) > 1}):
+        raise ValueError(f"two_prompts: pair_id {twice[0]!r} stands there more than once; give each pair its own")
+    rows = [{name: value[at] if name in listed else value for name, value in given.items()} for at in range(len(clean))]
+    return [_two_prompts(tokenizer, **row) for row in rows]
+
+
+def _two_prompts(
+    tokenizer: Any,
     clean: str,
     corrupt: str,
     answer: str,
     corrupt_answer: str,
-    foils: Sequence[str] = (),
-    roles: Mapping[str, tuple[str, str]] | None = None,
-    pair_id: str = "two_prompts",
+    foils: Sequence[str],
+    roles: Mapping[str, str | tuple[str, str]],
+    pair_id: str,
 ) -> Pair:
-    """A pair from any two texts whose tokens line up, without a template: roles `swapped`, `last` and `all`.
-
-    answer, corrupt_answer, foils  the candidates, written as they continue the text (" Paris"); the first token of each
-                                   is read.
-    roles                          more roles by name: the words that have it in the clean and in the corrupt text.
-    pair_id                        of its own where several pairs are swept together; each is a cluster by itself.
-
-    Raises ValueError for different token counts, the same text twice, candidates that share a first token, and a role
-    whose words are not there once, or not at the same tokens of both texts.
-    """
-    sides = [tuple(tokenizer(text).input_ids) for text in (clean, corrupt)]
+    """`two_prompts` of one pair."""
+    where, texts = f"two_prompts, pair {pair_id!r}", (clean, corrupt)
+    for text in texts:
+        if text != text.rstrip():
+            raise ValueError(f"{where}: {text!r} ends in white space; give it to the answers instead")
+    sides = [encoded(tokenizer, text)[0] for text in texts]
     if len(sides[0]) != len(sides[1]):
-        raise ValueError(f"{clean!r} has {len(sides[0])} tokens, {corrupt!r} has {len(sides[1])}; they must agree")
+        raise ValueError(
+            f"{where}: {clean!r} has {len(sides[0])} tokens, {corrupt!r} has {len(sides[1])}; they must agree"
+        )
     swapped = tuple(i for i, (one, other) in enumerate(zip(*sides, strict=True)) if one != other)
     if not swapped:
-        raise ValueError(f"the clean and the corrupt prompt are the same: {clean!r}")
+        raise ValueError(f"{where}: the clean and the corrupt prompt are the same: {clean!r}")
     places = {"swapped": swapped, "last": (len(sides[0]) - 1,), "all": tuple(range(len(sides[0])))}
-    for role, words in (roles or {}).items():
-        found = [words_tokens(tokenizer, text, own) for text, own in zip((clean, corrupt), words, strict=True)]
+    for role, words in roles.items():
+        if role in places:
+            raise ValueError(f"{where}: role {role!r} is there by itself; give yours another name")
+        each = (words, words) if isinstance(words, str) else words
+        found = [words_tokens(tokenizer, text, own) for text, own in zip(texts, each, strict=True)]
         if found[0] != found[1]:
             raise ValueError(
-                f"role {role!r}: {words[0]!r} has tokens {found[0]}, {words[1]!r} {found[1]}: not the same"
+                f"{where}: role {role!r}: {each[0]!r} has tokens {found[0]}, {each[1]!r} {found[1]}: not the same"
             )
         places[role] = found[0]
     candidates = (answer, corrupt_answer, *foils)
-    tokens = tuple(tokenizer(word, add_special_tokens=False).input_ids[0] for word in candidates)
-    _distinct(candidates, tokens, "two_prompts")
+    tokens = [_continuations(tokenizer, text, ids, candidates) for text, ids in zip(texts, sides, strict=True)]
+    for own in tokens:
+        _distinct(candidates, own, where)
     about = {"pair_id": pair_id, "quad_id": pair_id, "half": "discovery", "task": "superset", "template": "two_prompts"}
     prompts = {"clean": Prompt(clean, sides[0], places), "corrupt": Prompt(corrupt, sides[1], places)}
-    answers = {"answer": 0, "corrupt_answer": 1, "clean_tokens": tokens, "corrupt_tokens": tokens}
+    answers = {"answer": 0, "corrupt_answer": 1, "clean_tokens": tokens[0], "corrupt_tokens": tokens[1]}
     return Pair(**about, **prompts, candidates=candidates, **answers)
+
+
+def _continuations(tokenizer: Any, text: str, ids: tuple[int, ...], words: Sequence[str]) -> tuple[int, ...]:
+    """The first token of each of the words, as the text goes on with it."""
+    out = []
+    for word in words:
+        whole = encoded(tokenizer, text + word)[0]
+        if whole[: len(ids)] != ids or len(whole) == len(ids):
+            raise ValueError(f"{word!r} after {text!r} begins no token of its own; begin it with a space")
+        out.append(whole[len(ids)])
+    return tuple(out)
 
 
 def words_tokens(tokenizer: Any, text: str, words: str) -> tuple[int, ...]:
     """The tokens of a text in which some words of it stand. ValueError where they are not there exactly once."""
-    if text.count(words) != 1 or not words.strip():
+    if not words.strip() or text.count(words) != 1:
         raise ValueError(f"{words!r} stands {text.count(words)} times in {text!r}; give words that stand there once")
     start = text.index(words)
-    offsets = tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
+    offsets = encoded(tokenizer, text)[1]
     return tuple(i for i, (low, high) in enumerate(offsets) if low < start + len(words) and high > start)
 
 

@@ -1,8 +1,9 @@
 """Where a model's weights lie, what they weigh, and whether they fit.
 
-1. `resolve` turns a model string (`package:`, a folder, a hub id or `config:`) into what transformers loads, and checks
-   the SHA-256 of a single local file. `converted` keeps a GGUF file's weights as fp32 safetensors in the user's cache,
-   so that it is read once. `load_error` says in one sentence why a model could not be had.
+1. `resolve` turns a model string (`package:`, a GGUF file, a folder, a hub id or `config:`) into what transformers
+   loads, and checks the SHA-256 of a single local file. `converted` keeps a GGUF file's weights as fp32 safetensors in
+   the user's cache, so that it is read once. `load_error` says in one sentence why a model could not be had, and
+   `check_loaded` refuses weights that are not those of their config.
 2. `config_of` and `shape_of` count a model's weights without having them; `weight_gb` and `pass_gb` say what they take.
 3. `check` refuses a model that does not fit, with two ways in which it would.
 """
@@ -18,6 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -51,6 +53,13 @@ def package_file(spec: str) -> Path:
     return path
 
 
+def gguf_file(spec: str) -> Path | None:
+    """The GGUF file of a model string, `package:name/file` or a path; None where it is of another form."""
+    if spec.startswith("package:"):
+        return package_file(spec)
+    return Path(spec) if spec.endswith(".gguf") and Path(spec).is_file() else None
+
+
 def converted(source: Path, sha256: str) -> Path:
     """The folder with the GGUF file's weights as fp32 safetensors, named by its SHA-256. Converts once (some 20 s)."""
     folder = cache_folder() / sha256
@@ -61,7 +70,9 @@ def converted(source: Path, sha256: str) -> Path:
     try:
         where = {"gguf_file": source.name, "local_files_only": True}
         transformers.AutoTokenizer.from_pretrained(source.parent, **where).save_pretrained(beside)
-        model = transformers.AutoModelForCausalLM.from_pretrained(source.parent, dtype=torch.float32, **where)
+        options = {"dtype": torch.float32, "output_loading_info": True}
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(source.parent, **options, **where)
+        check_loaded(str(source), info)
         # transformers refuses to save a model that came from GGUF; its weights are plain fp32 by now
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
@@ -80,26 +91,33 @@ def converted(source: Path, sha256: str) -> Path:
 def resolve(spec: str, sha256: str | None = None) -> tuple[str, str | None, bool]:
     """What to hand to transformers for a model string, the weights' SHA-256 where known, and whether it is local."""
     where, actual, local = spec, None, True
-    if spec.startswith("package:"):
-        actual = sha256_of(package_file(spec))
+    if file := gguf_file(spec):
+        actual = sha256_of(file)
     elif spec.startswith("config:"):
         where = spec.removeprefix("config:")
         if not Path(where).is_file():
             raise ModelError(f"model {spec!r}: there is no such file")
     elif Path(spec).is_dir():
+        if (Path(spec) / "adapter_config.json").is_file():
+            raise ModelError(f"model {spec!r} is an adapter: give its model as model, and this folder as adapter")
         weights = sorted(Path(spec).glob("*.safetensors"))
         actual = sha256_of(weights[0]) if len(weights) == 1 else None
-    elif spec.startswith((".", "/", "~")) or spec.count("/") != 1:
-        forms = "package:name/file.gguf, an existing folder, a hub id owner/name, or config:file.json"
-        raise ModelError(f"model {spec!r}: no such folder. Give {forms}")
+    elif spec.startswith((".", "/", "~")) or spec.endswith(".gguf") or spec.count("/") != 1:
+        forms = "package:name/file.gguf, a file.gguf, an existing folder, a hub id owner/name, or config:file.json"
+        raise ModelError(f"model {spec!r}: no such {'file' if spec.endswith('.gguf') else 'folder'}. Give {forms}")
     else:
         local = False
     if sha256 is not None and actual is None:
         raise ModelError(f"model {spec!r}: only the SHA-256 of a single local weights file is checked; give none here")
     if sha256 not in (None, actual):
         raise ModelError(f"model {spec!r}: the weights file has SHA-256 {actual}, the profile asks for {sha256}")
-    if spec.startswith("package:"):
-        where = str(converted(package_file(spec), actual))
+    if file is not None:
+        try:
+            where = str(converted(file, actual))
+        except Exception as error:  # a file can be wrong in any way
+            if isinstance(error, ModelError) or getattr(error, "errno", None):  # such as a full disk
+                raise
+            raise load_error(spec, where, error) from error
     return where, actual, local
 
 
@@ -110,9 +128,24 @@ def load_error(spec: str, where: str, error: Exception) -> ModelError:
         todo = "accept its licence on its page, then set HF_TOKEN or run `hf auth login`"
         return ModelError(f"model {spec!r} is gated or private: {todo}")
     text = f"model {spec!r} could not be loaded: {text.splitlines()[0]}"
-    if spec.startswith("package:"):
+    if Path(where).parent == cache_folder():
         text += f" (if its converted weights were damaged: delete the folder {where} and run again)"
     return ModelError(text)
+
+
+def check_loaded(spec: str, info: Mapping[str, Any]) -> None:
+    """ModelError where the weights lack some that the config asks for, have others, or some of another shape; by what
+    transformers found when it loaded them (which counts neither tied weights nor buffers as missing)."""
+    found = {"missing": info["missing_keys"], "not asked for": info["unexpected_keys"]}
+    found["of another shape"] = {name for name, *_ in info["mismatched_keys"]}
+    told = []
+    for what, names in found.items():
+        if names:
+            told.append(f"{len(names)} {what} ({', '.join(sorted(names)[:2])}{', ...' * (len(names) > 2)})")
+    if told:
+        raise ModelError(
+            f"model {spec!r}: the weights are not those of its config.json: {'; '.join(told)}; give both of one model"
+        )
 
 
 # --- what they weigh, and where they fit ---
@@ -137,9 +170,9 @@ class Shape:
     n_neurons: int  # of an MLP
     vocabulary: int
     attention: int  # weights of one block's attention
-    mlp: int  # and of its MLP
+    mlp: int  # and of its MLP, as many as a token passes
     linear: int  # of all blocks' linear layers
-    other: int  # embeddings, unembedding, norms
+    other: int  # embeddings, unembedding, norms, experts, what sees images
 
     @property
     def parameters(self) -> int:
@@ -149,8 +182,7 @@ class Shape:
 def config_of(spec: str, offline: bool = True) -> transformers.PretrainedConfig | None:
     """The config behind a model string; None where it cannot be had. Downloads no more than the config."""
     try:
-        if spec.startswith("package:"):
-            file = package_file(spec)
+        if file := gguf_file(spec):
             folder = cache_folder() / sha256_of(file)  # its converted weights, if they have been made
             if folder.is_dir():
                 return transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
@@ -172,10 +204,14 @@ def shape_of(config: transformers.PretrainedConfig) -> Shape:
     ends = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
     linear = {
         name: module.weight.numel()
-        for name, module in model.named_modules()
+        for name, module in model.get_decoder().named_modules()
         if isinstance(module, (torch.nn.Linear, transformers.Conv1D)) and id(module.weight) not in ends
     }
     heads, layers = text.num_attention_heads, text.num_hidden_layers
+    experts = sum(weight.numel() for weight in model.get_decoder().parameters() if weight.ndim == 3)
+    if experts:
+        experts *= text.num_experts_per_tok
+        experts //= getattr(text, "num_local_experts", None) or text.num_experts
     attention = sum(size for name, size in linear.items() if "attn" in name)
     return Shape(
         n_layers=layers,
@@ -186,7 +222,7 @@ def shape_of(config: transformers.PretrainedConfig) -> Shape:
         n_neurons=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
         vocabulary=text.vocab_size,
         attention=attention // layers,
-        mlp=(sum(linear.values()) - attention) // layers,
+        mlp=(sum(linear.values()) - attention + experts) // layers,
         linear=sum(linear.values()),
         other=sum(parameter.numel() for parameter in model.parameters()) - sum(linear.values()),
     )
@@ -251,7 +287,7 @@ def check(
         return
     try:
         shape = shape_of(config)
-    except (ValueError, AttributeError):  # no causal model: loading says so
+    except Exception:  # no causal model, or one of a kind that is refused: loading says so
         return
     own, work = weight_gb(shape, dtype, quantisation), pass_gb(shape, dtype)
     if own + work <= room:

@@ -31,7 +31,8 @@ FOLLOWED = ("pipeline.step", "pipeline.units", "pipeline.population", "pipeline.
 HASHED = ("pipeline.units", "pipeline.population")
 
 # Shared keys that reach a step's data. `memory` does: what shares a pass changes the last bits.
-MODEL_KEYS = ("model", "model_sha256", "dtype", "device", "device_map", "quantisation", "max_memory")
+MODEL_KEYS = ("model", "model_sha256", "tokenizer", "adapter")
+MODEL_KEYS += ("dtype", "device", "device_map", "quantisation", "max_memory")
 DATA_KEYS = ("profile", *MODEL_KEYS, "chat_template", "question", "task", "template", "attributes", "seed", "memory")
 # Keys that reach nothing: where files lie. (What lies there is hashed.)
 PLACES = ("results_dir", "pairs_file", "people_file", "offload_folder", "overwrite", "workers")
@@ -101,13 +102,18 @@ def hash_notebook(path: Path) -> str | None:
 
 
 def weights(params: Shared) -> Any:
-    """What identifies the weights without loading them: the SHA-256 given, else the contents of local files.
+    """What identifies the weights without loading them: the SHA-256 given, else the contents of local files; with those
+    of a tokenizer and an adapter that are named.
 
     A hub id without `model_sha256` is known by its name alone.
     """
-    spec = params.model
-    if params.model_sha256 is not None:
-        return params.model_sha256
+    own = params.model_sha256 or model_contents(params.model)
+    beside = {name: spec for name in ("tokenizer", "adapter") if (spec := getattr(params, name)) is not None}
+    return {"model": own} | {name: model_contents(spec) for name, spec in beside.items()} if beside else own
+
+
+def model_contents(spec: str) -> Any:
+    """The contents of the local files behind a model string; None where there are none."""
     if spec.startswith("config:"):
         return hash_file(input_file(spec.removeprefix("config:")))
     if spec.startswith("package:"):
@@ -116,8 +122,11 @@ def weights(params: Shared) -> Any:
         folders = list(found.submodule_search_locations or ()) if found else []
         path = Path(folders[0]) / name if folders else None
         return hash_file(path) if path is not None and path.is_file() else None  # models.load says what is missing
+    if spec.endswith(".gguf") and Path(spec).is_file():
+        return hash_file(Path(spec))
     if Path(spec).is_dir():
-        files = sorted(path for path in Path(spec).iterdir() if path.suffix in (".json", ".safetensors", ".model"))
+        kinds = (".json", ".safetensors", ".model", ".jinja", ".txt")  # weights, tokenizer, chat template
+        files = sorted(path for path in Path(spec).iterdir() if path.suffix in kinds)
         return {path.name: hash_file(path) for path in files}
     return None
 
@@ -143,7 +152,7 @@ def find_findings(step: str, params: Shared) -> dict[str, Any] | None:
 
 def same_subject(about: Mapping[str, Any], params: Shared, task: bool = True) -> bool:
     """Whether results are about this model (and this task)."""
-    keys = ("model", "model_sha256", "quantisation", *(("task",) if task else ()))
+    keys = ("model", "model_sha256", "tokenizer", "adapter", "quantisation", *(("task",) if task else ()))
     question = about.get("question", questions.DEFAULT)  # what is older names none
     return question == params.question and all(about.get(key) == getattr(params, key) for key in keys)
 

@@ -113,8 +113,11 @@ class Shared(BaseModel):
         description="name of params/<profile>.yaml and results/<profile>",
     )
     model: str = Field(
-        min_length=1, description="package:name/file.gguf, a folder, a hub id owner/name, or config:file.json"
+        min_length=1,
+        description="package:name/file.gguf, a folder, a hub id owner/name, or config:file.json",
     )
+    tokenizer: str | None = Field(None, description="the model whose tokenizer is taken; needed with config:file.json")
+    adapter: str | None = Field(None, description="folder of a LoRA adapter (peft's) that is merged into the model")
     model_sha256: str | None = Field(
         None, pattern="^[0-9a-f]{64}$", description="SHA-256 of the weights file, checked at load"
     )

@@ -98,6 +98,7 @@ class Step:
         from lib import models  # torch and transformers: only for steps that compute
 
         names = ("dtype", "device", "device_map", "seed", "quantisation", "max_memory", "offload_folder")
+        names += ("tokenizer", "adapter")
         how = {name: getattr(self.params, name) for name in names}
         try:
             model = models.load(self.params.model, sha256=self.params.model_sha256, **how)
@@ -113,8 +114,11 @@ class Step:
         def load() -> Any:
             from lib import models
 
-            loaded = "model" in self.__dict__
-            return self.model.tokenizer if loaded else models.tokenizer(self.params.model, self.params.model_sha256)
+            if "model" in self.__dict__:
+                return self.model.tokenizer
+            if self.params.tokenizer:
+                return models.tokenizer(self.params.tokenizer)
+            return models.tokenizer(self.params.model, self.params.model_sha256)
 
         return Remembered(load, self.path("tokens") if self.fresh else None)
 
@@ -138,7 +142,7 @@ class Step:
         if self.engine and "model" not in self.__dict__:
             return dict(self.engine.about(self)["model"])
         own = self.model
-        out = {"name": self.params.model, "sha256": own.sha256, "dtype": str(own.dtype).removeprefix("torch.")}
+        out = {"name": own.name, "sha256": own.sha256, "dtype": str(own.dtype).removeprefix("torch.")}
         return out | {"device": str(own.device), "n_layers": own.n_layers, "n_heads": own.n_heads, "noise": own.noise}
 
     @property

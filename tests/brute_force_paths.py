@@ -64,10 +64,14 @@ def module_and_columns(model: Model, place: Place) -> tuple[nn.Module, bool, sli
         return model.mlps[layer], kind == "mlp_input", whole
     if kind == "attn":
         return model.attns[layer], False, whole
-    if hasattr(model.attns[layer], "c_attn"):  # GPT-2: queries, keys and values side by side
-        start = "qkv".index(kind) * model.n_heads * model.head_size
-        return model.attns[layer].c_attn, False, slice(start + own.start, start + own.stop)
-    return getattr(model.attns[layer], f"{kind}_proj"), False, own
+    attention = model.attns[layer]
+    for fused in ("c_attn", "qkv_proj"):  # GPT-2, Phi-3: queries, keys and values side by side
+        if hasattr(attention, fused):
+            start = {"q": 0, "k": model.n_heads, "v": model.n_heads + model.n_kv_heads}[kind] * model.head_size
+            return getattr(attention, fused), False, slice(start + own.start, start + own.stop)
+    if kind != "v" and type(attention).__name__ in ("Olmo2Attention", "Olmo3Attention"):
+        return getattr(attention, f"{kind}_norm"), False, own  # a norm over all heads: what a head gets is behind it
+    return getattr(attention, f"{kind}_proj"), False, own
 
 
 def visit(module: nn.Module, at_input: bool, change) -> object:

@@ -38,6 +38,30 @@ CONFIGS = {
 }
 
 
+# The other types that are loaded; with those above, `models.PROVED`.
+MORE = {
+    "gemma": {"model_type": "gemma"} | GROUPED,
+    "gemma3 with images": {
+        "model_type": "gemma3",
+        "text_config": {"model_type": "gemma3_text", "sliding_window": 4} | GROUPED,
+        "vision_config": {"model_type": "siglip_vision_model", "hidden_size": 16, "num_hidden_layers": 1}
+        | {"num_attention_heads": 2, "intermediate_size": 16, "image_size": 28, "patch_size": 14},
+        "mm_tokens_per_image": 4,
+    },
+    "mixtral": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2} | GROUPED,
+    "qwen3_moe": {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    | GROUPED,
+    "olmo2": {"model_type": "olmo2"} | GROUPED | {"head_dim": 8},
+    "olmo3": {"model_type": "olmo3", "sliding_window": 4} | GROUPED | {"head_dim": 8},
+    "phi3": {"model_type": "phi3", "pad_token_id": 0} | GROUPED | {"head_dim": 8},
+    "smollm3": {"model_type": "smollm3", "pad_token_id": 0} | GROUPED | {"head_dim": 8},
+    "granite": {"model_type": "granite", "residual_multiplier": 0.22, "embedding_multiplier": 12.0}
+    | {"attention_multiplier": 0.1, "logits_scaling": 3.0}
+    | GROUPED
+    | {"head_dim": 8},
+}
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The smoke book first, then the longest files, and last what needs that book: with several processes, files go to
     them in this order, and none is left with a long one when the others are done."""
@@ -67,7 +91,7 @@ def config_file(tmp_path_factory: pytest.TempPathFactory):
     def write(name: str) -> Path:
         path = folder / name / "config.json"
         path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps(CONFIGS[name]))
+        path.write_text(json.dumps((CONFIGS | MORE)[name]))
         return path
 
     return write

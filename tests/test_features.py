@@ -13,9 +13,8 @@ from sklearn.metrics import roc_auc_score
 from lib import hooks, records
 from lib.hooks import Site
 from pipeline import params
-from pipeline.step import StepError
 from pipeline.units import sweep_units
-from steps.neurons import feature_patches, features, features_page, picks
+from steps.neurons import coders, feature_patches, features, features_page, picks
 from steps.registry import PLAN
 from tests.test_sweep import PAIRS, captured, plain
 
@@ -36,7 +35,7 @@ def coder_for(width, features_=24, seed=0, active=4):
     made = [
         torch.randn(*shape, generator=rng) for shape in ((features_, width), (features_,), (features_, width), (width,))
     ]
-    return features.Coder(*made, active=active)
+    return coders.Coder(*made, active=active)
 
 
 def step_of(model):
@@ -64,47 +63,6 @@ def test_training_explains_variance_and_the_scale_is_folded_in():
     out = trained(held)  # the library's own forward pass
     assert torch.allclose(coder.decode(coder.encode(held)), out.sae_out, atol=1e-3)
     assert many["explained"] == pytest.approx(1 - float(out.fvu), abs=1e-4)
-
-
-def test_an_sae_of_every_format_is_read(tmp_path):
-    trained = features.train(samples(), 16, 3, 1, 0)
-    trained.save_to_disk(tmp_path / "eai")
-    x = samples(50, seed=1)
-    own = features.load(tmp_path / "eai", 8)
-    assert own.active == 3 and torch.allclose(own.decode(own.encode(x)), trained(x).sae_out, atol=1e-5)
-    encoder, bias, decoder, centre = (torch.randn(*shape) for shape in ((8, 16), (16,), (16, 8), (8,)))
-    lens = {"W_enc": encoder, "b_enc": bias, "W_dec": decoder, "b_dec": centre}
-    (tmp_path / "lens").mkdir()
-    safetensors.torch.save_file(lens, tmp_path / "lens" / "sae_weights.safetensors")
-    (tmp_path / "lens" / "cfg.json").write_text('{"architecture": "standard", "apply_b_dec_to_input": true}')
-    read = features.load(tmp_path / "lens", 8)
-    wanted = torch.relu((x - centre) @ encoder + bias)
-    assert read.active is None and torch.allclose(read.encode(x), wanted, atol=1e-5)
-    goodfire = {"encoder_linear.weight": encoder.T, "decoder_linear.weight": decoder.T}
-    goodfire |= {"encoder_linear.bias": bias, "decoder_linear.bias": centre}
-    path = tmp_path / "l50.safetensors"
-    safetensors.torch.save_file({name: value.contiguous() for name, value in goodfire.items()}, path)
-    read = features.load(path, 8)
-    wanted = torch.relu(x @ encoder + bias)  # nothing is taken off before encoding
-    assert torch.allclose(read.encode(x), wanted, atol=1e-5)
-    assert torch.allclose(read.decode(wanted), wanted @ decoder + centre, atol=1e-5)
-    with pytest.raises(StepError, match="of width 8; those of this site have 576"):
-        features.load(path, 576)
-
-
-def test_files_that_cannot_be_read_are_refused(tmp_path):
-    with pytest.raises(StepError, match="nothing is unpickled here; convert it once"):
-        features.load(tmp_path / "sae.pth", 8)
-    with pytest.raises(StepError, match="found 0"):
-        features.load(tmp_path, 8)
-    safetensors.torch.save_file({"weird": torch.zeros(2)}, tmp_path / "x.safetensors")
-    with pytest.raises(StepError, match="tensors weird, which is none of the known kinds"):
-        features.load(tmp_path, 8)
-    (tmp_path / "cfg.json").write_text('{"architecture": "jumprelu"}')
-    lens = {"W_enc": torch.zeros(8, 4), "b_enc": torch.zeros(4), "W_dec": torch.zeros(4, 8), "b_dec": torch.zeros(8)}
-    safetensors.torch.save_file(lens, tmp_path / "x.safetensors")
-    with pytest.raises(StepError, match="'jumprelu', which cannot be read"):
-        features.load(tmp_path, 8)
 
 
 @pytest.mark.parametrize("component", ["mlp", "resid"])

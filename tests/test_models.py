@@ -10,6 +10,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import safetensors.torch
+import tokenizers
 import torch
 import transformers
 from accelerate.utils import OffloadedWeightsLoader
@@ -68,7 +70,8 @@ def converter(monkeypatch, tiny_folder, fail=False):
             if "gguf_file" not in options:
                 return real(folder, **options)
             calls.append(part.__name__)
-            return part()
+            nothing = dict.fromkeys(("missing_keys", "unexpected_keys", "mismatched_keys"), ())
+            return (part(), nothing) if "output_loading_info" in options else part()
 
         monkeypatch.setattr(getattr(transformers, name), "from_pretrained", read)
     return calls
@@ -94,27 +97,46 @@ def test_every_architecture_is_loaded_and_proved(tiny, name):
     assert models.next_logits(model, [[1, 2, 3]]).std() > 0.1
 
 
+UNPROVED = "looked for one of the types that tests prove .llama, .*found "
 UNKNOWN = {
+    "gpt_bigcode": ({"n_embd": 32, "n_layer": 3, "n_head": 4, "multi_query": True}, UNPROVED + "'gpt_bigcode'"),
+    "bloom": ({"hidden_size": 32, "n_layer": 2, "n_head": 4}, UNPROVED + "'bloom'"),
+    "cohere": (TINY | {"intermediate_size": 48}, UNPROVED + "'cohere'"),
+    "stablelm": (TINY | {"intermediate_size": 48}, UNPROVED + "'stablelm'"),
+    "t5": ({"d_model": 32, "num_layers": 2, "num_heads": 4}, UNPROVED + "'t5'"),
+    "no_such_architecture": ({}, "does not recognize this architecture"),
+}
+
+
+@pytest.mark.parametrize("name", list(UNKNOWN))
+def test_an_architecture_that_is_not_proved_names_what_was_looked_for(tmp_path, monkeypatch, name):
+    config, message = UNKNOWN[name]
+    spec = write_config(tmp_path, model_type=name, **{"vocab_size": 101} | config)
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_config", None)  # before anything is made
+    with pytest.raises(models.ModelError, match=message) as error:
+        models.load(spec, device="cpu")
+    assert "\n" not in str(error.value)
+
+
+FOREIGN = {
     "opt": (
         {"hidden_size": 32, "num_hidden_layers": 2, "ffn_dim": 48, "num_attention_heads": 4, "word_embed_proj_dim": 32},
-        "OPTForCausalLM: no blocks found; looked for model.layers, transformer.h.",
+        "OPTForCausalLM: no blocks found; looked for model.layers, transformer.h, ",
     ),
     "bloom": (
         {"hidden_size": 32, "n_layer": 2, "n_head": 4},
         "BloomForCausalLM: no attention found; looked for self_attn, attn.",
     ),
     "phi": (TINY | {"intermediate_size": 48}, "PhiForCausalLM: no o_proj found; looked for o_proj, c_proj."),
-    "t5": ({"d_model": 32, "num_layers": 2, "num_heads": 4}, "Unrecognized configuration class .*T5Config"),
-    "no_such_architecture": ({}, "does not recognize this architecture"),
 }
 
 
-@pytest.mark.parametrize("name", list(UNKNOWN))
-def test_an_architecture_that_is_not_understood_names_what_was_looked_for(tmp_path, name):
-    config, message = UNKNOWN[name]
-    spec = write_config(tmp_path, model_type=name, **{"vocab_size": 101} | config)
+@pytest.mark.parametrize("name", list(FOREIGN))
+def test_handles_that_are_not_there_name_the_modules_that_were_looked_for(name):
+    config, message = FOREIGN[name]
+    own = transformers.AutoConfig.for_model(name, **{"vocab_size": 101} | config)
     with pytest.raises(models.ModelError, match=message):
-        models.load(spec, device="cpu")
+        models.find_handles(transformers.AutoModelForCausalLM.from_config(own), None, name)
 
 
 def swapped(parts):
@@ -257,6 +279,89 @@ def test_a_sha256_that_cannot_be_checked_is_refused(tmp_path, tiny_folder):
     for name in (spec, str(several), "nobody/absent"):
         with pytest.raises(models.ModelError, match="only the SHA-256 of a single local weights file is checked"):
             models.load(name, sha256="0" * 64, device="cpu")
+
+
+def copied(folder, target, **changes):
+    """A copy of a model's folder with another config."""
+    shutil.copytree(folder, target)
+    config = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps(config | changes))
+    return str(target)
+
+
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        (
+            {"num_hidden_layers": 4},
+            r"9 missing \(model.layers.3.input_layernorm.weight, .*, \.\.\.\); give both of one",
+        ),
+        ({"num_hidden_layers": 2}, r"9 not asked for \(model.layers.2.input_layernorm.weight, "),
+        ({"intermediate_size": 40}, r"9 of another shape \(model.layers.0.mlp.down_proj.weight, "),
+        ({"attention_bias": True}, r"12 missing \(model.layers.0.self_attn.k_proj.bias, "),
+    ],
+)
+def test_weights_that_are_not_those_of_the_config_are_refused(tiny_folder, tmp_path, changes, message):
+    spec = copied(tiny_folder, tmp_path / "other", **changes)
+    with pytest.raises(models.ModelError, match=f"the weights are not those of its config.json: {message}"):
+        models.load(spec, device="cpu")
+
+
+def test_tied_weights_and_buffers_are_not_missing(tiny_folder, tiny, tmp_path):
+    tied = copied(tiny_folder, tmp_path / "tied", tie_word_embeddings=True)
+    tensors = safetensors.torch.load_file(tmp_path / "tied" / "model.safetensors")
+    embedding = tensors["model.embed_tokens.weight"]
+    del tensors["lm_head.weight"]
+    safetensors.torch.save_file(tensors, tmp_path / "tied" / "model.safetensors", {"format": "pt"})
+    assert torch.equal(models.load(tied, device="cpu").unembed.weight, embedding)
+    with pytest.raises(models.ModelError, match=r"1 missing \(lm_head.weight\)"):
+        models.load(copied(tmp_path / "tied", tmp_path / "untied", tie_word_embeddings=False), device="cpu")
+    old = tmp_path / "gpt2"  # which kept its masks among its weights
+    tiny("gpt2", "float32").model.save_pretrained(old)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny_folder / name, old)
+    tensors = safetensors.torch.load_file(old / "model.safetensors")
+    masks = {f"transformer.h.{layer}.attn.bias": torch.ones(1, 1, 64, 64) for layer in range(3)}
+    safetensors.torch.save_file(tensors | masks, old / "model.safetensors", {"format": "pt"})
+    assert models.load(str(old), device="cpu").n_layers == 3
+
+
+def test_a_gguf_file_of_ones_own_is_the_packages(package, tiny_folder, monkeypatch):
+    converter(monkeypatch, tiny_folder)
+    path = weights.package_file(package)
+    own = models.load(str(path), device="cpu")
+    assert own.sha256 == weights.sha256_of(path) and own.tokenizer.encode("w3 w4") == [3, 4]
+    assert weights.config_of(str(path)).num_hidden_layers == 3
+    with pytest.raises(models.ModelError, match="no such file. Give package:name/file.gguf, a file.gguf"):
+        models.load("models/absent.gguf")
+
+
+def test_a_gguf_file_that_is_none_is_one_sentence(package):
+    with pytest.raises(models.ModelError, match=f"model '{package}' could not be loaded") as error:
+        models.load(package, device="cpu")
+    assert "\n" not in str(error.value) and not list(weights.cache_folder().iterdir())
+
+
+def test_a_config_may_have_the_tokenizer_of_another_model(tiny_folder, tmp_path):
+    spec = write_config(tmp_path, **CONFIGS["llama"])
+    model = models.load(spec, device="cpu", tokenizer=str(tiny_folder))
+    assert model.tokenizer.encode("w3 w4") == [3, 4]
+    with pytest.raises(models.ModelError, match="has 90 tokens, and the tokenizer of .* 101: the two do not"):
+        models.load(write_config(tmp_path, **CONFIGS["llama"] | {"vocab_size": 90}), tokenizer=str(tiny_folder))
+    with pytest.raises(models.ModelError, match="has no tokenizer; name the model whose it takes as tokenizer"):
+        models.tokenizer(spec)
+
+
+def test_a_model_whose_tokenizer_appends_a_token_is_refused(tiny_folder, tmp_path):
+    spec = copied(tiny_folder, tmp_path / "eos")
+    words = transformers.AutoTokenizer.from_pretrained(spec)
+    words.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="$A w1", special_tokens=[("w1", 1)]
+    )
+    words.save_pretrained(spec)
+    for load in (models.load, models.tokenizer):
+        with pytest.raises(models.ModelError, match="this tokenizer appends 'w1'; the last token must be the prompt's"):
+            load(spec)
 
 
 def test_a_folder_without_a_model_is_one_clear_error(tmp_path):

@@ -26,6 +26,19 @@ SPREAD = [
 ]
 
 
+class Numbers:
+    """A tokenizer whose tokens stand for their numbers."""
+
+    def __call__(self, text, **options):
+        return SimpleNamespace(input_ids=[])
+
+    def decode(self, ids):
+        return "".join(f"<{token}>" for token in ids)
+
+    def batch_decode(self, ids):
+        return list(map(self.decode, ids))
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
 def test_rows_are_those_of_the_sweep_and_direct_effects_by_definition(tiny, name):
     model, layers = tiny(name), [0, 2]
@@ -116,7 +129,7 @@ def test_classes_tokens_and_activations_of_plain_runs(tiny):
         column = model.final_norm.weight * model.down_projs[2].weight[:, 7]
         logits = model.unembed.weight @ column * found.rates[2]
         assert row.weight == pytest.approx((logits[tokens[row.superset]] - logits.mean()).item(), rel=1e-4, abs=1e-6)
-    words = replace(model, tokenizer=SimpleNamespace(decode=lambda ids: f"<{ids[0]}>"))
+    words = replace(model, tokenizer=Numbers())
     said = neurons.of_tokens(words, found, reading, [(2, 7)])
     assert said[said["end"] == "up"]["token"].tolist()[0] == f"<{int(logits.argmax())}>"
     assert said[said["end"] == "down"]["token"].tolist()[0] == f"<{int(logits.argmin())}>"
@@ -314,7 +327,7 @@ def solved(model, pair):
 @pytest.mark.parametrize("halves", [HALVES, HALVES[1:]])
 def test_few_quads_and_one_half_go_through(tiny, halves):
     """Everything that the page calls, on a handful of pairs."""
-    model = replace(tiny("llama"), tokenizer=SimpleNamespace(decode=lambda ids: f"<{ids[0]}>"))
+    model = replace(tiny("llama"), tokenizer=Numbers())
     pairs = [solved(model, pair) for pair in SPREAD if pair.half in halves]
     reading = neurons.reading_of(model, [1, 2])
     how = {"layers": [1, 2], "reading": reading}

@@ -40,10 +40,10 @@ def test_the_default_profile_has_the_sizes_the_report_is_built_on():
     given = load_profile("smollm2-135m")
     base, coarse = validate("baselines", given), validate("coarse_sweep", given)
     need, enough = validate("necessity", given), validate("sufficiency", given)
-    assert base.quads_per_half == 100 and base.pairs_per_quad == 2
+    assert base.quads_per_half == 80 and base.pairs_per_quad == 2
     assert coarse.roles == ("name_a", "name_b", "names", "between", "last", "rest")
     assert coarse.name_pairs == 40
-    assert need.layers == "all" and need.pairs == enough.pairs == coarse.pairs == 200 and need.name_pairs == 40
+    assert need.layers == "all" and need.pairs == enough.pairs == coarse.pairs == 160 and need.name_pairs == 40
     assert need.components == enough.components == ("resid", "attn", "mlp", "head")
     assert need.ablations == ("zero", "mean", "resample", "counterfactual")
     assert need.name_components == ("resid", "attn", "mlp") and need.slice_limit == 24

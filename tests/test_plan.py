@@ -28,13 +28,18 @@ def test_the_70b_shape_without_the_network(seventy):
     assert 71 < weights.weight_gb(seventy, "bfloat16", "int8") < 75
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", [*CONFIGS, "gemma3 with images", "phi3", "mixtral"])
 def test_weights_are_those_of_the_model(tiny, name):
     model = tiny(name, "float32")
     shape = weights.shape_of(model.model.config)
     assert shape.parameters == sum(own.numel() for own in model.model.parameters())
-    own = (shape.n_layers, shape.n_heads, shape.n_kv_heads, shape.head_size, shape.n_neurons)
-    assert own == (model.n_layers, model.n_heads, model.n_kv_heads, model.head_size, model.n_neurons)
+    own = (shape.n_layers, shape.n_heads, shape.n_kv_heads, shape.head_size)
+    assert own == (model.n_layers, model.n_heads, model.n_kv_heads, model.head_size)
+    block = sum(own.numel() for name, own in model.mlps[0].named_parameters() if name.endswith(("weight", "proj")))
+    if model.down_projs:
+        assert shape.n_neurons == model.n_neurons and shape.mlp == block
+    else:  # two of four experts, and not the router
+        assert shape.mlp == (block - model.mlps[0].gate.weight.numel()) / 2
 
 
 def test_a_model_that_cannot_fit_is_refused_before_it_is_loaded(tmp_path, monkeypatch):

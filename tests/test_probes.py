@@ -1,6 +1,7 @@
 """Probes: folds that share no person, accuracies on made-up activations of known answer, and the rank they need."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -198,8 +199,14 @@ class Words:
     def __len__(self) -> int:
         return 101
 
+    def __call__(self, text, **options):
+        return SimpleNamespace(input_ids=[0])
+
+    def decode(self, ids):
+        return "".join(" w" + "".join("abcdefghij"[int(d)] for d in f"{i:04d}") for i in ids)
+
     def batch_decode(self, ids):
-        return [" w" + "".join("abcdefghij"[int(d)] for d in f"{i:04d}") for (i,) in ids]
+        return list(map(self.decode, ids))
 
 
 def test_words_of_a_direction_are_those_whose_unembedding_lies_nearest(tiny):

@@ -41,7 +41,8 @@ PAIRS = [pair_of(index) for index in range(8)]
 @functools.cache
 def captured(model, ids):
     """Every activation of one plain run."""
-    with hooks.capture(model, hooks.all_sites(model, hooks.EVERY_COMPONENT)) as seen:
+    parts = hooks.EVERY_COMPONENT if model.down_projs else hooks.COMPONENTS
+    with hooks.capture(model, hooks.all_sites(model, parts)) as seen:
         model.model(torch.tensor([ids]))
     return seen
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from professions import QUESTION, SUPERSETS, TEMPLATES
-from tokenizers import Regex, Tokenizer
+from tokenizers import Regex, Tokenizer, decoders, normalizers
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from tokenizers.processors import ByteLevel, TemplateProcessing
@@ -38,6 +38,17 @@ def words_tokenizer(*texts: str, bos: bool = False, eos: bool = False) -> PreTra
     inner.post_processor = TemplateProcessing(
         single=f"{'<s> ' if bos else ''}$A{' </s>' if eos else ''}", special_tokens=[("<s>", 1), ("</s>", 2)]
     )
+    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", clean_up_tokenization_spaces=False)
+
+
+def llama_tokenizer(*texts: str) -> PreTrainedTokenizerFast:
+    """Words as Llama 2's tokenizer has them: a space is put before the text, and one token alone is decoded without."""
+    words = [f"▁{word}" for text in texts for word in text.split(" ")]
+    inner = Tokenizer(WordLevel({word: i for i, word in enumerate(dict.fromkeys(["<unk>", "<s>", *words]))}, "<unk>"))
+    inner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    inner.pre_tokenizer = Split(Regex("▁[^▁]*"), "isolated")
+    inner.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    inner.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", clean_up_tokenization_spaces=False)
 
 
@@ -255,6 +266,70 @@ def test_two_prompts_need_no_template(smollm_tokenizer):
         tasks.two_prompts(smollm_tokenizer, clean="one", corrupt="one", **answers)
     with pytest.raises(ValueError, match="share their first token"):
         tasks.two_prompts(smollm_tokenizer, clean="one", corrupt="two", answer=" Paris", corrupt_answer=" Paris now")
+    with pytest.raises(ValueError, match="'one ' ends in white space; give it to the answers"):
+        tasks.two_prompts(smollm_tokenizer, clean="one ", corrupt="two ", answer="Paris", corrupt_answer="Berlin")
+    with pytest.raises(ValueError, match="role 'last' is there by itself"):
+        tasks.two_prompts(smollm_tokenizer, clean="one", corrupt="two", roles={"last": "one"}, **answers)
+    with pytest.raises(ValueError, match="begins no token of its own; begin it with a space"):
+        tasks.two_prompts(smollm_tokenizer, clean="The cit", corrupt="The fit", answer="ies", corrupt_answer="ness")
+    eos = words_tokenizer("one two Paris Berlin", eos=True)
+    with pytest.raises(ValueError, match="appends '</s>'; the last token must be the prompt's own"):
+        tasks.two_prompts(eos, clean="one", corrupt="two", **answers)
+    with pytest.raises(ValueError, match="appends '</s>'"):
+        tasks.words_tokens(eos, "one two", "one")
+
+
+def test_two_prompts_take_lists(smollm_tokenizer):
+    texts = {"clean": ["The Louvre is in", "The Museum is in"], "corrupt": ["The Spree is in", "The River is in"]}
+    texts |= {"answer": [" Paris", " Madrid"], "corrupt_answer": [" Berlin", " London"], "foils": [" Rome"]}
+    pairs = tasks.two_prompts(smollm_tokenizer, **texts, roles={"verb": "is"}, pair_id=["louvre", "prado"])
+    assert [(pair.pair_id, pair.quad_id) for pair in pairs] == [("louvre", "louvre"), ("prado", "prado")]
+    for at, pair in enumerate(pairs):
+        one = {name: value if name == "foils" else value[at] for name, value in texts.items()}
+        assert pair == tasks.two_prompts(smollm_tokenizer, **one, roles={"verb": ("is", "is")}, pair_id=pair.pair_id)
+        assert [smollm_tokenizer.decode([pair.clean.ids[i]]) for i in pair.clean.roles["verb"]] == [" is"]
+    numbered = tasks.two_prompts(smollm_tokenizer, **texts | {"foils": [[" Rome"], [" Oslo", " Rome"]]})
+    assert [pair.pair_id for pair in numbered] == ["two_prompts 1", "two_prompts 2"]
+    assert [len(pair.candidates) for pair in numbered] == [3, 4]
+    for change, message in (
+        ({"pair_id": ["x", "x"]}, "pair_id 'x' stands there more than once"),
+        ({"pair_id": "x"}, "pair_id is no list of 2, as clean is: 'x'"),
+        ({"answer": [" Paris"]}, "answer is no list of 2"),
+        ({"corrupt": "The Spree is in"}, "corrupt is no list of 2"),
+        ({"clean": ["The Louvre is in", "The River is in"]}, "pair 'two_prompts 2': .* are the same"),
+        ({"roles": [{"verb": "is"}, {"verb": "was"}]}, "'was' stands 0 times in 'The Museum is in'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tasks.two_prompts(smollm_tokenizer, **texts | change)
+
+
+def test_words_that_begin_as_llama_2_has_them():
+    text = "The profession of Ada Lovelace and Isaac Newton is that they are both Alan Turing in Paris Berlin"
+    own = llama_tokenizer(text, " ".join(f"{QUESTION.plural(name)} {name}" for name in SUPERSETS))
+    token = own.get_vocab()
+    assert own("in Paris").input_ids == [1, token["▁in"], token["▁Paris"]] and own.decode([token["▁Paris"]]) == "Paris"
+    assert tasks.token_texts(own, [token["▁Paris"], token["▁artists"]]) == [" Paris", " artists"]
+    names = {"clean": "Ada in", "corrupt": "Isaac in", "answer": " Paris", "corrupt_answer": " Berlin"}
+    pair = tasks.two_prompts(own, **names)
+    assert pair.clean_tokens == pair.corrupt_tokens == (token["▁Paris"], token["▁Berlin"])
+    assert pair.clean.roles["swapped"] == (1,)
+    words, ids = tasks.candidates(own, TEMPLATES["profession_both"])
+    assert words == SUPERSETS and ids == tuple(token[f"▁{word}s"] for word in SUPERSETS)
+    assert set(tasks.labels(own, TEMPLATES["profession_both"])[0]) >= set(SUPERSETS)
+    prompt = make_prompt(own, TEMPLATES["profession_both"], ["Ada Lovelace", "Isaac Newton"])
+    assert tasks.token_texts(own, [prompt.ids[i] for i in prompt.roles["name_b"]]) == [" Isaac", " Newton"]
+
+
+@pytest.mark.parametrize("name", ["{{ strftime_now('%d %b %Y') }}", '{% set d = strftime_now("%Y-%m-%d") %}{{ d }}'])
+def test_a_chat_template_that_asks_for_the_date_is_told_a_fixed_one(monkeypatch, name):
+    own = words_tokenizer("The profession of Ada is")
+    own.chat_template = "Today is " + name + ".\n{% for m in messages %}{{ m.content }}{% endfor %}"
+    text = make_prompt(own, TEMPLATES["profession_is"], ["Ada"], chat_template=True).text
+    day = tasks.DATE.strftime("%Y-%m-%d" if "-%m" in name else "%d %b %Y")
+    assert text == f"Today is {day}.\nThe profession of Ada is"
+    own.chat_template = "{{ messages[0].content }}{% set f = '%Y' %}{{ strftime_now(f) }}"
+    with pytest.raises(ValueError, match="writes today's date in a form it works out; set chat_template to false"):
+        make_prompt(own, TEMPLATES["profession_is"], ["Ada"], chat_template=True)
 
 
 def test_the_model_answers_the_plans_example(smollm, smollm_tokenizer):

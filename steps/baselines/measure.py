@@ -177,7 +177,7 @@ def measure(model: Model, people: pd.DataFrame, template: Template, params: Base
         logits=list(scored["candidates"].astype(np.float32)),
         rank=scored["rank"],
         **{key: scored[key].astype(float) for key in ("probability", "candidate_probability", "label_probability")},
-        top_token=[words.decode([index]) for index in scored["top"].tolist()],
+        top_token=tasks.token_texts(words, scored["top"].tolist()),
     )
 
 

@@ -216,7 +216,7 @@ def reader(step: Step) -> Callable[[Unit], pd.DataFrame]:
 
     def compute(unit: Unit) -> pd.DataFrame:
         lexicons = [words_of(step.tokenizer, pair, about[pair.pair_id], step.params.topic) for pair in unit.pairs]
-        return read(step.model, unit.pairs, lexicons, norm(), step.tokenizer(TARGET).input_ids, **how)
+        return read(step.model, unit.pairs, lexicons, norm(), tasks.encoded(step.tokenizer, TARGET)[0], **how)
 
     return compute
 

@@ -26,10 +26,10 @@ from lib.batches import grouped, token_ids
 from lib.hooks import Model, Site
 from lib.readout import post_norms, readout
 from lib.single_pass import BaseRun
-from lib.tasks import Pair
+from lib.tasks import Pair, token_texts
 from pipeline.step import Step
 from pipeline.units import Unit
-from steps.neurons.features import Coder
+from steps.neurons.coders import Coder
 
 RANDOM = ("random features", "random directions")
 
@@ -189,7 +189,7 @@ def promoter(step: Step, coder: Coder, site: Site, count: int = 8) -> Callable[[
         towards = (out.norm.gain * out.norm.centred(rows)).to(out.unembed)
         logits = towards @ out.unembed.T
         candidates = logits[:, list(unit.pairs[0].clean_tokens)].float().cpu()
-        words = [[model.tokenizer.decode([i]) for i in own.tolist()] for own in logits.topk(count).indices]
+        words = [token_texts(model.tokenizer, own.tolist()) for own in logits.topk(count).indices]
         return pd.DataFrame({"feature": chosen, "promotes": [", ".join(map(repr, own)) for own in words]}).assign(
             logits=list(candidates.numpy())
         )

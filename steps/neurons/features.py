@@ -5,8 +5,7 @@
 2. `train` fits eai-sparsify's top-k SAE to them (Gao et al. 2024, arXiv 2406.04093). Its trainer runs the model once an
    epoch, on sequences packed to one length, and cannot take harvested activations; so its `SparseCoder` and loss are
    used in a plain loop, on the CPU in fp32 whatever the model runs in: same seed, same SAE, same bytes.
-3. `load` reads a published SAE instead; `Coder` is what all of them come to: f = relu(W (x - c) + b), of which the k
-   largest are kept where the SAE is a top-k one, and x = f D + c + error.
+3. `steps.neurons.coders` reads a published SAE instead.
 """
 
 from __future__ import annotations
@@ -14,13 +13,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
-import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cache
 from itertools import cycle, islice
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,84 +31,12 @@ from lib.hooks import Model, Site
 from lib.single_pass import plain_runs
 from pipeline.params import ROOT
 from pipeline.population import controls_of, load_people
-from pipeline.step import Step, StepError
+from pipeline.step import Step
 from pipeline.units import Unit, subsample
+from steps.neurons import coders
+from steps.neurons.coders import Coder
 
 BATCH, WARM_UP, RATE = 256, 20, 3e-3  # samples of a step; steps until the rate is full; Adam's rate
-# tensors by the names they have in each format: ours, and whether they are stored transposed
-FORMATS = {
-    "eai-sparsify": {"encoder.weight": "encoder", "encoder.bias": "bias", "W_dec": "decoder", "b_dec": "centre"},
-    "sae-lens": {"W_enc": "encoder.T", "b_enc": "bias", "W_dec": "decoder", "b_dec": "centre"},
-    "goodfire": {
-        "encoder_linear.weight": "encoder",
-        "encoder_linear.bias": "bias",
-        "decoder_linear.weight": "decoder.T",
-        "decoder_linear.bias": "centre",
-    },
-}
-
-
-@dataclass(frozen=True)
-class Coder:
-    """An SAE of any origin, in fp32 on the CPU."""
-
-    encoder: Float[Tensor, "features width"]
-    bias: Float[Tensor, " features"]
-    decoder: Float[Tensor, "features width"]
-    centre: Float[Tensor, " width"]
-    active: int | None = None  # k of a top-k SAE; None: every feature above 0 counts
-    centred: bool = True  # whether the centre is taken off before encoding
-
-    def encode(self, x: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows features"]:
-        """Activations of all features, most of them 0."""
-        x = x.detach().cpu().float()
-        values = torch.relu((x - self.centre if self.centred else x) @ self.encoder.T + self.bias)
-        if self.active is None or self.active >= values.shape[-1]:
-            return values
-        top = values.topk(self.active, dim=-1)
-        return torch.zeros_like(values).scatter(-1, top.indices, top.values)
-
-    def decode(self, values: Float[Tensor, "*rows features"]) -> Float[Tensor, "*rows width"]:
-        """What the features put together."""
-        return values @ self.decoder + self.centre
-
-
-def load(path: str | Path, width: int) -> Coder:
-    """A published SAE for activations of `width`, from a safetensors file or a folder that holds one.
-
-    Known by the names of their tensors: eai-sparsify (cfg.json, sae.safetensors), sae-lens' standard and top-k ones
-    (cfg.json, sae_weights.safetensors) and the ReLU SAEs of Goodfire (Llama 3.3 70B, layer 50), converted from their
-    .pt file. The formats were taken from the libraries' code; the 70B file itself was not tried.
-
-    Raises StepError for no file, an unknown or pickled one, and one of another width.
-    """
-    path = Path(path)
-    found = sorted(path.glob("*.safetensors")) if path.is_dir() else [path] * path.is_file()
-    if path.suffix in (".pt", ".pth", ".bin"):
-        raise StepError(
-            f"sae_file {path} is pickled, and nothing is unpickled here; convert it once: "
-            'safetensors.torch.save_file(torch.load("file.pt", weights_only=True), "file.safetensors")'
-        )
-    if len(found) != 1:
-        raise StepError(f"sae_file {path}: expected one .safetensors file there, found {len(found)}")
-    tensors = safetensors.torch.load_file(found[0])
-    names = next((names for names in FORMATS.values() if names.keys() <= tensors.keys()), None)
-    if names is None:
-        known = "; ".join(f"{name}: {', '.join(keys)}" for name, keys in FORMATS.items())
-        raise StepError(f"sae_file {path} has tensors {', '.join(tensors)}, which is none of the known kinds ({known})")
-    own = {ours: tensors[theirs].float() for theirs, ours in names.items()}
-    own |= {key[:-2]: own.pop(key).T.contiguous() for key in list(own) if key.endswith(".T")}
-    if own["encoder"].shape[1] != width:
-        raise StepError(
-            f"sae_file {path} is for activations of width {own['encoder'].shape[1]}; those of this site have {width}"
-        )
-    about = found[0].with_name("cfg.json")
-    config = json.loads(about.read_text()) if about.exists() else {}
-    kind = config.get("architecture", config.get("activation", "standard" if "W_enc" in names else ""))
-    if kind not in ("", "standard", "topk") or config.get("normalize_activations", "none") != "none":
-        raise StepError(f"sae_file {path} is of kind {kind!r}, which cannot be read; standard and topk ones can")
-    centred = config.get("apply_b_dec_to_input", "encoder_linear.weight" not in names)
-    return Coder(**own, active=config.get("k") if kind in ("", "topk") else None, centred=centred)
 
 
 def site_of(step: Step) -> Site:
@@ -190,7 +114,7 @@ def sentences(step: Step) -> list[tuple[int, ...]]:
     lines = [text.replace("{a}", name) for text, name in islice(zip(cycle(about), cycle(people)), third)]
     things = [text.replace("{a}", name) for name in names for text in texts["thing"]]
     lines += [*texts["general"], *rng.permutation(things)][:third]
-    return [*out, *(tuple(tokenizer(line).input_ids) for line in lines)]
+    return [*out, *(tasks.encoded(tokenizer, line)[0] for line in lines)]
 
 
 # --- training ---
@@ -268,11 +192,16 @@ def trainer(step: Step, site: Site) -> Callable[[Unit], pd.DataFrame]:
         return tuple(harvest(step.model, site, prompts) for prompts in (sentences(step), held))
 
     def compute(unit: Unit) -> pd.DataFrame:
+        published = None
+        if path := step.params.sae_file:  # before anything is computed
+            published, origin = coders.read(path, step.model.unembed.weight.shape[1])
+            coders.check_names(path, origin, site, step.params.model)
+            coders.check_model(path, origin, site, step.model)
         samples, held = harvested()
         width = samples.values.shape[1]
         row: dict[str, Any] = {"seed": unit.options["seed"], "site": hooks.site_name(*site), "width": width}
-        if step.params.sae_file:
-            coder = load(step.params.sae_file, width)
+        if published:
+            coder = published
             row |= dict.fromkeys(("sha256", *WEIGHTS))
         else:
             own = {key: unit.options[key] for key in ("features", "active", "epochs", "seed")}
@@ -294,7 +223,7 @@ def of_table(step: Step, table: pd.DataFrame) -> Coder:
     """The SAE that features are read with: the published one, or that of the first seed."""
     row = table.iloc[0]
     if step.params.sae_file:
-        return load(step.params.sae_file, row["width"])
+        return coders.load(step.params.sae_file, row["width"], site_of(step), step.params.model)
     own = {name: torch.tensor(np.asarray(row[name], dtype=np.float32)) for name in WEIGHTS}
     own |= {name: own[name].unflatten(0, (-1, row["width"])) for name in ("encoder", "decoder")}
     return Coder(**own, active=row["active"])

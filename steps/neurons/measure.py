@@ -27,10 +27,10 @@ from pipeline.assumed import Case, few_pairs, of_sweep
 from pipeline.costs import Machine, Work, total
 from pipeline.declaration import EFFECTS, SUPERSET_TASKS, Declaration, Table
 from pipeline.params import Counts, OfSlice, SaeSite, Share
-from pipeline.step import Step
+from pipeline.step import Step, StepError
 from pipeline.units import Unit, subsample, sweep_units
 from steps.neurons import feature_patches, features, neurons, picks
-from steps.neurons.features import Coder
+from steps.neurons.coders import Coder
 from steps.neurons.picks import NEURON, Set
 
 SET_COLUMNS = (*EFFECTS, *(f"metric_{run}" for run in ("before", "after", "clean", "corrupt")), "site_set")
@@ -98,6 +98,8 @@ def neuron_sweeper(step: Step) -> Callable[[Unit], pd.DataFrame]:
     reading = reader_of(step)
 
     def compute(unit: Unit) -> pd.DataFrame:
+        if not step.model.down_projs:
+            raise StepError(f"{step.model.name} has mixtures of experts for MLPs: no single neurons, and no step 09")
         lines = step.prove(unit.pairs[0])
         frame = neurons.run(step.model, unit.pairs, reading=reading(), memory=step.memory, **unit.options)
         frame.attrs = {"log": lines, "facts": {"candidates": list(unit.pairs[0].candidates)}}

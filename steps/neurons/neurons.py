@@ -28,7 +28,7 @@ from lib.hooks import Model, Site
 from lib.metrics import margins
 from lib.readout import FixedNorm, Readout, post_norms, readout
 from lib.single_pass import BaseRun, Grown, Row, grow, joined, plain_runs, prove_base_rows, prove_rows, row_limit
-from lib.tasks import Pair
+from lib.tasks import Pair, token_texts
 
 TOKENS = 10  # tokens at either end of a neuron's list
 OTHERS = 200  # neurons of a layer whose lists it is compared with
@@ -97,8 +97,8 @@ def reading_of(model: Model, layers: Sequence[int]) -> Reading:
     """The layers' outputs. The down projection itself is run on single units, so that its kind does not matter."""
     out, outputs, posts = readout(model), {}, post_norms(model)
     for layer in layers:
+        units = torch.eye(model.n_neurons, dtype=model.dtype, device=model.device)  # an error where there are none
         down, post = model.down_projs[layer], posts[layer].mlp
-        units = torch.eye(model.n_neurons, dtype=model.dtype, device=model.device)
         columns = (down(units) - down(torch.zeros_like(units[:1]))).cpu().double()
         passed = columns if post is None else post.gain * post.centred(columns)
         outputs[layer] = Output(columns.norm(dim=1), (out.norm.gain * out.norm.centred(passed)).float(), post)
@@ -254,7 +254,7 @@ def of_tokens(model: Model, found: Harvest, reading: Reading, neurons: Sequence[
         reached = (1 + (others[layer] > own * (1 + 1e-5)).sum(1)) / (1 + others[layer].shape[1])  # not itself again
         for (end, values), p in zip((("up", logits), ("down", -logits)), reached.tolist(), strict=True):
             top = values.topk(TOKENS)
-            words = [model.tokenizer.decode([token]) for token in top.indices.tolist()]
+            words = token_texts(model.tokenizer, top.indices.tolist())
             about = {"layer": layer, "head": number, "end": end, "rank": range(TOKENS), "p": p}
             parts.append(pd.DataFrame(about | {"token": words, "weight": logits[top.indices].numpy()}))
     return pd.concat(parts, ignore_index=True)

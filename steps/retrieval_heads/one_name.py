@@ -195,7 +195,7 @@ def _probe(
     for kind, index in own.items():
         frame[f"{kind}_log_probability"] = logits[np.arange(len(people)), index] - total
     return frame.assign(
-        top_token=[model.tokenizer.decode([token]) for token in top.tolist()],
+        top_token=tasks.token_texts(model.tokenizer, top.tolist()),
         superset_logits=list(logits[:, :count]),
         profession_logits=list(logits[:, count:]),
         logsumexp=total,

@@ -40,7 +40,7 @@ from lib import questions, tasks
 from lib.hooks import Model
 from lib.readout import readout
 from lib.single_pass import plain_runs
-from lib.tasks import Prompt
+from lib.tasks import Prompt, token_texts
 from pipeline.assumed import Case, tokens_of
 from pipeline.costs import Work, plain
 from pipeline.declaration import Table
@@ -541,7 +541,7 @@ def words(model: Model, vector: Float[Tensor, " hidden"], count: int = WORDS) ->
 def _vocabulary(model: Model) -> tuple[list[str], Float[Tensor, "words hidden"]]:
     """Tokens that are words, and their directions of unit length."""
     out, size = readout(model), len(model.tokenizer)
-    texts = model.tokenizer.batch_decode([[token] for token in range(min(size, len(out.unembed)))])
+    texts = token_texts(model.tokenizer, range(min(size, len(out.unembed))))
     kept = [token for token, text in enumerate(texts) if re.fullmatch(r" [A-Za-z]{4,}", text)]
     directions = torch.nn.functional.normalize(out.directions(kept).float(), dim=-1)
     return [texts[token].strip() for token in kept], directions
