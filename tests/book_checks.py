@@ -173,11 +173,15 @@ def screenshot(html_file: Path, png: Path, width: int = 1400, height: int = 1600
     return png
 
 
+def browser() -> str | None:
+    """The program, or None where there is none."""
+    return shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
 def _chromium(html_file: Path, folder: str, *options: str) -> None:
-    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if browser is None:
+    if browser() is None:
         raise RuntimeError("Chromium is missing: run `make browser`")
-    command = [browser, *CHROMIUM, f"--user-data-dir={folder}/profile", *options, html_file.resolve().as_uri()]
+    command = [browser(), *CHROMIUM, f"--user-data-dir={folder}/profile", *options, html_file.resolve().as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     if done.returncode:
         raise RuntimeError(f"Chromium left with {done.returncode} on {html_file}: {done.stderr[-500:]}")

@@ -29,7 +29,16 @@ def built(folder: Path) -> Path:
 
 
 def build(tree: Path) -> None:
-    """Copy what git tracks or would track, and make its smoke book. A tree that could not be built is not kept."""
+    """Copy the tree, and make its smoke book. A tree that could not be built is not kept."""
+    done = make(copied(tree), "book")
+    book = (done.stdout.strip().splitlines() or [""])[-1]
+    if done.returncode or not (tree / book).is_file():
+        shutil.rmtree(tree)
+        raise AssertionError(f"the last line must be the book's path\n{(done.stdout + done.stderr)[-4000:]}")
+
+
+def copied(tree: Path) -> Path:
+    """What git tracks or would track, in another folder."""
     listed = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
     )
@@ -37,11 +46,7 @@ def build(tree: Path) -> None:
         if (ROOT / name).is_file():
             (tree / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, tree / name)
-    done = make(tree, "book")
-    book = (done.stdout.strip().splitlines() or [""])[-1]
-    if done.returncode or not (tree / book).is_file():
-        shutil.rmtree(tree)
-        raise AssertionError(f"the last line must be the book's path\n{(done.stdout + done.stderr)[-4000:]}")
+    return tree
 
 
 def stamps(tree: Path, *patterns: str) -> dict[str, int]:

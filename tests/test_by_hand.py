@@ -1,15 +1,21 @@
-"""A step run by hand, with papermill, on someone's own pairs: results, a killed run that resumes, and mistakes."""
+"""A step run by hand on someone's own pairs, with papermill and cell by cell in a notebook that was opened: results, a
+killed run that resumes, cells run twice, parameters changed in their cell, and mistakes."""
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import nbformat
 import pyarrow.parquet as pq
 import pytest
+from nbclient import NotebookClient
+
+from lib import records
 
 ROOT = Path(__file__).resolve().parents[1]
 HEADER = "clean_a,clean_b,corrupt_a,corrupt_b,answer,corrupt_answer\n"
@@ -40,6 +46,33 @@ def run(command: list[str]) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
 
 
+class Opened:
+    """A notebook as JupyterLab and VS Code open it: a kernel that starts in the notebook's folder runs cell by cell."""
+
+    def __init__(self, notebook: Path):
+        code = [cell for cell in nbformat.read(notebook, 4).cells if cell.cell_type == "code"]
+        place = {"metadata": {"path": str(notebook.parent)}}
+        self.client = NotebookClient(nbformat.v4.new_notebook(cells=code), kernel_name="python3", resources=place)
+        self.cells = self.client.nb.cells
+
+    def change(self, **given: object) -> None:
+        """Write values into the parameters cell."""
+        for name, value in given.items():
+            text, times = re.subn(rf"^{name} = .*", f"{name} = {value!r}", self.cells[0].source, flags=re.M)
+            assert times == 1, name
+            self.cells[0].source = text
+
+    def run(self, times: int = 1) -> tuple[int, str]:
+        """Run every cell so often; how many figures there are, and all that was printed."""
+        outputs = []
+        for number, cell in enumerate(self.cells):
+            for _ in range(times):
+                self.client.execute_cell(cell, number)
+                outputs += cell.outputs
+        figures = sum("image/png" in output.get("data", {}) for output in outputs)
+        return figures, "".join(output.get("text", "") for output in outputs)
+
+
 def test_a_killed_step_resumes_and_ends_with_the_same_data(tmp_path):
     words = ("-p", "layers", "21,23", "-p", "name_roles", "name_a,name_b,names")
     whole, killed = (papermill(tmp_path / name, "03_necessity", SIX, *words) for name in ("whole", "killed"))
@@ -58,9 +91,7 @@ def test_a_killed_step_resumes_and_ends_with_the_same_data(tmp_path):
     assert len(finished) >= 2 and not (out / "necessity.parquet").exists(), "the step must be caught in the middle"
     # mark the finished units: each claims 1,000 s of work, which only a run that reads them can add up
     for path in finished:
-        table = pq.read_table(path)
-        about = json.loads(table.schema.metadata[b"superset_circuit"]) | {"seconds": 1000.0}
-        pq.write_table(table.replace_schema_metadata({b"superset_circuit": json.dumps(about).encode()}), path)
+        records.write_table(path, pq.read_table(path), records.read_metadata(path) | {"seconds": 1000.0})
     assert (done := run(killed)).returncode == 0, done.stderr[-3000:]
     one, other = (pq.read_table(tmp_path / name / "out" / "necessity.parquet") for name in ("whole", "killed"))
     assert one.equals(other) and set(one["ablation"].to_pylist()) == {"zero", "mean", "resample", "counterfactual"}
@@ -68,14 +99,31 @@ def test_a_killed_step_resumes_and_ends_with_the_same_data(tmp_path):
 
 
 def test_a_step_runs_on_someones_own_pairs(tmp_path):
-    for notebook in ("03_necessity", "04_sufficiency"):
-        done = run(papermill(tmp_path, notebook, TWO, "-p", "layers", "all"))
-        assert done.returncode == 0, done.stderr[-3000:]
-        table = pq.read_table(tmp_path / "out" / f"{notebook[3:]}.parquet").to_pandas()
-        assert set(table["layer"]) == set(range(30))
-        assert list(table.columns[:5]) == ["layer", "component", "head", "metric_before", "metric_after"]
-        assert table["pair_id"].nunique() == 2
-    sentences = json.loads((tmp_path / "out" / "necessity.findings.json").read_text())["sentences"]
+    out = tmp_path / "out"
+    done = run(papermill(tmp_path, "03_necessity", TWO, "-p", "layers", "all"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    opened = Opened(ROOT / "notebooks/04_sufficiency.ipynb")
+    opened.change(profile="smoke", pairs_file=str(tmp_path / "mine.csv"), results_dir=str(out), layers="all")
+    with opened.client.setup_kernel():
+        figures, _ = opened.run()
+        assert figures > 5
+        for step in ("necessity", "sufficiency"):
+            table = pq.read_table(out / f"{step}.parquet").to_pandas()
+            assert set(table["layer"]) == set(range(30))
+            assert list(table.columns[:5]) == ["layer", "component", "head", "metric_before", "metric_after"]
+            assert table["pair_id"].nunique() == 2
+        first = (out / "sufficiency.parquet").read_bytes()
+        # every cell twice, with other values in the parameters cell: what was there is kept
+        opened.change(layers="21,23", components="mlp,head")
+        assert "results of sufficiency made otherwise set aside in" in opened.run(times=2)[1]
+        table = pq.read_table(out / "sufficiency.parquet").to_pandas()
+        assert set(table["layer"]) == {21, 23} and set(table["component"]) == {"mlp", "head"}
+        # and comes back with the old values; variables of one's own are left alone
+        opened.change(layers="all", components=None)
+        opened.cells.insert(1, nbformat.v4.new_code_cell("note, roles = 'mine', ['last']"))
+        assert opened.run()[0] == figures
+        assert (out / "sufficiency.parquet").read_bytes() == first
+    sentences = json.loads((out / "necessity.findings.json").read_text())["sentences"]
     assert not any("[" in sentence for sentence in sentences), "one cluster is too few for intervals"
     assert "picked and reported on the same data" in " ".join(sentences), "pairs that share names are one cluster"
 

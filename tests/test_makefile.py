@@ -65,6 +65,13 @@ def test_a_target_asks_python(project, target, asked):
     ]
 
 
+def test_the_notebooks_are_opened_in_jupyterlab_without_a_browser_where_there_is_no_screen(project):
+    (asked,), _ = project.make("lab", "DISPLAY=", "WAYLAND_DISPLAY=")
+    assert asked.startswith("-m jupyterlab --LabApp.default_url=/lab/tree/notebooks ") and "--no-browser" in asked
+    (asked,), _ = project.make("lab", "DISPLAY=:0")
+    assert "--no-browser" not in asked and ("--allow-root" in asked) == (os.geteuid() == 0)
+
+
 def test_clean_leaves_the_results_and_everything_else(project):
     for name in ("build/smoke/page", "build/other/page", "results/smoke/table"):
         (project.folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -129,7 +136,7 @@ def test_tests_without_a_browser_say_the_one_command(project):
 def test_help_has_a_line_for_every_target(project):
     _, done = project.make("help")
     listed = dict(re.findall(r"^  ([\w-]+) +(\S.*)$", done.stdout, re.MULTILINE))
-    assert {"book", "test", "bench", "lint", "clean", "help"} <= set(listed)
+    assert {"book", "lab", "test", "bench", "lint", "clean", "help"} <= set(listed)
     assert {f"clean-{step}" for step in STEPS} <= set(listed)
     assert "conda" in done.stdout and "smoke smollm2-135m" in done.stdout
 

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -118,6 +119,12 @@ def test_site_sets_may_share_their_first_site():
 
 
 # --- files ---
+
+
+def test_the_readme_has_every_column():
+    table = (ROOT / "README.md").read_text().partition("| columns of a sweep |")[2].partition("\n\n")[0]
+    named = [name for line in table.splitlines()[2:] for name in re.findall(r"`(\w+)`", line.split("|")[1])]
+    assert sorted(named) == sorted(records.SCHEMA.columns)
 
 
 @settings(max_examples=20, deadline=None)

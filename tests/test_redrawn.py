@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from smoke_book import NOTEBOOKS, make
+from smoke_book import NOTEBOOKS, make, stamps
+from test_by_hand import Opened
 
 LAST = f"step-{NOTEBOOKS[-1][3:]}"  # the target that runs all of them, without the book
 
@@ -36,6 +37,21 @@ def drawn(tree: Path) -> dict[str, object]:
         for path in tree.glob(f"results/smoke/{kind}")
     )
     return found | {path.name: path.read_bytes() for path in sorted(files)}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_every_cell_runs_twice_where_jupyterlab_starts_it(own_tree, name):
+    """The profile is named in its cell; every figure is drawn both times, and nothing is swept again."""
+    page = json.loads((own_tree / f"build/smoke/executed/{name}.ipynb").read_text())
+    before = stamps(own_tree, "results/smoke/*.parquet", "results/smoke/stale")
+    opened = Opened(own_tree / f"notebooks/{name}.ipynb")
+    opened.change(profile="smoke")
+    with opened.client.setup_kernel():
+        figures, _ = opened.run(times=2)
+    outputs = [output for cell in page["cells"] for output in cell.get("outputs", ())]
+    assert figures == 2 * sum("image/png" in output.get("data", {}) for output in outputs) > 0
+    assert stamps(own_tree, "results/smoke/*.parquet", "results/smoke/stale") == before
 
 
 @pytest.mark.long

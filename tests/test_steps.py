@@ -29,7 +29,10 @@ ROOT = Path(__file__).resolve().parents[1]
 def here(tmp_path, monkeypatch):
     """A working folder with a file of pairs; results go to out/."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "mine.csv").write_text("pair_id\np0\n")
+    (tmp_path / "mine.csv").write_text(
+        "clean_a,clean_b,corrupt_a,corrupt_b,answer,corrupt_answer\n"
+        "Brad Pitt,Pablo Picasso,Isaac Newton,Albert Einstein,artist,scientist\n"
+    )
     return tmp_path
 
 
@@ -67,7 +70,9 @@ def test_a_finished_table_is_read_not_computed(here):
     again = begin(resamples=900).table(table("necessity", fake_plan(3), counting(calls)))  # a page parameter
     assert calls == ["u-0", "u-1", "u-2"]
     pd.testing.assert_frame_equal(first, again)
-    assert sorted(path.name for path in (here / "out").iterdir()) == ["necessity.parquet", "necessity.run.json"]
+    begin().write_findings({})  # the last thing that a page writes
+    left = ["necessity.findings.json", "necessity.parquet", "necessity.run.json"]
+    assert sorted(path.name for path in (here / "out").iterdir()) == left
     assert list(begin().table(table("necessity", fake_plan(3), counting(calls), columns=["layer"]))) == ["layer"]
 
 
@@ -174,6 +179,10 @@ def test_unfinished_work_and_unknown_files_are_refused_too(here):
         begin(seed=1)
     begin(seed=1, overwrite=True).table(table("necessity", fake_plan(1), fake_compute))
     (here / "out" / "necessity.run.json").unlink()
+    with pytest.raises(StepError, match="seed was 1, now 2"):  # a table says it, too
+        begin(seed=2)
+    begin(seed=1)
+    (here / "out" / "necessity.parquet").rename(here / "out" / "necessity.csv")
     with pytest.raises(StepError, match="they do not say which"):
         begin(seed=1)
 
@@ -239,7 +248,7 @@ def test_a_task_the_model_cannot_do(here):
     baselines = begin("baselines", people_file="mine.csv", **other)
     baselines.write_findings({"able": {"superset": {"able": True, "why": "95%"}, "odd_one_out": wrong}})
     assert begin(**other).able() and begin(**other).able().known
-    step = begin(task="odd_one_out", template="odd_one_out", pairs_file=None, **other)
+    step = begin(task="odd_one_out", template="odd_one_out", **other)
     assert not step.able() and step.able().why == "accuracy 27%, not above chance"
     step.write_findings({"able": False})
     assert step.fresh and step.record["tables"] == {}  # stated under its key, nothing computed

@@ -49,15 +49,15 @@ def candidates(step: Step) -> pd.DataFrame:
     `order` is "better known first" or "better known second", by the mean fame of the two names in each slot; "" where
     fame is not known. Professions that are not in the pairs come from the table of people, "" if it has none.
     """
-    path = keys.find_pairs(step.name, step.params).with_name("baselines.quads.parquet")
-    if step.params.pairs_file is not None or not path.is_file():
+    quads = of_step_01(step, "quads")
+    if quads is None:
         pairs, people = (
             last_half(step.pairs()),
             load_people(step.people_file, step.params.question).set_index("name")["profession"],
         )
         own = {f"clean_profession_{slot}": pairs[f"clean_{slot}"].map(people).fillna("") for slot in "ab"}
         return pairs.assign(**{name: pairs.get(name, column) for name, column in own.items()}, order="")
-    quads = last_half(records.read(path))
+    quads = last_half(quads)
     fame = {quad[slot]: quad[f"fame_{slot}"] for quad in quads.to_dict("records") for slot in "abcd"}
     pairs = pairs_of(quads, 4)
     first, second = (pairs[f"clean_{slot}"].map(fame) + pairs[f"corrupt_{slot}"].map(fame) for slot in "ab")
@@ -84,8 +84,8 @@ def kept_pairs(step: Step) -> pd.DataFrame:
         template, own = tasks.find_template(name, p.task, question=p.question), name == p.template
         rows = source if own else source.assign(pair_id=source["pair_id"] + f"@{name}", template=name)
         rows, why = aligned(rows.assign(task=template.task), model.tokenizer, **pair_options(p))
-        each = 4 if p.pairs_file else p.pairs_per_quad if own else p.template_pairs
-        asked = rows.groupby("quad_id").head(each)
+        each = p.pairs_per_quad if own else p.template_pairs
+        asked = rows.groupby("quad_id").head(each) if p.pairs_file is None else rows
         left = asked
         if len(asked):
             left = add_margins(asked, model.tokenizer, partial(models.next_logits, model), **pair_options(p))
@@ -103,13 +103,16 @@ def kept_pairs(step: Step) -> pd.DataFrame:
 
 
 def of_step_01(step: Step | Case, name: str) -> pd.DataFrame | None:
-    """A table of step 01: "unselected", its pairs before any selection; "alone", its answers about each name. None
-    where it has left none."""
+    """A table of step 01: "quads"; "unselected", its pairs before any selection; "alone", its answers about each name.
+    None where it has left none."""
+    if step.params.pairs_file is not None:
+        return None
     try:
-        path = keys.find_pairs(step.name, step.params).with_name(f"baselines.{name}.parquet")
+        folder = keys.find_pairs(step.name, step.params).parent
     except ParameterError:
         return None
-    return records.read(path) if step.params.pairs_file is None and path.is_file() else None
+    path = keys.left(folder, keys.PAIRS, f"{keys.PAIRS}.{name}.parquet")
+    return None if path is None else records.read(path)
 
 
 def unselected(step: Step) -> list[Pair]:
