@@ -357,7 +357,7 @@ def test_verdicts_hold_for_all_tested_claims_together(tmp_path):
         and f"{len(checks)} checks are not counted" in said
     )
     counted = sum(entry.verdict == SUPPORTED for entry in own.values() if not entry.check)
-    assert f"p value: {counted} supported" in said and f"(each alone: {counted + 1} supported" in said
+    assert f"p value, {counted} supported" in said and f"(each alone: {counted + 1} supported" in said
 
 
 def test_few_ledgers_support_a_claim_that_only_touches_its_threshold():
@@ -519,8 +519,8 @@ def test_fresh_people_decide_what_was_set_after(tmp_path, monkeypatch):
     assert fresh.write(asked) == tmp_path / "record.json"
     said, by_name = fresh.confirm(entries, own, ["Aamir Khan", "No One"]), {entry.id: entry for entry in entries}
     assert (
-        "(1 of their 3210 is in a quad of this report's task; placebo" in said
-        and "(none of their 3210" in fresh.confirm(entries, own)
+        "(1 of these 3210 came into quads of this report's task since; its placebo" in said
+        and "(none of these 3210" in fresh.confirm(entries, own)
     )
     one = by_name["one_layer"]
     assert (one.alone, one.here, one.verdict, one.tier) == (SUPPORTED, SUPPORTED, NOT_SUPPORTED, claims.FRESH)

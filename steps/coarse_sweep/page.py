@@ -254,7 +254,8 @@ def moves_of(m: Measured, confirmation: pd.DataFrame) -> dict[str, str]:
         if layer is None:
             moves[position] = f"{lead} never crosses one half {way} for good ({picked_on} half)."
         elif layer == m.curves["layer"].min():
-            moves[position] = f"{lead} is on that side of one half from the first layer on ({picked_on} half)."
+            side = "above" if position == "last" else "below"
+            moves[position] = f"{lead} is {side} one half from the first layer on ({picked_on} half)."
         else:
             moves[position] = (
                 f"{lead} crosses one half {way} after layer {layer} (picked on the {picked_on} half): {of_row(row)} "

@@ -175,7 +175,7 @@ def confirm(entries: Sequence[Entry], params: Story, asked: Collection[str] = ()
         entry.verdict, entry.tier = entry.fresh.verdict, FRESH
     people = set(pd.read_csv(keys.input_file(record.people_file), dtype=str, keep_default_na=False)["name"])
     both = (
-        f"of these {len(people)} {len(people & set(asked)) or 'none'} came into quads of this report's task since; "
+        f"{len(people & set(asked)) or 'none'} of these {len(people)} came into quads of this report's task since; "
         "its placebo pairs and pairs before selection may have more"
     )
     return told(record, len(after), [entry.verdict for entry in decided], both)

@@ -368,8 +368,9 @@ def tally(entries: Sequence[Entry]) -> str:
         f"{counted([entry.here for entry in own], VERDICTS[:2])} (each alone: "
         f"{counted([entry.alone for entry in own], VERDICTS[:2])}); fresh people, corrected by themselves, overrule "
         f"{sum(entry.here != entry.verdict for entry in own) or 'none'} of these. Of those supported, "
-        f"{confirmed} are confirmed on fresh people and {half} on the confirmation half by a threshold set before; {after} are exploratory. "
-        f"{len(checks)} checks are not counted, because little is learned from them either way (the table says why): "
+        f"{confirmed} are confirmed on fresh people and {half} on the confirmation half by a threshold set "
+        f"before; {after} are exploratory. {len(checks)} checks are not counted, because little is learned from "
+        f"them either way (the table says why): "
         f"{counted([entry.verdict for entry in checks], VERDICTS)}."
     )
 
