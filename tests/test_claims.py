@@ -670,7 +670,9 @@ def test_the_circuit_in_three_sentences_by_the_verdicts(tmp_path):
     entries = list(judged(tmp_path).values())
     names, road, after = story.outline(entries, found())
     assert (
-        names.startswith("**At the names**: MLPs there (mlp 0 and mlp 2 lead) write") and "(0.60 [0.55, 0.65])" in names
+        names.startswith("**At the names**: MLPs there write directly most")
+        and "(mlp 0 and mlp 2 lead, all" in names
+        and "(0.60 [0.55, 0.65])" in names
     )
     assert "heads there" not in names  # of two that answer one question, the one that is supported speaks
     assert (
@@ -692,7 +694,7 @@ def test_the_circuit_in_three_sentences_by_the_verdicts(tmp_path):
         span(value, senders=senders, mlps="frozen") for senders, value in (("heads", 0.6), ("MLPs", 0.1))
     ]
     assert story.outline(list(judged(tmp_path, what).values()), what)[0].startswith(
-        "**At the names**: heads there (1.4"
+        "**At the names**: heads there write directly"
     )
     what["retrieval_heads"]["written"] = [span(0.1, senders=senders, mlps="frozen") for senders in ("heads", "MLPs")]
     names = story.outline(list(judged(tmp_path, what).values()), what)[0]
@@ -789,7 +791,11 @@ def test_parts_of_the_slice_without_a_verdict_are_not_named():
     rows = [{"site": "its heads", "attribute": "region", "verdict": None}]
     assert sentences.by_parts(rows) == ""
     rows += [{"site": "its MLPs", "attribute": "region", "verdict": "open"}]
-    assert sentences.by_parts(rows) == " (the slice's MLPs by themselves are not decided)"
+    assert sentences.by_parts(rows) == " (against region, the slice's MLPs by themselves are not decided)"
+    rows = [{"choice": "kept", "direction": "denoise", "attribute": name, "verdict": "specific"} for name in "ab"]
+    ends = {f"quotient_{end}": value for end, value in (("estimate", 0.3), ("low", 0.2), ("high", 0.4))}
+    said = "; against b it is specific to supersets (0.30 [0.20, 0.40] times its share of the superset gap)"
+    assert sentences.beside_the_first([row | ends for row in rows]) == said and not sentences.beside_the_first([])
 
 
 def test_what_would_turn_a_verdict_follows_the_verdict():
