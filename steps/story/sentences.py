@@ -84,8 +84,8 @@ def beside_the_first(rows: Sequence[Mapping[str, Any]]) -> str:
     words = {"specific": "is specific to supersets", "general": "is one as well", "open": "is not decided about"}
     others = [row for row in rows if (row["choice"], row["direction"]) == ("kept", "denoise")]
     said = [
-        f"against {row['attribute']} it {words[row['verdict']]} ({with_ends(row, prefix='quotient_')} times its share of the "
-        "superset gap)"
+        f"against {row['attribute']} it {words[row['verdict']]} ({with_ends(row, prefix='quotient_')} times its share "
+        "of the superset gap)"
         for row in others
         if row["attribute"] != others[0]["attribute"] and row["verdict"] in words
     ]
