@@ -4,7 +4,6 @@
 2. `write` puts a frame into Parquet atomically (written beside, synced, renamed), its metadata as JSON in the file,
    with a checksum of every page and one of the whole file.
 3. `read` and `read_metadata` give both back; what is not as it was written is refused.
-4. `Lock` lets one process at a time write to a folder.
 
 Columns of a sweep, in logits unless said otherwise; `_before` is the run without the intervention, `_after` with it:
 
@@ -19,14 +18,11 @@ Columns of a sweep, in logits unless said otherwise; `_before` is the run withou
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import io
 import json
 import os
 import re
-import socket
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -295,53 +291,3 @@ def open_table(path: Path) -> pq.ParquetFile:
             what = "was not written by this project: it carries no checksum"
         raise RecordError(f"{path} {what}; {AGAIN}")
     return pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True)
-
-
-# --- one writer ---
-
-PATIENCE = 5  # seconds: what was told to stop needs a moment
-
-
-class Locked(RecordError):
-    """A folder that another process is writing to."""
-
-
-class Lock:
-    """A file that one process holds until it lets go, or ends, however it ends; who holds it stands in the file.
-
-    Raises Locked, with the holder, where it is still held after `patience` seconds (default: PATIENCE).
-    """
-
-    def __init__(self, path: Path, patience: float | None = None) -> None:
-        self.path, until = path, time.monotonic() + (PATIENCE if patience is None else patience)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        while not self._take():
-            if time.monotonic() > until:
-                holder = path.read_text(encoding="utf-8") if path.exists() else "another process"
-                raise Locked(f"{path.parent} is being written to by {holder}: wait for it, or stop it")
-            time.sleep(0.05)
-
-    def _take(self) -> bool:
-        self.file = self.path.open("a+", encoding="utf-8")
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if self.path.stat().st_ino != os.fstat(self.file.fileno()).st_ino:
-                raise FileNotFoundError  # its holder has taken it away between the two lines above
-        except (BlockingIOError, FileNotFoundError):
-            self.file.close()
-            return False
-        self.file.truncate(0)
-        self.file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        self.file.flush()
-        return True
-
-    def release(self) -> None:
-        """Let go, and leave no file behind."""
-        self.path.unlink(missing_ok=True)
-        self.file.close()
-
-    def __enter__(self) -> Lock:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.release()

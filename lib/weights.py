@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import transformers
 
-from lib.records import Lock
+from lib.locks import Lock
 
 
 class ModelError(ValueError):

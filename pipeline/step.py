@@ -24,7 +24,7 @@ from zlib import crc32
 import numpy as np
 import pandas as pd
 
-from lib import records
+from lib import locks, records
 from lib.records import AGAIN
 from pipeline import keys, machine, params, units
 from pipeline.declaration import CRITICAL_LAYERS, EFFECTS, SLICE, Declaration, Plan, Table
@@ -382,8 +382,8 @@ class Step:
         folder = self.results.resolve()
         if folder not in WRITING:
             try:
-                WRITING[folder] = records.Lock(folder / ".lock")
-            except records.Locked as error:
+                WRITING[folder] = locks.Lock(folder / ".lock")
+            except locks.Locked as error:
                 raise StepError(f"{error}, or give another results_dir") from None
             except OSError as error:
                 raise StepError(f"{error}: make the folder writable, or give another results_dir") from None
@@ -481,7 +481,7 @@ class Step:
 
 
 # Folders that this process writes to.
-WRITING: dict[Path, records.Lock] = {}
+WRITING: dict[Path, locks.Lock] = {}
 
 
 class Encoding(dict):

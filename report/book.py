@@ -348,8 +348,7 @@ def assemble(sections: params.Sections, profile: str, folders: Folders, root: Pa
     for name, fields in generated.items():
         page = to / f"{name}.md"
         page.write_text(Template(page.read_text(encoding="utf-8")).substitute(fields), encoding="utf-8")
-    for name in WORDED:
-        page = to / f"{name}.md"
+    for page in (to / f"{name}.md" for name in WORDED if (to / f"{name}.md").is_file()):
         page.write_text(topic.reworded(page.read_text(encoding="utf-8")), encoding="utf-8")
     toc = params.read_yaml(to / "_toc.yml")
     listed = [toc["root"], *(entry["file"] for part in toc["parts"] for entry in part["chapters"])]

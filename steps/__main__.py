@@ -28,7 +28,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lib.records import Lock, RecordError
+from lib.locks import Lock, Locked
+from lib.records import RecordError
 from pipeline import keys, params
 from pipeline.params import ParameterError, Shared
 from report import book
@@ -304,7 +305,7 @@ def main(arguments: Sequence[str] | None = None, environment: Mapping[str, str] 
             print(build.keys_of(options.step), end="")
         else:
             clean(build, options.step)
-    except (ParameterError, BookError, RecordError, OSError) as error:
+    except (ParameterError, BookError, RecordError, Locked, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

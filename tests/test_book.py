@@ -281,7 +281,7 @@ def test_a_quick_profile_says_on_every_page_what_it_leaves_out(copy, built):
         cells = json.loads((copy / "book" / f"{name}.ipynb").read_text())["cells"]
         title, notes[step] = "".join(cells[0]["source"]).split("\n\n", 1)
         assert title.startswith("# ") and "profile `mine`, the quick form of `smollm2-135m`" in notes[step]
-    assert "- pairs at `last`: 7 instead of 200\n" in notes["necessity"]
+    assert "- pairs at `last`: 7 instead of 160\n" in notes["necessity"]
     roles = ", ".join(full["necessity"]["name_roles"])
     assert f"- other roles swept, counterfactual only: names, last instead of {roles}\n" in notes["necessity"]
     assert notes["necessity"].count("instead of") == 2 and "`last`: all instead of 200" in notes["sufficiency"]

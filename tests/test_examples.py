@@ -18,7 +18,7 @@ NOTHING_ABOVE = """import sys
 
 class Refused:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("pipeline", "report", "steps", "pydantic", "papermill", "IPython"):
+        if name.partition(".")[0] in ("pipeline", "report", "steps", "pandera", "papermill", "IPython"):
             raise ModuleNotFoundError(f"{name} is not for lib")
 
 sys.meta_path.insert(0, Refused())

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 from smoke_book import make
 
-from lib import records
+from lib import locks, records
 from lib.records import RecordError
 from pipeline import units
 from pipeline.step import WRITING, StepError
@@ -222,7 +222,7 @@ def test_make_builds_the_book_again_where_any_of_its_pages_is_damaged(project): 
 HOLDER = """import sys, time
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
-from lib.records import Lock
+from lib.locks import Lock
 lock = Lock(Path(sys.argv[2]))
 print("held", flush=True)
 time.sleep(60)
@@ -247,7 +247,7 @@ def holder(tmp_path):
 
 
 def test_a_second_writer_gets_one_sentence_and_a_dead_one_is_no_obstacle(here, holder, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(records, "PATIENCE", 0.2)
+    monkeypatch.setattr(locks, "PATIENCE", 0.2)
     first = holder(here / "out")
     says = (
         rf"out is being written to by process {first.pid} on \S+: wait for it, or stop it, or give another results_dir"
@@ -266,7 +266,7 @@ def test_a_second_writer_gets_one_sentence_and_a_dead_one_is_no_obstacle(here, h
 
 
 def test_a_second_make_gets_one_sentence(project, holder, monkeypatch, capsys):  # noqa: F811
-    monkeypatch.setattr(records, "PATIENCE", 0.2)
+    monkeypatch.setattr(locks, "PATIENCE", 0.2)
     first = holder(project.folder / "build/smoke")
     assert project.run(status=1) == []
     error = capsys.readouterr().err

@@ -225,7 +225,12 @@ def test_later_steps_follow_the_pairs_not_the_run_that_made_them(house):
     before = all_keys()
     fake_baselines(seed=7)  # other parameters, the same pairs
     assert both("necessity") == before["necessity"]
-    records.write(house / "results/smoke/pairs.parquet", PAIRS.assign(pair_id="p1"), {}, schema=None)
+    path, record = house / "results/smoke/pairs.parquet", house / "results/smoke/baselines.run.json"
+    records.write(path, PAIRS.assign(pair_id="p1"), {}, schema=None)
+    with pytest.raises(records.RecordError, match="pairs.parquet is not the file that step baselines wrote"):
+        all_keys()
+    stored = json.loads(record.read_text())
+    record.write_text(json.dumps(stored | {"files": stored["files"] | {path.name: keys.hash_file(path)}}))
     after = all_keys()
     assert changed(before, after) == (SWEEPING, SWEEPING)
 

@@ -43,7 +43,7 @@ def built(people, tokenizer, score, options, noise=0.0):
 def test_quads_keep_their_promises(people, smollm_tokenizer, seed, skill, per_quad, tolerance, template):
     few = some_people(people, 30, seed)
     score = fake_score(smollm_tokenizer, few, skill, seed)
-    options = Options(template, 10, per_quad, tolerance, min_bucket=2, seed=seed)
+    options = Options(template, "superset", 10, per_quad, tolerance, min_bucket=2, seed=seed)
     try:
         made, drops = built(few, smollm_tokenizer, score, options)
     except ValueError as error:

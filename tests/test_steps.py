@@ -276,7 +276,9 @@ def test_the_model_is_loaded_once_and_its_layers_checked(here, monkeypatch):
 
     def fake_load(spec: str, **options) -> SimpleNamespace:
         asked.append((spec, options["sha256"], options["dtype"]))
-        return SimpleNamespace(n_layers=30, n_heads=9, sha256="s", dtype="torch.float32", device="cpu", noise=1e-3)
+        return SimpleNamespace(
+            name=spec, n_layers=30, n_heads=9, sha256="s", dtype="torch.float32", device="cpu", noise=1e-3
+        )
 
     monkeypatch.setattr(models, "load", fake_load)
     step = begin(layers="all")
