@@ -284,7 +284,7 @@ def test_a_quick_profile_says_on_every_page_what_it_leaves_out(copy, built):
     assert "- pairs at `last`: 7 instead of 160\n" in notes["necessity"]
     roles = ", ".join(full["necessity"]["name_roles"])
     assert f"- other roles swept, counterfactual only: names, last instead of {roles}\n" in notes["necessity"]
-    assert notes["necessity"].count("instead of") == 2 and "`last`: all instead of 200" in notes["sufficiency"]
+    assert notes["necessity"].count("instead of") == 2 and "`last`: all instead of 160" in notes["sufficiency"]
     assert "- nothing but what the steps before it left out" in notes["baselines"]
     own = params.validate(PLAN.sections, "necessity", full | {"necessity": full["necessity"] | {"name_roles": []}})
     said = f"other roles swept, counterfactual only: none instead of {roles}"

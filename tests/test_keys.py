@@ -55,7 +55,7 @@ def begin(step: str, namespace: dict) -> steps.Step:
     return steps.begin(PLAN, step, namespace, lambda _: None)
 
 
-def fake_baselines(seed: int = 0, able: bool = True) -> None:
+def fake_baselines(seed: int = 0, able: bool = True, pairs: pd.DataFrame = PAIRS) -> None:
     """What step 01 leaves: a run record, pairs, findings."""
     step = begin("baselines", {"profile": "smoke", "seed": seed, "overwrite": True})
     step.table(
@@ -67,7 +67,7 @@ def fake_baselines(seed: int = 0, able: bool = True) -> None:
             schema=None,
         )
     )
-    step.write_extra("pairs.parquet", PAIRS)
+    step.write_extra("pairs.parquet", pairs)
     step.write_findings({"able": {"superset": {"able": able, "why": "measured"}}})
 
 
@@ -225,12 +225,11 @@ def test_later_steps_follow_the_pairs_not_the_run_that_made_them(house):
     before = all_keys()
     fake_baselines(seed=7)  # other parameters, the same pairs
     assert both("necessity") == before["necessity"]
-    path, record = house / "results/smoke/pairs.parquet", house / "results/smoke/baselines.run.json"
-    records.write(path, PAIRS.assign(pair_id="p1"), {}, schema=None)
+    own, file = PAIRS.assign(pair_id="p1"), house / "results/smoke/pairs.parquet"
+    records.write(file, own, {}, schema=None)
     with pytest.raises(records.RecordError, match="pairs.parquet is not the file that step baselines wrote"):
         all_keys()
-    stored = json.loads(record.read_text())
-    record.write_text(json.dumps(stored | {"files": stored["files"] | {path.name: keys.hash_file(path)}}))
+    fake_baselines(seed=7, pairs=own)
     after = all_keys()
     assert changed(before, after) == (SWEEPING, SWEEPING)
 
