@@ -15,8 +15,7 @@ import pandas as pd
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
-from lib import tasks
-from lib.tasks import SUPERSETS, TEMPLATES
+from lib import questions, tasks
 
 HALVES = ("discovery", "confirmation")
 
@@ -71,7 +70,7 @@ def read_table(path: Path, what: str, required: Sequence[str], optional: Sequenc
     return table
 
 
-def load_pairs_file(path: str | Path, seed: int = 0) -> pd.DataFrame:
+def load_pairs_file(path: str | Path, seed: int = 0, question: str = questions.DEFAULT) -> pd.DataFrame:
     """A user's own pairs (CSV or Parquet) as a pairs table.
 
     Columns clean_a, clean_b, corrupt_a, corrupt_b, answer, corrupt_answer (superset names; in odd_one_out the slot a, b
@@ -84,9 +83,12 @@ def load_pairs_file(path: str | Path, seed: int = 0) -> pd.DataFrame:
     path = Path(path)
     table = read_table(path, "pairs_file", _REQUIRED, _OPTIONAL)
     table = table.fillna("").astype(str).apply(lambda column: column.str.strip())
-    given = table.columns
+    given, topic = table.columns, questions.load(question)
     table = table.reindex(columns=[*_REQUIRED, *_OPTIONAL], fill_value="")
-    rows = [_own_pair(row, f"pairs_file {path.name}, row {i + 2}", i) for i, row in enumerate(table.to_dict("records"))]
+    rows = [
+        _own_pair(row, f"pairs_file {path.name}, row {i + 2}", i, topic)
+        for i, row in enumerate(table.to_dict("records"))
+    ]
     table = pd.DataFrame(rows)
     for column in ("pair_id", *(["quad_id"] if "quad_id" in given else [])):
         empty_or_twice = table[column].eq("") | (table[column].duplicated() & (column == "pair_id"))
@@ -102,17 +104,17 @@ def load_pairs_file(path: str | Path, seed: int = 0) -> pd.DataFrame:
     return table.assign(half=table.quad_id.map(half), bucket=table.template)
 
 
-def _own_pair(row: dict[str, str], where: str, number: int) -> dict[str, str]:
+def _own_pair(row: dict[str, str], where: str, number: int, topic: questions.Question) -> dict[str, str]:
     """One row of a pairs_file, checked and filled."""
-    named = tasks.TEMPLATES.get(row["template"])
+    named = topic.texts.get(row["template"])
     task = row["task"] or (named.task if named else "superset")
     if task not in tasks.TASKS:
         raise ValueError(f"{where}: task {task!r} is unknown; allowed: {', '.join(tasks.TASKS)}")
     try:
-        words = tasks.find_template(row["template"] or next(t.name for t in TEMPLATES.values() if t.task == task), task)
+        words = topic.find(row["template"] or next((one.name for one in topic.of_task(task)), ""), task)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
-    allowed = words.slots if task == "odd_one_out" else SUPERSETS
+    allowed = words.slots if task == "odd_one_out" else topic.supersets
     for column in [f"{side}_{slot}" for slot in words.slots for side in ("clean", "corrupt")]:
         if not row[column]:
             needed = f"task {task} needs the names {', '.join(words.slots)} of both sides"

@@ -13,122 +13,25 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
-from typing import Any, Literal
+from typing import Any
 
-Form = Literal["plural", "singular", "capitalised"]
-# What a prompt about people can be answered with: of each attribute, the classes and the word for one such person.
-ANSWERS = {
-    "superset": {name: name for name in ("artist", "scientist", "athlete", "politician", "writer")},
-    "region": {"North America": "American", "Europe": "European"},
-    "gender": {"female": "woman", "male": "man"},
-}
-IRREGULAR = {"woman": "women", "man": "men"}
-SUPERSETS = tuple(ANSWERS["superset"])
-SLOTS = ("a", "b", "c")
-TASKS = ("superset", "bi_association", "odd_one_out", "one_name")
-_N_NAMES = {"superset": 2, "bi_association": 2, "odd_one_out": 3, "one_name": 1}
+from lib import questions
+from lib.questions import SLOT, SLOTS, SUPERSET, TASKS, Form, Question, Template
+
 # The day that a chat template is told where it asks for today's: that of Llama 3.3's own example. With another one each
 # day, prompts of the same parameters would differ.
 DATE = date(2024, 7, 26)
 _NOW = re.compile(r"""strftime_now\(\s*(?:"([^"]*)"|'([^']*)')\s*\)""")
-_SLOT = re.compile(r"\{(a|b|c|attributes|examples)\}")
 
-# What the bi-association prompt lists for each attribute, and a worked example of it. The plan's example answers
-# "Doctor"; [doctor] takes the template's form, because " Athlete" is two tokens for SmolLM2 and " athlete" is one.
-ATTRIBUTES = {
-    "profession": (
-        'Same profession → "Yes - [profession] - they are both [profession]"',
-        "Q: Person C and Person D\nA: Yes - [doctor] - they are both doctors.",
-    ),
-    "school": (
-        'Same school → "Yes - [school] - they both graduated from [school]"',
-        "Q: Person E and Person F\nA: Yes - Harvard - they both graduated from Harvard.",
-    ),
-    "nationality": (
-        'Same nationality → "Yes - [nationality] - they are both [nationality]"',
-        "Q: Person G and Person H\nA: Yes - Canadian - they are both Canadian.",
-    ),
-}
-DEFAULT_ATTRIBUTES = ("profession", "school")
-
-_BI_ASSOCIATION = """# Task: Find Common Attributes Between Two People
-You will be given two people's names. Your job is to determine if they share ANY common attribute from the list below.
-
-## Response Format:
-- If you find a match: "Yes - [shared attribute] - [description of what they share]"
-- If no match: "No - [Person 1] and [Person 2] have nothing in common"
-
-## Attributes to Consider:
-{attributes}
-
-## Examples:
-{examples}
-
-Q: Person Y and Person Z
-A: No - Person Y and Person Z have nothing in common.
-
-## Your turn, give your answer in a single line.
-
-Q: {a} and {b}
-A:"""
+__all__ = ["SLOTS", "TASKS", "Form", "Pair", "Prompt", "Question", "Template"]
+DEFAULT_ATTRIBUTES = ("profession", "school")  # that the bi-association prompt lists
 
 
-@dataclass(frozen=True)
-class Template:
-    """A prompt text with slots {a}, {b}, {c}; `form` is how its answers are written, `answer_prefix` how they begin."""
-
-    name: str
-    task: str
-    text: str
-    form: Form = "plural"
-    answer_prefix: str = ""
-
-    def __post_init__(self) -> None:
-        if self.task not in TASKS:
-            raise ValueError(f"template {self.name!r}: unknown task {self.task!r}; allowed: {', '.join(TASKS)}")
-        found = [slot for slot in _SLOT.findall(self.text) if slot in SLOTS]
-        if found != list(self.slots):
-            raise ValueError(
-                f"template {self.name!r} of task {self.task!r} must hold the slots "
-                f"{', '.join('{' + s + '}' for s in self.slots)} once each, in this order; it holds {found}"
-            )
-
-    @property
-    def slots(self) -> tuple[str, ...]:
-        """The name slots of the task: ("a",), ("a", "b") or ("a", "b", "c")."""
-        return SLOTS[: _N_NAMES[self.task]]
-
-
-TEMPLATES: dict[str, Template] = {
-    template.name: template
-    for template in (
-        Template("profession_both", "superset", "The profession of {a} and {b} is that they are both"),
-        Template("profession_are_both", "superset", "The profession of {a} and {b} are that they are both"),
-        Template("common_both", "superset", "What {a} and {b} have in common is that they are both"),
-        Template("both_famous", "superset", "{a} and {b} are both famous"),
-        Template("bi_association", "bi_association", _BI_ASSOCIATION, "singular", " Yes -"),
-        Template("bi_association_capitalised", "bi_association", _BI_ASSOCIATION, "capitalised", " Yes -"),
-        Template("odd_one_out", "odd_one_out", "Q: Pick the odd person out: {a}, {b}, {c}\nA:", "singular"),
-        Template("profession_is", "one_name", "The profession of {a} is"),
-        Template("profession_shared", "one_name", "The profession of {a} is shared by other famous"),
-        Template("profession_of_all", "one_name", "The profession of {a} and others is that they are all"),
-        Template("profession_of_a", "one_name", "The profession of {a} is that of a famous", "singular"),
-    )
-}
-# What a name alone says of its superset is read from these: each can be continued by the supersets' words, to which
-# SmolLM2 gives 0.19, 0.01 and 0.06 of the probability, and 1e-5 after "The profession of {a} is".
-FAME = ("profession_shared", "profession_of_all", "profession_of_a")
-
-
-def find_template(name: str, task: str = "superset", form: Form = "plural") -> Template:
-    """The template of that name, or, if `name` holds slots, a template of the user's own with that text."""
-    if name in TEMPLATES:
-        return TEMPLATES[name]
-    if _SLOT.search(name):
-        return Template(name, task, name, form)
-    raise ValueError(
-        f"unknown template {name!r}; allowed: {', '.join(TEMPLATES)}, or a text of your own with slots {{a}} and {{b}}"
-    )
+def find_template(
+    name: str, task: str = "superset", form: Form = "plural", question: str = questions.DEFAULT
+) -> Template:
+    """The question's template of that name, or, if `name` holds slots, a template of the user's own with that text."""
+    return questions.load(question).find(name, task, form)
 
 
 @dataclass(frozen=True)
@@ -162,16 +65,6 @@ class Pair:
     label_tokens: tuple[int, ...] = ()
 
 
-def plural(word: str) -> str:
-    """The plural of a profession or superset: dancers, tennis players, coaches."""
-    return IRREGULAR.get(word) or word + ("es" if word.endswith(("s", "x", "ch", "sh")) else "s")
-
-
-def in_form(word: str, form: Form) -> str:
-    """`word` as a template of that form would be continued, without its leading space."""
-    return {"plural": plural, "singular": str, "capitalised": str.capitalize}[form](word)
-
-
 def encoded(tokenizer: Any, text: str, special: bool = True) -> tuple[tuple[int, ...], list[tuple[int, int]]]:
     """The token ids of a prompt, the tokenizer's own special tokens (unless not `special`) before it, and the
     characters that each token stands for. ValueError for a tokenizer that is not fast or appends a token of its own."""
@@ -199,6 +92,8 @@ def token_texts(tokenizer: Any, tokens: Sequence[int]) -> list[str]:
 
 def answer_ids(tokenizer: Any, words: Sequence[str]) -> list[tuple[int, ...]]:
     """Token ids of each " word" as the model would predict it, after another word (() if the two merge)."""
+    if not words:
+        return []
     prefix = tuple(tokenizer("both", add_special_tokens=False).input_ids)
     full = tokenizer([f"both{word}" for word in words], add_special_tokens=False).input_ids
     return [tuple(ids[len(prefix) :]) if tuple(ids[: len(prefix)]) == prefix else () for ids in full]
@@ -212,7 +107,7 @@ def _distinct(names: Sequence[str], tokens: Sequence[int], where: str) -> None:
 
 
 def candidates(
-    tokenizer: Any, template: Template, attribute: str = "superset"
+    tokenizer: Any, template: Template, attribute: str = SUPERSET
 ) -> tuple[tuple[str, ...], tuple[int, ...]]:
     """The classes of an attribute and, for each, the token id of its answer in the template's form with its leading
     space. ValueError if an answer is not a single token for this tokenizer, or if two answers share one."""
@@ -226,23 +121,15 @@ def candidates(
             )
     firsts = [tokens[0] for tokens in ids]
     _distinct(words, firsts, f"template {template.name!r}")
-    return tuple(ANSWERS[attribute]), tuple(firsts)
+    return tuple(template.question.answers[attribute]), tuple(firsts)
 
 
 def answers(template: Template, attribute: str) -> list[str]:
     """The answers to a template about an attribute, with their leading space. ValueError for an unknown attribute."""
-    if attribute not in ANSWERS:
-        raise ValueError(f"unknown attribute {attribute!r}; allowed: {', '.join(ANSWERS)}")
-    return [f" {in_form(word, template.form)}" for word in ANSWERS[attribute].values()]
-
-
-# The professions of data/people.csv; tests hold the two equal.
-PROFESSIONS = (
-    "actor", "astronomer", "baseballer", "basketballer", "biologist", "boxer", "chemist", "composer",
-    "cricketer", "dancer", "diplomat", "director", "essayist", "footballer", "golfer", "governor", "gymnast",
-    "journalist", "mathematician", "minister", "musician", "novelist", "painter", "physicist", "playwright",
-    "poet", "president", "runner", "senator", "singer", "swimmer", "tennis player",
-)  # fmt: skip
+    known = template.question.answers
+    if attribute not in known:
+        raise ValueError(f"unknown attribute {attribute!r}; allowed: {', '.join(known)}")
+    return [f" {template.question.in_form(word, template.form)}" for word in known[attribute].values()]
 
 
 def labels(tokenizer: Any, template: Template) -> tuple[tuple[str, ...], tuple[int, ...]]:
@@ -252,7 +139,8 @@ def labels(tokenizer: Any, template: Template) -> tuple[tuple[str, ...], tuple[i
         return (), ()
     taken = set(candidates(tokenizer, template)[1])
     forms: tuple[Form, ...] = ("plural", "singular", *(["capitalised"] if template.form == "capitalised" else []))
-    words = dict.fromkeys([in_form(p, f) for f in forms for p in PROFESSIONS] + list(SUPERSETS))
+    own = template.question
+    words = dict.fromkeys([own.in_form(p, f) for f in forms for p in own.labels] + list(own.classes.values()))
     kept: dict[int, str] = {}
     for word, ids in zip(words, answer_ids(tokenizer, [f" {word}" for word in words]), strict=True):
         if len(ids) == 1 and ids[0] not in taken:
@@ -264,7 +152,7 @@ def recorded(tokenizer: Any, template: Template, attribute: str) -> tuple[tuple[
     """What is recorded beside the candidates of a pair about an attribute: `labels`, and the answers of the others."""
     words, tokens = labels(tokenizer, template)
     kept = dict(zip(tokens, words, strict=True))
-    others = [word for other in ANSWERS if other != attribute for word in answers(template, other)]
+    others = [word for other in template.question.answers if other != attribute for word in answers(template, other)]
     for word, ids in zip(others, answer_ids(tokenizer, others), strict=True):
         if len(ids) == 1:
             kept[ids[0]] = word.strip()
@@ -278,20 +166,30 @@ def fill(template: Template, names: Sequence[str], attributes: Sequence[str]) ->
     for name in names:
         if not isinstance(name, str) or not name or name != name.strip():
             raise ValueError(f"a name must be a text without spaces around it, got {name!r}")
-    if not attributes or set(attributes) - set(ATTRIBUTES):
-        raise ValueError(f"unknown attributes in {list(attributes)}; allowed, one or more: {', '.join(ATTRIBUTES)}")
     fillers = dict(zip(template.slots, names, strict=True))
-    fillers["attributes"] = "\n".join(f"{i}. {ATTRIBUTES[a][0]}" for i, a in enumerate(attributes, 1))
-    fillers["examples"] = "\n\n".join(
-        ATTRIBUTES[a][1].replace("[doctor]", in_form("doctor", template.form)) for a in attributes
-    )
+    if "{attributes}" in template.text or "{examples}" in template.text:
+        fillers |= _listed(template, attributes)
     text, spans = "", []
-    for i, part in enumerate(_SLOT.split(template.text)):  # text, slot, text, slot, ..., text
+    for i, part in enumerate(SLOT.split(template.text)):  # text, slot, text, slot, ..., text
         piece = fillers[part] if i % 2 else part
         if i % 2 and part in SLOTS:
             spans.append((len(text), len(text) + len(piece)))
         text += piece
     return text, spans
+
+
+def _listed(template: Template, attributes: Sequence[str]) -> dict[str, str]:
+    """What fills the slots {attributes} and {examples}."""
+    known = template.question.listed
+    if not attributes or set(attributes) - set(known):
+        raise ValueError(f"unknown attributes in {list(attributes)}; allowed, one or more: {', '.join(known)}")
+
+    def formed(found: re.Match) -> str:
+        return template.question.in_form(found[1], template.form)
+
+    lines = [f"{i}. {known[name].line}" for i, name in enumerate(attributes, 1)]
+    examples = [re.sub(r"\[([a-z ]+)\]", formed, known[name].example) for name in attributes]
+    return {"attributes": "\n".join(lines), "examples": "\n\n".join(examples)}
 
 
 def make_prompt(
@@ -372,16 +270,20 @@ def _name_tokens(text: str, offsets: Sequence[tuple[int, int]], name: str, start
 
 
 def make_pair(
-    tokenizer: Any, row: Mapping[str, Any], chat_template: bool = False, attributes: Sequence[str] = DEFAULT_ATTRIBUTES
+    tokenizer: Any,
+    row: Mapping[str, Any],
+    chat_template: bool = False,
+    attributes: Sequence[str] = DEFAULT_ATTRIBUTES,
+    question: str = questions.DEFAULT,
 ) -> Pair:
     """Build and check one pair from a row of pairs.parquet or of a pairs_file: pair_id, quad_id, half, task, template,
     clean_a, clean_b, corrupt_a, corrupt_b (and clean_c, corrupt_c), answer, corrupt_answer: superset names, or a slot
-    (a, b, c) in odd_one_out; with `attribute`, classes of that one of ANSWERS.
+    (a, b, c) in odd_one_out; with `attribute`, values of that one of the question's.
 
     Raises ValueError for names with different token counts, tokens outside the names that differ, clean and corrupt
     names the same, an unknown answer, answers that are the same, and for what make_prompt and candidates refuse.
     """
-    template = find_template(row["template"], row["task"])
+    template = find_template(row["template"], row["task"], question=question)
     where = f"pair {row['pair_id']!r}"
     if template.task != row["task"]:
         raise ValueError(f"{where}: template {template.name!r} is of task {template.task!r}, not {row['task']!r}")
@@ -392,7 +294,7 @@ def make_pair(
     swapped = _swapped(clean, corrupt, names["clean"], names["corrupt"], where)
     clean, corrupt = (replace(prompt, roles=prompt.roles | {"swapped": swapped}) for prompt in (clean, corrupt))
 
-    attribute = row.get("attribute", "superset")
+    attribute = row.get("attribute", SUPERSET)
     beside: tuple[tuple, tuple] = ((), ())
     if template.task == "odd_one_out":
         words: tuple[str, ...] = template.slots

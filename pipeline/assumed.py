@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lib import batches, records, tasks
+from lib import batches, questions, records, tasks
 from lib.data import HALVES
 from lib.hooks import Site, site_of
-from lib.tasks import SUPERSETS, Pair, Prompt, Template
+from lib.tasks import Pair, Prompt, Template
 from lib.weights import Shape
 from pipeline import costs, declaration, keys, params
 from pipeline.costs import Machine, Work, next_logits, path_unit, sweep_unit, total
@@ -178,8 +178,9 @@ def pair_of(
     supersets in turn.
     """
     length, roles = tokens_of(template, names)
-    about = [tuple(classes) for classes in tasks.ANSWERS.values() if {*answers} <= {*classes}]
-    classes, known = about[0] if about else SUPERSETS, about and len(answers) == 2
+    topic = template.question
+    about = [tuple(classes) for classes in topic.answers.values() if {*answers} <= {*classes}]
+    classes, known = about[0] if about else topic.supersets, about and len(answers) == 2
     turns = list(combinations(range(len(classes)), 2))
     answers = [classes.index(name) for name in answers] if known else turns[quad % len(turns)]
 
@@ -198,7 +199,7 @@ def pair_of(
 
 def few_pairs() -> list[Pair]:
     """Sixteen pairs of the first template, to time units with."""
-    template = tasks.TEMPLATES["profession_both"]
+    template = questions.load().of_task("superset")[0]
     return [pair_of(template, quad, number, HALVES[0], [3, 3]) for quad in range(8) for number in range(2)]
 
 
@@ -229,8 +230,9 @@ def placebos_of(plan: Plan, p: Shared) -> Quads:
         path = keys.find_placebo(p)
     except ParameterError:
         base = params.validate(plan.sections, declaration.PAIRS, params.load_profile(p.profile))
-        every = [(name, quad) for name in base.placebo_attributes for quad in of_lengths(base.placebo_quads_per_half)]
-        return [(half, counts, tuple(tasks.ANSWERS[name])) for name, (half, counts, _) in every]
+        names = [name for name in base.placebo_attributes if name in p.topic.answers]
+        every = [(name, quad) for name in names for quad in of_lengths(base.placebo_quads_per_half)]
+        return [(half, counts, tuple(p.topic.answers[name])) for name, (half, counts, _) in every]
     return quads_in(records.read(path)) if path else []
 
 
@@ -253,7 +255,7 @@ def case_of(plan: Plan, step: str, profile: Mapping[str, Any], shape: Shape, mac
     """A step of a profile's content, ready to be counted."""
     p = params.validate(plan.sections, step, profile)
     each = params.validate(plan.sections, declaration.PAIRS, profile).pairs_per_quad
-    template = tasks.find_template(p.template, p.task)
+    template = tasks.find_template(p.template, p.task, question=p.question)
     pairs, placebos = (
         [pair_of(template, q, n, half, names, answers=own) for q, (half, names, own) in quads for n in range(each)]
         for quads in (enumerate(quads_of(plan, p)), enumerate(placebos_of(plan, p)))

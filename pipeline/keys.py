@@ -20,6 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from lib import questions
 from pipeline import params as parameters
 from pipeline.declaration import CRITICAL_LAYERS, PAIRS, Declaration, Plan
 from pipeline.params import ParameterError, Shared, section_keys
@@ -32,7 +33,7 @@ HASHED = ("pipeline.units", "pipeline.population")
 # Shared keys that reach a step's data. `memory` does: what shares a pass changes the last bits.
 MODEL_KEYS = ("model", "model_sha256", "tokenizer", "adapter")
 MODEL_KEYS += ("dtype", "device", "device_map", "quantisation", "max_memory")
-DATA_KEYS = ("profile", *MODEL_KEYS, "chat_template", "task", "template", "attributes", "seed", "memory")
+DATA_KEYS = ("profile", *MODEL_KEYS, "chat_template", "question", "task", "template", "attributes", "seed", "memory")
 # Keys that reach nothing: where files lie. (What lies there is hashed.)
 PLACES = ("results_dir", "pairs_file", "people_file", "offload_folder", "overwrite", "workers")
 
@@ -152,7 +153,8 @@ def find_findings(step: str, params: Shared) -> dict[str, Any] | None:
 def same_subject(about: Mapping[str, Any], params: Shared, task: bool = True) -> bool:
     """Whether results are about this model (and this task)."""
     keys = ("model", "model_sha256", "tokenizer", "adapter", "quantisation", *(("task",) if task else ()))
-    return all(about.get(key) == getattr(params, key) for key in keys)
+    question = about.get("question", questions.DEFAULT)  # what is older names none
+    return question == params.question and all(about.get(key) == getattr(params, key) for key in keys)
 
 
 def ability(params: Shared) -> dict[str, Any] | None:
@@ -162,7 +164,9 @@ def ability(params: Shared) -> dict[str, Any] | None:
 
 def about(params: Shared) -> dict[str, Any]:
     """The head of a findings file: what it is about."""
-    return params.model_dump(mode="json", include={"profile", *MODEL_KEYS, "task", "template", "chat_template"})
+    return params.model_dump(
+        mode="json", include={"profile", *MODEL_KEYS, "question", "task", "template", "chat_template"}
+    )
 
 
 def find_pairs(step: str, params: Shared) -> Path:
@@ -203,7 +207,8 @@ def ingredients(step: Declaration, params: Shared) -> dict[str, Any]:
     A step of a task that step 01 found the model cannot do computes nothing, and needs no pairs.
     """
     given = params.model_dump(mode="json")
-    inputs: dict[str, Any] = {"weights": weights(params)}
+    asked = params.topic.model_dump(mode="json") | {"labels": params.topic.labels}
+    inputs: dict[str, Any] = {"weights": weights(params), "question": hash_json(asked)}
     if step.name != PAIRS and (ability(params) or {"able": True})["able"] is False:
         inputs["able"] = False
     else:

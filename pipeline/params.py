@@ -17,11 +17,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from lib import questions, safe_yaml
 from lib.hooks import FLOORS
-from lib.tasks import TEMPLATES
+from lib.questions import Question
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -132,9 +132,12 @@ class Shared(BaseModel):
     max_memory: dict[int | str, float] | None = Field(None, description="GB per device, for device_map")
     offload_folder: str | None = Field(None, description="folder for weights that fit on no device")
     chat_template: Flag = Field(False, description="wrap prompts in the tokenizer's chat template")
-    task: Literal["superset", "bi_association", "odd_one_out", "one_name"] = Field(
-        "superset", description="what is asked"
+    question: str = Field(
+        questions.DEFAULT,
+        min_length=1,
+        description="what is asked: a folder of data/questions, or one of your own with a question.yaml",
     )
+    task: questions.Task = Field("superset", description="how it is asked")
     template: str | None = Field(
         None, description="a template of the task, or its text with {a} and {b}; default: the task's first"
     )
@@ -148,7 +151,9 @@ class Shared(BaseModel):
         "auto", description="a layer to test as the aggregator; auto: step 02 chooses"
     )
     pairs_file: str | None = Field(None, description="CSV of your own pairs, instead of those of step 01")
-    people_file: str = Field("data/people.csv", description="table of people that pairs are made of")
+    people_file: str | None = Field(
+        None, description="table of people (of the question's items) that pairs are made of; default: the question's"
+    )
     results_dir: str | None = Field(None, description="folder for results; default results/<profile>")
     memory: Literal["auto"] | Annotated[float, Field(gt=0)] = Field(
         "auto", description="GB that one pass may take; auto: from the machine's size"
@@ -174,6 +179,26 @@ class Shared(BaseModel):
     )
 
     @property
+    def topic(self) -> Question:
+        """What is asked. ValueError where the question has gone since."""
+        return questions.load(self.question)
+
+    @property
+    def controls_file(self) -> str | None:
+        """The question's lists of invented names and of things."""
+        return self.topic.file("controls")
+
+    @property
+    def sentences_file(self) -> str | None:
+        """The question's sentences."""
+        return self.topic.file("sentences")
+
+    @property
+    def odd_one_out_file(self) -> str | None:
+        """The question's own odd-one-out items."""
+        return self.topic.file("odd_one_out")
+
+    @property
     def floor(self) -> float:
         """Logits: what a mean change must exceed to be an effect (`lib.stats.Settings`)."""
         return FLOORS[self.quantisation or self.dtype]
@@ -189,7 +214,7 @@ class OfSlice(Shared):
 
 SHARED = frozenset(Shared.model_fields)
 # Shared keys that a notebook's parameters cell lists, because one gives them by hand.
-BY_HAND = ("model", "task", "template", "seed", "layers")
+BY_HAND = ("model", "question", "task", "template", "seed", "layers")
 BY_HAND += ("pairs_file", "people_file", "results_dir", "memory", "overwrite")
 # Variables of an IPython session that no one gave as a parameter.
 _IPYTHON = {"In", "Out", "exit", "quit", "get_ipython", "open"}
@@ -220,28 +245,12 @@ def profiles() -> list[str]:
     return sorted(path.stem for path in (ROOT / "params").glob("*.yaml"))
 
 
-class _KeysOnce(yaml.SafeLoader):
-    """YAML's safe part, in which no mapping has a key twice; PyYAML by itself takes the last and says nothing."""
-
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
-        """Checked as written: a key beside the one that `<<` brings in is no second one."""
-        node, lines = super().compose_mapping_node(anchor), {}
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                continue
-            line = key.start_mark.line + 1
-            if key.value in lines:
-                raise yaml.YAMLError(f"key {key.value!r} stands there twice, in lines {lines[key.value]} and {line}")
-            lines[key.value] = line
-        return node
-
-
 def read_yaml(path: Path) -> Any:
     """What a YAML file holds, read safely. ParameterError for what is not YAML, and for a key given twice."""
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), Loader=_KeysOnce)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ParameterError(f"{path.name} is not valid YAML: {' '.join(str(error).split())}") from None
+        return safe_yaml.read_yaml(path)
+    except ValueError as error:
+        raise ParameterError(str(error)) from None
 
 
 def load_profile(name: str) -> dict[str, Any]:
@@ -280,12 +289,24 @@ def validate(sections: Sections, step: str, given: Mapping[str, Any]) -> Shared:
             raise ParameterError(_unknown(key, flat[key], list(model.model_fields), f"of step {step}") + elsewhere)
     if "model" not in flat:
         raise ParameterError("model is not given: run with -f params/<profile>.yaml, or give -p model")
-    merged = {key: value for key, value in section.items() if value is not None} | flat
+    topic = _question(flat.get("question", questions.DEFAULT))
+    own_defaults = {"placebo_attributes": (topic.placebo,)} if topic.placebo else {}
+    merged = {key: value for key, value in (own_defaults | topic.defaults).items() if key in model.model_fields}
+    merged |= {key: value for key, value in section.items() if value is not None} | flat
     try:
         params = model(**merged)
     except ValidationError as error:
         raise ParameterError(_sentence(step, model, error)) from None
-    return params.model_copy(update={"template": _template(params)})
+    people = params.people_file or topic.file("items")
+    return params.model_copy(update={"template": _template(params), "people_file": people})
+
+
+def _question(name: Any) -> Question:
+    """The question of that name. ParameterError for what is none."""
+    try:
+        return questions.load(str(name))
+    except ValueError as error:
+        raise ParameterError(f"parameter question = {name!r}: {error}") from None
 
 
 def _unknown(key: str, value: Any, allowed: Sequence[str], where: str) -> str:
@@ -386,19 +407,22 @@ def check_layers(params: Shared, n_layers: int) -> None:
 
 def _template(params: Shared) -> str:
     """The template asked for, or the task's first."""
+    known = params.topic.texts
     for key in ("templates", "order_templates"):
         for name in getattr(params, key, ()):
-            if name not in TEMPLATES and "{a}" not in name:
+            if name not in known and "{a}" not in name:
                 raise ParameterError(
-                    f"parameter {key}: {name!r} is unknown{_nearest(name, TEMPLATES)}; the templates are "
-                    f"{', '.join(TEMPLATES)}, or a text with {{a}} and {{b}}"
+                    f"parameter {key}: {name!r} is unknown{_nearest(name, known)}; the templates are "
+                    f"{', '.join(known)}, or a text with {{a}} and {{b}}"
                 )
-    own = [name for name, template in TEMPLATES.items() if template.task == params.task]
+    own = [template.name for template in params.topic.of_task(params.task)]
+    if not own:
+        raise ParameterError(f"parameter task = {params.task!r}: question {params.question} has no template of it")
     if params.template is None:
         return own[0]
-    if params.template in own or (params.template not in TEMPLATES and "{a}" in params.template):
+    if params.template in own or (params.template not in known and "{a}" in params.template):
         return params.template
-    owner = f" (it is of task {TEMPLATES[params.template].task})" if params.template in TEMPLATES else ""
+    owner = f" (it is of task {known[params.template].task})" if params.template in known else ""
     raise ParameterError(
         f"parameter template = {params.template!r}{owner}: templates of task {params.task} are {', '.join(own)}, "
         f"or give a text with {{a}} and {{b}}{_nearest(params.template, own)}"

@@ -22,40 +22,57 @@ import pandas as pd
 import pandera.pandas as pa
 from scipy.special import log_softmax
 
-from lib import tasks
+from lib import questions, tasks
 from lib.data import read_table
 from lib.metrics import margins
-from lib.tasks import SUPERSETS, TEMPLATES, Template
+from lib.questions import ROOT, Attribute, Question, Template
 
 Score = Callable[[Sequence[Sequence[int]]], np.ndarray]
 PER_QUAD = 8  # people of each superset whom the model is asked about alone, for each quad of a half
 CHUNK = 256  # prompts scored at once: their full-vocabulary logits are 50 MB at 50,000 tokens
-PEOPLE = pa.DataFrameSchema(
-    {
+
+
+def schema_of(question: Question) -> pa.DataFrameSchema:
+    """What a table of people must be: name, profession, superset, whether it is in two, the question's attributes, and
+    who else bears the name."""
+
+    def column(own: Attribute) -> pa.Column:
+        if own.whole:
+            return pa.Column(int, pa.Check.in_range(*own.whole))
+        return pa.Column(str, pa.Check.isin(own.allowed) if own.allowed else pa.Check.str_length(min_value=1))
+
+    columns = {
         "name": pa.Column(str, pa.Check.str_matches(r"^\S(.*\S)?$"), unique=True),
-        "profession": pa.Column(str, pa.Check.str_matches(r"^[a-z][a-z -]*$")),
-        "superset": pa.Column(str, pa.Check.isin(SUPERSETS)),
+        "profession": pa.Column(str, pa.Check.str_matches(r"^\S(.*\S)?$")),
+        "superset": pa.Column(str, pa.Check.isin(question.supersets)),
         "two_supersets": pa.Column(bool),
-        "second_superset": pa.Column(str, pa.Check.isin((*SUPERSETS, ""))),
-        "region": pa.Column(str, pa.Check.str_length(min_value=1)),
-        "century": pa.Column(int, pa.Check.in_range(-30, 21)),
-        "gender": pa.Column(str, pa.Check.isin(("female", "male", "unknown"))),
-        "namesake": pa.Column(str),  # who else bears the name, about as well known: "politician"; "" if no one
-    },
-    strict=True,
-)
+        "second_superset": pa.Column(str, pa.Check.isin((*question.supersets, ""))),
+        "namesake": pa.Column(str),  # who else bears the name, about as well known; "" if no one
+    }
+    return pa.DataFrameSchema(columns | {name: column(own) for name, own in question.attributes.items()}, strict=True)
 
 
-def load_people(path: str | Path) -> pd.DataFrame:
+# What a table of people may leave out, and what then stands there: a text, or what another column has.
+MISSING = {"profession": "superset", "two_supersets": "false", "second_superset": "", "namesake": ""}
+
+
+def load_people(path: str | Path, question: str = questions.DEFAULT) -> pd.DataFrame:
     """The table of people, checked: one row per name, superset and profession known, flags consistent.
 
-    Columns: name, profession, superset, two_supersets, second_superset ("" if none), region, century (-5: fifth BC),
-    gender, namesake ("" if none).
+    Columns: name, profession (the superset, where the table has none), superset, two_supersets, second_superset ("" if
+    none), the question's attributes, namesake ("" if none); under the names that the question's `columns` give them.
     Raises ValueError naming the file's row (the header is row 1), the column, the value and what is allowed.
     """
-    table = read_table(Path(path), "people_file", list(PEOPLE.columns)).astype(str)
+    topic = questions.load(question)
+    named = {own: topic.columns.get(own, own) for own in ("name", "superset", "profession")}
+    needed = [named["name"], named["superset"], *topic.attributes]
+    optional = [named["profession"], "two_supersets", "second_superset", "namesake"]
+    table = read_table(Path(path), "people_file", needed, optional).astype(str)
+    table = table.rename(columns={given: own for own, given in named.items()})
+    table = table.assign(**{name: table.get(name, table.get(own, own)) for name, own in MISSING.items()})
     flags = {"true": True, "True": True, "false": False, "False": False}
-    for column, allowed in (("two_supersets", flags), ("century", None)):
+    whole = [name for name, own in topic.attributes.items() if own.whole]
+    for column, allowed in (("two_supersets", flags), *((name, None) for name in whole)):
         known = table[column].isin(allowed) if allowed else table[column].str.fullmatch(r"-?\d+")
         if not known.all():
             row = int(np.argmin(known))
@@ -65,7 +82,7 @@ def load_people(path: str | Path) -> pd.DataFrame:
             )
         table[column] = table[column].map(allowed) if allowed else table[column].astype(int)
     try:
-        table = PEOPLE.validate(table, lazy=True)
+        table = schema_of(topic).validate(table, lazy=True)
     except pa.errors.SchemaErrors as error:
         first = error.failure_cases.iloc[0]
         row = "" if pd.isna(first["index"]) else f", row {int(first['index']) + 2}"
@@ -77,6 +94,12 @@ def load_people(path: str | Path) -> pd.DataFrame:
             "two_supersets is true, be empty where it is false, and differ from superset"
         )
     return table
+
+
+def controls_of(step: Any) -> pd.DataFrame:
+    """The question's control names: `kind` (invented, thing) and `name`; no rows where it has none."""
+    path = step.params.controls_file
+    return pd.read_csv(ROOT / path, dtype=str) if path else pd.DataFrame(columns=["kind", "name"], dtype=str)
 
 
 def unambiguous(people: pd.DataFrame) -> pd.DataFrame:
@@ -113,12 +136,14 @@ def ask_alone(
     score: Score,
     chat_template: bool = False,
     asked: pd.DataFrame | None = None,
+    question: str = questions.DEFAULT,
 ) -> pd.DataFrame:
     """`people` with `evidence`: for each superset the logit of its word on the one-name prompts, their mean over the
-    templates of `tasks.FAME`. Who is in `asked`, an earlier answer, is not asked again."""
+    question's `fame` templates. Who is in `asked`, an earlier answer, is not asked again."""
     known = {} if asked is None else dict(zip(asked["name"], asked["evidence"], strict=True))
     names, parts = [name for name in people["name"] if name not in known], []
-    for template in (TEMPLATES[name] for name in tasks.FAME):
+    topic = questions.load(question)
+    for template in map(topic.find, topic.fame):
         _, tokens = tasks.candidates(tokenizer, template)
         prompts = [tasks.make_prompt(tokenizer, template, [name], chat_template).ids for name in names]
         parts.append(logits_of(score, prompts, [tokens] * len(prompts)).astype(np.float64) if names else [])
@@ -126,17 +151,18 @@ def ask_alone(
     return people.assign(evidence=[np.asarray(known[name]) for name in people["name"]])
 
 
-def add_fame(people: pd.DataFrame) -> pd.DataFrame:
+def add_fame(people: pd.DataFrame, question: str = questions.DEFAULT) -> pd.DataFrame:
     """`people`, asked alone, with `fame` (nats, at most 0), `known`, and `first` (the superset that the name is given).
 
     A model prefers some words whatever the name, so fame and first choice rest on evidence that is centred on its mean
     over people, every superset counting alike (batch calibration, Zhou et al. 2023, arXiv 2309.17249). Fame is the
     log-softmax of the own superset's.
     """
-    evidence, own = np.stack(people["evidence"].to_list()), people["superset"].map(SUPERSETS.index).to_numpy()
+    supersets = questions.load(question).supersets
+    evidence, own = np.stack(people["evidence"].to_list()), people["superset"].map(supersets.index).to_numpy()
     centred = evidence - np.mean([evidence[own == s].mean(0) for s in np.unique(own)], axis=0)
     first, fame = centred.argmax(1), log_softmax(centred, axis=1)[np.arange(len(own)), own]
-    return people.assign(fame=fame, known=first == own, first=[SUPERSETS[i] for i in first])
+    return people.assign(fame=fame, known=first == own, first=[supersets[i] for i in first])
 
 
 def add_tokens(

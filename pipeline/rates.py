@@ -22,7 +22,7 @@ import torch
 import transformers
 from scipy.optimize import nnls
 
-from lib import models, sweep, tasks, weights
+from lib import models, questions, sweep, weights
 from lib.batches import token_ids
 from lib.data import HALVES
 from lib.hooks import Model, Site
@@ -94,7 +94,8 @@ def sweeps(model: Model, shape: Shape, place: Machine) -> Iterator[tuple[Work, C
     for count in (2, 16):
         ids = token_ids(model, [pair.clean.ids for pair in pairs[:count]])
         yield costs.plain(shape, count, tokens), partial(base_run, model, ids, [tokens - 1])
-    one = tasks.TEMPLATES["profession_is"]
+    topic = questions.load()
+    one = topic.find(topic.alone)
     asked = [assumed.pair_of(one, quad, 0, HALVES[0], [3]).clean.ids for quad in range(64)]
     yield costs.next_logits(shape, len(asked), len(asked[0]), 3), partial(models.next_logits, model, asked)
     heads, every = [[Site(last, "head", 0)]], range(max(0, shape.n_layers - 16), shape.n_layers)

@@ -188,7 +188,7 @@ class Step:
         from lib import data
 
         try:
-            return data.load_pairs_file(path)
+            return data.load_pairs_file(path, question=self.params.question)
         except ValueError as error:
             raise StepError(str(error)) from None
 
@@ -198,7 +198,7 @@ class Step:
 
         if table is None:
             return list(self.shared("prompts", lambda: self.prompts(self.pairs())))
-        how = (self.params.chat_template, self.params.attributes)
+        how = (self.params.chat_template, self.params.attributes, self.params.question)
         try:
             return [tasks.make_pair(self.tokenizer, row, *how) for row in table.to_dict("records")]
         except ValueError as error:

@@ -24,11 +24,14 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from lib import questions
+from lib.questions import Question
 from pipeline import params
 from report import scale
 from report.library import block, library
 
 ROOT = Path(__file__).resolve().parent.parent
+WORDED = ("index", "how_to_read")  # pages whose prose is about the question
 
 
 class BookError(ValueError):
@@ -104,6 +107,33 @@ def clean_notebook(path: Path, step: str, note: str = "") -> str:
     for key in ("papermill", "widgets"):
         notebook.get("metadata", {}).pop(key, None)
     return json.dumps(notebook, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+def asked(results: Path, step: str) -> Question:
+    """The question that a step's run record names."""
+    return questions.load(read_json(results, step, "run").get("parameters", {}).get("question", questions.DEFAULT))
+
+
+def headed(topic: Question) -> dict[str, str]:
+    """The question at the head of the landing page."""
+    return {"title": topic.title, "introduction": topic.introduction}
+
+
+def reworded(text: str, topic: Question) -> str:
+    """A notebook, as JSON text, in the question's words: its prose, captions, and the texts and tables it shows."""
+    notebook = json.loads(text)
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "markdown":
+            cell["source"] = topic.reworded("".join(cell["source"]))
+        for part in (cell["metadata"].get("mystnb", {}).get(name, {}) for name in ("figure", "image")):
+            part |= {key: topic.reworded(part[key]) for key in ("caption", "alt") if key in part}
+        for output in cell.get("outputs", ()):
+            shown = output.get("data", {})
+            for kind in ("text/markdown", "text/html"):
+                if kind in shown:
+                    parts = re.split(r"(<[^>]*>)", "".join(shown[kind]))
+                    shown[kind] = "".join(part if part.startswith("<") else topic.reworded(part) for part in parts)
+    return json.dumps(notebook, indent=1, sort_keys=True, ensure_ascii=False) + "\n" if topic.words else text
 
 
 def landing(results: Path, steps: Mapping[str, str], to: Path) -> dict[str, str]:
@@ -300,8 +330,9 @@ def assemble(sections: params.Sections, profile: str, folders: Folders, root: Pa
     source, results, to = folders.source, folders.results, folders.to
     steps = pages(source)
     notes = quick_notes(sections, results, steps)
+    topic = asked(results, next(iter(steps)))
     notebooks = {
-        page: clean_notebook(folders.executed / f"{Path(page).name}.ipynb", step, notes.get(step, ""))
+        page: reworded(clean_notebook(folders.executed / f"{Path(page).name}.ipynb", step, notes.get(step, "")), topic)
         for step, page in steps.items()
     }
     shutil.rmtree(to, ignore_errors=True)
@@ -310,7 +341,7 @@ def assemble(sections: params.Sections, profile: str, folders: Folders, root: Pa
     for page, text in notebooks.items():
         (to / f"{page}.ipynb").write_text(text, encoding="utf-8")
     generated = {
-        "index": landing(results, steps, to) | {"quick": notes.get("index", "")},
+        "index": landing(results, steps, to) | {"quick": notes.get("index", "")} | headed(topic),
         "scale": scale.fields(root / "bench" / "results", to),
         "reproducibility": {"profile": profile, "runs": reproducibility(results, steps)},
         "api": {name: library(root / name) for name in ("lib", "report")},
@@ -318,6 +349,9 @@ def assemble(sections: params.Sections, profile: str, folders: Folders, root: Pa
     for name, fields in generated.items():
         page = to / f"{name}.md"
         page.write_text(Template(page.read_text(encoding="utf-8")).substitute(fields), encoding="utf-8")
+    for name in WORDED:
+        page = to / f"{name}.md"
+        page.write_text(topic.reworded(page.read_text(encoding="utf-8")), encoding="utf-8")
     toc = params.read_yaml(to / "_toc.yml")
     listed = [toc["root"], *(entry["file"] for part in toc["parts"] for entry in part["chapters"])]
     unknown = [page for page in listed if not list(to.glob(f"{page}.*"))]

@@ -41,6 +41,12 @@ def counted(number: int, thing: str) -> str:
     return f"{number} {thing}{'s' * (number != 1)}"
 
 
+def number_word(number: int) -> str:
+    """A small number as a word, a large one in figures."""
+    small = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+    return small[number] if number < len(small) else str(number)
+
+
 def interval(estimate: float, low: float | None, high: float | None, digits: int = 2) -> str:
     """An estimate with its interval, "0.33 [0.28, 0.38]", or alone where there is none."""
     bare = low is None or high is None or np.isnan(low) or np.isnan(high)

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pandas as pd
+from professions import SUPERSETS, TEMPLATES
 
 from lib import tasks
-from lib.tasks import SUPERSETS
 
 
 def fake_score(tokenizer, people, skill: float, seed: int = 0):
@@ -13,7 +13,7 @@ def fake_score(tokenizer, people, skill: float, seed: int = 0):
     With a large `skill` every prompt is answered rightly; at 0 the answers are random. Logits depend on the ids alone.
     """
     superset = dict(zip(people.name, people.superset.map(SUPERSETS.index), strict=True))
-    tokens = [tasks.candidates(tokenizer, tasks.TEMPLATES[name])[1] for name in ("profession_both", "bi_association")]
+    tokens = [tasks.candidates(tokenizer, TEMPLATES[name])[1] for name in ("profession_both", "bi_association")]
     width = max(map(max, tokens)) + 1
 
     def score(prompts):

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from professions import TEMPLATES
 from tokenizers import Regex, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
@@ -21,7 +22,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lib.tasks import SLOTS, TEMPLATES
+from lib.tasks import SLOTS
 
 PROFESSIONS, EACH = 4, 40  # people EACH * p ... EACH * (p + 1) - 1 are of profession p
 COUNT = PROFESSIONS * EACH

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+from professions import QUESTION, SUPERSETS
 
 from lib import data, models, tasks
 from pipeline import population
@@ -60,7 +61,9 @@ def test_chance_is_a_third_where_three_names_are_asked_about():
     frame = answers([True] * 10 + [False] * 15, task="odd_one_out", template="odd_one_out")
     (row,) = measure.accuracies(frame, PARAMS, ["task", "template"]).to_dict("records")
     assert row["chance"] == 1 / 3 and row["p"] == pytest.approx(tail(10, 25, 1 / 3)) and not row["above"]
-    assert [measure.CHANCE[task] for task in tasks.TASKS] == [1 / 5, 1 / 5, 1 / 3, 1 / 5]
+    for task in ("superset", "bi_association", "one_name"):
+        (row,) = measure.accuracies(answers([True] * 5, task=task), PARAMS, ["task"]).to_dict("records")
+        assert row["chance"] == 1 / 5
 
 
 def test_just_above_chance_depends_on_the_level():
@@ -166,7 +169,7 @@ def test_another_task_is_known_by_the_first_template_that_works(above, template)
 
 def asked(logits: list[list[float]], answers_: list[str], **more: object) -> pd.DataFrame:
     """Prompts with the logits of the five words, a person of each superset in turn."""
-    own = [tasks.SUPERSETS.index(name) for name in answers_]
+    own = [SUPERSETS.index(name) for name in answers_]
     right = [row[index] == max(row) for row, index in zip(logits, own, strict=True)]
     frame = answers(right).assign(superset=answers_, answer=answers_, logits=[np.array(row) for row in logits])
     return frame.assign(rank=0, probability=0.1, candidate_probability=0.2, label_probability=0.1).assign(**more)
@@ -179,7 +182,7 @@ def test_a_word_that_is_liked_whatever_the_name_is_taken_off():
     frame = asked(logits, ["artist", "artist", "writer", "writer"])
     assert frame["correct"].tolist() == [True, True, False, False]
     # means of the classes: artists (6, .., 0), writers (5.5, .., 0.5): 5.75 and 0.25 are taken off
-    assert page.centred(frame).tolist() == [True, True, True, False]
+    assert page.centred(frame, SUPERSETS).tolist() == [True, True, True, False]
     table = page.ability(measure.Measured(frame, frame, None, None, [], ""), PARAMS).set_index(["superset", "scoring"])
     assert table.loc[("writer", "raw"), "estimate"] == 0 and table.loc[("writer", "centred"), "estimate"] == 0.5
     assert table.loc[("all", "raw"), "estimate"] == 0.5 and table.loc[("all", "centred"), "estimate"] == 0.75
@@ -191,7 +194,7 @@ def test_the_place_of_the_right_word_is_in_the_whole_vocabulary():
     assert set(table["place"]) == {7} and table["candidate_probability"].tolist() == pytest.approx([0.05] * 6)
     first = table[(table["scoring"] == "first word") & (table["superset"] == "all")].iloc[0]
     assert first["estimate"] == pytest.approx(1 / 3)
-    said = page.ability_sentences(table)
+    said = page.ability_sentences(table, QUESTION)
     assert "comes first in 0.33 of these prompts; its place is 7 in the median" in said["vocabulary"]
     assert (
         "the five words together have 5% of the probability: so what it says next is most often another"
@@ -220,11 +223,11 @@ def test_the_gap_is_told_for_every_way_of_selecting():
     }  # fmt: skip
     assert table["quads"].tolist() == [2, 3, 1, 2, 1]
     assert table.loc["before any selection", "right"] == 0.5 and table.loc["kept", "solved"] == pytest.approx(1 / 3)
-    left, gap, unselected, matched = page.pair_sentences(m, table.reset_index())
+    left, gap, unselected, matched = page.pair_sentences(m, table.reset_index(), QUESTION)
     assert left.startswith("3 pairs in 2 discovery quads and 1 confirmation quads are left")
     assert "Of the 3 quads, 1 are solved" in gap and "their gap is 6.00 logits" in gap
     assert unselected.startswith("Of 2 quads of people drawn before any selection, 50% have a gap above zero")
-    assert matched.startswith("In 2 of the 3 quads") and "in 1 of one gender" in matched
+    assert matched.startswith("In 2 of the 3 quads") and "in 1 in gender" in matched
 
 
 def test_what_step_01_says(tmp_path):

@@ -14,6 +14,7 @@ from tests.test_directions import PARAMS, after, means_table, step_of, synthetic
 from tests.test_sweep import PAIRS, captured
 
 SUPERSETS, REGIONS = ("artist", "athlete", "writer"), ("Europe", "Africa", "Asia")
+ABOUT = ("region", "century", "gender")
 WORDS = PAIRS[0].candidates
 
 
@@ -39,7 +40,7 @@ def found_in(along):
     values, prompts, people, means = world(along)
     each, couples = confounds.within_classes(values, prompts)
     assert len(couples) == 90 and np.allclose(each[couples["superset"] == "writer"].mean(0), 0)
-    counts, rng = confounds.counts_of(people, couples["names"].tolist()), np.random.default_rng(0)
+    counts, rng = confounds.counts_of(people, couples["names"].tolist(), ABOUT), np.random.default_rng(0)
     assert counts["region"].sum(1).tolist() == [2] * 90 and counts["region"].shape == (90, 3)
     names, vectors = confounds.class_directions(means)
     orders = [confounds.dealt(rng, couples) for _ in range(100)]
@@ -61,7 +62,7 @@ def test_the_share_of_a_direction_is_what_of_it_lies_along_the_attribute():
 def test_few_people_have_no_mean_and_strangers_no_value():
     people = pd.DataFrame({"name": ["a", "b", "c"], "region": "Asia", "century": 20, "gender": ["x", "x", "y"]})
     names = [("a", "b")] * 3 + [("c", "stranger")]
-    counts = confounds.counts_of(people, names)
+    counts = confounds.counts_of(people, names, ABOUT)
     assert counts["gender"].tolist() == [[2], [2], [2], [0]] and counts["region"][:, 0].tolist() == [2, 2, 2, 1]
     assert confounds.span_of(np.ones((4, 7)), [*counts.values()]).shape == (0, 7)
 
@@ -138,7 +139,7 @@ def page_of(quads):
     other = {"class difference|1|0": 0.1, "class difference|1|1": 0.3, "region difference|1|": 0.8}
     placebo = synthetic(quads, both | other, seed=1, attribute="region")
     shares = [(name, key, 0.3, 0.1, 0.2, 0.01, 2, 90) for name in ("a - b", "a against the rest", MEAN)
-              for key in (*confounds.ATTRIBUTES, TOGETHER)]  # fmt: skip
+              for key in (*ABOUT, TOGETHER)]  # fmt: skip
     columns = ["name", "attribute", "share", "by_chance", "highest", "p", "k", "prompts"]
     spans = pd.DataFrame(shares, columns=columns).assign(what="share", vector=None)
     made = {"spans": spans, "beside": synthetic(quads, both | own), "placebo": placebo, "layer": 21}

@@ -6,9 +6,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from professions import TEMPLATES
 from torch.utils.flop_counter import FlopCounterMode
 
-from lib import hooks, models, paths, sweep, tasks, weights
+from lib import hooks, models, paths, sweep, weights
 from lib.data import HALVES
 from lib.hooks import Site
 from pipeline import assumed, costs
@@ -21,7 +22,7 @@ from steps.retrieval_heads import routes
 from steps.story import attribution, circuits
 from steps.story import measure as story
 
-TEMPLATE = tasks.TEMPLATES["profession_both"]
+TEMPLATE = TEMPLATES["profession_both"]
 PAIRS = [assumed.pair_of(TEMPLATE, q, 0, HALVES[q % 2], [2, 2], 0) for q in range(4)]
 LONGER = [assumed.pair_of(TEMPLATE, q, 0, HALVES[q % 2], [3, 4], 0) for q in range(4, 6)]
 SLICE = [Site(1, "head", 2), Site(1, "mlp"), Site(2, "head", 0)]

@@ -9,9 +9,9 @@ import pytest
 from fake_score import fake_score, some_people
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from professions import QUESTION, SUPERSETS, TEMPLATES
 
 from lib import data, tasks
-from lib.tasks import SUPERSETS
 from pipeline import population
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -81,7 +81,7 @@ def test_wrong_files_of_people(tmp_path):
     pd.DataFrame({"name": [], "job": []}).to_csv(tmp_path / "people.csv", index=False)
     with pytest.raises(ValueError, match="missing columns .*'superset'.*unknown columns .'job'.*needed are name,"):
         population.load_people(tmp_path / "people.csv")
-    pd.DataFrame(columns=list(population.PEOPLE.columns)).to_csv(tmp_path / "people.csv", index=False)
+    pd.DataFrame(columns=list(population.schema_of(QUESTION).columns)).to_csv(tmp_path / "people.csv", index=False)
     with pytest.raises(ValueError, match="no rows"):
         population.load_people(tmp_path / "people.csv")
 
@@ -92,10 +92,10 @@ def test_fame_is_the_centred_log_probability_of_the_own_superset_over_templates(
     asked = population.ask_alone(few, smollm_tokenizer, score)
     frame = population.add_fame(asked)
     logits = np.zeros((len(few), 5))
-    for template in (tasks.TEMPLATES[name] for name in tasks.FAME):
+    for template in (TEMPLATES[name] for name in QUESTION.fame):
         tokens = list(tasks.candidates(smollm_tokenizer, template)[1])
         prompts = [tuple(smollm_tokenizer(template.text.replace("{a}", name)).input_ids) for name in few.name]
-        logits += score(prompts)[:, tokens].astype(float) / len(tasks.FAME)
+        logits += score(prompts)[:, tokens].astype(float) / len(QUESTION.fame)
     assert np.allclose(np.stack(frame.evidence.to_list()), logits)
     own = few.superset.map(SUPERSETS.index).to_numpy()
     logits -= np.mean([logits[own == s].mean(0) for s in range(5)], axis=0)
@@ -106,7 +106,7 @@ def test_fame_is_the_centred_log_probability_of_the_own_superset_over_templates(
     # who has been asked is not asked again, and nothing changes by it
     prompts = []
     again = population.ask_alone(few, smollm_tokenizer, lambda own: prompts.extend(own) or score(own), False, asked[4:])
-    assert len(prompts) == 4 * len(tasks.FAME)
+    assert len(prompts) == 4 * len(QUESTION.fame)
     assert np.allclose(np.stack(again["evidence"].to_list()), np.stack(asked["evidence"].to_list()))
 
 

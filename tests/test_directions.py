@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from professions import SUPERSETS
 
 from lib import hooks, records
 from lib.hooks import Site
@@ -180,7 +181,7 @@ def test_subspaces_have_the_dimensions_that_their_rows_span():
     centres = {"artist": 3 * np.eye(12)[0], "writer": 3 * np.eye(12)[1], "athlete": np.zeros(12)}
     values = np.stack([centres[name] for name in labels]) + 0.1 * rng.standard_normal((60, 12))
     jobs = [[None, {"artist": "poet", "writer": "dancer", "athlete": "boxer"}[name]] for name in labels]
-    found = directions.subspaces(values, labels, jobs)
+    found = directions.subspaces(values, labels, jobs, SUPERSETS)
     for method in ("class means", "probe", "profession means"):
         basis = found[method, 0]
         assert basis.shape == (2, 12) and np.allclose(basis @ basis.T, np.eye(2))
@@ -189,7 +190,7 @@ def test_subspaces_have_the_dimensions_that_their_rows_span():
     variance, between = directions.spread_along(values, labels, np.eye(12)[[0, 5]])
     assert variance[0] == pytest.approx(2, rel=0.1) and between[0] > 0.99 and between[1] < 0.2
     with pytest.raises(ValueError, match="two supersets; the fitting half has artist"):
-        directions.class_means(values[:20], labels[:20])
+        directions.class_means(values[:20], labels[:20], SUPERSETS)
 
 
 def test_pairs_of_classes_that_were_not_fitted_are_left_out():

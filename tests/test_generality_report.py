@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+from professions import SUPERSETS
 
 from lib.hooks import Site
-from lib.tasks import SUPERSETS
 from pipeline import params
 from report.words import of_row
 from steps.generality import controls_page, name_rule, page, placebo, placebo_page
@@ -460,7 +460,7 @@ def made_tables(quads: int) -> page.Tables:
         made_joint(grid, lambda *_: 0.3, seed=head).assign(layer=0, component="head", head=head) for head in range(4)
     ]
     alone = page.with_pairs(pd.concat(alone), grid)
-    heads = page.class_matrices(alone)
+    heads = page.class_matrices(alone, SUPERSETS)
     changes = controls_page.with_controls(*made_controls(np.zeros(5)))
     candidates, verdicts = controls_page.scored(changes, SUPERSETS, PARAMS)
     circuits = [Circuit(kind, name, ("p",), (), 0) for name in SUPERSETS for kind in ("without", "only")]

@@ -8,10 +8,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from professions import SUPERSETS, TEMPLATES
 
 from lib import batches, hooks, records, sweep, tasks
 from lib.hooks import Site
-from lib.tasks import SUPERSETS
 from pipeline import params, population, units
 from pipeline import step as steps
 from pipeline.params import ROOT
@@ -121,7 +121,7 @@ def test_an_order_without_a_superset_never_sees_it_and_one_by_it_sees_nothing_el
             ("athlete", "writer"): {0: 0.1, 1: 0.2, 2: 0.5},
         }
     )
-    found = {(own.kind, own.superset): own for own in class_circuits.orders(frame, 2)}
+    found = {(own.kind, own.superset): own for own in class_circuits.orders(frame, 2, SUPERSETS)}
     heads = {key: [site.head for site in own.order] for key, own in found.items()}
     assert heads["without", "artist"] == [2, 1] and found["without", "artist"].pairs == ("p2",)
     assert heads["only", "artist"] == [0, 2] and found["only", "artist"].pairs == ("p0",)
@@ -214,7 +214,7 @@ def test_evidence_is_nothing_on_average_for_people_outside_the_class():
     rng = np.random.default_rng(0)
     own = list(SUPERSETS) * 20
     logits = rng.normal(size=(100, 5)) + 3 * (np.array(own)[:, None] == np.array(SUPERSETS)) + np.arange(5)
-    found = name_rule_prompts.evidence(logits, own)
+    found = name_rule_prompts.evidence(logits, own, SUPERSETS)
     outside = np.array(own)[:, None] != np.array(SUPERSETS)
     assert (found * outside).sum(0) / outside.sum(0) == pytest.approx(np.zeros(5), abs=1e-12)
     assert found[~outside].mean() == pytest.approx(3, abs=0.4)  # the classes' own levels (0 to 4) are gone
@@ -229,7 +229,7 @@ def own_pairs(tmp_path_factory, smollm, smollm_tokenizer):
     folder = tmp_path_factory.mktemp("generality")
     people = population.unambiguous(population.load_people(ROOT / "data" / "people.csv"))
     people = people.groupby("superset").head(120)
-    counted = population.add_tokens(people, smollm_tokenizer, tasks.TEMPLATES["profession_both"])
+    counted = population.add_tokens(people, smollm_tokenizer, TEMPLATES["profession_both"])
     fitting = counted[counted["n_tokens"] == (3, 3)]
     artists, scientists = (fitting[fitting["superset"] == name]["name"].tolist() for name in ("artist", "scientist"))
     rows = [
@@ -263,7 +263,7 @@ def test_own_pairs_are_taken_as_they_are_and_those_with_a_gap_in_other_templates
         "",
     }
     single = single_sites(step)
-    assert single.empty and class_circuits.orders(single, 5) == []  # step 04 has left nothing here
+    assert single.empty and class_circuits.orders(single, 5, SUPERSETS) == []  # step 04 has left nothing here
     assert measure.picked_circuits(step) == []
 
 

@@ -10,10 +10,10 @@ import pytest
 import tokenizers
 import torch
 import transformers
+from professions import SUPERSETS, TEMPLATES
 
 from lib import hooks, tasks
 from lib.hooks import Site
-from lib.tasks import SUPERSETS
 from steps.subspace import interchange, interchange_page
 from tests.test_directions import PARAMS, step_of
 from tests.test_sweep import PAIRS, captured
@@ -30,14 +30,14 @@ def quad_row(**changes):
 
 def word_step(*rows):
     """A step with a tokenizer of whole words, and its pairs."""
-    template = tasks.TEMPLATES["profession_both"]
+    template = TEMPLATES["profession_both"]
     text = [template.text, *PEOPLE.values(), "Eve Joy Sue", *tasks.answers(template, "superset"), "both"]
     words = ["unk", *dict.fromkeys(" ".join(text).replace("{a}", "").replace("{b}", "").split())]
     level = tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="unk")
     own = tokenizers.Tokenizer(level)
     own.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=own)
-    params = SimpleNamespace(chat_template=False, attributes=tasks.DEFAULT_ATTRIBUTES)
+    params = SimpleNamespace(chat_template=False, attributes=tasks.DEFAULT_ATTRIBUTES, question="professions")
     made = lambda table: [tasks.make_pair(tokenizer, row) for row in table.to_dict("records")]  # noqa: E731
     return SimpleNamespace(params=params, tokenizer=tokenizer, prompts=made), pd.DataFrame(rows)
 

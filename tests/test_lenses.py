@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from professions import QUESTION
 from test_sweep import PAIRS, captured
 
 from lib import hooks, records
@@ -74,7 +75,7 @@ def test_random_directions_are_of_the_pair_alone_and_as_long_as_the_stream(tiny)
 
 def test_words_have_their_forms_of_one_token(smollm_tokenizer, two_pairs):
     row = {"clean_profession_a": "actor", "clean_profession_b": "tennis player"}
-    said = lenses.words_of(smollm_tokenizer, two_pairs[0], row)
+    said = lenses.words_of(smollm_tokenizer, two_pairs[0], row, QUESTION)
     assert set(said) == {("superset", "clean"), ("superset", "corrupt"), ("name_a", "clean")}
     words = {key: [smollm_tokenizer.decode([token]) for token in own.tokens] for key, own in said.items()}
     assert words["superset", "clean"] == [" artists", " artist"] and words["name_a", "clean"] == [" actor", " actors"]

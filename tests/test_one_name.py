@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+from professions import QUESTION, SUPERSETS, TEMPLATES
 
 from lib import models, records, tasks
-from lib.tasks import SUPERSETS, TEMPLATES
 from pipeline import population
 from pipeline.params import ROOT
 from steps.retrieval_heads import one_name
@@ -44,7 +44,7 @@ def test_a_label_that_is_a_candidate_is_not_scored(smollm_tokenizer):
 
 def test_one_superset_per_profession(people):
     found = one_name.superset_by_profession(people)
-    assert tuple(found) == tasks.PROFESSIONS and found["poet"] == "writer"
+    assert tuple(found) == QUESTION.labels and found["poet"] == "writer"
     twice = pd.DataFrame({"profession": ["poet", "poet"], "superset": ["writer", "artist"]})
     with pytest.raises(ValueError, match="'poet' stands under the supersets writer, artist"):
         one_name.superset_by_profession(twice)

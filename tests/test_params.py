@@ -23,7 +23,14 @@ def from_notebook(step, namespace):
 
 
 def test_every_profile_is_valid_for_every_step():
-    assert params.profiles() == ["llama-3.3-70b", "smoke", "smollm2-135m", "smollm2-135m-fresh", "smollm2-135m-quick"]
+    assert params.profiles() == [
+        "cities-quick",
+        "llama-3.3-70b",
+        "smoke",
+        "smollm2-135m",
+        "smollm2-135m-fresh",
+        "smollm2-135m-quick",
+    ]
     for name in params.profiles():
         for step in PLAN.names:
             assert validate(step, load_profile(name)).profile == name
@@ -151,7 +158,9 @@ def test_steps_and_profiles_that_do_not_exist(tmp_path):
         ParameterError, match=r"'necesity' is unknown \(did you mean 'necessity'\?\); the steps are base"
     ):
         validate("necesity", BASE)
-    with pytest.raises(ParameterError, match=r"'smok' is unknown \(did you mean 'smoke'\?\); there are llama-3.3-70b"):
+    with pytest.raises(
+        ParameterError, match=r"'smok' is unknown \(did you mean 'smoke'\?\); there are cities-quick, llama"
+    ):
         load_profile("smok")
     path = tmp_path / "mine.yaml"
     for text, message in (

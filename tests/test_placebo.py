@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from fake_score import fake_score
+from professions import QUESTION, SUPERSETS, TEMPLATES
 from test_steps_02_to_04 import many, table
 
 from lib import effects, stats, tasks
@@ -105,7 +106,7 @@ def people():
 
 def region_score(tokenizer, people, skill):
     """A model that knows supersets, and in which the names vote for their region with a skill of its own."""
-    template = tasks.TEMPLATES["profession_both"]
+    template = TEMPLATES["profession_both"]
     know, ids = fake_score(tokenizer, people, 9.0), tasks.candidates(tokenizer, template, "region")[1]
     side = people.set_index("name")["region"].map({"North America": 1, "Europe": -1}).fillna(0)
 
@@ -181,7 +182,7 @@ def test_people_asked_before_come_first_and_are_not_asked_again(some, smollm_tok
 
 def test_people_whom_the_model_does_not_know_come_last():
     people = pd.DataFrame({"name": list("uvwxyz"), "superset": ["artist", "artist", "artist"] + ["writer"] * 3})
-    for_artists, for_writers = ([9.0 * (word == own) for word in tasks.SUPERSETS] for own in ("artist", "writer"))
+    for_artists, for_writers = ([9.0 * (word == own) for word in SUPERSETS] for own in ("artist", "writer"))
     told = {"u": for_writers, "v": for_artists, "x": for_writers, "y": for_artists}
     asked = pd.DataFrame({"name": list(told), "evidence": list(told.values())})
     assert placebo.turns(people, asked).tolist() == [2, 0, 1, 0, 2, 1]
@@ -201,10 +202,10 @@ def test_too_few_people_for_a_placebo_are_said_with_their_numbers(some, smollm_t
     few = some[some["region"] == "Europe"]
     with pytest.raises(ValueError, match="70 left.*no match in token count: 10 quads dropped"):
         built(few, smollm_tokenizer, 5.0)
-    with pytest.raises(ValueError, match="has no column 'gender'"):
-        placebo.classes(some.drop(columns="gender", errors="ignore"), "gender")
+    with pytest.raises(ValueError, match="no answers about the attribute 'height'"):
+        placebo.classes(some, "height", QUESTION)
     with pytest.raises(ValueError, match="unknown attribute 'height'"):
-        tasks.candidates(smollm_tokenizer, tasks.TEMPLATES["profession_both"], "height")
+        tasks.candidates(smollm_tokenizer, TEMPLATES["profession_both"], "height")
 
 
 def test_an_ordinary_pair_records_the_answers_of_other_attributes(smollm_tokenizer):
@@ -213,7 +214,7 @@ def test_an_ordinary_pair_records_the_answers_of_other_attributes(smollm_tokeniz
     pair = tasks.make_pair(smollm_tokenizer, row | dict(answer="artist", corrupt_answer="politician"))
     assert {"Americans", "Europeans", "women", "men"} <= set(pair.labels) and "artists" not in pair.labels
     # what step 01 counts as labels of professions stays that
-    assert "Americans" not in tasks.labels(smollm_tokenizer, tasks.TEMPLATES["profession_both"])[0]
+    assert "Americans" not in tasks.labels(smollm_tokenizer, TEMPLATES["profession_both"])[0]
 
 
 # --- what is said ---

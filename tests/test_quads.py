@@ -10,9 +10,9 @@ import pytest
 from fake_score import fake_score, some_people
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from professions import QUESTION, SUPERSETS
 
 from lib import data, models, tasks
-from lib.tasks import SUPERSETS
 from pipeline import population
 from steps.baselines import quads
 from steps.baselines.quads import Options
@@ -102,7 +102,7 @@ def test_choose_serves_superset_pairs_evenly_and_no_one_twice(seed, sizes, wante
     people = pd.DataFrame(rows, columns=["superset", "n_tokens", "fame"])
     pairs = list(combinations(SUPERSETS, 2))
     people = people.assign(region="Europe", century=20, gender="male")
-    planned = quads.choose(people, dict.fromkeys(pairs, wanted), 0.5, np.random.default_rng(seed))
+    planned = quads.choose(people, dict.fromkeys(pairs, wanted), 0.5, np.random.default_rng(seed), QUESTION.shared)
     used = [quad[slot] for quad in planned for slot in "abcd"]
     assert len(set(used)) == len(used)
     for quad in planned:
@@ -118,7 +118,7 @@ def test_plenty_of_people_give_exactly_what_is_wanted():
     alike = {"n_tokens": (2, 2), "region": "Europe", "century": 20, "gender": "male"}
     rows = [{"superset": s, "fame": -0.01 * i} | alike for s in SUPERSETS for i in range(40)]
     pairs = list(combinations(SUPERSETS, 2))
-    planned = quads.choose(pd.DataFrame(rows), dict.fromkeys(pairs, 5), 1.0, np.random.default_rng(0))
+    planned = quads.choose(pd.DataFrame(rows), dict.fromkeys(pairs, 5), 1.0, np.random.default_rng(0), QUESTION.shared)
     counts = Counter(frozenset((quad["superset"], quad["other"])) for quad in planned)
     assert counts == dict.fromkeys(map(frozenset, pairs), 5)
     first_sides = Counter(quad["superset"] for quad in planned)
@@ -135,9 +135,9 @@ def test_the_most_alike_are_matched_first_and_fame_still_decides():
     other = side(
         (0.1, "Europe", 19, "male"), (0.2, "Asia", 20, "female"), (0.2, "Asia", 20, "unknown"), (5.0, "x", 1, "male")
     )
-    found = quads.matches(one, other, 0.25, np.random.default_rng(0), quads.SHARED)
+    found = quads.matches(one, other, 0.25, np.random.default_rng(0), QUESTION.shared)
     assert found == [(0, 1), (1, 2), (2, 0)]  # of one gender, then of one region and century, then anyone as famous
-    assert len(quads.matches(one, other, 0.05, np.random.default_rng(0), quads.SHARED)) == 0
+    assert len(quads.matches(one, other, 0.05, np.random.default_rng(0), QUESTION.shared)) == 0
 
 
 def test_a_quad_is_kept_for_its_gap_and_solved_by_its_answers():

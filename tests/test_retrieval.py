@@ -8,8 +8,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from professions import SUPERSETS
 
-from lib import models, paths, records, tasks
+from lib import models, paths, records
 from lib.hooks import Site
 from lib.readout import post_norms
 from lib.single_pass import SweepError
@@ -31,9 +32,7 @@ def pair_of(index: int, clean: list[int], corrupt: list[int], half: str = "disco
     for names in (clean, corrupt):
         ids = [1, 2, 3, *names[:2], 4, names[2], 5, 6]
         prompts.append(Prompt("", tuple(ids), ROLES))
-    return Pair(
-        f"p{index}", f"q{index}", half, "superset", "t", *prompts, tasks.SUPERSETS, 0, 1, (), (), (), (), (), ()
-    )
+    return Pair(f"p{index}", f"q{index}", half, "superset", "t", *prompts, SUPERSETS, 0, 1, (), (), (), (), (), ())
 
 
 PAIRS = [pair_of(0, [20, 21, 22], [23, 24, 25]), pair_of(1, [26, 27, 28], [29, 30, 31], "confirmation")]
@@ -123,6 +122,7 @@ def test_names_are_needed(tiny):
 
 # --- outputs ---
 
+TOKENS = dict(zip(SUPERSETS, (50, 51, 52, 53, 54), strict=True))
 WORDS = {"painter": "artist", "poet": "writer", "chemist": "scientist", "novelist": "writer"}
 
 
@@ -198,7 +198,7 @@ def test_a_share_is_what_a_head_makes_up_at_the_receiver(tiny, name, position, s
             weight += 0.5 * torch.rand_like(weight)
     model = models.find_handles(model, None, name)
     pairs, own = many_pairs()
-    about = outputs.About(own, WORDS, (50, 51, 52, 53, 54))
+    about = outputs.About(own, WORDS, TOKENS)
     receiver = outputs.receiver(model, site)
     seen = outputs.read(model, pairs, about, position, {receiver.module, model.final_norm})
     stream = seen.streams[receiver.module]
@@ -252,7 +252,7 @@ def planted(write: dict[int, int], head: int = 2) -> models.Model:
         model.model.embed_tokens.weight[token, token - 20 if token >= 20 else 31] = 1
     for token in (40, 41, 42, 43, 44):
         model.lm_head.weight[token, 16 + token - 40] = 1
-    for place, token in enumerate((50, 51, 52, 53, 54)):
+    for place, token in enumerate(TOKENS):
         model.lm_head.weight[token, 24 + place] = 1
     attention = model.model.layers[1].self_attn
     for feature, target in write.items():
@@ -265,7 +265,7 @@ def test_a_head_that_copies_the_class_is_all_that_the_slice_is_given():
     """At the last token nothing else differs between prompts: its share is 1, a probe tells the class, and at the
     unembedding it says what it writes there."""
     model, (pairs, own) = planted({0: 24, 1: 28, 2: 25}), many_pairs()
-    about = outputs.About(own, WORDS, (50, 51, 52, 53, 54))
+    about = outputs.About(own, WORDS, TOKENS)
     found = outputs.table(model, pairs, about, [Site(1, "mlp")], "last", 0)
     head = (found.layer == 1) & (found["head"] == 2)
     assert found[head].share.mean() == pytest.approx(1, abs=1e-4) and found[~head].share.abs().max() < 1e-6
@@ -281,7 +281,7 @@ def test_a_head_that_always_says_the_same_makes_up_nothing():
     attention = model.attns[1]
     attention.v_proj.weight[12 + 11, 31] = 1
     attention.o_proj.weight[24, 3 * 12 + 11] = 0.02
-    about = outputs.About(own, WORDS, (50, 51, 52, 53, 54))
+    about = outputs.About(own, WORDS, TOKENS)
     found = outputs.table(model, pairs, about, [Site(1, "mlp")], "last", 0)
     same = found[(found.layer == 1) & (found["head"] == 3) & (found.half == "confirmation")]
     for found in (same.share, same.unembedded):
@@ -308,7 +308,7 @@ def test_baselines_are_the_same_classifier_on_what_is_known_without_the_model(ti
         for key, at in own.items():
             regions = at if name == "region" else dict.fromkeys(at, "Europe")
             known[key] = {role: (f"N{key[0]}", regions[role], "20", "male") for role in at}
-        about = outputs.About(own, WORDS, (50, 51, 52, 53, 54), known)
+        about = outputs.About(own, WORDS, TOKENS, known)
         table = outputs.table(model, pairs, about, [Site(2, "mlp")], "last", 0)
         records.conform(table, outputs.OUTPUTS)
         found[name] = table[table["component"].isin(outputs.BASELINES)].set_index("component")["told"]
@@ -316,7 +316,7 @@ def test_baselines_are_the_same_classifier_on_what_is_known_without_the_model(ti
     assert found["nothing"].loc["metadata"].mean() < 0.1 and found["region"].loc["letters"].notna().all()
     people = pd.DataFrame({"name": ["Ann"], "region": ["Asia"], "century": [20], "gender": ["female"]})
     row = {"pair_id": "p", "clean_a": "Ann", "clean_b": "Bo", "corrupt_a": "Cy", "corrupt_b": "Ann"}
-    said = outputs.described(pd.DataFrame([row]), people)["p", "clean"]
+    said = outputs.described(pd.DataFrame([row]), people, ["region", "century", "gender"])["p", "clean"]
     assert said == {"name_a": ("Ann", "Asia", "20", "female"), "name_b": ("Bo", "", "", "")}
 
 

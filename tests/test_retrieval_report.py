@@ -310,7 +310,7 @@ def test_one_name_rows_are_each_two_people_once():
         row | {"pair_id": "q0.1", "clean_a": "D", "clean_b": "C", "corrupt_a": "B", "corrupt_b": "A",
                "answer": "writer", "corrupt_answer": "artist"},
     ])  # fmt: skip
-    out = routes.one_name_rows(table)
+    out = routes.one_name_rows(table, "profession_is")
     assert out[["pair_id", "clean_a", "corrupt_a"]].to_numpy().tolist() == [["q0.0a", "A", "C"], ["q0.0b", "B", "D"]]
 
 

@@ -5,11 +5,11 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+from professions import TEMPLATES
 from test_steps_02_to_04 import place_of, record
 
 from lib import effects
 from lib.hooks import Site
-from lib.tasks import TEMPLATES
 from pipeline.assumed import pair_of
 from pipeline.step import StepError
 from steps.sufficiency import measure, stability, stability_page

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from professions import QUESTION, SUPERSETS, TEMPLATES
 from tokenizers import Regex, Tokenizer, decoders, normalizers
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
@@ -11,7 +12,7 @@ from tokenizers.processors import ByteLevel, TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from lib import models, tasks
-from lib.tasks import SUPERSETS, TEMPLATES, Template, make_pair, make_prompt
+from lib.tasks import Template, make_pair, make_prompt
 
 PEOPLE = Path(__file__).resolve().parents[1] / "data" / "people.csv"
 ROW = {
@@ -199,7 +200,7 @@ def test_candidates_that_are_not_one_token_or_not_distinct_are_errors(smollm_tok
 
 def test_labels_are_the_professions_of_the_table_and_the_singular_supersets(smollm_tokenizer):
     table = pd.read_csv(PEOPLE, keep_default_na=False)
-    assert set(tasks.PROFESSIONS) == set(table.profession)
+    assert set(QUESTION.labels) == set(table.profession)
     words, tokens = tasks.labels(smollm_tokenizer, TEMPLATES["profession_both"])
     assert [smollm_tokenizer.decode([token]) for token in tokens] == [f" {word}" for word in words]
     assert {"actors", "actor", "physicists", "novelist", *SUPERSETS} <= set(words)
@@ -207,7 +208,7 @@ def test_labels_are_the_professions_of_the_table_and_the_singular_supersets(smol
     assert not set(tokens) & set(tasks.candidates(smollm_tokenizer, TEMPLATES["profession_both"])[1])
     assert "boxers" not in words  # two tokens
     assert not set(tasks.labels(smollm_tokenizer, TEMPLATES["bi_association"])[0]) & set(SUPERSETS)
-    assert tasks.plural("tennis player") == "tennis players" and tasks.plural("coach") == "coaches"
+    assert QUESTION.plural("tennis player") == "tennis players" and QUESTION.plural("coach") == "coaches"
 
 
 def test_a_pair_lines_up_token_by_token(smollm_tokenizer):

@@ -25,11 +25,12 @@ from scipy.stats import beta
 from lib import data, models, stats, tasks
 from lib.hooks import Model
 from lib.metrics import margins
-from lib.tasks import SUPERSETS, Template
+from lib.tasks import Template
+from pipeline import keys
 from pipeline.assumed import Case
 from pipeline.costs import Work, total
 from pipeline.declaration import SUPERSET_TASKS, Declaration, Table
-from pipeline.params import ROOT, Shared, Words
+from pipeline.params import Shared, Words
 from pipeline.population import (
     PER_QUAD,
     add_margins,
@@ -73,7 +74,6 @@ class Baselines(Shared):
 ASKED, TRIED = 3000, 1.1
 SIDED = 0.46  # of those asked about, how many are of a placebo's classes and in no quad, in the quick book
 BUILT_FROM = ("quads_per_half", "pairs_per_quad", "fame_tolerance", "min_bucket", "odd_one_out_items", "seed")
-CHANCE = {"superset": 1 / 5, "bi_association": 1 / 5, "one_name": 1 / 5, "odd_one_out": 1 / 3}
 
 
 def score(model: Model) -> Callable[[Sequence[Sequence[int]]], np.ndarray]:
@@ -83,8 +83,10 @@ def score(model: Model) -> Callable[[Sequence[Sequence[int]]], np.ndarray]:
 
 def asked(params: Baselines) -> list[Template]:
     """The templates whose accuracy is measured: those of the profile, its own task's, one name, odd one out."""
-    names = dict.fromkeys([*params.templates, params.template, tasks.FAME[0], "odd_one_out"])
-    return [tasks.find_template(name, params.task) for name in names]
+    topic = params.topic
+    odd = [template.name for template in topic.of_task("odd_one_out")]
+    names = dict.fromkeys([*params.templates, params.template, topic.fame[0], *odd])
+    return [topic.find(name, params.task) for name in names]
 
 
 def accuracy_units(step: Step | Case) -> list[Unit]:
@@ -107,7 +109,7 @@ def items(people: pd.DataFrame, tokenizer: object, template: Template, params: B
             for side, answer in (("clean", "answer"), ("corrupt", "corrupt_answer"))
         ]
         return pd.DataFrame(rows).assign(superset="", professions="")
-    drawn = sample_pairs(people, params.accuracy_pairs, params.seed)
+    drawn = sample_pairs(people, params.accuracy_pairs, params.seed, params.question)
     rows = []
     for index, row in enumerate(drawn.to_dict("records")):
         subject = {"answer": row["superset"], "superset": row["superset"]}
@@ -121,14 +123,17 @@ def items(people: pd.DataFrame, tokenizer: object, template: Template, params: B
 
 def odd_pairs(people: pd.DataFrame, tokenizer: object, params: Baselines) -> pd.DataFrame:
     """Odd-one-out items: the plan's own, then generated ones of other people."""
-    own = data.load_pairs_file(ROOT / "data" / "odd_one_out.csv")
-    if not params.odd_one_out_items:
-        return own
-    taken = {name for side in ("clean", "corrupt") for slot in tasks.SLOTS for name in own[f"{side}_{slot}"]}
-    others = people[~people["name"].isin(taken)].reset_index(drop=True)
-    count = params.odd_one_out_items
-    made = generate_odd_one_out(others, tokenizer, count, params.seed, params.chat_template)
-    return pd.concat([own, made], ignore_index=True)
+    file, count, taken, parts = params.odd_one_out_file, params.odd_one_out_items, set(), []
+    if file:
+        own = data.load_pairs_file(keys.input_file(file), question=params.question)
+        taken = {name for side in ("clean", "corrupt") for slot in tasks.SLOTS for name in own[f"{side}_{slot}"]}
+        parts.append(own)
+    if count:
+        others = people[~people["name"].isin(taken)].reset_index(drop=True)
+        parts.append(generate_odd_one_out(others, tokenizer, count, params.seed, params.chat_template, params.question))
+    if not parts:
+        raise ValueError("odd_one_out_items is 0, and the question has no odd-one-out items of its own: ask for some")
+    return pd.concat(parts, ignore_index=True)
 
 
 def measure(model: Model, people: pd.DataFrame, template: Template, params: Baselines) -> pd.DataFrame:
@@ -187,7 +192,7 @@ def make_quads(model: Model, people: pd.DataFrame, alone: pd.DataFrame, params: 
 def answered(model: Model, pairs: pd.DataFrame, params: Baselines) -> pd.DataFrame:
     """Pairs with what the model makes of both prompts; `solved`: it answers every pair of the quad."""
     options = {"chat_template": params.chat_template, "attributes": params.attributes}
-    out = add_margins(pairs, model.tokenizer, score(model), **options)
+    out = add_margins(pairs, model.tokenizer, score(model), question=params.question, **options)
     return out.assign(solved=solved(out))
 
 
@@ -195,7 +200,7 @@ def make_pairs(model: Model, people: pd.DataFrame, quads: pd.DataFrame | None, p
     """The pairs that every later step sweeps: of the quads, or the odd-one-out pairs with a gap of the right sign."""
     if quads is not None:
         return answered(model, pairs_of(quads, params.pairs_per_quad), params)
-    pairs, _ = aligned(odd_pairs(people, model.tokenizer, params), model.tokenizer)
+    pairs, _ = aligned(odd_pairs(people, model.tokenizer, params), model.tokenizer, question=params.question)
     return right_signed(answered(model, pairs, params), model.noise)
 
 
@@ -230,7 +235,7 @@ def make_placebo(
 
 def people_of(step: Step) -> pd.DataFrame:
     """The table of people."""
-    return load_people(step.people_file)
+    return load_people(step.people_file, step.params.question)
 
 
 def accuracy_of(step: Step) -> Callable[[Unit], pd.DataFrame]:
@@ -247,7 +252,10 @@ def whole(step: Step | Case, *chosen: Any) -> list[Unit]:
 def alone_units(step: Step | Case) -> list[Unit]:
     """A unit for each superset's people."""
     p = step.params
-    return [Unit(superset, (), p.model_dump(mode="json", include={"quads_per_half", "seed"})) for superset in SUPERSETS]
+    return [
+        Unit(superset, (), p.model_dump(mode="json", include={"quads_per_half", "seed"}))
+        for superset in p.topic.supersets
+    ]
 
 
 def alone_of(step: Step) -> Callable[[Unit], pd.DataFrame]:
@@ -256,7 +264,8 @@ def alone_of(step: Step) -> Callable[[Unit], pd.DataFrame]:
 
     def ask(unit: Unit) -> pd.DataFrame:
         own = drawn[drawn["superset"] == unit.id]
-        return ask_alone(own, model.tokenizer, score(model), step.params.chat_template)[["name", "evidence"]]
+        how = {"chat_template": step.params.chat_template, "question": step.params.question}
+        return ask_alone(own, model.tokenizer, score(model), **how)[["name", "evidence"]]
 
     return ask
 
@@ -298,29 +307,32 @@ def accuracy_cost(case: Case, units: Sequence[Unit]) -> Work:
 
 def alone_cost(case: Case, units: Sequence[Unit]) -> Work:
     """Everyone asked about alone."""
-    people = min(ASKED, PER_QUAD * case.params.quads_per_half * len(SUPERSETS))
-    return total(case.asked(people, tasks.TEMPLATES[name]) for name in tasks.FAME)
+    topic = case.params.topic
+    people = min(ASKED, PER_QUAD * case.params.quads_per_half * len(topic.supersets))
+    return total(case.asked(people, topic.find(name)) for name in topic.fame)
 
 
 def quads_cost(case: Case, units: Sequence[Unit], alone: None) -> Work:
     """The prompts of the quads that are tried."""
     p = case.params
-    return case.asked(round(TRIED * 2 * len(case.pairs)), tasks.find_template(p.template, p.task))
+    return case.asked(round(TRIED * 2 * len(case.pairs)), tasks.find_template(p.template, p.task, question=p.question))
 
 
 def pairs_cost(case: Case, units: Sequence[Unit], quads: None) -> Work:
     """Both prompts of each pair."""
-    return case.asked(2 * len(case.pairs), tasks.find_template(case.params.template, case.params.task))
+    return case.asked(
+        2 * len(case.pairs), tasks.find_template(case.params.template, case.params.task, question=case.params.question)
+    )
 
 
 def placebo_cost(case: Case, units: Sequence[Unit], alone: None, pairs: None) -> Work:
     """Those of the attributes' classes asked about alone who have not been, and both prompts of each pair."""
     p = case.params
     quads = 2 * p.placebo_quads_per_half * len(p.placebo_attributes)
-    wanted, before = 4 * placebo.ASKED * quads, PER_QUAD * p.quads_per_half * len(SUPERSETS)
+    wanted, before = 4 * placebo.ASKED * quads, PER_QUAD * p.quads_per_half * len(p.topic.supersets)
     people = max(wanted - round(SIDED * before), 0)
-    more = total(case.asked(people, tasks.TEMPLATES[name]) for name in tasks.FAME)
-    return more + case.asked(2 * p.pairs_per_quad * quads, tasks.find_template(p.template, p.task))
+    more = total(case.asked(people, p.topic.find(name)) for name in p.topic.fame)
+    return more + case.asked(2 * p.pairs_per_quad * quads, tasks.find_template(p.template, p.task, question=p.question))
 
 
 ACCURACY = Table("baselines", accuracy_units, accuracy_of, accuracy_cost, schema=None)
@@ -349,7 +361,7 @@ STEP = Declaration(
     Baselines,
     assumed,
     always=True,
-    files=("people_file", "data/odd_one_out.csv"),
+    files=("people_file", "odd_one_out_file"),
     extra_files=("pairs.parquet", "placebo.parquet"),
 )
 
@@ -373,7 +385,8 @@ def accuracies(frame: pd.DataFrame, params: Shared, by: list[str]) -> pd.DataFra
     for key, part in frame.groupby(by, sort=False):
         units = part.groupby("item")["correct"].agg(["sum", "count"])
         span = stats.proportion_interval(units["sum"], units["count"], params)
-        chance = CHANCE[part["task"].iloc[0]]
+        options = 3 if part["task"].iloc[0] == "odd_one_out" else len(params.topic.supersets)
+        chance = 1 / options
         p = p_above(units["sum"], units["count"], chance)
         numbers = {"estimate": span.estimate, "low": span.low, "high": span.high, "prompts": len(part)}
         numbers |= {"chance": chance, "above": p < 1 - params.level, "p": p}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,16 +11,16 @@ from IPython.display import Markdown
 from matplotlib.figure import Figure
 
 from lib import effects, stats
-from lib.tasks import SUPERSETS, plural
+from lib.questions import Question
 from pipeline.params import Shared
 from pipeline.step import Step
 from report import plots
-from report.words import about_model, finished, interval, listed, of_row
+from report.words import about_model, finished, interval, listed, number_word, of_row
 from steps.baselines.measure import Measured, accuracies, people_of
 
 CAPTIONS = {
     "accuracy": "Accuracy per template among the candidates, on people drawn before any selection; Wilson "
-    "intervals. The dashed line is chance for five supersets (odd-one-out: one third).",
+    "intervals. The dashed line is chance among the supersets (odd-one-out: one third).",
 }
 
 
@@ -34,16 +35,17 @@ def about(step: Step) -> Markdown:
 
 def accuracy_figure(m: Measured) -> Figure:
     """Accuracy per template, by task."""
-    return plots.accuracy_bars(m.accuracy, 1 / 5, "template", by="task")
+    of_classes = m.accuracy[m.accuracy["task"] != "odd_one_out"]
+    return plots.accuracy_bars(m.accuracy, of_classes["chance"].iloc[0], "template", by="task")
 
 
-def centred(asked: pd.DataFrame) -> pd.Series:
+def centred(asked: pd.DataFrame, supersets: Sequence[str]) -> pd.Series:
     """Whether the right word comes first once each word's mean over prompts, every superset counting alike, is off.
 
     A model prefers some words whatever the names. With as many prompts of each superset, taking a prompt's own logits
     out of the mean would scale what is left and change no order.
     """
-    logits, own = np.stack(asked["logits"].to_list()).astype(float), asked["answer"].map(SUPERSETS.index).to_numpy()
+    logits, own = np.stack(asked["logits"].to_list()).astype(float), asked["answer"].map(supersets.index).to_numpy()
     logits -= np.mean([logits[own == answer].mean(0) for answer in np.unique(own)], axis=0)
     return pd.Series(logits.argmax(1) == own, index=asked.index)
 
@@ -51,13 +53,17 @@ def centred(asked: pd.DataFrame) -> pd.Series:
 def ability(m: Measured, params: Shared) -> pd.DataFrame:
     """How the profile's template is answered, by superset and, first, by all: a row for each `scoring`.
 
-    Scorings: the right word is first of the five, `raw` or `centred`, or the `first word` of the whole vocabulary.
-    Beside them: its median `place` there (1 is first), its mean `probability`, and that of the five together.
+    Scorings: the right word is first of the candidates, `raw` or `centred`, or the `first word` of the vocabulary.
+    Beside them: its median `place` there (1 is first), its mean `probability`, and that of the candidates together.
     """
     asked = m.records[(m.records["template"] == params.template) & (m.records["superset"] != "")]
     if asked.empty:
         return pd.DataFrame()
-    scored = {"raw": asked["correct"], "centred": centred(asked), "first word": asked["rank"] == 0}
+    scored = {
+        "raw": asked["correct"],
+        "centred": centred(asked, params.topic.supersets),
+        "first word": asked["rank"] == 0,
+    }
     rows = []
     for name, right in scored.items():
         for whole in (asked.assign(superset="all"), asked):
@@ -72,7 +78,11 @@ def ability(m: Measured, params: Shared) -> pd.DataFrame:
 def supersets_figure(step: Step, m: Measured) -> Figure | None:
     """Accuracy per superset on the profile's template, raw and centred."""
     table = ability(m, step.params)
-    return None if table.empty else plots.accuracy_bars(table, 1 / 5, "superset", by="scoring")
+    return (
+        None
+        if table.empty
+        else plots.accuracy_bars(table, 1 / len(step.params.topic.supersets), "superset", by="scoring")
+    )
 
 
 def ability_table(step: Step, m: Measured) -> pd.DataFrame | None:
@@ -83,7 +93,11 @@ def ability_table(step: Step, m: Measured) -> pd.DataFrame | None:
     order = table["superset"].unique()
     shares = table.assign(share=[of_row(row) for row in table.itertuples()])
     shares = shares.pivot(index="superset", columns="scoring", values="share").loc[order, table["scoring"].unique()]
-    kept = {"prompts": "prompts", "place": "median place", "candidate_probability": "probability of the five"}
+    kept = {
+        "prompts": "prompts",
+        "place": "median place",
+        "candidate_probability": f"probability of the {number_word(len(step.params.topic.supersets))}",
+    }
     rest = table.drop_duplicates("superset").set_index("superset")[list(kept)].rename(columns=kept).round(3)
     return shares.join(rest)
 
@@ -97,9 +111,10 @@ def selection(m: Measured, params: Shared) -> pd.DataFrame:
         return pd.DataFrame()
     sets = {"kept": m.pairs, "kept and solved": m.pairs[m.pairs["solved"]]}
     if m.unselected is not None:
-        matched = m.pairs[m.pairs["matched"]]
+        matched, topic = m.pairs[m.pairs["matched"]], params.topic
         sets = {"before any selection": m.unselected} | sets
-        sets |= {"kept and matched": matched, "kept, matched, of one gender": matched[matched["same_gender"]]}
+        sets |= {"kept and matched": matched} if topic.match else {}
+        sets |= {alike_too(topic): matched[matched["same_gender"]]} if topic.match_also else {}
     rows = []
     for name, pairs in sets.items():
         own = pairs.assign(gap=pairs["logit_diff_clean"] - pairs["logit_diff_corrupt"]).groupby("quad_id")
@@ -110,6 +125,11 @@ def selection(m: Measured, params: Shared) -> pd.DataFrame:
         numbers = {"quads": len(gaps), "pairs": len(pairs), "right": (gaps > 0).mean(), "solved": answered.mean()}
         rows.append({"pairs of": name, "estimate": span.estimate, "low": span.low, "high": span.high} | numbers)
     return pd.DataFrame(rows)
+
+
+def alike_too(topic: Question) -> str:
+    """What quads are called that are matched in everything that they are matched in where they can be."""
+    return f"kept, matched, of one {listed(topic.match_also)}"
 
 
 def selection_table(step: Step, m: Measured) -> pd.DataFrame | None:
@@ -205,29 +225,32 @@ def abilities(accuracy: pd.DataFrame, pairs: pd.DataFrame | None, params: Shared
     return out
 
 
-def ability_sentences(table: pd.DataFrame) -> dict[str, str]:
-    """How well the five words are told apart, class by class, and how far they are from what the model would say."""
+def ability_sentences(table: pd.DataFrame, topic: Question) -> dict[str, str]:
+    """How well the classes' words are told apart, one by one, and how far they are from what the model would say."""
     rows = {(row.superset, row.scoring): row for row in table.itertuples()}
     raw, centred, first = (rows["all", name] for name in ("raw", "centred", "first word"))
     names = [name for name in table["superset"].unique() if name != "all"]
-    classes = [f"{plural(name)} {of_row(rows[name, 'raw'])} and {of_row(rows[name, 'centred'])}" for name in names]
+    five = number_word(len(topic.supersets))
+    classes = [
+        f"{topic.plural(name)} {of_row(rows[name, 'raw'])} and {of_row(rows[name, 'centred'])}" for name in names
+    ]
     says = (
-        "so what it says next is most often another word, and what is measured here is which of the five it prefers"
+        f"so what it says next is most often another word, and what is measured here is which of the {five} it prefers"
         if first.estimate < 0.5
         else "so the right word is what it says next most often"
     )
     return {
-        "five words": f"Among the five words the right one comes first in {of_row(raw)} of {raw.prompts} prompts whose "
-        f"names were drawn before any selection, and in {of_row(centred)} once each word's mean over people is taken "
-        f"off (chance 0.20).",
+        "five words": f"Among the {five} words the right one comes first in {of_row(raw)} of {raw.prompts} prompts "
+        f"whose names were drawn before any selection, and in {of_row(centred)} once each word's mean over people is "
+        f"taken off (chance {1 / len(topic.supersets):.2f}).",
         "classes": f"Class by class, raw and centred: {listed(classes)}.",
         "vocabulary": f"In the whole vocabulary the right word comes first in {of_row(first)} of these prompts; its "
-        f"place is {raw.place:g} in the median, and the five words together have {raw.candidate_probability:.0%} of "
+        f"place is {raw.place:g} in the median, and the {five} words together have {raw.candidate_probability:.0%} of "
         f"the probability: {says}.",
     }
 
 
-def pair_sentences(m: Measured, table: pd.DataFrame) -> list[str]:
+def pair_sentences(m: Measured, table: pd.DataFrame, topic: Question) -> list[str]:
     """Which pairs are left, and how the gap depends on how they were selected."""
     if m.pairs is None:
         return []
@@ -242,20 +265,24 @@ def pair_sentences(m: Measured, table: pd.DataFrame) -> list[str]:
     rows, count = table.set_index("pairs of"), table.set_index("pairs of")["quads"]
     gaps = [
         f"Their gap is {of_row(rows.loc['kept'])} logits on average. Of the {count['kept']} quads, "
-        f"{count['kept and solved']} are solved: every pair has the right word first of the five in the clean prompt, "
-        "and not in the corrupt one"
+        f"{count['kept and solved']} are solved: every pair has the right word first of all candidates in the clean "
+        "prompt, and not in the corrupt one"
         + (f"; their gap is {of_row(rows.loc['kept and solved'])} logits." if count["kept and solved"] else ".")
     ]
     if "before any selection" in rows.index:
-        before, matched = rows.loc["before any selection"], rows.loc["kept and matched"]
+        before = rows.loc["before any selection"]
         gaps += [
             f"Of {count['before any selection']} quads of people drawn before any selection, {before.right:.0%} have a "
             f"gap above zero, and it is {of_row(before)} logits on average. The people of the pairs that are kept are, "
             "beside that, known to the model by the name alone, and matched in fame.",
-            f"In {count['kept and matched']} of the {count['kept']} quads the people who are swapped for each other "
-            f"are of one region and century, and in {count['kept, matched, of one gender']} of one gender as well; the "
-            f"gap of the matched quads is {of_row(matched)} logits.",
         ]
+    if "kept and matched" in rows.index:
+        also = f", and in {count[alike_too(topic)]} in {listed(topic.match_also)} as well" * bool(topic.match_also)
+        gaps.append(
+            f"In {count['kept and matched']} of the {count['kept']} quads the people who are swapped for each other "
+            f"agree in {listed(topic.match)}{also}; the gap of the matched quads is "
+            f"{of_row(rows.loc['kept and matched'])} logits."
+        )
     return [left, *gaps]
 
 
@@ -273,10 +300,10 @@ def findings(step: Step, m: Measured) -> dict[str, Any]:
     first = own["top_token"].value_counts(normalize=True).head(5)
     words = listed(f'"{token}" ({share:.0%})' for token, share in first.items())
     spoken = [f"Its own first words on `{params.template}` are {words}."]
-    known = {} if answers.empty else ability_sentences(answers)
+    known = {} if answers.empty else ability_sentences(answers, params.topic)
     if own["label_probability"].notna().any():
         spoken[0] += f" Single-token profession labels have {own['label_probability'].mean():.0%} of the probability."
-    built = [*pair_sentences(m, kept), *placebo_sentences(m), *[m.failed] * bool(m.failed)]
+    built = [*pair_sentences(m, kept, params.topic), *placebo_sentences(m), *[m.failed] * bool(m.failed)]
     main = able.get(params.task, {"able": False})
     lead = [said.pop(params.task)] if params.task in said else []
     sentences = [*lead, *known.values(), *spoken, *said.values(), *built]

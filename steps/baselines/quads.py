@@ -23,9 +23,9 @@ import numpy as np
 import pandas as pd
 from scipy.optimize import linear_sum_assignment
 
-from lib import tasks
+from lib import questions
 from lib.data import halves
-from lib.tasks import DEFAULT_ATTRIBUTES, SUPERSETS, Template
+from lib.tasks import DEFAULT_ATTRIBUTES, Template
 from pipeline.population import (
     PER_QUAD,
     Score,
@@ -38,8 +38,6 @@ from pipeline.population import (
 )
 
 ROUNDS = 6  # how often the people of failed quads are matched anew; only the sign of the gap is looked at
-# What two matched people may share beside fame; quads are taken from the strictest matches first.
-SHARED = (("region", "century", "gender"), ("region", "century"), ())
 
 
 @dataclass(frozen=True)
@@ -54,6 +52,7 @@ class Options:
     seed: int = 0
     chat_template: bool = False
     attributes: Sequence[str] = DEFAULT_ATTRIBUTES
+    question: str = questions.DEFAULT
 
 
 class Filters:
@@ -90,36 +89,40 @@ def build_quads(
     Returns:
         quads: quad_id, half, task, template, superset, other, bucket, and for each of a, b, c, d its name, profession
             and fame; n_tokens_a, n_tokens_b. All four people have the same token counts, so both orders line up.
-            `matched`: a and c, and b and d, are of one region and century; `same_gender`: of one known gender.
+            `matched`: a and c, and b and d, agree in the attributes of the question's `match`; `same_gender`: in those
+            of its `match_also`.
         drops: dicts of filter, unit ("people" or "quads"), dropped, left.
 
     Raises:
         ValueError: nothing is left after a filter; the message has all counts.
     """
-    words = tasks.find_template(options.template)
+    topic = questions.load(options.question)
+    words = topic.find(options.template)
     if len(words.slots) != 2:
         raise ValueError(f"quads need a template of two names; {options.template!r} is of task {words.task!r}")
     (_, rng), filters = to_ask(people, options), Filters(options.template)
     prompting = {"chat_template": options.chat_template, "attributes": options.attributes}
 
     free = filters.keep(unambiguous(people), "known for two supersets, or a namesake's name", len(people))
-    asked = filters.keep(add_fame(asked), "not sampled", len(free))
+    asked = filters.keep(add_fame(asked, options.question), "not sampled", len(free))
     known = filters.keep(asked[asked.known], "not known by the model", len(asked))
     counted = add_tokens(known, tokenizer, words, **prompting)
     free = filters.keep(counted, "name merges with the template", len(known))
 
-    wanted = shared_out(2 * options.quads_per_half, superset_pairs(free), rng)
+    wanted = shared_out(2 * options.quads_per_half, superset_pairs(free, topic.supersets), rng)
     kept, tried = [], 0
     for _ in range(ROUNDS):
-        planned = choose(free, wanted, options.fame_tolerance, rng)
+        planned = choose(free, wanted, options.fame_tolerance, rng, topic.shared)
         if not planned:
             break
         tried += len(planned)
         quads = describe(planned, free, words)
-        pairs = add_margins(pairs_of(quads, options.pairs_per_quad), tokenizer, score, **prompting)
+        pairs = add_margins(
+            pairs_of(quads, options.pairs_per_quad), tokenizer, score, question=options.question, **prompting
+        )
         for quad in quads[quads.quad_id.isin(right_signed(pairs, noise).quad_id)].to_dict("records"):
             kept.append(quad | {"quad_id": f"q{len(kept):03d}"})
-            wanted[tuple(sorted((quad["superset"], quad["other"]), key=SUPERSETS.index))] -= 1
+            wanted[tuple(sorted((quad["superset"], quad["other"]), key=topic.supersets.index))] -= 1
         used = {quad[slot] for quad in kept for slot in "abcd"}
         free = free[~free.name.isin(used)]
     unused = {"filter": "in no quad", "unit": "people", "dropped": len(free), "left": 4 * len(kept)}
@@ -134,9 +137,9 @@ def build_quads(
     return quads, filters.drops
 
 
-def superset_pairs(people: pd.DataFrame) -> list[tuple[str, str]]:
+def superset_pairs(people: pd.DataFrame, supersets: Sequence[str]) -> list[tuple[str, str]]:
     """Every two supersets of these people."""
-    return list(combinations([superset for superset in SUPERSETS if superset in set(people.superset)], 2))
+    return list(combinations([superset for superset in supersets if superset in set(people.superset)], 2))
 
 
 def shared_out(count: int, pairs: Sequence[tuple[str, str]], rng: Any) -> dict[tuple[str, str], int]:
@@ -150,7 +153,7 @@ def choose(
     wanted: Mapping[tuple[str, str], int],
     tolerance: float,
     rng: Any,
-    shared: Sequence[Sequence[str]] = SHARED,
+    shared: Sequence[Sequence[str]],
 ) -> list[dict]:
     """Up to `wanted` quads per superset pair, from people none of whom is used twice.
 
@@ -225,7 +228,7 @@ def matches(
 
 def describe(planned: Sequence[dict], people: pd.DataFrame, template: Template) -> pd.DataFrame:
     """The quads frame of build_quads from planned quads of people's indices (quad_id as planned, no half yet)."""
-    rows = []
+    rows, topic = [], template.question
     for number, quad in enumerate(planned):
         four = {slot: people.loc[quad[slot]] for slot in "abcd"}
         counts = four["a"].n_tokens
@@ -233,7 +236,7 @@ def describe(planned: Sequence[dict], people: pd.DataFrame, template: Template) 
         row |= {"superset": quad["superset"], "other": quad["other"]}
         row["bucket"] = "|".join([template.name, *map(str, counts)])
         row["pair"] = " ".join(sorted((quad["superset"], quad["other"])))
-        row |= {"matched": alike(four, ("region", "century")), "same_gender": alike(four, ("gender",))}
+        row |= {"matched": alike(four, topic.match), "same_gender": alike(four, topic.match_also)}
         row |= {slot: person["name"] for slot, person in four.items()}
         row |= {f"profession_{slot}": person.profession for slot, person in four.items()}
         row |= {f"fame_{slot}": float(person.fame) for slot, person in four.items()}
@@ -254,11 +257,12 @@ def unselected_quads(
 
     As `build_quads` returns them; fame is NaN.
     """
-    words, rng = tasks.find_template(options.template), np.random.default_rng([options.seed, 1])
+    topic, rng = questions.load(options.question), np.random.default_rng([options.seed, 1])
+    words = topic.find(options.template)
     prompting = {"chat_template": options.chat_template, "attributes": options.attributes}
     free = unambiguous(people)
     free = add_tokens(free[~free["name"].isin(leave)], tokenizer, words, **prompting).assign(fame=0.0)
-    wanted = shared_out(2 * options.quads_per_half, superset_pairs(free), rng)
+    wanted = shared_out(2 * options.quads_per_half, superset_pairs(free, topic.supersets), rng)
     quads = describe(choose(free, wanted, np.inf, rng, [()]), free, words)
     quads = in_halves(quads.assign(quad_id=quads["quad_id"].str.replace("q", "u")), rng)
     return quads.assign(**{f"fame_{slot}": np.nan for slot in "abcd"})
@@ -270,7 +274,12 @@ def in_halves(quads: pd.DataFrame, rng: Any) -> pd.DataFrame:
 
 
 def generate_odd_one_out(
-    people: pd.DataFrame, tokenizer: Any, n: int, seed: int = 0, chat_template: bool = False
+    people: pd.DataFrame,
+    tokenizer: Any,
+    n: int,
+    seed: int = 0,
+    chat_template: bool = False,
+    question: str = questions.DEFAULT,
 ) -> pd.DataFrame:
     """A pairs table of `n` odd-one-out items, each of four people of one token count; no person in two items.
 
@@ -278,11 +287,12 @@ def generate_odd_one_out(
     for t2. The three take every order in turn, so that the odd one stands in every slot equally often. Halves are
     split as in build_quads. Raises ValueError when the people do not suffice, with how many items they allow.
     """
-    words = tasks.TEMPLATES["odd_one_out"]
+    topic = questions.load(question)
+    (words,) = topic.of_task("odd_one_out")
     rng = np.random.default_rng(seed)
     free = add_tokens(unambiguous(people), tokenizer, words, chat_template)
     free = free if "fame" in free else free.assign(fame=0.0)
-    pairs = superset_pairs(free)
+    pairs = superset_pairs(free, topic.supersets)
     items: list[dict] = []
     for _ in range(10):
         share, extra = divmod(n - len(items), max(len(pairs), 1))
@@ -322,14 +332,15 @@ def odd_one_out_pairs(items: Sequence[Mapping[str, pd.Series]], template: Templa
     return table.assign(half=halves(list(zip(table["answer"], table["bucket"], strict=True)), rng))
 
 
-def sample_pairs(people: pd.DataFrame, n: int, seed: int = 0) -> pd.DataFrame:
+def sample_pairs(people: pd.DataFrame, n: int, seed: int = 0, question: str = questions.DEFAULT) -> pd.DataFrame:
     """`n` same-superset pairs of people drawn at random before any selection, each person once, supersets balanced.
 
     Columns superset, a, b, profession_a, profession_b. Only people of whom it is clear what to say. For accuracies.
     """
     rng = np.random.default_rng(seed)
     people = unambiguous(people)
-    supersets = [superset for superset in SUPERSETS if superset in set(people.superset)]
+    known = questions.load(question).supersets
+    supersets = [superset for superset in known if superset in set(people.superset)]
     rows = []
     for i, superset in enumerate(supersets):
         group, size = people[people.superset == superset], n // len(supersets) + (i < n % len(supersets))

@@ -30,6 +30,7 @@ from lib import records, tasks
 from lib.batches import logit_rows
 from lib.data import HALVES
 from lib.hooks import Model, Site
+from lib.questions import Question
 from lib.readout import FixedNorm, readout
 from lib.single_pass import (
     BaseRun,
@@ -89,7 +90,7 @@ def roles_of(pair: Pair) -> list[str]:
     return [role for role in pair.clean.roles if role.startswith("name_")] + ["last"]
 
 
-def words_of(tokenizer: Any, pair: Pair, row: Mapping[str, Any]) -> dict[tuple[str, str], Said]:
+def words_of(tokenizer: Any, pair: Pair, row: Mapping[str, Any], topic: Question) -> dict[tuple[str, str], Said]:
     """The words of a pair with their tokens: the template's answer, singular and plural. `row` of the pairs table has
     the professions, where they are known. A word without a form of one token is left out."""
     answers = {"clean": (pair.answer, pair.clean_tokens), "corrupt": (pair.corrupt_answer, pair.corrupt_tokens)}
@@ -97,7 +98,7 @@ def words_of(tokenizer: Any, pair: Pair, row: Mapping[str, Any]) -> dict[tuple[s
     for side, (answer, known) in answers.items():
         named = {word: str(row.get(f"{side}_profession_{word[-1]}") or "") for word in WORDS[1:]}
         for word, text in ({"superset": pair.candidates[answer]} | named).items():
-            forms = [f" {tasks.in_form(text, form)}" for form in ("singular", "plural")] if text else []
+            forms = [f" {topic.in_form(text, form)}" for form in ("singular", "plural")] if text else []
             tokens = [own[0] for own in tasks.answer_ids(tokenizer, forms) if len(own) == 1] if forms else []
             if own := tuple(dict.fromkeys([known[answer]] * (word == "superset") + tokens)):
                 out[word, side] = Said(text, own)
@@ -214,7 +215,7 @@ def reader(step: Step) -> Callable[[Unit], pd.DataFrame]:
     how = {"seed": step.params.seed, "memory": step.memory}
 
     def compute(unit: Unit) -> pd.DataFrame:
-        lexicons = [words_of(step.tokenizer, pair, about[pair.pair_id]) for pair in unit.pairs]
+        lexicons = [words_of(step.tokenizer, pair, about[pair.pair_id], step.params.topic) for pair in unit.pairs]
         return read(step.model, unit.pairs, lexicons, norm(), tasks.encoded(step.tokenizer, TARGET)[0], **how)
 
     return compute

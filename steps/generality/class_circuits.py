@@ -17,7 +17,7 @@ import pandas as pd
 from lib import effects, sweep
 from lib.effects import SITE
 from lib.hooks import Site
-from lib.tasks import SUPERSETS, Pair
+from lib.tasks import Pair
 from pipeline.step import Step
 from pipeline.units import Unit, sweep_units
 
@@ -46,13 +46,13 @@ class Circuit:
         return [frozenset(self.order[: size + 1]) for size in range(len(self.order))]
 
 
-def orders(frame: pd.DataFrame, limit: int) -> list[Circuit]:
+def orders(frame: pd.DataFrame, limit: int, supersets: Sequence[str]) -> list[Circuit]:
     """For each superset, the order of sites without it and the order by it alone; none where too little is left.
 
     `frame` has records of single sites with both answers of their pairs (`pipeline.step.single_sites`).
     """
     out = []
-    for superset in sorted({*frame["answer"], *frame["corrupt_answer"]}, key=SUPERSETS.index):
+    for superset in sorted({*frame["answer"], *frame["corrupt_answer"]}, key=supersets.index):
         without = (frame["answer"] != superset) & (frame["corrupt_answer"] != superset)
         for kind, chosen in (("without", without), ("only", frame["answer"] == superset)):
             rows, order = frame[chosen], pd.DataFrame(columns=SITE)

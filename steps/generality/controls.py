@@ -18,18 +18,17 @@ import pandas as pd
 
 from lib import batches, tasks
 from lib.hooks import Site
-from lib.tasks import SUPERSETS, Pair
-from pipeline.params import ROOT
-from pipeline.population import add_tokens, load_people
+from lib.tasks import Pair
+from pipeline.population import add_tokens, controls_of, load_people
 from pipeline.step import Step
 from pipeline.units import Unit, sweep_units, without_labels
-from steps.generality.grid import prompt_options
+from steps.generality.grid import pair_options, prompt_options
 
 if TYPE_CHECKING:
     from pipeline.assumed import Case
 
 ABLATIONS = ("mean", "zero")  # the first one decides
-LISTED = {"invented names": "invented", "things": "thing"}  # controls and their kind in data/controls.csv
+LISTED = {"invented names": "invented", "things": "thing"}  # controls and their kind in the question's list
 
 
 def poolable(pairs: Sequence[Pair]) -> list[Pair]:
@@ -45,7 +44,7 @@ def control_prompts(step: Step, ordinary: Sequence[Pair], table: pd.DataFrame) -
     names, comma-separated, "" if it has none), name_a, name_b. Only the clean side of the pairs means anything.
     """
     p, rng = step.params, step.rng("controls")
-    template = tasks.find_template(table["template"].iloc[0], p.task)
+    template = tasks.find_template(table["template"].iloc[0], p.task, question=p.question)
     shapes = [tuple(len(pair.clean.roles[f"name_{slot}"]) for slot in "ab") for pair in ordinary]
     drawn = []  # control, name_a, name_b, classes, quad_id ("": a quad of its own), shape
     for control, names in name_lists(step).items():
@@ -65,7 +64,7 @@ def control_prompts(step: Step, ordinary: Sequence[Pair], table: pd.DataFrame) -
         prompt = row | {"clean_a": name_a, "clean_b": name_b}
         prompt |= {key: other[key] for key in ("half", "task", "template", "answer", "corrupt_answer")}
         prompt |= {"corrupt_a": other["clean_a"], "corrupt_b": other["clean_b"]}
-        pair = tasks.make_pair(step.tokenizer, prompt, **prompt_options(p))
+        pair = tasks.make_pair(step.tokenizer, prompt, **pair_options(p))
         if batches.group_of(pair) in groups:
             rows.append(row)
             pairs.append(pair)
@@ -74,10 +73,14 @@ def control_prompts(step: Step, ordinary: Sequence[Pair], table: pd.DataFrame) -
 
 def name_lists(step: Step) -> dict[str, pd.DataFrame]:
     """The names of the controls that are drawn from lists; only names of one `key` are put together."""
-    people = load_people(step.people_file)
+    p = step.params
+    people = load_people(step.people_file, p.question)
     people = people[people["two_supersets"]]
-    both = [",".join(sorted(pair, key=SUPERSETS.index)) for pair in people[["superset", "second_superset"]].to_numpy()]
-    names = pd.read_csv(ROOT / "data" / "controls.csv", dtype=str).assign(key="")
+    both = [
+        ",".join(sorted(pair, key=p.topic.supersets.index))
+        for pair in people[["superset", "second_superset"]].to_numpy()
+    ]
+    names = controls_of(step).assign(key="")
     lists = {control: names[names["kind"] == kind] for control, kind in LISTED.items()}
     return {"two supersets": people.assign(key=both), **lists}
 

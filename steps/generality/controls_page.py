@@ -66,10 +66,13 @@ def aligned_changes(rows: pd.DataFrame, words: Sequence[str], control: str, seed
         return pd.DataFrame(change, rows.index, list(words))
     own = np.array([[words.index(name) for name in text.split(",")] for text in rows["classes"]])
     if control in ("two supersets", "mixed"):
-        rest = [np.delete(row, two).mean() for row, two in zip(change, own, strict=True)]
         names = ["first name's", "second name's"] if control == "mixed" else ["first own", "second own"]
-        both = np.take_along_axis(change, own, axis=1)
-        return pd.DataFrame(np.column_stack([both, rest]), rows.index, [*names, "others, mean"])
+        both = pd.DataFrame(np.take_along_axis(change, own, axis=1), rows.index, names)
+        if len(words) == 2:
+            return both
+        return both.assign(
+            **{"others, mean": [np.delete(row, two).mean() for row, two in zip(change, own, strict=True)]}
+        )
     if control == "shuffled labels":
         rng = np.random.default_rng(seed)
         drawn = {quad: rng.permutation(len(words)) for quad in sorted(set(rows["quad_id"]))}

@@ -37,6 +37,11 @@ def prompt_options(params: Shared) -> dict[str, Any]:
     return {"chat_template": params.chat_template, "attributes": params.attributes}
 
 
+def pair_options(params: Shared) -> dict[str, Any]:
+    """How pairs are made of prompts."""
+    return prompt_options(params) | {"question": params.question}
+
+
 def candidates(step: Step) -> pd.DataFrame:
     """Every pair that could be in the grid: four of each confirmation quad of step 01; without quads, the pairs there
     are.
@@ -46,7 +51,10 @@ def candidates(step: Step) -> pd.DataFrame:
     """
     path = keys.find_pairs(step.name, step.params).with_name("baselines.quads.parquet")
     if step.params.pairs_file is not None or not path.is_file():
-        pairs, people = last_half(step.pairs()), load_people(step.people_file).set_index("name")["profession"]
+        pairs, people = (
+            last_half(step.pairs()),
+            load_people(step.people_file, step.params.question).set_index("name")["profession"],
+        )
         own = {f"clean_profession_{slot}": pairs[f"clean_{slot}"].map(people).fillna("") for slot in "ab"}
         return pairs.assign(**{name: pairs.get(name, column) for name, column in own.items()}, order="")
     quads = last_half(records.read(path))
@@ -73,14 +81,14 @@ def kept_pairs(step: Step) -> pd.DataFrame:
     """
     p, model, source, kept, counts = step.params, step.model, candidates(step), [], []
     for name in dict.fromkeys([p.template, *p.templates]):
-        template, own = tasks.find_template(name, p.task), name == p.template
+        template, own = tasks.find_template(name, p.task, question=p.question), name == p.template
         rows = source if own else source.assign(pair_id=source["pair_id"] + f"@{name}", template=name)
-        rows, why = aligned(rows.assign(task=template.task), model.tokenizer, **prompt_options(p))
+        rows, why = aligned(rows.assign(task=template.task), model.tokenizer, **pair_options(p))
         each = 4 if p.pairs_file else p.pairs_per_quad if own else p.template_pairs
         asked = rows.groupby("quad_id").head(each)
         left = asked
         if len(asked):
-            left = add_margins(asked, model.tokenizer, partial(models.next_logits, model), **prompt_options(p))
+            left = add_margins(asked, model.tokenizer, partial(models.next_logits, model), **pair_options(p))
             left = left.assign(solved=solved(left))
             left = left if own else right_signed(left, model.noise)
         left = pd.DataFrame(subsample(list(left.itertuples(index=False)), p.pairs), columns=left.columns)

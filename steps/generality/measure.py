@@ -26,7 +26,7 @@ from lib import records, tasks
 from lib.batches import NEUTRAL
 from lib.data import HALVES
 from lib.hooks import Site
-from lib.tasks import SUPERSETS, Pair
+from lib.tasks import Pair
 from pipeline.assumed import MOVED, Case, of_sweep, order_of, pair_of
 from pipeline.costs import Work, total
 from pipeline.declaration import EFFECTS, SUPERSET_TASKS, Declaration, Table
@@ -99,7 +99,7 @@ def grid_cost(case: Case, units: Sequence[Unit]) -> Work:
     out = Work()
     for name, pairs in possible_grid(case).items():
         prompts = {side.ids for pair in pairs for side in (pair.clean, pair.corrupt)}
-        out += case.asked(len(prompts), tasks.find_template(name, case.params.task))
+        out += case.asked(len(prompts), tasks.find_template(name, case.params.task, question=case.params.question))
         out += Work(other={"tokenised": 3 * len(pairs)})
     return out
 
@@ -117,10 +117,10 @@ def control_cost(case: Case, units: Sequence[Unit], sets: Any, ordinary: Sequenc
 def rule_cost(case: Case, units: Sequence[Unit]) -> Work:
     """Twice as many people as are needed asked about alone, but for those whom step 01 has asked; then two by two."""
     p = case.params
-    before = 0 if p.pairs_file else PER_QUAD * case.other("baselines").quads_per_half * len(SUPERSETS)
+    before = 0 if p.pairs_file else PER_QUAD * case.other("baselines").quads_per_half * len(p.topic.supersets)
     people = max(4 * p.rule_prompts - before, 0)
-    alone = total(case.asked(people, tasks.TEMPLATES[name]) for name in tasks.FAME)
-    return alone + case.asked(p.rule_prompts, tasks.find_template(p.template, p.task))
+    alone = total(case.asked(people, p.topic.find(name)) for name in p.topic.fame)
+    return alone + case.asked(p.rule_prompts, tasks.find_template(p.template, p.task, question=p.question))
 
 
 OF_SETS = {"schema": records.SET_SCHEMA, "columns": (*EFFECTS, "site_set")}
@@ -140,7 +140,10 @@ def possible_grid(case: Case) -> dict[str, list[Pair]]:
     p, out = case.params, {}
     quads = {pair.quad_id: [len(pair.clean.roles[f"name_{slot}"]) for slot in "ab"] for pair in case.half(1)}
     for name in dict.fromkeys([p.template, *p.templates]):
-        template, each = tasks.find_template(name, p.task), p.pairs_per_quad if name == p.template else p.template_pairs
+        template, each = (
+            tasks.find_template(name, p.task, question=p.question),
+            p.pairs_per_quad if name == p.template else p.template_pairs,
+        )
         numbered = [(int(quad[1:]), turn, names) for quad, names in quads.items() for turn in grid.TURNS[0][:each]]
         out[name] = [pair_of(template, quad, turn, HALVES[1], names, 0) for quad, turn, names in numbered]
     return {name: [replace(pair, pair_id=f"{pair.pair_id}@{name}") for pair in own] for name, own in out.items()}
@@ -156,7 +159,7 @@ def assumed_grid(case: Case) -> list[Pair]:
         return pairs
     for row in stored.to_dict("records"):
         names, turn = [row.get(f"n_tokens_{slot}", 3) for slot in "ab"], int(row["pair_id"].split("@")[0][-1])
-        template, quad = tasks.find_template(row["template"], p.task), int(row["quad_id"][1:])
+        template, quad = tasks.find_template(row["template"], p.task, question=p.question), int(row["quad_id"][1:])
         pairs.append(replace(pair_of(template, quad, turn, row["half"], names, 0), pair_id=row["pair_id"]))
     return pairs
 
@@ -166,7 +169,7 @@ def assumed_unselected(case: Case) -> list[Pair]:
     table = grid.of_step_01(case, "unselected")
     if table is None:
         return case.prompts()
-    template = tasks.find_template(case.params.template, case.params.task)
+    template = tasks.find_template(case.params.template, case.params.task, question=case.params.question)
     return [
         pair_of(template, int(quad[1:]), int(pair[-1]), half, names, 0)
         for pair, quad, half, *names in table[["pair_id", "quad_id", "half", "n_tokens_a", "n_tokens_b"]].to_numpy()
@@ -176,12 +179,13 @@ def assumed_unselected(case: Case) -> list[Pair]:
 def assumed_circuits(case: Case, pairs: Sequence[Pair]) -> list[Circuit]:
     """Circuits as `class_circuits.orders` makes them of these pairs: the same beginning, then a site of their own."""
     limit = case.params.slice_limit
-    first, sites, out = round(SHARED * limit), order_of(case, limit + 2 * len(SUPERSETS)), []
-    for superset in range(len(SUPERSETS)):
+    supersets = case.params.topic.supersets
+    first, sites, out = round(SHARED * limit), order_of(case, limit + 2 * len(supersets)), []
+    for superset in range(len(supersets)):
         without = [pair.pair_id for pair in pairs if superset not in (pair.answer, pair.corrupt_answer)]
         for kind, own in (("without", without), ("only", [pair.pair_id for pair in pairs if pair.answer == superset])):
             order = [*sites[:first], sites[limit + len(out)], *sites[first : limit - 1]]
-            out.append(Circuit(kind, SUPERSETS[superset], tuple(own), tuple(order), 4 + len(out)))
+            out.append(Circuit(kind, supersets[superset], tuple(own), tuple(order), 4 + len(out)))
     return out
 
 
@@ -231,7 +235,7 @@ STEP = Declaration(
     page_keys=("silence_margin", "general_floor", "specific_ratio"),
     reads={"sufficiency": ("critical_slice",)},
     reads_tables=("baselines", "sufficiency"),
-    files=("people_file", "data/controls.csv"),
+    files=("people_file", "controls_file"),
 )
 
 
@@ -248,7 +252,10 @@ def alone(sites: Sequence[Site]) -> list[tuple[Site, ...]]:
 
 def picked_circuits(step: Step) -> list[Circuit]:
     """Circuits without each superset, and on it alone, by step 04's single sites; none where there are no such."""
-    circuits, table = class_circuits.orders(single_sites(step), step.params.slice_limit), step.pairs()
+    circuits, table = (
+        class_circuits.orders(single_sites(step), step.params.slice_limit, step.params.topic.supersets),
+        step.pairs(),
+    )
     used = table["pair_id"].isin({pair for circuit in circuits if circuit.order for pair in circuit.pairs})
     prompts = without_labels(step.prompts(table[used]))  # other words' logits are not read here
     grown = step.table(CIRCUITS, prompts, circuits) if prompts else pd.DataFrame(columns=CIRCUITS.columns)

@@ -15,7 +15,6 @@ import pandas as pd
 from jaxtyping import Float
 
 from lib import models, tasks
-from lib.tasks import SUPERSETS
 from pipeline.population import add_fame, add_tokens, ask_alone, load_people, readings, unambiguous
 from pipeline.step import Step
 from steps.generality.grid import of_step_01, prompt_options
@@ -28,7 +27,7 @@ def two_known_people(step: Step) -> pd.DataFrame:
     the class (`evidence`, logits).
     """
     p, model, rng = step.params, step.model, step.rng("rule")
-    template = tasks.find_template(p.template, p.task)
+    template = tasks.find_template(p.template, p.task, question=p.question)
     people = known_people(step, template, rng)
     free = {name: list(group.itertuples()) for name, group in people.groupby("superset")}
     turns = zip(cycle([(name, name) for name in free]), cycle(permutations(free, 2)))
@@ -44,6 +43,8 @@ def two_known_people(step: Step) -> pd.DataFrame:
     rows = []
     for number, ((a, b), own) in enumerate(zip(drawn, logits, strict=True)):
         in_a, in_b = (np.array([word == person.superset for word in words]) for person in (a, b))
+        if (in_a | in_b).all():  # of two classes in all: there is none of neither name
+            continue
         row = {"prompt": f"rule{number:03d}", "name_a": a.name, "name_b": b.name, "superset_class": words}
         row |= {"y": own - own[~(in_a | in_b)].mean(), "n_a": in_a.astype(int), "n_b": in_b.astype(int)}
         rows.append(pd.DataFrame(row | {"evidence_a": a.evidence, "evidence_b": b.evidence}))
@@ -54,23 +55,25 @@ def known_people(step: Step, template: tasks.Template, rng: np.random.Generator)
     """People of one superset who are known, with the `evidence` of their names; drawn from twice as many as needed, of
     whom those come first whom step 01 has asked about."""
     p, tokenizer, before = step.params, step.model.tokenizer, of_step_01(step, "alone")
-    people = load_people(step.people_file)
+    people = load_people(step.people_file, p.question)
     people = add_tokens(unambiguous(people), tokenizer, template, **prompt_options(p)).sample(frac=1, random_state=rng)
     if before is not None:
         people = people.iloc[np.argsort(~people["name"].isin(before["name"]), kind="stable")]
     asked = people.groupby("superset").head(-(-4 * p.rule_prompts // people["superset"].nunique()))
-    asked = add_fame(ask_alone(asked, tokenizer, partial(models.next_logits, step.model), p.chat_template, before))
-    asked = asked.assign(evidence=list(evidence(np.stack(asked["evidence"].to_list()), asked["superset"])))
+    score = partial(models.next_logits, step.model)
+    asked = add_fame(ask_alone(asked, tokenizer, score, p.chat_template, before, p.question), p.question)
+    own = evidence(np.stack(asked["evidence"].to_list()), asked["superset"], p.topic.supersets)
+    asked = asked.assign(evidence=list(own))
     return asked[asked["known"]]
 
 
 def evidence(
-    logits: Float[np.ndarray, "people classes"], supersets: Sequence[str]
+    logits: Float[np.ndarray, "people classes"], supersets: Sequence[str], classes: Sequence[str]
 ) -> Float[np.ndarray, "people classes"]:
     """What each name alone says of each class, 0 on average for people outside it.
 
     Its logit, less its mean over the person's other classes, and less the mean of that over people outside the class.
     """
-    outside = np.asarray(supersets)[:, None] != np.asarray(SUPERSETS)
+    outside = np.asarray(supersets)[:, None] != np.asarray(classes)
     centred = logits - (logits * outside).sum(1, keepdims=True) / outside.sum(1, keepdims=True)
     return centred - (centred * outside).sum(0) / np.maximum(outside.sum(0), 1)

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 
 from lib import effects, stats
 from lib.effects import SITE, quad_matrix, site_name
-from lib.tasks import SUPERSETS
+from lib.questions import Question
 from pipeline.params import Shared
 from pipeline.step import Step
 from report import plots, site_tables
@@ -73,7 +73,7 @@ def tables(step: Step, m: Measured) -> Tables:
     """Everything that the page's figures and sentences are made of."""
     p, joint, alone = step.params, with_pairs(m.joint, m.grid), with_pairs(m.sites, m.grid)
     sets = numbered(m)
-    heads = class_matrices(alone[alone["component"] == "head"])
+    heads = class_matrices(alone[alone["component"] == "head"], p.topic.supersets)
     candidates, verdicts, leaders = controls_page.tables(m, p)
     tested, moved = circuit_table(joint, m.circuits, m.slice, p), transfer(joint, m.circuits, p)
     by_group, by_site = groups(joint, p), site_effects(joint, behind(sets), m.slice, p)
@@ -108,7 +108,7 @@ def with_pairs(frame: pd.DataFrame, grid: pd.DataFrame) -> pd.DataFrame:
     return frame.join(grid.set_index("pair_id").reindex(columns=known), on="pair_id").assign(own=own)
 
 
-def divided(frame: pd.DataFrame) -> dict[str, dict[str, pd.DataFrame]]:
+def divided(frame: pd.DataFrame, topic: Question) -> dict[str, dict[str, pd.DataFrame]]:
     """Records in every group of pairs, by kind of group and by group.
 
     Groups are of the profile's own template, except those of `template`. A pair is of the superset that its clean names
@@ -123,11 +123,11 @@ def divided(frame: pd.DataFrame) -> dict[str, dict[str, pd.DataFrame]]:
         "order": own["order"].where(own["order"] != ""),
         "supersets": own["answer"] + " / " + own["corrupt_answer"],
         "answers": own["solved"].map({True: "solved", False: "not solved"}),
-        "matching": own["matched"].map({True: "matched in region and century", False: "not matched"}),
+        "matching": own["matched"].map({True: f"matched in {listed(topic.match)}", False: "not matched"}),
     }
     out = {"all": {"all pairs": own}, "template": dict(list(frame.groupby("template", sort=False)))}
     out |= {kind: dict(list(own.groupby(label))) for kind, label in labels.items()}
-    out["superset"] = {name: out["superset"][name] for name in SUPERSETS if name in out["superset"]}
+    out["superset"] = {name: out["superset"][name] for name in topic.supersets if name in out["superset"]}
     return out | {"profession": {name: own[(a == name) | (b == name)] for name in sorted({*a, *b} - {""})}}
 
 
@@ -158,7 +158,7 @@ def both_ways(rows: pd.DataFrame, params: Shared, **about: Any) -> list[dict[str
 def groups(frame: pd.DataFrame, params: Shared) -> pd.DataFrame:
     """The slice (`site_set` 0) in every group of pairs: `kind`, `group`, `quantity`, as in `both_ways`."""
     out = []
-    for kind, parts in divided(frame[frame["site_set"].isin([0, WHOLE])]).items():
+    for kind, parts in divided(frame[frame["site_set"].isin([0, WHOLE])], params.topic).items():
         for group, rows in parts.items():
             out += both_ways(rows, params, kind=kind, group=group)
     return pd.DataFrame(out)
@@ -166,7 +166,7 @@ def groups(frame: pd.DataFrame, params: Shared) -> pd.DataFrame:
 
 def site_effects(frame: pd.DataFrame, first: int, sites: Sequence, params: Shared) -> pd.DataFrame:
     """Counterfactual damage and recovery of single sites (sets `first`, `first` + 1, ...) by superset and template."""
-    parts, out = divided(frame[frame["site_set"] >= first]), []
+    parts, out = divided(frame[frame["site_set"] >= first], params.topic), []
     for kind in ("superset", "template"):
         for group, rows in parts[kind].items():
             for number, own in rows.groupby("site_set"):
@@ -174,10 +174,12 @@ def site_effects(frame: pd.DataFrame, first: int, sites: Sequence, params: Share
     return pd.DataFrame([row for row in out if row["quantity"] != "damage"])
 
 
-def class_matrices(frame: pd.DataFrame, value: str = "effect", reduce: str = "mean") -> dict[str, effects.QuadMatrix]:
+def class_matrices(
+    frame: pd.DataFrame, supersets: Sequence[str], value: str = "effect", reduce: str = "mean"
+) -> dict[str, effects.QuadMatrix]:
     """Each superset's counterfactual effects as quads x sites, over the pairs that it answers."""
     parts = dict(list(frame[frame["direction"] == "noise"].groupby("answer")))
-    return {name: quad_matrix(parts[name], value, SITE, reduce) for name in SUPERSETS if name in parts}
+    return {name: quad_matrix(parts[name], value, SITE, reduce) for name in supersets if name in parts}
 
 
 def ranks(heads: Mapping[str, effects.QuadMatrix], params: Shared) -> pd.DataFrame:
@@ -196,7 +198,7 @@ def interaction(
     frame = frame[pd.MultiIndex.from_frame(frame[SITE]).isin([tuple(site) for site in slice_sites])]
     if len(frame.groupby(SITE)) < 2:
         return None, pd.DataFrame(), "fewer than two sites of the slice were swept one by one"
-    change, gap = (class_matrices(frame, value, "sum") for value in ("effect", "gap"))
+    change, gap = (class_matrices(frame, params.topic.supersets, value, "sum") for value in ("effect", "gap"))
     names = [name for name, matrix in change.items() for _ in matrix.quads]
     values, gaps = (np.vstack([matrix.values for matrix in each.values()]) for each in (change, gap))
     quads = np.concatenate([matrix.quads for matrix in change.values()])
@@ -258,7 +260,7 @@ def transfer(frame: pd.DataFrame, circuits: Sequence[Circuit], params: Shared) -
     out = []
     for picked_on, rows in sets.items():
         parts = dict(list(rows.groupby("answer")))
-        for name in (name for name in SUPERSETS if name in parts):
+        for name in (name for name in params.topic.supersets if name in parts):
             out += both_ways(parts[name], params, picked_on=picked_on, tested_on=name)
     return pd.DataFrame(out)
 
@@ -344,7 +346,8 @@ def left_out(step: Step, t: Tables) -> Figure | None:
     slices = t.groups[t.groups["kind"] == "superset"].assign(kind=lambda rows: rows["group"], group="the slice")
     held_out = t.circuits[(t.circuits["kind"] == "without") & t.circuits["superset"].isin(slices["kind"])]
     both = pd.concat([slices, held_out.assign(kind=held_out["superset"], group="picked without it")], ignore_index=True)
-    return forest(step, both.sort_values("kind", key=lambda names: names.map(SUPERSETS.index), kind="stable"))
+    supersets = step.params.topic.supersets
+    return forest(step, both.sort_values("kind", key=lambda names: names.map(supersets.index), kind="stable"))
 
 
 def transfer_figure(t: Tables) -> Figure | None:
@@ -386,7 +389,7 @@ def quantities(rows: pd.DataFrame) -> str:
 
 
 def ends(rows: pd.DataFrame, name: str = "group") -> str:
-    """ "from 0.6 [0.5, 0.7] (writer) to 0.9 [0.8, 1.0] (artist)": the lowest and the highest of some rows."""
+    """ "from 0.6 [0.5, 0.7] (one) to 0.9 [0.8, 1.0] (another)": the lowest and the highest of some rows."""
     known = rows.dropna(subset="estimate").sort_values("estimate")
     each = [f"{of_row(row)} ({getattr(row, name)})" for row in known.iloc[[0, -1][: len(known)]].itertuples()]
     return f"from {' to '.join(each)}" if len(each) > 1 else "".join(each) or "not measured"

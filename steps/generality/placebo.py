@@ -19,13 +19,13 @@ import pandas as pd
 
 from lib import effects
 from lib.hooks import Site
-from lib.tasks import SUPERSETS, Pair, find_template
+from lib.tasks import Pair, find_template
 from pipeline.assumed import Case
 from pipeline.params import Shared
 from pipeline.population import aligned, right_signed
 from pipeline.step import Step
 from pipeline.units import Unit, subsample, sweep_units, without_labels
-from steps.generality.grid import prompt_options
+from steps.generality.grid import pair_options
 
 SLICE, RANDOM = "the slice", "random heads"
 ALL = "all pairs"
@@ -37,11 +37,13 @@ def pairs_of(step: Step | Case) -> list[Pair]:
     p, out = step.params, []
     for name in dict.fromkeys([p.template, *p.templates] if step.placebo() else ()):
         if isinstance(step, Case):
-            own = [replace(pair, template=find_template(name, p.task).name) for pair in step.placebo()]
+            own = [
+                replace(pair, template=find_template(name, p.task, question=p.question).name) for pair in step.placebo()
+            ]
         else:
             rows = step.placebo_pairs()
             rows = rows[rows["kept"]].assign(template=name)
-            own = step.prompts(aligned(rows, step.tokenizer, **prompt_options(p))[0])
+            own = step.prompts(aligned(rows, step.tokenizer, **pair_options(p))[0])
         for classes in dict.fromkeys(pair.candidates for pair in own):
             chosen = subsample([pair for pair in own if pair.candidates == classes], p.placebo_pairs)
             out += [replace(pair, pair_id=f"{pair.pair_id}@{name}") for pair in chosen]
@@ -97,7 +99,10 @@ def specificity(
         there = own[own["template"] == template]
         groups = {ALL: (there, other)}
         if there["own"].any():
-            groups |= {name: (there[there["answer"] == name], other[other["shared"] == name]) for name in SUPERSETS}
+            groups |= {
+                name: (there[there["answer"] == name], other[other["shared"] == name])
+                for name in params.topic.supersets
+            }
         for group, frames in groups.items():
             chosen = {SLICE: sets[SLICE], RANDOM: sets.get(RANDOM), "picked without it": sets.get(group)}
             for name, places in chosen.items():

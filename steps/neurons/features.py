@@ -30,7 +30,7 @@ from lib import hooks, tasks
 from lib.hooks import Model, Site
 from lib.single_pass import plain_runs
 from pipeline.params import ROOT
-from pipeline.population import load_people
+from pipeline.population import controls_of, load_people
 from pipeline.step import Step
 from pipeline.units import Unit, subsample
 from steps.neurons import coders
@@ -91,10 +91,13 @@ def sentences(step: Step) -> list[tuple[int, ...]]:
     sentences about people who are in no pair of the confirmation half; a third about things and about anything."""
     tokenizer, table, rng = step.model.tokenizer, step.pairs(), step.rng("sentences")
     third = -(-step.params.sae_prompts // 3)
-    texts = pd.read_csv(ROOT / "data" / "sentences.csv").groupby("kind")["text"].apply(list)
-    names = pd.read_csv(ROOT / "data" / "controls.csv").query("kind == 'thing'")["name"].str.lower()
+    topic, path = step.params.topic, step.params.sentences_file
+    texts = {kind: [] for kind in ("person", "thing", "general")}
+    if path:
+        texts |= pd.read_csv(ROOT / path).groupby("kind")["text"].apply(list).to_dict()
+    names = controls_of(step).query("kind == 'thing'")["name"].str.lower()
     own = table[table["half"] == "discovery"]
-    templates = [t for t in tasks.TEMPLATES.values() if t.task == step.params.task]
+    templates = topic.of_task(step.params.task)
     sides = [
         (template, [row[f"{side}_{slot}"] for slot in template.slots])
         for template in templates
@@ -105,9 +108,9 @@ def sentences(step: Step) -> list[tuple[int, ...]]:
     out = [tasks.make_prompt(tokenizer, *side, step.params.chat_template).ids for side in chosen]
     slots = [f"{side}_{slot}" for side in ("clean", "corrupt") for slot in tasks.SLOTS if f"{side}_{slot}" in table]
     held = table.loc[table["half"] == "confirmation", slots]
-    people = load_people(step.people_file)["name"]
+    people = load_people(step.people_file, step.params.question)["name"]
     people = rng.permutation(people[~people.isin(held.to_numpy().ravel())])
-    about = ["The profession of {a} is", *texts["person"]]
+    about = [topic.find(topic.alone).text, *texts["person"]]
     lines = [text.replace("{a}", name) for text, name in islice(zip(cycle(about), cycle(people)), third)]
     things = [text.replace("{a}", name) for name in names for text in texts["thing"]]
     lines += [*texts["general"], *rng.permutation(things)][:third]

@@ -16,7 +16,6 @@ from scipy.optimize import linear_sum_assignment
 
 from lib import stats
 from lib.effects import columns, in_halves, quad_matrix, reported
-from lib.tasks import SUPERSETS
 from pipeline.step import Step
 from report import plots
 from report.plots import class_matrices
@@ -304,7 +303,7 @@ def stable_over_seeds(step: Step, m: Measured) -> pd.DataFrame:
 
 def cards_table(step: Step, m: Measured) -> pd.DataFrame:
     """What the best features mean."""
-    return cards(map_table(m.reads, step.params, step.pairs()), m.promoted, SUPERSETS)
+    return cards(map_table(m.reads, step.params, step.pairs()), m.promoted, step.params.topic.supersets)
 
 
 def budgets_figure(step: Step, m: Measured) -> Figure:

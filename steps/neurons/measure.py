@@ -372,7 +372,7 @@ STEP = Declaration(
     assumed,
     tasks=SUPERSET_TASKS,
     reads={"sufficiency": ("critical_slice",)},
-    files=("people_file", "data/controls.csv", "data/sentences.csv", "sae_file"),
+    files=("people_file", "controls_file", "sentences_file", "sae_file"),
     samples=samples,
     timings=timings,
 )

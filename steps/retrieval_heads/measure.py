@@ -39,8 +39,6 @@ from pipeline.units import Unit, subsample, sweep_units
 from steps.retrieval_heads import attention, hops, one_name, outputs, routes
 from steps.retrieval_heads.routes import BETWEEN, LAST, NAMES, heads_of, speaks
 
-# Each form of the article-free prompt, and the one with an article for comparison.
-PROBES = (("plural", "profession_is"), ("singular", "The profession of {a} is"), ("singular", "{a} is a"))
 HOPS = 6  # sites at the names whose paths are followed edge by edge
 FOLLOWED = 24  # senders of largest discovery effect whose path is measured on the confirmation half
 COLUMNS = (*ANALYSED, "site_set", "sender", "receivers", "mlps")
@@ -77,18 +75,20 @@ class Subject(NamedTuple):
 def subject(step: Step) -> Subject:
     """The pairs that are patched."""
     p, prompts = step.params, step.prompts()
-    alone = subsample(step.prompts(routes.one_name_rows(step.pairs())), p.one_name_pairs)
+    alone = subsample(step.prompts(routes.one_name_rows(step.pairs(), p.topic.alone)), p.one_name_pairs)
     return Subject(subsample(prompts, p.name_pairs), subsample(prompts, p.pairs), alone)
 
 
 def people_asked(step: Step) -> pd.DataFrame:
     """The people of the one-name probes."""
-    return one_name.draw_people(load_people(step.people_file), step.params.probe_people, step.params.seed)
+    return one_name.draw_people(
+        load_people(step.people_file, step.params.question), step.params.probe_people, step.params.seed
+    )
 
 
 def probe_units(step: Step | Case, names: Sequence[str]) -> list[Unit]:
     """One unit for each one-name prompt."""
-    return [Unit(text, tuple(names), {"template": text, "form": form}) for form, text in PROBES]
+    return [Unit(text, tuple(names), {"template": text, "form": form}) for form, text in step.params.topic.probes]
 
 
 def prober(step: Step, names: Sequence[str]) -> Callable[[Unit], pd.DataFrame]:
@@ -96,7 +96,7 @@ def prober(step: Step, names: Sequence[str]) -> Callable[[Unit], pd.DataFrame]:
     people, superset_of = people_asked(step), superset_by_profession(step)
 
     def compute(unit: Unit) -> pd.DataFrame:
-        template = tasks.find_template(unit.options["template"], "one_name", unit.options["form"])
+        template = step.params.topic.find(unit.options["template"], "one_name", unit.options["form"])
         return one_name.probe(step.model, people, [template], superset_of, step.params.chat_template)
 
     return compute
@@ -104,7 +104,7 @@ def prober(step: Step, names: Sequence[str]) -> Callable[[Unit], pd.DataFrame]:
 
 def superset_by_profession(step: Step) -> dict[str, str]:
     """The superset of each profession of the table of people."""
-    return one_name.superset_by_profession(load_people(step.people_file))
+    return one_name.superset_by_profession(load_people(step.people_file, step.params.question))
 
 
 def patcher(step: Step, *chosen: Any) -> Callable[[Unit], pd.DataFrame]:
@@ -180,14 +180,14 @@ def output_units(step: Step | Case, pairs: Subject) -> list[Unit]:
 
 def output_reader(step: Step, pairs: Subject) -> Callable[[Unit], pd.DataFrame]:
     """What reads and probes the heads' outputs of a unit's role."""
-    people, sites = load_people(step.people_file), step.slice()
+    people, sites = load_people(step.people_file, step.params.question), step.slice()
     known = outputs.professions_of(step.pairs(), people)
-    described = outputs.described(step.pairs(), people)
-    template = tasks.find_template(pairs.at_last[0].template, pairs.at_last[0].task)
+    described = outputs.described(step.pairs(), people, [*step.params.topic.attributes])
+    template = step.params.topic.find(pairs.at_last[0].template, pairs.at_last[0].task)
 
     def compute(unit: Unit) -> pd.DataFrame:
-        tokens = tasks.candidates(step.model.tokenizer, template)[1]
-        about = outputs.About(known, superset_by_profession(step), tokens, described)
+        candidates = tasks.candidates(step.model.tokenizer, template)
+        about = outputs.About(known, superset_by_profession(step), dict(zip(*candidates, strict=True)), described)
         return outputs.table(step.model, unit.pairs, about, sites, unit.id, step.params.seed)
 
     return compute
@@ -221,7 +221,8 @@ def hop_reader(step: Step, pairs: Subject) -> Callable[[Unit], pd.DataFrame]:
 
 def probe_cost(case: Case, units: Sequence[Unit], *chosen: Any) -> Work:
     """Each person asked in each form."""
-    return case.asked(len(PROBES) * case.params.probe_people, tasks.TEMPLATES["profession_is"], 256)
+    topic = case.params.topic
+    return case.asked(len(topic.probes) * case.params.probe_people, topic.find(topic.alone), 256)
 
 
 def attention_cost(case: Case, units: Sequence[Unit], *chosen: Any) -> Work:
@@ -255,7 +256,7 @@ EDGES = Table("edges", edge_units, patcher, of_paths, **PATHS)
 
 def assumed(case: Case) -> Iterator[tuple[Any, ...]]:
     """The tables in order: heads are candidates at even depths before the slice, MLPs of the first layers the hops."""
-    p, sites, single = case.params, case.slice(), tasks.TEMPLATES["profession_is"]
+    p, sites, single = case.params, case.slice(), case.params.topic.find(case.params.topic.alone)
     some = subsample(case.prompts(), p.name_pairs)
     asked = subsample(case.prompts(), p.one_name_pairs)
     alone = [pair_of(single, int(pair.quad_id[1:]), 0, pair.half, [len(pair.clean.roles["name_a"])]) for pair in asked]

@@ -24,7 +24,7 @@ from scipy.special import logsumexp
 
 from lib import models, tasks
 from lib.hooks import Model
-from lib.tasks import SUPERSETS, Form, Template
+from lib.tasks import Form, Template
 from pipeline.population import readings, unambiguous
 
 CHUNK = 256  # prompts whose full-vocabulary logits are held at once
@@ -37,7 +37,7 @@ _logit = pa.Column("float64", nullable=True)
 PROBES = pa.DataFrameSchema(
     {
         "name": pa.Column(str),
-        "superset": pa.Column(str, pa.Check.isin(SUPERSETS)),
+        "superset": pa.Column(str),
         "profession": pa.Column(str),
         "template": pa.Column(str),
         "form": pa.Column(str),
@@ -68,7 +68,7 @@ class Labels(NamedTuple):
     supersets: tuple[str, ...]  # of each profession
     tokens: tuple[tuple[int, ...], ...]  # of each profession: none, one, or two forms of one word
     scored: tuple[str, ...]  # how each profession is
-    candidates: tuple[int, ...]  # token of each of SUPERSETS
+    candidates: tuple[int, ...]  # token of each of the supersets
 
     @property
     def superset_of(self) -> dict[str, str]:
@@ -83,7 +83,10 @@ def labels_of(tokenizer: Any, template: Template, superset_of: Mapping[str, str]
     it begins no other label and is no candidate (" gymn" for gymnasts).
     """
     _, candidates = tasks.candidates(tokenizer, template)
-    ids = [tasks.answer_ids(tokenizer, [f" {tasks.in_form(word, form)}" for form in forms]) for word in superset_of]
+    ids = [
+        tasks.answer_ids(tokenizer, [f" {template.question.in_form(word, form)}" for form in forms])
+        for word in superset_of
+    ]
     begun = Counter(first for own in ids for first in {form[0] for form in own if form})
     tokens, scored = [], []
     for own in ids:
@@ -118,10 +121,10 @@ def draw_people(people: pd.DataFrame, count: int, seed: int = 0) -> pd.DataFrame
 def can_follow(template: Template, word: str) -> bool:
     """Whether the article before the answer, if any, allows `word`: after "a" a consonant, after "an" a vowel.
 
-    Letters stand for sounds, which holds for every label of data/people.csv.
+    Letters stand for sounds, which holds for every label of the tables here.
     """
     article = (template.text + template.answer_prefix).split(" ")[-1]
-    vowel = word[0] in "aeiou"
+    vowel = word[0].lower() in "aeiou"
     return {"a": not vowel, "an": vowel}.get(article, True)
 
 
@@ -147,7 +150,7 @@ def probe(
         if template.task != "one_name":
             raise ValueError(f"template {template.name!r} is of task {template.task!r}; a probe needs one_name")
     out = pd.concat([_probe(model, people, template, superset_of, chat_template) for template in templates])
-    out.attrs["facts"] = {"candidates": list(SUPERSETS), "professions": list(superset_of)}
+    out.attrs["facts"] = {"candidates": list(templates[0].question.supersets), "professions": list(superset_of)}
     return out.reset_index(drop=True)
 
 
@@ -155,10 +158,11 @@ def _probe(
     model: Model, people: pd.DataFrame, template: Template, superset_of: Mapping[str, str], chat_template: bool
 ) -> pd.DataFrame:
     """The rows of one template."""
-    words, count = list(superset_of), len(SUPERSETS)
+    supersets = template.question.supersets
+    words, count = list(superset_of), len(supersets)
     labels = labels_of(model.tokenizer, template, superset_of, [template.form])
     tokens = (*labels.candidates, *(own[0] if own else 0 for own in labels.tokens))
-    scored = np.array([can_follow(template, word) for word in (*SUPERSETS, *words)])
+    scored = np.array([can_follow(template, word) for word in (*supersets, *words)])
     scored[count:] &= [bool(own) for own in labels.tokens]
     prompts = [tasks.make_prompt(model.tokenizer, template, [name], chat_template).ids for name in people["name"]]
 
@@ -169,7 +173,7 @@ def _probe(
     answers = readings(partial(models.next_logits, model), prompts, read, CHUNK)
     logits, total, top = np.where(scored, answers["own"], np.nan), answers["total"], answers["top"]
     own = {
-        "superset": people["superset"].map(SUPERSETS.index).to_numpy(),
+        "superset": people["superset"].map(supersets.index).to_numpy(),
         "profession": count + people["profession"].map(words.index).to_numpy(),
     }
     frame = people[["name", "superset", "profession"]].assign(

@@ -37,14 +37,13 @@ from lib.data import HALVES
 from lib.hooks import Model, Site
 from lib.readout import FixedNorm, fixed_norm, post_norms, readout
 from lib.single_pass import plain_runs
-from lib.tasks import SLOTS, SUPERSETS, Pair
+from lib.tasks import SLOTS, Pair
 from lib.weights import ModelError
 from pipeline.rates import timed
 from steps.retrieval_heads.routes import speaks
 
 FOLDS = 5
 BASELINES = ("metadata", "letters")  # in the column `component`, without a layer
-ABOUT = ["region", "century", "gender"]
 LETTERS = 256  # features that runs of one to three letters are hashed into
 # A quad's means, every class counting alike: accuracy less chance, for the class and for the profession in it; the
 # share at the receivers; and the class at the unembedding (logits).
@@ -85,16 +84,18 @@ def professions_of(table: pd.DataFrame, people: pd.DataFrame) -> dict[tuple[str,
     return found
 
 
-def described(table: pd.DataFrame, people: pd.DataFrame) -> dict[tuple[str, str], dict[str, tuple[str, ...]]]:
-    """What is known of each name of each prompt without a model: the name, and ABOUT of it ("" of people who are not in
-    the table of people), by pair and side and by role."""
-    known = people.set_index("name")[ABOUT].astype(str)
+def described(
+    table: pd.DataFrame, people: pd.DataFrame, about: Sequence[str]
+) -> dict[tuple[str, str], dict[str, tuple[str, ...]]]:
+    """What is known of each name of each prompt without a model: the name, and its attributes `about` ("" of people
+    who are not in the table of people), by pair and side and by role."""
+    known = people.set_index("name")[about].astype(str)
     found = {}
     for row in table.to_dict("records"):
         for side in ("clean", "corrupt"):
             names = {slot: row[f"{side}_{slot}"] for slot in SLOTS if row.get(f"{side}_{slot}")}
             found[row["pair_id"], side] = {
-                f"name_{slot}": (name, *(known.loc[name] if name in known.index else [""] * len(ABOUT)))
+                f"name_{slot}": (name, *(known.loc[name] if name in known.index else [""] * len(about)))
                 for slot, name in names.items()
             }
     return found
@@ -124,14 +125,16 @@ class About(NamedTuple):
 
     professions: Labels  # at each name role
     superset_of: Mapping[str, str]
-    tokens: Sequence[int]  # of each of SUPERSETS, as the template asks for it
+    tokens: Mapping[str, int]  # of each superset, as the template asks for it
     described: Mapping[tuple[str, str], Mapping[str, tuple[str, ...]]] = {}  # `described`
 
 
 class Read(NamedTuple):
     """What was read: a row per prompt and place."""
 
-    rows: pd.DataFrame  # quad_id, half, label (the class), profession, people (of each name: the name and ABOUT)
+    rows: (
+        pd.DataFrame
+    )  # quad_id, half, label (the class), profession, people (of each name: the name and its attributes)
     heads: Float[np.ndarray, "rows layers width"]
     streams: dict[nn.Module, Float[Tensor, "rows hidden"]]  # what each norm is given
     scales: Float[np.ndarray, "rows layers"]  # of a norm behind attention; 1 where there is none
@@ -279,7 +282,7 @@ def along(
 
 @torch.no_grad()
 def aimed(
-    model: Model, seen: Read, hear: Sequence[Receiver], tokens: Sequence[int]
+    model: Model, seen: Read, hear: Sequence[Receiver], tokens: Mapping[str, int]
 ) -> dict[str, Float[np.ndarray, "rows layers heads"]]:
     """`share` and `unembedded` of every head, weighted so that every class counts alike; NaN where nothing hears it.
 
@@ -291,7 +294,7 @@ def aimed(
     aims = {one.site: one.aim(seen.streams[one.module], codes, known) for one in hear}
     wholes = {one.site: (aims[one.site] * seen.streams[one.module]).sum(1).numpy() * weight for one in hear}
     final = readout(model)
-    words = [final.directions([tokens[SUPERSETS.index(part)] for part in one.split("+")]).mean(0) for one in classes]
+    words = [final.directions([tokens[part] for part in one.split("+")]).mean(0) for one in classes]
     word = from_others(torch.stack(words))[codes] / final.norm.scale(seen.streams[model.final_norm])[:, None]
     out = {name: np.full((len(half), model.n_layers, model.n_heads), np.nan) for name in ("share", "unembedded")}
     for layer, post in enumerate(posts):
@@ -338,10 +341,11 @@ def table(
 
 def known_of(people: Sequence[Sequence[tuple[str, ...]]]) -> dict[str, Float[np.ndarray, "rows 1 features"]]:
     """By BASELINES, features of the people of each row, added up over them, as `told` takes them."""
-    facts = [Counter(f"{key} {one[place]}" for one in row for place, key in enumerate(ABOUT, 1)) for row in people]
+    facts = [Counter(f"{place} {value}" for one in row for place, value in enumerate(one[1:])) for row in people]
     letters = HashingVectorizer(analyzer="char_wb", ngram_range=(1, 3), n_features=LETTERS, norm=None)
     spelled = letters.transform([" ".join(one[0] for one in row) for row in people]).toarray()
-    return {"metadata": pd.DataFrame(facts).fillna(0).to_numpy()[:, None], "letters": spelled[:, None]}
+    known = pd.DataFrame(facts).fillna(0).to_numpy() if any(facts) else np.zeros((len(facts), 1))
+    return {"metadata": known[:, None], "letters": spelled[:, None]}
 
 
 def timings(hidden: int) -> dict[str, float]:

@@ -115,7 +115,7 @@ def ablation_units(
     return paths(f"slice at {role}", pairs, into, route, mlps, senders, kind) if senders else []
 
 
-def one_name_rows(pairs: pd.DataFrame, template: str = "profession_is") -> pd.DataFrame:
+def one_name_rows(pairs: pd.DataFrame, template: str) -> pd.DataFrame:
     """The one-name pairs in a table of pairs: each name against the one in its place, one row for each two people."""
     rows, taken = [], set()
     for row in pairs.to_dict("records"):

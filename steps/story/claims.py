@@ -27,6 +27,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field
 from scipy.stats import norm
 
+from lib.questions import Question
 from lib.stats import MINIMUM_CLUSTERS, holm, p_of_interval
 from pipeline import keys
 from pipeline.declaration import Plan
@@ -50,6 +51,7 @@ TIERS = {
     EXPLORATORY: "set when results on the same people, or others' on the same model, had been seen",
 }
 DECIDING = ("at", "leaves", "numbers_of", "decided", "p_value", "equivalence", "ledger")
+ATTRIBUTE = "region"  # the placebo attribute that data/claims.yaml speaks of
 POWER = 0.8  # that a number of quads is worked out for
 
 
@@ -366,10 +368,16 @@ def recorded(step: str, params: Shared) -> Mapping[str, Any]:
 # --- verdicts -----------------------------------------------------------------------------------------------------
 
 
+def of_question(text: str, topic: Question) -> str:
+    """A text of data/claims.yaml about the question's own placebo attribute, in the place of `ATTRIBUTE`."""
+    return re.sub(rf"\b{ATTRIBUTE}\b", topic.placebo or ATTRIBUTE, text)
+
+
 def judge(
     claim: Claim, found: Mapping[str, Any] | None, threshold: float | None, held_by: str, plan: Plan, params: Shared
 ) -> Entry:
     """The entry of one claim, decided alone; `found` are the findings of its step, None if it has not run."""
+    claim = Claim.model_validate_json(of_question(claim.model_dump_json(), params.topic))
     rule, page, n = RULES[claim.rule], plan.page(claim.step), Numbers()
     if claim.id in params.left_out:
         verdict, reason = NOT_TESTED, "this profile leaves it out: it has too few quads, or of each class too few"

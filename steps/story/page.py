@@ -83,10 +83,10 @@ def judge(step: Step, m: Measured | None) -> Judged:
     confirmed = fresh.confirm(entries, step.params, asked)
     for entry in entries:  # its verdict may be another now, by the correction or by fresh people
         entry.refuted_by = claims.turned(entry.verdict, entry.asked)
-    linked = sentence(entries, found)
-    step.write_extra("claims.json", document(entries, linked, step.params, confirmed))
-    said = (outline(entries, found), linked, answer(entries, found), not_so(entries, found))
-    return Judged(found, entries, *said, *parts, confirmed)
+    said = [outline(entries, found), sentence(entries, found), [answer(entries, found)], [not_so(entries, found)]]
+    said = [[claims.of_question(text, step.params.topic) for text in texts] for texts in said]
+    step.write_extra("claims.json", document(entries, said[1], step.params, confirmed))
+    return Judged(found, entries, *said[:2], said[2][0], said[3][0], *parts, confirmed)
 
 
 # --- what is read -------------------------------------------------------------------------------------------------
@@ -193,9 +193,9 @@ def first(rows: Sequence[Mapping[str, Any]], key: Mapping[str, Any]) -> Mapping[
 
 
 def beyond_random(step: Step, found: Mapping[str, Any]) -> dict[str, Any]:
-    """Whether the slice's share of the placebo gap (region) is surely above that of random heads, by step 07."""
+    """Whether the slice's share of the placebo gap is surely above that of random heads, by step 07."""
     there = (step.find("generality") or {}).get("specific", ())
-    key = {"template": step.params.template, "group": "all pairs", "attribute": "region"}
+    key = {"template": step.params.template, "group": "all pairs", "attribute": step.params.topic.placebo}
     own, random = (first(there, key | {"set": name}) for name in ("the slice", "random heads"))
     known = all(row and row["placebo_low"] is not None for row in (own, random))
     return {"beyond_random": bool(known and own["placebo_low"] > random["placebo_high"])}

@@ -71,27 +71,30 @@ def by_parts(parts: Sequence[Mapping[str, Any]]) -> str:
     said = [
         f"the slice's {row['site'].removeprefix('its ')} by themselves are {words[row['verdict']]}"
         for row in parts
-        if row["site"] in ("its heads", "its MLPs") and row["attribute"] == "region" and row["verdict"] in words
+        if row["site"] in ("its heads", "its MLPs")
+        and row["attribute"] == parts[0]["attribute"]
+        and row["verdict"] in words
     ]
     return f" ({', '.join(said)})" if said else ""
 
 
 def of_region(rows: Sequence[Mapping[str, Any]]) -> str:
-    """How much of the region gap the circuit keeps, over what it keeps of the superset gap; "" where nobody asked."""
-    own = [row for row in rows if row["attribute"] == "region"]
+    """How much the circuit keeps of the first attribute's gap, over what it keeps of the superset gap; "" where
+    nobody asked."""
     return "".join(
-        f", and of the gap between regions {with_ends(row, prefix='quotient_')} times as much" for row in own[:1]
+        f", and of the gap between {row['attribute']}s {with_ends(row, prefix='quotient_')} times as much"
+        for row in rows[:1]
     )
 
 
 def by_directions(subspace: Mapping[str, Any]) -> str:
-    """That class and region travel in directions of their own, where step 08 shows the class difference to be specific;
-    else ""."""
+    """That class and the first attribute travel in directions of their own, where step 08 shows the class difference
+    to be specific; else ""."""
     placebo, layer = subspace.get("confounds", {}).get("placebo", ()), subspace.get("directions", {}).get("layer")
-    own = [row for row in placebo if (row["method"], row["attribute"]) == ("class difference", "region")]
+    own = [row for row in placebo if row["method"] == "class difference"][:1]
     return "".join(
         f", but in another direction: after layer {layer} that between two supersets carries {with_ends(row)} of the "
-        f"superset gap and {with_ends(row, prefix='placebo_')} of the region gap"
+        f"superset gap and {with_ends(row, prefix='placebo_')} of the {row['attribute']} gap"
         for row in own
         if row["verdict"] == "specific"
     )

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 
 from lib.hooks import Site
-from lib.tasks import ANSWERS, Pair
+from lib.tasks import Pair
 from pipeline.assumed import Case
 from pipeline.costs import Work, plain
 from pipeline.declaration import Table
@@ -29,11 +29,10 @@ from pipeline.units import Unit, subsample, without_labels
 from steps.subspace import direction_sweeps, directions
 from steps.subspace.direction_sweeps import FEW, PARTS, Changes, Variant, fixed, patching
 from steps.subspace.directions import Vectors, spanned, unit, vectors_of
-from steps.subspace.probes import ATTRIBUTES
 
 LEAST = 5  # people of an attribute's value, below which their mean is not asked for
 DEALT = 200  # times that the attributes are dealt out anew
-TOGETHER, DEALT_OUT = "all three", "dealt out"
+TOGETHER, DEALT_OUT = "all together", "dealt out"
 MEAN = "class differences, mean"
 COLUMNS = ["what", "name", "vector", "attribute", "share", "by_chance", "highest", "p", "k", "prompts"]
 
@@ -56,11 +55,13 @@ def within_classes(
     return each, couples
 
 
-def counts_of(people: pd.DataFrame, names: Sequence[Sequence[str]]) -> dict[str, Float[np.ndarray, "couples values"]]:
+def counts_of(
+    people: pd.DataFrame, names: Sequence[Sequence[str]], attributes: Sequence[str]
+) -> dict[str, Float[np.ndarray, "couples values"]]:
     """How many of each couple are of each value of each attribute that has people enough; of strangers to the table
     nothing is known."""
     known, out = people.set_index("name"), {}
-    for attribute in ATTRIBUTES:
+    for attribute in attributes:
         value_of = known[attribute].astype(str).to_dict()
         each = pd.DataFrame([[value_of.get(name, "unknown") for name in both] for both in names])
         sizes = each.stack().value_counts().drop("unknown", errors="ignore")
@@ -100,7 +101,8 @@ def attribute_spans(step: Step, fit: pd.DataFrame, layer: int, means: pd.DataFra
     span's dimensions k."""
     prompts, read = directions.read_on(step, fit, layer)
     values, couples = within_classes(read, prompts)
-    counts, rng = counts_of(load_people(step.people_file), couples["names"].tolist()), step.rng("attributes dealt")
+    people, rng = load_people(step.people_file, step.params.question), step.rng("attributes dealt")
+    counts = counts_of(people, couples["names"].tolist(), [*step.params.topic.attributes])
     orders = [dealt(rng, couples) for _ in range(DEALT)]
     of_each = {attribute: [own] for attribute, own in counts.items()} | {TOGETHER: [*counts.values()]}
     spans = {name: span_of(values, own) for name, own in of_each.items()}
@@ -151,7 +153,10 @@ def placebo_differences(step: Step, layer: int) -> list[tuple[str, Float[np.ndar
 
 def placebo_pairs(step: Step | Case) -> dict[str, list[Pair]]:
     """The placebo pairs by attribute."""
-    every = {name: [p for p in step.placebo() if p.candidates == tuple(own)] for name, own in ANSWERS.items()}
+    every = {
+        name: [p for p in step.placebo() if p.candidates == tuple(own)]
+        for name, own in step.params.topic.answers.items()
+    }
     return {name: pairs for name, pairs in every.items() if pairs}
 
 

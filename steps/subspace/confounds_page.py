@@ -12,7 +12,6 @@ from steps.subspace.confounds import DEALT_OUT, MEAN, TOGETHER
 from steps.subspace.direction_sweeps import PARTS
 from steps.subspace.directions_page import last_half
 from steps.subspace.measure import ONE, Measured, Subspace, sums, with_share
-from steps.subspace.probes import ATTRIBUTES
 
 NONE = (
     "There are no placebo pairs here with a gap of the right sign above the noise, of a superset that the fitting half "
@@ -67,7 +66,7 @@ def share_table(n: Numbers) -> pd.DataFrame:
     profile's level."""
     text = [f"{row.share:.2f} ({row.highest:.2f})" for row in n.shares.itertuples()]
     wide = n.shares.assign(text=text).pivot(index="name", columns="attribute", values="text")
-    order = wide.loc[n.shares["name"].unique(), [*ATTRIBUTES, TOGETHER]]
+    order = wide.loc[n.shares["name"].unique(), n.shares["attribute"].unique()]
     return order.rename_axis(index="direction", columns=None)
 
 
@@ -94,13 +93,16 @@ def attribute_sentences(n: Numbers, layer: int, level: float) -> list[str]:
     """How much of the class directions lies along the people's attributes, and what that part does."""
     mean, by = n.shares[n.shares["name"] == MEAN].set_index("attribute"), n.parts.set_index("part")
     every, each = mean.loc[TOGETHER], n.shares[n.shares["attribute"] == TOGETHER]
-    alone = listed(f"{name} {mean.loc[name, 'share']:.2f} ({mean.loc[name, 'highest']:.2f})" for name in ATTRIBUTES)
+    each_alone = [name for name in mean.index if name != TOGETHER]
+    if not each_alone:
+        return ["Nothing is known of the people beside their classes: what else lies in the directions was not asked."]
+    alone = listed(f"{name} {mean.loc[name, 'share']:.2f} ({mean.loc[name, 'highest']:.2f})" for name in each_alone)
     rest = each[each["name"].str.endswith("the rest")].sort_values("share", ascending=False)
     more = "more" if every["p"] <= 1 - level else "not surely more"
     ends = [(rest["name"].iloc[place].split()[0], rest["share"].iloc[place]) for place in (0, -1)]
     most, least = (f"{name} ({share:.2f})" for name, share in ends)
     first = (
-        f"Within a class, the people's region, century and gender move the activation at `last` after layer {layer} "
+        f"Within a class, the people's {listed(each_alone)} move the activation at `last` after layer {layer} "
         f"along a span of {every['k']} dimensions (fitted on {every['prompts']} couples of people). Of the squared "
         f"length of the difference between two classes' means {every['share']:.2f} lies in it (mean over all pairs of "
         f"classes), {more} than in spans of attributes dealt out anew within classes: {every['by_chance']:.2f} on "
@@ -114,7 +116,7 @@ def attribute_sentences(n: Numbers, layer: int, level: float) -> list[str]:
     dealt = " and ".join(value(by.loc[f"{DEALT_OUT} {part}"]) for part in PARTS)
     return [
         first,
-        f"Of the class difference's change, the part along region, century and gender alone recovers {inside} of "
+        f"Of the class difference's change, the part along {listed(each_alone)} alone recovers {inside} of "
         f"logit_diff, the rest of it {outside}, all of it {value(by.loc[''])}; with the attributes dealt out anew the "
         f"two parts recover {dealt}.",
     ]

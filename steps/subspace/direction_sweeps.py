@@ -32,8 +32,7 @@ from lib.tasks import Pair
 from pipeline.assumed import Case
 from pipeline.costs import Work
 from pipeline.declaration import Table
-from pipeline.params import ROOT
-from pipeline.population import aligned
+from pipeline.population import aligned, controls_of
 from pipeline.step import Step
 from pipeline.units import Unit, sweep_units, without_labels
 from steps.subspace.directions import Vectors, against_rest, reported, spanned, unit, vectors_of
@@ -235,10 +234,11 @@ def by_number(step: Step | Case, pairs: Sequence[Pair], layer: int, table: pd.Da
 def in_other_templates(step: Step, table: pd.DataFrame, pairs: Sequence[Pair]) -> list[Pair]:
     """The pairs in the other templates, those that line up there."""
     p, rows, out = step.params, table[table["pair_id"].isin([pair.pair_id for pair in pairs])], []
+    prompting = {"chat_template": p.chat_template, "attributes": p.attributes, "question": p.question}
     for name in dict.fromkeys(p.templates):
         if name != p.template:
-            other = rows.assign(template=name, task=tasks.find_template(name, p.task).task)
-            other, _ = aligned(other, step.tokenizer, chat_template=p.chat_template, attributes=p.attributes)
+            other = rows.assign(template=name, task=tasks.find_template(name, p.task, question=p.question).task)
+            other, _ = aligned(other, step.tokenizer, **prompting)
             out += without_labels(step.prompts(other.assign(pair_id=other["pair_id"] + f"@{name}")))
     return out
 
@@ -262,12 +262,12 @@ def transfer(step: Step | Case, pairs: Sequence[Pair], layer: int, means: pd.Dat
 
 def steering_prompts(step: Step, table: pd.DataFrame, pairs: Sequence[Pair]) -> tuple[list[Pair], dict[str, str]]:
     """Prompts without one class, and the kind of each by its id: `mixed` (a quad's two classes, either first), and two
-    `invented names` or two `things` of data/controls.csv. As pairs whose two sides are equal."""
+    `invented names` or two `things` of the question's controls. As pairs whose two sides are equal."""
     p, out, kinds = step.params, [], {}
-    template = tasks.find_template(p.template, p.task)
+    template = tasks.find_template(p.template, p.task, question=p.question)
     rows = table[table["pair_id"].isin([pair.pair_id for pair in reported(pairs)])].drop_duplicates("quad_id")
     names = {"mixed": [(row.clean_a, row.corrupt_b) for row in rows.itertuples()]}
-    listed = pd.read_csv(ROOT / "data" / "controls.csv", dtype=str).sample(frac=1, random_state=p.seed)
+    listed = controls_of(step).sample(frac=1, random_state=p.seed)
     for kind, word in (("invented names", "invented"), ("things", "thing")):
         own = listed.loc[listed["kind"] == word, "name"].tolist()
         names[kind] = list(zip(own[::2], own[1::2], strict=False))

@@ -29,7 +29,7 @@ from torch.nn.utils.parametrizations import orthogonal
 from lib import hooks, tasks
 from lib.hooks import Model
 from lib.single_pass import BaseRun, base_run, plain_runs, rerun, token_ids
-from lib.tasks import SUPERSETS, Pair
+from lib.tasks import Pair
 from pipeline import costs
 from pipeline.assumed import Case, tokens_of
 from pipeline.costs import Work, plain
@@ -39,7 +39,6 @@ from pipeline.population import aligned, load_people
 from pipeline.step import Step
 from pipeline.units import Unit, subsample, without_labels
 
-ONE_NAME = "profession_is"
 VARIANCE = 0.95  # share of the variance that the principal components hold
 BATCH = 32  # prompts of a pass, and pairs of a step in which a rotation is learned
 RATE = 0.02  # Adam's
@@ -76,11 +75,13 @@ def prompts_of(step: Step, table: pd.DataFrame, name: str) -> pd.DataFrame:
     for each name). Columns: ids, superset, names."""
     p, rows = step.params, {}
     options = {"chat_template": p.chat_template, "attributes": p.attributes}
-    template = tasks.find_template(name, p.task)
+    template = tasks.find_template(name, p.task, question=p.question)
     if name != p.template:  # a quad's first pair has all its people
         table = table.drop_duplicates("quad_id")
     if len(template.slots) == 2:
-        table, _ = aligned(table.assign(template=name, task=template.task), step.tokenizer, **options)
+        table, _ = aligned(
+            table.assign(template=name, task=template.task), step.tokenizer, question=p.question, **options
+        )
     for row in table.to_dict("records"):
         for side, superset in (("clean", row["answer"]), ("corrupt", row["corrupt_answer"])):
             both = [row[f"{side}_a"], row[f"{side}_b"]]
@@ -115,10 +116,10 @@ def activations(
 # --- class means --------------------------------------------------------------------------------------------------
 
 
-def class_means(values: Float[np.ndarray, "prompts width"], labels: Sequence[str]) -> Vectors:
-    """The mean of each class, in the order of SUPERSETS. ValueError for fewer than two classes."""
+def class_means(values: Float[np.ndarray, "prompts width"], labels: Sequence[str], supersets: Sequence[str]) -> Vectors:
+    """The mean of each class, in the order of `supersets`. ValueError for fewer than two classes."""
     labels = np.asarray(labels)
-    found = [name for name in SUPERSETS if (labels == name).any()]
+    found = [name for name in supersets if (labels == name).any()]
     if len(found) < 2:
         raise ValueError(
             f"a class direction needs prompts of two supersets; the fitting half has {', '.join(found) or 'none'}"
@@ -128,7 +129,7 @@ def class_means(values: Float[np.ndarray, "prompts width"], labels: Sequence[str
 
 def mean_units(step: Step | Case, fit: pd.DataFrame, layers: Sequence[int]) -> list[Unit]:
     """A unit for each template and for the one-name template, on the prompts of the pairs `fit`."""
-    names, pairs = dict.fromkeys([*templates(step.params), ONE_NAME]), tuple(fit["pair_id"])
+    names, pairs = dict.fromkeys([*templates(step.params), step.params.topic.alone]), tuple(fit["pair_id"])
     return [Unit(f"means-{i}", pairs, {"template": name, "layers": layers}) for i, name in enumerate(names)]
 
 
@@ -142,7 +143,7 @@ def fitted_means(step: Step, fit: pd.DataFrame, layers: Sequence[int]) -> Callab
             return pd.DataFrame(columns=MEANS)
         counts = Counter(prompts["superset"])
         for layer, own in activations(step.model, prompts["ids"].tolist(), layers).items():
-            for superset, vector in class_means(own, prompts["superset"]).items():
+            for superset, vector in class_means(own, prompts["superset"], step.params.topic.supersets).items():
                 rows.append((name, layer, superset, counts[superset], vector.astype(np.float32)))
         return pd.DataFrame(rows, columns=MEANS)
 
@@ -152,7 +153,7 @@ def fitted_means(step: Step, fit: pd.DataFrame, layers: Sequence[int]) -> Callab
 def of_means(case: Case, units: Sequence[Unit], fit: pd.DataFrame, layers: Sequence[int]) -> Work:
     """The cost of class means: two prompts a pair in each template, four one-name prompts a quad."""
     shape, count, tokens = case.shape, 2 * len(fit), len(case.pairs[0].clean.ids)
-    one, _ = tokens_of(tasks.TEMPLATES[ONE_NAME], [3])
+    one, _ = tokens_of(case.params.topic.find(case.params.topic.alone), [3])
     both = plain(shape, count, tokens, -(-count // 32)).times(len(units) - 1)
     return (
         both + plain(shape, count, one, -(-count // 32)) + Work(table=7 * shape.hidden * 5 * len(layers) * len(units))
@@ -209,9 +210,9 @@ def found(
 
     def compute(_: Unit) -> pd.DataFrame:
         prompts, values = read_on(step, fit, layer)
-        profession = load_people(step.people_file).set_index("name")["profession"].to_dict()
+        profession = load_people(step.people_file, p.question).set_index("name")["profession"].to_dict()
         professions = prompts["names"].map(lambda names: [profession.get(name) for name in names])
-        bases = subspaces(values, prompts["superset"], professions)
+        bases = subspaces(values, prompts["superset"], professions, p.topic.supersets)
         sizes = sorted({1, min(len(bases["class means", 0]), max(p.dimensions))})
         training = subsample(step.prompts(fit), p.pairs)
         learned = rotations(step.model, opposed(step.model, training, [layer]), layer, sizes, p.rotation_steps, p.seed)
@@ -265,7 +266,10 @@ DIRECTIONS = Table("directions", basis_units, found, of_bases, schema=None)
 
 
 def subspaces(
-    values: Float[np.ndarray, "prompts width"], labels: Sequence[str], professions: Sequence[Sequence[str | None]]
+    values: Float[np.ndarray, "prompts width"],
+    labels: Sequence[str],
+    professions: Sequence[Sequence[str | None]],
+    supersets: Sequence[str],
 ) -> dict[tuple[str, int], Float[np.ndarray, "k width"]]:
     """Nested orthonormal bases by (method, 0): of class means, of a linear probe's weights, of the means of the
     professions (of all prompts with a name of each), and the principal components that hold VARIANCE of the variance.
@@ -273,7 +277,7 @@ def subspaces(
     The probe is a ridge regression on the one-hot class. Its penalty is the total variance, so that it halves the
     weight of a component that holds just one prompt's share.
     """
-    means, labels, centred = class_means(values, labels), np.asarray(labels), values - values.mean(0)
+    means, labels, centred = class_means(values, labels, supersets), np.asarray(labels), values - values.mean(0)
     hot = np.stack([labels == name for name in means], axis=1).astype(float)
     out = {("class means", 0): spanned(np.stack(list(means.values())))}
     out["probe", 0] = spanned(Ridge(alpha=centred.var(0).sum()).fit(values, hot).coef_)
@@ -364,15 +368,15 @@ def resumed(
 
 def assumed_means(params: Shared, layers: Sequence[int], width: int = 64) -> pd.DataFrame:
     """Class means of every template, of no meaning."""
-    rng, names = np.random.default_rng(0), [*templates(params), ONE_NAME]
-    rows = [(*key, 1, rng.standard_normal(width)) for key in product(names, layers, SUPERSETS)]
+    rng, names = np.random.default_rng(0), [*templates(params), params.topic.alone]
+    rows = [(*key, 1, rng.standard_normal(width)) for key in product(names, layers, params.topic.supersets)]
     return pd.DataFrame(rows, columns=MEANS)
 
 
 def assumed_table(params: Shared, layer: int, means: pd.DataFrame) -> pd.DataFrame:
     """A table of directions with as many of each method as there can be."""
     own, width = mean_rows(means[means["layer"] == layer]), len(means["vector"].iloc[0])
-    cap = len(SUPERSETS) - 1
+    cap = len(params.topic.supersets) - 1
     counts = {("class means", 0): cap, ("probe", 0): cap, ("profession means", 0): width, ("component", 0): width}
     counts |= {("rotation", k): k for k in sorted({1, min(cap, max(params.dimensions))})}
     rows = [(method, k, layer, vector) for (method, k), count in counts.items() for vector in np.eye(width)[:count]]

@@ -81,7 +81,8 @@ def cases(step: Step, table: pd.DataFrame) -> list[Pair]:
             answers = {"answer": classes[0], "corrupt_answer": classes[1]}
             rows.append(row | clean | answers | {"pair_id": f"{row['quad_id']} {name}"})
     p = step.params
-    own, _ = aligned(pd.DataFrame(rows), step.tokenizer, chat_template=p.chat_template, attributes=p.attributes)
+    how = {"chat_template": p.chat_template, "attributes": p.attributes, "question": p.question}
+    own, _ = aligned(pd.DataFrame(rows), step.tokenizer, **how)
     return without_labels(step.prompts(own))
 
 
@@ -123,7 +124,9 @@ def fitted(step: Step, fit: pd.DataFrame, layers: Sequence[int]) -> pd.DataFrame
     for (place, layer), read in seen.items():
         labels, vectors = zip(*read, strict=True)
         if len(set(labels)) > 1:
-            basis = spanned(np.stack(list(class_means(np.stack(vectors), labels).values())))
+            basis = spanned(
+                np.stack(list(class_means(np.stack(vectors), labels, step.params.topic.supersets).values()))
+            )
             rows += [(place, layer, MEANS, *each, len(read)) for each in enumerate(basis.astype(np.float32))]
     training, p = [pair for pair in cases(step, fit) if pair.pair_id.endswith("other")], step.params
     groups = opposed(step.model, training, slice_layers(step))

@@ -95,7 +95,10 @@ def assumed(case: Case) -> Iterator[tuple[Any, ...]]:
 
 def assumed_prompts(case: Case, shown: Sequence[Pair]) -> list[Pair]:
     """Prompts to steer: one for each quad, and pairs of invented names and of things, with 2 to 5 tokens each."""
-    count, template = case.params.steering_pairs, tasks.find_template(case.params.template, case.params.task)
+    count, template = (
+        case.params.steering_pairs,
+        tasks.find_template(case.params.template, case.params.task, question=case.params.question),
+    )
     mixed = list({pair.quad_id: pair for pair in shown}.values())[:count]
     tokens = [(2, 2), (2, 3), (3, 3), (3, 4), (4, 4), (4, 5)]
     others = [pair_of(template, n, 0, HALVES[1], tokens[n % len(tokens)]) for n in range(2 * count)]
@@ -111,7 +114,7 @@ STEP = Declaration(
     tasks=SUPERSET_TASKS,
     placebo=True,
     reads={"sufficiency": ("critical_slice",)},
-    files=("people_file", "data/controls.csv"),
+    files=("people_file", "controls_file"),
     timings=probes.timings,
 )
 

@@ -36,7 +36,7 @@ from sklearn.model_selection import StratifiedGroupKFold
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from lib import tasks
+from lib import questions, tasks
 from lib.hooks import Model
 from lib.readout import readout
 from lib.single_pass import plain_runs
@@ -56,7 +56,6 @@ WHOLE = -1  # the rank of a probe that is not reduced; the number of labels that
 BATCH = 32  # prompts of one pass
 WORDS, DIRECTIONS = 6, 4  # words named at each end of a direction, and leading directions that are
 PROFESSIONS = 70  # that have enough people for a probe, in the default book
-ATTRIBUTES = ("region", "century", "gender")
 # What a baseline sees: how many of the people are of each region, ..., or the n-grams of their names' letters.
 BASELINES = {
     "metadata": partial(CountVectorizer, analyzer=list),
@@ -118,7 +117,7 @@ def of_people(step: Step) -> Asked:
     """One-name prompts about `probe_people` people of whom no pair speaks."""
     p, pairs = step.params, step.pairs()
     known = set(pairs[[f"{side}_{slot}" for side in ("clean", "corrupt") for slot in "ab"]].to_numpy().ravel())
-    everyone = load_people(step.people_file)
+    everyone = load_people(step.people_file, p.question)
     drawn = draw(everyone[~everyone["name"].isin(known)], p.probe_people, p.probe_folds, step.rng("probe people"))
     rows = drawn[["superset", "profession"]].assign(
         item=drawn["name"], unit=drawn["name"], people=[[n] for n in drawn["name"]]
@@ -150,7 +149,7 @@ def asked(
         kept, why = large_enough(rows, target, p.probe_folds, kind)
         rows, dropped = rows.assign(**{target: rows[target].where(rows[target].isin(kept), "")}), [*dropped, *why]
     rows = rows.assign(fold=folds_of(rows, targets[-1], p.probe_folds, p.seed))
-    found = [tasks.find_template(name, task) for name in templates]
+    found = [p.topic.find(name, task) for name in templates]
     options = {"chat_template": p.chat_template, "attributes": p.attributes}
     try:
         prompts = [
@@ -356,13 +355,17 @@ def prompt_folds(own: Seen, params: Shared) -> Iterator[pd.DataFrame]:
 # --- baselines ----------------------------------------------------------------------------------------------------
 
 
-def seen_without_model(people: pd.DataFrame, names: Sequence[Sequence[str]]) -> dict[str, list]:
-    """What each baseline sees of the people of each prompt: words for their attributes (and for region and century
-    together), or their names. Of people who are not in the table nothing is known."""
-    known = people.set_index("name")[[*ATTRIBUTES]].astype(str)
-    known["region and century"] = known["region"] + " " + known["century"]
+def seen_without_model(
+    people: pd.DataFrame, names: Sequence[Sequence[str]], question: str = questions.DEFAULT
+) -> dict[str, list]:
+    """What each baseline sees of the people of each prompt: words for their attributes (and for those that quads
+    are matched in together), or their names. Of people who are not in the table nothing is known."""
+    topic = questions.load(question)
+    known = people.set_index("name")[[*topic.attributes]].astype(str)
+    if len(topic.match) > 1:
+        known[" and ".join(topic.match)] = known[list(topic.match)].agg(" ".join, axis=1)
     words = {name: [f"{key} {value}" for key, value in row.items()] for name, row in known.to_dict("index").items()}
-    metadata = [[word for name in both for word in words.get(name, ["unknown"])] for both in names]
+    metadata = [[word for name in both for word in words.get(name) or ["unknown"]] for both in names]
     return {"metadata": metadata, "letters": [" ".join(both) for both in names]}
 
 
@@ -385,8 +388,11 @@ def baseline_folds(own: Asked, seen: Mapping[str, Sequence], seed: int) -> Itera
 
 def baselines(step: Step, kinds: Sequence[Asked]) -> pd.DataFrame:
     """Accuracies of the baselines: a row per prompt."""
-    people = load_people(step.people_file)
-    each = (baseline_folds(own, seen_without_model(people, own.people), step.params.seed) for own in kinds)
+    people = load_people(step.people_file, step.params.question)
+    each = (
+        baseline_folds(own, seen_without_model(people, own.people, step.params.question), step.params.seed)
+        for own in kinds
+    )
     return pd.concat([frame for frames in each for frame in frames], ignore_index=True)
 
 
@@ -462,7 +468,7 @@ def of_accuracies(case: Case, units: Sequence[Unit], at: None) -> Work:
     p, shape = case.params, case.shape
     pairs, people = 2 * len(case.pairs), 2 * p.probe_people
     read = plain(shape, pairs, len(case.pairs[0].clean.ids), -(-pairs // 16))
-    read += plain(shape, people, tokens_of(tasks.TEMPLATES["profession_is"], [3])[0], -(-people // 16))
+    read += plain(shape, people, tokens_of(p.topic.find(p.topic.alone), [3])[0], -(-people // 16))
     fits = len(units) * 2 * (p.probe_folds + 2)
     table = len(units) * (p.permutations + 1) * 1400
     return read + Work(table=table, other={"pair probes": fits, "people probes": fits})

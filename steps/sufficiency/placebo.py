@@ -17,21 +17,22 @@ import pandas as pd
 from lib import effects, stats, tasks
 from lib.effects import reported
 from lib.hooks import Site, site_name
-from lib.tasks import ANSWERS, Pair
+from lib.questions import SUPERSET
+from lib.tasks import Pair
 from pipeline.assumed import Case, of_sweep
 from pipeline.declaration import EFFECTS, Table
 from pipeline.params import Shared
 from pipeline.step import Step
 from pipeline.units import Unit, subsample, sweep_units
 
-TASK = "superset"  # the attribute that the task asks for
+TASK = SUPERSET
 SLICE, WHOLE = "the slice", "all there is"
 
 
 def pairs_of(step: Step | Case) -> dict[str, list[Pair]]:
     """The pairs by the attribute in which their names differ: the task's own, and the placebo's."""
     own: dict[str, list[Pair]] = {TASK: subsample(step.prompts(), step.params.pairs)}
-    for attribute, classes in ANSWERS.items():
+    for attribute, classes in step.params.topic.answers.items():
         placebo = [pair for pair in step.placebo() if pair.candidates == tuple(classes)]
         if placebo:
             own[attribute] = subsample(placebo, step.params.placebo_pairs)
@@ -60,13 +61,13 @@ def units(step: Step | Case, order: Sequence[Site], size: int) -> list[Unit]:
 
 def swept(step: Step, *chosen: Any) -> Callable[[Unit], pd.DataFrame]:
     """A sweep whose rows say which attribute their pair is about, and have the answers of all of them."""
-    sweep = step.sweeper(step.prompts())
+    sweep, topic = step.sweeper(step.prompts()), step.params.topic
 
     def compute(unit: Unit) -> pd.DataFrame:
         frame = sweep(unit)
         found = frame.attrs.pop("facts")
-        own = next(name for name, classes in ANSWERS.items() if [*classes] == found["candidates"])
-        named = answers_of(frame, own, found["labels"], tasks.find_template(unit.pairs[0].template, unit.pairs[0].task))
+        own = next(name for name, classes in topic.answers.items() if [*classes] == found["candidates"])
+        named = answers_of(frame, own, found["labels"], topic.find(unit.pairs[0].template, unit.pairs[0].task))
         wanted = (*EFFECTS, "metric_before", "metric_after", "site_set", "kl_after")
         kept = [name for name in frame.columns if name in wanted]
         return frame[kept].assign(attribute=own, **named)
@@ -77,7 +78,7 @@ def swept(step: Step, *chosen: Any) -> Callable[[Unit], pd.DataFrame]:
 def answers_of(frame: pd.DataFrame, attribute: str, labels: Sequence[str], template: tasks.Template) -> dict[str, list]:
     """`answers_before` and `answers_after`: the logits of every attribute's answers, one attribute after the other; NaN
     where an answer is not a single token."""
-    words = {name: [word.strip() for word in tasks.answers(template, name)] for name in ANSWERS}
+    words = {name: [word.strip() for word in tasks.answers(template, name)] for name in template.question.answers}
     there = [*words[attribute], *labels]
     places = [there.index(word) if word in there else -1 for own in words.values() for word in own]
     out = {}
@@ -109,7 +110,7 @@ def specificity(frame: pd.DataFrame, quads: pd.DataFrame, sets: Sequence[str], p
     frame = frame.assign(site=np.array(sets)[frame["site_set"]])
     own = reported(frame[frame["attribute"] == TASK])
     joint, parts, classes, moved = [], [], [], [movement(own, params)]
-    for attribute in (name for name in ANSWERS if name != TASK):
+    for attribute in (name for name in params.topic.answers if name != TASK):
         every = frame[(frame["attribute"] == attribute) & (frame["half"] == own["half"].iloc[0])]
         good = every[every["quad_id"].map(quads["kept"]).astype(bool)]
         if good.empty:
@@ -143,9 +144,9 @@ def movement(frame: pd.DataFrame, params: Shared) -> pd.DataFrame:
     centred changes, logits), and the whole vocabulary (KL, nats); means over quads of pairs about one attribute."""
     own = frame[(frame["direction"] == "denoise") & frame["site"].isin([SLICE, WHOLE])]
     change = np.stack(own["answers_after"]) - np.stack(own["answers_before"])
-    ends = np.cumsum([0, *map(len, ANSWERS.values())])
+    ends = np.cumsum([0, *map(len, params.topic.answers.values())])
     values = {"whole vocabulary": own["kl_after"].to_numpy()}
-    for name, low, high in zip(ANSWERS, ends, ends[1:], strict=False):
+    for name, low, high in zip(params.topic.answers, ends, ends[1:], strict=False):
         values[name] = change[:, low:high].std(axis=1)
     rows = []
     for words, value in values.items():

@@ -35,7 +35,7 @@ def in_templates(step: Step) -> list[Pair]:
     table, out = table[table["pair_id"].isin({pair.pair_id for pair in of_half(step, 0)})], []
     for template in other_templates(p):
         about = {"template": template.name, "task": template.task, "pair_id": table["pair_id"] + f"@{template.name}"}
-        how = {"chat_template": p.chat_template, "attributes": p.attributes}
+        how = {"chat_template": p.chat_template, "attributes": p.attributes, "question": p.question}
         out += step.prompts(aligned(table.assign(**about), step.tokenizer, **how)[0])
     return without_labels(out)
 
@@ -44,7 +44,11 @@ def other_templates(params: Any) -> list[tasks.Template]:
     """The templates beside the profile's own, where both ask about two names."""
     if params.task not in SUPERSET_TASKS:
         return []
-    found = [tasks.find_template(name, params.task) for name in params.order_templates if name != params.template]
+    found = [
+        tasks.find_template(name, params.task, question=params.question)
+        for name in params.order_templates
+        if name != params.template
+    ]
     return [template for template in found if template.task in SUPERSET_TASKS]
 
 
