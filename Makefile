@@ -25,7 +25,13 @@ override PROFILE := $(value PROFILE)
 ifdef DEVICE
 override DEVICE := $(value DEVICE)
 endif
-export PROFILE DEVICE
+ifdef NAMES
+override NAMES := $(value NAMES)
+endif
+ifdef TO
+override TO := $(value TO)
+endif
+export PROFILE DEVICE NAMES TO
 
 PYTHON_OK := -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1
 # The interpreter that .venv is made with: the first that runs and is 3.11 or newer.
@@ -50,7 +56,7 @@ export JUPYTER_PREFER_ENV_PATH := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help env book plan lab test test-long browser bench bench-peers wheels lint format clean conda-ready
+.PHONY: help env book plan pairs lab test test-long browser bench bench-peers wheels lint format clean conda-ready
 
 help: ## list the targets
 	@echo "make <target> [PROFILE=$(PROFILE)]"
@@ -74,6 +80,9 @@ book: $(READY) ## sweep what has to be swept, execute the notebooks, build the b
 
 plan: $(READY) ## what the profile costs, step by step, before it is run; DEVICE="NVIDIA H100 80GB": on that card
 	@$(PY) -m steps.plan
+
+pairs: $(READY) ## put a table of names together into a pairs_file: NAMES=names.csv TO=mine.csv (name, superset)
+	@$(PY) -m steps pairs "$$NAMES" --to "$$TO"
 
 # Without a screen it prints the address alone. Nothing is fetched: neither news nor whether there is a newer version.
 lab: $(READY) ## open the notebooks in JupyterLab

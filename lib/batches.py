@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import itertools
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -92,10 +94,13 @@ def with_donors(pairs: Sequence[Pair], pool: Sequence[Pair], ablation: str) -> l
     for other in pool:
         offered.setdefault(group_of(other), {}).setdefault(other.quad_id, set()).update(classes_of(other))
 
+    counts = {group: Counter(itertools.chain.from_iterable(quads.values())) for group, quads in offered.items()}
+
     def able(pair: Pair) -> bool:
-        quads = offered.get(group_of(pair), {})
-        others = (classes for quad, classes in quads.items() if quad != pair.quad_id)
-        return bool(neutral_classes(pair, set().union(*others), ablation))
+        group = group_of(pair)
+        own = offered.get(group, {}).get(pair.quad_id, set())
+        others = {name for name, quads in counts.get(group, {}).items() if quads > (name in own)}
+        return bool(neutral_classes(pair, others, ablation))
 
     return [pair for pair in pairs if able(pair)]
 

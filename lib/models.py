@@ -65,6 +65,9 @@ def words_of(spec: str, where: str, local: bool) -> transformers.PreTrainedToken
         tasks.encoded(words, "both")
     except ValueError as error:
         raise ModelError(f"model {spec!r}: {error}") from None
+    config = weights.config_of(spec)
+    context = getattr(config and config.get_text_config(), "max_position_embeddings", None)
+    words.model_max_length = min(words.model_max_length, context or words.model_max_length)  # what the model reads
     return words
 
 

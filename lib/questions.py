@@ -32,6 +32,7 @@ TASKS = ("superset", "bi_association", "odd_one_out", "one_name")
 SLOTS = ("a", "b", "c")
 _N_NAMES = {"superset": 2, "bi_association": 2, "odd_one_out": 3, "one_name": 1}
 SLOT = re.compile(r"\{(a|b|c|attributes|examples)\}")
+_BRACES = re.compile(r"\{[^{}]*\}")
 
 
 def _list(value: Any) -> Any:
@@ -216,6 +217,15 @@ class Template:
     def __post_init__(self) -> None:
         if self.task not in TASKS:
             raise ValueError(f"template {self.name!r}: unknown task {self.task!r}; allowed: {', '.join(TASKS)}")
+        unknown = [braces for braces in _BRACES.findall(self.text) if not SLOT.fullmatch(braces)]
+        if unknown:
+            known = "slots are {a}, {b} and {c}"
+            raise ValueError(f"template {self.name!r}: {', '.join(unknown)} is no slot; {known}")
+        if self.text != self.text.rstrip():
+            raise ValueError(
+                f"template {self.name!r} ends in white space, and answers begin with a space of their own: take it off "
+                "(in YAML, `>-` and `|-` leave out the last line break)"
+            )
         found = [slot for slot in SLOT.findall(self.text) if slot in SLOTS]
         if found != list(self.slots):
             raise ValueError(

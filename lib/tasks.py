@@ -13,6 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
+from functools import lru_cache
 from typing import Any
 
 from lib import questions
@@ -159,6 +160,12 @@ def recorded(tokenizer: Any, template: Template, attribute: str) -> tuple[tuple[
     return tuple(kept.values()), tuple(kept)
 
 
+@lru_cache(maxsize=8)
+def special_tokens(tokenizer: Any) -> tuple[str, ...]:
+    """The texts that a tokenizer reads as one of its special tokens, wherever they stand."""
+    return tuple(token.content for token in getattr(tokenizer, "added_tokens_decoder", {}).values() if token.special)
+
+
 def fill(template: Template, names: Sequence[str], attributes: Sequence[str]) -> tuple[str, list[tuple[int, int]]]:
     """The filled text and each name's character span in it."""
     if len(names) != len(template.slots):
@@ -206,10 +213,13 @@ def make_prompt(
     answer prefix then opens the reply; without one, a reply may not begin with a leading-space token. `attributes` are
     what the bi-association prompt asks about.
 
-    Raises ValueError for a wrong number of names, a name that is not found in the wrapped prompt, a token that mixes a
-    name with the text around it, and a tokenizer that is not fast or appends a token of its own.
+    Raises ValueError for a wrong number of names, a name that is not found in the wrapped prompt or holds a special
+    token, a token that mixes a name with the text around it, a prompt longer than the tokenizer's model can read, and a
+    tokenizer that is not fast or appends a token of its own.
     """
     text, spans = fill(template, names, attributes)
+    if special := [token for token in special_tokens(tokenizer) if any(token in name for name in names)]:
+        raise ValueError(f"{list(names)} holds {special[0]!r}, which this tokenizer reads as a special token")
     if chat_template:
         if not getattr(tokenizer, "chat_template", None):
             raise ValueError("chat_template is true, but this tokenizer has none; set chat_template to false")
@@ -226,6 +236,8 @@ def make_prompt(
     text += template.answer_prefix
     # A chat template writes the special tokens itself; adding the tokenizer's would double the first one.
     ids, offsets = encoded(tokenizer, text, special=not chat_template)
+    if len(ids) > (limit := getattr(tokenizer, "model_max_length", len(ids))):
+        raise ValueError(f"the prompt has {len(ids)} tokens, and the model reads {limit}; choose shorter names")
     roles: dict[str, tuple[int, ...]] = {}
     for slot, name, (start, end) in zip(template.slots, names, spans, strict=True):
         roles[f"name_{slot}"] = _name_tokens(text, offsets, name, start, end)
@@ -300,9 +312,8 @@ def make_pair(
         words: tuple[str, ...] = template.slots
         own, other = (_name_answers(*each, where) for each in zip((clean, corrupt), names.values(), strict=True))
     else:
-        words, shared = candidates(tokenizer, template, attribute)
+        words, shared, beside = _answer_words(tokenizer, template, template.question, attribute)
         own = other = (shared, ())
-        beside = recorded(tokenizer, template, attribute)
     places = []
     for column in ("answer", "corrupt_answer"):
         if row[column] not in words:
@@ -316,19 +327,27 @@ def make_pair(
     return Pair(*about, *prompts, words, *places, *tokens, *beside)
 
 
+@lru_cache(maxsize=256)
+def _answer_words(tokenizer: Any, template: Template, question: Question, attribute: str) -> tuple:
+    """The candidates of all pairs of a template, their tokens, and what is recorded beside them; `question` only tells
+    equal templates of two questions apart."""
+    return *candidates(tokenizer, template, attribute), recorded(tokenizer, template, attribute)
+
+
 def _swapped(
     clean: Prompt, corrupt: Prompt, names: Sequence[str], others: Sequence[str], where: str
 ) -> tuple[int, ...]:
     """Positions of the names that differ, after a check that the two prompts line up and differ nowhere else."""
     positions: tuple[int, ...] = ()
+    unequal = []
     for slot, one, other in zip(SLOTS, names, others, strict=False):
         own, theirs = (prompt.roles[f"name_{slot}"] for prompt in (clean, corrupt))
         if len(own) != len(theirs):
-            raise ValueError(
-                f"{where}: the names in slot {slot} have different token counts: {one!r} has {len(own)}, "
-                f"{other!r} has {len(theirs)}; choose names of equal counts"
-            )
+            unequal.append(f"in slot {slot} {one!r} has {len(own)}, {other!r} has {len(theirs)}")
         positions += own if one != other else ()
+    if unequal:
+        counts = "; ".join(unequal)
+        raise ValueError(f"{where}: the names have different token counts: {counts}; choose names of equal counts")
     outside = set(clean.roles["all"]) - set(clean.roles["names"])
     if clean.roles != corrupt.roles or any(clean.ids[i] != corrupt.ids[i] for i in outside):
         raise ValueError(f"{where}: the two prompts differ outside their names: {clean.text!r} and {corrupt.text!r}")

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lib import batches, questions, records, tasks
+from lib import batches, data, questions, records, tasks
 from lib.data import HALVES
 from lib.hooks import Site, site_of
 from lib.tasks import Pair, Prompt, Template
@@ -207,19 +208,23 @@ Quads = list[tuple[str, list[int], tuple[str, ...]]]  # half, the names' token c
 
 
 def quads_of(plan: Plan, p: Shared) -> Quads:
-    """The quads of step 01's pairs, else as many as it would leave, of the default book's lengths, without answers."""
+    """The quads of step 01's pairs, else as many as it would leave, or as have the given pairs: of the default book's
+    lengths, without answers."""
     try:
         path = keys.find_pairs(declaration.PAIRS, p)
-        table = records.read(path) if p.pairs_file is None else pd.read_csv(path)
     except ParameterError:
         if p.pairs_file is not None:
             raise
-        table = None
-    if table is not None and {"n_tokens_a", "n_tokens_b", "half"} <= {*table}:
-        return quads_in(table)
-    if p.pairs_file is None:
-        base = params.validate(plan.sections, declaration.PAIRS, params.load_profile(p.profile))
-    return of_lengths(max(4, round(KEPT * base.quads_per_half)) if p.pairs_file is None else len(table))
+        path = None
+    if path is not None and p.pairs_file is None:
+        table = records.read(path)
+        return quads_in(table) if {"n_tokens_a", "n_tokens_b"} <= {*table} else of_lengths(len(table))
+    base = params.validate(plan.sections, declaration.PAIRS, params.load_profile(p.profile))
+    if path is None:
+        return of_lengths(max(4, round(KEPT * base.quads_per_half)))
+    asked = {"task": p.task, "template": p.template, "question": p.question}
+    given = len(data.read_pairs_file(path, p.seed, **asked)[0])
+    return of_lengths(max(1, math.ceil(given / base.pairs_per_quad / len(HALVES))))
 
 
 def placebos_of(plan: Plan, p: Shared) -> Quads:

@@ -158,29 +158,42 @@ def same_subject(about: Mapping[str, Any], params: Shared, task: bool = True) ->
 
 
 def ability(params: Shared) -> dict[str, Any] | None:
-    """What step 01 found about this task: {"able": bool, "why": str}, or None where it has not been asked."""
-    return ((find_findings(PAIRS, params) or {}).get("able") or {}).get(params.task)
+    """What step 01 found about this task on these pairs: {"able": bool, "why": str}, or None where it has not asked."""
+    found = find_findings(PAIRS, params) or {}
+    if found.get("about", {}).get("pairs_file") != given_pairs(params):
+        return None
+    return (found.get("able") or {}).get(params.task)
+
+
+def given_pairs(params: Shared) -> str | None:
+    """The hash of the `pairs_file`, None without one."""
+    return None if params.pairs_file is None else hash_file(input_file(params.pairs_file))
 
 
 def about(params: Shared) -> dict[str, Any]:
     """The head of a findings file: what it is about."""
-    return params.model_dump(
+    own = params.model_dump(
         mode="json", include={"profile", *MODEL_KEYS, "question", "task", "template", "chat_template"}
     )
+    return own | {"pairs_file": given_pairs(params)}
 
 
 def find_pairs(step: str, params: Shared) -> Path:
-    """The pairs a step sweeps: `pairs_file`, else the pairs.parquet of step 01 for this model and task."""
+    """The pairs a step sweeps: `pairs_file`, else the pairs.parquet that step 01 made for this model with the same
+    prompts."""
     if params.pairs_file is not None:
         return input_file(params.pairs_file)
+    prompting = params.model_dump(mode="json", include={"template", "attributes", "chat_template"})
     for folder in sources(params):
         path = folder / "pairs.parquet"
-        stored = stored_ingredients(folder, PAIRS) or {}
-        if path.is_file() and same_subject(stored.get("parameters", {}), params):
+        stored = (stored_ingredients(folder, PAIRS) or {}).get("parameters", {})
+        same = same_subject(stored, params) and all(stored.get(key, own) == own for key, own in prompting.items())
+        if path.is_file() and same:
             return path
     where = " or ".join(map(shown, sources(params)))
     raise MissingInput(
-        f"step {step} needs pairs, and {where} has none of model {params.model} and task {params.task}: "
+        f"step {step} needs pairs, and {where} has none of model {params.model} and task {params.task} in "
+        f"template {params.template!r}, with these attributes and this chat_template: "
         f"run 01_baselines first (make does: make book PROFILE={params.profile}), or give pairs_file"
     )
 

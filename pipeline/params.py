@@ -406,24 +406,20 @@ def check_layers(params: Shared, n_layers: int) -> None:
 
 
 def _template(params: Shared) -> str:
-    """The template asked for, or the task's first."""
-    known = params.topic.texts
-    for key in ("templates", "order_templates"):
-        for name in getattr(params, key, ()):
-            if name not in known and "{a}" not in name:
-                raise ParameterError(
-                    f"parameter {key}: {name!r} is unknown{_nearest(name, known)}; the templates are "
-                    f"{', '.join(known)}, or a text with {{a}} and {{b}}"
-                )
-    own = [template.name for template in params.topic.of_task(params.task)]
+    """The template asked for, or the task's first; texts of one's own are checked."""
+    known, own = params.topic.texts, [template.name for template in params.topic.of_task(params.task)]
     if not own:
         raise ParameterError(f"parameter task = {params.task!r}: question {params.question} has no template of it")
-    if params.template is None:
-        return own[0]
-    if params.template in own or (params.template not in known and "{a}" in params.template):
-        return params.template
-    owner = f" (it is of task {known[params.template].task})" if params.template in known else ""
-    raise ParameterError(
-        f"parameter template = {params.template!r}{owner}: templates of task {params.task} are {', '.join(own)}, "
-        f"or give a text with {{a}} and {{b}}{_nearest(params.template, own)}"
-    )
+    named = [("template", params.template)] if params.template is not None else []
+    named += [(key, name) for key in ("templates", "order_templates") for name in getattr(params, key, ())]
+    for key, name in named:
+        try:
+            params.topic.find(name, params.task)
+        except ValueError as error:
+            raise ParameterError(f"parameter {key} = {name!r}{_nearest(name, known)}: {error}") from None
+    if params.template in known and params.template not in own:
+        raise ParameterError(
+            f"parameter template = {params.template!r} (it is of task {known[params.template].task}): templates of "
+            f"task {params.task} are {', '.join(own)}, or give a text with {{a}} and {{b}}"
+        )
+    return params.template or own[0]

@@ -61,13 +61,14 @@ def load_people(path: str | Path, question: str = questions.DEFAULT) -> pd.DataF
 
     Columns: name, profession (the superset, where the table has none), superset, two_supersets, second_superset ("" if
     none), the question's attributes, namesake ("" if none); under the names that the question's `columns` give them.
-    Raises ValueError naming the file's row (the header is row 1), the column, the value and what is allowed.
+    Raises ValueError naming the file's line, the column, the value and what is allowed.
     """
     topic = questions.load(question)
     named = {own: topic.columns.get(own, own) for own in ("name", "superset", "profession")}
     needed = [named["name"], named["superset"], *topic.attributes]
     optional = [named["profession"], "two_supersets", "second_superset", "namesake"]
     table = read_table(Path(path), "people_file", needed, optional).astype(str)
+    where = f"{path}, {table.index.name}"
     table = table.rename(columns={given: own for own, given in named.items()})
     table = table.assign(**{name: table.get(name, table.get(own, own)) for name, own in MISSING.items()})
     flags = {"true": True, "True": True, "false": False, "False": False}
@@ -75,25 +76,23 @@ def load_people(path: str | Path, question: str = questions.DEFAULT) -> pd.DataF
     for column, allowed in (("two_supersets", flags), *((name, None) for name in whole)):
         known = table[column].isin(allowed) if allowed else table[column].str.fullmatch(r"-?\d+")
         if not known.all():
-            row = int(np.argmin(known))
-            raise ValueError(
-                f"{path}, row {row + 2}: {column} is {table[column][row]!r}; allowed: "
-                f"{'true, false' if allowed else 'a whole number'}"
-            )
+            row = known.idxmin()
+            what = "true, false" if allowed else "a whole number"
+            raise ValueError(f"{where} {row}: {column} is {table[column][row]!r}; allowed: {what}")
         table[column] = table[column].map(allowed) if allowed else table[column].astype(int)
     try:
         table = schema_of(topic).validate(table, lazy=True)
     except pa.errors.SchemaErrors as error:
         first = error.failure_cases.iloc[0]
-        row = "" if pd.isna(first["index"]) else f", row {int(first['index']) + 2}"
-        raise ValueError(f"{path}{row}: {first['column']} {first['failure_case']!r} fails {first['check']}") from None
+        row = path if pd.isna(first["index"]) else f"{where} {first['index']}"
+        raise ValueError(f"{row}: {first['column']} {first['failure_case']!r} fails {first['check']}") from None
     odd = table[(table.two_supersets != table.second_superset.ne("")) | (table.second_superset == table.superset)]
     if len(odd):
         raise ValueError(
-            f"{path}, row {odd.index[0] + 2}: {odd['name'].iloc[0]!r}: second_superset must be given where "
+            f"{where} {odd.index[0]}: {odd['name'].iloc[0]!r}: second_superset must be given where "
             "two_supersets is true, be empty where it is false, and differ from superset"
         )
-    return table
+    return table.reset_index(drop=True)
 
 
 def controls_of(step: Any) -> pd.DataFrame:

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, is_dataclass
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
@@ -177,30 +178,55 @@ class Step:
             return Ability(False, f"this step asks about supersets, and the answers of `{self.params.task}` are none")
         found = keys.ability(self.params)
         if found is None:
-            return Ability(True, f"step 01 has not measured whether this model does {self.params.task}", known=False)
+            what = self.params.task + (" on these pairs" if self.params.pairs_file else "")
+            return Ability(True, f"step 01 has not measured whether this model does {what}", known=False)
         return Ability(found["able"], found["why"])
 
     def pairs(self) -> pd.DataFrame:
-        """The pairs table: `pairs_file`, or the pairs of step 01. StepError when there are none."""
-        path = keys.find_pairs(self.name, self.params)
-        if self.params.pairs_file is None:
-            return records.read(path)
+        """The pairs table: `pairs_file`, or the pairs of step 01. StepError when there are none, and for a pairs_file
+        with rows that cannot be used: it names them all.
+
+        Every pair has the task and the template of the parameters."""
+        if self.params.pairs_file is not None:
+            return self.shared("given", self._given)[0].copy()
+        return records.read(keys.find_pairs(self.name, self.params))
+
+    def _given(self) -> tuple[pd.DataFrame, list[Pair]]:
+        """The pairs of the `pairs_file`, and as prompts."""
         from lib import data
 
+        p, path, made = self.params, keys.find_pairs(self.name, self.params), []
+        asked = {"task": p.task, "template": p.template, "question": p.question}
         try:
-            return data.load_pairs_file(path, question=self.params.question)
+            table, faults = data.read_pairs_file(path, p.seed, **asked)
         except ValueError as error:
             raise StepError(str(error)) from None
+        with units.progress("pairs_file", len(table), unit="pairs", delay=2) as bar:
+            for place, row in zip(table.index, table.to_dict("records"), strict=True):
+                try:
+                    made += [self._prompts(row)] if place not in faults else []
+                except ValueError as error:
+                    faults[place] = str(error).removeprefix(f"pair {row['pair_id']!r}: ")
+                bar.update()
+        if faults:
+            raise StepError(data.unusable(f"pairs_file {path.name}", table, faults))
+        return table.reset_index(), made
+
+    def _prompts(self, row: Mapping[str, Any]) -> Pair:
+        """A row of a pairs table as prompts."""
+        from lib import tasks
+
+        p = self.params
+        return tasks.make_pair(self.tokenizer, row, p.chat_template, p.attributes, p.question)
 
     def prompts(self, table: pd.DataFrame | None = None) -> list[Pair]:
         """The pairs (default: of `pairs`) as prompts, tokenised and checked. StepError names the pair that is wrong."""
-        from lib import tasks
-
+        if table is None and self.params.pairs_file is not None:
+            return list(self.shared("given", self._given)[1])
         if table is None:
             return list(self.shared("prompts", lambda: self.prompts(self.pairs())))
-        how = (self.params.chat_template, self.params.attributes, self.params.question)
         try:
-            return [tasks.make_pair(self.tokenizer, row, *how) for row in table.to_dict("records")]
+            return [self._prompts(row) for row in table.to_dict("records")]
         except ValueError as error:
             raise StepError(str(error)) from None
 
@@ -466,6 +492,18 @@ class Remembered:
     @property
     def is_fast(self) -> bool:
         return self._answer(["is_fast"], lambda: getattr(self.own, "is_fast", False))
+
+    @property
+    def model_max_length(self) -> int:
+        return self._answer(["model_max_length"], lambda: self.own.model_max_length)
+
+    @property
+    def added_tokens_decoder(self) -> dict[int, SimpleNamespace]:
+        def ask() -> list:
+            return [(token.content, token.special) for token in self.own.added_tokens_decoder.values()]
+
+        told = self._answer(["added_tokens"], ask)
+        return {i: SimpleNamespace(content=content, special=special) for i, (content, special) in enumerate(told)}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.own, name)  # all else is asked of the real one

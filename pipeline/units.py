@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import shutil
 import sys
 import time
@@ -54,7 +55,8 @@ def content_id(unit: Unit) -> str:
         raise TypeError(f"work unit {unit.id}: {value!r} in its options is not plain data, so it has no stable id")
 
     text = json.dumps([unit.id, list(unit.pairs), dict(unit.options)], sort_keys=True, default=plain)
-    return f"{unit.id}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    # it names a file: a template's text, of any length and with slashes, may be part of the unit's id
+    return f"{re.sub(r'[^A-Za-z0-9._-]+', '_', unit.id)[:80]}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
 def plan_id(units: Sequence[Unit]) -> str:
@@ -261,21 +263,19 @@ class _Lines:
         self.stream.flush()
 
 
-def progress(label: str, total: int, done: int = 0) -> tqdm:
+def progress(label: str, total: int, done: int = 0, unit: str = "units", delay: float = 0) -> tqdm:
     """A plain progress bar on stderr with rate and time left.
 
     A terminal gets the usual bar; a log file a line every 10 s; a notebook a line that is rewritten every 20 s (plain
-    text: widgets in a saved notebook load scripts from the network).
+    text: widgets in a saved notebook load scripts from the network). Nothing is shown of what ends within `delay`
+    seconds.
     """
-    stream = sys.stderr
+    stream, about = sys.stderr, {"total": total, "initial": done, "desc": label, "unit": f" {unit}", "delay": delay}
     if stream.isatty():
-        return tqdm(total=total, initial=done, desc=label, unit=" units", file=stream, dynamic_ncols=True)
+        return tqdm(**about, file=stream, dynamic_ncols=True)
     in_notebook = type(stream).__module__.startswith("ipykernel")
     return tqdm(
-        total=total,
-        initial=done,
-        desc=label,
-        unit=" units",
+        **about,
         file=stream if in_notebook else _Lines(stream),
         mininterval=20 if in_notebook else 10,
         maxinterval=30,

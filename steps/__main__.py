@@ -8,6 +8,7 @@ format  writes the parameters cell of every notebook from its step's parameters
 freeze  prints the hash of the profile's thresholds and of the claims' rules: `frozen` of section story, where they are
         set before a model's results are seen
 fresh   writes down what the profile's fresh people said, in the file that it calls `fresh_claims`, which is committed
+pairs   puts a table of names together into pairs that line up in the profile's template: pairs NAMES.csv --to MINE.csv
 
 The profile is the name of a file in params/, or comes from the variable PROFILE of the environment.
 """
@@ -30,6 +31,7 @@ from pipeline import keys, params
 from pipeline.params import ParameterError, Shared
 from report import book
 from report.book import BookError, Folders
+from steps.baselines import names
 from steps.registry import PLAN
 from steps.story import claims, fresh
 
@@ -222,19 +224,33 @@ def write_parameters(step: str) -> None:
         path.write_text(text, encoding="utf-8")
 
 
+def make_pairs(build: Build, table: Path, to: Path) -> None:
+    """Write the pairs that a table of names makes, and say who is left over."""
+    try:
+        print(names.write_pairs(table, to, build.of("baselines")))
+    except ValueError as error:
+        raise ParameterError(str(error)) from None
+
+
 # --- the command line ---------------------------------------------------------------------------------------------
 
 
 def main(arguments: Sequence[str] | None = None, environment: Mapping[str, str] = os.environ) -> int:
     """The exit status."""
     parser = argparse.ArgumentParser(prog="python -m steps", description=__doc__.splitlines()[0])
-    parser.add_argument("command", choices=("run", "key", "clean", "format", "freeze", "fresh"))
-    parser.add_argument("step", nargs="?", help=", ".join(PLAN.names))
+    parser.add_argument("command", choices=("run", "key", "clean", "format", "freeze", "fresh", "pairs"))
+    parser.add_argument("step", nargs="?", help=f"{', '.join(PLAN.names)}; for pairs, the table of names")
+    parser.add_argument("--to", help="for pairs, the CSV file to write")
     default = environment.get("PROFILE", Shared.model_fields["profile"].default)
     parser.add_argument("--profile", default=default, help="name in params/")
     options = parser.parse_args(arguments)
     build = Build(options.profile)
     try:
+        if options.command == "pairs":
+            if not (options.step and options.to):
+                parser.error("pairs of whom, and where to? pairs NAMES.csv --to MINE.csv")
+            make_pairs(build, Path(options.step), Path(options.to))
+            return 0
         if options.step is not None:
             PLAN[options.step]
         if options.command == "run":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -39,6 +40,13 @@ ORDER = (
 PLAN = Plan(__name__, [step.STEP for step in ORDER])
 
 
+def given(step: Step) -> str:
+    """What a page says of the pairs that it was given; they are read and checked here, before anything is computed."""
+    pairs, name = step.pairs(), Path(step.params.pairs_file).name
+    few = "" if pairs["quad_id"].is_unique else ": pairs that share a name, or have one quad_id, count as one"
+    return f" Pairs: the {len(pairs)} of `{name}`, in {pairs['quad_id'].nunique()} quads{few}."
+
+
 def begin(name: str, namespace: Mapping[str, Any]) -> Step:
     """The step of a notebook, from its `globals()`, with a line on what it is about.
 
@@ -52,7 +60,8 @@ def begin(name: str, namespace: Mapping[str, Any]) -> Step:
     layers = f" Swept: {step.layers_from}." if own.layered and able else ""
     if own.name == PLAN.names[0]:  # it is what the others ask
         return step
-    display(Markdown(f"Model `{step.params.model}`, task `{step.params.task}`: {able.why}.{layers}"))
+    pairs = given(step) if step.params.pairs_file and able else ""
+    display(Markdown(f"Model `{step.params.model}`, task `{step.params.task}`: {able.why}.{pairs}{layers}"))
     if not able and not own.always:
         found = step.write_findings(words.not_done(step))
         display(Markdown("\n\n".join(found["sentences"])))

@@ -141,11 +141,12 @@ def test_a_task_is_done_above_chance_and_the_profiles_own_with_enough_pairs():
     few = page.abilities(accuracy, pd.DataFrame({"pair_id": ["a", "b"]}), PARAMS)["superset"]
     assert few == {
         "able": False,
-        "why": f"accuracy {value}; 2 pairs, whose quads have a gap of the right sign, fewer than the 3 asked for",
+        "why": f"accuracy {value}; 2 pairs, whose quads have a gap of the right sign, fewer than the 3 asked for "
+        "(min_pairs)",
     }
     none = page.abilities(accuracy, None, PARAMS)["superset"]
     assert none["able"] is False and none["why"].endswith(
-        "; 0 pairs, whose quads have a gap of the right sign, fewer than the 3 asked for"
+        "; 0 pairs, whose quads have a gap of the right sign, fewer than the 3 asked for (min_pairs)"
     )
     wrong = page.abilities(accuracy.assign(above=False), pd.DataFrame({"pair_id": ["a"] * 9}), PARAMS)["superset"]
     assert wrong["able"] is False and "pairs with a gap" not in wrong["why"]

@@ -54,16 +54,15 @@ def test_people_of_whom_it_is_not_clear_what_to_say_are_left_out(people):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"superset": "plumber"}, "row 3: superset 'plumber'"),
+        ({"superset": "plumber"}, "line 3: superset 'plumber'"),
         ({"name": "Ann Lee"}, "name 'Ann Lee'"),
-        ({"name": " Bob Ray"}, "row 3: name ' Bob Ray'"),
-        ({"two_supersets": "maybe"}, "row 3: two_supersets is 'maybe'; allowed: true, false"),
-        ({"century": "recent"}, "row 3: century is 'recent'; allowed: a whole number"),
-        ({"century": "55"}, "row 3: century"),
-        ({"gender": "f"}, "row 3: gender 'f'"),
-        ({"two_supersets": "true"}, "row 3: 'Bob Ray': second_superset must be given"),
-        ({"second_superset": "artist"}, "row 3: 'Bob Ray': second_superset must be given"),
-        ({"two_supersets": "true", "second_superset": "athlete"}, "row 3: 'Bob Ray': .*differ from superset"),
+        ({"two_supersets": "maybe"}, "line 3: two_supersets is 'maybe'; allowed: true, false"),
+        ({"century": "recent"}, "line 3: century is 'recent'; allowed: a whole number"),
+        ({"century": "55"}, "line 3: century"),
+        ({"gender": "f"}, "line 3: gender 'f'"),
+        ({"two_supersets": "true"}, "line 3: 'Bob Ray': second_superset must be given"),
+        ({"second_superset": "artist"}, "line 3: 'Bob Ray': second_superset must be given"),
+        ({"two_supersets": "true", "second_superset": "athlete"}, "line 3: 'Bob Ray': .*differ from superset"),
     ],
 )
 def test_a_wrong_row_of_people_is_named(tmp_path, change, message):
@@ -202,14 +201,14 @@ def test_given_quads_tasks_and_templates_are_kept(tmp_path, smollm_tokenizer):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"answer": "plumber"}, "row 2: answer 'plumber' is unknown; allowed: artist, scientist, athlete"),
-        ({"corrupt_answer": ""}, "row 2: corrupt_answer '' is unknown"),
-        ({"clean_b": ""}, "row 2: clean_b is empty"),
-        ({"task": "riddle"}, "row 2: task 'riddle' is unknown; allowed: superset, bi_association"),
-        ({"template": "professions"}, "row 2: unknown template 'professions'"),
-        ({"task": "odd_one_out", "answer": "a", "corrupt_answer": "b"}, "row 2: clean_c is empty"),
+        ({"answer": "plumber"}, "line 2: answer 'plumber' is unknown; allowed: artist, scientist, athlete"),
+        ({"corrupt_answer": ""}, "line 2: corrupt_answer '' is unknown"),
+        ({"clean_b": ""}, "line 2: clean_b is empty"),
+        ({"task": "riddle"}, "line 2: task 'riddle' is unknown; allowed: superset, bi_association"),
+        ({"template": "professions"}, "line 2: unknown template 'professions'"),
+        ({"task": "odd_one_out", "answer": "a", "corrupt_answer": "b"}, "line 2: clean_c is empty"),
         ({"hobby": "chess"}, r"unknown columns \['hobby'\].*needed are clean_a.*allowed besides task"),
-        ({"quad_id": ""}, "row 2: quad_id '' is empty"),
+        ({"quad_id": ""}, "line 2: quad_id '' is empty"),
     ],
 )
 def test_a_wrong_pairs_file_is_named(tmp_path, change, message):
@@ -230,7 +229,7 @@ def test_wrong_pairs_files(tmp_path):
     with pytest.raises(ValueError, match="has no rows"):
         data.load_pairs_file(path)
     pd.DataFrame([PAIR | {"pair_id": "p"}] * 2).to_csv(path, index=False)
-    with pytest.raises(ValueError, match="row 3: pair_id 'p' is empty or not unique"):
+    with pytest.raises(ValueError, match="line 3: pair_id 'p' is that of line 2, too"):
         data.load_pairs_file(path)
     path.write_text("")
     with pytest.raises(ValueError, match="mine.csv.*empty"):

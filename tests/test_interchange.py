@@ -37,7 +37,9 @@ def word_step(*rows):
     own = tokenizers.Tokenizer(level)
     own.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=own)
-    params = SimpleNamespace(chat_template=False, attributes=tasks.DEFAULT_ATTRIBUTES, question="professions")
+    params = SimpleNamespace(
+        chat_template=False, attributes=tasks.DEFAULT_ATTRIBUTES, question="professions", pairs_file=None
+    )
     made = lambda table: [tasks.make_pair(tokenizer, row) for row in table.to_dict("records")]  # noqa: E731
     return SimpleNamespace(params=params, tokenizer=tokenizer, prompts=made), pd.DataFrame(rows)
 

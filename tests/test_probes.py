@@ -15,6 +15,7 @@ from pipeline import params
 from pipeline.step import StepError
 from steps.registry import PLAN
 from steps.subspace import probes, probes_page
+from tests.test_tasks import llama_tokenizer
 
 P = params.validate(PLAN.sections, "subspace", params.load_profile("smoke") | {"permutations": 19, "resamples": 300})
 CLASSES = ("artist", "athlete", "politician", "scientist", "writer")
@@ -298,3 +299,14 @@ def test_selectivity_is_no_sum_that_roundings_could_spoil():
     (said,) = probes_page.selectivity_sentence(table, 3)
     assert said.endswith("`last` 0.592 and 0.566, 0.026 [-0.010, 0.060] apart (not shown to be above 0).")
     assert "=" not in said
+
+
+def test_words_of_a_direction_are_found_where_a_token_alone_is_decoded_without_its_space(tiny):
+    """As Llama 2's tokenizer decodes it."""
+    model = replace(tiny("llama"), tokenizer=llama_tokenizer("both artists scientists ab"))
+    token = model.tokenizer.get_vocab()["▁artists"]
+    direction = model.unembed.weight[token].detach() * model.final_norm.weight.detach()
+    assert probes.words(model, direction, 3) == ["artists", *probes.words(model, direction, 3)[1:]]
+    assert sorted(probes.words(model, direction, 9)) == ["artists", "both", "scientists"]
+    none = replace(model, tokenizer=llama_tokenizer("ab cd"))
+    assert probes.words(none, direction, 3) == []

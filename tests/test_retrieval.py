@@ -252,7 +252,7 @@ def planted(write: dict[int, int], head: int = 2) -> models.Model:
         model.model.embed_tokens.weight[token, token - 20 if token >= 20 else 31] = 1
     for token in (40, 41, 42, 43, 44):
         model.lm_head.weight[token, 16 + token - 40] = 1
-    for place, token in enumerate(TOKENS):
+    for place, token in enumerate(TOKENS.values()):
         model.lm_head.weight[token, 24 + place] = 1
     attention = model.model.layers[1].self_attn
     for feature, target in write.items():

@@ -29,7 +29,10 @@ ROOT = Path(__file__).resolve().parents[1]
 def here(tmp_path, monkeypatch):
     """A working folder with a file of pairs; results go to out/."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "mine.csv").write_text("pair_id\np0\n")
+    (tmp_path / "mine.csv").write_text(
+        "clean_a,clean_b,corrupt_a,corrupt_b,answer,corrupt_answer\n"
+        "Brad Pitt,Pablo Picasso,Isaac Newton,Albert Einstein,artist,scientist\n"
+    )
     return tmp_path
 
 
@@ -239,7 +242,7 @@ def test_a_task_the_model_cannot_do(here):
     baselines = begin("baselines", people_file="mine.csv", **other)
     baselines.write_findings({"able": {"superset": {"able": True, "why": "95%"}, "odd_one_out": wrong}})
     assert begin(**other).able() and begin(**other).able().known
-    step = begin(task="odd_one_out", template="odd_one_out", pairs_file=None, **other)
+    step = begin(task="odd_one_out", template="odd_one_out", **other)
     assert not step.able() and step.able().why == "accuracy 27%, not above chance"
     step.write_findings({"able": False})
     assert step.fresh and step.record["tables"] == {}  # stated under its key, nothing computed

@@ -305,7 +305,7 @@ def test_two_prompts_take_lists(smollm_tokenizer):
 
 def test_words_that_begin_as_llama_2_has_them():
     text = "The profession of Ada Lovelace and Isaac Newton is that they are both Alan Turing in Paris Berlin"
-    own = llama_tokenizer(text, " ".join(f"{tasks.plural(name)} {name}" for name in SUPERSETS))
+    own = llama_tokenizer(text, " ".join(f"{QUESTION.plural(name)} {name}" for name in SUPERSETS))
     token = own.get_vocab()
     assert own("in Paris").input_ids == [1, token["▁in"], token["▁Paris"]] and own.decode([token["▁Paris"]]) == "Paris"
     assert tasks.token_texts(own, [token["▁Paris"], token["▁artists"]]) == [" Paris", " artists"]

@@ -1,12 +1,13 @@
 """Step 01, measured: does the model do the task at all, and which pairs of prompts are fair?
 
-1. `ACCURACY`: people drawn before any selection, for every task and template. One row per prompt: what was asked, what
-   the model chose among the candidates, where the right word stands in its whole vocabulary, and what it would have
-   said itself.
+1. `ACCURACY`: people drawn before any selection, for every task and template; with a `pairs_file`, the names of its
+   pairs. One row per prompt: what was asked, what the model chose among the candidates, where the right word stands in
+   its whole vocabulary, and what it would have said itself.
 2. `ALONE`: what the model makes of each name alone.
 3. `QUADS`: four people each, matched; `PAIRS`: the pairs that every later step sweeps, written as pairs.parquet.
 4. `UNSELECTED`: as many pairs of other people before any selection.
 5. `PLACEBO`: pairs of one superset whose names differ in another attribute, written as placebo.parquet.
+6. `GIVEN`: the pairs of a `pairs_file` with the model's answers, in the place of 2 to 5.
 """
 
 from __future__ import annotations
@@ -72,6 +73,7 @@ class Baselines(Shared):
 
 # For the planner: people asked about, and quads tried for one that is found, as in the default book.
 ASKED, TRIED = 3000, 1.1
+GIVEN_SIZE = 500  # given pairs a work unit
 SIDED = 0.46  # of those asked about, how many are of a placebo's classes and in no quad, in the quick book
 BUILT_FROM = ("quads_per_half", "pairs_per_quad", "fame_tolerance", "min_bucket", "odd_one_out_items", "seed")
 
@@ -96,11 +98,16 @@ def accuracy_units(step: Step | Case) -> list[Unit]:
     return [Unit(template.name, (), options | {"task": template.task}) for template in asked(params)]
 
 
-def items(people: pd.DataFrame, tokenizer: object, template: Template, params: Baselines) -> pd.DataFrame:
+def items(
+    people: pd.DataFrame, tokenizer: object, template: Template, params: Baselines, given: pd.DataFrame | None = None
+) -> pd.DataFrame:
     """What is asked with one template: `names` (a tuple), `answer`, `superset`, `professions`, `item`.
 
     Pairs and single names are drawn at random, each person once; odd-one-out has the plan's items and generated ones.
+    `given` pairs of the template's kind are asked about in their place, each prompt once; an item is a quad of theirs.
     """
+    if given is not None and (template.task == "odd_one_out") == (params.task == "odd_one_out"):
+        return given_items(given, template, params)
     if template.task == "odd_one_out":
         pairs = odd_pairs(people, tokenizer, params)
         rows = [
@@ -121,13 +128,27 @@ def items(people: pd.DataFrame, tokenizer: object, template: Template, params: B
     return pd.DataFrame(rows)
 
 
+def given_items(given: pd.DataFrame, template: Template, params: Baselines) -> pd.DataFrame:
+    """The prompts of `accuracy_pairs` of the given pairs, or of all, as `items` has them."""
+    given = given.sample(min(len(given), params.accuracy_pairs), random_state=params.seed).sort_index()
+    rows = []
+    for row in given.to_dict("records"):
+        for side, answer in (("clean", row["answer"]), ("corrupt", row["corrupt_answer"])):
+            names = [row[f"{side}_{slot}"] for slot in tasks.SLOTS if row[f"{side}_{slot}"]]
+            for own in [tuple(names)] if len(template.slots) == len(names) else [(name,) for name in names]:
+                rows.append({"names": own, "answer": answer, "item": row["quad_id"]})
+    table = pd.DataFrame(rows).drop_duplicates(["names", "answer"], ignore_index=True)
+    superset = "" if template.task == "odd_one_out" else table["answer"]
+    return table.assign(superset=superset, professions="")
+
+
 def odd_pairs(people: pd.DataFrame, tokenizer: object, params: Baselines) -> pd.DataFrame:
     """Odd-one-out items: the plan's own, then generated ones of other people."""
     file, count, taken, parts = params.odd_one_out_file, params.odd_one_out_items, set(), []
     if file:
         own = data.load_pairs_file(keys.input_file(file), question=params.question)
         taken = {name for side in ("clean", "corrupt") for slot in tasks.SLOTS for name in own[f"{side}_{slot}"]}
-        parts.append(own)
+        parts.append(own.drop(columns="line"))
     if count:
         others = people[~people["name"].isin(taken)].reset_index(drop=True)
         parts.append(generate_odd_one_out(others, tokenizer, count, params.seed, params.chat_template, params.question))
@@ -136,13 +157,15 @@ def odd_pairs(people: pd.DataFrame, tokenizer: object, params: Baselines) -> pd.
     return pd.concat(parts, ignore_index=True)
 
 
-def measure(model: Model, people: pd.DataFrame, template: Template, params: Baselines) -> pd.DataFrame:
+def measure(
+    model: Model, people: pd.DataFrame, template: Template, params: Baselines, given: pd.DataFrame | None = None
+) -> pd.DataFrame:
     """One row per prompt of a template: the model's choice among the candidates and its own top token.
 
     `rank` is how many tokens of the vocabulary have a higher logit than the right word, `probability` is its share.
     """
     words = model.tokenizer
-    table = items(people, words, template, params)
+    table = items(people, words, template, params, given)
     prompts = [
         tasks.make_prompt(words, template, names, params.chat_template, params.attributes) for names in table["names"]
     ]
@@ -200,7 +223,8 @@ def make_pairs(model: Model, people: pd.DataFrame, quads: pd.DataFrame | None, p
     """The pairs that every later step sweeps: of the quads, or the odd-one-out pairs with a gap of the right sign."""
     if quads is not None:
         return answered(model, pairs_of(quads, params.pairs_per_quad), params)
-    pairs, _ = aligned(odd_pairs(people, model.tokenizer, params), model.tokenizer, question=params.question)
+    options = {"chat_template": params.chat_template, "question": params.question}
+    pairs, _ = aligned(odd_pairs(people, model.tokenizer, params), model.tokenizer, **options)
     return right_signed(answered(model, pairs, params), model.noise)
 
 
@@ -241,7 +265,27 @@ def people_of(step: Step) -> pd.DataFrame:
 def accuracy_of(step: Step) -> Callable[[Unit], pd.DataFrame]:
     """What measures a template."""
     templates, people = {template.name: template for template in asked(step.params)}, people_of(step)
-    return lambda unit: measure(step.model, people, templates[unit.id], step.params)
+    given = None if step.params.pairs_file is None else step.pairs()
+    return lambda unit: measure(step.model, people, templates[unit.id], step.params, given)
+
+
+def given_units(step: Step | Case) -> list[Unit]:
+    """So many of the given pairs a unit that each is a matter of minutes."""
+    pairs = [pair.pair_id for pair in step.prompts()]
+    return [Unit(f"given-{at:06d}", tuple(pairs[at : at + GIVEN_SIZE])) for at in range(0, len(pairs), GIVEN_SIZE)]
+
+
+def given_of(step: Step) -> Callable[[Unit], pd.DataFrame]:
+    """What asks about given pairs: `answered`, a pair for itself, and whether its gap is above the noise (`kept`)."""
+    table = step.pairs().set_index("pair_id", drop=False)
+
+    def ask(unit: Unit) -> pd.DataFrame:
+        own = table.loc[list(unit.pairs)].reset_index(drop=True)
+        out = answered(step.model, own.assign(quad_id=own["pair_id"]), step.params)
+        gap = out["logit_diff_clean"] - out["logit_diff_corrupt"]
+        return out.assign(quad_id=own["quad_id"], gap=gap, kept=gap > step.model.noise)
+
+    return ask
 
 
 def whole(step: Step | Case, *chosen: Any) -> list[Unit]:
@@ -335,6 +379,7 @@ def placebo_cost(case: Case, units: Sequence[Unit], alone: None, pairs: None) ->
     return more + case.asked(2 * p.pairs_per_quad * quads, tasks.find_template(p.template, p.task, question=p.question))
 
 
+GIVEN = Table("pairs", given_units, given_of, lambda case, units: pairs_cost(case, units, None), schema=None)
 ACCURACY = Table("baselines", accuracy_units, accuracy_of, accuracy_cost, schema=None)
 ALONE = Table("alone", alone_units, alone_of, alone_cost, schema=None)
 QUADS = Table("quads", whole, quads_of, quads_cost, schema=None)
@@ -346,7 +391,9 @@ PLACEBO = Table("placebo", placebo_units, placebo_from, placebo_cost, schema=Non
 def assumed(case: Case) -> Iterator[tuple[Any, ...]]:
     """The tables in order; nothing is built where pairs are given."""
     yield (ACCURACY,)
-    if case.params.pairs_file is None:
+    if case.params.pairs_file is not None:
+        yield (GIVEN,)
+    else:
         if case.params.task != "odd_one_out":
             yield (ALONE,)
             yield QUADS, None
@@ -405,19 +452,21 @@ class Measured(NamedTuple):
     failed: str
     placebo: pd.DataFrame | None = None  # None where none were asked for; empty where none could be built
     about_placebo: Sequence[dict[str, Any]] = ()  # of each attribute, what each filter dropped, or why there are none
+    given: str = ""  # the file that the pairs come from, if they were given
 
 
 def run(step: Step) -> Measured:
     """Measure, or read what is there. Writes pairs.parquet.
 
-    With a `pairs_file` there is nothing to build, and on a task that the model answers no better than chance nothing is
-    built. ValueError with every filter's counts when the filters leave nothing.
+    With a `pairs_file` its pairs are asked about, and nothing is built or written; on a task that the model answers no
+    better than chance nothing is built. ValueError with every filter's counts when the filters leave nothing.
     """
     params, frame = step.params, step.table(ACCURACY)
     accuracy = accuracies(frame, params, ["task", "template"])
     if params.pairs_file is not None:
-        why = f"The pairs are those of `{Path(params.pairs_file).name}`; none were built."
-        return Measured(frame, accuracy, None, None, [], why)
+        name = Path(params.pairs_file).name
+        why = f"The pairs are those of `{name}`; none were built."
+        return Measured(frame, accuracy, step.table(GIVEN), None, [], why, given=name)
     asked_for = accuracy[(accuracy["task"] == params.task) & (accuracy["template"] == params.template)]
     if not asked_for["above"].all():
         return Measured(frame, accuracy, None, None, [], f"No pairs were built: the model does not do `{params.task}`.")

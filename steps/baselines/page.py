@@ -10,7 +10,7 @@ import pandas as pd
 from IPython.display import Markdown
 from matplotlib.figure import Figure
 
-from lib import effects, stats
+from lib import data, effects, stats
 from lib.questions import Question
 from pipeline.params import Shared
 from pipeline.step import Step
@@ -18,9 +18,10 @@ from report import plots
 from report.words import about_model, finished, interval, listed, number_word, of_row
 from steps.baselines.measure import Measured, accuracies, people_of
 
+DRAWN = "drawn before any selection"
 CAPTIONS = {
-    "accuracy": "Accuracy per template among the candidates, on people drawn before any selection; Wilson "
-    "intervals. The dashed line is chance among the supersets (odd-one-out: one third).",
+    "accuracy": f"Accuracy per template among the candidates, on people {DRAWN}; Wilson intervals. The dashed line "
+    "is chance among the supersets (odd-one-out: one third).",
 }
 
 
@@ -103,13 +104,16 @@ def ability_table(step: Step, m: Measured) -> pd.DataFrame | None:
 
 
 def selection(m: Measured, params: Shared) -> pd.DataFrame:
-    """The gap (logits, mean over quads) before selection, of the pairs that are kept, and of some of those.
+    """The gap (logits, mean over quads) before selection, of the pairs that are kept or given, and of some of those.
 
     `right`: share of quads whose gap is above zero; `solved`: share of quads whose every pair is answered.
     """
     if m.pairs is None:
         return pd.DataFrame()
     sets = {"kept": m.pairs, "kept and solved": m.pairs[m.pairs["solved"]]}
+    if m.given:
+        kept = m.pairs[m.pairs["kept"]]
+        sets = {"given": m.pairs, "a gap above the noise": kept, "that and solved": kept[kept["solved"]]}
     if m.unselected is not None:
         matched, topic = m.pairs[m.pairs["matched"]], params.topic
         sets = {"before any selection": m.unselected} | sets
@@ -216,16 +220,19 @@ def abilities(accuracy: pd.DataFrame, pairs: pd.DataFrame | None, params: Shared
         able, why = row.above, why if row.above else f"{why}: not above chance with {params.level:.0%} confidence"
         if row.task == params.task and row.above:
             count = 0 if pairs is None else len(pairs)
+            what = f"{count} pairs, whose quads have a gap of the right sign"
+            if pairs is not None and "kept" in pairs:
+                count = int(pairs["kept"].sum())
+                what = f"{count} of the {len(pairs)} given pairs have a gap of the right sign"
             able = count >= params.min_pairs
-            why += f"; {count} pairs, whose quads have a gap of the right sign"
-            why += "" if able else f", fewer than the {params.min_pairs} asked for"
+            why += f"; {what}" + ("" if able else f", fewer than the {params.min_pairs} asked for (min_pairs)")
         known = out.get(row.task)
         if known is None or (able and not known["able"]):
             out[row.task] = {"able": bool(able), "why": why}
     return out
 
 
-def ability_sentences(table: pd.DataFrame, topic: Question) -> dict[str, str]:
+def ability_sentences(table: pd.DataFrame, topic: Question, given: str = "") -> dict[str, str]:
     """How well the classes' words are told apart, one by one, and how far they are from what the model would say."""
     rows = {(row.superset, row.scoring): row for row in table.itertuples()}
     raw, centred, first = (rows["all", name] for name in ("raw", "centred", "first word"))
@@ -234,6 +241,7 @@ def ability_sentences(table: pd.DataFrame, topic: Question) -> dict[str, str]:
     classes = [
         f"{topic.plural(name)} {of_row(rows[name, 'raw'])} and {of_row(rows[name, 'centred'])}" for name in names
     ]
+    whose = f"names are those of `{given}`" if given else f"names were {DRAWN}"
     says = (
         f"so what it says next is most often another word, and what is measured here is which of the {five} it prefers"
         if first.estimate < 0.5
@@ -241,7 +249,7 @@ def ability_sentences(table: pd.DataFrame, topic: Question) -> dict[str, str]:
     )
     return {
         "five words": f"Among the {five} words the right one comes first in {of_row(raw)} of {raw.prompts} prompts "
-        f"whose names were drawn before any selection, and in {of_row(centred)} once each word's mean over people is "
+        f"whose {whose}, and in {of_row(centred)} once each word's mean over people is "
         f"taken off (chance {1 / len(topic.supersets):.2f}).",
         "classes": f"Class by class, raw and centred: {listed(classes)}.",
         "vocabulary": f"In the whole vocabulary the right word comes first in {of_row(first)} of these prompts; its "
@@ -250,10 +258,45 @@ def ability_sentences(table: pd.DataFrame, topic: Question) -> dict[str, str]:
     }
 
 
+def places(rows: pd.DataFrame) -> str:
+    """Where rows of a pairs_file stand in it, the first twenty by number."""
+    word = "line" if "line" in rows else "row"
+    shown = [*rows[word].head(20), *[f"{len(rows) - 20} more"] * (len(rows) > 20)]
+    return f"{word}{'s' * (len(rows) > 1)} {listed(shown)}"
+
+
+def given_sentences(m: Measured, table: pd.DataFrame) -> list[str]:
+    """How many given pairs there are, how many the model answers, and which have a gap of the wrong sign."""
+    pairs, gap = m.pairs, table.set_index("pairs of")
+    sizes = [f"{own['quad_id'].nunique()} {half} quads" for half, own in effects.in_halves(pairs)]
+    by_name = data.clusters(pairs)
+    solved = int((pairs["kept"] & pairs["solved"]).sum())
+    out = [
+        f"`{m.given}` gives {len(pairs)} pairs in {listed(sizes)}: pairs of one quad_id or, where the file has none, "
+        "pairs that share a name are one quad, which counts once in every interval and test. All of them are asked "
+        "about here, and none is taken out of what later steps sweep.",
+        f"{int(pairs['kept'].sum())} pairs have a gap, the clean less the corrupt logit_diff, above the model's noise; "
+        f"{solved} of these are solved: the right word comes first in the clean prompt, and not in the corrupt one. "
+        f"The gap is {of_row(gap.loc['given'])} logits on average.",
+    ]
+    wrong = pairs[~pairs["kept"] & (pairs["gap"] < 0)]
+    if len(wrong):
+        out.append(
+            f"The gap has the wrong sign in {places(wrong)} of the file: there the answer has less of a lead over "
+            "corrupt_answer in the clean prompt than in the corrupt one. See whether the two answers, or the two "
+            "sides, have changed places."
+        )
+    if len(set(by_name)) < len(set(zip(by_name, pairs["quad_id"], strict=True))):
+        out.append("Names stand in several quads of the file, so that intervals over quads are too narrow.")
+    return out
+
+
 def pair_sentences(m: Measured, table: pd.DataFrame, topic: Question) -> list[str]:
     """Which pairs are left, and how the gap depends on how they were selected."""
     if m.pairs is None:
         return []
+    if m.given:
+        return given_sentences(m, table)
     sizes = [f"{own['quad_id'].nunique()} {half} quads" for half, own in effects.in_halves(m.pairs)]
     left = (
         f"{len(m.pairs)} pairs in {listed(sizes)} are left: "
@@ -300,7 +343,7 @@ def findings(step: Step, m: Measured) -> dict[str, Any]:
     first = own["top_token"].value_counts(normalize=True).head(5)
     words = listed(f'"{token}" ({share:.0%})' for token, share in first.items())
     spoken = [f"Its own first words on `{params.template}` are {words}."]
-    known = {} if answers.empty else ability_sentences(answers, params.topic)
+    known = {} if answers.empty else ability_sentences(answers, params.topic, m.given)
     if own["label_probability"].notna().any():
         spoken[0] += f" Single-token profession labels have {own['label_probability'].mean():.0%} of the probability."
     built = [*pair_sentences(m, kept, params.topic), *placebo_sentences(m), *[m.failed] * bool(m.failed)]
@@ -320,4 +363,5 @@ def findings(step: Step, m: Measured) -> dict[str, Any]:
         "sentences": sentences,
         "headline": [*lead, *short, *said.values()] if main["able"] else sentences,
     }
-    return finished(step, found, {"accuracy": accuracy_figure(m)}, CAPTIONS)
+    captions = CAPTIONS | ({"accuracy": CAPTIONS["accuracy"].replace(DRAWN, "of given pairs")} if m.given else {})
+    return finished(step, found, {"accuracy": accuracy_figure(m)}, captions)

@@ -45,6 +45,7 @@ class Options:
     """What decides which quads are built; step 01's parameters, which hold the same, stand in for it."""
 
     template: str = "profession_both"
+    task: str = "superset"
     quads_per_half: int = 100  # the most that a half may have; the superset pairs share them evenly
     pairs_per_quad: int = 2  # of a quad (`pairs_of`): over these its gap must be above the noise
     fame_tolerance: float = 0.25  # the largest difference in fame (nats) between a and c, and between b and d
@@ -97,7 +98,7 @@ def build_quads(
         ValueError: nothing is left after a filter; the message has all counts.
     """
     topic = questions.load(options.question)
-    words = topic.find(options.template)
+    words = topic.find(options.template, options.task)
     if len(words.slots) != 2:
         raise ValueError(f"quads need a template of two names; {options.template!r} is of task {words.task!r}")
     (_, rng), filters = to_ask(people, options), Filters(options.template)
@@ -258,7 +259,7 @@ def unselected_quads(
     As `build_quads` returns them; fame is NaN.
     """
     topic, rng = questions.load(options.question), np.random.default_rng([options.seed, 1])
-    words = topic.find(options.template)
+    words = topic.find(options.template, options.task)
     prompting = {"chat_template": options.chat_template, "attributes": options.attributes}
     free = unambiguous(people)
     free = add_tokens(free[~free["name"].isin(leave)], tokenizer, words, **prompting).assign(fame=0.0)

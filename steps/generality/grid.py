@@ -84,8 +84,8 @@ def kept_pairs(step: Step) -> pd.DataFrame:
         template, own = tasks.find_template(name, p.task, question=p.question), name == p.template
         rows = source if own else source.assign(pair_id=source["pair_id"] + f"@{name}", template=name)
         rows, why = aligned(rows.assign(task=template.task), model.tokenizer, **pair_options(p))
-        each = 4 if p.pairs_file else p.pairs_per_quad if own else p.template_pairs
-        asked = rows.groupby("quad_id").head(each)
+        each = p.pairs_per_quad if own else p.template_pairs
+        asked = rows.groupby("quad_id").head(each) if p.pairs_file is None else rows
         left = asked
         if len(asked):
             left = add_margins(asked, model.tokenizer, partial(models.next_logits, model), **pair_options(p))

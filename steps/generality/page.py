@@ -400,14 +400,20 @@ def of_kind(groups: pd.DataFrame, kind: str, quantity: str = "recovery") -> pd.D
     return groups[(groups["kind"] == kind) & (groups["quantity"] == quantity)]
 
 
-def grid_sentences(counts: Sequence[Mapping[str, Any]], groups: pd.DataFrame) -> list[str]:
-    """What is in the grid, and what was left out of it."""
+def grid_sentences(counts: Sequence[Mapping[str, Any]], groups: pd.DataFrame, given: int = 0) -> list[str]:
+    """What is in the grid, and what was left out of it; `given` is how many pairs a `pairs_file` has."""
     first, *others = counts
     professions, supersets = (of_kind(groups, kind) for kind in ("profession", "supersets"))
     out = [
         f"The grid has {first['left']} pairs of {first['quads']} quads in `{first['template']}`, with "
         f"{len(professions)} professions and {len(supersets)} ordered pairs of supersets."
     ]
+    if given:
+        fewer = f"; {first['left']} are taken, as `pairs` asks for" if first["left"] < first["possible"] else ""
+        out.append(
+            f"Of the {given} pairs of the `pairs_file`, {first['possible']} are in the half that nothing was picked on"
+            f"{fewer}."
+        )
     for count in others:
         why = f" (the first that does not: {count['why']})" if count["why"] else ""
         out.append(
@@ -552,7 +558,7 @@ def numbers(step: Step, m: Measured, t: Tables) -> dict[str, Any]:
         tables[name] = t.circuits[t.circuits["kind"] == kind] if len(t.circuits) else t.circuits
     tables["failing"] = verdict.failing[["superset", "circuit", "quantity", "estimate", "low", "high"]]
     sentences = [
-        *grid_sentences(m.counts, t.groups),
+        *grid_sentences(m.counts, t.groups, len(step.pairs()) if step.params.pairs_file else 0),
         *needed_sentences(t.groups, m.judge),
         *group_sentences(t.groups, m.counts[0]["template"]),
         *same_sites_sentences(t, step.params),

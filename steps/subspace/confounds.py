@@ -32,7 +32,7 @@ from steps.subspace.directions import Vectors, spanned, unit, vectors_of
 
 LEAST = 5  # people of an attribute's value, below which their mean is not asked for
 DEALT = 200  # times that the attributes are dealt out anew
-TOGETHER, DEALT_OUT = "all together", "dealt out"
+TOGETHER, DEALT_OUT = "all three", "dealt out"  # attributes, as many as the question has
 MEAN = "class differences, mean"
 COLUMNS = ["what", "name", "vector", "attribute", "share", "by_chance", "highest", "p", "k", "prompts"]
 

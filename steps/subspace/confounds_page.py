@@ -67,6 +67,7 @@ def share_table(n: Numbers) -> pd.DataFrame:
     text = [f"{row.share:.2f} ({row.highest:.2f})" for row in n.shares.itertuples()]
     wide = n.shares.assign(text=text).pivot(index="name", columns="attribute", values="text")
     order = wide.loc[n.shares["name"].unique(), n.shares["attribute"].unique()]
+    order = order.rename(columns={TOGETHER: "all together"})
     return order.rename_axis(index="direction", columns=None)
 
 

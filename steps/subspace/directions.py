@@ -76,7 +76,7 @@ def prompts_of(step: Step, table: pd.DataFrame, name: str) -> pd.DataFrame:
     p, rows = step.params, {}
     options = {"chat_template": p.chat_template, "attributes": p.attributes}
     template = tasks.find_template(name, p.task, question=p.question)
-    if name != p.template:  # a quad's first pair has all its people
+    if name != p.template and p.pairs_file is None:  # a quad's first pair has all its people
         table = table.drop_duplicates("quad_id")
     if len(template.slots) == 2:
         table, _ = aligned(

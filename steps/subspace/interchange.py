@@ -69,17 +69,18 @@ def layers_of(step: Step | Case) -> list[int]:
 
 
 def cases(step: Step, table: pd.DataFrame) -> list[Pair]:
-    """The cases of the quads of a pairs table: `clean` is the source, `corrupt` the base prompt, and `answer` the class
-    that is predicted of sources of the other class (for those of the same class, too: there it must not come)."""
-    rows = []
-    for number, row in enumerate(table.drop_duplicates("quad_id").to_dict("records")):
+    """The cases of the quads of a pairs table, or of each given pair: `clean` is the source, `corrupt` the base prompt,
+    and `answer` the class that is predicted of sources of the other class (for those of the same class, too: there it
+    must not come)."""
+    rows, name_of = [], "quad_id" if step.params.pairs_file is None else "pair_id"
+    for number, row in enumerate(table.drop_duplicates(name_of).to_dict("records")):
         a, b, c, d = (row[name] for name in ("clean_a", "clean_b", "corrupt_a", "corrupt_b"))
         sources = {"a other": (c, d), "b other": (a, b), "a same": (b, d), "b same": (a, c)}
         for name in named(number):
             clean = {"clean_a": sources[name][0], "clean_b": sources[name][1], "corrupt_a": a, "corrupt_b": d}
             classes = (row["corrupt_answer"], row["answer"])[:: 1 if name[0] == "a" else -1]
             answers = {"answer": classes[0], "corrupt_answer": classes[1]}
-            rows.append(row | clean | answers | {"pair_id": f"{row['quad_id']} {name}"})
+            rows.append(row | clean | answers | {"pair_id": f"{row[name_of]} {name}"})
     p = step.params
     how = {"chat_template": p.chat_template, "attributes": p.attributes, "question": p.question}
     own, _ = aligned(pd.DataFrame(rows), step.tokenizer, **how)
