@@ -1,8 +1,10 @@
 """Step tables on disk: their schema, and files that appear whole or not at all.
 
 1. `SCHEMA` is the one pandera model of a sweep's table; `conform` brings a frame into its columns and types.
-2. `write` puts a frame into Parquet atomically (written beside, synced, renamed), its metadata as JSON in the file.
-3. `read` and `read_metadata` give both back.
+2. `write` puts a frame into Parquet atomically (written beside, synced, renamed), its metadata as JSON in the file,
+   with a checksum of every page and one of the whole file.
+3. `read` and `read_metadata` give both back; what is not as it was written is refused.
+4. `Lock` lets one process at a time write to a folder.
 
 Columns of a sweep, in logits unless said otherwise; `_before` is the run without the intervention, `_after` with it:
 
@@ -17,8 +19,14 @@ Columns of a sweep, in logits unless said otherwise; `_before` is the run withou
 from __future__ import annotations
 
 import errno
+import fcntl
+import hashlib
+import io
 import json
 import os
+import re
+import socket
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +40,8 @@ from pandera.errors import SchemaErrors
 from pandera.pandas import Check, Column, DataFrameSchema
 
 METADATA_KEY = b"superset_circuit"
+CHECK_KEY = b"superset_circuit.sha256"
+CHECK = re.compile(re.escape(CHECK_KEY) + rb"\x18\x40([0-9a-f]{64})")  # in a Parquet footer: 64 bytes of text follow
 ROLES = ("name_a", "name_b", "name_c", "names", "swapped", "between", "last", "rest", "all")
 WHEN = ("before", "after")
 ABLATIONS = ("zero", "mean", "resample", "counterfactual", "clean")
@@ -39,8 +49,11 @@ ABLATIONS = ("zero", "mean", "resample", "counterfactual", "clean")
 IDENTITY = ["task", "template", "pair_id", "layer", "component", "head", "position", "direction", "ablation", "seed"]
 
 
+AGAIN = "delete it, and run again what writes it"
+
+
 class RecordError(ValueError):
-    """A table that breaks the schema, or files that belong to another run."""
+    """A table that breaks the schema, or a file that is damaged or belongs to another run."""
 
 
 # --- schemas: columns that hold no gaps unless they say so ---
@@ -217,10 +230,21 @@ def atomic(path: Path) -> Iterator[IO[bytes]]:
 
 
 def write_table(path: Path, table: pa.Table, metadata: Mapping[str, Any]) -> None:
-    """To Parquet (zstd), whole or not at all, with the metadata as sorted JSON."""
+    """To Parquet (zstd), whole or not at all, with the metadata as sorted JSON and checksums of all bytes."""
     text = json.dumps(metadata, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    own, stream = {METADATA_KEY: text.encode(), CHECK_KEY: b"0" * 64}, io.BytesIO()
+    pq.write_table(table.replace_schema_metadata(own), stream, compression="zstd", write_page_checksum=True)
+    content = stream.getvalue()
+    _, checksum, place = _checksums(content)
     with atomic(path) as file:
-        pq.write_table(table.replace_schema_metadata({METADATA_KEY: text.encode()}), file, compression="zstd")
+        file.write(content[: place.start] + checksum + content[place.stop :])
+
+
+def _checksums(content: bytes) -> tuple[bytes, bytes, slice]:
+    """Of a Parquet file: the checksum it states, that of all its other bytes, and where it is stated."""
+    found = [*CHECK.finditer(content)]
+    place = slice(*found[-1].span(1)) if found else slice(0, 0)
+    return content[place], hashlib.sha256(content[: place.start] + content[place.stop :]).hexdigest().encode(), place
 
 
 def write(
@@ -242,7 +266,7 @@ def write(
 
 def read(path: Path, columns: Sequence[str] | None = None) -> pd.DataFrame:
     """The table, or some of its columns; list columns come back as float32 arrays. Unknown columns are an error."""
-    file = _open(path)
+    file = open_table(path)
     names = file.schema_arrow.names
     for name in columns or ():
         if name not in names:
@@ -252,16 +276,72 @@ def read(path: Path, columns: Sequence[str] | None = None) -> pd.DataFrame:
 
 def read_metadata(path: Path) -> dict[str, Any]:
     """What `write` was given as metadata."""
-    text = (_open(path).schema_arrow.metadata or {}).get(METADATA_KEY)
-    if text is None:
-        raise RecordError(f"{Path(path).name} was not written by this project: it carries no metadata")
-    return json.loads(text)
+    return json.loads(open_table(path).schema_arrow.metadata[METADATA_KEY])
 
 
-def _open(path: Path) -> pq.ParquetFile:
+def open_table(path: Path) -> pq.ParquetFile:
+    """A table's file, once its checksum is right. RecordError for what is missing, damaged, or written by others."""
     try:
-        return pq.ParquetFile(path)
+        content = Path(path).read_bytes()
     except FileNotFoundError:
         raise RecordError(f"there is no {path}") from None
-    except pa.ArrowInvalid as error:
-        raise RecordError(f"{path} is not a Parquet file: {error}") from None
+    stated, own, _ = _checksums(content)
+    if stated != own:
+        if not content.endswith(b"PAR1"):
+            what = "is not a Parquet file, or a part of one"
+        elif stated or METADATA_KEY in content:
+            what = "is damaged, or of an earlier version: its checksum is not that of its bytes"
+        else:
+            what = "was not written by this project: it carries no checksum"
+        raise RecordError(f"{path} {what}; {AGAIN}")
+    return pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True)
+
+
+# --- one writer ---
+
+PATIENCE = 5  # seconds: what was told to stop needs a moment
+
+
+class Locked(RecordError):
+    """A folder that another process is writing to."""
+
+
+class Lock:
+    """A file that one process holds until it lets go, or ends, however it ends; who holds it stands in the file.
+
+    Raises Locked, with the holder, where it is still held after `patience` seconds (default: PATIENCE).
+    """
+
+    def __init__(self, path: Path, patience: float | None = None) -> None:
+        self.path, until = path, time.monotonic() + (PATIENCE if patience is None else patience)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        while not self._take():
+            if time.monotonic() > until:
+                holder = path.read_text(encoding="utf-8") if path.exists() else "another process"
+                raise Locked(f"{path.parent} is being written to by {holder}: wait for it, or stop it")
+            time.sleep(0.05)
+
+    def _take(self) -> bool:
+        self.file = self.path.open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if self.path.stat().st_ino != os.fstat(self.file.fileno()).st_ino:
+                raise FileNotFoundError  # its holder has taken it away between the two lines above
+        except (BlockingIOError, FileNotFoundError):
+            self.file.close()
+            return False
+        self.file.truncate(0)
+        self.file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        self.file.flush()
+        return True
+
+    def release(self) -> None:
+        """Let go, and leave no file behind."""
+        self.path.unlink(missing_ok=True)
+        self.file.close()
+
+    def __enter__(self) -> Lock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()

@@ -1,30 +1,60 @@
-"""YAML's safe part, in which no mapping has a key twice; PyYAML by itself takes the last and says nothing."""
+"""YAML's safe part without its traps: no key twice, keys that are text, and no number but what looks like one."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+# How a plain word must be written to be read as what it looks like. YAML 1.1 also takes 010 for 8, 1:30 for 90, `no`
+# for false, .nan and .inf for numbers, 2026-11-27 for a date.
+PLAIN = {
+    "int": (
+        r"[-+]?(0|[1-9][0-9_]*)",
+        "write a whole number in decimal digits without a leading 0, or a text in quotes",
+    ),
+    "float": (r"[-+]?[0-9_]*\.?[0-9_]*([eE][-+]?[0-9]+)?", "write a finite decimal number, or a text in quotes"),
+    "bool": (r"(?i)true|false", "write true or false, or a text in quotes"),
+    "timestamp": (r"(?!)", "write a date in quotes"),
+}
+KEYS = ("str", "int", "merge")  # whole numbers name devices
 
-class _KeysOnce(yaml.SafeLoader):
-    """The safe loader that refuses a second key."""
+
+class _Plain(yaml.SafeLoader):
+    """YAML's safe part without its traps: no mapping has a key twice (PyYAML takes the last and says nothing), keys are
+    text, and a value that is written as `PLAIN` has it is all that is read as a number or a truth value."""
 
     def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
         """Checked as written: a key beside the one that `<<` brings in is no second one."""
         node, lines = super().compose_mapping_node(anchor), {}
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                continue
+        for key, value in node.value:
             line = key.start_mark.line + 1
+            if key.tag.rpartition(":")[2] not in KEYS:
+                raise yaml.YAMLError(f"key {_written(key)} in line {line} is not text: write it in quotes")
             if key.value in lines:
                 raise yaml.YAMLError(f"key {key.value!r} stands there twice, in lines {lines[key.value]} and {line}")
             lines[key.value] = line
+            for item in (key, *_items(value)):
+                pattern, todo = PLAIN.get(item.tag.rpartition(":")[2], ("", ""))
+                if todo and not re.fullmatch(pattern, item.value):
+                    at = item.start_mark.line + 1
+                    raise yaml.YAMLError(f"{key.value} = {item.value} in line {at} would be misread: {todo}")
         return node
 
 
+def _items(node: yaml.Node) -> list[yaml.Node]:
+    """The node, or what a list holds, and lists in it."""
+    return [item for part in node.value for item in _items(part)] if isinstance(node, yaml.SequenceNode) else [node]
+
+
+def _written(node: yaml.Node) -> str:
+    return repr(node.value) if isinstance(node, yaml.ScalarNode) else f"(a {node.id})"
+
+
 def read_yaml(path: Path) -> Any:
-    """What a YAML file holds, read safely. ValueError for what is not YAML, and for a key given twice."""
+    """What a YAML file holds, read safely. ValueError for what is not YAML, for a key given twice,
+    and for a value that YAML takes for something else than it looks like."""
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), Loader=_KeysOnce)
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=_Plain)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path.name} is not valid YAML: {' '.join(str(error).split())}") from None

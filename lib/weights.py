@@ -2,8 +2,8 @@
 
 1. `resolve` turns a model string (`package:`, a GGUF file, a folder, a hub id or `config:`) into what transformers
    loads, and checks the SHA-256 of a single local file. `converted` keeps a GGUF file's weights as fp32 safetensors in
-   the user's cache, so that it is read once. `load_error` says in one sentence why a model could not be had, and
-   `check_loaded` refuses weights that are not those of their config.
+   the user's cache, so that it is read once, and checks their hashes. `load_error` says in one sentence why a model
+   could not be had, and `check_loaded` refuses weights that are not those of their config.
 2. `config_of` and `shape_of` count a model's weights without having them; `weight_gb` and `pass_gb` say what they take.
 3. `check` refuses a model that does not fit, with two ways in which it would.
 """
@@ -23,6 +23,8 @@ from typing import Any
 
 import torch
 import transformers
+
+from lib.records import Lock
 
 
 class ModelError(ValueError):
@@ -53,6 +55,9 @@ def package_file(spec: str) -> Path:
     return path
 
 
+HASHES = "hashes.json"  # of the files beside it
+
+
 def gguf_file(spec: str) -> Path | None:
     """The GGUF file of a model string, `package:name/file` or a path; None where it is of another form."""
     if spec.startswith("package:"):
@@ -61,12 +66,37 @@ def gguf_file(spec: str) -> Path | None:
 
 
 def converted(source: Path, sha256: str) -> Path:
-    """The folder with the GGUF file's weights as fp32 safetensors, named by its SHA-256. Converts once (some 20 s)."""
+    """The folder with the GGUF file's weights as fp32 safetensors, named by its SHA-256. Converts once (some 20 s).
+
+    ModelError where a file there is not as it was written.
+    """
     folder = cache_folder() / sha256
-    if folder.is_dir():  # it appears whole or not at all; one that was damaged since is an error at load
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{sha256[:12]}-"))
+    if not (folder / HASHES).is_file():
+        with Lock(folder.with_suffix(".lock"), patience=600):
+            if not (folder / HASHES).is_file():  # nobody was first
+                convert(source, folder)
+    try:
+        stated, found = json.loads((folder / HASHES).read_bytes()), hashes(folder)
+        wrong = sorted(name for name in {*stated, *found} if stated.get(name) != found.get(name))
+    except (ValueError, AttributeError):
+        wrong = [HASHES]
+    if wrong:
+        what = f"converted weights are not as they were written ({', '.join(wrong)})"
+        raise ModelError(f"{what}: delete the folder {folder} and run again")
+    return folder
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file in a folder of converted weights, but for the file that states them."""
+    return {path.name: sha256_of(path) for path in sorted(folder.iterdir()) if path.name != HASHES}
+
+
+def convert(source: Path, folder: Path) -> None:
+    """Write the folder, whole or not at all; what killed conversions left goes, and a folder without hashes."""
+    old = folder.with_name(f"{folder.name[:12]}-old")
+    for left in folder.parent.glob(f"{folder.name[:12]}-*"):
+        shutil.rmtree(left, ignore_errors=True)
+    beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name[:12]}-"))
     try:
         where = {"gguf_file": source.name, "local_files_only": True}
         transformers.AutoTokenizer.from_pretrained(source.parent, **where).save_pretrained(beside)
@@ -78,14 +108,13 @@ def converted(source: Path, sha256: str) -> Path:
             del model.config.quantization_config
         model.hf_quantizer, model.is_quantized = None, False
         model.save_pretrained(beside)
-        try:
-            beside.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # not another process that was first
-                raise
+        (beside / HASHES).write_text(json.dumps(hashes(beside), indent=1))
+        if folder.is_dir():
+            folder.rename(old)
+        beside.rename(folder)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-    return folder
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def resolve(spec: str, sha256: str | None = None) -> tuple[str, str | None, bool]:

@@ -96,8 +96,8 @@ class Case:
 
     def stored(self, table: Table) -> pd.DataFrame | None:
         """A table as a run with these very parameters has left it; None where there is none."""
-        path = keys.results_folder(self.params) / f"{self.name}.{table.name}.parquet"
-        if not path.is_file():
+        path = keys.left(keys.results_folder(self.params), self.name, f"{self.name}.{table.name}.parquet")
+        if path is None:
             return None
         own = self.params.model_dump(mode="json", exclude=set(keys.PLACES))
         return records.read(path) if records.read_metadata(path)["parameters"] == own else None

@@ -20,10 +20,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from lib import questions
+from lib import questions, records
+from lib.records import AGAIN, RecordError
 from pipeline import params as parameters
 from pipeline.declaration import CRITICAL_LAYERS, PAIRS, Declaration, Plan
 from pipeline.params import ParameterError, Shared, section_keys
+from pipeline.units import read_json
 
 # Modules of pipeline through which the imports of a measure file are followed. What else pipeline has computes nothing.
 FOLLOWED = ("pipeline.step", "pipeline.units", "pipeline.population", "pipeline.declaration")
@@ -142,9 +144,9 @@ def sources(params: Shared) -> list[Path]:
 def find_findings(step: str, params: Shared) -> dict[str, Any] | None:
     """Findings of an earlier step about the same model (and task; step 01 reports on every task), or None."""
     for folder in sources(params):
-        path = folder / f"{step}.findings.json"
-        if path.is_file():
-            findings = json.loads(path.read_text(encoding="utf-8"))
+        path = left(folder, step, f"{step}.findings.json")
+        if path is not None:
+            findings = read_json(path)
             if same_subject(findings.get("about", {}), params, task=step != PAIRS):
                 return findings
     return None
@@ -185,10 +187,9 @@ def find_pairs(step: str, params: Shared) -> Path:
         return input_file(params.pairs_file)
     prompting = params.model_dump(mode="json", include={"template", "attributes", "chat_template"})
     for folder in sources(params):
-        path = folder / "pairs.parquet"
         stored = (stored_ingredients(folder, PAIRS) or {}).get("parameters", {})
         same = same_subject(stored, params) and all(stored.get(key, own) == own for key, own in prompting.items())
-        if path.is_file() and same:
+        if same and (path := left(folder, PAIRS, "pairs.parquet")):
             return path
     where = " or ".join(map(shown, sources(params)))
     raise MissingInput(
@@ -202,8 +203,18 @@ def find_placebo(params: Shared) -> Path | None:
     """The placebo pairs that step 01 has left beside the pairs; None where there are none, and with a `pairs_file`."""
     if params.pairs_file is not None:
         return None
-    path = find_pairs(PAIRS, params).with_name("placebo.parquet")
-    return path if path.is_file() else None
+    return left(find_pairs(PAIRS, params).parent, PAIRS, "placebo.parquet")
+
+
+def left(folder: Path, step: str, name: str) -> Path | None:
+    """A file that a step has left, None where it is not there. RecordError where it is another than the step wrote: one
+    that was damaged, or put in its place."""
+    path = folder / name
+    if not path.is_file():
+        return None
+    if stored_record(folder, step).get("files", {}).get(name) in (None, hash_file(path)):
+        return path
+    raise RecordError(f"{shown(path)} is not the file that step {step} wrote (see {step}.run.json); {AGAIN}")
 
 
 def shown(path: Path) -> str:
@@ -343,16 +354,29 @@ def step_files(folder: Path, step: Declaration) -> list[Path]:
     return sorted([*folder.glob(f"{step.name}.*"), *extra], key=lambda path: (path.name.endswith(".run.json"), path))
 
 
+def stored_record(folder: Path, step: str) -> dict[str, Any]:
+    """The run record of the results in a folder, {} where there is none."""
+    path = folder / f"{step}.run.json"
+    record = read_json(path) if path.is_file() else {}
+    if record.get("step", step) != step:
+        raise RecordError(f"{shown(path)} is the record of step {record['step']}; {AGAIN}")
+    return record
+
+
 def stored_ingredients(folder: Path, step: str) -> dict[str, Any] | None:
     """The ingredients under which the results in a folder were made, {} if they do not say, None if there are none.
 
-    Read from the run record, or from the plan of work units that were not finished.
+    Read from the run record, else from the plan of work units that were not finished, else from a table.
     """
-    for path in (folder / f"{step}.run.json", *sorted(folder.glob(f"{step}.*units/plan.json"))):
-        if path.is_file():
-            return json.loads(path.read_text(encoding="utf-8")).get("ingredients", {})
+    if record := stored_record(folder, step):
+        return record.get("ingredients", {})
+    for plan in sorted(folder.glob(f"{step}.*units/plan.json")):
+        return read_json(plan).get("ingredients", {})
     # work units without a plan count for nothing: a run was killed as it began
-    known = [path for path in folder.glob(f"{step}.*") if path.suffix != ".units"]
+    known = [path for path in sorted(folder.glob(f"{step}.*")) if path.suffix != ".units"]
+    for table in known:
+        if table.suffix == ".parquet" and (stored := records.read_metadata(table).get("ingredients")):
+            return stored
     return {} if known else None
 
 

@@ -34,20 +34,39 @@ class ParameterError(ValueError):
         return [f"{type(self).__name__}: {self}"]
 
 
+# What to write where a text looks like a number.
+AS_TEXT = "give papermill a text with -r in place of -p, and YAML one in quotes"
 Component = Literal["resid", "attn", "mlp", "head"]
 Ablation = Literal["zero", "mean", "resample", "counterfactual"]
 Role = Literal["name_a", "name_b", "name_c", "names", "swapped", "between", "last", "rest", "all"]
 
 
+def _bare(value: Any) -> Any:
+    """A list in brackets comes as text through `-p`: what stands between them."""
+    found = re.fullmatch(r"\s*\[(.*)\]\s*", value) if isinstance(value, str) else None
+    return found[1] if found else value
+
+
 def _words(value: Any) -> Any:
     """`-p components head,mlp` comes as text; YAML gives lists. One word alone is a list of one."""
+    value = _bare(value)
     if isinstance(value, str):
-        return tuple(word.strip() for word in value.split(",") if word.strip())
+        return tuple(word.strip(" '\"") for word in value.split(",") if word.strip())
     return tuple(value) if isinstance(value, list) else value
+
+
+def _sites(value: Any) -> Any:
+    """As `_words`; a number is refused, because 21.1 and 21.10 are two heads and one number."""
+    value = _words(value)
+    for site in value if isinstance(value, tuple) else (value,):
+        if isinstance(site, float):
+            raise ValueError(f"{site} came as a number; {AS_TEXT}")
+    return value
 
 
 def _layers(value: Any) -> Any:
     """`all`, `auto`, a number, a list, or papermill's text "21,22"."""
+    value = _bare(value)
     if isinstance(value, bool):
         return value
     if isinstance(value, int):
@@ -59,6 +78,7 @@ def _layers(value: Any) -> Any:
 
 def _numbers(value: Any) -> Any:
     """A list of numbers, one number, or papermill's text "-1,0,0.5"."""
+    value = _bare(value)
     if isinstance(value, str):
         value = [float(word) if re.fullmatch(r"\s*-?\d+(\.\d+)?\s*", word) else word for word in value.split(",")]
     value = [value] if isinstance(value, (int, float)) and not isinstance(value, bool) else value
@@ -84,7 +104,7 @@ Words = Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(_words),
 Flag = Annotated[bool, BeforeValidator(lambda value: {"true": True, "false": False}.get(str(value).lower(), value))]
 Share = Annotated[float, Field(gt=0, le=1)]
 Sites = Annotated[
-    tuple[Annotated[str, Field(pattern=r"^(\d+\.\d+|(mlp|attn) \d+)$")], ...] | None, BeforeValidator(_words), ONCE
+    tuple[Annotated[str, Field(pattern=r"^(\d+\.\d+|(mlp|attn) \d+)$")], ...] | None, BeforeValidator(_sites), ONCE
 ]
 Counts = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1), BeforeValidator(_layers), ONCE]
 Doses = Annotated[tuple[float, ...], Field(min_length=1), BeforeValidator(_numbers), ONCE]
@@ -236,7 +256,7 @@ def step_model(sections: Sections, step: str) -> type[Shared]:
 
 
 def _nearest(word: str, allowed: Sequence[str] | Mapping) -> str:
-    close = difflib.get_close_matches(word, list(allowed), n=1)
+    close = difflib.get_close_matches(str(word), list(allowed), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
@@ -321,6 +341,8 @@ def _sentence(step: str, model: type[Shared], error: ValidationError) -> str:
     wanted = dict.fromkeys(detail["msg"].removeprefix("Value error, ") for detail in details if detail["loc"][0] == key)
     inner = [detail["input"] for detail in details if detail["loc"][0] == key]
     value = next((item for item in inner if not isinstance(item, (tuple, dict))), inner[0])
+    if any(detail["type"] == "string_type" for detail in details) and type(value) in (int, float, bool):
+        wanted[AS_TEXT] = None
     meaning = model.model_fields[key].description
     return f"parameter {key} = {value!r} of step {step}: {'; or '.join(wanted)} ({key}: {meaning})"
 
@@ -376,8 +398,27 @@ def from_notebook(sections: Sections, step: str, namespace: Mapping[str, Any]) -
     elif "profile" not in given:
         raise ParameterError("profile is not given: it names the folder of the results; run with -p profile <name>")
     elif given["profile"] in profiles():
-        load_profile(given["profile"])  # papermill, which read it, takes the last of two equal keys and says nothing
+        load_profile(given["profile"])
+    for path in handed_over():
+        read_yaml(path)
     return validate(sections, step, given)
+
+
+def handed_over() -> list[Path]:
+    """The files of parameters of the papermill whose kernel this is, by its command line: it reads them with PyYAML,
+    which takes the last of two equal keys and says nothing."""
+    import psutil  # for kernels alone, which have it
+
+    try:
+        parent = psutil.Process().parent()
+        words, folder = parent.cmdline(), Path(parent.cwd())
+    except (AttributeError, psutil.Error):
+        return []
+    if not any("papermill" in word for word in words[:3]):
+        return []
+    text = "\0".join(words)
+    named = re.findall(r"\0(?:-f\0?|--parameters_file[\0=])([^\0]+)", text)
+    return [folder / name for name in named if (folder / name).is_file()]
 
 
 def left_out(sections: Sections, step: str, own: Mapping[str, Any]) -> list[str]:

@@ -25,6 +25,7 @@ import numpy as np
 import pandas as pd
 
 from lib import records
+from lib.records import AGAIN
 from pipeline import keys, machine, params, units
 from pipeline.declaration import CRITICAL_LAYERS, EFFECTS, SLICE, Declaration, Plan, Table
 from pipeline.params import ParameterError, Shared
@@ -121,7 +122,8 @@ class Step:
                 return models.tokenizer(self.params.tokenizer)
             return models.tokenizer(self.params.model, self.params.model_sha256)
 
-        return Remembered(load, self.path("tokens") if self.fresh else None)
+        own = self.path("tokens").name
+        return Remembered(load, keys.left(self.results, self.name, own) if self.fresh else None)
 
     @property
     def n_layers(self) -> int:
@@ -305,13 +307,18 @@ class Step:
         `chosen` is what was chosen from earlier tables, as the table's declaration takes it. For `frame.attrs` see
         `pipeline.units.run_units`.
         """
-        self._clear_stale()
+        self._begin_writing()
         path, plan = self.path(table.name), table.units(self, *chosen)
-        if not (path.exists() and records.read_metadata(path)["plan"] == units.plan_id(plan)):
+        about = records.read_metadata(path) if path.exists() else {}
+        if about and about.get("data_key") != self.data_key:
+            other = f"seed {about.get('seed')}, data key {str(about.get('data_key'))[:8]}, not {self.data_key[:8]}"
+            raise StepError(f"{keys.shown(path)} is of another run than the results beside it ({other}); {AGAIN}")
+        if about.get("plan") != units.plan_id(plan):
             self._compute(path, plan, table, table.compute(self, *chosen))
-        self.write_record()
+        frame = records.read(path, table.columns)
+        self.write_record(path)
         units.remove_units(path.with_suffix(".units"))  # once the table and its record are safe
-        return records.read(path, table.columns)
+        return frame
 
     def metadata(self, table: Table) -> dict[str, Any]:
         """What a finished table says of itself: its candidates, rows, seconds and other facts."""
@@ -326,8 +333,9 @@ class Step:
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         engine = self.engine.distributed(self, self.memory) if self.engine else units.one_by_one
-        parts = units.run_units(folder, plan, compute, plan=intent, label=path.stem, schema=schema, engine=engine)
-        begun = {name: units.read_plan(folder)[name] for name in ("memory_gb", "started")}
+        how = {"label": path.stem, "schema": schema, "engine": engine, "model": self._model}
+        parts = units.run_units(folder, plan, compute, plan=intent, **how)
+        begun = {name: units.read_plan(folder)[name] for name in ("memory_gb", "started", "ingredients")}
         units.assemble(path, parts, self._facts() | {"plan": units.plan_id(plan)} | begun, schema)
 
     @cached_property
@@ -367,8 +375,20 @@ class Step:
             aside = keys.set_aside(self.results, self.declaration)
             print(f"results of {self.name} made otherwise set aside in {keys.shown(aside)}")
 
-    def _clear_stale(self) -> None:
+    def _begin_writing(self) -> None:
+        """Lock the results folder until the findings are written, clear what a killed run left half written, and
+        results of another key. StepError where another process writes there, or nothing can be written."""
         self.refuse_stale()
+        folder = self.results.resolve()
+        if folder not in WRITING:
+            try:
+                WRITING[folder] = records.Lock(folder / ".lock")
+            except records.Locked as error:
+                raise StepError(f"{error}, or give another results_dir") from None
+            except OSError as error:
+                raise StepError(f"{error}: make the folder writable, or give another results_dir") from None
+            units.clear_leftovers(folder)
+            units.clear_leftovers(folder / "figures")
         if not self.fresh:
             keys.remove(self.results, self.declaration)
 
@@ -377,9 +397,6 @@ class Step:
     def _facts(self) -> dict[str, Any]:
         """What every table and the run record say of how they were made."""
         p = self.params
-        model: dict[str, Any] = {"name": p.model, "sha256": p.model_sha256, "dtype": p.dtype, "device": p.device}
-        if "model" in self.__dict__ or (self.engine and self.engine.actors):
-            model = self.model_facts  # loaded: say what it is, not what was asked
         return {
             "step": self.name,
             "profile": p.profile,
@@ -387,24 +404,38 @@ class Step:
             "parameters": p.model_dump(mode="json", exclude=set(keys.PLACES)),
             "seed": p.seed,
             "quantisation": p.quantisation,
-            "model": model,
+            "model": self._model(),
             **machine.commit(),
             "versions": machine.versions(),
             "machine": machine.facts(),
         }
 
+    def _model(self) -> dict[str, Any]:
+        """What the model is, once it is loaded; before, what was asked for."""
+        if "model" in self.__dict__ or (self.engine and self.engine.actors):
+            return self.model_facts
+        p = self.params
+        return {"name": p.model, "sha256": p.model_sha256, "dtype": p.dtype, "device": p.device}
+
     @property
     def record(self) -> dict[str, Any]:
         """The run record, {} where there is none."""
-        path = self.results / f"{self.name}.run.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        return keys.stored_record(self.results, self.name)
 
-    def write_record(self) -> None:
-        """Bring <step>.run.json up to the tables that are there: facts of the first one, and each one's own below."""
+    def write_record(self, *written: Path) -> None:
+        """Bring <step>.run.json up to the files just written and the tables that are there: facts of the first table,
+        each table's own below, and every file's hash."""
+        stored = self.record if self.fresh else {}
         order = [self.path(), *sorted({*self.results.glob(f"{self.name}.*.parquet")} - {self.path("tokens")})]
-        tables = {path.stem: records.read_metadata(path) for path in order if path.exists()}
-        first = next(iter(tables.values()), None) or self._facts()
+        tables = {path.stem: stored.get("tables", {}).get(path.stem) for path in order if path.exists()}
+        for path in order:
+            if path.exists() and (path in written or tables[path.stem] is None):
+                tables[path.stem] = records.read_metadata(path)
+        first = next(iter(tables.values()), {})
+        first = first if "step" in first else stored or self._facts()
         own = ("rows", "units", "seconds", "started", "memory_gb", "commit", "log")
+        files = {name: made for name, made in stored.get("files", {}).items() if (self.results / name).is_file()}
+        files |= {str(path.relative_to(self.results)): keys.hash_file(path) for path in written}
         record = first | {
             # as they are now: those that the page alone depends on may be others than when the table was made
             "parameters": self.params.model_dump(mode="json", exclude=set(keys.PLACES)),
@@ -412,21 +443,28 @@ class Step:
             "seconds": round(math.fsum(table["seconds"] for table in tables.values()), 3),
             "log": [line for table in tables.values() for line in table["log"]],
             "tables": {name: {key: table[key] for key in own} for name, table in tables.items()},
+            "files": files,
         }
-        if record != self.record and (tables or not self.fresh):
-            units.write_json(self.results / f"{self.name}.run.json", record)
+        if record != self.record:
+            units.write_json(self.results / f"{self.name}.run.json", units.sealed(record))
 
     def write_findings(self, findings: Mapping[str, Any]) -> dict[str, Any]:
         """Write <step>.findings.json, headed by what it is about; returns it as later steps will read it.
 
-        Numbers are kept to 12 significant digits, NaN becomes null. Equal findings give equal bytes.
+        Numbers are kept to 12 significant digits, NaN becomes null. Equal findings give equal bytes. The page has then
+        written all it writes, and lets go of the folder.
         """
-        self._clear_stale()
-        self.write_record()
+        self._begin_writing()
+        if not self.fresh:
+            self.write_record()  # of which key they are, before they are there
         if "tokenizer" in self.__dict__:
             self.tokenizer.keep(self.path("tokens"))
-        out = {**plain(findings), "about": keys.about(self.params)}
-        units.write_json(self.results / f"{self.name}.findings.json", out)
+        out, path = {**plain(findings), "about": keys.about(self.params)}, self.results / f"{self.name}.findings.json"
+        units.write_json(path, out)
+        drawn = [self.results / figure["file"] for figure in out.get("figures", ())]
+        beside = [self.path("tokens"), *drawn, *(figure.with_suffix(".svg") for figure in drawn)]
+        self.write_record(path, *filter(Path.is_file, beside))
+        WRITING.pop(self.results.resolve()).release()
         return out
 
     def write_extra(self, name: str, extra: pd.DataFrame | Mapping[str, Any]) -> Path:
@@ -435,11 +473,15 @@ class Step:
         if name not in allowed:
             may = ", ".join(allowed) or "nothing more"
             raise StepError(f"step {self.name} does not write {name!r}; it may write {may}")
-        self._clear_stale()
-        self.write_record()
+        self._begin_writing()
         table = isinstance(extra, pd.DataFrame)
         records.write(path, extra, {}, schema=None) if table else units.write_json(path, plain(extra))
+        self.write_record(path)
         return path
+
+
+# Folders that this process writes to.
+WRITING: dict[Path, records.Lock] = {}
 
 
 class Encoding(dict):
@@ -563,8 +605,8 @@ def single_sites(step: Step) -> pd.DataFrame:
 
     pairs, answers = step.pairs().set_index("pair_id"), ["answer", "corrupt_answer"]
     for folder in keys.sources(step.params):
-        path = folder / f"{SLICE}.parquet"
-        if not path.is_file() or not keys.same_subject(records.read_metadata(path)["parameters"], step.params):
+        path = keys.left(folder, SLICE, f"{SLICE}.parquet")
+        if not path or not keys.same_subject(records.read_metadata(path)["parameters"], step.params):
             continue
         frame = records.read(path, EFFECTS)
         frame = frame[frame["component"].isin(["head", "mlp"]) & (frame["position"] == "last")]

@@ -25,11 +25,10 @@ from typing import IO, Any, NamedTuple, Protocol
 import pandas as pd
 import pandera.pandas as pa_schema
 import pyarrow as pa
-import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from lib.batches import check_role, grouped, with_donors
-from lib.records import METADATA_KEY, SCHEMA, RecordError, atomic, write, write_table
+from lib.records import AGAIN, SCHEMA, RecordError, atomic, open_table, read_metadata, write, write_table
 from lib.tasks import Pair
 
 
@@ -123,6 +122,26 @@ def write_json(path: Path, value: Any) -> None:
         file.write(text.encode() + b"\n")
 
 
+def sealed(value: Mapping[str, Any]) -> dict[str, Any]:
+    """The value with a checksum of itself, for files that nothing else vouches for; `read_json` takes it off."""
+    text = json.dumps(json.loads(json.dumps(value)), sort_keys=True)  # as it will be read
+    return {**value, "check": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object that a step has left. RecordError, with the file and the way out, where it is damaged."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RecordError(f"{path} is not JSON ({error}); {AGAIN}") from None
+    if not isinstance(value, dict):
+        raise RecordError(f"{path} holds a {type(value).__name__}, not an object; {AGAIN}")
+    stated = value.pop("check", None)
+    if stated is not None and stated != sealed(value)["check"]:
+        raise RecordError(f"{path} is damaged: its checksum is that of another text; {AGAIN}")
+    return value
+
+
 class Done(NamedTuple):
     """A unit that was computed."""
 
@@ -163,15 +182,18 @@ def run_units(
     label: str,
     schema: pa_schema.DataFrameSchema | None = SCHEMA,
     engine: Callable[[Sequence[Unit], Callable], Iterator[Done]] = one_by_one,
+    model: Callable[[], Any] = dict,
 ) -> list[Path]:
     """Compute the units that are not on disk; return their files in unit order.
 
-    `engine` takes the units to do and `compute`, and gives them back as they are finished, in any order.
+    `engine` takes the units to do and `compute`, and gives them back as they are finished, in any order. `model` says
+    what the model is, once there is a unit of it.
 
     `plan` (the data key first, then what decided it, the resolved memory budget) is stored in plan.json; a folder whose
     plan has another "data_key" is refused. A computed frame may carry `frame.attrs["log"]`, a list of lines such as
     "halved for memory", and `frame.attrs["facts"]`, a dict for the table's metadata (the candidates' names, say); both
-    are kept in the unit's metadata. Raises RecordError on an empty or repeated plan.
+    are kept in the unit's metadata, beside the data key. A unit that is damaged or of another key is computed again,
+    and its log says so. Raises RecordError on an empty or repeated plan.
     """
     ids = [content_id(unit) for unit in units]
     if not units:
@@ -181,31 +203,52 @@ def run_units(
     stored = read_plan(folder)
     if stored is None:
         remove_units(folder)  # parts without a plan are of no known key
-        write_json(folder / "plan.json", dict(plan))
+        write_json(folder / "plan.json", sealed(plan))
     elif stored["data_key"] != plan["data_key"]:
         raise RecordError(
             f"{folder.name} holds work units of another run (key {stored['data_key'][:8]}, not "
             f"{plan['data_key'][:8]}); use -p overwrite true, or another results_dir"
         )
-    for left in folder.glob(".*.tmp"):  # of a run that was killed while writing
-        left.unlink()
+    clear_leftovers(folder)
     paths = {name: folder / f"{name}.parquet" for name in ids}
-    todo = [unit for unit, path in zip(units, paths.values(), strict=True) if not path.exists()]
+    lost = {name: why_lost(paths[name], unit, plan["data_key"]) for name, unit in zip(ids, units, strict=True)}
+    todo = [unit for name, unit in zip(ids, units, strict=True) if lost[name] is not None]
     with progress(label, total=len(units), done=len(units) - len(todo)) as bar:
         for unit, frame, seconds in engine(todo, compute):
-            about = {"unit": unit.id, "seconds": seconds}
-            about |= {"log": list(frame.attrs.get("log", [])), "facts": dict(frame.attrs.get("facts", {}))}
-            write(paths[content_id(unit)], frame, about, schema)
+            name = content_id(unit)
+            about = {"unit": unit.id, "data_key": plan["data_key"], "model": model(), "seconds": seconds}
+            about |= {"log": [*lost[name], *frame.attrs.get("log", [])], "facts": dict(frame.attrs.get("facts", {}))}
+            write(paths[name], frame, about, schema)
             for line in about["log"]:
                 bar.write(line, file=sys.stderr)
             bar.update()
     return list(paths.values())
 
 
+def clear_leftovers(folder: Path) -> None:
+    """Delete what a process left that was killed while writing."""
+    for left in folder.glob(".*.tmp"):
+        left.unlink()
+
+
+def why_lost(path: Path, unit: Unit, data_key: str) -> list[str] | None:
+    """None for a unit that is done; else what the log says of why it is computed: nothing where it is only missing."""
+    if not path.exists():
+        return []
+    try:
+        stated = read_metadata(path)
+    except RecordError as error:
+        why = str(error).replace(str(path), "its file").removesuffix(f"; {AGAIN}")  # a log names no folder
+        return [f"unit {unit.id} was computed again: {why}"]
+    if (stated["unit"], stated["data_key"]) == (unit.id, data_key):
+        return None
+    return [f"unit {unit.id} was computed again: its file held {stated['unit']} of key {stated['data_key'][:8]}"]
+
+
 def read_plan(folder: Path) -> dict[str, Any] | None:
     """The plan of a folder of work units, None where there is none."""
     path = folder / "plan.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    return read_json(path) if path.exists() else None
 
 
 def assemble(
@@ -213,11 +256,12 @@ def assemble(
 ) -> dict[str, Any]:
     """Join the units' tables in the order given into one file, values untouched; return the metadata written.
 
-    To `metadata` are added: units, rows, seconds (computing, over all sittings), log (the units' lines, in order) and
-    the units' facts. Raises RecordError when two units give the same row or different facts of one name.
+    To `metadata` are added: units, rows, seconds (computing, over all sittings), log (the units' lines, in order), the
+    units' facts, and what the model is, by the first unit that was computed with it. Raises RecordError when two units
+    give the same row or different facts of one name.
     """
-    tables = [pq.read_table(part) for part in parts]
-    about = [json.loads(table.schema.metadata[METADATA_KEY]) for table in tables]
+    tables = [open_table(part).read() for part in parts]
+    about = [read_metadata(part) for part in parts]
     table = pa.concat_tables([table.replace_schema_metadata(None) for table in tables], promote_options="permissive")
     if schema is not None and schema.unique:
         identity = table.select(schema.unique).to_pandas()
@@ -232,6 +276,7 @@ def assemble(
     full = {
         **metadata,
         **facts,
+        "model": next((unit["model"] for unit in about if "n_layers" in unit["model"]), metadata.get("model")),
         "units": len(parts),
         "rows": table.num_rows,
         "seconds": round(math.fsum(unit["seconds"] for unit in about), 3),

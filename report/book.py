@@ -26,7 +26,8 @@ from typing import Any
 
 from lib import questions
 from lib.questions import Question
-from pipeline import params
+from lib.records import RecordError
+from pipeline import keys, params, units
 from report import scale
 from report.library import block, library
 
@@ -47,15 +48,12 @@ def pages(source: Path) -> dict[str, str]:
 def read_json(results: Path, step: str, kind: str) -> dict[str, Any]:
     """Findings or run record (`kind`: "findings", "run") of a step; BookError when the step has not written it."""
     path = results / f"{step}.{kind}.json"
-    if not path.is_file():
-        raise BookError(f"step {step} has no {kind} file ({path}): run the step, then build the book again")
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise BookError(f"{path} of step {step} is not JSON ({error}): delete it and run the step again") from None
-    if not isinstance(found, dict):
-        raise BookError(f"{path} of step {step} holds a {type(found).__name__}, not an object: run the step again")
-    return found
+        if keys.left(results, step, path.name) is None:
+            raise BookError(f"step {step} has no {kind} file ({path}): run the step, then build the book again")
+        return units.read_json(path)
+    except RecordError as error:
+        raise BookError(f"step {step}: {error}") from None
 
 
 def quick_notes(sections: params.Sections, results: Path, steps: Mapping[str, str]) -> dict[str, str]:
@@ -184,7 +182,7 @@ def outline(found: Mapping[str, Any]) -> dict[str, str]:
 def verdicts(results: Path) -> str:
     """The claims ledger of step 10 (claims.json; no rows where it is not there) as MyST tables: claims, then checks."""
     path = results / "claims.json"
-    ledger = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"claims": []}
+    ledger = units.read_json(path) if path.is_file() else {"claims": []}
     columns = {"verdict": "verdict", "alone": "alone", "tier": "evidence", "reason": "why"}
     if any(claim.get("fresh") for claim in ledger["claims"]):
         columns["fresh"] = "on fresh people"
@@ -246,7 +244,8 @@ def reproducibility(results: Path, steps: Mapping[str, str]) -> str:
     """The run records of all steps as MyST: first what all of them share, then each step's own facts."""
     records = {step: read_json(results, step, "run") for step in steps}
     for record in records.values():
-        record.pop("step", None)  # the heading says it
+        for name in ("step", "files"):  # the heading says it; hashes of files are for who checks them
+            record.pop(name, None)
         for part in record.get("tables", {}).values():
             part.pop("log", None)  # the record's own log has the same lines
     shared, own = split(list(records.values()))

@@ -26,6 +26,7 @@ from matplotlib.colors import TwoSlopeNorm, to_rgba
 from matplotlib.patches import PathPatch
 from matplotlib.path import Path as Outline
 
+from lib.records import atomic
 from report import site_tables
 
 STYLE = Path(__file__).with_name("superset.mplstyle")
@@ -74,7 +75,8 @@ def save(figure: matplotlib.figure.Figure, results_dir: str | Path, step: str, n
     with style.context(STYLE):
         figure.draw_without_rendering()
     for kind in ("png", "svg"):
-        (folder / f"{step}-{name}.{kind}").write_bytes(_bytes(figure, kind))
+        with atomic(folder / f"{step}-{name}.{kind}") as file:
+            file.write(_bytes(figure, kind))
     return f"figures/{step}-{name}.png"
 
 

@@ -21,12 +21,14 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from lib.records import Lock, RecordError
 from pipeline import keys, params
 from pipeline.params import ParameterError, Shared
 from report import book
@@ -89,12 +91,13 @@ def run(build: Build, until: str | None) -> None:
     """Every step in order, up to `until`; without it, the book as well. Prints the path of the book's first page."""
     wanted = PLAN.names if until is None else [*PLAN.before(PLAN[until].name), until]
     own = build.of("story")
-    if own.fresh and len(wanted) > 1:  # step 01 draws pairs; what follows looks at them
-        fresh.open_once(own, build.fingerprint())
-    for step in wanted:
-        bring_up_to_date(build, step)
-    if until is None:
-        print(make_book(build))
+    with Lock(build.folder / ".lock"):
+        if own.fresh and len(wanted) > 1:  # step 01 draws pairs; what follows looks at them
+            fresh.open_once(own, build.fingerprint())
+        for step in wanted:
+            bring_up_to_date(build, step)
+        if until is None:
+            print(make_book(build))
 
 
 def bring_up_to_date(build: Build, step: str) -> None:
@@ -102,19 +105,31 @@ def bring_up_to_date(build: Build, step: str) -> None:
     text, folder = build.keys_of(step), build.results
     stored = keys.stored_key(folder, step)
     if stored is not None and f"data {stored}\n" not in text:
-        aside = keys.set_aside(folder, PLAN[step])
+        with Lock(folder / ".lock"):
+            aside = keys.set_aside(folder, PLAN[step])
         print(f"{step}: results of other parameters, inputs or code set aside in {keys.shown(aside)}", flush=True)
     page, key = build.page(step), build.key_file(step)
-    done = all((folder / f"{step}.{kind}.json").is_file() for kind in ("run", "findings"))
-    if done and page.is_file() and same(key, text + content(page)):
+    if whole(folder, step) and page.is_file() and same(key, text + content(page)):
         return
     key.unlink(missing_ok=True)
     execute(build, step)
     write(key, build.keys_of(step) + content(page))
 
 
+def whole(folder: Path, step: str) -> bool:
+    """Whether everything that a step has written, by its run record, is there as it was written."""
+    files = keys.stored_record(folder, step).get("files", {})
+    there = (folder / name for name in files)
+    return f"{step}.findings.json" in files and all(
+        path.is_file() and keys.hash_file(path) == files[str(path.relative_to(folder))] for path in there
+    )
+
+
 def content(path: Path) -> str:
-    """A line that tells whether a file is still what was made."""
+    """A line that tells whether a file, or all files in a folder, are still what was made."""
+    if path.is_dir():
+        found = {str(file.relative_to(path)): keys.hash_file(file) for file in path.rglob("*") if file.is_file()}
+        return f"made {keys.hash_json(found)}\n"
     return f"made {keys.hash_file(path)}\n"
 
 
@@ -140,13 +155,33 @@ def execute(build: Build, step: str) -> None:
     # a kernel spec in someone's home must not send the notebooks to another Python
     variables = os.environ | {"JUPYTER_PREFER_ENV_PATH": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     variables |= {"PYTHONWARNINGS": "ignore:IProgress not found"}  # no widgets are asked for, whoever imports tqdm
-    status = subprocess.run(command, check=False, cwd=params.ROOT, env=variables).returncode
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said:
+        process = subprocess.Popen(command, cwd=params.ROOT, env=variables, stderr=said)
+        try:
+            status = process.wait()
+        finally:  # interrupted: it ends before this does, and its kernel with it
+            process.terminate()
+            process.wait()
+        said.seek(0)
+        log = said.read()
     if status:
         if running.exists():
             os.replace(running, failed)
-        raise BookError(f"step {step} failed; the notebook as far as it came: {keys.shown(failed)}")
+        raise BookError(f"step {step} failed: {reason(failed, log)}")
     cut_short(running)
     os.replace(running, build.page(step))
+
+
+def reason(failed: Path, log: str) -> str:
+    """Why a notebook failed, in a sentence, and where the rest is; `log` is what papermill said."""
+    cells = json.loads(failed.read_text(encoding="utf-8"))["cells"] if failed.is_file() else []
+    errors = [output for cell in cells for output in cell.get("outputs", ()) if output["output_type"] == "error"]
+    if errors:
+        why = f"{errors[-1]['ename']}: {errors[-1]['evalue']}"
+        return f"{' '.join(why.split())} (the notebook as far as it came, with the traceback: {keys.shown(failed)})"
+    rest = failed.with_suffix(".log")
+    rest.write_text(log, encoding="utf-8")
+    return f"{(log.strip().splitlines() or ['it ended without a word'])[-1]} (all that was said: {keys.shown(rest)})"
 
 
 def cut_short(path: Path) -> None:
@@ -165,12 +200,12 @@ def make_book(build: Build) -> str:
     folders = Folders(params.ROOT / "book", build.folder / "executed", build.results, build.folder / "book")
     index = folders.to / "_build" / "html" / "index.html"
     key, text = build.key_file("book"), keys.hash_json(book_contents(build, folders))
-    if not (index.is_file() and same(key, text + content(index))):
+    if not (index.is_file() and same(key, text + content(index.parent))):
         print(f"==> book ({build.profile})", flush=True)
         key.unlink(missing_ok=True)
         book.assemble(PLAN.sections, build.profile, folders)
         book.build(folders.to)
-        write(key, text + content(index))
+        write(key, text + content(index.parent))
     return keys.shown(index)
 
 
@@ -191,7 +226,8 @@ def book_contents(build: Build, folders: Folders) -> dict[str, Any]:
 def clean(build: Build, step: str) -> None:
     """Delete a step's results and page. What else lies there stays."""
     folder = keys.results_folder(build.of(step))
-    gone = keys.remove(folder, PLAN[step])
+    with Lock(folder / ".lock"):
+        gone = keys.remove(folder, PLAN[step])
     for path in (build.key_file(step), *(build.page(step, kind) for kind in ("executed", "running", "failed"))):
         path.unlink(missing_ok=True)
     print(f"{step}: removed {len(gone)} result files from {keys.shown(folder)}")
@@ -268,9 +304,12 @@ def main(arguments: Sequence[str] | None = None, environment: Mapping[str, str] 
             print(build.keys_of(options.step), end="")
         else:
             clean(build, options.step)
-    except (ParameterError, BookError, OSError) as error:
+    except (ParameterError, BookError, RecordError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted; what is done is kept; run the same command to go on", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -30,6 +30,7 @@ from pipeline import assumed, costs, keys, machine, params, rates
 from pipeline.costs import Machine
 from pipeline.params import Shared
 from pipeline.rates import PROVING, READING, seconds
+from pipeline.units import read_json
 from steps.registry import PLAN
 
 OVERHEAD = 1.0  # GB of Python and its libraries
@@ -42,7 +43,7 @@ PAGES |= {"retrieval_heads": 17.0, "generality": 19.0, "subspace": 20.5, "neuron
 def measured(step: str, p: Shared) -> dict[str, float]:
     """Seconds of each table of a finished step, by its name in the plan; {} where there is none."""
     path = keys.results_folder(p) / f"{step}.run.json"
-    tables = json.loads(path.read_text(encoding="utf-8"))["tables"] if path.is_file() else {}
+    tables = read_json(path)["tables"] if path.is_file() else {}
     return {name.removeprefix(f"{step}."): own["seconds"] for name, own in tables.items()}
 
 

@@ -66,8 +66,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The smoke book first, then the longest files, and last what needs that book: with several processes, files go to
     them in this order, and none is left with a long one when the others are done."""
     place = {"test_end_to_end.py": -2, "test_by_hand.py": -1, "test_workers.py": -1, "test_odd_one_out.py": -1}
-    place |= {"test_redrawn.py": 1, "test_rerun.py": 2}
+    place |= {"test_redrawn.py": 1, "test_rerun.py": 2, "test_faults.py": 3}
     items.sort(key=lambda item: place.get(item.path.name, 0))
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """The table of faults that the long tests planted, from whichever process ran them."""
+    reports = [*terminalreporter.getreports("passed"), *terminalreporter.getreports("failed")]
+    rows = [text for report in reports for name, text in report.user_properties if name == "fault"]
+    for line in ["| fault | tries | lost or wrong |", "| --- | --- | --- |"] if rows else []:
+        terminalreporter.write_line(line)
+    for row in rows:
+        terminalreporter.write_line(f"| {row} |")
 
 
 @pytest.fixture(scope="session")

@@ -47,6 +47,8 @@ ASIDE = {
     "ingredients": "what that hash is made of, the hashes of modules among it (run records only)",
     "versions": "of Python and its packages",
     "machine": "where it ran",
+    "files": "hashes of files that are compared themselves",
+    "check": "a checksum of the record",
 }
 LONGEST = 60  # characters shown of a differing value
 

@@ -334,7 +334,7 @@ def test_a_missing_file_names_its_step(copy, capsys, file, says):
 
 def test_half_written_findings(copy):
     (copy / "results" / "necessity.findings.json").write_text('{"step": ')
-    assert "step necessity is not JSON" in broken(copy)
+    assert "necessity.findings.json is not JSON" in broken(copy)
 
 
 def test_findings_of_two_models(copy):

@@ -15,6 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 from nbclient import NotebookClient
 
+from lib import records
+
 ROOT = Path(__file__).resolve().parents[1]
 HEADER = "clean_a,clean_b,corrupt_a,corrupt_b,answer,corrupt_answer\n"
 TWO = """Brad Pitt,Pablo Picasso,Isaac Newton,Albert Einstein,artist,scientist
@@ -89,9 +91,7 @@ def test_a_killed_step_resumes_and_ends_with_the_same_data(tmp_path):
     assert len(finished) >= 2 and not (out / "necessity.parquet").exists(), "the step must be caught in the middle"
     # mark the finished units: each claims 1,000 s of work, which only a run that reads them can add up
     for path in finished:
-        table = pq.read_table(path)
-        about = json.loads(table.schema.metadata[b"superset_circuit"]) | {"seconds": 1000.0}
-        pq.write_table(table.replace_schema_metadata({b"superset_circuit": json.dumps(about).encode()}), path)
+        records.write_table(path, pq.read_table(path), records.read_metadata(path) | {"seconds": 1000.0})
     assert (done := run(killed)).returncode == 0, done.stderr[-3000:]
     one, other = (pq.read_table(tmp_path / name / "out" / "necessity.parquet") for name in ("whole", "killed"))
     assert one.equals(other) and set(one["ablation"].to_pylist()) == {"zero", "mean", "resample", "counterfactual"}

@@ -9,6 +9,7 @@ import jsonschema
 import numpy as np
 import pandas as pd
 import pytest
+from professions import QUESTION
 from pydantic import ValidationError
 
 from lib import records, stats
@@ -764,7 +765,8 @@ def test_a_read_out_carries_more_of_the_other_attribute_than_random_heads_do(tmp
     def beyond(own, random):
         rows = [{"set": name, "group": "all pairs", "attribute": "region", "template": "profession_both"} | ends
                 for name, ends in (("the slice", own), ("random heads", random))]  # fmt: skip
-        step = SimpleNamespace(params=SimpleNamespace(template="profession_both"), find=lambda name: {"specific": rows})
+        params = SimpleNamespace(template="profession_both", topic=QUESTION)
+        step = SimpleNamespace(params=params, find=lambda name: {"specific": rows})
         return story.beyond_random(step, {})["beyond_random"]
 
     low, high = ({"placebo_low": at, "placebo_high": at + 0.1} for at in (0.0, 0.5))

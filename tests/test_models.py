@@ -208,19 +208,35 @@ def test_a_conversion_that_fails_leaves_nothing(package, tiny_folder, monkeypatc
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json", "config.json"])
-@pytest.mark.parametrize("damage", ["cut short", "missing"])
+@pytest.mark.parametrize("damage", ["cut short", "missing", "zeros", "one bit"])
 def test_damaged_converted_weights_say_which_folder_to_delete(package, tiny_folder, monkeypatch, file, damage):
     converter(monkeypatch, tiny_folder)
     folder = weights.cache_folder() / models.load(package, device="cpu").sha256
     if damage == "missing":
         (folder / file).unlink()
     else:
-        (folder / file).write_bytes((folder / file).read_bytes()[:-1000] if file == "model.safetensors" else b'{"a')
+        content = (folder / file).read_bytes()
+        zeros, middle = bytes(len(content)), len(content) // 2
+        bit = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+        (folder / file).write_bytes({"cut short": content[:-10], "zeros": zeros, "one bit": bit}[damage])
     with pytest.raises(models.ModelError, match=f"delete the folder {folder} and run again") as error:
         models.load(package, device="cpu")
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and f"({file})" in str(error.value)
     shutil.rmtree(folder)
     models.load(package, device="cpu")
+
+
+def test_converted_weights_that_nothing_vouches_for_are_converted_again(package, tiny_folder, monkeypatch):
+    """A folder of an earlier version, or a killed conversion's leftovers."""
+    calls = converter(monkeypatch, tiny_folder)
+    folder = weights.cache_folder() / models.load(package, device="cpu").sha256
+    (folder / weights.HASHES).unlink()
+    folder.with_name(f"{folder.name[:12]}-killed").mkdir()
+    models.load(package, device="cpu")
+    assert calls == ["Words", "Weights"] * 2 and [path.name for path in folder.parent.iterdir()] == [folder.name]
+    (folder / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(models.ModelError, match=r"as they were written \(model.safetensors.index.json\)"):
+        models.load(package, device="cpu")
 
 
 def test_another_sha256_is_refused_before_anything_is_converted(package, tiny_folder, monkeypatch):

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,6 +13,16 @@ from steps.__main__ import parameters_cell
 from steps.registry import PLAN
 
 BASE = {"model": "./m", "profile": "mine"}
+TWICE = """profile: twice
+model: x
+necessity:
+  components: [head]
+  ablations: [zero]
+layers: [20, 23]
+necessity:
+  pairs: 4
+layers: all
+"""
 
 
 def validate(step, given):
@@ -78,6 +89,9 @@ def test_a_flat_key_beats_the_section_and_other_sections_are_left_alone():
         ({"layers": " 21, 22 "}, "layers", (21, 22)),
         ({"layers": 21}, "layers", (21,)),
         ({"layers": [3, 1]}, "layers", (3, 1)),
+        ({"layers": "[21,22]"}, "layers", (21, 22)),
+        ({"layers": " [ 21 ] "}, "layers", (21,)),
+        ({"components": "[head, 'mlp']"}, "components", ("head", "mlp")),
         ({"layers": "auto"}, "layers", "auto"),
         ({"components": "head, mlp"}, "components", ("head", "mlp")),
         ({"components": "head"}, "components", ("head",)),
@@ -109,6 +123,9 @@ def test_what_papermill_and_yaml_give_is_understood(given, key, value):
         ({"layers": "1,1"}, "names something twice"),
         ({"layers": True}, "layers = True"),
         ({"layers": 1.5}, "layers = 1.5"),
+        ({"layers": "1 site"}, "layers = '1 site'.*'all' or 'auto'.*or a list of layers"),
+        ({3: "x"}, "unknown parameter 3 = 'x' of step necessity"),
+        ({"results_dir": 2026}, "results_dir = 2026.*valid string; or give papermill a text with -r in place of -p"),
         ({"name_pairs": -3}, "name_pairs = -3.*greater than or equal to 1"),
         ({"name_pairs": 2.5}, "name_pairs = 2.5.*integer"),
         ({"pairs": "ten"}, "pairs = 'ten'.*integer"),
@@ -174,6 +191,24 @@ def test_steps_and_profiles_that_do_not_exist(tmp_path):
             "key 'necessity' stands there twice, in lines 2 and 4",
         ),
         ("model: x\nnecessity: {pairs: 1, pairs: 4}", "key 'pairs' stands there twice, in lines 2 and 2"),
+        ("model: x\nlevel: .nan", "level = .nan in line 2 would be misread: write a finite decimal number"),
+        ("model: x\nnecessity: {memory: -.inf}", "memory = -.inf in line 2 would be misread: write a finite"),
+        ("model: x\nseed: 010", "seed = 010 in line 2 would be misread: write a whole number in decimal digits"),
+        ("model: x\nseed: 1:30", "seed = 1:30 in line 2 would be misread: write a whole number"),
+        ("model: x\nseed: 0x1F", "seed = 0x1F in line 2 would be misread: write a whole number"),
+        ("model: x\nlevel: 1:30.5", "level = 1:30.5 in line 2 would be misread: write a finite decimal number"),
+        (
+            "model: x\ntemplate: no",
+            "template = no in line 2 would be misread: write true or false, or a text in quotes",
+        ),
+        ("model: x\nroles:\n- last\n- off", "roles = off in line 4 would be misread: write true or false"),
+        ("model: x\nroles: [[last, [yes]]]", "roles = yes in line 2 would be misread: write true or false"),
+        ("model: 2026-11-27", "model = 2026-11-27 in line 1 would be misread: write a date in quotes"),
+        ("model: x\nyes: 1", "key 'yes' in line 2 is not text: write it in quotes"),
+        ("model: x\n~: 1", "key '~' in line 2 is not text"),
+        ("model: x\n1.5: 1", "key '1.5' in line 2 is not text"),
+        ("model: x\n? [a, b]\n: 1", "key (a sequence) in line 2 is not text"),
+        ("model: x\nmax_memory: {010: 1}", "010 = 010 in line 2 would be misread"),
         ("model: x\nnecessity:\n- {a: 1}\n- b: {c: 1}\n  d: 2\n  b: 3", "key 'b' stands there twice, in lines 4 and 6"),
     ):
         path.write_text(text)
@@ -181,8 +216,34 @@ def test_steps_and_profiles_that_do_not_exist(tmp_path):
             load_profile(str(path))
     path.write_text("model: x")
     assert load_profile(str(path)) == {"model": "x", "profile": "mine"}
+    path.write_text("model: 'no'\nlevel: -0.5\nseed: 1_000\nmax_memory: {0: 1.0e+3, cpu: .5}\nchat_template: True\n")
+    read = {"model": "no", "level": -0.5, "seed": 1000, "max_memory": {0: 1000.0, "cpu": 0.5}, "chat_template": True}
+    assert load_profile(str(path)) == read | {"profile": "mine"}
     path.write_text("a: &a {model: x, seed: 1}\n<<: *a\nseed: 2\n")  # a key over one that is merged in is no second one
     assert load_profile(str(path)) == {"a": {"model": "x", "seed": 1}, "model": "x", "seed": 2, "profile": "mine"}
+
+
+def test_a_site_that_came_as_a_number_is_refused():
+    """papermill turns 21.10 into 21.1, which is another head; a text is as it was written."""
+    for given in (21.1, [21.1], [21.1, "mlp 23"]):
+        with pytest.raises(ParameterError, match="slice_sites = .*21.1 came as a number; give papermill a text"):
+            validate("hydra", BASE | {"slice_sites": given})
+    with pytest.raises(ParameterError, match="slice_sites = '1 site'.*as heads and modules such as 21.6,mlp 23"):
+        validate("hydra", BASE | {"slice_sites": "1 site"})
+    assert validate("hydra", BASE | {"slice_sites": "[21.10, mlp 23]"}).slice_sites == ("21.10", "mlp 23")
+
+
+@pytest.mark.parametrize("how", [["-f", "{}"], ["-f{}"], ["--parameters_file", "{}"], ["--parameters_file={}"]])
+def test_a_file_that_papermill_read_is_read_again(tmp_path, monkeypatch, how):
+    """A kernel is handed values: of two equal keys the last, without a word."""
+    (tmp_path / "twice.yaml").write_text(TWICE)
+    words = ["python", "-m", "papermill", "in.ipynb", "out.ipynb", *(word.format("twice.yaml") for word in how)]
+    parent = SimpleNamespace(cmdline=lambda: [*words, "-p", "a", "b"], cwd=lambda: str(tmp_path))
+    monkeypatch.setattr("psutil.Process", lambda: SimpleNamespace(parent=lambda: parent))
+    with pytest.raises(ParameterError, match="twice.yaml .*key 'necessity' stands there twice, in lines 3 and 7"):
+        from_notebook("necessity", {"profile": "twice", "model": "x", "necessity": {"pairs": 4}})
+    words[2] = "jupyterlab"
+    assert from_notebook("necessity", {"profile": "twice", "model": "x", "necessity": {"pairs": 4}}).pairs == 4
 
 
 def test_a_notebooks_variables():

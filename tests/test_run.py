@@ -32,7 +32,12 @@ def project(house, monkeypatch):  # noqa: F811
         own = begin(step, {"profile": build.profile, "results_dir": str(build.results), "overwrite": True})
         if step == "baselines":
             own.write_extra("pairs.parquet", PAIRS)
-        own.write_findings({"able": {"superset": {"able": True, "why": "x"}} if step == "baselines" else True})
+        for kind in ("png", "svg"):
+            drawn = build.results / f"figures/{step}-a.{kind}"
+            drawn.parent.mkdir(exist_ok=True)
+            drawn.write_text(step)
+        able = {"superset": {"able": True, "why": "x"}} if step == "baselines" else True
+        own.write_findings({"able": able, "figures": [{"file": f"figures/{step}-a.png"}]})
         page = build.page(step)
         page.parent.mkdir(parents=True, exist_ok=True)
         page.write_text(PLAN.notebook(step).read_text())
@@ -206,3 +211,24 @@ def test_a_page_is_cut_where_its_notebook_ended_itself(tmp_path):
     path.write_text(json.dumps({"cells": cells}))
     driver.cut_short(path)
     assert json.loads(path.read_text())["cells"] == [cells[0], {"cell_type": "code", "outputs": [said]}]
+
+
+def test_a_failed_notebook_is_one_sentence(tmp_path):
+    """The error that ended it, without papermill's traceback; where no cell failed, the last thing that was said."""
+    path = tmp_path / "page.ipynb"
+    error = {"output_type": "error", "ename": "StepError", "evalue": "no pairs\n  are left", "traceback": ["a"] * 57}
+    path.write_text(json.dumps({"cells": [{"cell_type": "markdown"}, {"cell_type": "code", "outputs": [error]}]}))
+    said = f"StepError: no pairs are left (the notebook as far as it came, with the traceback: {path})"
+    assert driver.reason(path, "Traceback\nPapermillExecutionError: x\n") == said
+    path.write_text(json.dumps({"cells": []}))
+    log = path.with_suffix(".log")
+    assert driver.reason(path, "Traceback\n\nDeadKernelError: Kernel died\n") == (
+        f"DeadKernelError: Kernel died (all that was said: {log})"
+    )
+    assert log.read_text().startswith("Traceback")
+
+
+def test_an_interruption_is_no_failure(project, capsys, monkeypatch):
+    monkeypatch.setattr(driver, "execute", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert project.run(status=130) == []
+    assert capsys.readouterr().err == "interrupted; what is done is kept; run the same command to go on\n"

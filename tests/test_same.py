@@ -142,7 +142,7 @@ def test_what_depends_on_code_machine_and_clock_is_aside(trees):
     old, new = trees
     other = {
         "data_key": "zz", "commit": "yy", "dirty": True, "started": "2026-02-02", "seconds": 99.0,
-        "versions": {"numpy": "3"}, "machine": {"cores": 64},
+        "versions": {"numpy": "3"}, "machine": {"cores": 64}, "files": {"necessity.parquet": "xx"}, "check": "ww",
     }  # fmt: skip
     assert set(other) == set(same.ASIDE) - {"ingredients"}
     rewritten(new, lambda _, about: about.update(other | {"log": ABOUT["log"] * 2}))  # as a resumed run has it

@@ -70,7 +70,9 @@ def test_a_finished_table_is_read_not_computed(here):
     again = begin(resamples=900).table(table("necessity", fake_plan(3), counting(calls)))  # a page parameter
     assert calls == ["u-0", "u-1", "u-2"]
     pd.testing.assert_frame_equal(first, again)
-    assert sorted(path.name for path in (here / "out").iterdir()) == ["necessity.parquet", "necessity.run.json"]
+    begin().write_findings({})  # the last thing that a page writes
+    left = ["necessity.findings.json", "necessity.parquet", "necessity.run.json"]
+    assert sorted(path.name for path in (here / "out").iterdir()) == left
     assert list(begin().table(table("necessity", fake_plan(3), counting(calls), columns=["layer"]))) == ["layer"]
 
 
@@ -177,6 +179,10 @@ def test_unfinished_work_and_unknown_files_are_refused_too(here):
         begin(seed=1)
     begin(seed=1, overwrite=True).table(table("necessity", fake_plan(1), fake_compute))
     (here / "out" / "necessity.run.json").unlink()
+    with pytest.raises(StepError, match="seed was 1, now 2"):  # a table says it, too
+        begin(seed=2)
+    begin(seed=1)
+    (here / "out" / "necessity.parquet").rename(here / "out" / "necessity.csv")
     with pytest.raises(StepError, match="they do not say which"):
         begin(seed=1)
 

@@ -49,15 +49,15 @@ def candidates(step: Step) -> pd.DataFrame:
     `order` is "better known first" or "better known second", by the mean fame of the two names in each slot; "" where
     fame is not known. Professions that are not in the pairs come from the table of people, "" if it has none.
     """
-    path = keys.find_pairs(step.name, step.params).with_name("baselines.quads.parquet")
-    if step.params.pairs_file is not None or not path.is_file():
+    quads = of_step_01(step, "quads")
+    if quads is None:
         pairs, people = (
             last_half(step.pairs()),
             load_people(step.people_file, step.params.question).set_index("name")["profession"],
         )
         own = {f"clean_profession_{slot}": pairs[f"clean_{slot}"].map(people).fillna("") for slot in "ab"}
         return pairs.assign(**{name: pairs.get(name, column) for name, column in own.items()}, order="")
-    quads = last_half(records.read(path))
+    quads = last_half(quads)
     fame = {quad[slot]: quad[f"fame_{slot}"] for quad in quads.to_dict("records") for slot in "abcd"}
     pairs = pairs_of(quads, 4)
     first, second = (pairs[f"clean_{slot}"].map(fame) + pairs[f"corrupt_{slot}"].map(fame) for slot in "ab")
@@ -103,13 +103,16 @@ def kept_pairs(step: Step) -> pd.DataFrame:
 
 
 def of_step_01(step: Step | Case, name: str) -> pd.DataFrame | None:
-    """A table of step 01: "unselected", its pairs before any selection; "alone", its answers about each name. None
-    where it has left none."""
+    """A table of step 01: "quads"; "unselected", its pairs before any selection; "alone", its answers about each name.
+    None where it has left none."""
+    if step.params.pairs_file is not None:
+        return None
     try:
-        path = keys.find_pairs(step.name, step.params).with_name(f"baselines.{name}.parquet")
+        folder = keys.find_pairs(step.name, step.params).parent
     except ParameterError:
         return None
-    return records.read(path) if step.params.pairs_file is None and path.is_file() else None
+    path = keys.left(folder, keys.PAIRS, f"{keys.PAIRS}.{name}.parquet")
+    return None if path is None else records.read(path)
 
 
 def unselected(step: Step) -> list[Pair]:

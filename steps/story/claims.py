@@ -32,6 +32,7 @@ from lib.stats import MINIMUM_CLUSTERS, holm, p_of_interval
 from pipeline import keys
 from pipeline.declaration import Plan
 from pipeline.params import ROOT, ParameterError, Shared, read_yaml
+from pipeline.units import read_json
 from report.words import interval
 from steps.story.measure import Story
 
@@ -362,7 +363,7 @@ def recorded(step: str, params: Shared) -> Mapping[str, Any]:
     """The parameters under which a step's results were made, {} where it has not run."""
     paths = (folder / f"{step}.run.json" for folder in keys.sources(params))
     path = next((path for path in paths if path.is_file()), None)
-    return {} if path is None else json.loads(path.read_text(encoding="utf-8")).get("parameters", {})
+    return {} if path is None else read_json(path).get("parameters", {})
 
 
 # --- verdicts -----------------------------------------------------------------------------------------------------

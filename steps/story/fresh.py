@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -103,7 +102,7 @@ def open_once(params: Story, rules: str | None = None) -> None:
         )
     note = opened(params)
     for path in (note, committed(params)):
-        first = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else own
+        first = units.read_json(path) if path.is_file() else own
         same = all(first[key] == own[key] for key in ("people_sha256", "model", "model_sha256", "task"))
         if same and any(first[key] != own[key] for key in ("fingerprint", "template", "quantisation")):
             shown = ", ".join(f"{key} {value}" for key, value in first.items() if isinstance(value, str))
@@ -127,10 +126,10 @@ def write(params: Story) -> Path:
     stored = (keys.stored_ingredients(keys.results_folder(params), keys.PAIRS) or {}).get("inputs", {})
     if stored.get("people_file") != subject(params)["people_sha256"]:
         raise ClaimError(f"the pairs in {keys.shown(path.parent)} are not of the people in {params.people_file}")
-    ledger = Ledger.model_validate_json(path.read_text(encoding="utf-8"))
+    ledger = Ledger.model_validate(units.read_json(keys.left(path.parent, "story", path.name)))
     if ledger.fingerprint != params.frozen:
         raise ClaimError(f"{keys.shown(path)} was judged by other rules ({ledger.fingerprint}): run step 10 again")
-    made = json.loads(run.read_text(encoding="utf-8"))
+    made = units.read_json(run)
     about = subject(params) | {key: made.get(key) for key in ("commit", "dirty", "started", "machine")}
     said = {entry.id: confirmed(entry) for entry in ledger.claims}
     units.write_json(committed(params), Record(**about, claims=said).model_dump(mode="json"))
@@ -157,7 +156,7 @@ def confirm(entries: Sequence[Entry], params: Story, asked: Collection[str] = ()
         return ""
     if not path.is_file():
         return "No fresh people have been asked yet: verdicts by what was set after results were seen stay exploratory."
-    record = Record.model_validate_json(path.read_text(encoding="utf-8"))
+    record = Record.model_validate(units.read_json(path))
     if not (keys.same_subject(record.model_dump(), params) and record.template == params.template):
         return f"The fresh people of `{params.fresh_claims}` were asked about another model, task or template."
     own = fingerprint(thresholds(params), params.model_copy(update={"left_out": record.left_out}))

@@ -108,8 +108,9 @@ def gather(
 
 def stored(step: Step, name: str, columns: Sequence[str] | None = None) -> pd.DataFrame | None:
     """Columns (default: all) of an earlier step's table; None if neither results_dir nor results/<profile> has it."""
-    paths = [folder / f"{name}.parquet" for folder in keys.sources(step.params)]
-    return next((records.read(path, columns) for path in paths if path.is_file()), None)
+    of = keys.PAIRS if name == "pairs" else name.split(".")[0]
+    paths = (keys.left(folder, of, f"{name}.parquet") for folder in keys.sources(step.params))
+    return next((records.read(path, columns) for path in paths if path is not None), None)
 
 
 def fame(step: Step, found: Mapping[str, Any]) -> dict[str, Any]:
