@@ -50,8 +50,8 @@ def number_word(number: int) -> str:
 def interval(estimate: float, low: float | None, high: float | None, digits: int = 2) -> str:
     """An estimate with its interval, "0.33 [0.28, 0.38]", or alone where there is none."""
     bare = low is None or high is None or np.isnan(low) or np.isnan(high)
-    shown = [round(value, digits) + 0.0 for value in ((estimate,) if bare else (estimate, low, high))]  # no "-0.00"
-    texts = [f"{value:.{digits}f}" for value in shown]
+    texts = [f"{value:.{digits}f}" for value in ((estimate,) if bare else (estimate, low, high))]
+    texts = [text.lstrip("-") if float(text) == 0 else text for text in texts]
     return texts[0] + ("" if bare else f" [{texts[1]}, {texts[2]}]")
 
 

@@ -357,7 +357,7 @@ def test_verdicts_hold_for_all_tested_claims_together(tmp_path):
         and f"{len(checks)} checks are not counted" in said
     )
     counted = sum(entry.verdict == SUPPORTED for entry in own.values() if not entry.check)
-    assert f"p value: {counted} supported" in said and f"(each alone: {counted + 1} supported" in said
+    assert f"p value, {counted} supported" in said and f"(each alone: {counted + 1} supported" in said
 
 
 def test_few_ledgers_support_a_claim_that_only_touches_its_threshold():
@@ -519,8 +519,8 @@ def test_fresh_people_decide_what_was_set_after(tmp_path, monkeypatch):
     assert fresh.write(asked) == tmp_path / "record.json"
     said, by_name = fresh.confirm(entries, own, ["Aamir Khan", "No One"]), {entry.id: entry for entry in entries}
     assert (
-        "(1 of their 3210 is in a quad of this report's task; placebo" in said
-        and "(none of their 3210" in fresh.confirm(entries, own)
+        "(1 of these 3210 came into quads of this report's task since; its placebo" in said
+        and "(none of these 3210" in fresh.confirm(entries, own)
     )
     one = by_name["one_layer"]
     assert (one.alone, one.here, one.verdict, one.tier) == (SUPPORTED, SUPPORTED, NOT_SUPPORTED, claims.FRESH)
@@ -670,7 +670,9 @@ def test_the_circuit_in_three_sentences_by_the_verdicts(tmp_path):
     entries = list(judged(tmp_path).values())
     names, road, after = story.outline(entries, found())
     assert (
-        names.startswith("**At the names**: MLPs there (mlp 0 and mlp 2 lead) write") and "(0.60 [0.55, 0.65])" in names
+        names.startswith("**At the names**: MLPs there write directly most")
+        and "(mlp 0 and mlp 2 lead, all" in names
+        and "(0.60 [0.55, 0.65])" in names
     )
     assert "heads there" not in names  # of two that answer one question, the one that is supported speaks
     assert (
@@ -692,7 +694,7 @@ def test_the_circuit_in_three_sentences_by_the_verdicts(tmp_path):
         span(value, senders=senders, mlps="frozen") for senders, value in (("heads", 0.6), ("MLPs", 0.1))
     ]
     assert story.outline(list(judged(tmp_path, what).values()), what)[0].startswith(
-        "**At the names**: heads there (1.4"
+        "**At the names**: heads there write directly"
     )
     what["retrieval_heads"]["written"] = [span(0.1, senders=senders, mlps="frozen") for senders in ("heads", "MLPs")]
     names = story.outline(list(judged(tmp_path, what).values()), what)[0]
@@ -789,7 +791,11 @@ def test_parts_of_the_slice_without_a_verdict_are_not_named():
     rows = [{"site": "its heads", "attribute": "region", "verdict": None}]
     assert sentences.by_parts(rows) == ""
     rows += [{"site": "its MLPs", "attribute": "region", "verdict": "open"}]
-    assert sentences.by_parts(rows) == " (the slice's MLPs by themselves are not decided)"
+    assert sentences.by_parts(rows) == " (against region, the slice's MLPs by themselves are not decided)"
+    rows = [{"choice": "kept", "direction": "denoise", "attribute": name, "verdict": "specific"} for name in "ab"]
+    ends = {f"quotient_{end}": value for end, value in (("estimate", 0.3), ("low", 0.2), ("high", 0.4))}
+    said = "; against b it is specific to supersets (0.30 [0.20, 0.40] times its share of the superset gap)"
+    assert sentences.beside_the_first([row | ends for row in rows]) == said and not sentences.beside_the_first([])
 
 
 def test_what_would_turn_a_verdict_follows_the_verdict():

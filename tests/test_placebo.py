@@ -282,7 +282,7 @@ def test_few_placebo_quads_are_not_testable_and_none_are_said():
     assert m.joint.loc[m.joint["choice"] == "kept", "verdict"].isna().all()
     assert "too few quads to test it (19; 20 are needed)" in placebo_page.findings(m, params)["sentences"][0]
     none = placebo_page.findings(None, params)
-    assert none["specific"]["why"] == none["sentences"][0]
+    assert none["specific"][0]["why"] == none["sentences"][0]
 
 
 # --- the circuit ---

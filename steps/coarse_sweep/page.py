@@ -253,6 +253,9 @@ def moves_of(m: Measured, confirmation: pd.DataFrame) -> dict[str, str]:
         lead = f"At `{position}` the estimate of recovery"
         if layer is None:
             moves[position] = f"{lead} never crosses one half {way} for good ({picked_on} half)."
+        elif layer == m.curves["layer"].min():
+            side = "above" if position == "last" else "below"
+            moves[position] = f"{lead} is {side} one half from the first layer on ({picked_on} half)."
         else:
             moves[position] = (
                 f"{lead} crosses one half {way} after layer {layer} (picked on the {picked_on} half): {of_row(row)} "

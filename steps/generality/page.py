@@ -461,7 +461,7 @@ def group_sentences(groups: pd.DataFrame, template: str) -> list[str]:
     if len(rows):
         out.append(
             f"{len(rows) - len(sure)} of {len(rows)} professions are in fewer than 20 quads: estimates without interval"
-            + (f"; among the others joint recovery runs {ends(sure)}." if len(sure) else ".")
+            + (f"; of the {len(sure)} with more, joint recovery {ends(sure)}." if len(sure) else ".")
         )
     return out
 
@@ -532,7 +532,7 @@ def verdict_sentence(verdict: Verdict, t: Tables, params: Shared) -> str:
         weakest = verdict.failing.sort_values("estimate").iloc[0]
         fails = listed(f"{row.circuit} in {row.superset} ({row.quantity})" for row in verdict.failing.itertuples())
         return (
-            f"Verdict: the slice is not shown to carry every superset. The lower end does not exceed {floor} for "
+            f"Verdict: not all that is asked of a general slice is shown. The lower end does not exceed {floor} for "
             f"{fails}{alone}; the weakest is {of_row(weakest)}.{few}"
         )
     shares = ""

@@ -40,10 +40,10 @@ FILE = ROOT / "data" / "claims.yaml"
 SUPPORTED, NOT_SUPPORTED, NOT_TESTABLE, NOT_TESTED = "supported", "not supported", "not testable here", "not tested"
 VERDICTS = (SUPPORTED, NOT_SUPPORTED, NOT_TESTABLE, NOT_TESTED)
 CORRECTION = (
-    "Verdicts hold for all tested claims together: by Holm's correction of their p values. Each interval holds on its "
-    "own; its claim's p value is one minus the highest level at which it would still lie beyond the threshold, the "
-    "interval being stretched by the tails of Student's t of 7 degrees of freedom. How small a small one is rests on "
-    "that assumption."
+    "Verdicts hold for all claims together that the same people decide: by Holm's correction of their p values. Each "
+    "interval holds on its own; its claim's p value is one minus the highest level at which it would still lie beyond "
+    "the threshold, the interval being stretched by the tails of Student's t of 7 degrees of freedom. How small a "
+    "small one is rests on that assumption."
 )
 FRESH, HALF, EXPLORATORY = "fresh people", "confirmation half", "exploratory"
 TIERS = {

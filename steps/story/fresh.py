@@ -175,8 +175,8 @@ def confirm(entries: Sequence[Entry], params: Story, asked: Collection[str] = ()
         entry.verdict, entry.tier = entry.fresh.verdict, FRESH
     people = set(pd.read_csv(keys.input_file(record.people_file), dtype=str, keep_default_na=False)["name"])
     both = (
-        f"{len(people & set(asked)) or 'none'} of their {len(people)} is in a quad of this report's task; placebo "
-        "pairs and pairs before selection may have some"
+        f"{len(people & set(asked)) or 'none'} of these {len(people)} came into quads of this report's task since; "
+        "its placebo pairs and pairs before selection may have more"
     )
     return told(record, len(after), [entry.verdict for entry in decided], both)
 
@@ -186,7 +186,8 @@ def told(record: Record, after: int, verdicts: Sequence[str], both: str) -> str:
     count = {verdict: verdicts.count(verdict) for verdict in (SUPPORTED, NOT_SUPPORTED)}
     return (
         f"Of the {after} claims that were set after results had been seen, {len(verdicts)} are decided by *fresh "
-        f"people* alone, people in no quad of other profiles ({both}), on whose pairs the sites are picked anew: "
+        f"people* alone, in no quad of other profiles when they were chosen ({both}), on whose pairs the sites are "
+        "picked anew: "
         f"{count[SUPPORTED]} are supported there, {count[NOT_SUPPORTED]} are not; the others could not be tested on "
         "them, or rest on prompts of people or words that had been used before, and stay exploratory. They were asked "
         f"once, under these thresholds and rules (hash `{record.fingerprint}`; profile `{record.profile}`, "

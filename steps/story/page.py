@@ -41,8 +41,9 @@ COLOURS = dict(zip(VERDICTS, ("#cfe8dc", "#f6d5c6", "#e6e6e6", "#ffffff"), stric
 CAPTIONS = {
     "claims": "Every claim that an interval decides, as its distance from the threshold in units of the threshold, "
     "with its interval; hollow: a bound, or no interval. A claim whose whole interval lies right of zero is "
-    "supported by itself. The colour is its verdict, for which all claims are corrected together and further "
-    "conditions hold (the table says which). Linear up to 1, logarithmic beyond."
+    "supported by itself. The colour is its verdict on this book's own people, for which all claims are corrected "
+    "together and further conditions hold (the table says which, and where "
+    "fresh people decide otherwise). Linear up to 1, logarithmic beyond."
 }
 LOGIT_DIFFS = [f"logit_diff_{run}" for run in ("before", "after", "clean", "corrupt")]
 
@@ -362,11 +363,14 @@ def tally(entries: Sequence[Entry]) -> str:
     kinds = [entry.tier for entry in own if entry.verdict == SUPPORTED]
     confirmed, half, after = (kinds.count(kind) for kind in (claims.FRESH, claims.HALF, claims.EXPLORATORY))
     return (
-        f"The {len(own)} claims of the plan, corrected for the {sum(e.p_holm is not None for e in own)} that have a p "
-        f"value: {counted([entry.verdict for entry in own], VERDICTS)} (each alone: "
-        f"{counted([entry.alone for entry in own], VERDICTS[:2])}). Of those supported, {confirmed} are confirmed on "
-        f"fresh people and {half} on the confirmation half by a threshold set before; {after} are exploratory. "
-        f"{len(checks)} checks are not counted, because little is learned from them either way (the table says why): "
+        f"The {len(own)} claims of the plan: {counted([entry.verdict for entry in own], VERDICTS)}. On this book's own "
+        f"people, corrected for the {sum(e.p_holm is not None for e in own)} that have a p value, "
+        f"{counted([entry.here for entry in own], VERDICTS[:2])} (each alone: "
+        f"{counted([entry.alone for entry in own], VERDICTS[:2])}); fresh people, corrected by themselves, overrule "
+        f"{sum(entry.here != entry.verdict for entry in own) or 'none'} of these. Of those supported, "
+        f"{confirmed} are confirmed on fresh people and {half} on the confirmation half by a threshold set "
+        f"before; {after} are exploratory. {len(checks)} checks are not counted, because little is learned from "
+        f"them either way (the table says why): "
         f"{counted([entry.verdict for entry in checks], VERDICTS)}."
     )
 

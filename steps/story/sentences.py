@@ -62,6 +62,7 @@ def site_names(found: Mapping[str, Any]) -> dict[str, str]:
     own |= {"directions_layer": str(step["subspace"].get("directions", {}).get("layer", ""))}
     own |= {"circuit_size": str(circuit.get("size", 0)), "circuit_region": of_region(circuit.get("placebo", ()))}
     own |= {"by_directions": by_directions(step["subspace"])}
+    own |= {"others": beside_the_first(step["sufficiency"].get("specific", ()))}
     return {name: listed(sites) for name, sites in lists.items()} | own
 
 
@@ -75,16 +76,27 @@ def by_parts(parts: Sequence[Mapping[str, Any]]) -> str:
         and row["attribute"] == parts[0]["attribute"]
         and row["verdict"] in words
     ]
-    return f" ({', '.join(said)})" if said else ""
+    return f" (against {parts[0]['attribute']}, {', '.join(said)})" if said else ""
+
+
+def beside_the_first(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What the placebo says of the slice and the attributes after the first; "" where no other was asked about."""
+    words = {"specific": "is specific to supersets", "general": "is one as well", "open": "is not decided about"}
+    others = [row for row in rows if (row["choice"], row["direction"]) == ("kept", "denoise")]
+    said = [
+        f"against {row['attribute']} it {words[row['verdict']]} ({with_ends(row, prefix='quotient_')} times its share "
+        "of the superset gap)"
+        for row in others
+        if row["attribute"] != others[0]["attribute"] and row["verdict"] in words
+    ]
+    return f"; {listed(said)}" if said else ""
 
 
 def of_region(rows: Sequence[Mapping[str, Any]]) -> str:
-    """How much the circuit keeps of the first attribute's gap, over what it keeps of the superset gap; "" where
-    nobody asked."""
-    return "".join(
-        f", and of the gap between {row['attribute']}s {with_ends(row, prefix='quotient_')} times as much"
-        for row in rows[:1]
-    )
+    """How much the circuit keeps of each attribute's gap, over what it keeps of the superset gap, all else having the
+    corrupt prompt's values; "" where nobody asked."""
+    each = [f"{with_ends(row, prefix='quotient_')} times as much of the {row['attribute']} gap" for row in rows]
+    return f", and, with the corrupt prompt's values there instead, {listed(each)}" if each else ""
 
 
 def by_directions(subspace: Mapping[str, Any]) -> str:

@@ -311,7 +311,8 @@ def number_sentences(n: Numbers, params: Subspace) -> list[str]:
             continue
         enough = own[own["share"] >= params.slice_share]
         if len(enough):
-            words.append(f"{enough['k'].iloc[0]} of the {method} ({value(enough.iloc[0])})")
+            asked = f"; asked for {listed(own['k'])}" * (method == "rotation")  # it is learned for few numbers
+            words.append(f"{enough['k'].iloc[0]} of the {method} ({value(enough.iloc[0])}{asked})")
         else:
             words.append(f"no number of the {method} (at most {value(own.loc[own['estimate'].idxmax()])})")
     out.append(

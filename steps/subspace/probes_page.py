@@ -345,7 +345,7 @@ def baseline_sentence(table: pd.DataFrame, null: pd.DataFrame, permutations: int
         each.append(f"{key[1]} from {key[0]} prompts: {said}, permuted labels at most {top:.2f}")
     return (
         "Two baselines see nothing of the model and are fitted and tested on the probes' own folds: the people's "
-        "region, century and gender (metadata), and the n-grams of their names' letters (letters). Their balanced "
+        "attributes beside the class (metadata), and the n-grams of their names' letters (letters). Their balanced "
         f"accuracy, and the highest at any layer under any of {permutations} permutations of the labels: "
         f"{'; '.join(each)}. Probes are set against the better of the two, prompt by prompt; each interval holds by "
         "itself."

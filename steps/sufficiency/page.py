@@ -179,8 +179,9 @@ def restores_sentence(together: Mapping[str, Any], share: float) -> str:
         )
     return (
         f"With the slice's clean values the clean answer comes first in {together['back']} of the {together['pairs']} "
-        "confirmation pairs that are answered rightly without a patch: by the definition that single sites have to "
-        f"meet (a share of {share:g} among them, whatever its interval), {words[together['restores']]}."
+        "confirmation pairs whose clean prompt is answered rightly, and whose corrupt prompt otherwise: by the "
+        f"definition that single sites have to meet (a share of {share:g} among them, whatever its interval), "
+        f"{words[together['restores']]}."
     )
 
 

@@ -86,7 +86,8 @@ def findings(m: Specificity | None, params: Shared) -> dict[str, Any]:
     """What is said of the placebo, with its numbers under `specific`."""
     if m is None or m.joint.empty:
         none = dict.fromkeys(("specific_parts", "specific_classes", "headline"), [])
-        return {"specific": {"why": NONE}, "sentences": [NONE], **none}
+        asked = {"attribute": params.topic.placebo, "choice": "kept", "direction": "denoise"}
+        return {"specific": [asked | {"why": NONE}], "sentences": [NONE], **none}
     sentences, headline = [], []
     for attribute, rows in m.joint.groupby("attribute", sort=False):
         own = [slice_sentence(attribute, rows, params), sites_sentence(m, attribute, params)]
