@@ -432,7 +432,8 @@ def class_sentence(told: pd.DataFrame, swapped: pd.DataFrame, chosen: pd.DataFra
     return (
         f"By its activation at `last`, {numbers['selective']:,} of {len(told):,} neurons tell a superset from the "
         "others (significant over neurons and supersets on discovery, again on confirmation with the same side; "
-        f"{numbers['selective_swapped']:,} when the labels within each quad are exchanged at random), of the "
+        f"{numbers['selective_swapped']:,} when the labels within each quad are exchanged at random, which "
+        "leaves half of them right), of the "
         f"{len(own)} top ones {numbers['top_selective']}; "
         f"the area's median distance from 0.5 is {numbers['area']:.2f} over all and {numbers['top_area']:.2f} over the "
         f"top ones. Of the {numbers['higher']} top neurons that are higher for their superset, {numbers['promoted']} "
