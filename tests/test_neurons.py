@@ -141,6 +141,24 @@ def test_classes_tokens_and_activations_of_plain_runs(tiny):
     assert neurons.of_prompts(found, [(2, 7)])["activation"].tolist() == found.activations[2][:, 7].tolist()
 
 
+def test_labels_dealt_out_anew_say_nothing_of_the_class(tiny):
+    """A neuron that knows the class: of quads of two classes each, an exchange within quads would leave 0.62."""
+    model, names = tiny("llama"), ["artist", "athlete", "writer"]
+    prompts = pd.DataFrame(
+        {"half": half, "quad_id": f"{half}{quad}", "superset": superset}
+        for half in HALVES
+        for quad in range(30)
+        for superset in np.delete(names, quad % 3)
+    )
+    reading = neurons.reading_of(model, [1])
+    knows = np.tile(prompts["superset"] == "artist", (model.n_neurons, 1)).T.astype("float32")
+    found = neurons.Harvest(prompts, {1: knows}, {1: 1.0})
+    tokens = dict(zip(names, [1, 2, 3], strict=True))
+    tables = [neurons.of_classes(model, found, [1], reading, tokens, seed) for seed in range(20)]
+    own = pd.concat(tables).query("superset == 'artist'")
+    assert (own["auc"] == 1).all() and own["auc_chance"].mean() == pytest.approx(0.5, abs=0.04)
+
+
 # --- tables made by hand ------------------------------------------------------------------------------------------
 
 
@@ -289,7 +307,7 @@ def classes_of(areas: np.ndarray, weights: np.ndarray, n: int = 40) -> pd.DataFr
         for column, superset in enumerate(["artist", "athlete", "writer"]):
             own = areas[:, column]
             about = {"layer": 1, "head": np.arange(len(areas)), "half": half, "superset": superset, "n": n}
-            values = {"n_others": 2 * n, "auc": own, "auc_swapped": 0.5, "mean": own - 0.5, "mean_others": 0.0}
+            values = {"n_others": 2 * n, "auc": own, "auc_chance": 0.5, "mean": own - 0.5, "mean_others": 0.0}
             parts.append(pd.DataFrame(about | values | {"weight": weights[:, column]}))
     return pd.concat(parts, ignore_index=True)
 
@@ -301,7 +319,7 @@ def test_selective_neurons_and_what_they_promote():
     table = classes_of(areas, weights)
     told = neurons_page.selective(table, P).set_index("head")
     assert told.index[told["selective"]].tolist() == [4, 9] and not neurons_page.selective(
-        table, P, "auc_swapped"
+        table, P, "auc_chance"
     )["selective"].any()  # fmt: skip
     assert told.loc[[4, 9], "superset"].tolist() == ["athlete", "writer"]
     assert told.loc[[4, 9], "promoted"].tolist() == ["athlete", "artist"]  # 9 falls for writers, so it lowers them

@@ -55,13 +55,13 @@ SCHEMA = pa_schema.DataFrameSchema(
     name="table of neurons",
 )
 # One row per neuron, half and superset. `auc`: of quads' mean activations, the superset's against the others'
-# (`n`, `n_others` quads); `auc_swapped`: the two labels of each quad exchanged at random; `mean`, `mean_others`: of the
+# (`n`, `n_others` quads); `auc_chance`: each half's labels dealt out anew; `mean`, `mean_others`: of the
 # activation; `weight`: logits that one unit of activation writes on the superset, above the mean of the vocabulary.
 CLASS_SCHEMA = pa_schema.DataFrameSchema(
     _neuron
     | {"half": _half, "superset": _text}
     | dict.fromkeys(("n", "n_others"), pa_schema.Column("int32", pa_schema.Check.ge(1)))
-    | dict.fromkeys(("auc", "auc_swapped", "mean", "mean_others", "weight"), _number),
+    | dict.fromkeys(("auc", "auc_chance", "mean", "mean_others", "weight"), _number),
     strict=True,
     ordered=True,
     unique=["half", "superset", "layer", "head"],
@@ -210,22 +210,21 @@ def of_classes(
     of = group.ngroup().to_numpy()
     units = group.size().index.to_frame(index=False)
     member = (of[None] == np.arange(len(units))[:, None]) / np.bincount(of)[:, None]
-    turned = units.groupby("quad_id")["superset"].transform(lambda own: rng.permutation(own))
+    # Not within quads: of two labels, an exchange leaves half in place, so that half the signal stays.
+    dealt = units.groupby("half")["superset"].transform(lambda own: rng.permutation(own))
     for layer in layers:
         values = member @ found.activations[layer]
         weights = (reading.outputs[layer].spoken @ writes.T * found.rates[layer]).numpy()
         for half, rows in units.groupby("half", sort=False):
             ranks, own = stats.rankdata(values[rows.index], axis=0), values[rows.index]
             for column, superset in enumerate(tokens):
-                inside, swapped = (
-                    (labels[rows.index] == superset).to_numpy() for labels in (units["superset"], turned)
-                )
+                inside, chance = ((labels[rows.index] == superset).to_numpy() for labels in (units["superset"], dealt))
                 n, others = int(inside.sum()), int((~inside).sum())
                 if not n or not others:
                     continue
                 frames.append(
                     pd.DataFrame({"layer": layer, "head": np.arange(own.shape[1]), "half": half, "superset": superset})
-                    .assign(n=n, n_others=others, auc=area(ranks, inside), auc_swapped=area(ranks, swapped))
+                    .assign(n=n, n_others=others, auc=area(ranks, inside), auc_chance=area(ranks, chance))
                     .assign(mean=own[inside].mean(0), mean_others=own[~inside].mean(0))
                     .assign(weight=weights[:, column])
                 )

@@ -416,10 +416,10 @@ def direct_sentence(frame: pd.DataFrame, chosen: pd.DataFrame) -> str:
     )
 
 
-def class_sentence(told: pd.DataFrame, swapped: pd.DataFrame, chosen: pd.DataFrame, quads: int) -> tuple[str, dict]:
+def class_sentence(told: pd.DataFrame, chance: pd.DataFrame, chosen: pd.DataFrame, quads: int) -> tuple[str, dict]:
     """How many neurons tell a superset from the others, among all and among the top; and whether they promote it."""
     own = told.merge(chosen[NEURON], on=NEURON)
-    numbers = {"selective": int(told["selective"].sum()), "selective_swapped": int(swapped["selective"].sum())}
+    numbers = {"selective": int(told["selective"].sum()), "selective_chance": int(chance["selective"].sum())}
     numbers |= {"top_selective": int(own["selective"].sum())}
     for name, rows in (("area", told), ("top_area", own)):
         numbers[name] = float((rows["confirmation"] - 0.5).abs().median())
@@ -432,8 +432,7 @@ def class_sentence(told: pd.DataFrame, swapped: pd.DataFrame, chosen: pd.DataFra
     return (
         f"By its activation at `last`, {numbers['selective']:,} of {len(told):,} neurons tell a superset from the "
         "others (significant over neurons and supersets on discovery, again on confirmation with the same side; "
-        f"{numbers['selective_swapped']:,} when the labels within each quad are exchanged at random, which "
-        "leaves half of them right), of the "
+        f"{numbers['selective_chance']:,} by chance, when each half's labels are dealt out anew), of the "
         f"{len(own)} top ones {numbers['top_selective']}; "
         f"the area's median distance from 0.5 is {numbers['area']:.2f} over all and {numbers['top_area']:.2f} over the "
         f"top ones. Of the {numbers['higher']} top neurons that are higher for their superset, {numbers['promoted']} "
@@ -469,9 +468,9 @@ def part(step: Step, m: Measured) -> dict[str, Any]:
     scope, numbers = scope_sentences(m.neurons, m.top)
     leading, sure = top_sentences(alone, m.joint, params)
     joint = [share_sentence(carried, q) for q in carried.get("quantity", pd.Series(dtype=str)).unique()]
-    apart, swapped = (selective(m.classes, params, column) for column in ("auc", "auc_swapped"))
+    apart, chance = (selective(m.classes, params, column) for column in ("auc", "auc_chance"))
     quads = int(in_halves(m.classes)[0][1].groupby("superset")["n"].first().sum() / 2)
-    about_class, counted = class_sentence(apart, swapped, m.top, quads)
+    about_class, counted = class_sentence(apart, chance, m.top, quads)
     verdict = (
         few(carried) + claimed(carried) if joint else "The MLPs of these layers have no joint effect to be carried."
     )
