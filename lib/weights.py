@@ -24,10 +24,11 @@ from typing import Any
 import torch
 import transformers
 
+from lib.errors import Refusal
 from lib.locks import Lock
 
 
-class ModelError(ValueError):
+class ModelError(Refusal):
     """A model that cannot be loaded, or whose modules are not what they were taken for."""
 
 
