@@ -15,6 +15,7 @@ The profile is the name of a file in params/, or comes from the variable PROFILE
 
 from __future__ import annotations
 
+import _thread
 import argparse
 import json
 import os
@@ -22,6 +23,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -323,5 +325,15 @@ def main(arguments: Sequence[str] | None = None, environment: Mapping[str, str] 
     return 0
 
 
+def tell_again(lost: Any) -> None:
+    """`sys.unraisablehook`: what is raised in a weak reference's callback Python leaves out, a Ctrl-C, too; it comes
+    once more."""
+    if lost.exc_type is KeyboardInterrupt:
+        threading.Timer(0.1, _thread.interrupt_main).start()
+    else:
+        sys.__unraisablehook__(lost)
+
+
 if __name__ == "__main__":
+    sys.unraisablehook = tell_again
     sys.exit(main())

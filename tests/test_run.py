@@ -6,6 +6,8 @@ Keys are real, on a copy of the code; executing a notebook and building the HTML
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -14,7 +16,7 @@ from pipeline import keys, units
 from report.book import BookError
 from steps import __main__ as driver
 from steps.registry import PLAN
-from tests.test_keys import PAIRS, append, begin, edit, house  # noqa: F401
+from tests.test_keys import PAIRS, ROOT, append, begin, edit, house  # noqa: F401
 
 PAGES = [PLAN.page(step) for step in PLAN.names]
 
@@ -257,6 +259,26 @@ def test_what_of_a_question_is_edited_is_made_again(project):
     assert project.run() == ["book"]
     edit(own / "question.yaml", "are both famous", "are famous")
     assert project.run() == [*PLAN.names, "book"]
+
+
+def test_an_interruption_that_falls_into_a_callback_comes_again():
+    """Python prints and forgets what a weak reference's callback raises."""
+    script = """
+import sys, time, weakref
+from steps.__main__ import tell_again
+sys.unraisablehook = tell_again
+class Thing: pass
+def interrupted(_): raise KeyboardInterrupt
+thing = Thing()
+kept = weakref.ref(thing, interrupted)
+del thing
+try:
+    time.sleep(5)
+except KeyboardInterrupt:
+    print("again")
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("again\n", "")
 
 
 def test_an_interruption_is_no_failure(project, capsys, monkeypatch):
