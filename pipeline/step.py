@@ -102,6 +102,8 @@ class Step:
         names = ("dtype", "device", "device_map", "seed", "quantisation", "max_memory", "offload_folder")
         names += ("tokenizer", "adapter")
         how = {name: getattr(self.params, name) for name in names}
+        if self.params.model.startswith("config:") and self.params.tokenizer is None:
+            raise StepError(models.NO_WORDS.format(self.params.model))
         try:
             model = models.load(self.params.model, sha256=self.params.model_sha256, **how)
         except ValueError as error:
@@ -118,9 +120,13 @@ class Step:
 
             if "model" in self.__dict__:
                 return self.model.tokenizer
-            if self.params.tokenizer:
-                return models.tokenizer(self.params.tokenizer)
-            return models.tokenizer(self.params.model, self.params.model_sha256)
+            p = self.params
+            try:
+                if p.tokenizer:
+                    return models.tokenizer(p.tokenizer, reader=p.model)
+                return models.tokenizer(p.model, p.model_sha256)
+            except ValueError as error:
+                raise StepError(str(error)) from None
 
         own = self.path("tokens").name
         return Remembered(load, keys.left(self.results, self.name, own) if self.fresh else None)
@@ -207,6 +213,8 @@ class Step:
             for place, row in zip(table.index, table.to_dict("records"), strict=True):
                 try:
                     made += [self._prompts(row)] if place not in faults else []
+                except StepError:  # a tokenizer that cannot be had is no row's fault
+                    raise
                 except ValueError as error:
                     faults[place] = str(error).removeprefix(f"pair {row['pair_id']!r}: ")
                 bar.update()
