@@ -104,12 +104,13 @@ def hash_notebook(path: Path) -> str | None:
 
 
 def weights(params: Shared) -> Any:
-    """What identifies the weights without loading them: the SHA-256 given, else the contents of local files; with those
-    of a tokenizer and an adapter that are named.
+    """What identifies the model without loading it: the SHA-256 given, else the contents of local files; with those of
+    a tokenizer and an adapter that are named. Of a folder, config and tokenizer count beside the weights.
 
     A hub id without `model_sha256` is known by its name alone.
     """
-    own = params.model_sha256 or model_contents(params.model)
+    own = params.model_sha256
+    own = model_contents(params.model) if own is None or Path(params.model).is_dir() else own
     beside = {name: spec for name in ("tokenizer", "adapter") if (spec := getattr(params, name)) is not None}
     return {"model": own} | {name: model_contents(spec) for name, spec in beside.items()} if beside else own
 
@@ -120,7 +121,7 @@ def model_contents(spec: str) -> Any:
         return hash_file(input_file(spec.removeprefix("config:")))
     if spec.startswith("package:"):
         package, _, name = spec.removeprefix("package:").partition("/")
-        found = find_spec(package)
+        found = find_spec(package) if package.isidentifier() else None
         folders = list(found.submodule_search_locations or ()) if found else []
         path = Path(folders[0]) / name if folders else None
         return hash_file(path) if path is not None and path.is_file() else None  # models.load says what is missing

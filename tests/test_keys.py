@@ -278,6 +278,21 @@ def test_own_pairs_are_known_by_their_contents(house):
         both("necessity", pairs_file="mine.csv")
 
 
+def test_a_folders_config_and_tokenizer_are_in_the_key_though_a_sha256_is_given(house):
+    folder = house / "own"
+    folder.mkdir()
+    files = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+    for name in files:
+        (folder / name).write_text("1")
+    own = params.validate(PLAN.sections, "necessity", {"model": "./own", "model_sha256": "0" * 64})
+    made = {keys.hash_json(keys.weights(own))}
+    for name in files:
+        edit(folder / name, "1", "2")
+        made.add(keys.hash_json(keys.weights(own)))
+    assert len(made) == 1 + len(files)
+    assert keys.model_contents("package:no.such/a.gguf") is None  # loading says what is missing
+
+
 def test_a_local_models_weights_are_known_by_their_contents(house):
     folder = house / "m"
     folder.mkdir()
