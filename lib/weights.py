@@ -30,10 +30,11 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
+from lib.errors import Refusal
 from lib.locks import Lock
 
 
-class ModelError(ValueError):
+class ModelError(Refusal):
     """A model that cannot be loaded, or whose modules are not what they were taken for."""
 
 

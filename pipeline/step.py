@@ -13,6 +13,7 @@ import importlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, is_dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -380,21 +381,36 @@ class Step:
         """Move results that other parameters, inputs or code made to where `pipeline.keys.bring_back` finds them."""
         key = self.data_key
         if keys.stored_key(self.results, self.name) not in (None, key) and not self.params.overwrite:
-            aside = keys.set_aside(self.results, self.declaration)
+            with self._alone():
+                aside = keys.set_aside(self.results, self.declaration)
             print(f"results of {self.name} made otherwise set aside in {keys.shown(aside)}")
+
+    def bring_back(self) -> None:
+        """Move results of this data key that were set aside back."""
+        if keys.find_aside(self.results, self.declaration, self.data_key):
+            with self._alone():
+                keys.bring_back(self.results, self.declaration, self.data_key)
+
+    def _alone(self) -> AbstractContextManager:
+        """While no other process writes to the results folder."""
+        return nullcontext() if self.results.resolve() in WRITING else self._lock()
+
+    def _lock(self) -> locks.Lock:
+        """The results folder's. StepError where another process writes there, or nothing can be written."""
+        try:
+            return locks.Lock(self.results.resolve() / ".lock")
+        except locks.Locked as error:
+            raise StepError(f"{error}, or give another results_dir") from None
+        except OSError as error:
+            raise StepError(f"{error}: make the folder writable, or give another results_dir") from None
 
     def _begin_writing(self) -> None:
         """Lock the results folder until the findings are written, clear what a killed run left half written, and
-        results of another key. StepError where another process writes there, or nothing can be written."""
+        results of another key. StepError as of `_lock`."""
         self.refuse_stale()
         folder = self.results.resolve()
         if folder not in WRITING:
-            try:
-                WRITING[folder] = locks.Lock(folder / ".lock")
-            except locks.Locked as error:
-                raise StepError(f"{error}, or give another results_dir") from None
-            except OSError as error:
-                raise StepError(f"{error}: make the folder writable, or give another results_dir") from None
+            WRITING[folder] = self._lock()
             units.clear_leftovers(folder)
             units.clear_leftovers(folder / "figures")
         if not self.fresh:
@@ -634,5 +650,5 @@ def begin(plan: Plan, step: str, namespace: Mapping[str, Any], engine: Callable[
     if params.run_by_hand(namespace):
         begun.set_stale_aside()
     begun.refuse_stale()
-    keys.bring_back(begun.results, begun.declaration, begun.data_key)
+    begun.bring_back()
     return begun

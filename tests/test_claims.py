@@ -530,6 +530,7 @@ def test_fresh_people_decide_what_was_set_after(tmp_path, monkeypatch):
     assert (general.verdict, general.tier, general.fresh.verdict) == (SUPPORTED, claims.HALF, NOT_SUPPORTED)
     used = by_name["task_done"]
     assert (used.verdict, used.tier, used.fresh.verdict) == (SUPPORTED, claims.EXPLORATORY, claims.NOT_TESTED)
+    assert used.fresh.estimate is used.fresh.p is used.fresh.p_holm is None
     untested = by_name["critical_layers"]
     assert (untested.verdict, untested.tier, untested.fresh.verdict) == (SUPPORTED, claims.EXPLORATORY, NOT_TESTABLE)
     check = by_name["no_illusion"]

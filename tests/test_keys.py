@@ -120,6 +120,7 @@ EDITS = {
         NONE,
     ),
     "plots": (lambda house: append(house / "report/plots.py", "\nCOLOUR = 1\n"), NONE, set(STEPS)),
+    "how a notebook begins": (lambda house: append(house / "steps/registry.py", "\nEXTRA = 1\n"), NONE, set(STEPS)),
     "a sentence of one step": (
         lambda house: edit(house / "steps/necessity/page.py", "lead.", "go first."),
         NONE,
@@ -165,6 +166,11 @@ EDITS = {
         lambda house: edit(house / "params/smoke.yaml", "necessity:", "necessity:\n  pairs: 3"),
         {"necessity"},
         {"necessity"},
+    ),
+    "what a page alone asks of its table": (
+        lambda house: edit(house / "params/smoke.yaml", "rounds: 1", "rounds: 1\n  direct_floor: 0.75"),
+        NONE,
+        {"hydra"},
     ),
     "a comment in the profile": (lambda house: append(house / "params/smoke.yaml", "\n# why\n"), NONE, NONE),
     "a number of resamples": (

@@ -343,6 +343,8 @@ def tested_sentences(found: Mapping[str, Any], params: Story, where: str) -> lis
     weak, worst, failing = found["weakest"], found["incompleteness"], found["failing"]
     named = listed(failing) if len(failing) < NAMED else f"{len(failing)} of {len(found['members'])}"
     named = "there are too few quads to say" if weak["low"] is None or np.isnan(weak["low"]) else named
+    some = len(found["members"]) < found["size"]
+    which = f"members, the last of {found['size']} in their order," if some else "members"
     out = [
         f"Faithfulness on the confirmation half, when all else {where} is resampled, is "
         f"{with_ends(found['faithfulness'])} ({found['quads']} quads), on the discovery half "
@@ -353,7 +355,7 @@ def tested_sentences(found: Mapping[str, Any], params: Story, where: str) -> lis
         f"{verdict(found['faithfulness'], above=params.faithful_share)}.",
         f"Necessity: with the circuit resampled and all else intact the model keeps {with_ends(found['necessity'])}. "
         f"Less than half is left: {verdict(found['necessity'], below=0.5)}.",
-        f"Minimality: of {len(found['members'])} members removed one by one, {weak['site']} costs least: "
+        f"Minimality: of {len(found['members'])} {which} removed one by one, {weak['site']} costs least: "
         f"{with_ends(weak, 3)} logits ({weak['share']:.2f} of what the model has). Those whose cost is not shown to be "
         "above zero "
         f"(familywise): {named}.",

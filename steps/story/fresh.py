@@ -168,8 +168,8 @@ def confirm(entries: Sequence[Entry], params: Story, asked: Collection[str] = ()
         )
     after = [entry for entry in entries if entry.check is None and entry.came == "after"]
     for entry in entries:
-        there = {"verdict": NOT_TESTED, "reason": "its prompts are of people or words that were used before"}
-        entry.fresh = record.claims[entry.id].model_copy(update=there if entry.id in NOT_ABOUT_THEM else {})
+        said = record.claims[entry.id]
+        entry.fresh = not_about_them(said) if entry.id in NOT_ABOUT_THEM else said
     decided = [entry for entry in after if entry.fresh.verdict in (SUPPORTED, NOT_SUPPORTED)]
     for entry in decided:
         entry.verdict, entry.tier = entry.fresh.verdict, FRESH
@@ -179,6 +179,14 @@ def confirm(entries: Sequence[Entry], params: Story, asked: Collection[str] = ()
         "its placebo pairs and pairs before selection may have more"
     )
     return told(record, len(after), [entry.verdict for entry in decided], both)
+
+
+def not_about_them(said: Confirmed) -> Confirmed:
+    """A claim that is not tested has no numbers of a test either."""
+    numbers = dict.fromkeys(("estimate", "low", "high", "p", "p_holm"))
+    verdicts = dict.fromkeys(("alone", "verdict"), NOT_TESTED)
+    reason = "its prompts are of people or words that were used before"
+    return said.model_copy(update=numbers | verdicts | {"reason": reason})
 
 
 def told(record: Record, after: int, verdicts: Sequence[str], both: str) -> str:
