@@ -201,7 +201,10 @@ def load_error(spec: str, where: str, error: Exception) -> ModelError:
     if any(sign in text for sign in ("gated repo", "401 Client", "403 Client")):
         todo = "accept its licence on its page, then set HF_TOKEN or run `hf auth login`"
         return ModelError(f"model {spec!r} is gated or private: {todo}")
-    text = f"model {spec!r} could not be loaded: {text.splitlines()[0]}"
+    first, *more = text.splitlines()
+    if first.endswith(":") and more:  # what it is, is in the next line
+        first = f"{first} {more[0].strip()}"
+    text = f"model {spec!r} could not be loaded: {first}"
     if Path(where).parent == cache_folder():
         text += f" (if its converted weights were damaged: delete the folder {where} and run again)"
     return ModelError(text)
