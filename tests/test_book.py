@@ -176,7 +176,7 @@ def made(tmp_path_factory):
         (results / f"{step}.findings.json").write_text(json.dumps(findings))
         (results / f"{step}.run.json").write_text(json.dumps(run))
     claim = {"claim": "It is *one* layer", "verdict": "not supported", "reason": "0.2 [0.1, 0.3] | below 0.5"}
-    claim |= {"alone": "supported", "tier": "exploratory", "check": None}
+    claim |= {"id": "one_layer", "alone": "supported", "tier": "exploratory", "check": None}
     claims = [claim, claim | {"claim": "Labels were shuffled", "tier": None, "check": "it cannot fail"}]
     (results / "claims.json").write_text(json.dumps({"claims": claims}))
     return folder
