@@ -24,6 +24,7 @@ from scipy.special import log_softmax
 
 from lib import questions, tasks
 from lib.data import read_table
+from lib.errors import Refusal
 from lib.metrics import margins
 from lib.questions import ROOT, Attribute, Question, Template
 
@@ -78,17 +79,17 @@ def load_people(path: str | Path, question: str = questions.DEFAULT) -> pd.DataF
         if not known.all():
             row = known.idxmin()
             what = "true, false" if allowed else "a whole number"
-            raise ValueError(f"{where} {row}: {column} is {table[column][row]!r}; allowed: {what}")
+            raise Refusal(f"{where} {row}: {column} is {table[column][row]!r}; allowed: {what}")
         table[column] = table[column].map(allowed) if allowed else table[column].astype(int)
     try:
         table = schema_of(topic).validate(table, lazy=True)
     except pa.errors.SchemaErrors as error:
         first = error.failure_cases.iloc[0]
         row = path if pd.isna(first["index"]) else f"{where} {first['index']}"
-        raise ValueError(f"{row}: {first['column']} {first['failure_case']!r} fails {first['check']}") from None
+        raise Refusal(f"{row}: {first['column']} {first['failure_case']!r} fails {first['check']}") from None
     odd = table[(table.two_supersets != table.second_superset.ne("")) | (table.second_superset == table.superset)]
     if len(odd):
-        raise ValueError(
+        raise Refusal(
             f"{where} {odd.index[0]}: {odd['name'].iloc[0]!r}: second_superset must be given where "
             "two_supersets is true, be empty where it is false, and differ from superset"
         )

@@ -131,7 +131,9 @@ def test_a_changed_question_is_read_again_and_is_in_the_data_key(tmp_path):
         return keys.ingredients(step, params.validate(PLAN.sections, "baselines", given))["inputs"]
 
     before = key()
-    written(tmp_path, introduction="Another paragraph.")
+    written(tmp_path, introduction="Another paragraph.", title="Another", words={"people": "towns"})
+    assert key() == before  # what only the book says
+    written(tmp_path, plurals={"x": "y"})
     again = key()
     assert again["question"] != before["question"] and again["people_file"] == before["people_file"]
 
