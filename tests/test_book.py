@@ -224,9 +224,9 @@ def test_landing_page(built):
         assert f"Sentence {number} with {0.25 * number:.2f}" in words
     assert "Sufficiency: This model cannot do the task superset, so nothing was measured." in words
     assert (
-        "claim verdict alone evidence why It is one layer not supported supported exploratory 0.2 [0.1, 0.3]" in words
+        "claim verdict alone evidence why one layer: It is one layer not supported supported exploratory 0.2 [0.1, 0.3]" in words
     )
-    assert "check verdict alone evidence why Labels were shuffled not supported supported 0.2 [0.1, 0.3]" in words
+    assert "check verdict alone evidence why one layer: Labels were shuffled not supported supported 0.2 [0.1, 0.3]" in words
     html = (built / "index.html").read_text()
     assert html.index(f"Sentence {list(STEPS).index('story')} ") < html.index("Sentence 1 ")
     assert html.index("Sentence 1") < html.index("_images/coarse_sweep-curve.png") < html.index("Sentence 0")

@@ -819,6 +819,10 @@ def test_a_reason_shows_what_decides(tmp_path):
     assert claims.estimated(claims.Numbers(0.3, 0.2, 0.4), 0.5) == "0.30 [0.20, 0.40]"
     supersets = {row["group"] for row in found()["generality"]["classes"] if row["kind"] == "superset"}
     assert judged(tmp_path)["general_supersets"].reason.endswith(f"; the weakest of {len(supersets)}")
+    for row in what["generality"]["classes"]:
+        row |= {} if row["group"] == min(supersets) else {"low": None, "high": None}
+    only = f"; the only one of {len(supersets)} with an interval"
+    assert judged(tmp_path, what)["general_supersets"].reason.endswith(only)
 
 
 def test_what_would_turn_a_verdict_follows_the_verdict():

@@ -443,7 +443,8 @@ def more_of(
         }
         known = sum(names.values())
         rest = "" if known == len(names) else f" that have an interval, of {len(names)}"
-        why += "" if "" in names else f"; the weakest of {known}{rest}" if known > 1 else f"; of 1{rest}"
+        which = f"the weakest of {known}{rest}" if known > 1 else f"the only one of {len(names)} with an interval"
+        why += "" if "" in names or not known else f"; {which}"
     corrected = "; corrected with the other claims it takes more" if claim.check is None else ""
     return why + corrected * ("times as many quads" in why)
 
