@@ -223,10 +223,10 @@ def test_landing_page(built):
     for number in (number for number, step in enumerate(STEPS) if step != "sufficiency"):
         assert f"Sentence {number} with {0.25 * number:.2f}" in words
     assert "Sufficiency: This model cannot do the task superset, so nothing was measured." in words
-    assert (
-        "claim verdict alone evidence why one layer: It is one layer not supported supported exploratory 0.2 [0.1, 0.3]" in words
-    )
-    assert "check verdict alone evidence why one layer: Labels were shuffled not supported supported 0.2 [0.1, 0.3]" in words
+    for kind, said in (("claim", "exploratory "), ("check", "")):
+        name = "It is one layer" if kind == "claim" else "Labels were shuffled"
+        row = f"one layer: {name} not supported supported {said}0.2 [0.1, 0.3]"
+        assert f"{kind} verdict alone evidence why {row}" in words
     html = (built / "index.html").read_text()
     assert html.index(f"Sentence {list(STEPS).index('story')} ") < html.index("Sentence 1 ")
     assert html.index("Sentence 1") < html.index("_images/coarse_sweep-curve.png") < html.index("Sentence 0")
