@@ -260,8 +260,23 @@ def test_findings_of_another_model_are_not_read(house):
     assert keys.find_findings("baselines", own)["able"]["superset"]["able"] is True
     other = own.model_copy(update={"model": "./other", "model_sha256": None})
     assert keys.find_findings("baselines", other) is None
-    with pytest.raises(ParameterError, match=r"results/smoke has none of model ./other and task superset"):
+    with pytest.raises(ParameterError, match=r"results/smoke has none of model ./other as it is now and task superset"):
         keys.find_pairs("necessity", other)
+
+
+def test_what_was_found_of_a_folder_does_not_count_once_the_folder_is_another(house, tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"weights")
+    own = params.validate(PLAN.sections, "baselines", params.load_profile("smoke"))
+    own = own.model_copy(update={"model": str(folder), "model_sha256": None})
+    found = {"able": {"superset": {"able": True, "why": "yes"}}, "about": keys.about(own)}
+    place = keys.results_folder(own) / "baselines.findings.json"
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.write_text(json.dumps(found), encoding="utf-8")
+    assert keys.find_findings("baselines", own) == found
+    (folder / "model.safetensors").write_bytes(b"others!")
+    assert keys.find_findings("baselines", own) is None
 
 
 def test_a_task_the_model_cannot_do_needs_no_pairs(house):
