@@ -156,6 +156,7 @@ clean: ## delete the pages and the book of the profile; its results stay, so tha
 	.venv/bin/python -m pip install --quiet -r requirements.lock
 	.venv/bin/python -m pip install --quiet --no-deps -r requirements-no-deps.lock
 	@touch $@
+	@for lock in $^; do if [ "$$lock" -nt $@ ]; then touch -r "$$lock" $@; fi; done  # dated in the future
 
 # The peers' tools bring packages that the report does not want.
 .venv-peers/.stamp: bench/peers/requirements.lock requirements-no-deps.lock

@@ -16,6 +16,7 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
 from lib import questions, tasks
+from lib.errors import Refusal
 from lib.questions import Question, Template
 from lib.tables import Faults, read_rows, unusable, wrong_name
 
@@ -58,7 +59,7 @@ def load_pairs_file(path: str | Path, seed: int = 0, **asked: Any) -> pd.DataFra
     """The pairs table of `read_pairs_file`. ValueError naming every row that cannot be used."""
     table, faults = read_pairs_file(path, seed, **asked)
     if faults:
-        raise ValueError(unusable(f"pairs_file {Path(path).name}", table, faults))
+        raise Refusal(unusable(f"pairs_file {Path(path).name}", table, faults))
     return table.reset_index()
 
 

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import socket
 import time
+from contextlib import suppress
 from pathlib import Path
+
+from lib.errors import Refusal
 
 PATIENCE = 5  # seconds: what was told to stop needs a moment
 
 
-class Locked(ValueError):
-    """A folder that another process is writing to."""
+class Locked(Refusal):
+    """A folder that another process is writing to, or that cannot be kept for one."""
 
 
 class Lock:
     """A file that one process holds until it lets go, or ends, however it ends; who holds it stands in the file.
 
-    Raises Locked, with the holder, where it is still held after `patience` seconds (default: PATIENCE).
+    Raises Locked, with the holder, where it is still held after `patience` seconds (default: PATIENCE), and where the
+    file system has no locks.
     """
 
     def __init__(self, path: Path, patience: float | None = None) -> None:
@@ -26,12 +31,11 @@ class Lock:
         path.parent.mkdir(parents=True, exist_ok=True)
         while not self._take():
             if time.monotonic() > until:
-                holder = path.read_text(encoding="utf-8") if path.exists() else "another process"
-                raise Locked(f"{path.parent} is being written to by {holder}: wait for it, or stop it")
+                raise Locked(f"{path.parent} is being written to by {self._holder()}: wait for it, or stop it")
             time.sleep(0.05)
 
     def _take(self) -> bool:
-        self.file = self.path.open("a+", encoding="utf-8")
+        self.file = self.path.open("ab", buffering=0)
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if self.path.stat().st_ino != os.fstat(self.file.fileno()).st_ino:
@@ -39,10 +43,21 @@ class Lock:
         except (BlockingIOError, FileNotFoundError):
             self.file.close()
             return False
-        self.file.truncate(0)
-        self.file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        self.file.flush()
+        except OSError as error:
+            self.file.close()
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP):
+                raise
+            why = f"its file system has no locks ({error.strerror}), and two could write there at once"
+            raise Locked(f"{self.path.parent} cannot be written to: {why}; use one on another file system") from None
+        with suppress(OSError):  # on a full disk nobody's name stands there
+            self.file.truncate(0)
+            self.file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
         return True
+
+    def _holder(self) -> str:
+        with suppress(OSError):
+            return self.path.read_text(encoding="utf-8", errors="replace").strip() or "another process"
+        return "another process"
 
     def release(self) -> None:
         """Let go, and leave no file behind."""

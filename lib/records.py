@@ -35,6 +35,8 @@ import pyarrow.parquet as pq
 from pandera.errors import SchemaErrors
 from pandera.pandas import Check, Column, DataFrameSchema
 
+from lib.errors import Refusal
+
 METADATA_KEY = b"superset_circuit"
 CHECK_KEY = b"superset_circuit.sha256"
 CHECK = re.compile(re.escape(CHECK_KEY) + rb"\x18\x40([0-9a-f]{64})")  # in a Parquet footer: 64 bytes of text follow
@@ -48,8 +50,12 @@ IDENTITY = ["task", "template", "pair_id", "layer", "component", "head", "positi
 AGAIN = "delete it, and run again what writes it"
 
 
-class RecordError(ValueError):
+class RecordError(Refusal):
     """A table that breaks the schema, or a file that is damaged or belongs to another run."""
+
+
+class NoRoomError(OSError, Refusal):
+    """A disk or a quota that is full."""
 
 
 # --- schemas: columns that hold no gaps unless they say so ---
@@ -198,7 +204,7 @@ def conform(frame: pd.DataFrame, schema: DataFrameSchema = SCHEMA) -> pd.DataFra
 def atomic(path: Path) -> Iterator[IO[bytes]]:
     """A file that appears at `path` whole or not at all: written beside, synced, renamed, the folder synced.
 
-    On any error nothing is left behind. A full disk is an OSError with one message that says what to do.
+    On any error nothing is left behind. NoRoomError on a full disk.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -212,7 +218,7 @@ def atomic(path: Path) -> Iterator[IO[bytes]]:
     except BaseException as error:
         beside.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise OSError(
+            raise NoRoomError(
                 error.errno,
                 f"no room left to write {path.name} ({os.strerror(error.errno)}): nothing partial was left behind and "
                 "finished work units are kept; free some space and run again",

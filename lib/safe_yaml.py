@@ -1,5 +1,6 @@
 """YAML's safe part without its traps: no key twice, keys that are text, and no number but what looks like one."""
 
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -29,14 +30,13 @@ class _Plain(yaml.SafeLoader):
         node, lines = super().compose_mapping_node(anchor), {}
         for key, value in node.value:
             line = key.start_mark.line + 1
-            if key.tag.rpartition(":")[2] not in KEYS:
+            if not isinstance(key, yaml.ScalarNode) or key.tag.rpartition(":")[2] not in KEYS:
                 raise yaml.YAMLError(f"key {_written(key)} in line {line} is not text: write it in quotes")
             if key.value in lines:
                 raise yaml.YAMLError(f"key {key.value!r} stands there twice, in lines {lines[key.value]} and {line}")
             lines[key.value] = line
             for item in (key, *_items(value)):
-                pattern, todo = PLAIN.get(item.tag.rpartition(":")[2], ("", ""))
-                if todo and not re.fullmatch(pattern, item.value):
+                if todo := _misread(item):
                     at = item.start_mark.line + 1
                     raise yaml.YAMLError(f"{key.value} = {item.value} in line {at} would be misread: {todo}")
         return node
@@ -47,14 +47,33 @@ def _items(node: yaml.Node) -> list[yaml.Node]:
     return [item for part in node.value for item in _items(part)] if isinstance(node, yaml.SequenceNode) else [node]
 
 
+def _misread(node: yaml.Node) -> str:
+    """What to write instead of a value that YAML reads otherwise than it looks; "" for all others."""
+    kind = node.tag.rpartition(":")[2]
+    if kind not in PLAIN or not isinstance(node, yaml.ScalarNode):
+        return ""
+    pattern, todo = PLAIN[kind]
+    plain = re.fullmatch(pattern, node.value)
+    if plain and kind == "float":  # 1.0e+400 is infinite
+        plain = math.isfinite(float(node.value.replace("_", "")))
+    return "" if plain else todo
+
+
 def _written(node: yaml.Node) -> str:
     return repr(node.value) if isinstance(node, yaml.ScalarNode) else f"(a {node.id})"
 
 
 def read_yaml(path: Path) -> Any:
-    """What a YAML file holds, read safely. ValueError for what is not YAML, for a key given twice,
+    """What a YAML file holds. ValueError as of `parse`."""
+    return parse(path.read_bytes(), path.name)
+
+
+def parse(text: str | bytes, name: str) -> Any:
+    """What a YAML text holds, read safely. ValueError for what is not YAML, for a key given twice,
     and for a value that YAML takes for something else than it looks like."""
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), Loader=_Plain)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path.name} is not valid YAML: {' '.join(str(error).split())}") from None
+        return yaml.load(text if isinstance(text, str) else text.decode("utf-8"), Loader=_Plain)
+    except RecursionError:
+        raise ValueError(f"{name} is not valid YAML: a list holds itself, or lists are nested too deep") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"{name} is not valid YAML: {' '.join(str(error).split())}") from None

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pandas as pd
 
+from lib.errors import Refusal
+
 SHOWN = 500  # rows that are named in one message
 _SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
 _QUOTES = "\"'\u2018\u2019\u201c\u201d\u201e\u00ab\u00bb"  # straight and typographic ones
@@ -30,7 +32,7 @@ def read_table(path: Path, what: str, required: Sequence[str], optional: Sequenc
     """
     table, faults = read_rows(path, what, required, optional)
     if faults:
-        raise ValueError(unusable(f"{what} {path.name}", table, faults))
+        raise Refusal(unusable(f"{what} {path.name}", table, faults))
     return table
 
 
@@ -48,9 +50,9 @@ def read_rows(path: Path, what: str, required: Sequence[str], optional: Sequence
     """A table and what is wrong with the number of cells in its rows."""
     kind = path.suffix.lower()
     if not path.is_file():
-        raise ValueError(f"{what} {str(path)!r} does not exist")
+        raise Refusal(f"{what} {str(path)!r} does not exist")
     if kind not in (".csv", ".parquet"):
-        raise ValueError(f"{what} {str(path)!r} must end in .csv or .parquet")
+        raise Refusal(f"{what} {str(path)!r} must end in .csv or .parquet")
     faults: Faults = {}
     if kind == ".csv":
         table, faults = _read_csv(path, f"{what} {path.name}")
@@ -58,7 +60,7 @@ def read_rows(path: Path, what: str, required: Sequence[str], optional: Sequence
         try:
             table = pd.read_parquet(path)
         except (ValueError, OSError) as error:
-            raise ValueError(f"{what} {str(path)!r} is not a readable table: {error}") from None
+            raise Refusal(f"{what} {str(path)!r} is not a readable table: {error}") from None
         table = table.set_axis(pd.RangeIndex(1, len(table) + 1, name="row"))
         table = table.astype(object).where(table.notna(), "").astype(str).apply(lambda column: column.str.strip())
     missing = [column for column in required if column not in table]
@@ -66,9 +68,9 @@ def read_rows(path: Path, what: str, required: Sequence[str], optional: Sequence
     if missing or unknown:
         besides = f", allowed besides {', '.join(optional)}" if optional else ""
         wrong = f"missing columns {missing}, unknown columns {unknown}"
-        raise ValueError(f"{what} {path.name}: {wrong}; needed are {', '.join(required)}{besides}")
+        raise Refusal(f"{what} {path.name}: {wrong}; needed are {', '.join(required)}{besides}")
     if not len(table):
-        raise ValueError(f"{what} {path.name} has no rows")
+        raise Refusal(f"{what} {path.name} has no rows")
     return table, faults
 
 
@@ -79,7 +81,7 @@ def _read_csv(path: Path, where: str) -> tuple[pd.DataFrame, Faults]:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{where}, line {line}: not UTF-8 text; save the file as CSV in UTF-8") from None
+        raise Refusal(f"{where}, line {line}: not UTF-8 text; save the file as CSV in UTF-8") from None
     reader = csv.reader(io.StringIO(text, newline=""), skipinitialspace=True, strict=True)
     rows, line = {}, 1
     try:
@@ -91,15 +93,15 @@ def _read_csv(path: Path, where: str) -> tuple[pd.DataFrame, Faults]:
                 rows[line] = cells
             line = reader.line_num + 1
     except csv.Error as error:
-        raise ValueError(f"{where}, line {line}: {error}; quotation marks go around a whole cell") from None
+        raise Refusal(f"{where}, line {line}: {error}; quotation marks go around a whole cell") from None
     if not rows:
-        raise ValueError(f"{where} is empty")
+        raise Refusal(f"{where} is empty")
     header = rows.pop(next(iter(rows)))
     for sign, word in _SEPARATORS.items():
         if len(header) == 1 and sign in header[0]:
-            raise ValueError(f"{where}: the columns are separated by {word}; save the file with commas")
+            raise Refusal(f"{where}: the columns are separated by {word}; save the file with commas")
     if twice := sorted({name for name in header if header.count(name) > 1}):
-        raise ValueError(f"{where}: the header has {', '.join(map(repr, twice))} more than once")
+        raise Refusal(f"{where}: the header has {', '.join(map(repr, twice))} more than once")
     faults, width = {}, len(header)
     for line, cells in rows.items():
         if len(cells) > width:

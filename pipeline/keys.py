@@ -40,6 +40,10 @@ DATA_KEYS = ("profile", *MODEL_KEYS, "chat_template", "question", "task", "templ
 PLACES = ("results_dir", "pairs_file", "people_file", "offload_folder", "overwrite", "workers")
 
 
+# What of a question reaches the book alone.
+BOOK_WORDS = ("title", "introduction", "words")
+
+
 class MissingInput(ParameterError):
     """A step whose inputs are not there yet, or that does not exist."""
 
@@ -96,20 +100,24 @@ def hash_notebook(path: Path) -> str | None:
     """Hash of a notebook's cells: kind, source, tags and figure captions; not outputs, counts or ids."""
     if not path.is_file():
         return None
-    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     marks = ("tags", "mystnb")
-    return hash_json(
-        [[c["cell_type"], "".join(c["source"]), {key: c["metadata"].get(key) for key in marks}] for c in cells]
-    )
+    try:
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        parts = [[c["cell_type"], "".join(c["source"]), {key: c["metadata"].get(key) for key in marks}] for c in cells]
+    except (ValueError, LookupError, TypeError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise ParameterError(f"{shown(path)} is not a notebook ({what}): mend it, or bring it back with git") from None
+    return hash_json(parts)
 
 
 def weights(params: Shared) -> Any:
-    """What identifies the weights without loading them: the SHA-256 given, else the contents of local files; with those
-    of a tokenizer and an adapter that are named.
+    """What identifies the model without loading it: the SHA-256 given, else the contents of local files; with those of
+    a tokenizer and an adapter that are named. Of a folder, config and tokenizer count beside the weights.
 
     A hub id without `model_sha256` is known by its name alone.
     """
-    own = params.model_sha256 or model_contents(params.model)
+    own = params.model_sha256
+    own = model_contents(params.model) if own is None or Path(params.model).is_dir() else own
     beside = {name: spec for name in ("tokenizer", "adapter") if (spec := getattr(params, name)) is not None}
     return {"model": own} | {name: model_contents(spec) for name, spec in beside.items()} if beside else own
 
@@ -120,7 +128,7 @@ def model_contents(spec: str) -> Any:
         return hash_file(input_file(spec.removeprefix("config:")))
     if spec.startswith("package:"):
         package, _, name = spec.removeprefix("package:").partition("/")
-        found = find_spec(package)
+        found = find_spec(package) if package.isidentifier() else None
         folders = list(found.submodule_search_locations or ()) if found else []
         path = Path(folders[0]) / name if folders else None
         return hash_file(path) if path is not None and path.is_file() else None  # models.load says what is missing
@@ -232,7 +240,7 @@ def ingredients(step: Declaration, params: Shared) -> dict[str, Any]:
     """
     topic = params.topic  # its contents count, and its name: not where its folder lies
     given = params.model_dump(mode="json") | {"question": topic.name}
-    asked = topic.model_dump(mode="json") | {"labels": topic.labels}
+    asked = topic.model_dump(mode="json", exclude=set(BOOK_WORDS)) | {"labels": topic.labels}
     inputs: dict[str, Any] = {"weights": weights(params), "question": hash_json(asked)}
     if step.name != PAIRS and (ability(params) or {"able": True})["able"] is False:
         inputs["able"] = False
@@ -322,6 +330,7 @@ def page_key(plan: Plan, step: str, params: Shared, data: str) -> str:
         params.model_dump(mode="json", exclude=set(PLACES)),
         hash_notebook(plan.notebook(step)),
         {name: hash_source(path) for name, path in drawing(own).items()},
+        hash_source(module_file(plan.module)),
         {name: hash_source(parameters.ROOT / getattr(params, name, name)) for name in own.page_files},
         {name: find_findings(name, params) for name in plan.before(step)},
     ]
@@ -390,20 +399,29 @@ def stored_key(folder: Path, step: str) -> str | None:
 def set_aside(folder: Path, step: Declaration) -> Path:
     """Move a step's results into stale/<step>-<key>; returns that folder."""
     target = folder / "stale" / f"{step.name}-{(stored_key(folder, step.name) or 'unknown')[:8]}"
-    if target.exists():
+    if (target / f"{step.name}.run.json").exists():  # without, a killed process has begun to move these there
         shutil.rmtree(target)
-    target.mkdir(parents=True)
+    target.mkdir(parents=True, exist_ok=True)
     for path in step_files(folder, step):
+        shutil.rmtree(target / path.name, ignore_errors=True)
         os.replace(path, target / path.name)
     return target
 
 
-def bring_back(folder: Path, step: Declaration, key: str) -> None:
-    """Move results of this data key that were set aside back, where the folder has none of the step."""
+def find_aside(folder: Path, step: Declaration, key: str) -> Path | None:
+    """Where results of this data key were set aside; None where there are none, and where the folder has others of the
+    step. (It has some of them where a process was killed that moved them.)"""
     aside = folder / "stale" / f"{step.name}-{key[:8]}"
-    if stored_key(folder, step.name) is None and stored_key(aside, step.name) == key:
-        for path in reversed(step_files(aside, step)):  # the record first: what is left behind is computed again
-            os.replace(path, folder / path.name)
+    there = aside.is_dir() and stored_key(folder, step.name) in (None, key) and stored_key(aside, step.name) == key
+    return aside if there else None
+
+
+def bring_back(folder: Path, step: Declaration, key: str) -> None:
+    """Move results of this data key that were set aside back."""
+    if aside := find_aside(folder, step, key):
+        for path in reversed(step_files(aside, step)):  # the record first: they are known by it
+            if not (folder / path.name).exists():
+                os.replace(path, folder / path.name)
         shutil.rmtree(aside)
 
 

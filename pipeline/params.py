@@ -20,18 +20,15 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from lib import questions, safe_yaml
+from lib.errors import Refusal
 from lib.hooks import FLOORS
 from lib.questions import Question
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-class ParameterError(ValueError):
+class ParameterError(Refusal):
     """A parameter that is unknown, out of bounds, or does not fit the model."""
-
-    def _render_traceback_(self) -> list[str]:
-        """What IPython shows: the sentence, without the stack."""
-        return [f"{type(self).__name__}: {self}"]
 
 
 # What to write where a text looks like a number.
@@ -114,7 +111,7 @@ SaeSite = Annotated[str, Field(pattern=r"^(mlp|resid) \d+$")]
 class Workers(BaseModel):
     """Who does the work units: this process, or actors on a Ray cluster that each hold the model."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     engine: Literal["local", "ray"] = Field("local", description="local: this process; ray: actors on a Ray cluster")
     address: str = Field("auto", description="auto: the cluster this machine belongs to; local: start one; host:port")
@@ -125,7 +122,7 @@ class Workers(BaseModel):
 class Shared(BaseModel):
     """The keys that every step takes."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
     profile: str = Field(
         "smollm2-135m",
@@ -265,10 +262,10 @@ def profiles() -> list[str]:
     return sorted(path.stem for path in (ROOT / "params").glob("*.yaml"))
 
 
-def read_yaml(path: Path) -> Any:
-    """What a YAML file holds, read safely. ParameterError for what is not YAML, and for a key given twice."""
+def read_yaml(given: Path | str) -> Any:
+    """What a YAML file or text holds, read safely. ParameterError for what is not YAML, and for a key given twice."""
     try:
-        return safe_yaml.read_yaml(path)
+        return safe_yaml.parse(given, "-y") if isinstance(given, str) else safe_yaml.read_yaml(given)
     except ValueError as error:
         raise ParameterError(str(error)) from None
 
@@ -419,14 +416,14 @@ def from_notebook(sections: Sections, step: str, namespace: Mapping[str, Any]) -
         raise ParameterError("profile is not given: it names the folder of the results; run with -p profile <name>")
     elif given["profile"] in profiles():
         load_profile(given["profile"])
-    for path in handed_over():
-        read_yaml(path)
+    for each in handed_over():
+        read_yaml(each)
     return validate(sections, step, given)
 
 
-def handed_over() -> list[Path]:
-    """The files of parameters of the papermill whose kernel this is, by its command line: it reads them with PyYAML,
-    which takes the last of two equal keys and says nothing."""
+def handed_over() -> list[Path | str]:
+    """The files (`-f`) and texts (`-y`) of parameters of the papermill whose kernel this is, by its command line: it
+    reads them with PyYAML, which takes the last of two equal keys and says nothing."""
     import psutil  # for kernels alone, which have it
 
     try:
@@ -436,9 +433,10 @@ def handed_over() -> list[Path]:
         return []
     if not any("papermill" in word for word in words[:3]):
         return []
-    text = "\0".join(words)
-    named = re.findall(r"\0(?:-f\0?|--parameters_file[\0=])([^\0]+)", text)
-    return [folder / name for name in named if (folder / name).is_file()]
+    command = "\0".join(words)
+    named = re.findall(r"\0(?:-f\0?|--parameters_file[\0=])([^\0]+)", command)
+    texts = re.findall(r"\0(?:-y\0?|--parameters_yaml[\0=])([^\0]+)", command)
+    return [*(folder / name for name in named if (folder / name).is_file()), *texts]
 
 
 def left_out(sections: Sections, step: str, own: Mapping[str, Any]) -> list[str]:

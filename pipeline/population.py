@@ -24,11 +24,11 @@ import pandera.pandas as pa
 from scipy.special import log_softmax
 
 from lib import questions, tasks
+from lib.errors import Refusal
 from lib.metrics import margins
 from lib.questions import ITEM, Attribute, Question, Template
 from lib.tables import read_table, unusable, wrong_name
 from lib.tasks import Prompt
-from pipeline.params import ParameterError
 
 Score = Callable[[Sequence[Sequence[int]]], np.ndarray]
 PER_QUAD = 8  # people of each superset whom the model is asked about alone, for each quad of a half
@@ -71,7 +71,7 @@ def load_people(path: str | Path, question: str | Question = questions.DEFAULT) 
     where = f"{path}, {table.index.name}"
     table = table.rename(columns={topic.columns.get(own, own): own for own in ITEM})
     if faults := {place: f"{name!r} {wrong}" for place, name in table["name"].items() if (wrong := wrong_name(name))}:
-        raise ValueError(unusable(f"people_file {path}", table, faults))
+        raise Refusal(unusable(f"people_file {path}", table, faults))
     table = table.assign(**{name: table.get(name, table.get(own, own)) for name, own in MISSING.items()})
     flags = {"true": True, "True": True, "false": False, "False": False}
     whole = [name for name, own in topic.attributes.items() if own.whole]
@@ -80,33 +80,30 @@ def load_people(path: str | Path, question: str | Question = questions.DEFAULT) 
         if not known.all():
             row = known.idxmin()
             what = "true, false" if allowed else "a whole number"
-            raise ValueError(f"{where} {row}: {column} is {table[column][row]!r}; allowed: {what}")
+            raise Refusal(f"{where} {row}: {column} is {table[column][row]!r}; allowed: {what}")
         table[column] = table[column].map(allowed) if allowed else table[column].astype(int)
     try:
         table = schema_of(topic).validate(table, lazy=True)
     except pa.errors.SchemaErrors as error:
         first = error.failure_cases.iloc[0]
         row = path if pd.isna(first["index"]) else f"{where} {first['index']}"
-        raise ValueError(f"{row}: {first['column']} {first['failure_case']!r} fails {first['check']}") from None
+        raise Refusal(f"{row}: {first['column']} {first['failure_case']!r} fails {first['check']}") from None
     odd = table[(table.two_supersets != table.second_superset.ne("")) | (table.second_superset == table.superset)]
     if len(odd):
-        raise ValueError(
+        raise Refusal(
             f"{where} {odd.index[0]}: {odd['name'].iloc[0]!r}: second_superset must be given where "
             "two_supersets is true, be empty where it is false, and differ from superset"
         )
     try:
         superset_by_profession(table)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise Refusal(f"{path}: {error}") from None
     return table.reset_index(drop=True)
 
 
 def people_of(step: Any) -> pd.DataFrame:
-    """The step's table of people. ParameterError for one that cannot be used."""
-    try:
-        return load_people(step.people_file, step.params.question)
-    except ValueError as error:
-        raise ParameterError(str(error)) from None
+    """The step's table of people."""
+    return load_people(step.people_file, step.params.question)
 
 
 def superset_by_profession(people: pd.DataFrame) -> dict[str, str]:

@@ -13,6 +13,7 @@ import importlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, is_dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -103,6 +104,8 @@ class Step:
         names = ("dtype", "device", "device_map", "seed", "quantisation", "max_memory", "offload_folder")
         names += ("tokenizer", "adapter")
         how = {name: getattr(self.params, name) for name in names}
+        if self.params.model.startswith("config:") and self.params.tokenizer is None:
+            raise StepError(models.NO_WORDS.format(self.params.model))
         try:
             model = models.load(self.params.model, sha256=self.params.model_sha256, **how)
         except ValueError as error:
@@ -119,9 +122,13 @@ class Step:
 
             if "model" in self.__dict__:
                 return self.model.tokenizer
-            if self.params.tokenizer:
-                return models.tokenizer(self.params.tokenizer)
-            return models.tokenizer(self.params.model, self.params.model_sha256)
+            p = self.params
+            try:
+                if p.tokenizer:
+                    return models.tokenizer(p.tokenizer, reader=p.model)
+                return models.tokenizer(p.model, p.model_sha256)
+            except ValueError as error:
+                raise StepError(str(error)) from None
 
         own = self.path("tokens").name
         return Remembered(load, keys.left(self.results, self.name, own) if self.fresh else None)
@@ -214,6 +221,8 @@ class Step:
             for place, row in zip(table.index, table.to_dict("records"), strict=True):
                 try:
                     made += [self._prompts(row, topic)] if place not in faults else []
+                except StepError:  # a tokenizer that cannot be had is no row's fault
+                    raise
                 except ValueError as error:
                     faults[place] = str(error).removeprefix(f"pair {row['pair_id']!r}: ")
                 bar.update()
@@ -379,21 +388,36 @@ class Step:
         """Move results that other parameters, inputs or code made to where `pipeline.keys.bring_back` finds them."""
         key = self.data_key
         if keys.stored_key(self.results, self.name) not in (None, key) and not self.params.overwrite:
-            aside = keys.set_aside(self.results, self.declaration)
+            with self._alone():
+                aside = keys.set_aside(self.results, self.declaration)
             print(f"results of {self.name} made otherwise set aside in {keys.shown(aside)}")
+
+    def bring_back(self) -> None:
+        """Move results of this data key that were set aside back."""
+        if keys.find_aside(self.results, self.declaration, self.data_key):
+            with self._alone():
+                keys.bring_back(self.results, self.declaration, self.data_key)
+
+    def _alone(self) -> AbstractContextManager:
+        """While no other process writes to the results folder."""
+        return nullcontext() if self.results.resolve() in WRITING else self._lock()
+
+    def _lock(self) -> locks.Lock:
+        """The results folder's. StepError where another process writes there, or nothing can be written."""
+        try:
+            return locks.Lock(self.results.resolve() / ".lock")
+        except locks.Locked as error:
+            raise StepError(f"{error}, or give another results_dir") from None
+        except OSError as error:
+            raise StepError(f"{error}: make the folder writable, or give another results_dir") from None
 
     def _begin_writing(self) -> None:
         """Lock the results folder until the findings are written, clear what a killed run left half written, and
-        results of another key. StepError where another process writes there, or nothing can be written."""
+        results of another key. StepError as of `_lock`."""
         self.refuse_stale()
         folder = self.results.resolve()
         if folder not in WRITING:
-            try:
-                WRITING[folder] = locks.Lock(folder / ".lock")
-            except locks.Locked as error:
-                raise StepError(f"{error}, or give another results_dir") from None
-            except OSError as error:
-                raise StepError(f"{error}: make the folder writable, or give another results_dir") from None
+            WRITING[folder] = self._lock()
             units.clear_leftovers(folder)
             units.clear_leftovers(folder / "figures")
         if not self.fresh:
@@ -650,5 +674,5 @@ def begin(plan: Plan, step: str, namespace: Mapping[str, Any], engine: Callable[
     if params.run_by_hand(namespace):
         begun.set_stale_aside()
     begun.refuse_stale()
-    keys.bring_back(begun.results, begun.declaration, begun.data_key)
+    begun.bring_back()
     return begun

@@ -25,6 +25,7 @@ from string import Template
 from typing import Any
 
 from lib import questions
+from lib.errors import Refusal
 from lib.questions import Question
 from lib.records import RecordError
 from pipeline import keys, params, units
@@ -35,7 +36,7 @@ ROOT = Path(__file__).resolve().parent.parent
 WORDED = ("index", "how_to_read")  # pages whose prose is about the question
 
 
-class BookError(ValueError):
+class BookError(Refusal):
     """The book cannot be built; the message names the step or page and what to do."""
 
 

@@ -28,8 +28,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lib.locks import Lock, Locked
-from lib.records import RecordError
+from lib.errors import Refusal
+from lib.locks import Lock
 from pipeline import keys, params
 from pipeline.params import ParameterError, Shared
 from report import book
@@ -135,7 +135,7 @@ def content(path: Path) -> str:
 
 
 def same(path: Path, text: str) -> bool:
-    return path.is_file() and path.read_text(encoding="utf-8") == text
+    return path.is_file() and path.read_bytes() == text.encode()
 
 
 def write(path: Path, text: str) -> None:
@@ -175,14 +175,20 @@ def execute(build: Build, step: str) -> None:
 
 def reason(failed: Path, log: str) -> str:
     """Why a notebook failed, in a sentence, and where the rest is; `log` is what papermill said."""
-    cells = json.loads(failed.read_text(encoding="utf-8"))["cells"] if failed.is_file() else []
+    try:
+        cells = json.loads(failed.read_text(encoding="utf-8"))["cells"]
+    except (OSError, ValueError):  # none, or a part of one: the disk is full
+        cells = []
     errors = [output for cell in cells for output in cell.get("outputs", ()) if output["output_type"] == "error"]
     if errors:
         why = f"{errors[-1]['ename']}: {errors[-1]['evalue']}"
         return f"{' '.join(why.split())} (the notebook as far as it came, with the traceback: {keys.shown(failed)})"
-    rest = failed.with_suffix(".log")
-    rest.write_text(log, encoding="utf-8")
-    return f"{(log.strip().splitlines() or ['it ended without a word'])[-1]} (all that was said: {keys.shown(rest)})"
+    rest, last = failed.with_suffix(".log"), (log.strip().splitlines() or ["it ended without a word"])[-1]
+    try:
+        rest.write_text(log, encoding="utf-8")
+    except OSError as error:
+        return f"{last} (and what else was said could not be written down: {error})"
+    return f"{last} (all that was said: {keys.shown(rest)})"
 
 
 def cut_short(path: Path) -> None:
@@ -211,14 +217,17 @@ def make_book(build: Build) -> str:
 
 
 def book_contents(build: Build, folders: Folders) -> dict[str, Any]:
-    """What the book is made of: its sources, the code, the measurements of bench/, each step's page and results."""
+    """What the book is made of: its sources, the code, the measurements of bench/, the question, each step's page and
+    results."""
+    topic = build.of(PLAN.names[0]).topic
     files = [path for path in folders.source.rglob("*") if path.is_file() and "_build" not in path.parts]
     files += [path for room in ("lib", "pipeline", "report", "steps") for path in (params.ROOT / room).rglob("*.py")]
     files += (params.ROOT / "bench" / "results").glob("*.json")
     for step in PLAN.names:
         files += [build.page(step), *(folders.results / f"{step}.{kind}.json" for kind in ("findings", "run"))]
     files += [*folders.results.glob("figures/*.png"), folders.results / "claims.json"]
-    return {keys.shown(path): keys.hash_file(path) for path in sorted(files) if path.is_file()}
+    made_of = {keys.shown(path): keys.hash_file(path) for path in sorted(files) if path.is_file()}
+    return made_of | {"question": topic.model_dump(mode="json")}
 
 
 # --- clean --------------------------------------------------------------------------------------------------------
@@ -305,7 +314,7 @@ def main(arguments: Sequence[str] | None = None, environment: Mapping[str, str] 
             print(build.keys_of(options.step), end="")
         else:
             clean(build, options.step)
-    except (ParameterError, BookError, RecordError, Locked, OSError) as error:
+    except (Refusal, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -56,10 +56,11 @@ def begin(name: str, namespace: Mapping[str, Any]) -> Step:
     for limit in ("max_colwidth", "max_rows"):  # a page's tables are whole
         pd.set_option(f"display.{limit}", None)
     step = steps.begin(PLAN, name, namespace, workers.engine_of)
-    able, own = step.able(), step.declaration
-    layers = f" Swept: {step.layers_from}." if own.layered and able else ""
+    own = step.declaration
     if own.name == PLAN.names[0]:  # it is what the others ask
         return step
+    able = step.able()
+    layers = f" Swept: {step.layers_from}." if own.layered and able else ""
     pairs = given(step) if step.params.pairs_file and able else ""
     display(Markdown(f"Model `{step.params.model}`, task `{step.params.task}`: {able.why}.{pairs}{layers}"))
     if not able and not own.always:

@@ -73,10 +73,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_terminal_summary(terminalreporter) -> None:
     """The table of faults that the long tests planted, from whichever process ran them."""
     reports = [*terminalreporter.getreports("passed"), *terminalreporter.getreports("failed")]
-    rows = [text for report in reports for name, text in report.user_properties if name == "fault"]
-    for line in ["| fault | tries | lost or wrong |", "| --- | --- | --- |"] if rows else []:
-        terminalreporter.write_line(line)
-    for row in rows:
+    told = [(report, text) for report in reports for name, text in report.user_properties if name == "fault"]
+    rows = [f"{text} | {report.duration:.0f}" for report, text in told]
+    for row in ["fault | tries | lost or wrong | seconds", "--- | --- | --- | ---", *rows] if rows else []:
         terminalreporter.write_line(f"| {row} |")
 
 

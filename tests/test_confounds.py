@@ -1,6 +1,7 @@
 """Confounds: spans of attributes, what is put into the model beside class directions, and what the page says of it."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from lib.hooks import Site
+from pipeline.units import plan_id
 from steps.subspace import confounds, confounds_page, measure
 from steps.subspace.confounds import DEALT_OUT, MEAN, TOGETHER
 from tests.test_directions import PARAMS, after, means_table, step_of, synthetic, vectors_of
@@ -33,6 +35,15 @@ def world(along, seed=0):
     values += np.stack([means[name] for name in superset])
     prompts = pd.DataFrame({"names": [*map(tuple, names), *map(tuple, names[:, ::-1])], "superset": [*superset] * 2})
     return np.concatenate([values + 0.1, values - 0.1]), prompts, people, means
+
+
+def test_another_layer_or_level_is_another_table():
+    """Both may follow from parameters that are not in the data key."""
+    plans = set()
+    for layer, level in ((5, 0.95), (6, 0.95), (5, 0.9)):
+        step = SimpleNamespace(params=PARAMS.model_copy(update={"level": level}))
+        plans.add(plan_id(confounds.ATTRIBUTE_SPANS.units(step, None, layer, None)))
+    assert len(plans) == 3
 
 
 def found_in(along):

@@ -120,6 +120,7 @@ EDITS = {
         NONE,
     ),
     "plots": (lambda house: append(house / "report/plots.py", "\nCOLOUR = 1\n"), NONE, set(STEPS)),
+    "how a notebook begins": (lambda house: append(house / "steps/registry.py", "\nEXTRA = 1\n"), NONE, set(STEPS)),
     "a sentence of one step": (
         lambda house: edit(house / "steps/necessity/page.py", "lead.", "go first."),
         NONE,
@@ -165,6 +166,11 @@ EDITS = {
         lambda house: edit(house / "params/smoke.yaml", "necessity:", "necessity:\n  pairs: 3"),
         {"necessity"},
         {"necessity"},
+    ),
+    "what a page alone asks of its table": (
+        lambda house: edit(house / "params/smoke.yaml", "rounds: 1", "rounds: 1\n  direct_floor: 0.75"),
+        NONE,
+        {"hydra"},
     ),
     "a comment in the profile": (lambda house: append(house / "params/smoke.yaml", "\n# why\n"), NONE, NONE),
     "a number of resamples": (
@@ -276,6 +282,21 @@ def test_own_pairs_are_known_by_their_contents(house):
     assert both("necessity", pairs_file="yours.csv") != before
     with pytest.raises(ParameterError, match="there is no file 'mine.csv'"):
         both("necessity", pairs_file="mine.csv")
+
+
+def test_a_folders_config_and_tokenizer_are_in_the_key_though_a_sha256_is_given(house):
+    folder = house / "own"
+    folder.mkdir()
+    files = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+    for name in files:
+        (folder / name).write_text("1")
+    own = params.validate(PLAN.sections, "necessity", {"model": "./own", "model_sha256": "0" * 64})
+    made = {keys.hash_json(keys.weights(own))}
+    for name in files:
+        edit(folder / name, "1", "2")
+        made.add(keys.hash_json(keys.weights(own)))
+    assert len(made) == 1 + len(files)
+    assert keys.model_contents("package:no.such/a.gguf") is None  # loading says what is missing
 
 
 def test_a_local_models_weights_are_known_by_their_contents(house):

@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -159,6 +160,19 @@ def test_otherwise_a_virtual_environment_is_made(project, conda):
     (project.folder / "requirements-no-deps.lock").touch()
     _, done = project.make("-n", "book", **conda)
     assert "-m venv --clear .venv" in done.stdout and "/nowhere" not in done.stdout
+
+
+def test_locks_dated_in_the_future_do_not_make_it_again_each_time(project):
+    later = time.time() + 1e6
+    for name in ("requirements.lock", "requirements-no-deps.lock"):
+        (project.folder / name).touch()
+        os.utime(project.folder / name, (later, later))
+    (project.folder / "python").write_text(
+        '[ "$2" != venv ] || { mkdir -p .venv/bin; ln -sf ../../python .venv/bin/; }\n'
+    )
+    python = f"PYTHON={project.folder / 'python'}"
+    assert "making .venv" in project.make("env", python, CONDA_DEFAULT_ENV="")[1].stdout
+    assert "making .venv" not in project.make("env", python, CONDA_DEFAULT_ENV="")[1].stdout
 
 
 def test_an_interpreter_that_is_too_old_is_refused(project):

@@ -146,6 +146,7 @@ def test_what_papermill_and_yaml_give_is_understood(given, key, value):
         ({"level": 95}, "level = 95.*less than 1"),
         ({"level": math.nan}, "level = nan"),
         ({"memory": -1}, "memory = -1.*greater than 0"),
+        ({"memory": math.inf}, "memory = inf.*finite number"),
         ({"memory": "lots"}, "memory = 'lots'.*'auto'"),
         ({"max_memory": {"cpu": "x"}}, "max_memory = 'x'"),
         ({"model_sha256": "abc"}, "model_sha256 = 'abc'"),
@@ -196,6 +197,17 @@ def test_steps_and_profiles_that_do_not_exist(tmp_path):
         ("model: x\nseed: 010", "seed = 010 in line 2 would be misread: write a whole number in decimal digits"),
         ("model: x\nseed: 1:30", "seed = 1:30 in line 2 would be misread: write a whole number"),
         ("model: x\nseed: 0x1F", "seed = 0x1F in line 2 would be misread: write a whole number"),
+        ("model: x\nmemory: 1.0e+400", "memory = 1.0e+400 in line 2 would be misread: write a finite decimal number"),
+        ("model: x\nlevel: !!float ''", "mine.yaml is not valid YAML: could not convert"),
+        ("model: x\nseed: " + "1" * 5000, "mine.yaml is not valid YAML: Exceeds the limit"),
+        ("model: x\nlayers: &all [1, *all]", "mine.yaml is not valid YAML: a list holds itself"),
+        ("model: " + "[" * 5000, "mine.yaml is not valid YAML: a list holds itself, or lists are nested too deep"),
+        ("model: x\n!!str [a]: 1", "key (a sequence) in line 2 is not text"),
+        ("model: x\nnecessity: !!int {pairs: 1}", "mine.yaml is not valid YAML"),
+        ("model: x\nseed: !!timestamp 2026-13-45", "seed = 2026-13-45 in line 2 would be misread"),
+        ("model: x\n\tseed: 1", "mine.yaml is not valid YAML"),
+        ("model: x\n---\nmodel: y", "mine.yaml is not valid YAML: expected a single document"),
+        ("model: x\x00", "mine.yaml is not valid YAML"),
         ("model: x\nlevel: 1:30.5", "level = 1:30.5 in line 2 would be misread: write a finite decimal number"),
         (
             "model: x\ntemplate: no",
@@ -219,6 +231,8 @@ def test_steps_and_profiles_that_do_not_exist(tmp_path):
     path.write_text("model: 'no'\nlevel: -0.5\nseed: 1_000\nmax_memory: {0: 1.0e+3, cpu: .5}\nchat_template: True\n")
     read = {"model": "no", "level": -0.5, "seed": 1000, "max_memory": {0: 1000.0, "cpu": 0.5}, "chat_template": True}
     assert load_profile(str(path)) == read | {"profile": "mine"}
+    path.write_bytes("\ufeffmodel: x\r\nseed: 1\r\n".encode())
+    assert load_profile(str(path)) == {"model": "x", "seed": 1, "profile": "mine"}
     path.write_text("a: &a {model: x, seed: 1}\n<<: *a\nseed: 2\n")  # a key over one that is merged in is no second one
     assert load_profile(str(path)) == {"a": {"model": "x", "seed": 1}, "model": "x", "seed": 2, "profile": "mine"}
 
@@ -242,6 +256,9 @@ def test_a_file_that_papermill_read_is_read_again(tmp_path, monkeypatch, how):
     monkeypatch.setattr("psutil.Process", lambda: SimpleNamespace(parent=lambda: parent))
     with pytest.raises(ParameterError, match="twice.yaml .*key 'necessity' stands there twice, in lines 3 and 7"):
         from_notebook("necessity", {"profile": "twice", "model": "x", "necessity": {"pairs": 4}})
+    words[3:] = ["in.ipynb", "out.ipynb", "-y", "{model: x, seed: 010}"]
+    with pytest.raises(ParameterError, match="-y is not valid YAML: seed = 010 in line 1 would be misread"):
+        from_notebook("necessity", {"profile": "twice", "model": "x", "seed": 8})
     words[2] = "jupyterlab"
     assert from_notebook("necessity", {"profile": "twice", "model": "x", "necessity": {"pairs": 4}}).pairs == 4
 

@@ -12,6 +12,7 @@ import yaml
 from professions import QUESTION
 
 from lib import questions, tasks
+from lib.errors import Refusal
 from pipeline import params, population
 from steps.registry import PLAN
 
@@ -202,7 +203,7 @@ def test_a_label_of_two_classes_is_refused_before_anything_is_asked(tmp_path):
     folder = written(tmp_path)
     (folder / "things.csv").write_text("thing,kind,profession\ndog,animal,pet\napple,fruit,pet\n")
     step = SimpleNamespace(people_file=folder / "things.csv", params=SimpleNamespace(question=str(folder)))
-    with pytest.raises(params.ParameterError, match="things.csv: profession 'pet' stands under the supersets animal"):
+    with pytest.raises(Refusal, match="things.csv: profession 'pet' stands under the supersets animal"):
         population.people_of(step)
 
 
@@ -308,7 +309,9 @@ def test_a_changed_question_is_read_again_and_is_in_the_data_key(tmp_path):
         return keys.ingredients(step, params.validate(PLAN.sections, "baselines", given))["inputs"]
 
     before = key()
-    written(tmp_path, introduction="Another paragraph.")
+    written(tmp_path, introduction="Another paragraph.", title="Another", words={"people": "towns"})
+    assert key() == before  # what only the book says
+    written(tmp_path, plurals={"x": "y"})
     again = key()
     assert again["question"] != before["question"] and again["people_file"] == before["people_file"]
 

@@ -9,6 +9,7 @@ import shutil
 
 import pytest
 
+from lib import questions
 from pipeline import keys, units
 from report.book import BookError
 from steps import __main__ as driver
@@ -105,6 +106,8 @@ def test_a_damaged_or_missing_page_is_made_again(project):
     project.run()
     append(project.folder / "build/smoke/executed/03_necessity.ipynb", " ")
     assert project.run() == ["necessity"]
+    (project.folder / "build/smoke/keys/hydra.key").write_bytes(b"\xff\x00")
+    assert project.run() == ["hydra"]
     (project.folder / "build/smoke/executed/04_sufficiency.ipynb").unlink()
     assert project.run() == ["sufficiency"]
     (project.folder / "build/smoke/book/_build/html/index.html").unlink()
@@ -226,6 +229,34 @@ def test_a_failed_notebook_is_one_sentence(tmp_path):
         f"DeadKernelError: Kernel died (all that was said: {log})"
     )
     assert log.read_text().startswith("Traceback")
+
+
+def test_a_page_that_the_disk_cut_short_is_no_traceback(tmp_path, monkeypatch):
+    path = tmp_path / "page.ipynb"
+    path.write_text('{"cells": [{"cell_ty')
+    assert driver.reason(path, "OSError: no space\n").startswith("OSError: no space (all that was said: ")
+    path.with_suffix(".log").unlink()
+    path.with_suffix(".log").mkdir()
+    assert driver.reason(path, "x").startswith("x (and what else was said could not be written down: ")
+
+
+def test_a_notebook_that_is_none_is_one_sentence(project, capsys):
+    (project.folder / "notebooks/03_necessity.ipynb").write_text('{"cells": [\n<<<<<<< HEAD')
+    assert project.run(status=1) == ["baselines", "coarse_sweep"]
+    error = capsys.readouterr().err
+    assert error.startswith("error: notebooks/03_necessity.ipynb is not a notebook (") and error.count("\n") == 1
+
+
+def test_what_of_a_question_is_edited_is_made_again(project):
+    """Its title is the book's alone; its templates are in every step."""
+    own = project.folder / "data/questions/mine"
+    shutil.copytree(questions.FOLDER / questions.DEFAULT, own)
+    append(project.folder / "params/smoke.yaml", "question: data/questions/mine\n")
+    assert project.run() == [*PLAN.names, "book"]
+    edit(own / "question.yaml", "title: Where", "title: In which layer")
+    assert project.run() == ["book"]
+    edit(own / "question.yaml", "are both famous", "are famous")
+    assert project.run() == [*PLAN.names, "book"]
 
 
 def test_an_interruption_is_no_failure(project, capsys, monkeypatch):

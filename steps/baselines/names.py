@@ -99,8 +99,8 @@ def write_pairs(names: Path, to: Path, params: Baselines) -> str:
     if to.exists():
         raise ValueError(f"{to} is there already; name another file, or remove it")
     people = read_names(names, params.topic)
-    spec = (params.tokenizer,) if params.tokenizer else (params.model, params.model_sha256)
-    pairs, left = put_together(people, models.tokenizer(*spec), params)
+    own = (params.tokenizer, None, params.model) if params.tokenizer else (params.model, params.model_sha256)
+    pairs, left = put_together(people, models.tokenizer(*own), params)
     if pairs.empty:
         counts = "; ".join(f"{len(own)} {why}" for why, own in left.items())
         raise ValueError(f"the {len(people)} names of {names.name} make no pair: {counts}")

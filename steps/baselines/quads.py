@@ -25,6 +25,7 @@ from scipy.optimize import linear_sum_assignment
 
 from lib import questions
 from lib.data import halves
+from lib.errors import Refusal
 from lib.tasks import DEFAULT_ATTRIBUTES, Template
 from pipeline.population import (
     PER_QUAD,
@@ -69,7 +70,7 @@ class Filters:
             counts = "; ".join(
                 f"{d['filter']}: {d['dropped']} {d['unit']} dropped, {d['left']} left" for d in self.drops
             )
-            raise ValueError(f"no quads of template {self.template!r} are left after filtering: {counts}")
+            raise Refusal(f"no quads of template {self.template!r} are left after filtering: {counts}")
         return table
 
 

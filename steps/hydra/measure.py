@@ -138,7 +138,7 @@ def assumed(case: Case) -> Iterator[tuple[Any, ...]]:
     yield NEEDED, sites
 
 
-STEP = Declaration("hydra", Hydra, assumed, reads={"sufficiency": ("critical_slice",)})
+STEP = Declaration("hydra", Hydra, assumed, reads={"sufficiency": ("critical_slice",)}, page_keys=("direct_floor",))
 
 
 # --- what is chosen ---

@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -119,6 +120,16 @@ def attribute_spans(step: Step, fit: pd.DataFrame, layer: int, means: pd.DataFra
     return pd.DataFrame(rows, columns=COLUMNS).assign(prompts=len(couples))
 
 
+def span_units(step: Step | Case, fit: pd.DataFrame, layer: int, means: pd.DataFrame) -> list[Unit]:
+    """One unit. The layer was chosen, and quantiles stand in the table: both rest on keys that only pages depend on."""
+    return [Unit("attribute_spans", (), {"layer": layer, "level": step.params.level})]
+
+
+def spans_reader(step: Step, *chosen: Any) -> Callable[[Unit], pd.DataFrame]:
+    """What makes the table."""
+    return lambda _: attribute_spans(step, *chosen)
+
+
 def class_directions(vectors: Vectors) -> tuple[list[str], Float[np.ndarray, "directions width"]]:
     """The differences between two classes, and each class against the rest."""
     names = [*vectors]
@@ -166,7 +177,7 @@ def of_spans(case: Case, units: Sequence[Unit], fit: pd.DataFrame, layer: int, m
     return plain(case.shape, count, tokens, -(-count // 32)) + Work(table=8 * case.shape.hidden * 20)
 
 
-ATTRIBUTE_SPANS = Table.whole("attribute_spans", attribute_spans, of_spans)
+ATTRIBUTE_SPANS = Table("attribute_spans", span_units, spans_reader, of_spans, schema=None)
 IN_PAIRS, IN_PLACEBO = direction_sweeps.table_of("direction_attributes"), direction_sweeps.table_of("direction_placebo")
 
 

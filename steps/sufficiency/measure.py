@@ -87,7 +87,7 @@ def assumed(case: Case) -> Iterator[tuple[Any, ...]]:
         yield placebo.TABLE, order_of(case, max(size, case.params.placebo_sites)), size
 
 
-STEP = Declaration("sufficiency", Sufficiency, assumed, layered=True, placebo=True)
+STEP = Declaration("sufficiency", Sufficiency, assumed, layered=True, placebo=True, page_keys=("specific_ratio",))
 
 
 # --- what is chosen ---
