@@ -43,6 +43,8 @@ class ModelError(Refusal):
 WRONG_FILES = (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, ImportError)
 WRONG_FILES += (AssertionError, struct.error, SafetensorError, StrictDataclassError)
 FULL = (errno.ENOSPC, errno.EDQUOT)
+# How GGUF files call what splits words as GPT-2 does, but for digits: so transformers splits whatever it does not know.
+SPLIT_AS_GPT2 = ("default", "gpt-2", "smollm", "starcoder", "refact", "command-r", "olmo", "mpt", "jais")
 
 
 def sha256_of(path: Path) -> str:
@@ -201,7 +203,10 @@ def load_error(spec: str, where: str, error: Exception) -> ModelError:
     if any(sign in text for sign in ("gated repo", "401 Client", "403 Client")):
         todo = "accept its licence on its page, then set HF_TOKEN or run `hf auth login`"
         return ModelError(f"model {spec!r} is gated or private: {todo}")
-    text = f"model {spec!r} could not be loaded: {text.splitlines()[0]}"
+    first, *more = text.splitlines()
+    if first.endswith(":") and more:  # what it is, is in the next line
+        first = f"{first} {more[0].strip()}"
+    text = f"model {spec!r} could not be loaded: {first}"
     if Path(where).parent == cache_folder():
         text += f" (if its converted weights were damaged: delete the folder {where} and run again)"
     return ModelError(text)
@@ -238,6 +243,7 @@ def check_gguf(source: Path, model: transformers.PreTrainedModel) -> None:
     scaled rotary frequencies."""
     import gguf
     from transformers.integrations import GGUF_CONFIG_MAPPING
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
     reader = gguf.GGUFReader(source)
     kind = reader.fields["general.architecture"].contents()
@@ -249,6 +255,9 @@ def check_gguf(source: Path, model: transformers.PreTrainedModel) -> None:
     known = {*GGUF_CONFIG_MAPPING.get(kind, ()), "attention.key_length", "attention.value_length"}
     sizes = [name for name in reader.fields if name.startswith(f"{kind}.")]
     left += [name for name in sizes if name.removeprefix(f"{kind}.") not in known]
+    split = reader.fields.get("tokenizer.ggml.pre")
+    if split and split.contents() not in {*GGUF_PRE_TOKENIZER_SPLITS, *SPLIT_AS_GPT2}:
+        left.append(f"how words are split, {split.contents()},")
     if left:
         raise ModelError(
             f"model {str(source)!r}: {', '.join(left[:2])} would be left out when the file is read; give the model's "

@@ -468,6 +468,8 @@ class Step:
         files = {name: made for name, made in stored.get("files", {}).items() if (self.results / name).is_file()}
         files |= {str(path.relative_to(self.results)): keys.hash_file(path) for path in written}
         record = first | {
+            # tables are in the order of their names, not of time
+            **({"started": min(table["started"] for table in tables.values())} if tables else {}),
             # as they are now: those that the page alone depends on may be others than when the table was made
             "parameters": self.params.model_dump(mode="json", exclude=set(keys.PLACES)),
             "ingredients": self.ingredients,

@@ -23,7 +23,7 @@ def permuted(name, value, back=False):
     return value.reshape(*shape, value.shape[1]).swapaxes(1, 2).reshape(value.shape)
 
 
-def write(path, kind=gguf.GGMLQuantizationType.F32, tensors=(), keys=(), without=""):
+def write(path, kind=gguf.GGMLQuantizationType.F32, tensors=(), keys=(), without="", split="gpt-2"):
     """A GGUF file of a small random Llama; returns its weights as the file has them, by their names in transformers."""
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**CONFIG))
@@ -41,6 +41,7 @@ def write(path, kind=gguf.GGMLQuantizationType.F32, tensors=(), keys=(), without
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(WORDS)
     writer.add_token_merges(["b o"])
+    writer.add_tokenizer_pre(split)
     for key in keys:
         writer.add_float32(key, 8.0)
     for hf, value in model.state_dict().items():
@@ -83,6 +84,7 @@ def test_weights_are_those_of_the_file(tmp_path, kind):
         ),
         ({"tensors": ["blk.1.attn_v.bias"]}, "blk.1.attn_v.bias would be left out"),
         ({"keys": ["llama.rope.scaling.factor"]}, "llama.rope.scaling.factor would be left out"),
+        ({"split": "deepseek-llm"}, "how words are split, deepseek-llm, would be left out"),
         ({"without": "blk.1.ffn_up.weight"}, r"1 missing \(model.layers.1.mlp.up_proj.weight\)"),
     ],
 )

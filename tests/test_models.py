@@ -419,7 +419,7 @@ def test_weights_that_are_not_finite_are_refused(tiny_folder, tmp_path):
 ODD = {
     "no layers": ("llama", {"num_hidden_layers": 0}, "has no blocks: its config has num_hidden_layers 0"),
     "heads that do not divide": ("llama", {"num_attention_heads": 5}, "could not be loaded"),
-    "text for a number": ("llama", {"hidden_size": "wide"}, "could not be loaded: StrictDataclassField"),
+    "text for a number": ("llama", {"hidden_size": "wide"}, "could not be loaded: StrictDataclassField.*: TypeError"),
     "fewer places than the proof takes": ("gpt2", {"n_positions": 4}, "could not be loaded: IndexError"),
     "padding that is no token": ("phi3", {"pad_token_id": 32000}, "could not be loaded: AssertionError"),
     "both directions": ("gemma3", {"use_bidirectional_attention": True}, "attends in both directions"),
@@ -436,7 +436,7 @@ def test_a_config_that_makes_no_model_is_one_sentence(tmp_path, name):
         models.load(str(tmp_path / "config.json"))
 
 
-@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "gemma2", "gpt2", "granite", "phi3"])
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2", "gpt2", "granite"])
 def test_a_folder_without_a_tokenizer_is_refused_unless_one_is_named(tiny, tiny_folder, tmp_path, kind):
     tiny(kind, "float32").model.save_pretrained(tmp_path)
     for load in (models.load, models.tokenizer):

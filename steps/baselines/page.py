@@ -21,8 +21,8 @@ from steps.baselines.measure import Measured, accuracies
 
 DRAWN = "drawn before any selection"
 CAPTIONS = {
-    "accuracy": f"Accuracy per template among the candidates, on people {DRAWN}; Wilson intervals. The dashed line "
-    "is chance among the supersets (odd-one-out: one third).",
+    "accuracy": f"Accuracy per template among the candidates, on people {DRAWN}; Wilson intervals. Dashed: "
+    "chance, bar by bar.",
 }
 
 
@@ -37,8 +37,7 @@ def about(step: Step) -> Markdown:
 
 def accuracy_figure(m: Measured) -> Figure:
     """Accuracy per template, by task."""
-    of_classes = m.accuracy[m.accuracy["task"] != "odd_one_out"]
-    return plots.accuracy_bars(m.accuracy, of_classes["chance"].iloc[0], "template", by="task")
+    return plots.accuracy_bars(m.accuracy, "template", by="task")
 
 
 def centred(asked: pd.DataFrame, supersets: Sequence[str]) -> pd.Series:
@@ -80,11 +79,10 @@ def ability(m: Measured, params: Shared) -> pd.DataFrame:
 def supersets_figure(step: Step, m: Measured) -> Figure | None:
     """Accuracy per superset on the profile's template, raw and centred."""
     table = ability(m, step.params)
-    return (
-        None
-        if table.empty
-        else plots.accuracy_bars(table, 1 / len(step.params.topic.supersets), "superset", by="scoring")
-    )
+    if table.empty:
+        return None
+    of_candidates = table["scoring"] != "first word"  # which comes first of the whole vocabulary
+    return plots.accuracy_bars(table.assign(chance=table["chance"].where(of_candidates)), "superset", by="scoring")
 
 
 def ability_table(step: Step, m: Measured) -> pd.DataFrame | None:
