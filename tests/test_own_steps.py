@@ -164,8 +164,9 @@ def test_a_page_without_probes_says_so_and_draws_none():
 
 def test_of_two_classes_no_rank_and_no_clusters_are_spoken_of():
     about = {"target": "superset", "kind": "pair", "position": "last", "layer": 3, "cap": 1, "low rank": None}
-    about |= {"permuted effective rank": 1.0}
-    assert probes_page.rank_sentence(pd.Series(about)).endswith("has two classes, and so rank one whatever it is.")
+    assert probes_page.rank_sentence(pd.Series(about), pd.DataFrame()).endswith(
+        "has two classes, and so rank one whatever it is."
+    )
     two = pd.DataFrame([[1.0], [-1.0]], index=["animal", "fruit"])
     assert probes_page.clusters(two, {"animal": "animal", "fruit": "fruit"}, 10, 0) is None
 

@@ -118,7 +118,7 @@ def attribute_sentences(n: Numbers, layer: int, level: float) -> list[str]:
     return [
         first,
         f"Of the class difference's change, the part along {listed(each_alone)} alone recovers {inside} of "
-        f"logit_diff, the rest of it {outside}, all of it {value(by.loc[''])}; with the attributes dealt out anew the "
+        f"the gap, the rest of it {outside}, all of it {value(by.loc[''])}; with the attributes dealt out anew the "
         f"two parts recover {dealt}.",
     ]
 

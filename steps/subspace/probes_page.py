@@ -411,20 +411,25 @@ def selectivity_sentence(table: pd.DataFrame, layer: int) -> list[str]:
     ] * bool(each)
 
 
-def rank_sentence(one: pd.Series) -> str:
-    """The verdict on one map."""
+def rank_sentence(one: pd.Series, ranks: pd.DataFrame) -> str:
+    """What is known of the rank of one map; `ranks` are its accuracies by rank (`rank_table`)."""
     where = f"{one['target']} ({one['kind']} prompts, `{one['position']}`, layer {one['layer']}; cap {one['cap']})"
-    verdict, effective = "of low rank" if one["low rank"] else "not of low rank", one["permuted effective rank"]
     if one["cap"] < 2:
         return f"The map to {where} has two classes, and so rank one whatever it is."
     if one["low rank"] is None:
         return f"The rank of the map to {where} is not decided: the probe is not above every permutation of the labels."
+    tried = ranks[ranks["labels"] == "true"].astype({"rank": int}).set_index("rank").sort_index()
+    mark = one["chance"] + ENOUGH * (one["accuracy"] - one["chance"])
+    lower = tried[tried.index < one["rank needed"]]
+    alike = lower.index[lower["high"].astype(float) >= mark]
+    unsure = f" (so, by their intervals, may {listed(alike)})" if len(alike) else ""
     return (
-        f"The map to {where} is {verdict}: rank {one['rank needed']} keeps {ENOUGH:.0%} of the accuracy above chance "
-        f"({one['accuracy']:.2f} at the cap, {one['at rank 1']:.2f} for a single direction, chance "
-        f"{one['chance']:.2f}); the class means' effective rank is {one['effective rank']:.1f}, at least "
-        f"{effective:.1f} under permuted labels; half the cap's directions hold {one['explained']:.0%} of their "
-        f"variance, at most {one['permuted explained']:.0%} under permuted labels."
+        f"The map to {where}: of the ranks tried ({listed(tried.index)}), {one['rank needed']} is the first that keeps "
+        f"{ENOUGH:.0%} of the accuracy above chance{unsure}: {one['accuracy']:.2f} at the cap, {one['at rank 1']:.2f} "
+        f"for a single direction, chance {one['chance']:.2f}. The class means' effective rank is "
+        f"{one['effective rank']:.1f}, at least {one['permuted effective rank']:.1f} under permuted labels; "
+        f"half the cap's directions hold {one['explained']:.0%} of their variance, at most "
+        f"{one['permuted explained']:.0%} under permuted labels."
     )
 
 
@@ -439,10 +444,10 @@ def direction_sentence(found: Sequence[dict], target: str) -> str:
 
 def cluster_sentence(found: dict, target: str) -> str:
     groups = "; ".join(listed(group) for group in found["groups"])
-    alike = "follow the supersets" if found["p"] <= 0.05 else "are not shown to follow the supersets"
+    alike = "agree" if found["p"] <= 0.05 else "are not shown to agree"
     return (
-        f"Clusters of the {target} means: {groups}. They {alike} (adjusted Rand index {found['rand']:.2f}, "
-        f"p = {found['p']:.2g} by permutation)."
+        f"Clusters of the {target} means: {groups}. They {alike} with the supersets more than chance (adjusted Rand "
+        f"index {found['rand']:.2f} of 1, p = {found['p']:.2g} by permutation)."
     )
 
 
@@ -466,7 +471,8 @@ def sentences(m: Measured, n: Numbers | None) -> list[str]:
         return ["No probe was fitted.", *m.dropped]
     frame, out = m.accuracies, []
     for lead in n.leads:
-        out += [rank_sentence(row) for _, row in only(n.verdicts, lead, n.layer).iterrows()]
+        ranks = only(n.ranks, lead, n.layer)
+        out += [rank_sentence(row, ranks) for _, row in only(n.verdicts, lead, n.layer).iterrows()]
         out += [direction_sentence(n.ends[lead[1]], lead[1])] if lead[1] in n.ends else []
     return [
         f"Probes were read from {prompts_read(frame)}.",
