@@ -27,7 +27,8 @@ SILENT = (BASE, "megatron_core", "revision", "inference_mode", "lora_dropout", "
 SILENT += ("layers_to_transform", "layers_pattern", "peft_version", "task_type", "auto_mapping", "fan_in_fan_out")
 # Keys with the values they may have, beside those of a thing that is not used (null, false, nothing in it).
 ALLOWED = {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": (True, "gaussian")}
-READ = ("r", "lora_alpha", "use_rslora")
+ALLOWED |= {"use_rslora": (True,)}
+READ = ("r", "lora_alpha")
 UNUSED = (None, False, {}, [], "")
 
 
@@ -44,7 +45,7 @@ def scale_of(config: dict[str, Any], where: Path) -> float:
     for key in ("peft_type", "r", "lora_alpha"):
         if not config.get(key):
             raise ModelError(f"adapter {where}: {CONFIG} has no {key}")
-        if key != "peft_type" and not isinstance(config[key], int | float):
+        if key != "peft_type" and type(config[key]) not in (int, float):
             raise ModelError(f"adapter {where}: {key} = {config[key]!r} of {CONFIG} is no number")
     return config["lora_alpha"] / (config["r"] ** 0.5 if config.get("use_rslora") else config["r"])
 

@@ -96,6 +96,7 @@ Layers = Annotated[
 Components = Annotated[tuple[Component, ...], Field(min_length=1), BeforeValidator(_words), ONCE]
 Ablations = Annotated[tuple[Ablation, ...], Field(min_length=1), BeforeValidator(_words), ONCE]
 Roles = Annotated[tuple[Role, ...], BeforeValidator(_words), ONCE]
+Names = Annotated[tuple[str, ...], BeforeValidator(_words), ONCE]
 Words = Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(_words), ONCE]
 # papermill reads "True" as a truth value and leaves "true" a text
 Flag = Annotated[bool, BeforeValidator(lambda value: {"true": True, "false": False}.get(str(value).lower(), value))]

@@ -78,6 +78,7 @@ def test_a_merged_adapter_adds_scale_times_b_a(tiny, config_file, tmp_path, name
         ({"layer_replication": [[0, 2]]}, "layer_replication = "),
         ({"something_new": 1}, "something_new = 1"),
         ({"r": None}, "has no r"),
+        ({"use_rslora": "no"}, "use_rslora = 'no' of adapter_config.json is not understood; understood is True"),
         ({"r": "3"}, "r = '3' of adapter_config.json is no number"),
         ({"lora_alpha": [16]}, r"lora_alpha = \[16\] of adapter_config.json is no number"),
         ({"r": 4}, r"rank 4 and \(48, 32\) do not fit"),

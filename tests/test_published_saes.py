@@ -132,6 +132,7 @@ REFUSED = {
     "unknown tensor": (LENS | {"more": FACTOR}, {}, "tensor 'more' is not understood"),
     "one head": (LENS, {"hook_head_index": 3, "metadata": {}}, "hook_head_index = 3"),
     "another size": (LENS, {"d_sae": 32}, "d_sae = 32 cannot be read; 16"),
+    "functions": (LENS, {"activation_fn_str": ["relu"]}, r"activation_fn \['relu'\] of a standard SAE cannot be read"),
     "k is a list": (LENS, {"architecture": "topk", "k": [3]}, r"k = \[3\] is no whole number"),
     "a layer, no place": (LENS, {"metadata": {"hook_layer": 2}}, "hook_layer 2 is not that of hook_name ''"),
     "a place that is no text": (LENS, {"metadata": PLACE | {"hook_name": 3}}, "hook_name = 3 cannot be read"),

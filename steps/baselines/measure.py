@@ -31,7 +31,7 @@ from pipeline import keys
 from pipeline.assumed import Case
 from pipeline.costs import Work, total
 from pipeline.declaration import SUPERSET_TASKS, Declaration, Table
-from pipeline.params import ParameterError, Shared, Words
+from pipeline.params import Names, ParameterError, Shared, Words
 from pipeline.population import (
     PER_QUAD,
     add_margins,
@@ -66,8 +66,9 @@ class Baselines(Shared):
     )
     odd_one_out_items: int = Field(60, ge=0, description="most generated odd-one-out items, beside the question's own")
     accuracy_pairs: int = Field(200, ge=1, description="most pairs per template on which accuracy is measured")
-    placebo_attributes: Words = Field(
-        ("region",), description="attributes in which the names of placebo pairs, all of one superset, differ"
+    placebo_attributes: Names = Field(
+        ("region",),
+        description="attributes in which placebo pairs' names, all of one superset, differ; [] for none",
     )
     placebo_quads_per_half: int = Field(40, ge=1, description="most placebo quads of an attribute in each half")
 

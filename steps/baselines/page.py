@@ -224,10 +224,11 @@ def abilities(accuracy: pd.DataFrame, pairs: pd.DataFrame | None, params: Shared
                 count = int(pairs["kept"].sum())
                 what = f"{count} of the {len(pairs)} given pairs have a gap of the right sign"
             able = count >= params.min_pairs
-            why += f"; {what}" + ("" if able else f", fewer than the {params.min_pairs} asked for (min_pairs)")
+            few = f", fewer than the {params.min_pairs} asked for (min_pairs): give more people, or a smaller min_pairs"
+            why += f"; {what}" + ("" if able else few)
         known = out.get(row.task)
         if known is None or (able and not known["able"]):
-            out[row.task] = {"able": bool(able), "why": why}
+            out[row.task] = {"able": bool(able), "above": bool(row.above), "why": why}
     return out
 
 
@@ -330,8 +331,9 @@ def pair_sentences(m: Measured, table: pd.DataFrame, topic: Question) -> list[st
 
 def verdicts(able: dict[str, dict]) -> dict[str, str]:
     """A sentence for each task."""
-    can = {True: "can do", False: "cannot do"}
-    return {task: f"The model {can[own['able']]} `{task}`: {own['why']}." for task, own in able.items()}
+    said = {task: "can do" if own["above"] else "cannot do" for task, own in able.items()}
+    said |= {task: "can do, but has too few pairs for," for task, own in able.items() if own["above"] > own["able"]}
+    return {task: f"The model {said[task]} `{task}`: {own['why']}." for task, own in able.items()}
 
 
 def findings(step: Step, m: Measured) -> dict[str, Any]:
@@ -347,7 +349,12 @@ def findings(step: Step, m: Measured) -> dict[str, Any]:
         spoken[0] += f" Single-token profession labels have {own['label_probability'].mean():.0%} of the probability."
     built = [*pair_sentences(m, kept, params.topic), *placebo_sentences(m), *[m.failed] * bool(m.failed)]
     if m.unselected is not None and not params.placebo_attributes:
-        built.append("The question has no attribute that placebo pairs could differ in: there are none.")
+        none = "No placebo pairs were asked for."
+        built.append(
+            none
+            if params.topic.placebo
+            else "The question has no attribute that placebo pairs could differ in: there are none."
+        )
     main = able.get(params.task, {"able": False})
     lead = [said.pop(params.task)] if params.task in said else []
     sentences = [*lead, *known.values(), *spoken, *said.values(), *built]

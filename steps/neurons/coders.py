@@ -47,7 +47,7 @@ SILENT |= {"exclude_special_tokens", "training_tokens", "expansion_factor", "nor
 SILENT |= {"sequence_separator_token", "disable_concat_sequences"}
 # Of how TransformerLens loaded the model: what changes nothing of a residual stream or an MLP's output.
 LOADED = {"fold_ln", "center_unembed", "fold_value_biases", "n_devices", "dtype"}
-LENS = {("standard", "relu"), ("standard", "topk"), ("topk", "topk"), ("jumprelu", "relu")}
+LENS = (("standard", "relu"), ("standard", "topk"), ("topk", "topk"), ("jumprelu", "relu"))
 FORMER = {"hook_point": "hook_name", "hook_point_layer": "hook_layer", "hook_point_head_index": "hook_head_index"}
 FORMER |= {"activation_fn": "activation_fn_str"}
 BESIDE = "sparsity.safetensors"  # of sae-lens' folders: how often features fired in training
