@@ -29,7 +29,7 @@ DEFAULT_ATTRIBUTES = ("profession", "school")  # that the bi-association prompt 
 
 
 def find_template(
-    name: str, task: str = "superset", form: Form = "plural", question: str = questions.DEFAULT
+    name: str, task: str = "superset", form: Form = "plural", question: str | Question = questions.DEFAULT
 ) -> Template:
     """The question's template of that name, or, if `name` holds slots, a template of the user's own with that text."""
     return questions.load(question).find(name, task, form)
@@ -121,7 +121,7 @@ def candidates(
         if len(tokens) != 1:
             raise ValueError(
                 f"template {template.name!r}: the answer {word!r} is {len(tokens)} tokens for this tokenizer, not one; "
-                "use a template whose answers have another form"
+                "give the class another word, or use a template whose answers have another form"
             )
     firsts = [tokens[0] for tokens in ids]
     _distinct(words, firsts, f"template {template.name!r}")
@@ -289,7 +289,7 @@ def make_pair(
     row: Mapping[str, Any],
     chat_template: bool = False,
     attributes: Sequence[str] = DEFAULT_ATTRIBUTES,
-    question: str = questions.DEFAULT,
+    question: str | Question = questions.DEFAULT,
 ) -> Pair:
     """Build and check one pair from a row of pairs.parquet or of a pairs_file: pair_id, quad_id, half, task, template,
     clean_a, clean_b, corrupt_a, corrupt_b (and clean_c, corrupt_c), answer, corrupt_answer: superset names, or a slot

@@ -177,7 +177,7 @@ def same_subject(about: Mapping[str, Any], params: Shared, task: bool = True) ->
     """Whether results are about this model (and this task)."""
     keys = ("model", "model_sha256", "tokenizer", "adapter", "quantisation", *(("task",) if task else ()))
     question = about.get("question", questions.DEFAULT)  # what is older names none
-    return question == params.question and all(about.get(key) == getattr(params, key) for key in keys)
+    return question == params.topic.name and all(about.get(key) == getattr(params, key) for key in keys)
 
 
 def contents(params: Shared) -> dict[str, Any]:
@@ -205,7 +205,8 @@ def about(params: Shared) -> dict[str, Any]:
     own = params.model_dump(
         mode="json", include={"profile", *MODEL_KEYS, "question", "task", "template", "chat_template"}
     )
-    return own | {"pairs_file": given_pairs(params), "contents": contents(params)}
+    own |= {"question": params.topic.name, "pairs_file": given_pairs(params)}
+    return own | {"contents": contents(params)}
 
 
 def find_pairs(step: str, params: Shared) -> Path:
@@ -260,8 +261,8 @@ def ingredients(step: Declaration, params: Shared) -> dict[str, Any]:
 
     A step of a task that step 01 found the model cannot do computes nothing, and needs no pairs.
     """
-    given = params.model_dump(mode="json")
-    inputs = contents(params)
+    # a question's contents count, and its name: not where its folder lies
+    given, inputs = params.model_dump(mode="json") | {"question": params.topic.name}, contents(params)
     if step.name != PAIRS and (ability(params) or {"able": True})["able"] is False:
         inputs["able"] = False
     else:

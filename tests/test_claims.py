@@ -779,7 +779,7 @@ def test_a_read_out_carries_more_of_the_other_attribute_than_random_heads_do(tmp
         rows = [{"set": name, "group": "all pairs", "attribute": "region", "template": "profession_both"} | ends
                 for name, ends in (("the slice", own), ("random heads", random))]  # fmt: skip
         params = SimpleNamespace(template="profession_both", topic=QUESTION)
-        step = SimpleNamespace(params=params, find=lambda name: {"specific": rows})
+        step = SimpleNamespace(params=params, beside=lambda name: {"specific": rows})
         return story.beyond_random(step, {})["beyond_random"]
 
     low, high = ({"placebo_low": at, "placebo_high": at + 0.1} for at in (0.0, 0.5))

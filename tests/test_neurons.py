@@ -340,6 +340,13 @@ def test_selective_neurons_and_what_they_promote():
     other_side = table.copy()
     other_side.loc[(table["half"] == "confirmation") & (table["head"] == 4), "auc"] = 0.1
     assert neurons_page.selective(other_side, P).set_index("head")["selective"].sum() == 1
+    fewer = table[(table["half"] == "discovery") | (table["superset"] != "athlete")]
+    assert set(neurons_page.selective(fewer, P)["superset"]) == {"artist", "writer"}, "what both halves have"
+    none = table[(table["half"] == "discovery") == (table["superset"] == "athlete")]
+    assert neurons_page.selective(none, P).empty
+    words = pd.DataFrame({"writes most on": ["x"]}, index=["neuron 1.4"])
+    said = neurons_page.card_sentence(neurons_page.selective(none, P), words, pd.DataFrame(), str)
+    assert said.startswith("No superset is in both halves")
     chosen = pd.DataFrame({"layer": 1, "head": [4], "site": ["neuron 1.4"]})
     direct = neurons_page.direct_by_class(table, chosen)
     assert direct.loc["neuron 1.4", "athlete"] == pytest.approx(0.4 * 0.5)

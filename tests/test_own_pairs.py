@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from lib import data, models, tasks
+from lib import data, models, tables, tasks
 from pipeline import params
 from pipeline import step as steps
 from pipeline.params import ParameterError
@@ -253,7 +253,7 @@ def test_many_rows_are_read_in_seconds_and_many_faults_are_cut(tmp_path):
     table, faults = data.read_pairs_file(tmp_path / "mine.csv")
     assert time.process_time() - began < 5
     assert len(table) == 10_000 and len(faults) == 1000 and 2 in faults and table.index[0] == 2
-    assert data.unusable("x", table, faults).endswith("\n  and 500 more")
+    assert tables.unusable("x", table, faults).endswith("\n  and 500 more")
 
 
 # --- what the parameters say holds

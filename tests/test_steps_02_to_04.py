@@ -864,7 +864,7 @@ def test_what_step_03_says(tmp_path):
     rows += measured("confirmation", {"mlp 0": 1.0, "attn 0": 1.4}, **aside, **shared)
     frame, params = table(rows), necessity_measure.Necessity(**SETTINGS | {"ablations": ("zero", "mean")})
     seen = {"mirror": {"layer": 0, "correlation": 0.971, "pairs": 20}}
-    own = step(params, results=tmp_path, write_findings=dict, n_layers=1, find={"coarse_sweep": seen}.get)
+    own = step(params, results=tmp_path, write_findings=dict, n_layers=1, beside={"coarse_sweep": seen}.get)
     tables = necessity_measure.ablation_tables(frame[frame["position"] == "last"], params)
     made = necessity_measure.Measured(frame, tables, necessity_measure.lead_of(tables))
     found = necessity_page.findings(own, made)

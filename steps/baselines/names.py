@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lib import data, models
+from lib import models, tables
 from lib.questions import Question
 from lib.records import atomic
 from pipeline.declaration import SUPERSET_TASKS
@@ -34,19 +34,19 @@ Quad = tuple[tuple[str, str], tuple[str, str], tuple[str, str]]  # the two super
 
 def read_names(path: Path, topic: Question) -> pd.DataFrame:
     """The table of names. ValueError naming every row that cannot be used."""
-    table = data.read_table(path, "table of names", ("name", "superset"), [*MISSING, *topic.attributes]).fillna("")
+    table = tables.read_table(path, "table of names", ("name", "superset"), [*MISSING, *topic.attributes])
     twice, faults = table["name"].duplicated(), {}
     for place, row in table.iterrows():
         if not row["name"]:
             faults[place] = "name is empty"
-        elif wrong := data.wrong_name(row["name"]):
+        elif wrong := tables.wrong_name(row["name"]):
             faults[place] = f"{row['name']!r} {wrong}"
         elif row["superset"] not in topic.supersets:
             faults[place] = f"superset {row['superset']!r} is unknown; allowed: {', '.join(topic.supersets)}"
         elif twice[place]:
             faults[place] = f"{row['name']!r} stands there already"
     if faults:
-        raise ValueError(data.unusable(f"table of names {path.name}", table, faults))
+        raise ValueError(tables.unusable(f"table of names {path.name}", table, faults))
     return table.reset_index(drop=True)
 
 

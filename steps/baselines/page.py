@@ -13,10 +13,11 @@ from matplotlib.figure import Figure
 from lib import data, effects, stats
 from lib.questions import Question
 from pipeline.params import Shared
+from pipeline.population import people_of
 from pipeline.step import Step
 from report import plots
 from report.words import about_model, finished, interval, listed, number_word, of_row
-from steps.baselines.measure import Measured, accuracies, people_of
+from steps.baselines.measure import Measured, accuracies
 
 DRAWN = "drawn before any selection"
 CAPTIONS = {
@@ -347,6 +348,13 @@ def findings(step: Step, m: Measured) -> dict[str, Any]:
     if own["label_probability"].notna().any():
         spoken[0] += f" Single-token profession labels have {own['label_probability'].mean():.0%} of the probability."
     built = [*pair_sentences(m, kept, params.topic), *placebo_sentences(m), *[m.failed] * bool(m.failed)]
+    if m.unselected is not None and not params.placebo_attributes:
+        none = "No placebo pairs were asked for."
+        built.append(
+            none
+            if params.topic.placebo
+            else "The question has no attribute that placebo pairs could differ in: there are none."
+        )
     main = able.get(params.task, {"able": False})
     lead = [said.pop(params.task)] if params.task in said else []
     sentences = [*lead, *known.values(), *spoken, *said.values(), *built]

@@ -117,13 +117,14 @@ def divided(frame: pd.DataFrame, topic: Question) -> dict[str, dict[str, pd.Data
     own = frame[frame["own"]]
     a, b = own["clean_profession_a"], own["clean_profession_b"]
     both = pd.Series(np.where(a == b, "one profession", "two professions"), own.index)
+    matching = {True: f"matched in {listed(topic.match)}", False: "not matched"}
     labels = {
         "superset": own["answer"],
         "two names": both.where((a != "") & (b != "")),
         "order": own["order"].where(own["order"] != ""),
         "supersets": own["answer"] + " / " + own["corrupt_answer"],
         "answers": own["solved"].map({True: "solved", False: "not solved"}),
-        "matching": own["matched"].map({True: f"matched in {listed(topic.match)}", False: "not matched"}),
+        "matching": own["matched"].map(matching if topic.match else {}),
     }
     out = {"all": {"all pairs": own}, "template": dict(list(frame.groupby("template", sort=False)))}
     out |= {kind: dict(list(own.groupby(label))) for kind, label in labels.items()}

@@ -163,7 +163,7 @@ def ceiling_sentences(step: Step, m: Measured) -> tuple[dict[str, str], dict[str
 
 def mirror_sentence(step: Step, m: Measured) -> str:
     """Why counterfactual values do not judge necessity, and which ablation does."""
-    seen = (step.find("coarse_sweep") or {}).get("mirror")
+    seen = (step.beside("coarse_sweep") or {}).get("mirror")
     number = (
         f" (in {seen['pairs']} pairs whose mirror was swept, too, the two effects of the residual stream at `last` "
         f"after layer {seen['layer']} correlate at {seen['correlation']:.2f})"

@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,8 @@ from steps.neurons.picks import NEURON, Set, means
 
 QUANTITY = {"mean": "damage", "clean": "recovery"}  # damage under a class-neutral ablation: the other is its mirror
 HALF = 0.5  # "carry" means more than half of the MLPs' joint effect
+TOLD = [*NEURON, "superset", "discovery", "adjusted", "confirmation", "p", "mean", "mean_others", "picked", "selective"]
+TOLD += ["promoted", "suppressed", "site"]
 CLAIMED = {"quantity": "damage", "n_sites": 10}  # what the claim of page 10 about a few neurons is about
 CAPTIONS = {
     "top": "The neurons of largest effect either way, picked on the discovery half: fall of logit_diff when each "
@@ -129,7 +131,8 @@ def p_of_auc(auc: pd.Series, n: pd.Series, others: pd.Series) -> np.ndarray:
 
 
 def selective(classes: pd.DataFrame, params: Neurons, column: str = "auc") -> pd.DataFrame:
-    """For each neuron the superset that its activation tells best from the others on the discovery half.
+    """For each neuron the superset, of those in both halves, that its activation tells best from the others on the
+    discovery half; no rows where the halves have none in common.
 
     `discovery` and `confirmation` are its areas there; `picked` where the discovery area is significant (Benjamini and
     Hochberg over neurons x supersets), `selective` where the confirmation area, of the same side, is so among the
@@ -138,7 +141,10 @@ def selective(classes: pd.DataFrame, params: Neurons, column: str = "auc") -> pd
     """
     table = classes.assign(p=p_of_auc(classes[column], classes["n"], classes["n_others"]), auc=classes[column])
     halves = [part for _, part in in_halves(table)]
-    first, last = halves[0].copy(), halves[-1]
+    there = {*halves[0]["superset"]} & {*halves[-1]["superset"]}  # of few pairs, a half may lack a superset
+    first, last = (half[half["superset"].isin(there)].copy() for half in (halves[0], halves[-1]))
+    if first.empty:
+        return pd.DataFrame(columns=TOLD).astype({"picked": bool, "selective": bool, "confirmation": float})
     first["adjusted"] = tests.false_discovery_control(first["p"])
     best = first.loc[(first["auc"] - 0.5).abs().groupby([first["layer"], first["head"]]).idxmax()]
     keys = [*NEURON, "superset"]
@@ -271,9 +277,11 @@ def joint_figure(step: Step, m: Measured) -> Figure | None:
     return plots.slice_curve(carried, HALF, "kind", "quantity", "share of the MLPs' joint effect")
 
 
-def classes_figure(step: Step, m: Measured) -> Figure:
-    """How well the leading neurons tell supersets apart, in both halves."""
+def classes_figure(step: Step, m: Measured) -> Figure | None:
+    """How well the leading neurons tell supersets apart, in both halves, where these have some in common."""
     apart = selective(m.classes, step.params).merge(m.top[["site"]], on="site")
+    if apart.empty:
+        return None
     axes = [f"area under the ROC curve, {half} half" for half in ("discovery", "confirmation")]
     return plots.agreement(apart, "discovery", "confirmation", *axes, by="superset")
 
@@ -471,14 +479,18 @@ def helps(row: pd.Series) -> str:
     return f"{does} the answer (effect {interval(row['estimate'], low, high)} logits)"
 
 
-def card_sentence(told: pd.DataFrame, words: pd.DataFrame, lead: pd.DataFrame, count: int = 3) -> str:
+def card_sentence(
+    told: pd.DataFrame, words: pd.DataFrame, lead: pd.DataFrame, plural: Callable[[str], str], count: int = 3
+) -> str:
     """The first cards in words."""
-    rows = told.set_index("site").loc[words.index[:count]]
+    rows = told.set_index("site").reindex(words.index[:count]).dropna(subset="superset")
+    if rows.empty:
+        return "No superset is in both halves, so that none is said of single neurons."
     effect = reported(lead).set_index("site")
     each = [
-        f"{site}, {'higher' if row.mean > row.mean_others else 'lower'} for {row.superset}s ({row.mean:.2f} against "
-        f"{row.mean_others:.2f}), {helps(effect.loc[site])} and writes most on {words.loc[site, 'writes most on']}, "
-        f"least on {words.loc[site, 'writes least on']}"
+        f"{site}, {'higher' if row.mean > row.mean_others else 'lower'} for {plural(row.superset)} ({row.mean:.2f} "
+        f"against {row.mean_others:.2f}), {helps(effect.loc[site])} and writes most on "
+        f"{words.loc[site, 'writes most on']}, least on {words.loc[site, 'writes least on']}"
         for site, row in zip(rows.index, rows.itertuples(), strict=True)
     ]
     return "; ".join(each) + ". (In brackets: how many of the layer's neurons single out a word as much.)"
@@ -501,7 +513,7 @@ def part(step: Step, m: Measured) -> dict[str, Any]:
     by_kind = {kind: reported(rows)[["site", "estimate", "low", "high", "p", "ratio"]] for kind, rows in alone.items()}
     figures = {"top": ranked_figure(step, m), "joint": joint_figure(step, m)}
     figures = {name: figure for name, figure in figures.items() if figure}
-    last = card_sentence(apart, words_table(step, m), alone["counterfactual"])
+    last = card_sentence(apart, words_table(step, m), alone["counterfactual"], params.topic.plural)
     return {
         "sentences": [*scope, *leading, *joint, verdict, direct_sentence(m.neurons, m.top), about_class, last],
         "headline": [verdict, leading[1]],

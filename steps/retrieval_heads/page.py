@@ -21,10 +21,22 @@ from matplotlib.figure import Figure
 from lib import effects, stats
 from lib.effects import quad_matrix, reported
 from lib.hooks import Site
+from pipeline.population import people_of
 from pipeline.step import Step
 from report import plots, site_tables
 from report.site_tables import picked
-from report.words import ONE_HALF, about_model, finished, in_logits, interval, listed, shown, top_sites, with_ends
+from report.words import (
+    ONE_HALF,
+    about_model,
+    counted,
+    finished,
+    in_logits,
+    interval,
+    listed,
+    shown,
+    top_sites,
+    with_ends,
+)
 from steps.retrieval_heads import hops_page
 from steps.retrieval_heads.measure import Measured, RetrievalHeads, needed
 from steps.retrieval_heads.outputs import BASELINES
@@ -454,6 +466,8 @@ def probe_sentences(table: pd.DataFrame, probes: pd.DataFrame) -> list[str]:
             for row in own.itertuples()
         ]
         out.append(f'After "{template}" the right label comes first: {listed(each)}.')
+    if probes["profession"].equals(probes["superset"]):  # the question has no finer labels
+        return out
     parts = probes.drop_duplicates("profession").groupby("scored")["profession"].apply(sorted)
     for how in ("first token", "not: shares its first token"):
         if how in parts.index:
@@ -699,6 +713,26 @@ def attention_sentence(looks: Mapping[str, pd.DataFrame], slice_sites: Sequence[
     )
 
 
+def given_sentences(step: Step, m: Measured) -> list[str]:
+    """What could not be asked of the pairs of a `pairs_file`."""
+    if step.params.pairs_file is None:
+        return []
+    pairs, people, out = step.pairs(), people_of(step), []
+    names = pairs[[f"{side}_{slot}" for side in ("clean", "corrupt") for slot in "abc"]].to_numpy().ravel()
+    if missed := [name for name in dict.fromkeys(names) if name and name not in set(people["name"])]:
+        few = ", ".join(missed[:10]) + ", ..." * (len(missed) > 10)
+        out.append(
+            f"The professions of {counted(len(missed), 'name')} of the pairs are not known ({few}: not in the table of "
+            "people), so that a profession is not told from what heads write at these names; the class is the pair's."
+        )
+    if heads_of(m.slice_sites) and step.params.one_name_pairs and "slice in one-name prompts" not in m.routes:
+        out.append(
+            f"No two names that stand for each other line up in `{step.params.topic.alone}`, a prompt of one name: "
+            "senders were not patched there."
+        )
+    return out
+
+
 def findings(step: Step, m: Measured) -> dict[str, Any]:
     """The findings of step 06."""
     p = step.params
@@ -723,6 +757,7 @@ def findings(step: Step, m: Measured) -> dict[str, Any]:
         *ablation_sentences(m, p),
         *test_sentences(tests),
         *edges_sentence(m.edges),
+        *given_sentences(step, m),
         *conclusions,
     ]
     findings = {

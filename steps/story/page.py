@@ -76,6 +76,7 @@ def judge(step: Step, m: Measured | None) -> Judged:
     """Judge every claim, and write claims.json."""
     if step.params.fresh:
         fresh.open_once(step.params)
+    claims.thresholds(step.params)  # a claim without one is said first of all
     parts = [None] * 2 if m is None else [one.part(step, m) for one in (circuits_page, everywhere_page)]
     found = gather(step, *parts)
     entries = claims.ledger(found, step.plan, step.params)
@@ -98,7 +99,7 @@ def gather(
     step: Step, circuit: Mapping[str, Any] | None, everywhere: Mapping[str, Any] | None
 ) -> dict[str, dict[str, Any] | None]:
     """Findings by step, None where it has not run; what `MEASURED` computes is added under `measured`."""
-    found = {name: step.find(name) for name in step.plan.before(step.name)}
+    found = {name: step.beside(name) for name in step.plan.before(step.name)}
     for name, compute in MEASURED.items():
         if found[name] and found[name].get("able") is not False:
             found[name] |= {"measured": plain(compute(step, found[name]))}
@@ -184,6 +185,8 @@ def probes(step: Step, found: Mapping[str, Any]) -> dict[str, Any]:
             out[name] = {"estimate": row["beyond"], "low": row["beyond_low"], "high": row["beyond_high"]}
             out[name]["above_permuted"] = row["low"] is not None and row["low"] > top["threshold"]
     verdict = first(rank["verdicts"], pairs | {"layer": rank["layer"]})
+    if verdict and verdict["cap"] < 2:
+        return out | {"low_rank": {"why": "of two classes every map has rank one"}}
     if verdict is None or verdict["low rank"] is None:
         return out | {"low_rank": {"why": "the probe is not above permuted labels, so its rank says nothing"}}
     below = verdict["effective rank"] < verdict["permuted effective rank"]
@@ -197,7 +200,7 @@ def first(rows: Sequence[Mapping[str, Any]], key: Mapping[str, Any]) -> Mapping[
 
 def beyond_random(step: Step, found: Mapping[str, Any]) -> dict[str, Any]:
     """Whether the slice's share of the placebo gap is surely above that of random heads, by step 07."""
-    there = (step.find("generality") or {}).get("specific", ())
+    there = (step.beside("generality") or {}).get("specific", ())
     key = {"template": step.params.template, "group": "all pairs", "attribute": step.params.topic.placebo}
     own, random = (first(there, key | {"set": name}) for name in ("the slice", "random heads"))
     known = all(row and row["placebo_low"] is not None for row in (own, random))

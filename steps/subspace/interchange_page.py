@@ -1,6 +1,6 @@
 """Step 08, interchange interventions: how often the answer is the one that the causal model predicts.
 
-1. `scored`: per case, whether the first of the five words is the predicted one (`right`), and whether it is another
+1. `scored`: per case, whether the first of the candidates is the predicted one (`right`), and whether it is another
    than without the interchange (`moved`): `raw`, and `centred`, each word's mean over the base prompts taken off.
 2. `accuracies` are shares of cases with intervals over quads; `gains` compares them with nothing swapped, quad by quad.
 3. `figure`, `table` and `sentences` show and say it.
@@ -156,7 +156,7 @@ def sentences(n: Numbers) -> list[str]:
         f"{still['estimate'] * still['cases']:.0f} of {still['cases']:.0f} cases of {still['quads']:.0f} quads (both "
         "names are swapped in turn, so that at most half can be right whatever word the model prefers), and when the "
         f"class is really named twice, in a share of {of_row(own.loc[('last', 'centred', 'other', WHOLE, last)])}: "
-        "first of the five words, each word's mean over the base prompts taken off."
+        "first of the candidates, each word's mean over the base prompts taken off."
     ]
     for where, layer in n.at.items():
         here = own.loc[where, "centred", "other"]

@@ -95,7 +95,7 @@ def halves(m: Measured) -> Figure | None:
 
 def against_necessity(step: Step, m: Measured) -> Figure | None:
     """Every site's rise when patched against its fall when ablated, where step 03 has been run."""
-    earlier = step.find("necessity")
+    earlier = step.beside("necessity")
     if not earlier:
         return None
     both = with_earlier(m.sites, earlier["sites"])
