@@ -137,6 +137,10 @@ def _row_faults(row: Mapping[str, str], task: str, words: Template | str) -> Ite
             yield f"{column} is {name!r}, and task {task} has the names {', '.join(words.slots)} alone"
         elif wrong := wrong_name(name):
             yield f"{column} {name!r} {wrong}"
+    for side in ("clean", "corrupt"):
+        names = [row[f"{side}_{slot}"] for slot in words.slots]
+        if twice := next((name for name in names if name and names.count(name) > 1), None):
+            yield f"{side}: {twice!r} stands there twice; a prompt has different names"
     allowed = words.slots if task == "odd_one_out" else words.question.supersets
     for column in ("answer", "corrupt_answer"):
         if row[column] not in allowed:
@@ -149,6 +153,7 @@ def _repeated(table: pd.DataFrame) -> Faults:
     """Rows that say again what an earlier one says, or that lack what tells them apart."""
     faults: Faults = {}
     for columns, said in (
+        ([*NAMES, "task", "template"], "the same names as {place}, with other answers"),
         ([*NAMES, "answer", "corrupt_answer", "task", "template"], "the same pair as {place}"),
         (["pair_id"], "pair_id {value!r} is that of {place}, too"),
     ):

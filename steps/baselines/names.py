@@ -21,6 +21,7 @@ import pandas as pd
 from lib import models, tables
 from lib.questions import Question
 from lib.records import atomic
+from lib.stats import MINIMUM_CLUSTERS
 from pipeline.declaration import SUPERSET_TASKS
 from pipeline.population import MISSING, add_tokens, pairs_of
 from steps.baselines.measure import Baselines
@@ -92,6 +93,9 @@ def put_together(people: pd.DataFrame, tokenizer: Any, params: Baselines) -> tup
     return pairs, {why: list(own["name"]) for why, own in left.items() if len(own)}
 
 
+FEW = f"  estimates will have no interval: that takes {MINIMUM_CLUSTERS} quads in each of the two halves"
+
+
 def write_pairs(names: Path, to: Path, params: Baselines) -> str:
     """Write the pairs that the names make to a CSV file that is not there yet; what to say of it."""
     if params.task not in SUPERSET_TASKS:
@@ -106,7 +110,9 @@ def write_pairs(names: Path, to: Path, params: Baselines) -> str:
         raise ValueError(f"the {len(people)} names of {names.name} make no pair: {counts}")
     with atomic(to) as file:
         file.write(pairs.to_csv(index=False).encode())
-    lines = [f"{to}: {len(pairs)} pairs of {pairs['quad_id'].nunique()} quads, for template {params.template!r}"]
+    quads = pairs["quad_id"].nunique()
+    lines = [f"{to}: {len(pairs)} pairs of {quads} quads, for template {params.template!r}"]
+    lines += [FEW] * (quads < 2 * MINIMUM_CLUSTERS)
     lines += [f"{sum(map(len, left.values()))} of {len(people)} people are left over" + ":" * bool(left)]
     for why, own in left.items():
         more = f" and {len(own) - NAMED} more" if len(own) > NAMED else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,8 +32,10 @@ CAPTIONS = {
 
 def about(step: Step) -> Markdown:
     """The model, and who it is asked about."""
-    people = people_of(step)
-    return Markdown(f"Model `{step.params.model}`; {len(people)} people, {people['profession'].nunique()} professions.")
+    people, given = people_of(step), step.params.pairs_file
+    own = "" if given is None else f"the pairs of `{Path(given).name}`, and beside them "
+    table = f"{len(people)} people, {people['profession'].nunique()} professions"
+    return Markdown(f"Model `{step.params.model}`; {own}{table}.")
 
 
 def accuracy_figure(m: Measured) -> Figure:
