@@ -529,6 +529,8 @@ def test_agreement_is_of_the_mean_over_quads_with_the_profiles_interval():
 def test_ablations_without_a_common_quad_do_not_agree_or_disagree():
     rows = ablated({"zero": [1.0, 2.0, 3.0]}) + ablated({"mean": [1.0, 2.0, 3.0]}, quad="q2")
     assert necessity_page.agreement(table(rows), ["zero", "mean"], PARAMS) == {}
+    rows = ablated({"zero": [1.0, 2.0, 3.0], "mean": [2.0, 4.0, 6.0]})  # no donors for a resample in this half
+    assert list(necessity_page.agreement(table(rows), ["zero", "mean", "resample"], PARAMS)) == ["mean"]
 
 
 def test_changes_of_answer_and_foil_at_the_sites_in_their_order():

@@ -50,9 +50,10 @@ def agreement(frame: pd.DataFrame, kinds: Sequence[str], params: Shared) -> dict
     own = own[own["quad_id"].isin(set.intersection(*quads))]  # a quad without a pool has no mean and no resample
     if own.empty:
         return {}
-    matrices = {kind: quad_matrix(own[own["ablation"] == kind], "effect", SITE).values for kind in kinds}
-    first = matrices[kinds[0]]
-    return {kind: site_tables.rank_agreement(first, matrices[kind], params) for kind in kinds[1:]}
+    there = [kind for kind in kinds if kind in set(own["ablation"])]  # a half may lack donors of some
+    matrices = {kind: quad_matrix(own[own["ablation"] == kind], "effect", SITE).values for kind in there}
+    first = matrices[there[0]]
+    return {kind: site_tables.rank_agreement(first, matrices[kind], params) for kind in there[1:]}
 
 
 def at_ceiling(frame: pd.DataFrame, n_layers: int) -> pd.DataFrame:
