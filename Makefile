@@ -86,7 +86,7 @@ pairs: $(READY) ## put a table of names together into a pairs_file: NAMES=names.
 
 # Without a screen it prints the address alone. Nothing is fetched: neither news nor whether there is a newer version.
 lab: $(READY) ## open the notebooks in JupyterLab
-	$(PY) -m jupyterlab --LabApp.default_url=/lab/tree/notebooks --LabApp.news_url=None \
+	PYTHONPATH="$(CURDIR)" $(PY) -m jupyterlab --LabApp.default_url=/lab/tree/notebooks --LabApp.news_url=None \
 		--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate $(if $(filter 0,$(shell id -u)),--allow-root) \
 		$(if $(or $(DISPLAY),$(WAYLAND_DISPLAY),$(filter Darwin,$(shell uname))),,--no-browser)
 

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,18 @@ import torch
 from torch import Tensor, nn
 from transformers import Conv1D
 
-from lib.weights import ModelError
+from lib.weights import ModelError, may_be_one
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of peft's names for the modules of what it wraps
+BASE = "base_model_name_or_path"
 # Keys that say how the adapter was trained, or what its tensors say by themselves.
-SILENT = ("base_model_name_or_path", "revision", "inference_mode", "lora_dropout", "target_modules", "exclude_modules")
+SILENT = (BASE, "megatron_core", "revision", "inference_mode", "lora_dropout", "target_modules", "exclude_modules")
 SILENT += ("layers_to_transform", "layers_pattern", "peft_version", "task_type", "auto_mapping", "fan_in_fan_out")
 # Keys with the values they may have, beside those of a thing that is not used (null, false, nothing in it).
 ALLOWED = {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": (True, "gaussian")}
-READ = ("r", "lora_alpha", "use_rslora")
+ALLOWED |= {"use_rslora": (True,)}
+READ = ("r", "lora_alpha")
 UNUSED = (None, False, {}, [], "")
 
 
@@ -42,10 +45,26 @@ def scale_of(config: dict[str, Any], where: Path) -> float:
     for key in ("peft_type", "r", "lora_alpha"):
         if not config.get(key):
             raise ModelError(f"adapter {where}: {CONFIG} has no {key}")
+        if key != "peft_type" and type(config[key]) not in (int, float):
+            raise ModelError(f"adapter {where}: {key} = {config[key]!r} of {CONFIG} is no number")
     return config["lora_alpha"] / (config["r"] ** 0.5 if config.get("use_rslora") else config["r"])
 
 
-def read(folder: str) -> tuple[float, int, dict[str, Tensor]]:
+def check_base(config: dict[str, Any], folder: str, model: str) -> None:
+    """ModelError for the adapter of a hub model whose name is not the model's. (A path says nothing elsewhere.)"""
+    base = config.get(BASE)
+    if (
+        re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(base))
+        and not model.startswith("config:")
+        and not may_be_one(base, model)
+    ):
+        raise ModelError(
+            f"adapter {folder!r} was trained on {base}, and the model here is {model}; if the two are one, write the "
+            f"latter as {BASE} into a copy of its {CONFIG}"
+        )
+
+
+def read(folder: str, model: str) -> tuple[float, int, dict[str, Tensor]]:
     """The scale, the rank and the tensors of an adapter's folder."""
     where = Path(folder)
     for name in (CONFIG, WEIGHTS):
@@ -54,16 +73,18 @@ def read(folder: str) -> tuple[float, int, dict[str, Tensor]]:
     try:
         config = json.loads((where / CONFIG).read_text(encoding="utf-8"))
         scale, rank = scale_of(config, where), config["r"]
+        check_base(config, folder, model)
         return scale, rank, safetensors.torch.load_file(where / WEIGHTS)
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, safetensors.SafetensorError) as error:
         raise ModelError(f"adapter {folder!r} cannot be read: {str(error).splitlines()[0]}") from None
 
 
 @torch.no_grad()
-def merge(model: nn.Module, folder: str) -> None:
+def merge(model: nn.Module, folder: str, name: str) -> None:
     """Add an adapter to the weights of a model, in place. ModelError, before any weight is changed, for tensors that
-    are no A or B of a linear module of the model, of another shape or rank, or that are not finite."""
-    scale, rank, tensors = read(folder)
+    are no A or B of a linear module of the model, of another shape or rank, or that are not finite, and for the adapter
+    of a model of another name."""
+    scale, rank, tensors = read(folder, name)
     pairs: dict[str, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         path, _, part = name.removesuffix(".weight").rpartition(".")

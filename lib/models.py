@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from lib import adapters, hooks, single_pass, tasks, weights
 from lib.hooks import Model, Site
 from lib.single_pass import BaseRun, Row, base_run, grow, prove_base_rows, prove_same
-from lib.weights import ModelError, load_error, resolve
+from lib.weights import ModelError, reading, resolve
 
 # Where each architecture keeps its parts; the first name that exists is taken. (path from the causal model, path from
 # a block.) Most use the first of each, GPT-2 the second, a decoder inside a model that sees images the third.
@@ -45,27 +45,35 @@ PROVED += ("gpt2", "olmo2", "olmo3", "phi3", "granite", "smollm3")
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16}
 Logits = Float[np.ndarray, "prompts vocab"]
 SHARED_TOKENS = 512  # fewest tokens that running a shared prefix by itself must spare
+SPARE = 1024  # most rows of an embedding that no token has, for round sizes (421 in Qwen 2.5)
 
 
-def tokenizer(spec: str, sha256: str | None = None) -> transformers.PreTrainedTokenizerBase:
-    """The tokenizer of a model string, without the weights. ModelError for one that no prompt could be read with."""
+def tokenizer(spec: str, sha256: str | None = None, reader: str | None = None) -> transformers.PreTrainedTokenizerBase:
+    """The tokenizer of a model string, without the weights. `reader` is the model string that its tokens are for, where
+    that is another. ModelError for one that no prompt could be read with."""
     where, _, local = resolve(spec, sha256)
     if spec.startswith("config:"):
-        raise ModelError(f"model {spec!r} has no tokenizer; name the model whose it takes as tokenizer")
-    return words_of(spec, where, local)
+        raise ModelError(NO_WORDS.format(spec))
+    return words_of(spec, where, local, reader or spec)
 
 
-def words_of(spec: str, where: str, local: bool) -> transformers.PreTrainedTokenizerBase:
+NO_WORDS = "model {!r} has no tokenizer; name the model whose it takes as tokenizer"
+# Of which a folder with a tokenizer has one. Without any, transformers may make up one that knows no word.
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json", "tiktoken.model")
+
+
+def words_of(spec: str, where: str, local: bool, reader: str) -> transformers.PreTrainedTokenizerBase:
     """`tokenizer`, of what `resolve` gave."""
-    try:
+    folder = Path(where)
+    if folder.is_dir() and not any(path.name.startswith(VOCABULARIES) for path in folder.iterdir()):
+        raise ModelError(NO_WORDS.format(spec))
+    with reading(spec, where):
         words = transformers.AutoTokenizer.from_pretrained(where, local_files_only=local, trust_remote_code=False)
-    except Exception as error:  # whatever is wrong with its files
-        raise load_error(spec, where, error) from error
     try:
         tasks.encoded(words, "both")
     except ValueError as error:
         raise ModelError(f"model {spec!r}: {error}") from None
-    config = weights.config_of(spec)
+    config = weights.config_of(reader)
     context = getattr(config and config.get_text_config(), "max_position_embeddings", None)
     words.model_max_length = min(words.model_max_length, context or words.model_max_length)  # what the model reads
     return words
@@ -123,14 +131,15 @@ def load(spec: str, **options: Any) -> Model:
     where, actual, local = resolve(spec, how.sha256)
     if random and (how.quantisation or how.device_map):
         raise ModelError(f"model {spec!r} has random weights: quantisation and device_map do not apply")
-    model, words = fetched(spec, where, local, how, how.arguments(random, placed))
-    if how.adapter is not None:
-        adapters.merge(model, how.adapter)
-        spec = f"{spec} with {Path(how.adapter).name}"
-    if how.device_map is None and how.quantisation is None:
-        model = model.to(placed)
-    handles = find_handles(model.eval().requires_grad_(False), words, spec, actual, how.quantisation)
-    prove(handles)
+    with reading(spec, where):
+        model, words = fetched(spec, where, local, how, how.arguments(random, placed))
+        if how.adapter is not None:
+            adapters.merge(model, how.adapter, spec)
+            spec = f"{spec} with {Path(how.adapter).name}"
+        if how.device_map is None and how.quantisation is None:
+            model = model.to(placed)
+        handles = find_handles(model.eval().requires_grad_(False), words, spec, actual, how.quantisation)
+        prove(handles)
     return handles
 
 
@@ -138,34 +147,42 @@ def fetched(
     spec: str, where: str, local: bool, how: Loading, arguments: dict[str, Any]
 ) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase | None]:
     """The causal model and its tokenizer, once its type is known to be one of PROVED."""
-    words = None if how.tokenizer is None else tokenizer(how.tokenizer)
-    try:
-        config = transformers.AutoConfig.from_pretrained(where, local_files_only=local, trust_remote_code=False)
-        if config.model_type not in PROVED:
-            raise ModelError(
-                f"model {spec!r}: looked for one of the types that tests prove ({', '.join(PROVED)}), found "
-                f"{config.model_type!r}, whose sweeps and paths nothing has shown to be right"
-            )
-        if hasattr(config.get_text_config(), "num_experts_per_tok") and how.dtype == "float64":
-            arguments["experts_implementation"] = "eager"  # the only kernel that has it
-        if spec.startswith("config:"):
-            torch.manual_seed(how.seed)
-            model = transformers.AutoModelForCausalLM.from_config(config, **arguments).to(DTYPES[how.dtype])
-        else:
-            words = words or words_of(spec, where, local)
-            model, info = transformers.AutoModelForCausalLM.from_pretrained(where, local_files_only=local, **arguments)
-            weights.check_loaded(spec, info)
-    except ModelError:
-        raise
-    except Exception as error:  # a config can be wrong in any way
-        raise load_error(spec, where, error) from error
-    rows = len(model.get_input_embeddings().weight)
-    if words is not None and words.vocab_size > rows:
+    words, random = None if how.tokenizer is None else tokenizer(how.tokenizer, reader=spec), spec.startswith("config:")
+    config = transformers.AutoConfig.from_pretrained(where, local_files_only=local, trust_remote_code=False)
+    if config.model_type not in PROVED:
         raise ModelError(
-            f"model {spec!r} has {rows} tokens, and the tokenizer of {how.tokenizer or spec!r} {words.vocab_size}: "
-            "the two do not belong together"
+            f"model {spec!r}: looked for one of the types that tests prove ({', '.join(PROVED)}), found "
+            f"{config.model_type!r}, whose sweeps and paths nothing has shown to be right"
         )
+    if packed := getattr(config, "quantization_config", None):
+        raise ModelError(
+            f"model {spec!r} has weights that are quantised already, by {packed.get('quant_method')}; give those that "
+            "they were made of, and quantisation: nf4 or int8 where they are too large"
+        )
+    if hasattr(config.get_text_config(), "num_experts_per_tok") and how.dtype == "float64":
+        arguments["experts_implementation"] = "eager"  # the only kernel that has it
+    if random:
+        torch.manual_seed(how.seed)
+        model = transformers.AutoModelForCausalLM.from_config(config, **arguments).to(DTYPES[how.dtype])
+    else:
+        words = words_of(spec, where, local, spec) if words is None else words
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(where, local_files_only=local, **arguments)
+        weights.check_loaded(spec, model, info)
+    if words is not None:
+        check_vocabulary(spec, len(model.get_input_embeddings().weight), how.tokenizer or spec, words)
     return model, words
+
+
+def check_vocabulary(spec: str, rows: int, other: str, words: transformers.PreTrainedTokenizerBase) -> None:
+    """ModelError where a token that a prompt may have is none of the model's `rows`, or where far fewer are used."""
+    special, own = tasks.special_tokens(words), tasks.encoded(words, "both")[0]
+    # special tokens that are not written before each prompt are refused in prompts (Gemma 3 has one too many)
+    vocabulary = words.get_vocab().items()
+    most = 1 + max((number for token, number in vocabulary if token not in special or number in own), default=-1)
+    if most > rows or most < rows - SPARE and not spec.startswith("config:"):
+        raise ModelError(
+            f"model {spec!r} has {rows} tokens, and the tokenizer of {other!r} {most}: the two do not belong together"
+        )
 
 
 def pick_device(device: str) -> str:
@@ -214,7 +231,13 @@ def find_handles(
     """The handles of a causal model, or ModelError naming the modules that were looked for."""
     config, owner = model.config.get_text_config(), type(model).__name__
     blocks = list(named(model, "blocks", NAMES["blocks"], owner))
+    if not blocks:
+        raise ModelError(f"{name}: {owner} has no blocks: its config has num_hidden_layers 0")
     attns = [named(block, "attention", NAMES["attn"], owner) for block in blocks]
+    if not all(getattr(attn, "is_causal", True) for attn in attns):  # what a token sees would be held when it changes
+        raise ModelError(
+            f"{name}: {owner} attends in both directions; only models that read from left to right are swept"
+        )
     heads, mlps = config.num_attention_heads, [named(block, "MLP", NAMES["mlp"], owner) for block in blocks]
     dense = all(any(hasattr(mlp, name) for name in NAMES["down_proj"]) for mlp in mlps)
     return Model(
@@ -262,6 +285,10 @@ def prove(model: Model) -> None:
         for key in itertools.product(ends, hooks.PARTS if model.down_projs else ("head",)):
             handles.append(hooks.on_activation(model, *key, lambda z, key=key: inputs.update({key: z.clone()})))
         logits = model.model(ids).logits[0]
+    if not logits.isfinite().all():
+        raise ModelError(
+            f"{model.name}: the logits of a prompt are not finite in {model.dtype}: damaged weights, or a narrow dtype"
+        )
     prove_order(model, fired)
     for (layer, part), z in inputs.items():
         prove_projection(model, layer, part, z, seen)

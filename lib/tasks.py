@@ -22,14 +22,14 @@ from lib.questions import SLOT, SLOTS, SUPERSET, TASKS, Form, Question, Template
 # The day that a chat template is told where it asks for today's: that of Llama 3.3's own example. With another one each
 # day, prompts of the same parameters would differ.
 DATE = date(2024, 7, 26)
-_NOW = re.compile(r"""strftime_now\(\s*(?:"([^"]*)"|'([^']*)')\s*\)""")
+_NOW = re.compile(r"""strftime_now\s*\(\s*(?:"([^"]*)"|'([^']*)')\s*\)""")
 
 __all__ = ["SLOTS", "TASKS", "Form", "Pair", "Prompt", "Question", "Template"]
 DEFAULT_ATTRIBUTES = ("profession", "school")  # that the bi-association prompt lists
 
 
 def find_template(
-    name: str, task: str = "superset", form: Form = "plural", question: str = questions.DEFAULT
+    name: str, task: str = "superset", form: Form = "plural", question: str | Question = questions.DEFAULT
 ) -> Template:
     """The question's template of that name, or, if `name` holds slots, a template of the user's own with that text."""
     return questions.load(question).find(name, task, form)
@@ -68,7 +68,8 @@ class Pair:
 
 def encoded(tokenizer: Any, text: str, special: bool = True) -> tuple[tuple[int, ...], list[tuple[int, int]]]:
     """The token ids of a prompt, the tokenizer's own special tokens (unless not `special`) before it, and the
-    characters that each token stands for. ValueError for a tokenizer that is not fast or appends a token of its own."""
+    characters that each token stands for. ValueError for a tokenizer that is not fast or appends a token of its own,
+    and for a prompt longer than its model can read."""
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError("a fast tokenizer is needed: this one gives no offset mapping")
     encoding = tokenizer(text, return_offsets_mapping=True, add_special_tokens=special)
@@ -80,6 +81,8 @@ def encoded(tokenizer: Any, text: str, special: bool = True) -> tuple[tuple[int,
             f"this tokenizer appends {tokenizer.convert_ids_to_tokens(ids[-1])!r}; the last token must be the prompt's "
             "own, so that the model predicts the answer after it"
         )
+    if len(ids) > (limit := getattr(tokenizer, "model_max_length", len(ids))):
+        raise ValueError(f"the prompt has {len(ids)} tokens, and the model reads {limit}; choose shorter names")
     return ids, offsets
 
 
@@ -118,7 +121,7 @@ def candidates(
         if len(tokens) != 1:
             raise ValueError(
                 f"template {template.name!r}: the answer {word!r} is {len(tokens)} tokens for this tokenizer, not one; "
-                "use a template whose answers have another form"
+                "give the class another word, or use a template whose answers have another form"
             )
     firsts = [tokens[0] for tokens in ids]
     _distinct(words, firsts, f"template {template.name!r}")
@@ -236,8 +239,6 @@ def make_prompt(
     text += template.answer_prefix
     # A chat template writes the special tokens itself; adding the tokenizer's would double the first one.
     ids, offsets = encoded(tokenizer, text, special=not chat_template)
-    if len(ids) > (limit := getattr(tokenizer, "model_max_length", len(ids))):
-        raise ValueError(f"the prompt has {len(ids)} tokens, and the model reads {limit}; choose shorter names")
     roles: dict[str, tuple[int, ...]] = {}
     for slot, name, (start, end) in zip(template.slots, names, spans, strict=True):
         roles[f"name_{slot}"] = _name_tokens(text, offsets, name, start, end)
@@ -248,10 +249,12 @@ def make_prompt(
 def dated(template: Any) -> dict[str, str]:
     """The option of `apply_chat_template` that tells a template DATE where it asks for today's date; none where it does
     not ask. ValueError for a date in a form that cannot be told from the template."""
-    if not isinstance(template, str) or "strftime_now(" not in template:
+    template = template.get("default") if isinstance(template, Mapping) else template  # which is applied of several
+    calls = re.findall(r"strftime_now\s*\(", template) if isinstance(template, str) else []
+    if not calls:
         return {}
     forms = {double or single for double, single in _NOW.findall(template)}
-    if len(_NOW.findall(template)) < template.count("strftime_now("):
+    if len(_NOW.findall(template)) < len(calls):
         raise ValueError("the chat template writes today's date in a form it works out; set chat_template to false")
     days = {form: DATE.strftime(form) for form in sorted(forms)}
     # on a line of its own, whose end jinja drops
@@ -286,7 +289,7 @@ def make_pair(
     row: Mapping[str, Any],
     chat_template: bool = False,
     attributes: Sequence[str] = DEFAULT_ATTRIBUTES,
-    question: str = questions.DEFAULT,
+    question: str | Question = questions.DEFAULT,
 ) -> Pair:
     """Build and check one pair from a row of pairs.parquet or of a pairs_file: pair_id, quad_id, half, task, template,
     clean_a, clean_b, corrupt_a, corrupt_b (and clean_c, corrupt_c), answer, corrupt_answer: superset names, or a slot
@@ -378,7 +381,7 @@ def two_prompts(
 
     Raises ValueError for different token counts, the same text twice, white space at a text's end, candidates that
     share a first token, a role whose words are not there once, or not at the same tokens of both texts, lists of
-    different lengths, and a pair_id given twice.
+    different lengths, a text longer than the model can read, and a pair_id given twice.
     """
     given = {"clean": clean, "corrupt": corrupt, "answer": answer, "corrupt_answer": corrupt_answer}
     given |= {"foils": foils, "roles": roles or {}, "pair_id": pair_id}

@@ -2,20 +2,24 @@
 
 1. `resolve` turns a model string (`package:`, a GGUF file, a folder, a hub id or `config:`) into what transformers
    loads, and checks the SHA-256 of a single local file. `converted` keeps a GGUF file's weights as fp32 safetensors in
-   the user's cache, so that it is read once, and checks their hashes. `load_error` says in one sentence why a model
-   could not be had, and `check_loaded` refuses weights that are not those of their config.
+   the user's cache, so that it is read once, and checks their hashes. `reading` says in one sentence why a model could
+   not be had; `check_loaded` refuses weights that are not those of their config.
 2. `config_of` and `shape_of` count a model's weights without having them; `weight_gb` and `pass_gb` say what they take.
 3. `check` refuses a model that does not fit, with two ways in which it would.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
+import struct
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,6 +27,8 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 
 from lib.errors import Refusal
 from lib.locks import Lock
@@ -30,6 +36,15 @@ from lib.locks import Lock
 
 class ModelError(Refusal):
     """A model that cannot be loaded, or whose modules are not what they were taken for."""
+
+
+# What transformers, safetensors and gguf raise for files that are wrong: not there, cut short, of another kind, with
+# fields that are missing or of another type. (tokenizers raises bare Exceptions.)
+WRONG_FILES = (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, ImportError)
+WRONG_FILES += (AssertionError, struct.error, SafetensorError, StrictDataclassError)
+FULL = (errno.ENOSPC, errno.EDQUOT)
+# How GGUF files call what splits words as GPT-2 does, but for digits: so transformers splits whatever it does not know.
+SPLIT_AS_GPT2 = ("default", "gpt-2", "smollm", "starcoder", "refact", "command-r", "olmo", "mpt", "jais")
 
 
 def sha256_of(path: Path) -> str:
@@ -101,9 +116,10 @@ def convert(source: Path, folder: Path) -> None:
     try:
         where = {"gguf_file": source.name, "local_files_only": True}
         transformers.AutoTokenizer.from_pretrained(source.parent, **where).save_pretrained(beside)
-        options = {"dtype": torch.float32, "output_loading_info": True}
+        options = {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
         model, info = transformers.AutoModelForCausalLM.from_pretrained(source.parent, **options, **where)
-        check_loaded(str(source), info)
+        check_loaded(str(source), model, info)
+        check_gguf(source, model)
         # transformers refuses to save a model that came from GGUF; its weights are plain fp32 by now
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
@@ -130,8 +146,12 @@ def resolve(spec: str, sha256: str | None = None) -> tuple[str, str | None, bool
     elif Path(spec).is_dir():
         if (Path(spec) / "adapter_config.json").is_file():
             raise ModelError(f"model {spec!r} is an adapter: give its model as model, and this folder as adapter")
-        weights = sorted(Path(spec).glob("*.safetensors"))
-        actual = sha256_of(weights[0]) if len(weights) == 1 else None
+        files = files_of(Path(spec))
+        actual = sha256_of(files[0]) if len(files) == 1 else None
+    elif Path(spec).is_file():
+        raise ModelError(
+            f"model {spec!r} is a file: give the folder with its config, weights and tokenizer, or config:{spec}"
+        )
     elif spec.startswith((".", "/", "~")) or spec.endswith(".gguf") or spec.count("/") != 1:
         forms = "package:name/file.gguf, a file.gguf, an existing folder, a hub id owner/name, or config:file.json"
         raise ModelError(f"model {spec!r}: no such {'file' if spec.endswith('.gguf') else 'folder'}. Give {forms}")
@@ -142,13 +162,39 @@ def resolve(spec: str, sha256: str | None = None) -> tuple[str, str | None, bool
     if sha256 not in (None, actual):
         raise ModelError(f"model {spec!r}: the weights file has SHA-256 {actual}, the profile asks for {sha256}")
     if file is not None:
-        try:
+        with reading(spec, where):
             where = str(converted(file, actual))
-        except Exception as error:  # a file can be wrong in any way
-            if isinstance(error, ModelError) or getattr(error, "errno", None):  # such as a full disk
-                raise
-            raise load_error(spec, where, error) from error
     return where, actual, local
+
+
+def files_of(folder: Path) -> list[Path]:
+    """A folder's files of weights. ModelError where transformers would leave some of them out without a word: it reads
+    model.safetensors, else what its index names."""
+    found, index = sorted(folder.glob("*.safetensors")), folder / "model.safetensors.index.json"
+    read = {"model.safetensors"}
+    if index.is_file() and not (folder / "model.safetensors").is_file():
+        with reading(str(folder), str(index)):
+            read = set(json.loads(index.read_bytes())["weight_map"].values())
+    if others := [path.name for path in found if path.name not in read]:
+        raise ModelError(
+            f"model {str(folder)!r}: {others[0]} would not be read: weights are in model.safetensors, or in what "
+            f"{index.name} names; take it out of the folder"
+        )
+    return found
+
+
+@contextmanager
+def reading(spec: str, where: str) -> Iterator[None]:
+    """ModelError, in one sentence, for whatever is wrong with the files of a model; a full disk is left as it is."""
+    try:
+        yield
+    except ModelError:
+        raise
+    except Exception as error:
+        wrong = type(error) is Exception or isinstance(error, WRONG_FILES)
+        if not wrong or getattr(error, "errno", None) in FULL:
+            raise
+        raise load_error(spec, where, error) from error
 
 
 def load_error(spec: str, where: str, error: Exception) -> ModelError:
@@ -157,17 +203,31 @@ def load_error(spec: str, where: str, error: Exception) -> ModelError:
     if any(sign in text for sign in ("gated repo", "401 Client", "403 Client")):
         todo = "accept its licence on its page, then set HF_TOKEN or run `hf auth login`"
         return ModelError(f"model {spec!r} is gated or private: {todo}")
-    text = f"model {spec!r} could not be loaded: {text.splitlines()[0]}"
+    first, *more = text.splitlines()
+    if first.endswith(":") and more:  # what it is, is in the next line
+        first = f"{first} {more[0].strip()}"
+    text = f"model {spec!r} could not be loaded: {first}"
     if Path(where).parent == cache_folder():
         text += f" (if its converted weights were damaged: delete the folder {where} and run again)"
     return ModelError(text)
 
 
-def check_loaded(spec: str, info: Mapping[str, Any]) -> None:
-    """ModelError where the weights lack some that the config asks for, have others, or some of another shape; by what
-    transformers found when it loaded them (which counts neither tied weights nor buffers as missing)."""
+def may_be_one(one: str, other: str) -> bool:
+    """Whether two names, hub ids or paths, may be one model's: the letters and digits of one's last part stand in the
+    other's."""
+    first, second = (re.sub(r"[^a-z0-9]", "", Path(name).name.lower()) for name in (one, other))
+    return first in second or second in first
+
+
+def check_loaded(spec: str, model: transformers.PreTrainedModel, info: Mapping[str, Any]) -> None:
+    """ModelError where the weights lack some that the config asks for, have others, some of another shape, or two where
+    the config has one; by what transformers found when it loaded them (which counts neither tied weights nor buffers as
+    missing)."""
     found = {"missing": info["missing_keys"], "not asked for": info["unexpected_keys"]}
     found["of another shape"] = {name for name, *_ in info["mismatched_keys"]}
+    # transformers ties what is equal, and leaves what differs as it is
+    tied = model.get_expanded_tied_weights_keys(all_submodels=True).keys()
+    found["unlike what tie_word_embeddings ties them to"] = tied - model.all_tied_weights_keys.keys()
     told = []
     for what, names in found.items():
         if names:
@@ -175,6 +235,33 @@ def check_loaded(spec: str, info: Mapping[str, Any]) -> None:
     if told:
         raise ModelError(
             f"model {spec!r}: the weights are not those of its config.json: {'; '.join(told)}; give both of one model"
+        )
+
+
+def check_gguf(source: Path, model: transformers.PreTrainedModel) -> None:
+    """ModelError for a GGUF file with a tensor or size that transformers leaves out without a word, such as Llama 3.1's
+    scaled rotary frequencies."""
+    import gguf
+    from transformers.integrations import GGUF_CONFIG_MAPPING
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+
+    reader = gguf.GGUFReader(source)
+    kind = reader.fields["general.architecture"].contents()
+    arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == kind)
+    names = gguf.get_tensor_name_map(arch, model.config.num_hidden_layers)
+    taken = {names.get_name(name, (".weight", ".bias")) for name in model.state_dict()}
+    left = [tensor.name for tensor in reader.tensors if tensor.name not in taken]
+    # the last two are in the shapes of the tensors
+    known = {*GGUF_CONFIG_MAPPING.get(kind, ()), "attention.key_length", "attention.value_length"}
+    sizes = [name for name in reader.fields if name.startswith(f"{kind}.")]
+    left += [name for name in sizes if name.removeprefix(f"{kind}.") not in known]
+    split = reader.fields.get("tokenizer.ggml.pre")
+    if split and split.contents() not in {*GGUF_PRE_TOKENIZER_SPLITS, *SPLIT_AS_GPT2}:
+        left.append(f"how words are split, {split.contents()},")
+    if left:
+        raise ModelError(
+            f"model {str(source)!r}: {', '.join(left[:2])} would be left out when the file is read; give the model's "
+            "folder, with safetensors"
         )
 
 
@@ -211,26 +298,34 @@ class Shape:
 
 def config_of(spec: str, offline: bool = True) -> transformers.PretrainedConfig | None:
     """The config behind a model string; None where it cannot be had. Downloads no more than the config."""
+    if (known := json.loads(SHAPES.read_text()).get(spec)) is not None:
+        return transformers.AutoConfig.for_model(**known)
+    where = spec.removeprefix("config:")
+    local = offline or spec.startswith("config:") or Path(spec).is_dir()
     try:
-        if file := gguf_file(spec):
-            folder = cache_folder() / sha256_of(file)  # its converted weights, if they have been made
-            if folder.is_dir():
-                return transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-            return transformers.AutoConfig.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
-        if (known := json.loads(SHAPES.read_text()).get(spec)) is not None:
-            return transformers.AutoConfig.for_model(**known)
-        where = spec.removeprefix("config:")
-        local = offline or spec.startswith("config:") or Path(spec).is_dir()
-        return transformers.AutoConfig.from_pretrained(where, local_files_only=local, trust_remote_code=False)
-    except Exception:  # whatever is wrong with the file, loading says it
+        with reading(spec, where):
+            if file := gguf_file(spec):
+                folder = cache_folder() / sha256_of(file)  # its converted weights, if they have been made
+                if folder.is_dir():
+                    return transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+                return transformers.AutoConfig.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
+            return transformers.AutoConfig.from_pretrained(where, local_files_only=local, trust_remote_code=False)
+    except ModelError:  # loading says it
         return None
 
 
 def shape_of(config: transformers.PretrainedConfig) -> Shape:
-    """Counted on the empty model: exact for every architecture that transformers knows."""
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config)
-    text = config.get_text_config()
+    """Counted on the empty model: exact for every architecture that transformers knows. ModelError for a config that no
+    causal model can be made of."""
+    with reading(f"of type {config.model_type}", ""):
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config)
+        return counted(model)
+
+
+def counted(model: transformers.PreTrainedModel) -> Shape:
+    """`shape_of` of a model that may be empty."""
+    text = model.config.get_text_config()
     ends = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
     linear = {
         name: module.weight.numel()
@@ -317,7 +412,7 @@ def check(
         return
     try:
         shape = shape_of(config)
-    except Exception:  # no causal model, or one of a kind that is refused: loading says so
+    except ModelError:  # loading says so
         return
     own, work = weight_gb(shape, dtype, quantisation), pass_gb(shape, dtype)
     if own + work <= room:

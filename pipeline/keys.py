@@ -66,6 +66,17 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def hash_once(path: Path) -> str:
+    """`hash_file` of what may be many GB: once a process, as long as neither size nor time of the file changes."""
+    stat = path.stat()
+    return _hash_at(path.absolute(), stat.st_size, stat.st_mtime_ns)
+
+
+@cache
+def _hash_at(path: Path, size: int, time: int) -> str:
+    return hash_file(path)
+
+
 def hash_place(name: str) -> Any:
     """Hash of an input file, or of each file in a folder."""
     if Path(name).is_dir():
@@ -111,12 +122,13 @@ def hash_notebook(path: Path) -> str | None:
 
 
 def weights(params: Shared) -> Any:
-    """What identifies the weights without loading them: the SHA-256 given, else the contents of local files; with those
-    of a tokenizer and an adapter that are named.
+    """What identifies the model without loading it: the SHA-256 given, else the contents of local files; with those of
+    a tokenizer and an adapter that are named. Of a folder, config and tokenizer count beside the weights.
 
     A hub id without `model_sha256` is known by its name alone.
     """
-    own = params.model_sha256 or model_contents(params.model)
+    own = params.model_sha256
+    own = model_contents(params.model) if own is None or Path(params.model).is_dir() else own
     beside = {name: spec for name in ("tokenizer", "adapter") if (spec := getattr(params, name)) is not None}
     return {"model": own} | {name: model_contents(spec) for name, spec in beside.items()} if beside else own
 
@@ -127,16 +139,16 @@ def model_contents(spec: str) -> Any:
         return hash_file(input_file(spec.removeprefix("config:")))
     if spec.startswith("package:"):
         package, _, name = spec.removeprefix("package:").partition("/")
-        found = find_spec(package)
+        found = find_spec(package) if package.isidentifier() else None
         folders = list(found.submodule_search_locations or ()) if found else []
         path = Path(folders[0]) / name if folders else None
-        return hash_file(path) if path is not None and path.is_file() else None  # models.load says what is missing
+        return hash_once(path) if path is not None and path.is_file() else None  # models.load says what is missing
     if spec.endswith(".gguf") and Path(spec).is_file():
-        return hash_file(Path(spec))
+        return hash_once(Path(spec))
     if Path(spec).is_dir():
         kinds = (".json", ".safetensors", ".model", ".jinja", ".txt")  # weights, tokenizer, chat template
         files = sorted(path for path in Path(spec).iterdir() if path.suffix in kinds)
-        return {path.name: hash_file(path) for path in files}
+        return {path.name: hash_once(path) for path in files}
     return None
 
 
@@ -149,12 +161,14 @@ def sources(params: Shared) -> list[Path]:
 
 
 def find_findings(step: str, params: Shared) -> dict[str, Any] | None:
-    """Findings of an earlier step about the same model (and task; step 01 reports on every task), or None."""
+    """Findings of an earlier step about the same model and question, as they are now (and task; step 01 reports on
+    every task), or None."""
     for folder in sources(params):
         path = left(folder, step, f"{step}.findings.json")
         if path is not None:
             findings = read_json(path)
-            if same_subject(findings.get("about", {}), params, task=step != PAIRS):
+            made, now = findings.get("about", {}), contents(params)
+            if same_subject(made, params, task=step != PAIRS) and made.get("contents", now) == now:
                 return findings
     return None
 
@@ -163,7 +177,14 @@ def same_subject(about: Mapping[str, Any], params: Shared, task: bool = True) ->
     """Whether results are about this model (and this task)."""
     keys = ("model", "model_sha256", "tokenizer", "adapter", "quantisation", *(("task",) if task else ()))
     question = about.get("question", questions.DEFAULT)  # what is older names none
-    return question == params.question and all(about.get(key) == getattr(params, key) for key in keys)
+    return question == params.topic.name and all(about.get(key) == getattr(params, key) for key in keys)
+
+
+def contents(params: Shared) -> dict[str, Any]:
+    """What a name may stand for at another time: the model's weights, the question's words."""
+    topic = params.topic
+    asked = topic.model_dump(mode="json", exclude=set(BOOK_WORDS)) | {"labels": topic.labels}
+    return {"weights": weights(params), "question": hash_json(asked)}
 
 
 def ability(params: Shared) -> dict[str, Any] | None:
@@ -184,7 +205,8 @@ def about(params: Shared) -> dict[str, Any]:
     own = params.model_dump(
         mode="json", include={"profile", *MODEL_KEYS, "question", "task", "template", "chat_template"}
     )
-    return own | {"pairs_file": given_pairs(params)}
+    own |= {"question": params.topic.name, "pairs_file": given_pairs(params)}
+    return own | {"contents": contents(params)}
 
 
 def find_pairs(step: str, params: Shared) -> Path:
@@ -194,13 +216,15 @@ def find_pairs(step: str, params: Shared) -> Path:
         return input_file(params.pairs_file)
     prompting = params.model_dump(mode="json", include={"template", "attributes", "chat_template"})
     for folder in sources(params):
-        stored = (stored_ingredients(folder, PAIRS) or {}).get("parameters", {})
+        made_of = stored_ingredients(folder, PAIRS) or {}
+        stored, inputs = made_of.get("parameters", {}), made_of.get("inputs", {})
         same = same_subject(stored, params) and all(stored.get(key, own) == own for key, own in prompting.items())
+        same = same and all(inputs.get(key, own) == own for key, own in contents(params).items())
         if same and (path := left(folder, PAIRS, "pairs.parquet")):
             return path
     where = " or ".join(map(shown, sources(params)))
     raise MissingInput(
-        f"step {step} needs pairs, and {where} has none of model {params.model} and task {params.task} in "
+        f"step {step} needs pairs, and {where} has none of model {params.model} as it is now and task {params.task} in "
         f"template {params.template!r}, with these attributes and this chat_template: "
         f"run 01_baselines first (make does: make book PROFILE={params.profile}), or give pairs_file"
     )
@@ -237,10 +261,8 @@ def ingredients(step: Declaration, params: Shared) -> dict[str, Any]:
 
     A step of a task that step 01 found the model cannot do computes nothing, and needs no pairs.
     """
-    given = params.model_dump(mode="json")
-    topic = params.topic
-    asked = topic.model_dump(mode="json", exclude=set(BOOK_WORDS)) | {"labels": topic.labels}
-    inputs: dict[str, Any] = {"weights": weights(params), "question": hash_json(asked)}
+    # a question's contents count, and its name: not where its folder lies
+    given, inputs = params.model_dump(mode="json") | {"question": params.topic.name}, contents(params)
     if step.name != PAIRS and (ability(params) or {"able": True})["able"] is False:
         inputs["able"] = False
     else:

@@ -96,6 +96,7 @@ Layers = Annotated[
 Components = Annotated[tuple[Component, ...], Field(min_length=1), BeforeValidator(_words), ONCE]
 Ablations = Annotated[tuple[Ablation, ...], Field(min_length=1), BeforeValidator(_words), ONCE]
 Roles = Annotated[tuple[Role, ...], BeforeValidator(_words), ONCE]
+Names = Annotated[tuple[str, ...], BeforeValidator(_words), ONCE]
 Words = Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(_words), ONCE]
 # papermill reads "True" as a truth value and leaves "true" a text
 Flag = Annotated[bool, BeforeValidator(lambda value: {"true": True, "false": False}.get(str(value).lower(), value))]
@@ -307,15 +308,35 @@ def validate(sections: Sections, step: str, given: Mapping[str, Any]) -> Shared:
     if "model" not in flat:
         raise ParameterError("model is not given: run with -f params/<profile>.yaml, or give -p model")
     topic = _question(flat.get("question", questions.DEFAULT))
-    own_defaults = {"placebo_attributes": (topic.placebo,)} if topic.placebo else {}
-    merged = {key: value for key, value in (own_defaults | topic.defaults).items() if key in model.model_fields}
-    merged |= {key: value for key, value in section.items() if value is not None} | flat
+    asked = {key: value for key, value in section.items() if value is not None} | flat
+    defaults = _defaults(topic, sections)
     try:
-        params = model(**merged)
+        params = model(**{key: value for key, value in defaults.items() if key in model.model_fields} | asked)
     except ValidationError as error:
         raise ParameterError(_sentence(step, model, error)) from None
-    people = params.people_file or topic.file("items")
-    return params.model_copy(update={"template": _template(params), "people_file": people})
+    filled = {"template": _template(params), "people_file": params.people_file or topic.file("items")}
+    attributes = getattr(params, "placebo_attributes", ())
+    if unknown := [name for name in attributes if name not in topic.answers]:
+        if "placebo_attributes" in asked:
+            known = ", ".join([*topic.answers][1:]) or "none"
+            raise ParameterError(
+                f"parameter placebo_attributes = {unknown[0]!r}: attributes of question {topic.name} that have answers "
+                f"of their own: {known}"
+            )
+        filled["placebo_attributes"] = ()  # a question without an attribute to make placebo pairs by
+    return params.model_copy(update=filled)
+
+
+def _defaults(topic: Question, sections: Sections) -> dict[str, Any]:
+    """What parameters are by default in a question. ParameterError where it names one that no step has."""
+    known = {key for model in sections.values() for key in model.model_fields}
+    if unknown := sorted(topic.defaults.keys() - known):
+        raise ParameterError(
+            f"{topic.folder / 'question.yaml'}: defaults: no step has a parameter {unknown[0]!r}"
+            f"{_nearest(unknown[0], known)}"
+        )
+    own = {"placebo_attributes": (topic.placebo,)} if topic.placebo else {}
+    return own | (topic.defaults if topic is questions.load() else topic.template_defaults)
 
 
 def _question(name: Any) -> Question:
@@ -451,11 +472,16 @@ def _template(params: Shared) -> str:
         raise ParameterError(f"parameter task = {params.task!r}: question {params.question} has no template of it")
     named = [("template", params.template)] if params.template is not None else []
     named += [(key, name) for key in ("templates", "order_templates") for name in getattr(params, key, ())]
+    named += [("probe_template", name) for name in [getattr(params, "probe_template", None)] if name is not None]
+    named += [("probe_questions", name) for name in getattr(params, "probe_questions", ())]
     for key, name in named:
+        task = "one_name" if key == "probe_questions" else params.task
         try:
-            params.topic.find(name, params.task)
+            found = params.topic.find(name, task)
         except ValueError as error:
             raise ParameterError(f"parameter {key} = {name!r}{_nearest(name, known)}: {error}") from None
+        if key == "probe_questions" and found.task != task:
+            raise ParameterError(f"parameter {key} = {name!r}: this template is of task {found.task}, not {task}")
     if params.template in known and params.template not in own:
         raise ParameterError(
             f"parameter template = {params.template!r} (it is of task {known[params.template].task}): templates of "

@@ -13,7 +13,8 @@ A model is only ever seen through `score`: a function from a list of token id tu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,11 @@ import pandera.pandas as pa
 from scipy.special import log_softmax
 
 from lib import questions, tasks
-from lib.data import read_table
 from lib.errors import Refusal
 from lib.metrics import margins
-from lib.questions import ROOT, Attribute, Question, Template
+from lib.questions import ITEM, Attribute, Question, Template
+from lib.tables import read_table, unusable, wrong_name
+from lib.tasks import Prompt
 
 Score = Callable[[Sequence[Sequence[int]]], np.ndarray]
 PER_QUAD = 8  # people of each superset whom the model is asked about alone, for each quad of a half
@@ -57,7 +59,7 @@ def schema_of(question: Question) -> pa.DataFrameSchema:
 MISSING = {"profession": "superset", "two_supersets": "false", "second_superset": "", "namesake": ""}
 
 
-def load_people(path: str | Path, question: str = questions.DEFAULT) -> pd.DataFrame:
+def load_people(path: str | Path, question: str | Question = questions.DEFAULT) -> pd.DataFrame:
     """The table of people, checked: one row per name, superset and profession known, flags consistent.
 
     Columns: name, profession (the superset, where the table has none), superset, two_supersets, second_superset ("" if
@@ -65,12 +67,11 @@ def load_people(path: str | Path, question: str = questions.DEFAULT) -> pd.DataF
     Raises ValueError naming the file's line, the column, the value and what is allowed.
     """
     topic = questions.load(question)
-    named = {own: topic.columns.get(own, own) for own in ("name", "superset", "profession")}
-    needed = [named["name"], named["superset"], *topic.attributes]
-    optional = [named["profession"], "two_supersets", "second_superset", "namesake"]
-    table = read_table(Path(path), "people_file", needed, optional).astype(str)
+    table = read_table(Path(path), "people_file", *topic.item_columns)
     where = f"{path}, {table.index.name}"
-    table = table.rename(columns={given: own for own, given in named.items()})
+    table = table.rename(columns={topic.columns.get(own, own): own for own in ITEM})
+    if faults := {place: f"{name!r} {wrong}" for place, name in table["name"].items() if (wrong := wrong_name(name))}:
+        raise Refusal(unusable(f"people_file {path}", table, faults))
     table = table.assign(**{name: table.get(name, table.get(own, own)) for name, own in MISSING.items()})
     flags = {"true": True, "True": True, "false": False, "False": False}
     whole = [name for name, own in topic.attributes.items() if own.whole]
@@ -93,13 +94,32 @@ def load_people(path: str | Path, question: str = questions.DEFAULT) -> pd.DataF
             f"{where} {odd.index[0]}: {odd['name'].iloc[0]!r}: second_superset must be given where "
             "two_supersets is true, be empty where it is false, and differ from superset"
         )
+    try:
+        superset_by_profession(table)
+    except ValueError as error:
+        raise Refusal(f"{path}: {error}") from None
     return table.reset_index(drop=True)
+
+
+def people_of(step: Any) -> pd.DataFrame:
+    """The step's table of people."""
+    return load_people(step.people_file, step.params.question)
+
+
+def superset_by_profession(people: pd.DataFrame) -> dict[str, str]:
+    """The superset of each profession of a table of people. ValueError for a profession found in two."""
+    found = people.groupby("profession")["superset"].unique()
+    twice = found[found.map(len) > 1]
+    if len(twice):
+        raise ValueError(
+            f"profession {twice.index[0]!r} stands under the supersets {', '.join(twice.iloc[0])}; give it one superset"
+        )
+    return {profession: supersets[0] for profession, supersets in found.items()}
 
 
 def controls_of(step: Any) -> pd.DataFrame:
     """The question's control names: `kind` (invented, thing) and `name`; no rows where it has none."""
-    path = step.params.controls_file
-    return pd.read_csv(ROOT / path, dtype=str) if path else pd.DataFrame(columns=["kind", "name"], dtype=str)
+    return step.params.topic.table("controls")
 
 
 def unambiguous(people: pd.DataFrame) -> pd.DataFrame:
@@ -136,22 +156,36 @@ def ask_alone(
     score: Score,
     chat_template: bool = False,
     asked: pd.DataFrame | None = None,
-    question: str = questions.DEFAULT,
+    question: str | Question = questions.DEFAULT,
 ) -> pd.DataFrame:
     """`people` with `evidence`: for each superset the logit of its word on the one-name prompts, their mean over the
-    question's `fame` templates. Who is in `asked`, an earlier answer, is not asked again."""
+    question's `fame` templates. Who is in `asked`, an earlier answer, is not asked again; whose name cannot be told
+    from the text of one of the templates is left out."""
     known = {} if asked is None else dict(zip(asked["name"], asked["evidence"], strict=True))
-    names, parts = [name for name in people["name"] if name not in known], []
     topic = questions.load(question)
-    for template in map(topic.find, topic.fame):
+    templates, parts = [topic.find(name) for name in topic.fame], []
+    made = alone([name for name in people["name"] if name not in known], tokenizer, templates, chat_template)
+    for number, template in enumerate(templates if made else ()):
         _, tokens = tasks.candidates(tokenizer, template)
-        prompts = [tasks.make_prompt(tokenizer, template, [name], chat_template).ids for name in names]
-        parts.append(logits_of(score, prompts, [tokens] * len(prompts)).astype(np.float64) if names else [])
-    known |= dict(zip(names, np.mean(parts, axis=0), strict=True)) if names else {}
+        prompts = [own[number].ids for own in made.values()]
+        parts.append(logits_of(score, prompts, [tokens] * len(prompts)).astype(np.float64))
+    known |= dict(zip(made, np.mean(parts, axis=0), strict=True)) if made else {}
+    people = people[people["name"].isin(known)]
     return people.assign(evidence=[np.asarray(known[name]) for name in people["name"]])
 
 
-def add_fame(people: pd.DataFrame, question: str = questions.DEFAULT) -> pd.DataFrame:
+def alone(
+    names: Iterable[str], tokenizer: Any, templates: Sequence[Template], chat_template: bool = False, **options: Any
+) -> dict[str, list[Prompt]]:
+    """The prompts of one-name templates, by name; of the names that can be told from the text of all of them."""
+    made = {}
+    for name in names:
+        with suppress(ValueError):
+            made[name] = [tasks.make_prompt(tokenizer, own, [name], chat_template, **options) for own in templates]
+    return made
+
+
+def add_fame(people: pd.DataFrame, question: str | Question = questions.DEFAULT) -> pd.DataFrame:
     """`people`, asked alone, with `fame` (nats, at most 0), `known`, and `first` (the superset that the name is given).
 
     A model prefers some words whatever the name, so fame and first choice rest on evidence that is centred on its mean
@@ -159,6 +193,8 @@ def add_fame(people: pd.DataFrame, question: str = questions.DEFAULT) -> pd.Data
     log-softmax of the own superset's.
     """
     supersets = questions.load(question).supersets
+    if people.empty:
+        return people.assign(fame=[], known=np.zeros(0, bool), first=[])
     evidence, own = np.stack(people["evidence"].to_list()), people["superset"].map(supersets.index).to_numpy()
     centred = evidence - np.mean([evidence[own == s].mean(0) for s in np.unique(own)], axis=0)
     first, fame = centred.argmax(1), log_softmax(centred, axis=1)[np.arange(len(own)), own]
@@ -210,9 +246,14 @@ def pairs_of(quads: pd.DataFrame, pairs_per_quad: int = 2) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def with_question(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of make_pair with the question itself, loaded once for all pairs."""
+    return {**options, "question": questions.load(options.get("question", questions.DEFAULT))}
+
+
 def aligned(pairs: pd.DataFrame, tokenizer: Any, **options: Any) -> tuple[pd.DataFrame, list[str]]:
     """The pairs whose prompts line up token by token under this tokenizer, and why each of the others does not."""
-    reasons: dict[int, str] = {}
+    reasons, options = {}, with_question(options)
     for place, row in enumerate(pairs.to_dict("records")):
         try:
             tasks.make_pair(tokenizer, row, **options)
@@ -228,6 +269,7 @@ def add_margins(pairs: pd.DataFrame, tokenizer: Any, score: Score, **options: An
     prompt's answer minus the highest other candidate's; `logit_diff_clean`, `logit_diff_corrupt`: minus the corrupt
     answer's.
     """
+    options = with_question(options)
     made = [tasks.make_pair(tokenizer, row, **options) for row in pairs.to_dict("records")]
     tokens = {ids: own for p in made for ids, own in ((p.clean.ids, p.clean_tokens), (p.corrupt.ids, p.corrupt_tokens))}
     logits = dict(zip(tokens, logits_of(score, list(tokens), list(tokens.values())), strict=True))

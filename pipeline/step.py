@@ -34,6 +34,7 @@ from pipeline.units import Engine, Unit
 
 if TYPE_CHECKING:
     from lib.hooks import Model, Site
+    from lib.questions import Question
     from lib.tasks import Pair
 
 
@@ -103,6 +104,8 @@ class Step:
         names = ("dtype", "device", "device_map", "seed", "quantisation", "max_memory", "offload_folder")
         names += ("tokenizer", "adapter")
         how = {name: getattr(self.params, name) for name in names}
+        if self.params.model.startswith("config:") and self.params.tokenizer is None:
+            raise StepError(models.NO_WORDS.format(self.params.model))
         try:
             model = models.load(self.params.model, sha256=self.params.model_sha256, **how)
         except ValueError as error:
@@ -119,9 +122,13 @@ class Step:
 
             if "model" in self.__dict__:
                 return self.model.tokenizer
-            if self.params.tokenizer:
-                return models.tokenizer(self.params.tokenizer)
-            return models.tokenizer(self.params.model, self.params.model_sha256)
+            p = self.params
+            try:
+                if p.tokenizer:
+                    return models.tokenizer(p.tokenizer, reader=p.model)
+                return models.tokenizer(p.model, p.model_sha256)
+            except ValueError as error:
+                raise StepError(str(error)) from None
 
         own = self.path("tokens").name
         return Remembered(load, keys.left(self.results, self.name, own) if self.fresh else None)
@@ -174,6 +181,11 @@ class Step:
         """Findings of an earlier step about this model and task, from results_dir, then results/<profile>; or None."""
         return keys.find_findings(self.plan[step].name, self.params)
 
+    def beside(self, step: str) -> dict[str, Any] | None:
+        """As `find`, of findings on the very pairs of this step: what a page may set its numbers beside."""
+        found = self.find(step)
+        return found if found and found["about"].get("pairs_file") == keys.given_pairs(self.params) else None
+
     def able(self) -> Ability:
         """Whether the model does the task, by the findings of step 01. Where that was not asked, work goes on."""
         asked = self.declaration.tasks
@@ -196,31 +208,33 @@ class Step:
 
     def _given(self) -> tuple[pd.DataFrame, list[Pair]]:
         """The pairs of the `pairs_file`, and as prompts."""
-        from lib import data
+        from lib import data, tables, tasks
 
-        p, path, made = self.params, keys.find_pairs(self.name, self.params), []
-        asked = {"task": p.task, "template": p.template, "question": p.question}
+        p, path, made, topic = self.params, keys.find_pairs(self.name, self.params), [], self.params.topic
         try:
-            table, faults = data.read_pairs_file(path, p.seed, **asked)
+            table, faults = data.read_pairs_file(path, p.seed, task=p.task, template=p.template, question=topic)
+            if p.task != "odd_one_out" and len(faults) < len(table):  # of no row, but of all: said once
+                tasks.candidates(self.tokenizer, topic.find(p.template, p.task))
         except ValueError as error:
             raise StepError(str(error)) from None
         with units.progress("pairs_file", len(table), unit="pairs", delay=2) as bar:
             for place, row in zip(table.index, table.to_dict("records"), strict=True):
                 try:
-                    made += [self._prompts(row)] if place not in faults else []
+                    made += [self._prompts(row, topic)] if place not in faults else []
+                except StepError:  # a tokenizer that cannot be had is no row's fault
+                    raise
                 except ValueError as error:
                     faults[place] = str(error).removeprefix(f"pair {row['pair_id']!r}: ")
                 bar.update()
         if faults:
-            raise StepError(data.unusable(f"pairs_file {path.name}", table, faults))
+            raise StepError(tables.unusable(f"pairs_file {path.name}", table, faults))
         return table.reset_index(), made
 
-    def _prompts(self, row: Mapping[str, Any]) -> Pair:
+    def _prompts(self, row: Mapping[str, Any], topic: Question) -> Pair:
         """A row of a pairs table as prompts."""
         from lib import tasks
 
-        p = self.params
-        return tasks.make_pair(self.tokenizer, row, p.chat_template, p.attributes, p.question)
+        return tasks.make_pair(self.tokenizer, row, self.params.chat_template, self.params.attributes, topic)
 
     def prompts(self, table: pd.DataFrame | None = None) -> list[Pair]:
         """The pairs (default: of `pairs`) as prompts, tokenised and checked. StepError names the pair that is wrong."""
@@ -228,8 +242,9 @@ class Step:
             return list(self.shared("given", self._given)[1])
         if table is None:
             return list(self.shared("prompts", lambda: self.prompts(self.pairs())))
+        topic = self.params.topic
         try:
-            return [self._prompts(row) for row in table.to_dict("records")]
+            return [self._prompts(row, topic) for row in table.to_dict("records")]
         except ValueError as error:
             raise StepError(str(error)) from None
 
@@ -453,6 +468,8 @@ class Step:
         files = {name: made for name, made in stored.get("files", {}).items() if (self.results / name).is_file()}
         files |= {str(path.relative_to(self.results)): keys.hash_file(path) for path in written}
         record = first | {
+            # tables are in the order of their names, not of time
+            **({"started": min(table["started"] for table in tables.values())} if tables else {}),
             # as they are now: those that the page alone depends on may be others than when the table was made
             "parameters": self.params.model_dump(mode="json", exclude=set(keys.PLACES)),
             "ingredients": self.ingredients,
@@ -606,6 +623,21 @@ def resident(plan: str, step: str, params: Shared) -> Step:
     return RESIDENT.setdefault(f"{plan} {step} {params.model_dump_json()}", Step(whole, step, params))
 
 
+def with_gap(frame: pd.DataFrame) -> pd.DataFrame:
+    """The records of a sweep. StepError where a half's pairs have no gap in sum: there is nothing to lose or regain."""
+    from lib import effects
+
+    for half, own in effects.in_halves(frame):
+        total = effects.gap(own.drop_duplicates("pair_id")).sum()
+        if not total > 0:
+            raise StepError(
+                f"the {own['pair_id'].nunique()} pairs of the {half} half have no gap above 0 between clean and "
+                f"corrupt prompts ({total:.3g} logits in sum): see what step 01 says of them, and whether the two "
+                "answers of a pair have changed places"
+            )
+    return frame
+
+
 def swept(step: Step, *chosen: Any) -> Callable[[Unit], pd.DataFrame]:
     """`Table.compute` of a sweep whose means and resamples come from all of the step's pairs."""
     return step.sweeper(step.prompts())
@@ -620,9 +652,11 @@ def single_sites(step: Step) -> pd.DataFrame:
     from lib import effects
 
     pairs, answers = step.pairs().set_index("pair_id"), ["answer", "corrupt_answer"]
+    own = keys.hash_file(keys.find_pairs(step.name, step.params))
     for folder in keys.sources(step.params):
         path = keys.left(folder, SLICE, f"{SLICE}.parquet")
-        if not path or not keys.same_subject(records.read_metadata(path)["parameters"], step.params):
+        made = records.read_metadata(path)["ingredients"] if path else None
+        if not made or not keys.same_subject(made["parameters"], step.params) or made["inputs"].get("pairs") != own:
             continue
         frame = records.read(path, EFFECTS)
         frame = frame[frame["component"].isin(["head", "mlp"]) & (frame["position"] == "last")]

@@ -196,7 +196,8 @@ def verdicts(results: Path) -> str:
     for check in (False, True):
         own = [claim for claim in ledger["claims"] if (claim["check"] is not None) == check]
         rows = [["check" if check else "claim", *columns.values()], ["---"] * (1 + len(columns))]
-        rows += [[cell(claim.get(key)) for key in ("claim", *columns)] for claim in own]
+        names = (f"*{claim['id'].replace('_', ' ')}*: {cell(claim['claim'])}" for claim in own)  # as the figure has it
+        rows += [[name, *(cell(claim.get(key)) for key in columns)] for name, claim in zip(names, own, strict=True)]
         parts.append("\n".join(f"| {' | '.join(row)} |" for row in rows))
     return "\n\n".join(parts)
 

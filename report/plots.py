@@ -242,16 +242,16 @@ def answer_and_foil(frame: pd.DataFrame, ylabel: str = "change of the logit (log
 
 def accuracy_bars(
     frame: pd.DataFrame,
-    chance: float,
     category: str = "superset",
     by: str | None = None,
     ylabel: str = "accuracy (share of prompts)",
 ) -> Figure:
-    """Accuracy per superset (or template, task) with its interval, and the chance line.
+    """Accuracy per superset (or template, task) with its interval, and each bar's chance as a dashed line.
 
-    Columns: `category`, `by` if given, `estimate`, `low`, `high`, all shares in [0, 1]; in the frame's order.
+    Columns: `category`, `by` if given, `chance`, `estimate`, `low`, `high`, all shares in [0, 1]; in the frame's order.
     """
-    figure = _categories("accuracy_bars", frame, category, "", ylabel, by, chance)
+    _need("accuracy_bars", frame, "chance")
+    figure = _categories("accuracy_bars", frame, category, "", ylabel, by)
     figure.axes[0].set_ylim(0, 1.02)
     return figure
 
@@ -281,7 +281,7 @@ def slice_curve(
     threshold: float = 0.8,
     by: str = "quantity",
     panel: str | None = "half",
-    ylabel: str = "joint effect (share of logit_diff)",
+    ylabel: str = "joint effect (share of the gap)",
     sites: Sequence[str] = (),
 ) -> Figure:
     """Joint recovery and damage of a growing set of sites, with the share that makes the set critical.
@@ -399,7 +399,7 @@ def draw_points(
 
 
 def _bars(axes: Axes, frame: pd.DataFrame, by: str, groups: Mapping[str, tuple[str, str]], at: np.ndarray) -> None:
-    """Grouped bars with whiskers at integer positions `at`, one row each."""
+    """Grouped bars with whiskers at integer positions `at`, one row each; a row's `chance`, if there is one, dashed."""
     width = 0.8 / max(2, len(groups))
     for index, (group, (colour, _)) in enumerate(groups.items()):
         rows = (frame[by] == group).to_numpy()
@@ -407,6 +407,9 @@ def _bars(axes: Axes, frame: pd.DataFrame, by: str, groups: Mapping[str, tuple[s
         part = frame[rows]
         axes.bar(x, part["estimate"].to_numpy(dtype=float), width * 0.92, color=colour, alpha=0.85, label=group, lw=0)
         _intervals(axes, x, *_ends(part), colour="#333333")
+        if "chance" in part:
+            ends = (x - width / 2, x + width / 2)
+            axes.hlines(part["chance"], *ends, color=BLACK, lw=1.2, ls="--", label="chance", zorder=4)
     zero_line(axes)
 
 
@@ -417,9 +420,8 @@ def _categories(
     xlabel: str,
     ylabel: str,
     by: str | None,
-    chance: float | None = None,
 ) -> Figure:
-    """Grouped bars over the values of a text column, and the chance line if there is one."""
+    """Grouped bars over the values of a text column."""
     _need(function, frame, category, by)
     if by is None:
         frame, by = frame.assign(_all=""), "_all"
@@ -429,8 +431,6 @@ def _categories(
         rotation, side = (30, "right") if sum(len(str(name)) for name in names) > 80 else (0, "center")
         axes.set_xticks(range(len(names)), names, rotation=rotation, ha=side)
         axes.grid(False, axis="x")
-        if chance is not None:
-            axes.axhline(chance, color=BLACK, lw=1.2, ls="--", label=f"chance ({chance:.2g})")
         axes.set(xlabel=xlabel, ylabel=ylabel)
         add_legend(figure)
     return figure
@@ -757,7 +757,6 @@ def probe_bars(frame: pd.DataFrame, ylabel: str = "right (share of people)") -> 
         for axes, part in panels:
             at = np.array([names.index(name) for name in part["template"]])
             _bars(axes, part, "how", styles_of(frame, "how"), at)
-            axes.hlines(part["chance"], at - 0.45, at + 0.45, color=BLACK, lw=1.2, ls="--", label="chance")
             axes.set_xticks(range(len(names)), [name.replace("{a}", "...") for name in names])
             axes.grid(False, axis="x")
             axes.set(ylim=(0, 1), xlim=(-0.6, len(names) - 0.4))

@@ -29,6 +29,10 @@ OVER_QUADS = "confirmation half, studentised bootstrap intervals over quads"
 
 KINDS = {"head": "head", "MLP": "mlp", "attention module": "attn"}
 
+# Whether sites are specific to what is asked, against an attribute: verdicts as pages print them.
+SPECIFICITY = {"specific": "specific", "general": "not specific", "open": "not decided"}
+TOO_FEW = "too few quads to test"
+
 
 def listed(words: Iterable[object]) -> str:
     """Words as a sentence lists them: "a", "a and b", "a, b and c"; "none" for nothing."""
@@ -154,11 +158,12 @@ def top_sites(table: pd.DataFrame, count: int) -> str:
 
 def top_sites_sentence(table: pd.DataFrame, params: Shared, count: int, what: str) -> str:
     """The leading sites, picked on discovery, with their confirmation effects."""
-    top, found = reported(picked(table, count)), len(effects.confirmed(table, params))
+    top, sure = reported(picked(table, count)), effects.confirmed(table, params)["site"]
+    found, others = len(sure), top.loc[~top["site"].isin(sure), "site"]
     many = (
         f"Of {counted(table['site'].nunique(), 'site')}, {found} {'is' if found == 1 else 'are'} significant "
         f"familywise in both halves with a positive effect above the model's noise ({params.floor:g} logits)."
-    )
+    ) + f" Of these {count}, {listed(others)} {'is' if len(others) == 1 else 'are'} not." * bool(len(others))
     if table["low"].isna().any():
         many = f"There are too few quads to say of any of the {table['site'].nunique()} sites that it is significant."
     return (
@@ -169,20 +174,23 @@ def top_sites_sentence(table: pd.DataFrame, params: Shared, count: int, what: st
 
 
 def heads_or_mlps(table: pd.DataFrame, params: Shared, what: str) -> str:
-    """How the confirmed sites divide into heads, MLPs and whole attention modules."""
-    sure = effects.confirmed(table, params)
+    """How the confirmed sites divide into heads, MLPs and whole attention modules, and the largest of them on the
+    discovery half; of all sites where there are too few quads to confirm any."""
+    sure, few = effects.confirmed(table, params), table["low"].isna().any()
     counts = {name: int((sure["component"] == component).sum()) for name, component in KINDS.items()}
+    asked = table if few else table[table["site"].isin(sure["site"])]
     best = []
     for name, component in KINDS.items():
-        rows = picked(table[table["component"] == component], 1) if (table["component"] == component).any() else None
-        if rows is not None:
-            row = reported(rows).iloc[0]
+        if (asked["component"] == component).any():
+            row = reported(picked(asked[asked["component"] == component], 1)).iloc[0]
             share = interval(row["ratio"], row["ratio_low"], row["ratio_high"])
-            best.append(f"{row['site']} among {name}s ({share} of logit_diff)")
-    lead = f"Significant in both halves are {listed(counted(count, name) for name, count in counts.items())}; the"
-    if table["low"].isna().any():
-        lead = "The"
-    return f"{lead} largest {what} is that of {listed(best)}."
+            best.append(f"{row['site']} among {name}s ({share} of the gap)")
+    lead = f"Significant in both halves are {listed(counted(count, name) for name, count in counts.items())}"
+    if not best:
+        return f"{lead}."
+    numbers = "the numbers are the confirmation half's"
+    largest = f"largest {what} on the discovery half is that of {listed(best)}; {numbers}."
+    return f"The {largest}" if few else f"{lead}. Of these, the {largest}"
 
 
 def site_rows(table: pd.DataFrame) -> list[dict]:

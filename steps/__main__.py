@@ -171,7 +171,9 @@ def execute(build: Build, step: str) -> None:
         if running.exists():
             os.replace(running, failed)
         raise BookError(f"step {step} failed: {reason(failed, log)}")
-    cut_short(running)
+    if cut_short(running):
+        found = json.loads((build.results / f"{step}.findings.json").read_text(encoding="utf-8"))
+        print(f"{step}: {found['sentences'][0]}", flush=True)
     os.replace(running, build.page(step))
 
 
@@ -193,15 +195,16 @@ def reason(failed: Path, log: str) -> str:
     return f"{last} (all that was said: {keys.shown(rest)})"
 
 
-def cut_short(path: Path) -> None:
-    """Take off what comes after the cell in which a notebook ended itself, where the model cannot do the task."""
+def cut_short(path: Path) -> bool:
+    """Take off what comes after the cell in which a notebook ended itself for want of a task; whether it did."""
     notebook = json.loads(path.read_text(encoding="utf-8"))
     for number, cell in enumerate(notebook["cells"]):
         kept = [output for output in cell.get("outputs", ()) if output.get("ename") != "SystemExit"]
         if len(kept) < len(cell.get("outputs", ())):
             cell["outputs"], notebook["cells"] = kept, notebook["cells"][: number + 1]
             path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False), encoding="utf-8")
-            return
+            return True
+    return False
 
 
 def make_book(build: Build) -> str:

@@ -17,6 +17,11 @@ PATHS = {
 }
 CONFIG = {"peft_type": "LORA", "r": 3, "lora_alpha": 12, "bias": "none", "task_type": "CAUSAL_LM", "use_dora": False}
 CONFIG |= {"target_modules": ["q_proj"], "modules_to_save": None, "rank_pattern": {}, "lora_dropout": 0.1}
+CONFIG |= {
+    "megatron_config": None,
+    "megatron_core": "megatron.core",
+    "base_model_name_or_path": "/home/me/base",
+}  # peft's
 
 
 def write(folder, model, paths, config=CONFIG, **beside):
@@ -73,6 +78,9 @@ def test_a_merged_adapter_adds_scale_times_b_a(tiny, config_file, tmp_path, name
         ({"layer_replication": [[0, 2]]}, "layer_replication = "),
         ({"something_new": 1}, "something_new = 1"),
         ({"r": None}, "has no r"),
+        ({"use_rslora": "no"}, "use_rslora = 'no' of adapter_config.json is not understood; understood is True"),
+        ({"r": "3"}, "r = '3' of adapter_config.json is no number"),
+        ({"lora_alpha": [16]}, r"lora_alpha = \[16\] of adapter_config.json is no number"),
         ({"r": 4}, r"rank 4 and \(48, 32\) do not fit"),
     ],
 )
@@ -81,7 +89,7 @@ def test_a_key_that_is_not_understood_is_refused(tiny, tmp_path, change, message
     write(tmp_path / "lora", model, PATHS["llama"][:1], CONFIG | change)
     before = model.get_submodule(PATHS["llama"][0]).weight.clone()
     with pytest.raises(ModelError, match=message):
-        adapters.merge(model, str(tmp_path / "lora"))
+        adapters.merge(model, str(tmp_path / "lora"), "a")
     assert torch.equal(before, model.get_submodule(PATHS["llama"][0]).weight)
 
 
@@ -98,7 +106,7 @@ BESIDE = {
 def test_a_tensor_that_is_not_understood_is_refused(tiny, tmp_path, name):
     write(tmp_path / "lora", tiny("llama").model, PATHS["llama"][:1], **{name: ONE})
     with pytest.raises(ModelError, match=BESIDE[name]):
-        adapters.merge(tiny("llama").model, str(tmp_path / "lora"))
+        adapters.merge(tiny("llama").model, str(tmp_path / "lora"), "a")
 
 
 def test_an_adapter_that_does_not_belong_is_refused(tiny, tiny_folder, tmp_path):
@@ -116,10 +124,21 @@ def test_an_adapter_that_does_not_belong_is_refused(tiny, tiny_folder, tmp_path)
     shutil.copy(folder / "adapter_model.safetensors", folder / "cut")
     (folder / "adapter_model.safetensors").write_bytes((folder / "cut").read_bytes()[:-9])
     with pytest.raises(ModelError, match="cannot be read"):
-        adapters.merge(tiny("gpt2").model, str(folder))
+        adapters.merge(tiny("gpt2").model, str(folder), "a")
 
 
 def test_a_weight_that_the_embeddings_share_is_not_merged(tiny, tmp_path):
     write(tmp_path / "lora", tiny("gpt2").model, ("lm_head",))
     with pytest.raises(ModelError, match="shares its weight with the embeddings"):
-        adapters.merge(tiny("gpt2").model, str(tmp_path / "lora"))
+        adapters.merge(tiny("gpt2").model, str(tmp_path / "lora"), "a")
+
+
+def test_an_adapter_of_a_hub_model_of_another_name_is_refused(tiny_folder, tiny, tmp_path):
+    for base in (f"owner/{tiny_folder.name}", "/somewhere/base"):  # a path says nothing elsewhere
+        write(tmp_path, tiny("llama").model, PATHS["llama"], CONFIG | {"base_model_name_or_path": base})
+        assert models.load(str(tiny_folder), adapter=str(tmp_path), device="cpu").name.endswith(tmp_path.name)
+    write(tmp_path, tiny("llama").model, PATHS["llama"], CONFIG | {"base_model_name_or_path": "meta-llama/Llama-2-7b"})
+    with pytest.raises(
+        ModelError, match=f"on meta-llama/Llama-2-7b, and the model here is {tiny_folder}; if the two are"
+    ):
+        models.load(str(tiny_folder), adapter=str(tmp_path), device="cpu")

@@ -127,26 +127,33 @@ def test_a_task_is_done_above_chance_and_the_profiles_own_with_enough_pairs():
     can = page.abilities(accuracy, pd.DataFrame({"pair_id": ["a", "b", "c"]}), PARAMS)
     value = "0.50 [0.25, 0.75] on 40 prompts of template `profession_both`, chance 0.20"
     assert can == {
-        "superset": {"able": True, "why": f"accuracy {value}; 3 pairs, whose quads have a gap of the right sign"},
+        "superset": {
+            "able": True,
+            "above": True,
+            "why": f"accuracy {value}; 3 pairs, whose quads have a gap of the right sign",
+        },
         "odd_one_out": {
             "able": False,
+            "above": False,
             "why": "accuracy 0.40 [0.25, 0.75] on 40 prompts of template `odd_one_out`, chance 0.20: not above chance "
             "with 90% confidence",
         },
         "one_name": {
             "able": True,
+            "above": True,
             "why": "accuracy 0.60 [0.25, 0.75] on 40 prompts of template `profession_is`, chance 0.20",
         },
     }
     few = page.abilities(accuracy, pd.DataFrame({"pair_id": ["a", "b"]}), PARAMS)["superset"]
-    assert few == {
-        "able": False,
-        "why": f"accuracy {value}; 2 pairs, whose quads have a gap of the right sign, fewer than the 3 asked for "
-        "(min_pairs)",
+    left = "fewer than the 3 asked for (min_pairs): give more people, or a smaller min_pairs"
+    why = f"accuracy {value}; 2 pairs, whose quads have a gap of the right sign, {left}"
+    assert few == {"able": False, "above": True, "why": why}
+    assert page.verdicts({"superset": few}) == {
+        "superset": f"The model can do, but has too few pairs for, `superset`: {why}."
     }
     none = page.abilities(accuracy, None, PARAMS)["superset"]
     assert none["able"] is False and none["why"].endswith(
-        "; 0 pairs, whose quads have a gap of the right sign, fewer than the 3 asked for (min_pairs)"
+        f"; 0 pairs, whose quads have a gap of the right sign, {left}"
     )
     wrong = page.abilities(accuracy.assign(above=False), pd.DataFrame({"pair_id": ["a"] * 9}), PARAMS)["superset"]
     assert wrong["able"] is False and "pairs with a gap" not in wrong["why"]

@@ -176,7 +176,7 @@ def made(tmp_path_factory):
         (results / f"{step}.findings.json").write_text(json.dumps(findings))
         (results / f"{step}.run.json").write_text(json.dumps(run))
     claim = {"claim": "It is *one* layer", "verdict": "not supported", "reason": "0.2 [0.1, 0.3] | below 0.5"}
-    claim |= {"alone": "supported", "tier": "exploratory", "check": None}
+    claim |= {"id": "one_layer", "alone": "supported", "tier": "exploratory", "check": None}
     claims = [claim, claim | {"claim": "Labels were shuffled", "tier": None, "check": "it cannot fail"}]
     (results / "claims.json").write_text(json.dumps({"claims": claims}))
     return folder
@@ -223,10 +223,10 @@ def test_landing_page(built):
     for number in (number for number, step in enumerate(STEPS) if step != "sufficiency"):
         assert f"Sentence {number} with {0.25 * number:.2f}" in words
     assert "Sufficiency: This model cannot do the task superset, so nothing was measured." in words
-    assert (
-        "claim verdict alone evidence why It is one layer not supported supported exploratory 0.2 [0.1, 0.3]" in words
-    )
-    assert "check verdict alone evidence why Labels were shuffled not supported supported 0.2 [0.1, 0.3]" in words
+    for kind, said in (("claim", "exploratory "), ("check", "")):
+        name = "It is one layer" if kind == "claim" else "Labels were shuffled"
+        row = f"one layer: {name} not supported supported {said}0.2 [0.1, 0.3]"
+        assert f"{kind} verdict alone evidence why {row}" in words
     html = (built / "index.html").read_text()
     assert html.index(f"Sentence {list(STEPS).index('story')} ") < html.index("Sentence 1 ")
     assert html.index("Sentence 1") < html.index("_images/coarse_sweep-curve.png") < html.index("Sentence 0")

@@ -181,9 +181,14 @@ def test_another_threshold_is_another_verdict_and_another_sentence(tmp_path):
     assert changed == {"one_layer", "retrieval_heads"}
     assert (plain["one_layer"].verdict, strict["one_layer"].verdict) == (SUPPORTED, NOT_SUPPORTED)
     before, after = (story.sentence(list(own.values()), found()) for own in (plain, strict))
-    assert "layer 5 alone does most of that" in before[0] and "3.0 and 1.4 retrieve the class" in before[0]
-    assert "layers 5 and 7 do that together" in after[0] and "MLPs at the tokens of each name" in after[0]
-    assert "the slice's own heads (5.3, together; the four tests of a single head are passed by 5.3)" in after[0]
+    assert (
+        "layer 5 alone brings most of the answer to the last token" in before[0]
+        and "3.0 and 1.4 retrieve the class" in before[0]
+    )
+    assert "layers 5 and 7 together bring most of" in after[0] and "MLPs at the names write directly" in after[0]
+    assert "what the slice's own heads read there reaches the last token" in after[0]
+    assert "write the class" not in after[0]
+    assert "[not supported: " in after[0] and "open" not in after[0]  # a gap says which link it is
     assert any(text.startswith("The evidence does not support that one layer is the aggregator") for text in after)
     assert not any("one layer is the aggregator" in text for text in before)
 
@@ -545,9 +550,15 @@ def test_fresh_people_decide_what_was_set_after(tmp_path, monkeypatch):
     assert "on fresh people" in page and "not supported<br>0.30 [0.25, 0.35]" in page
     assert "on fresh people" not in story.table(list(judged(tmp_path).values())).to_html()
     whole, *rest = story.sentence(entries, found())
-    assert "layers 5 and 7 do that together (0.90 [0.85, 0.95])" in whole and "layer 5 alone" not in whole
-    assert any("one layer is the aggregator (on fresh people 0.30 [0.25, 0.35]; asked" in text for text in rest)
-    both = "(0.80 [0.75, 0.85]; on fresh people 0.80 [0.75, 0.85])"
+    share = "of the recovery curve at `last`"
+    assert "together bring most of the answer to the last token (0.90 [0.85, 0.95] of it)" in whole
+    assert "layer 5 alone" not in whole
+    assert any(f"the aggregator (on fresh people 0.30 [0.25, 0.35] {share}; asked for" in text for text in rest)
+    overruled = "on this book's people it holds, also corrected; on fresh people, who decide, it does not hold"
+    assert sentences.standing(one) == overruled and f"Not supported ({overruled}): one layer" in story.not_so(
+        entries, found()
+    )
+    both = "(0.80 [0.75, 0.85] of the gap; on fresh people 0.80 [0.75, 0.85])"
     assert both in " ".join(story.outline(entries, found()))
     document = json.loads(json.dumps(story.document(entries, [], own, said)))
     jsonschema.validate(document, json.loads((ROOT / "data/claims.schema.json").read_text(encoding="utf-8")))
@@ -672,21 +683,21 @@ def test_the_circuit_in_three_sentences_by_the_verdicts(tmp_path):
     names, road, after = story.outline(entries, found())
     assert (
         names.startswith("**At the names**: MLPs there write directly most")
-        and "(mlp 0 and mlp 2 lead, all" in names
-        and "(0.60 [0.55, 0.65])" in names
+        and "(0.60 [0.55, 0.65] of it); mlp 0 and mlp 2 lead on the discovery half, all" in names
     )
     assert "heads there" not in names  # of two that answer one question, the one that is supported speaks
     assert (
         "the slice (5.3 and mlp 7) at the last token, put into the other prompt's run, brings the answer back (0.80 ["
         in road
     )
-    assert "at the last token 1 sites that were searched for keep most of logit_diff" in after
+    assert road.startswith("**From the names to the last token**:\n\n- part of") and road.count("\n- ") == 4
+    assert "at the last token 1 sites that were searched for keep most of the task when" in after
     assert (
         "of 2 heads and MLPs of 20 (1 at the names and 1 at the last token), keeps most of it when all else is" in after
     )
     # the slice carries the placebo's gap as well: that is what is said, and not that it is about supersets
     assert (
-        "the names' region travels the same road: as a whole the slice is an attribute read-out (0.80 [0.70, 0.90])"
+        "the names' region travels the same road (0.80 [0.70, 0.90] times its share of the superset gap): as a whole"
         in road
     )
     assert "little of the names' region" not in road
@@ -699,20 +710,17 @@ def test_the_circuit_in_three_sentences_by_the_verdicts(tmp_path):
     )
     what["retrieval_heads"]["written"] = [span(0.1, senders=senders, mlps="frozen") for senders in ("heads", "MLPs")]
     names = story.outline(list(judged(tmp_path, what).values()), what)[0]
-    assert "it is not supported that MLPs there" in names and "(0.10 [0.05, 0.15]; asked for: lower end" in names
+    assert "it is not supported that MLPs there" in names and "(0.10 [0.05, 0.15] of it; asked for" in names
     what["sufficiency"]["joint"] = [few(0.99, quantity="recovery"), few(0.99, quantity="damage")]
     road = story.outline(list(judged(tmp_path, what).values()), what)[1]
     alone = [entry.model_copy(update={"alone": SUPPORTED}) for entry in judged(tmp_path, what).values()]
-    assert "supported by itself, but not when all claims" in story.outline(alone, what)[0]
+    assert "not supported (it holds alone, not corrected): MLPs there" in story.outline(alone, what)[0]
     assert "not testable here: the slice (5.3 and mlp 7) at the last token, put" in road
     assert "brings the answer back (0.99; too few quads: an interval needs" in road
-    assert "tokens between (laid down in layers 4 and 5), a share that overlaps with the next (0.20 [" in road
+    assert "tokens between, laid down in layers 4 and 5 (0.20 [0.15, 0.25] of the gap; it overlaps with" in road
     assert "at the names, at the last token and on the way to it, reaches them by their values (0.70 [" in road
     what["coarse_sweep"]["between"]["fills"] = []
-    assert (
-        "at the tokens between, a share that overlaps with the next (0.20 ["
-        in story.outline([*judged(tmp_path, what).values()], what)[1]
-    )
+    assert "at the tokens between (0.20 [" in story.outline([*judged(tmp_path, what).values()], what)[1]
     unable = [entry.model_copy(update={"estimate": None}) for entry in judged(tmp_path, what).values()]
     assert "not testable here is whether the slice (5.3 and mlp 7)" in story.outline(unable, what)[1]
 
@@ -739,11 +747,13 @@ def test_what_leads_the_report_follows_the_verdicts(tmp_path):
     assert story.not_so(alone, found()) == ""
     kept = found()
     kept["story"]["everywhere"]["sets"] = {"slice": {"there": span(0.5), "alone": span(0.0)}}
-    assert "at the last token resampled the slice keeps 0.50 [0.45, 0.55]" in story.not_so(alone, kept)
+    said = story.not_so(alone, kept)
+    assert "at the last token resampled, the slice keeps 0.50 [0.45, 0.55] of what the model has" in said
+    assert said.endswith("would have given it, 0.00 [-0.05, 0.05].")
+    kept["story"]["everywhere"]["sets"]["slice"]["alone"] = span(0.0, 0.001)
+    assert "would have given it, nothing, by construction." in story.not_so(alone, kept)
     nearly = [entry.model_copy(update={"alone": SUPPORTED}) for entry in entries]
-    assert story.not_so(nearly, found()).startswith(
-        "Supported by themselves, but not among all claims: the slice is about"
-    )
+    assert story.not_so(nearly, found()).startswith("Not supported (it holds alone, not corrected): the slice is about")
 
 
 def test_the_rows_under_a_claim_are_those_that_its_number_is_made_of(tmp_path):
@@ -769,7 +779,7 @@ def test_a_read_out_carries_more_of_the_other_attribute_than_random_heads_do(tmp
         rows = [{"set": name, "group": "all pairs", "attribute": "region", "template": "profession_both"} | ends
                 for name, ends in (("the slice", own), ("random heads", random))]  # fmt: skip
         params = SimpleNamespace(template="profession_both", topic=QUESTION)
-        step = SimpleNamespace(params=params, find=lambda name: {"specific": rows})
+        step = SimpleNamespace(params=params, beside=lambda name: {"specific": rows})
         return story.beyond_random(step, {})["beyond_random"]
 
     low, high = ({"placebo_low": at, "placebo_high": at + 0.1} for at in (0.0, 0.5))
@@ -792,11 +802,27 @@ def test_parts_of_the_slice_without_a_verdict_are_not_named():
     rows = [{"site": "its heads", "attribute": "region", "verdict": None}]
     assert sentences.by_parts(rows) == ""
     rows += [{"site": "its MLPs", "attribute": "region", "verdict": "open"}]
-    assert sentences.by_parts(rows) == " (against region, the slice's MLPs by themselves are not decided)"
+    assert sentences.by_parts(rows) == " (against region, its MLPs by themselves are not decided)"
     rows = [{"choice": "kept", "direction": "denoise", "attribute": name, "verdict": "specific"} for name in "ab"]
     ends = {f"quotient_{end}": value for end, value in (("estimate", 0.3), ("low", 0.2), ("high", 0.4))}
-    said = "; against b it is specific to supersets (0.30 [0.20, 0.40] times its share of the superset gap)"
+    said = ";\n- against b it is specific to supersets (0.30 [0.20, 0.40] times its share of the superset gap)"
     assert sentences.beside_the_first([row | ends for row in rows]) == said and not sentences.beside_the_first([])
+
+
+def test_a_reason_shows_what_decides(tmp_path):
+    """Digits that keep an end of the interval off the threshold, the groups of which one decides, and the level."""
+    what = found()
+    what["coarse_sweep"]["measured"]["one_layer"] = span(0.67, 0.1709)
+    reason = judged(tmp_path, what)["one_layer"].reason
+    assert reason.startswith("0.670 [0.499, 0.841]; asked for: lower end of the interval above 0.5; were the estimate")
+    assert reason.endswith("four times in five; corrected with the other claims it takes more")
+    assert claims.estimated(claims.Numbers(0.3, 0.2, 0.4), 0.5) == "0.30 [0.20, 0.40]"
+    supersets = {row["group"] for row in found()["generality"]["classes"] if row["kind"] == "superset"}
+    assert judged(tmp_path)["general_supersets"].reason.endswith(f"; the weakest of {len(supersets)}")
+    for row in what["generality"]["classes"]:
+        row |= {} if row["group"] == min(supersets) else {"low": None, "high": None}
+    only = f"; the only one of {len(supersets)} with an interval"
+    assert judged(tmp_path, what)["general_supersets"].reason.endswith(only)
 
 
 def test_what_would_turn_a_verdict_follows_the_verdict():

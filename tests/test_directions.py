@@ -14,6 +14,7 @@ from lib import hooks, records
 from lib.hooks import Site
 from lib.single_pass import base_run
 from pipeline import params
+from report import words
 from steps.hydra import splits
 from steps.registry import PLAN
 from steps.subspace import direction_sweeps, directions, directions_page, measure
@@ -280,7 +281,11 @@ def test_the_report_recovers_what_was_put_in():
     assert moved.loc[("u", 1), "estimate"] == pytest.approx(0.5, abs=0.03)
     assert found["restores"] is True and found["layer"] == 21 and set(headline) <= set(sentences)
     text = " ".join(sentences)
-    assert "One direction suffices" in text and "Not better than random: probe, 1." in text
+    assert "For each two supersets one direction, their own, suffices" in text
+    assert f"on top in {found['leads'][0]} of the {found['leads'][1]} pairs" in text and found["leads"][1] == 60
+    shared = words.interval(*numbers.loc[("class means", 1), ["estimate", "low", "high"]])
+    assert f"One that all pairs share recovers {shared} (class means)." in headline[0]
+    assert "Not better than random: probe, 1." in text and "of logit_diff" not in text
 
 
 def test_few_quads_give_numbers_without_intervals():

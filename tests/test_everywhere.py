@@ -199,7 +199,7 @@ def test_a_circuit_over_all_tokens_is_judged_where_some_circuit_could_pass():
 def test_a_curve_that_never_reaches_the_share_and_no_circuit_are_said(measured):
     less = measured.search.assign(faithfulness=0.4)
     text = " ".join(everywhere_page.sentences(everywhere_page.numbers(measured._replace(search=less), P), P))
-    assert "keep 0.40 of logit_diff" in text and "less than the 0.8 asked for, and no more were tried" in text
+    assert "keep 0.40 of what the model has" in text and "less than the 0.8 asked for, and no more were tried" in text
     none = everywhere_page.numbers(measured._replace(search=less.head(0)), P)
     assert everywhere_page.sentences(none, P)[0].startswith("No circuit over all tokens was searched for")
     few = measured.tested[measured.tested["quad_id"].isin(["q0", "q1"])]

@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 from sklearn.metrics import roc_auc_score
 
-from lib import hooks, records
+from lib import effects, hooks, records
 from lib.hooks import Site
 from pipeline import params
 from pipeline.units import sweep_units
@@ -260,8 +260,12 @@ def test_the_best_features_are_said_with_their_prompts_and_few_quads_have_no_int
     for quads, there in ((30, 14), (80, 40)):
         found = features_page.map_table(reads(quads), PARAMS, pairs)
         said = features_page.map_sentences(reads(quads), found, PARAMS)[-1]
-        assert f"{there} prompts of {there} quads)" in said
+        assert f"{there} prompts of {there} quads; best neuron " in said
+        halves = [picks.aucs(part, "neurons") for _, part in effects.in_halves(reads(quads))]
+        best = halves[-1].loc[halves[0]["artist"].idxmax(), "artist"]
+        assert f"; best neuron {best:.2f})" in said.partition("scientist")[0]
         assert ("no interval where the superset is in fewer than 20 quads" in said) == (there < 20) == ("[" not in said)
+    assert "neuron" not in features_page.map_sentences(reads(80).drop(columns="neurons"), found, PARAMS)[-1]
 
 
 def test_too_few_quads_and_a_site_without_effect_are_said():

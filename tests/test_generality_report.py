@@ -381,6 +381,27 @@ def test_the_primary_scoring_is_named_and_so_is_how_many_others_agree():
     assert controls_page.agreeing(unsure.head(1)) == "no other scoring was made"
 
 
+def test_a_scoring_that_is_blind_to_the_slices_own_heads_does_not_count():
+    """By its margin even what the slice's heads do is silence; random heads are held against these heads."""
+    frame, prompts, grid = made_controls(np.zeros(5))
+    rows = controls_page.with_controls(frame, prompts, grid)
+    candidates, verdicts = controls_page.scored(rows, SUPERSETS, PARAMS)
+    heads = (verdicts["control"] == "slice's heads") & (verdicts["scoring"] == "raw")
+    every = verdicts.assign(verdict=verdicts["verdict"].mask(heads, "silent"))
+    said = controls_page.sentences(every, candidates, controls_page.leaders(rows, PARAMS), 0.2)
+    raw = verdicts[heads].iloc[0]
+    assert said[1] == (
+        "Raw under `mean` is counted as another scoring for random heads alone: there the slice takes "
+        f"{raw['fall']:.2f} logits from the ordinary answer, and by a margin of 20% of that its own heads are silent."
+    )
+    (things,) = (text for text in said if text.startswith("Control things"))
+    assert things.endswith("no other scoring was made.")
+    (random,) = (text for text in said if text.startswith("Control random heads"))
+    assert "of 1 other scoring 1 agrees (raw under `mean` silent)" in random
+    power = verdicts.set_index("control").loc["things", "power"].iloc[0]
+    assert f"(were there nothing, silence would have been shown with probability {power:.2f})" in things
+
+
 def test_too_few_prompts_decide_nothing():
     frame, prompts, grid = made_controls(np.zeros(5), prompts=6)
     _, verdicts = controls_page.scored(controls_page.with_controls(frame, prompts, grid), SUPERSETS, PARAMS)
@@ -447,10 +468,20 @@ def test_pairs_before_any_selection_stand_beside_the_ends():
     ) in page.group_sentences(pd.DataFrame(rows), "t")
 
 
-STEP = SimpleNamespace(params=PARAMS, record={})
+EARLIER = {"ablation": "resample", "estimate": 0.9, "low": 0.8, "high": 1.0, "pairs": 3, "quads": 2}
+STEP = SimpleNamespace(params=PARAMS, record={}, find={"hydra": {"needed": [EARLIER]}}.get)
 COUNTED = {"template": "profession_both", "possible": 9, "aligned": 9, "asked": 9, "left": 8, "quads": 4, "why": ""}
 NONE_LEFT = {"template": "both_famous", "aligned": 0, "asked": 0, "left": 0, "quads": 0, "why": "tokens differ"}
 MEASURED = SimpleNamespace(counts=[COUNTED, COUNTED | NONE_LEFT], judge="resample")
+
+
+def test_a_circuit_that_is_the_slice_itself_is_said_to_be_no_second_test():
+    both = {"size": 9, "quantity": "recovery", "estimate": 0.8, "low": 0.7, "high": 0.9}
+    rows = [both | {"kind": kind, "superset": name, "overlap": overlap}
+            for kind in ("without", "only") for name, overlap in (("athlete", 1.0), ("writer", 0.8))]  # fmt: skip
+    *_, alike, own = page.circuit_sentences(pd.DataFrame(rows))
+    assert alike.startswith("Picked without athlete, the circuit is the slice itself (overlap 1.00)")
+    assert own.endswith("0.80 (writer, 9 sites) to 1.00 (athlete, 9 sites, the slice itself).")
 
 
 def made_tables(quads: int) -> page.Tables:
@@ -498,6 +529,8 @@ def test_every_sentence_is_made_and_every_figure_drawn_however_little_there_is(q
         found["verdict"]
     ] in text
     assert ("cannot be tested here. No interval of damage" in text) == (quads == 1)
+    assert "Page 05 has 0.90 [0.80, 1.00], over 3 pairs of 2 quads: fewer or other pairs" in text
+    assert "Page 05" not in " ".join(page.needed_sentences(tables.groups, "mean", {"needed": [EARLIER]}))
     lowest = tables.groups.query("kind == 'superset' and quantity == 'recovery'").sort_values("estimate").iloc[0]
     assert f"By superset, joint recovery runs from {of_row(lowest)} ({lowest['group']}) to " in text
     assert "Without artist, scientist, athlete, politician and writer no circuit could be picked" in text

@@ -13,6 +13,7 @@ from lib import effects, hooks, models, records, single_pass, sweep
 from lib.hooks import Site
 from pipeline import params
 from report import plots
+from report.words import interval
 from steps.hydra import measure, page, splits
 from steps.registry import PLAN
 
@@ -239,7 +240,10 @@ def test_a_planted_backup_is_found_and_confirmed(planted):
     once = measure.Round(sites, frame, table, tests)
     text = " ".join(page.backup_sentences([once], P))
     assert "mlp 2 passes both tests of a backup" in text and "it stands in for the slice" in text
-    assert page.ending([once], P).startswith("Backups by both tests: mlp 2; ")
+    rise = interval(first["rise"], first["rise_low"], first["rise_high"], 3)
+    assert page.ending([once], P).startswith(
+        f"Backups by both tests: mlp 2 (its direct effect rises by {rise} logits); "
+    )
     shown = page.tests_table([once, once])
     assert shown["round"].tolist() == [0] * len(tests) + [1] * len(tests)
     assert shown["backup"].iloc[0] and shown["once the slice is gone"].iloc[0].startswith(
@@ -286,8 +290,8 @@ def test_a_table_without_repair_is_reported_as_unique_with_its_bound():
     assert head["share"] == pytest.approx(head["logits"] / 2, rel=0.1)
     text = page.ending([once], P)
     assert text.startswith(
-        "No backup was found at the last token, but the search could have missed a head whose direct effect rises by "
-        f"up to {head['logits']:.2f} logits ("
+        "No site at the last token passes both tests of a backup. The search could have missed a head whose direct "
+        f"effect rises by up to {head['logits']:.2f} logits ("
     )
     assert "0 of 3 later sites rises" in page.backup_sentences([once], P)[0]
 
@@ -415,7 +419,8 @@ def test_what_the_figures_show():
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["joint damage (logits)", "compensation ratio"]
     rise, sure, layers = page.rise_map(table, 3, P)
     assert layers == [5] and rise.shape == (1, 3) and np.isnan(rise[0, 2]) and sure[0, :2].tolist() == [0, 1]
-    assert page.leading(table, 2)["site"].tolist() == ["5.1", "5.1", "mlp 5", "mlp 5"]
+    assert page.leading(table, 2, P)["site"].tolist() == ["5.1 *", "5.1 *", "mlp 5", "mlp 5"]
+    assert page.leading(table, 1, P)["site"].tolist() == ["5.1 *"] * 2, "what rises comes before a larger change"
 
 
 def test_necessity_is_a_share_of_what_the_ablation_can_take_away(tiny):
@@ -459,6 +464,7 @@ def test_the_first_class_neutral_ablation_judges_the_slice():
     assert taken["judges"].to_dict() == {"mean": False, "resample": True, "counterfactual": False}
     said = page.necessity_sentences(taken.reset_index())
     assert "0.50 [0.50, 0.50] under `resample` (0.20 [0.20, 0.20] of 0.40 [0.40, 0.40] of the gap)" in said[0]
+    assert "This is over 24 pairs of 24 quads; page 07 gives it over its own pairs" in said[0]
     assert "0.60 [0.60, 0.60] under `mean`" in said[1] and "`resample`" not in said[1]
     alone = page.necessity(needed({"counterfactual": 0.9}, {"counterfactual": 1.0}), P)
     assert not alone["judges"].any() and "is not testable" in page.necessity_sentences(alone)[0]

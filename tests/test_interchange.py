@@ -186,7 +186,12 @@ def test_a_model_that_adds_evidence_is_right_and_one_that_does_not_move_is_right
     assert gains.loc[(interchange.MEANS, interchange_page.NOTHING), "estimate"] == pytest.approx(0.5)
     assert gains.loc[(interchange.RANDOM, interchange_page.NOTHING), "estimate"] == 0
     text = " ".join(interchange_page.sentences(n))
-    assert "With nothing swapped that answer comes in 0.50" in text and "not shown: random, equal norm" in text
+    assert "With nothing swapped that answer comes in 24 of 48 cases of 24 quads" in text
+    assert "not shown: random, equal norm" in text and "single draw" not in text
+    lucky = n.gains.assign(low=n.gains["low"].mask(n.gains["basis"] == interchange.RANDOM, 0.01))
+    assert "The random subspace is a single draw" in interchange_page.gain_words(lucky)
+    still = interchange_page.table(n).xs("nothing swapped", level="what")
+    assert not still.apply(lambda column: column.str.contains("[", regex=False)).any(axis=None)
     assert "after layer 3" in text and "nan" not in text
     interchange_page.figure(n)._repr_mimebundle_()
     assert interchange_page.table(n).shape == (8, 4)

@@ -122,7 +122,7 @@ EDITS = {
     "plots": (lambda house: append(house / "report/plots.py", "\nCOLOUR = 1\n"), NONE, set(STEPS)),
     "how a notebook begins": (lambda house: append(house / "steps/registry.py", "\nEXTRA = 1\n"), NONE, set(STEPS)),
     "a sentence of one step": (
-        lambda house: edit(house / "steps/necessity/page.py", "lead.", "go first."),
+        lambda house: edit(house / "steps/necessity/page.py", "in that order", "so ordered"),
         NONE,
         {"necessity"},
     ),
@@ -260,8 +260,23 @@ def test_findings_of_another_model_are_not_read(house):
     assert keys.find_findings("baselines", own)["able"]["superset"]["able"] is True
     other = own.model_copy(update={"model": "./other", "model_sha256": None})
     assert keys.find_findings("baselines", other) is None
-    with pytest.raises(ParameterError, match=r"results/smoke has none of model ./other and task superset"):
+    with pytest.raises(ParameterError, match=r"results/smoke has none of model ./other as it is now and task superset"):
         keys.find_pairs("necessity", other)
+
+
+def test_what_was_found_of_a_folder_does_not_count_once_the_folder_is_another(house, tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"weights")
+    own = params.validate(PLAN.sections, "baselines", params.load_profile("smoke"))
+    own = own.model_copy(update={"model": str(folder), "model_sha256": None})
+    found = {"able": {"superset": {"able": True, "why": "yes"}}, "about": keys.about(own)}
+    place = keys.results_folder(own) / "baselines.findings.json"
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.write_text(json.dumps(found), encoding="utf-8")
+    assert keys.find_findings("baselines", own) == found
+    (folder / "model.safetensors").write_bytes(b"others!")
+    assert keys.find_findings("baselines", own) is None
 
 
 def test_a_task_the_model_cannot_do_needs_no_pairs(house):
@@ -282,6 +297,21 @@ def test_own_pairs_are_known_by_their_contents(house):
     assert both("necessity", pairs_file="yours.csv") != before
     with pytest.raises(ParameterError, match="there is no file 'mine.csv'"):
         both("necessity", pairs_file="mine.csv")
+
+
+def test_a_folders_config_and_tokenizer_are_in_the_key_though_a_sha256_is_given(house):
+    folder = house / "own"
+    folder.mkdir()
+    files = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+    for name in files:
+        (folder / name).write_text("1")
+    own = params.validate(PLAN.sections, "necessity", {"model": "./own", "model_sha256": "0" * 64})
+    made = {keys.hash_json(keys.weights(own))}
+    for name in files:
+        edit(folder / name, "1", "2")
+        made.add(keys.hash_json(keys.weights(own)))
+    assert len(made) == 1 + len(files)
+    assert keys.model_contents("package:no.such/a.gguf") is None  # loading says what is missing
 
 
 def test_a_local_models_weights_are_known_by_their_contents(house):

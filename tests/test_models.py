@@ -15,10 +15,10 @@ import tokenizers
 import torch
 import transformers
 from accelerate.utils import OffloadedWeightsLoader
-from conftest import CONFIGS, SMOLLM, TINY
+from conftest import CONFIGS, MORE, SMOLLM, TINY
 from huggingface_hub.errors import GatedRepoError
 
-from lib import batches, hooks, models, single_pass, sweep, weights
+from lib import batches, hooks, models, single_pass, sweep, tasks, weights
 from lib.hooks import Site
 from pipeline import population
 
@@ -70,10 +70,11 @@ def converter(monkeypatch, tiny_folder, fail=False):
             if "gguf_file" not in options:
                 return real(folder, **options)
             calls.append(part.__name__)
-            nothing = dict.fromkeys(("missing_keys", "unexpected_keys", "mismatched_keys"), ())
-            return (part(), nothing) if "output_loading_info" in options else part()
+            return (part(), {}) if "output_loading_info" in options else part()
 
         monkeypatch.setattr(getattr(transformers, name), "from_pretrained", read)
+    for check in ("check_loaded", "check_gguf"):
+        monkeypatch.setattr(weights, check, lambda *_: None)
     return calls
 
 
@@ -289,12 +290,55 @@ def test_the_sha256_of_a_folder_is_checked(tiny_folder):
 
 def test_a_sha256_that_cannot_be_checked_is_refused(tmp_path, tiny_folder):
     spec = write_config(tmp_path, **CONFIGS["llama"])
-    several = tmp_path / "several"
-    shutil.copytree(tiny_folder, several)
-    shutil.copy(several / "model.safetensors", several / "model-2.safetensors")
-    for name in (spec, str(several), "nobody/absent"):
+    for name in (spec, sharded(tiny_folder, tmp_path / "several"), "nobody/absent"):
         with pytest.raises(models.ModelError, match="only the SHA-256 of a single local weights file is checked"):
             models.load(name, sha256="0" * 64, device="cpu")
+
+
+def sharded(folder, target):
+    """A copy of a model's folder with its weights in two files and an index."""
+    shutil.copytree(folder, target)
+    tensors, names = list(safetensors.torch.load_file(target / "model.safetensors").items()), {}
+    (target / "model.safetensors").unlink()
+    for file, part in zip(SHARDS, (dict(tensors[:10]), dict(tensors[10:])), strict=True):
+        safetensors.torch.save_file(part, target / file, {"format": "pt"})
+        names |= dict.fromkeys(part, file)
+    (target / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    return str(target)
+
+
+SHARDS, INDEX = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"), "model.safetensors.index.json"
+
+
+def test_weights_in_several_files_are_all_read_and_no_file_is_passed_over(tiny_folder, tmp_path):
+    folder = sharded(tiny_folder, tmp_path / "several")
+    whole, parts = (models.load(each, device="cpu") for each in (str(tiny_folder), folder))
+    theirs = whole.model.state_dict()
+    assert all(torch.equal(value, theirs[name]) for name, value in parts.model.state_dict().items())
+    shutil.copy(tiny_folder / "model.safetensors", tmp_path / "several" / "more.safetensors")
+    for beside, left in ((None, "more.safetensors"), ("model.safetensors", SHARDS[0])):
+        if beside:
+            (tmp_path / "several" / "more.safetensors").rename(tmp_path / "several" / beside)
+        with pytest.raises(models.ModelError, match=f"{left} would not be read: .*; take it out of the folder"):
+            models.load(folder, device="cpu")
+    (tmp_path / "several" / "model.safetensors").unlink()
+    (tmp_path / "several" / SHARDS[0]).unlink()
+    with pytest.raises(models.ModelError, match=f"could not be loaded: .*{SHARDS[0]}"):
+        models.load(folder, device="cpu")
+    (tmp_path / "several" / INDEX).write_text("{}")
+    with pytest.raises(models.ModelError, match="could not be loaded: KeyError: 'weight_map'"):
+        models.load(folder, device="cpu")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_weights_of_another_dtype_are_cast_exactly(tiny_folder, tmp_path, dtype):
+    shutil.copytree(tiny_folder, tmp_path / "half")
+    tensors = safetensors.torch.load_file(tmp_path / "half" / "model.safetensors")
+    half = {name: value.to(models.DTYPES[dtype]) for name, value in tensors.items()}
+    safetensors.torch.save_file(half, tmp_path / "half" / "model.safetensors", {"format": "pt"})
+    found = models.load(str(tmp_path / "half"), device="cpu").model.state_dict()
+    assert all(torch.equal(found[name], value.float()) for name, value in half.items())
+    assert models.load(str(tmp_path / "half"), device="cpu", dtype=dtype).dtype == models.DTYPES[dtype]
 
 
 def copied(folder, target, **changes):
@@ -342,6 +386,66 @@ def test_tied_weights_and_buffers_are_not_missing(tiny_folder, tiny, tmp_path):
     assert models.load(str(old), device="cpu").n_layers == 3
 
 
+def test_a_config_that_ties_embeddings_over_weights_that_differ_is_refused(tiny_folder, tmp_path):
+    tied = copied(tiny_folder, tmp_path / "tied", tie_word_embeddings=True)
+    with pytest.raises(models.ModelError, match=r"1 unlike what tie_word_embeddings ties them to \(lm_head.weight\)"):
+        models.load(tied, device="cpu")
+    tensors = safetensors.torch.load_file(tmp_path / "tied" / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    safetensors.torch.save_file(tensors, tmp_path / "tied" / "model.safetensors", {"format": "pt"})
+    model = models.load(tied, device="cpu")
+    assert model.unembed.weight is model.model.get_input_embeddings().weight
+
+
+def test_weights_that_are_quantised_already_are_refused(tiny_folder, tmp_path):
+    packed = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    with pytest.raises(
+        models.ModelError, match="quantised already, by bitsandbytes; give those that they were made of"
+    ):
+        models.load(copied(tiny_folder, tmp_path / "packed", quantization_config=packed), device="cpu")
+
+
+def test_weights_that_are_not_finite_are_refused(tiny_folder, tmp_path):
+    shutil.copytree(tiny_folder, tmp_path / "nan")
+    tensors = safetensors.torch.load_file(tmp_path / "nan" / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
+    safetensors.torch.save_file(tensors, tmp_path / "nan" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        models.ModelError, match="the logits of a prompt are not finite in torch.float32: damaged weights"
+    ):
+        models.load(str(tmp_path / "nan"), device="cpu")
+
+
+ODD = {
+    "no layers": ("llama", {"num_hidden_layers": 0}, "has no blocks: its config has num_hidden_layers 0"),
+    "heads that do not divide": ("llama", {"num_attention_heads": 5}, "could not be loaded"),
+    "text for a number": ("llama", {"hidden_size": "wide"}, "could not be loaded: StrictDataclassField.*: TypeError"),
+    "fewer places than the proof takes": ("gpt2", {"n_positions": 4}, "could not be loaded: IndexError"),
+    "padding that is no token": ("phi3", {"pad_token_id": 32000}, "could not be loaded: AssertionError"),
+    "both directions": ("gemma3", {"use_bidirectional_attention": True}, "attends in both directions"),
+}
+
+
+@pytest.mark.parametrize("name", list(ODD))
+def test_a_config_that_makes_no_model_is_one_sentence(tmp_path, name):
+    kind, change, message = ODD[name]
+    with pytest.raises(models.ModelError, match=message) as error:
+        models.load(write_config(tmp_path, **(CONFIGS | MORE)[kind] | change), device="cpu")
+    assert "\n" not in str(error.value)
+    with pytest.raises(models.ModelError, match="config.json' is a file: give the folder with its config, weights and"):
+        models.load(str(tmp_path / "config.json"))
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2", "gpt2", "granite"])
+def test_a_folder_without_a_tokenizer_is_refused_unless_one_is_named(tiny, tiny_folder, tmp_path, kind):
+    tiny(kind, "float32").model.save_pretrained(tmp_path)
+    for load in (models.load, models.tokenizer):
+        with pytest.raises(models.ModelError, match="has no tokenizer; name the model whose it takes as tokenizer$"):
+            load(str(tmp_path))
+    model = models.load(str(tmp_path), tokenizer=str(tiny_folder), device="cpu")
+    assert model.tokenizer.encode("w3 w4") == [3, 4] and model.tokenizer.model_max_length == 64
+
+
 def test_a_gguf_file_of_ones_own_is_the_packages(package, tiny_folder, monkeypatch):
     converter(monkeypatch, tiny_folder)
     path = weights.package_file(package)
@@ -366,6 +470,28 @@ def test_a_config_may_have_the_tokenizer_of_another_model(tiny_folder, tmp_path)
         models.load(write_config(tmp_path, **CONFIGS["llama"] | {"vocab_size": 90}), tokenizer=str(tiny_folder))
     with pytest.raises(models.ModelError, match="has no tokenizer; name the model whose it takes as tokenizer"):
         models.tokenizer(spec)
+    # the prompts are as long as this model reads, not the tokenizer's own
+    assert model.tokenizer.model_max_length == models.tokenizer(str(tiny_folder), reader=spec).model_max_length == 64
+    with pytest.raises(ValueError, match="the prompt has 65 tokens, and the model reads 64"):
+        tasks.encoded(model.tokenizer, "w3 " * 65)
+
+
+@pytest.mark.parametrize("rows,added,special", [(101, 1, True), (101, 1, False), (1125, 0, False), (1126, 0, False)])
+def test_a_tokenizer_has_the_models_tokens(tiny_folder, tmp_path, rows, added, special):
+    """More only where no prompt can hold them, and hardly fewer."""
+    folder, config = tmp_path / "own", transformers.AutoConfig.from_pretrained(tiny_folder)
+    config.vocab_size = rows
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    words = transformers.AutoTokenizer.from_pretrained(tiny_folder)
+    words.add_tokens([tokenizers.AddedToken(f"<{at}>", special=special) for at in range(added)])
+    words.save_pretrained(folder)
+    if special or rows == 1125:
+        assert models.load(str(folder), device="cpu").tokenizer.encode("w3 w4") == [3, 4]
+    else:
+        with pytest.raises(
+            models.ModelError, match=f"has {rows} tokens, and the tokenizer of .* {101 + added}: the two do"
+        ):
+            models.load(str(folder), device="cpu")
 
 
 def test_a_model_whose_tokenizer_appends_a_token_is_refused(tiny_folder, tmp_path):

@@ -247,11 +247,21 @@ def test_shares_of_the_mlps_effect_and_whether_a_few_carry_it():
         assert shown[key] == pytest.approx(value, abs=0.03)
     helping = carried[(carried["kind"] == "helping") & (carried["n_sites"] == 2)]
     assert helping["above_random"].between(1.2, 1.3).all() and carried["mlps"].between(1.9, 2.1).all()
-    assert "2 neurons carry more than half" in neurons_page.few(carried)
+    picking = neurons_page.discovery_shares(table, SETS, P)
+    said = neurons_page.few(picking, carried)
+    assert "On the discovery half 2 neurons are the fewest, of the numbers tried (1 and 2)" in said
+    two = helping.set_index("quantity")[["estimate", "low", "high"]]
+    each = " and ".join(f"{words.interval(*two.loc[way])} of the {way}" for way in ("damage", "recovery"))
+    assert f"On the confirmation half they make up {each}, more than half there, too" in said
     small = neurons_page.shares(replaced(SETS, COST | {("helping", 2): 0.9}), SETS, P)
-    assert "is not supported: the 2 that help" in neurons_page.few(small)
+    assert "not shown to be more than half" in neurons_page.few(picking, small)  # no other size is tried in its place
+    assert "no number of them that was tried (1 and 2)" in neurons_page.few(small, carried)
     random = neurons_page.shares(replaced(SETS, COST | {("random", 2): 1.6}), SETS, P)
-    assert "is not supported" in neurons_page.few(random)
+    assert "is not supported" in neurons_page.few(random, random)
+    first = table["half"] == HALVES[0]
+    table.loc[first, "logit_diff_after"] *= 0.5  # of one half alone
+    assert neurons_page.shares(table, SETS, P).equals(carried)
+    assert not neurons_page.discovery_shares(table, SETS, P).equals(picking)
     text = neurons_page.share_sentence(carried, "damage")
     damage = carried[carried["quantity"] == "damage"].set_index(["kind", "n_sites"])
     first, second = (
@@ -297,7 +307,10 @@ def test_top_neurons_are_significant_in_both_halves_with_one_sign():
     assert list(tables) == ["counterfactual", "mean", "clean"] and all(len(own) == 6 for own in tables.values())
     assert neurons_page.significant(tables["clean"], P).to_dict() == {"neuron 1.0": 1.0, "neuron 1.1": -1.0}
     text, _ = neurons_page.top_sentences(tables, table, P)
-    assert "neuron 1.0 (0.5" in text[0] and "1 that help and 1 that oppose the answer under the mean" in text[1]
+    assert "neuron 1.0 (0.5" in text[0] and "1 that helps and 1 that opposes under the mean" in text[1]
+    assert "logit_diff falls by" in text[0] and "negative: it rises" in text[0]
+    assert "neuron 1.2 (-0.5" in text[0], "its corrupt value raises logit_diff"
+    assert neurons_page.both_ways(pd.Series(dtype=float)) == "none"
 
 
 def classes_of(areas: np.ndarray, weights: np.ndarray, n: int = 40) -> pd.DataFrame:
@@ -327,6 +340,13 @@ def test_selective_neurons_and_what_they_promote():
     other_side = table.copy()
     other_side.loc[(table["half"] == "confirmation") & (table["head"] == 4), "auc"] = 0.1
     assert neurons_page.selective(other_side, P).set_index("head")["selective"].sum() == 1
+    fewer = table[(table["half"] == "discovery") | (table["superset"] != "athlete")]
+    assert set(neurons_page.selective(fewer, P)["superset"]) == {"artist", "writer"}, "what both halves have"
+    none = table[(table["half"] == "discovery") == (table["superset"] == "athlete")]
+    assert neurons_page.selective(none, P).empty
+    words = pd.DataFrame({"writes most on": ["x"]}, index=["neuron 1.4"])
+    said = neurons_page.card_sentence(neurons_page.selective(none, P), words, pd.DataFrame(), str)
+    assert said.startswith("No superset is in both halves")
     chosen = pd.DataFrame({"layer": 1, "head": [4], "site": ["neuron 1.4"]})
     direct = neurons_page.direct_by_class(table, chosen)
     assert direct.loc["neuron 1.4", "athlete"] == pytest.approx(0.4 * 0.5)

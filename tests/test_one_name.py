@@ -43,11 +43,11 @@ def test_a_label_that_is_a_candidate_is_not_scored(smollm_tokenizer):
 
 
 def test_one_superset_per_profession(people):
-    found = one_name.superset_by_profession(people)
+    found = population.superset_by_profession(people)
     assert tuple(found) == QUESTION.labels and found["poet"] == "writer"
     twice = pd.DataFrame({"profession": ["poet", "poet"], "superset": ["writer", "artist"]})
     with pytest.raises(ValueError, match="'poet' stands under the supersets writer, artist"):
-        one_name.superset_by_profession(twice)
+        population.superset_by_profession(twice)
 
 
 def test_people_are_drawn_evenly(people):
@@ -73,7 +73,7 @@ def biased(monkeypatch, smollm_tokenizer):
     """A model that knows everybody, by one logit, but likes two words ten times as much."""
 
     def make(people: pd.DataFrame, template: tasks.Template) -> SimpleNamespace:
-        of = one_name.superset_by_profession(people)
+        of = population.superset_by_profession(people)
         labels = one_name.labels_of(smollm_tokenizer, template, of, [template.form])
         asked = iter(people.itertuples())
 
@@ -102,7 +102,7 @@ PEOPLE = pd.DataFrame(
 
 def test_centring_takes_a_preference_for_words_away(biased):
     """Raw scores follow the liked words; centred ones follow the people."""
-    of = one_name.superset_by_profession(PEOPLE)
+    of = population.superset_by_profession(PEOPLE)
     frame = one_name.probe(biased(PEOPLE, IS), PEOPLE, [IS], of)
     records.conform(frame, one_name.PROBES)
     assert frame.superset_right.tolist() == [0, 0, 0, 0, 1, 1]
@@ -124,7 +124,7 @@ def test_centring_takes_a_preference_for_words_away(biased):
 
 
 def test_after_an_article_only_what_can_follow_is_scored(biased):
-    of = one_name.superset_by_profession(PEOPLE)
+    of = population.superset_by_profession(PEOPLE)
     frame = one_name.probe(biased(PEOPLE, IS_A), PEOPLE, [IS_A], of).set_index("name")
     records.conform(frame.reset_index(), one_name.PROBES)
     assert frame.superset_right.isna().tolist() == [False] * 4 + [True] * 2  # artists
@@ -137,7 +137,7 @@ def test_after_an_article_only_what_can_follow_is_scored(biased):
 def test_probe_reads_the_model(smollm, people):
     """Logits and rights of the real model, recomputed from a plain pass."""
     own = one_name.draw_people(people, 10)
-    of = one_name.superset_by_profession(people)
+    of = population.superset_by_profession(people)
     frame = one_name.probe(smollm, own, [IS, IS_A], of)
     assert len(records.conform(frame, one_name.PROBES)) == 20
     last = frame.iloc[13]

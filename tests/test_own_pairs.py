@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from lib import data, models, tasks
+from lib import data, models, tables, tasks
 from pipeline import params
 from pipeline import step as steps
 from pipeline.params import ParameterError
@@ -167,6 +167,14 @@ BAD = {
     "an empty answer": (lines(ONE.replace(",scientist", ",")), "line 2: corrupt_answer '' is unknown"),
     "equal answers": (lines(ONE.replace("scientist", "artist")), "line 2: answer and corrupt_answer are both 'artist'"),
     "the same pair twice": (lines(ONE, "", TWO, ONE), "line 5: the same pair as line 2"),
+    "a person twice in a prompt": (
+        lines(",".join([ONE.split(",")[0], *ONE.split(",")[:1], *ONE.split(",")[2:]])),
+        "line 2: clean: 'Brad Pitt' stands there twice",
+    ),
+    "one pair with two answers": (
+        lines(ONE, ONE.replace("scientist", "writer", 1)),
+        "line 3: the same names as line 2, with other answers",
+    ),
     "an id twice": (lines(ONE + ",p", TWO + ",p", header=HEADER + ",pair_id"), "line 3: pair_id 'p' is that of line 2"),
     "an id that is given by number": (lines(ONE + ",p0001", TWO + ",", header=HEADER + ",pair_id"), "line 3: pair_id"),
     "an empty quad_id": (lines(ONE + ",q", TWO + ",", header=HEADER + ",quad_id"), "line 3: quad_id '' is empty"),
@@ -253,7 +261,7 @@ def test_many_rows_are_read_in_seconds_and_many_faults_are_cut(tmp_path):
     table, faults = data.read_pairs_file(tmp_path / "mine.csv")
     assert time.process_time() - began < 5
     assert len(table) == 10_000 and len(faults) == 1000 and 2 in faults and table.index[0] == 2
-    assert data.unusable("x", table, faults).endswith("\n  and 500 more")
+    assert tables.unusable("x", table, faults).endswith("\n  and 500 more")
 
 
 # --- what the parameters say holds

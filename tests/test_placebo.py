@@ -271,6 +271,7 @@ def test_the_slice_is_judged_by_its_quotient_on_kept_pairs(share, verdict, words
     )
     assert moved["region", "whole vocabulary"] == pytest.approx(share)
     assert placebo_page.figure(m) is not None and len(placebo_page.table(m, params)) == 5
+    assert placebo_page.table(m, params)["verdict"].iloc[0] == {"general": "not specific"}.get(verdict, verdict)
     shown = placebo_page.table(m, params).set_index("site").loc["21.6"]
     part = m.parts.iloc[0]
     assert part["beyond_estimate"] == pytest.approx(part["placebo_estimate"] - 0.5 * part["estimate"])

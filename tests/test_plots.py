@@ -134,10 +134,15 @@ def test_answer_and_foil_are_apart():
 
 
 def test_accuracy_bars_with_chance():
-    (axes,) = plots.accuracy_bars(intervals([0.9, 0.7], superset=["artist", "writer"]), 0.2).axes
-    assert [bar.get_height() for bar in axes.patches] == [0.9, 0.7]
-    assert any(set(line.get_ydata()) == {0.2} for line in axes.lines)
-    assert [text.get_text() for text in axes.figure.legends[0].get_texts()] == ["chance (0.2)"]
+    """Each bar has the chance of its own task, and one that has none has no line."""
+    frame = intervals([0.9, 0.7, 0.4], task=["superset", "odd_one_out", "superset"], chance=[0.2, 1 / 3, np.nan])
+    (axes,) = plots.accuracy_bars(frame, "task", by="task").axes
+    assert [bar.get_height() for bar in axes.patches] == [0.9, 0.4, 0.7]
+    lines = [line for c in axes.collections if isinstance(c, LineCollection) for line in c.get_segments()]
+    level = {round(float(line[0, 1]), 3): line[:, 0] for line in lines if len(line) and line[0, 1] == line[1, 1]}
+    assert {*level} == {0.2, 0.333}
+    assert level[0.2].max() < 0.5 < level[0.333].min(), "each over its own bar"
+    assert [text.get_text() for text in axes.figure.legends[0].get_texts()] == ["chance", "superset", "odd_one_out"]
 
 
 def test_fame_match():
@@ -186,7 +191,7 @@ def test_save_writes_the_same_bytes(tmp_path):
 
 def test_a_figure_shows_itself_and_leaves_no_state():
     before = dict(matplotlib.rcParams)
-    figure = plots.accuracy_bars(intervals([0.9], superset=["artist"]), 0.2)
+    figure = plots.accuracy_bars(intervals([0.9], superset=["artist"], chance=[0.2]))
     assert set(figure._repr_mimebundle_()) == {"image/png", "text/plain"}
     assert dict(matplotlib.rcParams) == before
 

@@ -181,17 +181,24 @@ def test_low_rank_can_be_found_and_can_fail(rank, low, tiny):
     means = probes.spectrum(model, x[0], one)
     means = means.fillna({"permutation": -1}).assign(kind="pair", target="superset", position="last", layer=3)
     frame = frame[frame["kind"] == "pair"]
-    verdict = probes_page.verdicts(probes_page.rank_table(frame, P), probes_page.spectra(means)).iloc[0]
+    ranks = probes_page.rank_table(frame, P)
+    verdict = probes_page.verdicts(ranks, probes_page.spectra(means)).iloc[0]
     assert bool(verdict["low rank"]) is low and verdict["cap"] == 4
     assert verdict["rank needed"] == 1 if low else verdict["rank needed"] > 2
-    said = probes_page.rank_sentence(verdict)
-    assert ("is of low rank" in said) is low and ("is not of low rank" in said) is not low
+    said = probes_page.rank_sentence(verdict, ranks)
+    needed = int(verdict["rank needed"])
+    assert "of the ranks tried (1, 2 and 4), " in said and f"{needed} is the first that keeps 90%" in said
+    mark = verdict["chance"] + 0.9 * (verdict["accuracy"] - verdict["chance"])
+    lower = ranks[(ranks["labels"] == "true") & (ranks["rank"] < needed) & (ranks["high"] >= mark)]
+    assert ("by their intervals, may" in said) == bool(len(lower)) and "low rank" not in said
+    wide = ranks.assign(high=1.0)
+    assert ("by their intervals, may 1" in probes_page.rank_sentence(verdict, wide)) is not low
     ends = probes_page.ends(means, ("pair", "superset", "last"), 3)
     assert sum(own["share"] for own in ends) == pytest.approx(1) and (ends[0]["share"] > 0.9) is low
     nothing = activations(np.random.default_rng(1).permutation(one.codes[0]), rank, width=32)
     frame = tabled(pairs, pairs, nothing, nothing, ranks=(1, 2))
     verdict = probes_page.verdicts(probes_page.rank_table(frame, P), probes_page.spectra(means)).iloc[0]
-    assert verdict["low rank"] is None and "not decided" in probes_page.rank_sentence(verdict)
+    assert verdict["low rank"] is None and "not decided" in probes_page.rank_sentence(verdict, ranks)
 
 
 class Words:
@@ -287,10 +294,12 @@ def test_clusters_follow_supersets_only_if_they_do():
     grouped = pd.DataFrame(centres + rng.normal(size=(12, 3)), index=professions)
     found = probes_page.clusters(grouped, superset_of, 500, 0)
     assert (
-        found["rand"] == 1 and found["p"] < 0.01 and "follow the supersets" in probes_page.cluster_sentence(found, "x")
+        found["rand"] == 1
+        and found["p"] < 0.01
+        and "They agree with the supersets more than chance" in probes_page.cluster_sentence(found, "x")
     )
     mixed = probes_page.clusters(grouped.set_axis(rng.permutation(professions)), superset_of, 500, 0)
-    assert mixed["p"] > 0.05 and "not shown to follow" in probes_page.cluster_sentence(mixed, "x")
+    assert mixed["p"] > 0.05 and "not shown to agree" in probes_page.cluster_sentence(mixed, "x")
 
 
 def test_selectivity_is_no_sum_that_roundings_could_spoil():

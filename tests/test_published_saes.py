@@ -30,6 +30,7 @@ OLD |= PLACE | {
 }
 NEW = {"architecture": "standard", "d_in": WIDTH, "d_sae": FEATURES, "reshape_activations": "none", "device": "cpu"}
 NEW |= {"metadata": PLACE | {"sae_lens_version": "6.20.0", "dataset_path": "c4"}, "apply_b_dec_to_input": True}
+NEW["metadata"] |= {"sequence_separator_token": "bos", "disable_concat_sequences": False}
 EAI = {"activation": "topk", "k": 3, "num_latents": FEATURES, "expansion_factor": 2, "d_in": WIDTH, "transcode": False}
 EAI |= {"multi_topk": False, "skip_connection": False, "normalize_decoder": True, "signed": False}
 
@@ -104,6 +105,9 @@ def test_an_sae_that_sparsify_wrote_is_what_sparsify_computes(tmp_path):
     own, origin = coders.read(tmp_path / "layers.2.mlp", WIDTH)
     assert own.active == 3 and torch.allclose(own.decode(own.encode(x)), trained(x).sae_out, atol=1e-5)
     assert coders.site_of_hook(origin.hook) == Site(2, "mlp")
+    elsewhere = coders.read((tmp_path / "layers.2.mlp").rename(tmp_path / "layers.2.self_attn"), WIDTH)[1]
+    with pytest.raises(StepError, match="was trained at layers.2.self_attn, .*; only a block's or an MLP's output is"):
+        coders.check_names("x", elsewhere, Site(2, "mlp"), "llama")
 
 
 REFUSED = {
@@ -128,6 +132,15 @@ REFUSED = {
     "unknown tensor": (LENS | {"more": FACTOR}, {}, "tensor 'more' is not understood"),
     "one head": (LENS, {"hook_head_index": 3, "metadata": {}}, "hook_head_index = 3"),
     "another size": (LENS, {"d_sae": 32}, "d_sae = 32 cannot be read; 16"),
+    "functions": (LENS, {"activation_fn_str": ["relu"]}, r"activation_fn \['relu'\] of a standard SAE cannot be read"),
+    "k is a list": (LENS, {"architecture": "topk", "k": [3]}, r"k = \[3\] is no whole number"),
+    "a layer, no place": (LENS, {"metadata": {"hook_layer": 2}}, "hook_layer 2 is not that of hook_name ''"),
+    "a place that is no text": (LENS, {"metadata": PLACE | {"hook_name": 3}}, "hook_name = 3 cannot be read"),
+    "a model that is no text": (LENS, {"metadata": PLACE | {"model_name": ["gpt2"]}}, "model_name = .'gpt2'. cannot"),
+    "a group that is none": (LENS, {"metadata": "gpt2"}, "metadata = 'gpt2' cannot be read"),
+    "kwargs that are none": (LENS, {"activation_fn_kwargs": 3}, "activation_fn_kwargs = 3 cannot be read"),
+    "two names": (LENS, {"hook_name": "blocks.2.hook_resid_post"}, "hook_name stands there twice"),
+    "a flat encoder": (LENS | {"W_enc": BIAS}, {}, "for activations of width 0; those of this site have 8"),
     "another layer": (LENS, {"metadata": PLACE | {"hook_layer": 2}}, "hook_layer 2 is not that of hook_name"),
     "a checkpoint": (LENS, {"model_from_pretrained_kwargs": {"checkpoint_value": 1}}, "has 'checkpoint_value'"),
     "not finite": (LENS | {"b_enc": BIAS / 0}, {}, r"its bias must be finite and of shape \(16,\)"),
@@ -153,6 +166,8 @@ def test_what_is_not_understood_is_refused(tmp_path, name):
 
 
 def test_files_that_cannot_be_read_are_refused(tmp_path):
+    with pytest.raises(StepError, match="sae-lens reads Gemma Scope's files and saves what is read here"):
+        coders.read(tmp_path / "params.npz", WIDTH)
     with pytest.raises(StepError, match="nothing is unpickled here; convert it once"):
         coders.read(tmp_path / "sae.pth", WIDTH)
     with pytest.raises(StepError, match="found 0"):
@@ -167,6 +182,15 @@ def test_files_that_cannot_be_read_are_refused(tmp_path):
         coders.read(folder, 576)
     with pytest.raises(StepError, match="give the folder of an SAE of sae-lens"):  # its cfg.json is part of the key
         coders.read(folder / "sae.safetensors", WIDTH)
+    safetensors.torch.save_file({"sparsity": BIAS}, folder / "sparsity.safetensors")  # sae-lens keeps it beside them
+    assert coders.read(folder, WIDTH)[1].hook == PLACE["hook_name"]
+    for text in ("[1]", "{", "\xff"):
+        (folder / "cfg.json").write_text(text, encoding="latin-1")
+        with pytest.raises(StepError, match="its cfg.json cannot be read"):
+            coders.read(folder, WIDTH)
+    (folder / "sae.safetensors").write_bytes((folder / "sae.safetensors").read_bytes()[:-9])
+    with pytest.raises(StepError, match="sae.safetensors cannot be read"):
+        coders.read(folder, WIDTH)
 
 
 HOOKS = {

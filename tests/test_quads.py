@@ -216,8 +216,10 @@ def test_odd_one_out_items_swap_one_name_and_stand_everywhere(people, smollm_tok
         everyone += sorted({row[f"{side}_{slot}"] for side in ("clean", "corrupt") for slot in "abc"})
     assert len(everyone) == len(set(everyone)) == 4 * 60
     assert table.groupby("half").size().to_dict() == {"confirmation": 30, "discovery": 30}
-    with pytest.raises(ValueError, match="60 odd-one-out items were asked for; the people given allow"):
-        quads.generate_odd_one_out(some_people(people, 8, 0), smollm_tokenizer, 60)
+    few = quads.generate_odd_one_out(some_people(people, 8, 0), smollm_tokenizer, 60)
+    assert 0 < len(few) < 60 and few["pair_id"].is_unique, "as many as the people allow"
+    with pytest.raises(ValueError, match="60 odd-one-out items were asked for; the people given allow none"):
+        quads.generate_odd_one_out(some_people(people, 1, 0), smollm_tokenizer, 60)
 
 
 def test_the_bundled_model_gives_quads_with_a_gap(people, smollm):

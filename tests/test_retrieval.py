@@ -289,14 +289,27 @@ def test_a_head_that_always_says_the_same_makes_up_nothing():
 
 
 def test_professions_come_from_the_table_or_from_people():
-    people = pd.DataFrame({"name": ["Ann", "Bo"], "profession": ["poet", "chemist"]})
+    people = {"name": ["Ann", "Bo"], "profession": ["poet", "chemist"], "superset": ["writer", "scientist"]}
+    people = pd.DataFrame(people)
     row = {"pair_id": "p", "clean_a": "Ann", "clean_b": "Bo", "clean_c": "", "corrupt_a": "Cy", "corrupt_b": "Di"}
+    row |= {"answer": "a", "corrupt_answer": "b"}
     given = {"corrupt_profession_a": "actor", "corrupt_profession_b": "dancer"}
     found = outputs.professions_of(pd.DataFrame([row | given]), people)
     assert found["p", "clean"] == {"name_a": "poet", "name_b": "chemist"}
     assert found["p", "corrupt"] == {"name_a": "actor", "name_b": "dancer"}
-    with pytest.raises(ValueError, match="the professions of 2 people are not known: Cy, Di; add them to the people"):
-        outputs.professions_of(pd.DataFrame([row]), people)
+    found = outputs.professions_of(pd.DataFrame([row | {"answer": "writer", "corrupt_answer": "artist"}]), people)
+    assert found["p", "clean"] == {"name_a": "poet", "name_b": ""}  # Bo is of another class there than in the pair
+    assert found["p", "corrupt"] == {"name_a": "", "name_b": ""}
+
+
+def test_names_of_unknown_profession_are_of_the_class_that_their_prompt_asks_for(tiny):
+    """They stand in no table of people: nothing is told of professions, and everything of classes."""
+    pairs, own = many_pairs()
+    blank = {key: dict.fromkeys(at, "") for key, at in own.items()}
+    about = outputs.About(blank, WORDS, TOKENS)
+    table = outputs.table(tiny("llama"), pairs, about, [Site(2, "head", 3)], "names", 0)
+    heads = table[table["component"] == "head"]
+    assert heads["profession_told"].isna().all() and heads["told"].notna().any()
 
 
 def test_baselines_are_the_same_classifier_on_what_is_known_without_the_model(tiny):

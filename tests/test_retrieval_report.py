@@ -74,7 +74,12 @@ def test_the_fall_of_the_margin_and_the_answers_that_flip():
     frame = paths({(9, "head", 1): 2.5, (9, "head", 2): 0.3}, spread=1e-3)
     sets = {"names": [("candidate", (Site(9, "head", 1),)), ("null", (Site(9, "head", 2),))]}
     table = page.margins(measured(ablation=frame, sets=sets), "names", P).set_index("site")
-    assert table.loc["9.1", "flips"] == 1 and table.loc["9.2", "flips"] == 0  # a margin of 2 becomes -0.5, or 1.7
+    own = frame[(frame["half"] == "confirmation") & (frame["site_set"] == 1)].reset_index(drop=True)  # 2 becomes 1.7
+    own["metric_after"] -= 3.0 * (own.index < 12)
+    assert page.flips(own, P) == "12 of the 30 answers that were right (0.40 [0.25, 0.58])"
+    own["metric_before"] -= 3.0 * (own.index < 2)  # an answer that was wrong cannot flip
+    assert page.flips(own, P).startswith("10 of the 28 answers that were right (0.36 ")
+    assert page.flips(own.assign(metric_before=-1.0), P) == "none of the answers, for none was right"
     assert table.loc["9.1", "estimate"] == pytest.approx(2.5, abs=0.01) and table["quads"].tolist() == [30, 30]
     assert table["kind"].to_dict() == {"9.1": "candidate", "9.2": "null"}
 
@@ -250,6 +255,20 @@ def test_a_test_that_only_the_confirmation_half_passes_says_so():
     assert float(shown["p"]) > 0  # not rounded to 0.000
 
 
+def test_a_small_p_beside_not_supported_has_its_reason_and_no_cell_is_empty_of_what_was_measured():
+    given = tables({GOOD: 1.0, BLIND: 1.0}) | {page.TESTS[3]: tables({GOOD: -1.0, BLIND: 1.0})[page.TESTS[3]]}
+    tests = page.four_tests(named(GOOD, BLIND), given, P).assign(role="last", inside=False)
+    row = tests[(tests["site"] == "9.1") & (tests["test"] == page.TESTS[3])].iloc[0]
+    assert (row["verdict"], row["why"]) == (page.NOT_SUPPORTED, "below zero") and row["p"] <= 0.05
+    unmeasured = (tests["site"] == "9.2") & (tests["test"] == page.BESIDE[1])
+    shown = page.shown_tests(tests.assign(estimate=tests["estimate"].mask(unmeasured)))
+    assert len(shown) == len(tests) - 1, "a probe that was not made decides nothing and has no row"
+    assert not shown.isna().any(axis=None) and (shown["found"] != "").all()
+    assert set(shown["smallest p"]) == {"", "0.017"}
+    zero = pd.Series({"estimate": 0.1, "low": -0.1, "high": 0.3, "p": 0.01, "quads": 30, "passed": False})
+    assert page.verdict(zero, False, 2, P) == (page.NOT_SUPPORTED, "its interval holds zero")
+
+
 def test_one_stage_needs_slice_heads_that_read_and_a_route_that_carries():
     own = Site(21, "head", 6)
     tests = page.four_tests(named(own), tables({own: 1.0}), P).assign(role="last", inside=True)
@@ -258,6 +277,11 @@ def test_one_stage_needs_slice_heads_that_read_and_a_route_that_carries():
         assert found["one_stage"] is expected and found["slice_heads_that_retrieve"] == ["21.6"]
         assert not found["two_stages"] and found["mlps_at_the_names"] is False
     assert "not testable" in page.verdict_sentences(found, tests)[1]
+    reads = pd.Series({"estimate": 0.71, "low": 0.67, "high": 0.75})
+    found = page.verdicts(tests, measured(), reads, span(-1.0, -2.0, -0.5), P)
+    said = page.verdict_sentences(found, tests, reads)[1]
+    assert "at the names (0.71 [0.67, 0.75], with what they pass on at the tokens between)" in said
+    assert "tests: supported. " in said and "writ" not in said, "what is read says nothing of what is written"
 
 
 @pytest.mark.parametrize("missed", page.TESTS)
@@ -342,10 +366,13 @@ def test_the_leading_senders_are_said_with_what_is_significant():
     turned = table.assign(estimate=table["estimate"].mask(table["half"] == "confirmation", -table["estimate"]))
     assert page.leaders(turned)["site"].tolist() == ["embedding", "mlp 0", "10.6"]  # as discovery picks them
     assert page.leaders(turned)["estimate"].tolist() == [-3.0, -2.0, -0.5]  # as confirmation has them
-    assert page.senders_sentence(table, "names", P, 2) == (
-        "At `names`, the senders of largest path effect into the slice, of 4, are embedding (3.00 [0.10, 9.00]) and "
-        "mlp 0 (2.00 [0.10, 9.00]) (logits, familywise intervals); significant in both halves are the embedding, "
-        "1 heads and 0 MLPs, of 3 that were followed to the other half."
+    assert page.senders_sentence(turned, "names", P, 2).startswith(
+        "At `names`, the senders of largest path effect into the slice on the discovery half, of 4, are, in that order "
+        "and with what the confirmation half gives, embedding (-3.00 [0.10, 9.00]) and mlp 0 (-2.00 "
+    )
+    assert page.senders_sentence(table, "names", P, 2).endswith(
+        "embedding (3.00 [0.10, 9.00]) and mlp 0 (2.00 [0.10, 9.00]) (logits, familywise intervals); significant in "
+        "both halves are the embedding, 1 heads and 0 MLPs, of 3 that were followed to the other half."
     )
 
 

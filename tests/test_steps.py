@@ -4,6 +4,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -104,6 +105,16 @@ def test_a_parameter_of_the_page_alone_is_recorded_as_it_is_now(here):
     again.write_findings({})
     assert again.record["parameters"]["resamples"] == 900
     assert records.read_metadata(here / "out" / "necessity.parquet")["parameters"]["resamples"] != 900
+
+
+def test_a_run_started_when_its_first_table_did_whatever_the_tables_are_called(here, monkeypatch):
+    hours = iter(datetime(2026, 1, 1, hour, tzinfo=UTC) for hour in (9, 10))
+    monkeypatch.setattr("pipeline.step.datetime", SimpleNamespace(now=lambda _: next(hours)))
+    step = begin()
+    for name in ("later in the alphabet", "earlier"):
+        step.table(table(name, [Unit(name)], lambda _: pd.DataFrame({"size": [1]}), schema=None))
+    assert step.record["started"] == "2026-01-01T09:00:00+00:00"
+    assert step.record["tables"]["necessity.earlier"]["started"] == "2026-01-01T10:00:00+00:00"
 
 
 def test_a_second_table_has_its_own_file_and_line_in_the_record(here):

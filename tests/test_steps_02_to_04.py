@@ -529,6 +529,8 @@ def test_agreement_is_of_the_mean_over_quads_with_the_profiles_interval():
 def test_ablations_without_a_common_quad_do_not_agree_or_disagree():
     rows = ablated({"zero": [1.0, 2.0, 3.0]}) + ablated({"mean": [1.0, 2.0, 3.0]}, quad="q2")
     assert necessity_page.agreement(table(rows), ["zero", "mean"], PARAMS) == {}
+    rows = ablated({"zero": [1.0, 2.0, 3.0], "mean": [2.0, 4.0, 6.0]})  # no donors for a resample in this half
+    assert list(necessity_page.agreement(table(rows), ["zero", "mean", "resample"], PARAMS)) == ["mean"]
 
 
 def test_changes_of_answer_and_foil_at_the_sites_in_their_order():
@@ -828,7 +830,7 @@ def test_leading_sites_are_picked_on_discovery_and_told_on_confirmation():
         "The 2 sites of largest damage on the discovery half are, with their effect on logit_diff on the confirmation "
         "half (logits, familywise 90% intervals): 0.1 (-1.00 [-1.00, -1.00]) and mlp 0 (2.50 [2.50, 2.50]). "
         "Of 3 sites, 2 are significant familywise in both halves with a positive effect above the model's noise "
-        "(0.001 logits)."
+        "(0.001 logits). Of these 2, 0.1 is not."
     )
     alone = words.top_sites_sentence(own[own["half"] == "discovery"], PARAMS, 1, "damage")
     assert alone.endswith("picked and reported on the same data.")
@@ -836,9 +838,15 @@ def test_leading_sites_are_picked_on_discovery_and_told_on_confirmation():
     assert "half (logits; fewer than 20 quads: no intervals): 0.1 (-1.00). " in few
     assert words.top_sites(own, 1) == "0.1 (-1.00 [-1.00, -1.00])"
     assert words.heads_or_mlps(own, PARAMS, "damage") == (
-        "Significant in both halves are 1 head, 1 MLP and 0 attention modules; the largest damage is that of 0.1 "
-        "among heads (-0.25 [-0.25, -0.25] of logit_diff) and mlp 0 among MLPs (0.62 [0.62, 0.62] of logit_diff)."
+        "Significant in both halves are 1 head, 1 MLP and 0 attention modules. Of these, the largest damage on the "
+        "discovery half is that of 0.0 among heads (1.00 [1.00, 1.00] of the gap) and mlp 0 among MLPs (0.62 [0.62, "
+        "0.62] of the gap); the numbers are the confirmation half's."
+    ), "0.1, the largest on discovery, is not significant on confirmation"
+    assert "The largest damage on the discovery half is that of 0.1 among heads (" in words.heads_or_mlps(
+        own.assign(low=np.nan), PARAMS, "damage"
     )
+    none = words.heads_or_mlps(own.assign(p=1.0), PARAMS, "damage")
+    assert none == "Significant in both halves are 0 heads, 0 MLPs and 0 attention modules."
     handed = words.site_rows(own)
     assert [row["site"] for row in handed] == ["0.0", "0.1", "mlp 0"]
     assert handed[0] | {"p": 0, "low": 0, "high": 0, "ratio_low": 0, "ratio_high": 0} == {
@@ -858,7 +866,7 @@ def test_what_step_03_says(tmp_path):
     rows += measured("confirmation", {"mlp 0": 1.0, "attn 0": 1.4}, **aside, **shared)
     frame, params = table(rows), necessity_measure.Necessity(**SETTINGS | {"ablations": ("zero", "mean")})
     seen = {"mirror": {"layer": 0, "correlation": 0.971, "pairs": 20}}
-    own = step(params, results=tmp_path, write_findings=dict, n_layers=1, find={"coarse_sweep": seen}.get)
+    own = step(params, results=tmp_path, write_findings=dict, n_layers=1, beside={"coarse_sweep": seen}.get)
     tables = necessity_measure.ablation_tables(frame[frame["position"] == "last"], params)
     made = necessity_measure.Measured(frame, tables, necessity_measure.lead_of(tables))
     found = necessity_page.findings(own, made)
@@ -881,15 +889,19 @@ def test_what_step_03_says(tmp_path):
         "[0.75, 0.75] under `zero` and 1.00 (no interval: 19 clusters"
     )
     assert said[5].endswith(
-        "own ceiling: under `zero` mlp 0 1.00 [1.00, 1.00], 0.1 0.67 [0.67, 0.67], 0.0 0.33 [0.33, 0.33] and attn 0 "
-        "0.17 [0.17, 0.17]; under `mean` mlp 0 0.25, 0.1 0.50, 0.0 0.75 and attn 0 0.12."
+        "own ceiling (confirmation half, each interval by itself): under `zero` mlp 0 1.00 [1.00, 1.00], 0.1 0.67 "
+        "[0.67, 0.67], 0.0 0.33 [0.33, 0.33] and attn 0 0.17 [0.17, 0.17]; under `mean` mlp 0 0.25, "
+        "0.1 0.50, 0.0 0.75 and attn 0 0.12."
     )
     assert said[6].startswith("Over sites, effects rank as under `zero` with a Spearman correlation of 0.20")
-    assert said[7] == "Under `mean`, 0.0 (3.00), 0.1 (2.00) and mlp 0 (1.00) lead.", "19 quads have no interval"
+    assert said[7] == (
+        "Under `mean`, the largest damage on the discovery half is that of 0.0 (3.00), 0.1 (2.00) and mlp 0 (1.00), in "
+        "that order (the numbers: confirmation half, logits; fewer than 20 quads: no intervals)."
+    )
     assert said[8].startswith("`mean` is there for 19 of 40 pairs: the others lack donors")
     assert said[9] == (
         "At `between`, the attention or MLP module of largest counterfactual damage is attn 0: 0.35 [0.35, 0.35] of "
-        "the gap."
+        "the gap (picked and reported on the same pairs)."
     )
     assert found["ablation"] == "zero" and len(found["sites"]) == 4 and found["headline"] == [*said[1:3], said[4]]
     only = frame[frame["ablation"] == "zero"]
@@ -957,7 +969,10 @@ def test_what_step_04_says(tmp_path):
     assert good["critical_slice_reached"] and [row["quantity"] for row in good["joint"]] == ["recovery", "damage"]
     assert [row["estimate"] for row in good["joint"]] == pytest.approx([0.9, 0.85])
     said = good["sentences"]
-    assert said[0] == "Single sites that restore the answer on their own: 0.0; 0.0 recovers most: 0.75 [0.75, 0.75]."
+    assert said[0] == (
+        "Single sites that restore the answer on their own: 0.0; 0.0, first on the discovery half, recovers 0.75 "
+        "[0.75, 0.75] of the gap."
+    )
     assert said[3] == (
         "Heads and MLPs put into the corrupt run together, in order of discovery recovery, bring back, as shares of "
         "the gap on the confirmation half: 0.90 [0.90, 0.90] at 2 sites and 0.95 [0.95, 0.95] at 3 sites. From 2 to 3 "
@@ -969,8 +984,8 @@ def test_what_step_04_says(tmp_path):
         "on the discovery half: 0.0 and mlp 0."
     )
     assert said[5] == (
-        "On the confirmation half its joint recovery is 0.90 [0.90, 0.90] and its joint counterfactual damage 0.85 "
-        "[0.85, 0.85]."
+        "On the confirmation half its joint recovery is 0.90 [0.90, 0.90] of the gap and its joint counterfactual "
+        "damage 0.85 [0.85, 0.85]."
     )
     assert said[6].startswith("With the slice's clean values the clean answer comes first in 20 of the 20 confirmation")
     assert said[6].endswith("whatever its interval), it restores the answer.")
@@ -981,7 +996,7 @@ def test_what_step_04_says(tmp_path):
         f"figures/step-{name}.png" for name in ("slice", "ranks", "ranked")
     ]
     short = found(slice_share=0.99, restores_recovery=0.8)["sentences"]
-    assert short[0].startswith("No single head or MLP restores the answer on its own: 0.0 recovers most")
+    assert short[0].startswith("No single head or MLP restores the answer on its own; 0.0, first on")
     assert "does not reach 99% in both on the discovery half (recovery 0.95, damage 0.90)" in short[4]
     one = found(slice_share=0.5)["sentences"]
     assert "has 1 site and reaches 50% in both on the discovery half: 0.0." in one[4]

@@ -320,13 +320,14 @@ def test_words_that_begin_as_llama_2_has_them():
     assert tasks.token_texts(own, [prompt.ids[i] for i in prompt.roles["name_b"]]) == [" Isaac", " Newton"]
 
 
-@pytest.mark.parametrize("name", ["{{ strftime_now('%d %b %Y') }}", '{% set d = strftime_now("%Y-%m-%d") %}{{ d }}'])
+@pytest.mark.parametrize("name", ["{{ strftime_now ('%d %b %Y') }}", '{% set d = strftime_now("%Y-%m-%d") %}{{ d }}'])
 def test_a_chat_template_that_asks_for_the_date_is_told_a_fixed_one(monkeypatch, name):
     own = words_tokenizer("The profession of Ada is")
-    own.chat_template = "Today is " + name + ".\n{% for m in messages %}{{ m.content }}{% endfor %}"
-    text = make_prompt(own, TEMPLATES["profession_is"], ["Ada"], chat_template=True).text
+    chat = "Today is " + name + ".\n{% for m in messages %}{{ m.content }}{% endfor %}"
     day = tasks.DATE.strftime("%Y-%m-%d" if "-%m" in name else "%d %b %Y")
-    assert text == f"Today is {day}.\nThe profession of Ada is"
+    for own.chat_template in (chat, {"tool_use": "", "default": chat}):
+        text = make_prompt(own, TEMPLATES["profession_is"], ["Ada"], chat_template=True).text
+        assert text == f"Today is {day}.\nThe profession of Ada is"
     own.chat_template = "{{ messages[0].content }}{% set f = '%Y' %}{{ strftime_now(f) }}"
     with pytest.raises(ValueError, match="writes today's date in a form it works out; set chat_template to false"):
         make_prompt(own, TEMPLATES["profession_is"], ["Ada"], chat_template=True)

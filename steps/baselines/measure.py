@@ -31,17 +31,18 @@ from pipeline import keys
 from pipeline.assumed import Case
 from pipeline.costs import Work, total
 from pipeline.declaration import SUPERSET_TASKS, Declaration, Table
-from pipeline.params import Shared, Words
+from pipeline.params import Names, ParameterError, Shared, Words
 from pipeline.population import (
     PER_QUAD,
     add_margins,
     aligned,
     ask_alone,
-    load_people,
     pairs_of,
+    people_of,
     readings,
     right_signed,
     solved,
+    unambiguous,
 )
 from pipeline.step import Step
 from pipeline.units import Unit
@@ -63,10 +64,11 @@ class Baselines(Shared):
     min_bucket: int = Field(
         4, ge=2, description="fewest quads of one half, template and token counts (means and resamples come from them)"
     )
-    odd_one_out_items: int = Field(60, ge=0, description="generated odd-one-out items, beside the plan's six")
-    accuracy_pairs: int = Field(200, ge=1, description="pairs per template on which accuracy is measured")
-    placebo_attributes: Words = Field(
-        ("region",), description="attributes in which the names of placebo pairs, all of one superset, differ"
+    odd_one_out_items: int = Field(60, ge=0, description="most generated odd-one-out items, beside the question's own")
+    accuracy_pairs: int = Field(200, ge=1, description="most pairs per template on which accuracy is measured")
+    placebo_attributes: Names = Field(
+        ("region",),
+        description="attributes in which placebo pairs' names, all of one superset, differ; [] for none",
     )
     placebo_quads_per_half: int = Field(40, ge=1, description="most placebo quads of an attribute in each half")
 
@@ -103,7 +105,8 @@ def items(
 ) -> pd.DataFrame:
     """What is asked with one template: `names` (a tuple), `answer`, `superset`, `professions`, `item`.
 
-    Pairs and single names are drawn at random, each person once; odd-one-out has the plan's items and generated ones.
+    Pairs and single names are drawn at random, each person once, fewer than `accuracy_pairs` where the smallest
+    superset does not have so many; odd-one-out has the plan's items and generated ones.
     `given` pairs of the template's kind are asked about in their place, each prompt once; an item is a quad of theirs.
     """
     if given is not None and (template.task == "odd_one_out") == (params.task == "odd_one_out"):
@@ -116,7 +119,7 @@ def items(
             for side, answer in (("clean", "answer"), ("corrupt", "corrupt_answer"))
         ]
         return pd.DataFrame(rows).assign(superset="", professions="")
-    drawn = sample_pairs(people, params.accuracy_pairs, params.seed, params.question)
+    drawn = sample_pairs(people, min(params.accuracy_pairs, most_pairs(people)), params.seed, params.question)
     rows = []
     for index, row in enumerate(drawn.to_dict("records")):
         subject = {"answer": row["superset"], "superset": row["superset"]}
@@ -126,6 +129,14 @@ def items(
             each = [((row["a"], row["b"]), f"{row['profession_a']}, {row['profession_b']}", str(index))]
         rows += [subject | {"names": names, "professions": own, "item": item} for names, own, item in each]
     return pd.DataFrame(rows)
+
+
+def most_pairs(people: pd.DataFrame) -> int:
+    """How many pairs of one superset there can be, each person once and as many of each superset."""
+    sizes = unambiguous(people)["superset"].value_counts()
+    if sizes.min() < 2:
+        raise ParameterError(f"superset {sizes.idxmin()!r} has one person in all, and a pair takes two")
+    return len(sizes) * int(sizes.min() // 2)
 
 
 def given_items(given: pd.DataFrame, template: Template, params: Baselines) -> pd.DataFrame:
@@ -163,12 +174,19 @@ def measure(
     """One row per prompt of a template: the model's choice among the candidates and its own top token.
 
     `rank` is how many tokens of the vocabulary have a higher logit than the right word, `probability` is its share.
+    Names that cannot be told from the template's text are left out; `attrs["log"]` says how many.
     """
     words = model.tokenizer
-    table = items(people, words, template, params, given)
-    prompts = [
-        tasks.make_prompt(words, template, names, params.chat_template, params.attributes) for names in table["names"]
-    ]
+    table, prompts, reasons = items(people, words, template, params, given), [], []
+    for names in table["names"]:
+        try:
+            prompts.append(tasks.make_prompt(words, template, names, params.chat_template, params.attributes))
+        except ValueError as error:
+            prompts.append(None)
+            reasons.append(str(error))
+    if not any(prompts):
+        raise ParameterError(f"template {template.name!r}: {reasons[0]}")
+    table, prompts = table[[one is not None for one in prompts]].reset_index(drop=True), list(filter(None, prompts))
     if template.task == "odd_one_out":
         names = np.array([tasks.SLOTS] * len(table))
         tokens = np.array([[p.ids[p.roles[f"name_{slot}"][0]] for slot in tasks.SLOTS] for p in prompts])
@@ -190,7 +208,7 @@ def measure(
     answer = np.array([row.tolist().index(word) for row, word in zip(names, table["answer"], strict=True)])
     scored = readings(score(model), [prompt.ids for prompt in prompts], read, 128)
     margin, _ = margins(scored["candidates"], answer)
-    return table.assign(
+    out = table.assign(
         task=template.task,
         template=template.name,
         names=table["names"].map(", ".join),
@@ -202,6 +220,8 @@ def measure(
         **{key: scored[key].astype(float) for key in ("probability", "candidate_probability", "label_probability")},
         top_token=tasks.token_texts(words, scored["top"].tolist()),
     )
+    out.attrs["log"] = [f"{len(reasons)} prompts left out: {reasons[0]}"] if reasons else []
+    return out
 
 
 def make_quads(model: Model, people: pd.DataFrame, alone: pd.DataFrame, params: Baselines) -> pd.DataFrame:
@@ -224,7 +244,8 @@ def make_pairs(model: Model, people: pd.DataFrame, quads: pd.DataFrame | None, p
     if quads is not None:
         return answered(model, pairs_of(quads, params.pairs_per_quad), params)
     options = {"chat_template": params.chat_template, "question": params.question}
-    pairs, _ = aligned(odd_pairs(people, model.tokenizer, params), model.tokenizer, **options)
+    odd = odd_pairs(people, model.tokenizer, params).assign(template=params.template)
+    pairs, _ = aligned(odd, model.tokenizer, **options)
     return right_signed(answered(model, pairs, params), model.noise)
 
 
@@ -257,13 +278,16 @@ def make_placebo(
 # --- what is measured ---
 
 
-def people_of(step: Step) -> pd.DataFrame:
-    """The table of people."""
-    return load_people(step.people_file, step.params.question)
-
-
 def accuracy_of(step: Step) -> Callable[[Unit], pd.DataFrame]:
-    """What measures a template."""
+    """What measures a template. ParameterError for answers of several tokens in any template that steps ask with."""
+    topic = step.params.topic
+    alone = [topic.find(text, "one_name", form) for form, text in topic.probes]
+    try:
+        for template in (*asked(step.params), *map(topic.find, (*topic.fame, topic.alone)), *alone):
+            if template.task != "odd_one_out":
+                tasks.candidates(step.tokenizer, template)
+    except ValueError as error:
+        raise ParameterError(f"question {topic.name}: {error}") from None
     templates, people = {template.name: template for template in asked(step.params)}, people_of(step)
     given = None if step.params.pairs_file is None else step.pairs()
     return lambda unit: measure(step.model, people, templates[unit.id], step.params, given)
@@ -399,7 +423,7 @@ def assumed(case: Case) -> Iterator[tuple[Any, ...]]:
             yield QUADS, None
             yield UNSELECTED, None
         yield PAIRS, None
-        if case.params.task in SUPERSET_TASKS:
+        if case.params.task in SUPERSET_TASKS and case.params.placebo_attributes:
             yield PLACEBO, None, None
 
 
@@ -477,7 +501,7 @@ def run(step: Step) -> Measured:
         unselected = step.table(UNSELECTED, quads)
     pairs = step.table(PAIRS, quads)
     step.write_extra("pairs.parquet", pairs)
-    if params.task not in SUPERSET_TASKS:
+    if params.task not in SUPERSET_TASKS or not params.placebo_attributes:
         return Measured(frame, accuracy, pairs, unselected, drops, "")
     made = step.table(PLACEBO, alone, pairs)
     if len(made):

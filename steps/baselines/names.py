@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lib import data, models
+from lib import models, tables
 from lib.questions import Question
 from lib.records import atomic
+from lib.stats import MINIMUM_CLUSTERS
 from pipeline.declaration import SUPERSET_TASKS
 from pipeline.population import MISSING, add_tokens, pairs_of
 from steps.baselines.measure import Baselines
@@ -34,19 +35,19 @@ Quad = tuple[tuple[str, str], tuple[str, str], tuple[str, str]]  # the two super
 
 def read_names(path: Path, topic: Question) -> pd.DataFrame:
     """The table of names. ValueError naming every row that cannot be used."""
-    table = data.read_table(path, "table of names", ("name", "superset"), [*MISSING, *topic.attributes]).fillna("")
+    table = tables.read_table(path, "table of names", ("name", "superset"), [*MISSING, *topic.attributes])
     twice, faults = table["name"].duplicated(), {}
     for place, row in table.iterrows():
         if not row["name"]:
             faults[place] = "name is empty"
-        elif wrong := data.wrong_name(row["name"]):
+        elif wrong := tables.wrong_name(row["name"]):
             faults[place] = f"{row['name']!r} {wrong}"
         elif row["superset"] not in topic.supersets:
             faults[place] = f"superset {row['superset']!r} is unknown; allowed: {', '.join(topic.supersets)}"
         elif twice[place]:
             faults[place] = f"{row['name']!r} stands there already"
     if faults:
-        raise ValueError(data.unusable(f"table of names {path.name}", table, faults))
+        raise ValueError(tables.unusable(f"table of names {path.name}", table, faults))
     return table.reset_index(drop=True)
 
 
@@ -92,6 +93,9 @@ def put_together(people: pd.DataFrame, tokenizer: Any, params: Baselines) -> tup
     return pairs, {why: list(own["name"]) for why, own in left.items() if len(own)}
 
 
+FEW = f"  estimates will have no interval: that takes {MINIMUM_CLUSTERS} quads in each of the two halves"
+
+
 def write_pairs(names: Path, to: Path, params: Baselines) -> str:
     """Write the pairs that the names make to a CSV file that is not there yet; what to say of it."""
     if params.task not in SUPERSET_TASKS:
@@ -99,14 +103,16 @@ def write_pairs(names: Path, to: Path, params: Baselines) -> str:
     if to.exists():
         raise ValueError(f"{to} is there already; name another file, or remove it")
     people = read_names(names, params.topic)
-    spec = (params.tokenizer,) if params.tokenizer else (params.model, params.model_sha256)
-    pairs, left = put_together(people, models.tokenizer(*spec), params)
+    own = (params.tokenizer, None, params.model) if params.tokenizer else (params.model, params.model_sha256)
+    pairs, left = put_together(people, models.tokenizer(*own), params)
     if pairs.empty:
         counts = "; ".join(f"{len(own)} {why}" for why, own in left.items())
         raise ValueError(f"the {len(people)} names of {names.name} make no pair: {counts}")
     with atomic(to) as file:
         file.write(pairs.to_csv(index=False).encode())
-    lines = [f"{to}: {len(pairs)} pairs of {pairs['quad_id'].nunique()} quads, for template {params.template!r}"]
+    quads = pairs["quad_id"].nunique()
+    lines = [f"{to}: {len(pairs)} pairs of {quads} quads, for template {params.template!r}"]
+    lines += [FEW] * (quads < 2 * MINIMUM_CLUSTERS)
     lines += [f"{sum(map(len, left.values()))} of {len(people)} people are left over" + ":" * bool(left)]
     for why, own in left.items():
         more = f" and {len(own) - NAMED} more" if len(own) > NAMED else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,15 +14,16 @@ from matplotlib.figure import Figure
 from lib import data, effects, stats
 from lib.questions import Question
 from pipeline.params import Shared
+from pipeline.population import people_of
 from pipeline.step import Step
 from report import plots
 from report.words import about_model, finished, interval, listed, number_word, of_row
-from steps.baselines.measure import Measured, accuracies, people_of
+from steps.baselines.measure import Measured, accuracies
 
 DRAWN = "drawn before any selection"
 CAPTIONS = {
-    "accuracy": f"Accuracy per template among the candidates, on people {DRAWN}; Wilson intervals. The dashed line "
-    "is chance among the supersets (odd-one-out: one third).",
+    "accuracy": f"Accuracy per template among the candidates, on people {DRAWN}; Wilson intervals. Dashed: "
+    "chance, bar by bar.",
 }
 
 
@@ -30,14 +32,15 @@ CAPTIONS = {
 
 def about(step: Step) -> Markdown:
     """The model, and who it is asked about."""
-    people = people_of(step)
-    return Markdown(f"Model `{step.params.model}`; {len(people)} people, {people['profession'].nunique()} professions.")
+    people, given = people_of(step), step.params.pairs_file
+    own = "" if given is None else f"the pairs of `{Path(given).name}`, and beside them "
+    table = f"{len(people)} people, {people['profession'].nunique()} professions"
+    return Markdown(f"Model `{step.params.model}`; {own}{table}.")
 
 
 def accuracy_figure(m: Measured) -> Figure:
     """Accuracy per template, by task."""
-    of_classes = m.accuracy[m.accuracy["task"] != "odd_one_out"]
-    return plots.accuracy_bars(m.accuracy, of_classes["chance"].iloc[0], "template", by="task")
+    return plots.accuracy_bars(m.accuracy, "template", by="task")
 
 
 def centred(asked: pd.DataFrame, supersets: Sequence[str]) -> pd.Series:
@@ -79,11 +82,10 @@ def ability(m: Measured, params: Shared) -> pd.DataFrame:
 def supersets_figure(step: Step, m: Measured) -> Figure | None:
     """Accuracy per superset on the profile's template, raw and centred."""
     table = ability(m, step.params)
-    return (
-        None
-        if table.empty
-        else plots.accuracy_bars(table, 1 / len(step.params.topic.supersets), "superset", by="scoring")
-    )
+    if table.empty:
+        return None
+    of_candidates = table["scoring"] != "first word"  # which comes first of the whole vocabulary
+    return plots.accuracy_bars(table.assign(chance=table["chance"].where(of_candidates)), "superset", by="scoring")
 
 
 def ability_table(step: Step, m: Measured) -> pd.DataFrame | None:
@@ -225,10 +227,11 @@ def abilities(accuracy: pd.DataFrame, pairs: pd.DataFrame | None, params: Shared
                 count = int(pairs["kept"].sum())
                 what = f"{count} of the {len(pairs)} given pairs have a gap of the right sign"
             able = count >= params.min_pairs
-            why += f"; {what}" + ("" if able else f", fewer than the {params.min_pairs} asked for (min_pairs)")
+            few = f", fewer than the {params.min_pairs} asked for (min_pairs): give more people, or a smaller min_pairs"
+            why += f"; {what}" + ("" if able else few)
         known = out.get(row.task)
         if known is None or (able and not known["able"]):
-            out[row.task] = {"able": bool(able), "why": why}
+            out[row.task] = {"able": bool(able), "above": bool(row.above), "why": why}
     return out
 
 
@@ -331,8 +334,9 @@ def pair_sentences(m: Measured, table: pd.DataFrame, topic: Question) -> list[st
 
 def verdicts(able: dict[str, dict]) -> dict[str, str]:
     """A sentence for each task."""
-    can = {True: "can do", False: "cannot do"}
-    return {task: f"The model {can[own['able']]} `{task}`: {own['why']}." for task, own in able.items()}
+    said = {task: "can do" if own["above"] else "cannot do" for task, own in able.items()}
+    said |= {task: "can do, but has too few pairs for," for task, own in able.items() if own["above"] > own["able"]}
+    return {task: f"The model {said[task]} `{task}`: {own['why']}." for task, own in able.items()}
 
 
 def findings(step: Step, m: Measured) -> dict[str, Any]:
@@ -347,6 +351,13 @@ def findings(step: Step, m: Measured) -> dict[str, Any]:
     if own["label_probability"].notna().any():
         spoken[0] += f" Single-token profession labels have {own['label_probability'].mean():.0%} of the probability."
     built = [*pair_sentences(m, kept, params.topic), *placebo_sentences(m), *[m.failed] * bool(m.failed)]
+    if m.unselected is not None and not params.placebo_attributes:
+        none = "No placebo pairs were asked for."
+        built.append(
+            none
+            if params.topic.placebo
+            else "The question has no attribute that placebo pairs could differ in: there are none."
+        )
     main = able.get(params.task, {"able": False})
     lead = [said.pop(params.task)] if params.task in said else []
     sentences = [*lead, *known.values(), *spoken, *said.values(), *built]

@@ -54,7 +54,7 @@ class Options:
     seed: int = 0
     chat_template: bool = False
     attributes: Sequence[str] = DEFAULT_ATTRIBUTES
-    question: str = questions.DEFAULT
+    question: str | questions.Question = questions.DEFAULT
 
 
 class Filters:
@@ -283,14 +283,15 @@ def generate_odd_one_out(
     chat_template: bool = False,
     question: str = questions.DEFAULT,
 ) -> pd.DataFrame:
-    """A pairs table of `n` odd-one-out items, each of four people of one token count; no person in two items.
+    """A pairs table of `n` odd-one-out items, or as many as there can be, each of four people of one token count; no
+    person in two items.
 
     As in the plan: clean (s1, t1, t2) asks for s1; t1 is swapped for s2 of the other superset, and (s1, s2, t2) asks
     for t2. The three take every order in turn, so that the odd one stands in every slot equally often. Halves are
-    split as in build_quads. Raises ValueError when the people do not suffice, with how many items they allow.
+    split as in build_quads. Raises ValueError when the people allow none.
     """
     topic = questions.load(question)
-    (words,) = topic.of_task("odd_one_out")
+    words = topic.of_task("odd_one_out")[0]
     rng = np.random.default_rng(seed)
     free = add_tokens(unambiguous(people), tokenizer, words, chat_template)
     free = free if "fame" in free else free.assign(fame=0.0)
@@ -305,8 +306,8 @@ def generate_odd_one_out(
                 items.append({slot: free.loc[quad[slot]] for slot in "abcd"})
         used = {item[slot]["name"] for item in items for slot in "abcd"}
         free = free[~free.name.isin(used)]
-    if len(items) < n:
-        raise ValueError(f"{n} odd-one-out items were asked for; the people given allow {len(items)}")
+    if not items:
+        raise ValueError(f"{n} odd-one-out items were asked for; the people given allow none")
     return odd_one_out_pairs(items, words, rng)
 
 

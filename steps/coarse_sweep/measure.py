@@ -15,7 +15,7 @@ from lib.sweep import DIRECTIONS
 from pipeline.assumed import Case, of_sweep
 from pipeline.declaration import ANALYSED, SUPERSET_TASKS, Declaration, Table
 from pipeline.params import Roles, Shared
-from pipeline.step import Step, swept
+from pipeline.step import Step, swept, with_gap
 from pipeline.units import Unit, subsample, sweep_units
 from steps.coarse_sweep import lenses
 
@@ -121,7 +121,7 @@ class Measured(NamedTuple):
 
 def run(step: Step) -> Measured:
     """Measure, or read what is there."""
-    sweep = step.table(SWEEP)
+    sweep = with_gap(step.table(SWEEP))
     curves = coarse_curves(sweep, step.params)
     words = step.table(lenses.READ) if step.params.task in SUPERSET_TASKS else None
     return Measured(sweep, curves, critical_layers(curves, step.params.critical_share), words)

@@ -19,7 +19,7 @@ import pandas as pd
 from lib import batches, tasks
 from lib.hooks import Site
 from lib.tasks import Pair
-from pipeline.population import add_tokens, controls_of, load_people
+from pipeline.population import add_tokens, controls_of, people_of
 from pipeline.step import Step
 from pipeline.units import Unit, sweep_units, without_labels
 from steps.generality.grid import pair_options, prompt_options
@@ -74,7 +74,7 @@ def control_prompts(step: Step, ordinary: Sequence[Pair], table: pd.DataFrame) -
 def name_lists(step: Step) -> dict[str, pd.DataFrame]:
     """The names of the controls that are drawn from lists; only names of one `key` are put together."""
     p = step.params
-    people = load_people(step.people_file, p.question)
+    people = people_of(step)
     people = people[people["two_supersets"]]
     both = [
         ",".join(sorted(pair, key=p.topic.supersets.index))

@@ -205,6 +205,22 @@ def named(row: pd.Series) -> str:
     return f"{row['scoring']} under `{row['ablation']}`"
 
 
+def without_blind(verdicts: pd.DataFrame, margin: float) -> tuple[pd.DataFrame, list[str]]:
+    """The verdicts that count, and a sentence on every scoring that does not: one, other than the first, by which the
+    slice's own heads are silent, whose margin is wider than what these do. Random heads are held against the heads."""
+    heads = verdicts[verdicts["control"] == "slice's heads"].iloc[1:]
+    out = []
+    for row in heads[heads["verdict"] == "silent"].itertuples():
+        same = (verdicts["scoring"] == row.scoring) & (verdicts["ablation"] == row.ablation)
+        verdicts = verdicts[~same | (verdicts["control"] == "random heads")]
+        out.append(
+            f"{row.scoring.capitalize()} under `{row.ablation}` is counted as another scoring for random heads alone: "
+            f"there the slice takes {row.fall:.2f} logits from the ordinary answer, and by a margin of {margin:.0%} of "
+            "that its own heads are silent."
+        )
+    return verdicts, out
+
+
 def agreeing(own: pd.DataFrame) -> str:
     """How many of the other scorings of a control come to the verdict of the first, and what each comes to."""
     first, others = own.iloc[0], own.iloc[1:]
@@ -233,6 +249,8 @@ def sentences(verdicts: pd.DataFrame, candidates: pd.DataFrame, leaders: pd.Data
         f"mean; the margin of silence is {margin:.0%} of that, {margin * fall:.2f}. This scoring, "
         f"{named(verdicts.iloc[0])}, is the primary one: verdicts, figure and claims go by it."
     ]
+    verdicts, uncounted = without_blind(verdicts, margin)
+    out += uncounted
     for control, expected in EXPECTATIONS.items():
         own = verdicts[verdicts["control"] == control]
         if own.empty:
@@ -242,7 +260,11 @@ def sentences(verdicts: pd.DataFrame, candidates: pd.DataFrame, leaders: pd.Data
         good = {True: "met", False: "not met"}.get(first["met"], "not decided")
         rows = candidates[candidates["control"] == control].head(first["candidates"])
         few = ", too few for a test" if rows["low"].isna().any() else ""
-        power = "" if pd.isna(first["power"]) else f" (were there nothing, found with probability {first['power']:.2f})"
+        power = (
+            ""
+            if pd.isna(first["power"])
+            else f" (were there nothing, silence would have been shown with probability {first['power']:.2f})"
+        )
         far = rows.loc[rows["estimate"].abs().idxmax()]
         out.append(
             f"Control {control} ({first['prompts']} prompts{few}; expected: {expected}): {first['verdict']}{power}, "

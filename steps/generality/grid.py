@@ -23,7 +23,7 @@ from lib.tasks import Pair
 from pipeline import keys
 from pipeline.assumed import Case
 from pipeline.params import ParameterError, Shared
-from pipeline.population import add_margins, aligned, load_people, pairs_of, right_signed, solved
+from pipeline.population import add_margins, aligned, pairs_of, people_of, right_signed, solved
 from pipeline.step import Step, StepError
 from pipeline.units import Unit, subsample, sweep_units, without_labels
 
@@ -51,10 +51,7 @@ def candidates(step: Step) -> pd.DataFrame:
     """
     quads = of_step_01(step, "quads")
     if quads is None:
-        pairs, people = (
-            last_half(step.pairs()),
-            load_people(step.people_file, step.params.question).set_index("name")["profession"],
-        )
+        pairs, people = last_half(step.pairs()), people_of(step).set_index("name")["profession"]
         own = {f"clean_profession_{slot}": pairs[f"clean_{slot}"].map(people).fillna("") for slot in "ab"}
         return pairs.assign(**{name: pairs.get(name, column) for name, column in own.items()}, order="")
     quads = last_half(quads)

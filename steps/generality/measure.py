@@ -157,10 +157,12 @@ def assumed_grid(case: Case) -> list[Pair]:
             left = own if name == p.template else own[: round(MOVED * len(own))]
             pairs += subsample(left, p.pairs)
         return pairs
+    quads, topic = {quad: number for number, quad in enumerate(dict.fromkeys(stored["quad_id"]))}, p.topic
     for row in stored.to_dict("records"):
-        names, turn = [row.get(f"n_tokens_{slot}", 3) for slot in "ab"], int(row["pair_id"].split("@")[0][-1])
-        template, quad = tasks.find_template(row["template"], p.task, question=p.question), int(row["quad_id"][1:])
-        pairs.append(replace(pair_of(template, quad, turn, row["half"], names, 0), pair_id=row["pair_id"]))
+        names, last = [row.get(f"n_tokens_{slot}", 3) for slot in "ab"], row["pair_id"].split("@")[0][-1]
+        template, turn = topic.find(row["template"], p.task), int(last) if last.isdecimal() else 0
+        made = pair_of(template, quads[row["quad_id"]], turn, row["half"], names, 0)
+        pairs.append(replace(made, pair_id=row["pair_id"]))
     return pairs
 
 

@@ -24,7 +24,7 @@ from lib.questions import Question
 from pipeline.params import Shared
 from pipeline.step import Step
 from report import plots, site_tables
-from report.words import about_model, finished, interval, listed, of_row, of_rows, shown
+from report.words import about_model, finished, interval, listed, of_row, of_rows, shown, with_ends
 from steps.generality import class_tests, controls_page, name_rule, placebo, placebo_page
 from steps.generality.class_circuits import Circuit
 from steps.generality.class_tests import MINIMUM_UNITS, Interaction
@@ -117,13 +117,14 @@ def divided(frame: pd.DataFrame, topic: Question) -> dict[str, dict[str, pd.Data
     own = frame[frame["own"]]
     a, b = own["clean_profession_a"], own["clean_profession_b"]
     both = pd.Series(np.where(a == b, "one profession", "two professions"), own.index)
+    matching = {True: f"matched in {listed(topic.match)}", False: "not matched"}
     labels = {
         "superset": own["answer"],
         "two names": both.where((a != "") & (b != "")),
         "order": own["order"].where(own["order"] != ""),
         "supersets": own["answer"] + " / " + own["corrupt_answer"],
         "answers": own["solved"].map({True: "solved", False: "not solved"}),
-        "matching": own["matched"].map({True: f"matched in {listed(topic.match)}", False: "not matched"}),
+        "matching": own["matched"].map(matching if topic.match else {}),
     }
     out = {"all": {"all pairs": own}, "template": dict(list(frame.groupby("template", sort=False)))}
     out |= {kind: dict(list(own.groupby(label))) for kind, label in labels.items()}
@@ -424,15 +425,23 @@ def grid_sentences(counts: Sequence[Mapping[str, Any]], groups: pd.DataFrame, gi
     return out
 
 
-def needed_sentences(groups: pd.DataFrame, judge: str | None) -> list[str]:
-    """What the slice does over all pairs of the profile's template, taken out and put back."""
+def needed_sentences(groups: pd.DataFrame, judge: str | None, earlier: Mapping[str, Any] | None = None) -> list[str]:
+    """What the slice does over all pairs of the profile's template, taken out and put back; beside it what the
+    findings of step 05, `earlier`, have under the same ablation."""
     rows = {row.quantity: row for row in groups[groups["kind"] == "all"].itertuples()}
     back, quads = of_row(rows["recovery"]), rows["recovery"].quads
     lost = "How much the slice is needed was not asked: no pair has donors of other classes."
     if judge is not None:
         lost = (
             f"Ablated by `{judge}`, which favours neither class of a pair, it takes away {of_row(rows['damage'])} of "
-            f"what the whole final residual stream takes away so ({rows['damage'].quads} quads): its damage."
+            f"what the whole final residual stream takes away so ({rows['damage'].pairs} pairs of "
+            f"{rows['damage'].quads} quads): its damage."
+        )
+        there = [row for row in (earlier or {}).get("needed", ()) if row["ablation"] == judge and "pairs" in row]
+        lost += "".join(
+            f" Page 05 has {with_ends(row)}, over {row['pairs']} pairs of {row['quads']} quads: fewer or other pairs, "
+            "and another share."
+            for row in there
         )
     return [
         f"Over all pairs the slice's clean activations recover {back} of the gap ({quads} quads).",
@@ -510,9 +519,17 @@ def circuit_sentences(circuits: pd.DataFrame) -> list[str]:
         for name in JUDGED * bool(len(picked))
     ]
     out += [f"Without {listed(none)} no circuit could be picked."] * bool(len(none))
+    alike = picked.loc[picked["overlap"] == 1, "superset"].unique()
+    out += [
+        f"Picked without {listed(alike)}, the circuit is the slice itself (overlap 1.00): there its numbers are the "
+        "slice's, and no second test."
+    ] * bool(len(alike))
     own = circuits[(circuits["kind"] == "only") & (circuits["quantity"] == "recovery") & (circuits["size"] > 0)]
     shared = own.sort_values("overlap").iloc[[0, -1][: len(own)]]
-    each = " to ".join(f"{row.overlap:.2f} ({row.superset}, {row.size} sites)" for row in shared.itertuples())
+    each = " to ".join(
+        f"{row.overlap:.2f} ({row.superset}, {row.size} sites{', the slice itself' * (row.overlap == 1)})"
+        for row in shared.itertuples()
+    )
     return out + [
         f"Circuits picked on one superset alone share with the slice, of the sites in either, {each}."
     ] * bool(len(own))
@@ -559,7 +576,7 @@ def numbers(step: Step, m: Measured, t: Tables) -> dict[str, Any]:
     tables["failing"] = verdict.failing[["superset", "circuit", "quantity", "estimate", "low", "high"]]
     sentences = [
         *grid_sentences(m.counts, t.groups, len(step.pairs()) if step.params.pairs_file else 0),
-        *needed_sentences(t.groups, m.judge),
+        *needed_sentences(t.groups, m.judge, step.find("hydra")),
         *group_sentences(t.groups, m.counts[0]["template"]),
         *same_sites_sentences(t, step.params),
         *circuit_sentences(t.circuits),

@@ -77,7 +77,7 @@ def of_quads(frame: pd.DataFrame, placebo: pd.DataFrame, noise: float) -> pd.Dat
     """The records with their pair's `attribute` and `shared` superset; as in the grid, of quads that step 01 has kept
     and whose gap is of the right sign in the template of the record as well."""
     about = placebo.set_index("pair_id")[["attribute", "shared", "kept"]]
-    frame = frame.join(about, on=frame["pair_id"].str.rpartition("@")[0].rename("placebo"))
+    frame = frame.join(about, on=frame["pair_id"].str.partition("@")[0].rename("placebo"))
     good = [right_signed(rows, noise) for _, rows in frame[frame["kept"]].groupby("template", sort=False)]
     return pd.concat(good) if good else frame.head(0)
 

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from lib.stats import MINIMUM_CLUSTERS
 from pipeline.params import Shared
 from report import plots
-from report.words import interval, listed, of_row
+from report.words import SPECIFICITY, TOO_FEW, interval, listed, of_row
 from steps.generality import placebo
 from steps.generality.placebo import ALL, RANDOM, SLICE
 
@@ -23,8 +23,6 @@ CAPTION = (
     "at the right the quads of either kind."
 )
 NONE = "There are no placebo pairs here: whether the slice is specific in every class and template was not asked."
-VERDICTS = {"specific": "specific", "general": "not specific", "open": "not decided"}
-FEW = "too few quads to test"
 
 
 def of(row: Any, prefix: str, digits: int = 2) -> str:
@@ -83,7 +81,7 @@ def table(rows: pd.DataFrame, params: Shared) -> pd.DataFrame | Markdown:
         "share of the placebo gap": [of(row, "placebo") for row in rows.itertuples()],
         "placebo over superset": [quotient(row) for row in rows.itertuples()],
         f"placebo less {params.specific_ratio:g} x superset": [of(row, "beyond") for row in rows.itertuples()],
-        "verdict": rows["verdict"].map(VERDICTS).fillna(FEW),
+        "verdict": rows["verdict"].map(SPECIFICITY).fillna(TOO_FEW),
         "quads": [f"{row.quads}, {row.placebo_quads}" for row in rows.itertuples()],
     }
     return pd.DataFrame(columns)
@@ -137,7 +135,8 @@ def class_sentences(attribute: str, name: str, rows: pd.DataFrame) -> list[str]:
         return []
     who = "the slice" if name == SLICE else "the circuit picked without a superset"
     tested, lead = rows.dropna(subset="verdict"), f"Superset by superset, against {attribute}, {who}"
-    each = [f"{VERDICTS[verdict]} in {listed(own['group'])}" for verdict, own in tested.groupby("verdict", sort=False)]
+    by_verdict = tested.groupby("verdict", sort=False)
+    each = [f"{SPECIFICITY[verdict]} in {listed(own['group'])}" for verdict, own in by_verdict]
     out = [f"{lead} is {'; '.join(each)}."] * bool(each)
     if len(tested) < len(rows):
         few = listed(rows.loc[rows["verdict"].isna(), "group"])

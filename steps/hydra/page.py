@@ -37,8 +37,9 @@ CAPTIONS = {
     "split": "What ablating the critical slice at the last token does to logit_diff, and its parts: the slice's own "
     "direct effect, later heads, later MLPs and the final norm's scale; beside it random slices of the same make-up "
     f"(their mean); {OVER_QUADS}. A later site's bar above zero is repair.",
-    "rises": "Later sites whose direct effect changes most when the slice is ablated, picked on the discovery half, "
-    "with both halves and intervals that hold for all later sites together. To the right: the site makes up for it.",
+    "rises": "Later sites whose direct effect changes when the slice is ablated, with both halves and intervals that "
+    "hold for all later sites together. First, with a star, those that rise significantly on the discovery half, then "
+    "those of largest change there either way. To the right: the site makes up for it.",
 }
 
 
@@ -110,11 +111,14 @@ def distribution(ratios: pd.DataFrame, params: Hydra) -> list[dict]:
     return out
 
 
-def leading(table: pd.DataFrame, count: int) -> pd.DataFrame:
-    """The `count` sites of largest change either way on discovery, from rise to fall, with both halves' rows."""
-    first = in_halves(table)[0][1]
-    first = first.loc[first["estimate"].abs().nlargest(count).index].sort_values("estimate", ascending=False)
-    return pd.concat([table[table["site"] == site] for site in first["site"]], ignore_index=True)
+def leading(table: pd.DataFrame, count: int, params: Hydra) -> pd.DataFrame:
+    """`count` sites with both halves' rows: first, with a star behind their name, those that rise significantly on
+    discovery, then those of largest change there either way, from rise to fall."""
+    first, rising = in_halves(table)[0][1].set_index("site"), candidates(table, params)["site"].tolist()[:count]
+    others = first["estimate"].drop(rising)
+    others = others.loc[others.abs().nlargest(count - len(rising)).index].sort_values(ascending=False)
+    rows = pd.concat([table[table["site"] == site] for site in (*rising, *others.index)], ignore_index=True)
+    return rows.assign(site=rows["site"].where(~rows["site"].isin(rising), rows["site"] + " *"))
 
 
 def rise_map(table: pd.DataFrame, n_heads: int, params: Hydra) -> tuple[np.ndarray, np.ndarray, list[int]]:
@@ -199,10 +203,12 @@ def heads(step: Step, rounds: Sequence[Round]) -> Figure | None:
     return plots.heat_map(rise, "rise of the direct effect (logits)", sure, layers=rows)
 
 
-def ranked(rounds: Sequence[Round]) -> Figure | None:
-    """The later sites of largest change either way, where there are any."""
+def ranked(step: Step, rounds: Sequence[Round]) -> Figure | None:
+    """The later sites that rise significantly and those of largest change either way, where there are any."""
     risen = rounds[0].rises
-    return plots.ranked_sites(leading(risen, 15), "change of the direct effect (logits)") if len(risen) else None
+    if risen.empty:
+        return None
+    return plots.ranked_sites(leading(risen, 15, step.params), "change of the direct effect (logits)")
 
 
 def candidates_table(rounds: Sequence[Round]) -> pd.DataFrame | None:
@@ -318,7 +324,12 @@ def backup_sentences(rounds: Sequence[Round], params: Hydra) -> list[str]:
 def ending(rounds: Sequence[Round], params: Hydra) -> str:
     """What the search for backups comes to, and how large a backup it could have missed."""
     last, stand_in = rounds[-1], any(one.tests["stands_in"].any() for one in rounds if len(one.tests))
-    names = [effects.site_name(*site) for one in rounds for site in backups_of(one.tests)]
+    found = [one.tests[one.tests["backup"]] for one in rounds if len(one.tests)]
+    names = [
+        f"{row.site} (its direct effect rises by {interval(row.rise, row.rise_low, row.rise_high, 3)} logits)"
+        for tests in found
+        for row in tests.itertuples()
+    ]
     if last.rises.empty:
         left = "no other site comes after the slice, so none could stand in for it"
         return f"Backups by both tests: {listed(names)}; {left}."
@@ -326,7 +337,7 @@ def ending(rounds: Sequence[Round], params: Hydra) -> str:
     if not bounds:
         return f"Backups by both tests: {listed(names)}. There are too few quads to confirm one, or to rule one out."
     if not names:
-        text = "No backup was found at the last token."
+        text = "No site at the last token passes both tests of a backup."
     else:
         stopped = len(candidates(last.rises, params)) and last.tests.empty
         text = f"Backups by both tests: {listed(names)}; "
@@ -340,9 +351,7 @@ def ending(rounds: Sequence[Round], params: Hydra) -> str:
         for bound in bounds
     ]
     what = " or ".join(each)
-    return (
-        f"{text[:-1]}, but the search could have missed {what}: upper ends of intervals that hold for all later sites."
-    )
+    return f"{text} The search could have missed {what}: upper ends of intervals that hold for all later sites."
 
 
 def control_sentences(split: pd.DataFrame) -> list[str]:
@@ -366,7 +375,8 @@ def control_sentences(split: pd.DataFrame) -> list[str]:
 
 def necessity(frame: pd.DataFrame, params: Hydra) -> pd.DataFrame:
     """The slice's damage under each kind of ablation, confirmation half: `damage` and `ceiling` (text) of the gap, and,
-    in `estimate`, as a share of the ceiling. `judges`: the first class-neutral kind that both halves have."""
+    in `estimate`, as a share of the ceiling; `pairs` and `quads` of each kind. `judges`: the first class-neutral kind
+    that both halves have."""
     own = reported(frame)
     slice_alone, whole = own[own["site_set"] == 0], own[own["site_set"] == 1]
     damage, limits = effects.damages(slice_alone, params), effects.damages(whole, params)
@@ -377,6 +387,8 @@ def necessity(frame: pd.DataFrame, params: Hydra) -> pd.DataFrame:
         "damage": [str(damage[kind]) for kind in out["ablation"]],
         "ceiling": [str(limits[k]) for k in out["ablation"]],
     }
+    sizes = slice_alone.groupby("ablation")[["pair_id", "quad_id"]].nunique().set_axis(["pairs", "quads"], axis=1)
+    out = out.join(sizes, on="ablation")
     return out.assign(**of_gap, judges=out["ablation"] == lead)
 
 
@@ -389,7 +401,8 @@ def necessity_sentences(table: pd.DataFrame) -> list[str]:
     judge, others = (list(table[table["judges"] == wanted].itertuples()) for wanted in (True, False))
     told = [
         f"Ablated as a whole by values that take no side, the slice takes away {taken(row)} of what the whole final "
-        "residual stream does."
+        f"residual stream does. This is over {counted(row.pairs, 'pair')} of {counted(row.quads, 'quad')}; page 07 "
+        "gives it over its own pairs, as a rule more of each quad."
         for row in judge
     ] or ["Whether the slice is needed is not testable: no class-neutral ablation has a ceiling above zero here."]
     each = listed(taken(row) for row in others)
@@ -446,5 +459,5 @@ def findings(step: Step, rounds: Sequence[Round], needed: pd.DataFrame) -> dict[
     }
     figures = {"split": split_figure(step, rounds)}
     if len(first.rises):
-        figures["rises"] = ranked(rounds)
+        figures["rises"] = ranked(step, rounds)
     return finished(step, found, figures, CAPTIONS)

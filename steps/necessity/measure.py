@@ -18,7 +18,7 @@ from lib.batches import NEUTRAL
 from pipeline.assumed import Case, of_sweep
 from pipeline.declaration import ANALYSED, Declaration, Table
 from pipeline.params import Ablations, Components, Roles, Shared
-from pipeline.step import Step, swept
+from pipeline.step import Step, StepError, swept, with_gap
 from pipeline.units import Unit, subsample, sweep_units
 
 
@@ -86,7 +86,10 @@ def lead_of(tables: Mapping[str, pd.DataFrame]) -> str:
 
 def run(step: Step) -> Measured:
     """Measure, or read what is there."""
-    sweep = step.table(SWEEP)
+    sweep = with_gap(step.table(SWEEP))
     tables = ablation_tables(sweep, step.params)
+    if not tables:
+        kinds = ", ".join(step.params.ablations)
+        raise StepError(f"no pair has donors for the ablations {kinds}: give zero or counterfactual as well")
     lead = lead_of(tables)
     return Measured(sweep, {lead: tables[lead], **tables}, lead)

@@ -24,6 +24,7 @@ from report.words import (
     about_model,
     finished,
     heads_or_mlps,
+    in_logits,
     listed,
     of_row,
     of_rows,
@@ -49,9 +50,10 @@ def agreement(frame: pd.DataFrame, kinds: Sequence[str], params: Shared) -> dict
     own = own[own["quad_id"].isin(set.intersection(*quads))]  # a quad without a pool has no mean and no resample
     if own.empty:
         return {}
-    matrices = {kind: quad_matrix(own[own["ablation"] == kind], "effect", SITE).values for kind in kinds}
-    first = matrices[kinds[0]]
-    return {kind: site_tables.rank_agreement(first, matrices[kind], params) for kind in kinds[1:]}
+    there = [kind for kind in kinds if kind in set(own["ablation"])]  # a half may lack donors of some
+    matrices = {kind: quad_matrix(own[own["ablation"] == kind], "effect", SITE).values for kind in there}
+    first = matrices[there[0]]
+    return {kind: site_tables.rank_agreement(first, matrices[kind], params) for kind in there[1:]}
 
 
 def at_ceiling(frame: pd.DataFrame, n_layers: int) -> pd.DataFrame:
@@ -93,7 +95,7 @@ def heads(step: Step, m: Measured) -> Figure | None:
 
 def modules(step: Step, m: Measured) -> Figure:
     """Damage of whole modules, layer by layer."""
-    return plots.layer_bars(modules_of(m, step.params), "damage (share of logit_diff)", panel="position")
+    return plots.layer_bars(modules_of(m, step.params), "damage (share of the gap)", panel="position")
 
 
 def ranked(m: Measured) -> Figure:
@@ -148,7 +150,8 @@ def ceiling_sentences(step: Step, m: Measured) -> tuple[dict[str, str], dict[str
     there = [kind for kind in m.sites if kind in {*shares["ablation"]}]
     if there:
         told["sites"] = (
-            f"The leading sites under `{m.lead}`, each as a share of its ablation's own ceiling: "
+            f"The leading sites under `{m.lead}` on the discovery half, each as a share of its ablation's own ceiling "
+            "(confirmation half, each interval by itself): "
             + "; ".join(shares_sentence(shares, m, kind, 4) for kind in there)
             + "."
         )
@@ -161,7 +164,7 @@ def ceiling_sentences(step: Step, m: Measured) -> tuple[dict[str, str], dict[str
 
 def mirror_sentence(step: Step, m: Measured) -> str:
     """Why counterfactual values do not judge necessity, and which ablation does."""
-    seen = (step.find("coarse_sweep") or {}).get("mirror")
+    seen = (step.beside("coarse_sweep") or {}).get("mirror")
     number = (
         f" (in {seen['pairs']} pairs whose mirror was swept, too, the two effects of the residual stream at `last` "
         f"after layer {seen['layer']} correlate at {seen['correlation']:.2f})"
@@ -188,6 +191,15 @@ def donor_sentences(m: Measured, asked: Sequence[str]) -> list[str]:
     ]
 
 
+def leaders_sentence(kind: str, table: pd.DataFrame, params: Shared) -> str:
+    """The leading sites under another kind of ablation."""
+    unit = in_logits(table, f"familywise {params.level:.0%} intervals")
+    return (
+        f"Under `{kind}`, the largest damage on the discovery half is that of {top_sites(table, 3)}, in that order "
+        f"(the numbers: confirmation half, {unit})."
+    )
+
+
 def findings(step: Step, m: Measured) -> dict[str, Any]:
     """The findings of step 03. The leading ablation decides; the others are compared with it."""
     params = step.params
@@ -206,7 +218,7 @@ def findings(step: Step, m: Measured) -> dict[str, Any]:
         + "."
         if agree
         else f"Only `{lead}` was run.",
-        *[f"Under `{kind}`, {top_sites(own, 3)} lead." for kind, own in m.sites.items() if kind != lead],
+        *[leaders_sentence(kind, own, params) for kind, own in m.sites.items() if kind != lead],
         *donor_sentences(m, params.ablations),
     ]
     for role, rows in by_role[by_role["position"] != "last"].groupby("position", sort=False):
@@ -214,7 +226,7 @@ def findings(step: Step, m: Measured) -> dict[str, Any]:
         site = site_name(best["layer"], best["component"])
         sentences.append(
             f"At `{role}`, the attention or MLP module of largest counterfactual damage is {site}: {of_row(best)} of "
-            "the gap."
+            "the gap (picked and reported on the same pairs)."
         )
     found = {
         "model": about_model(step),

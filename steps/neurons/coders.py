@@ -25,6 +25,7 @@ from torch import Tensor
 from lib import hooks
 from lib.hooks import Model, Site
 from lib.readout import post_norms, readout
+from lib.weights import may_be_one
 from pipeline.step import StepError
 
 # tensors by the names they have in each format: ours, and whether they are stored transposed
@@ -43,14 +44,17 @@ FACTORS = ("scaling_factor", "finetuning_scaling_factor")  # sae-lens': of each 
 SILENT = {"dtype", "device", "dataset_path", "dataset_trust_remote_code", "context_size", "prepend_bos", "seed"}
 SILENT |= {"sae_lens_version", "sae_lens_training_version", "neuronpedia_id", "model_class_name", "seqpos_slice"}
 SILENT |= {"exclude_special_tokens", "training_tokens", "expansion_factor", "normalize_decoder", "multi_topk"}
+SILENT |= {"sequence_separator_token", "disable_concat_sequences"}
 # Of how TransformerLens loaded the model: what changes nothing of a residual stream or an MLP's output.
 LOADED = {"fold_ln", "center_unembed", "fold_value_biases", "n_devices", "dtype"}
-LENS = {("standard", "relu"), ("standard", "topk"), ("topk", "topk"), ("jumprelu", "relu")}
+LENS = (("standard", "relu"), ("standard", "topk"), ("topk", "topk"), ("jumprelu", "relu"))
 FORMER = {"hook_point": "hook_name", "hook_point_layer": "hook_layer", "hook_point_head_index": "hook_head_index"}
 FORMER |= {"activation_fn": "activation_fn_str"}
+BESIDE = "sparsity.safetensors"  # of sae-lens' folders: how often features fired in training
 # A place by its name in TransformerLens and in transformers.
 HOOK = re.compile(r"blocks\.(?P<layer>\d+)\.hook_(?P<kind>resid_post|resid_pre|mlp_out)")
-MODULE = re.compile(r"(?:.*\.)?(?:layers|h)\.(?P<layer>\d+)(?P<kind>\.mlp)?")
+BLOCK = r"(?:.*\.)?(?:layers|h)\.(?P<layer>\d+)"
+MODULE = re.compile(BLOCK + r"(?P<kind>\.mlp)?")
 
 
 @dataclass(frozen=True)
@@ -93,8 +97,14 @@ class Origin(NamedTuple):
 class Config:
     """The keys of a cfg.json, each taken once; what is left when all are taken is refused."""
 
-    def __init__(self, where: str, values: Mapping[str, Any]) -> None:
-        self.where, self.left = where, dict(values)
+    def __init__(self, where: str, about: Path | None) -> None:
+        self.where, self.left = where, {}
+        if about is None:
+            return
+        try:
+            self.left.update(json.loads(about.read_text(encoding="utf-8")).items())
+        except (ValueError, AttributeError) as error:
+            raise self.refuse(f"its cfg.json cannot be read: {error}") from None
 
     def refuse(self, told: str) -> StepError:
         return StepError(f"sae_file {self.where}: {told}")
@@ -105,6 +115,22 @@ class Config:
         if allowed and value not in allowed:
             raise self.refuse(f"{key} = {value!r} cannot be read; {' or '.join(map(repr, allowed))} can")
         return value
+
+    def of(self, kind: type, key: str) -> Any:
+        """The key's value, which must be of this kind; an empty one where it is not there, or null."""
+        value = self.left.pop(key, None)
+        if not isinstance(value, kind | None):
+            raise self.refuse(f"{key} = {value!r} cannot be read")
+        return value or kind()
+
+    def flatten(self) -> None:
+        """What sae-lens keeps in groups, and under names of earlier versions, by its own names."""
+        groups = [self.of(dict, "meta"), self.of(dict, "metadata"), self.left]
+        self.left = {}
+        for name, value in (item for group in groups for item in group.items()):
+            key = FORMER.get(name, name)
+            if self.left.setdefault(key, value) != value:
+                raise self.refuse(f"{key} stands there twice, as {self.left[key]!r} and as {value!r}")
 
     def done(self) -> None:
         if unknown := sorted(self.left.keys() - SILENT):
@@ -126,7 +152,10 @@ def read(path: str | Path, width: int) -> tuple[Coder, Origin]:
     not understood.
     """
     file = file_of(Path(path))
-    tensors = {name: value.float() for name, value in safetensors.torch.load_file(file).items()}
+    try:
+        tensors = {name: value.float() for name, value in safetensors.torch.load_file(file).items()}
+    except safetensors.SafetensorError as error:
+        raise StepError(f"sae_file {file} cannot be read: {error}") from None
     kind = next((kind for kind, names in FORMATS.items() if names.keys() <= tensors.keys()), None)
     if kind is None:
         known = "; ".join(f"{name}: {', '.join(keys)}" for name, keys in FORMATS.items())
@@ -136,9 +165,9 @@ def read(path: str | Path, width: int) -> tuple[Coder, Origin]:
         raise StepError(
             f"sae_file {path}: give the folder of an SAE of {kind}'s, with the cfg.json that says what it does"
         )
-    config = Config(str(path), json.loads(about.read_text(encoding="utf-8")) if about.is_file() else {})
+    config = Config(str(path), about if about.is_file() else None)
     own = {ours: tensors.pop(theirs) for theirs, ours in FORMATS[kind].items()}
-    own |= {key[:-2]: own.pop(key).T.contiguous() for key in list(own) if key.endswith(".T")}
+    own |= {key[:-2]: own.pop(key).transpose(0, -1).contiguous() for key in list(own) if key.endswith(".T")}
     check_shapes(config, own | tensors, width)
     of_kind = {"eai-sparsify": of_sparsify, "sae-lens": of_lens, "goodfire": of_goodfire}[kind]
     coder, origin = of_kind(config, own, tensors)
@@ -150,8 +179,11 @@ def read(path: str | Path, width: int) -> tuple[Coder, Origin]:
 
 def file_of(path: Path) -> Path:
     """The safetensors file itself."""
-    found = sorted(path.glob("*.safetensors")) if path.is_dir() else [path] * path.is_file()
-    if path.suffix in (".pt", ".pth", ".bin", ".npz"):
+    found = [file for file in sorted(path.glob("*.safetensors")) if file.name != BESIDE]
+    found = found if path.is_dir() else [path] * path.is_file()
+    if path.suffix == ".npz":
+        raise StepError(f"sae_file {path} is numpy's; sae-lens reads Gemma Scope's files and saves what is read here")
+    if path.suffix in (".pt", ".pth", ".bin"):
         raise StepError(
             f"sae_file {path} is pickled, and nothing is unpickled here; convert it once: "
             'safetensors.torch.save_file(torch.load("file.pt", weights_only=True), "file.safetensors")'
@@ -163,7 +195,7 @@ def file_of(path: Path) -> Path:
 
 def check_shapes(config: Config, tensors: Mapping[str, Tensor], width: int) -> None:
     """StepError unless the tensors fit the site, each other and the sizes that the config states, and are finite."""
-    features, here = tensors["encoder"].shape
+    features, here = (*tensors["encoder"].shape, 0, 0)[:2]
     if here != width:
         raise config.refuse(f"it is for activations of width {here}; those of this site have {width}")
     wanted = {"encoder": (features, width), "bias": (features,), "decoder": (features, width), "centre": (width,)}
@@ -193,9 +225,7 @@ def of_sparsify(config: Config, own: dict[str, Tensor], tensors: dict[str, Tenso
 
 def of_lens(config: Config, own: dict[str, Tensor], tensors: dict[str, Tensor]) -> tuple[Coder, Origin]:
     """Standard, top-k and JumpReLU SAEs; factors of each feature are folded into its weights."""
-    for key in ("meta", "metadata"):
-        config.left |= config.left.pop(key, None) or {}
-    config.left = {FORMER.get(key, key): value for key, value in config.left.items()}
+    config.flatten()
     kind, active = lens_kind(config)
     config.take("normalize_activations", "none", None, False)
     config.take("reshape_activations", "none", None)
@@ -224,11 +254,11 @@ def lens_kind(config: Config) -> tuple[str, int | None]:
     function = config.take("activation_fn_str", default="topk" if kind == "topk" else "relu")
     if (kind, function) not in LENS:
         raise config.refuse(f"activation_fn {function!r} of a {kind} SAE cannot be read")
-    settings = dict(config.take("activation_fn_kwargs") or {})
-    sizes = {size for size in (config.take("k"), settings.pop("k", None)) if size is not None}
-    if settings or len(sizes) != (function == "topk"):
-        raise config.refuse(f"k = {sorted(sizes)}, activation_fn_kwargs {settings} of a {function} SAE cannot be read")
-    return kind, whole(config, "k", sizes.pop()) if sizes else None
+    settings = config.of(dict, "activation_fn_kwargs")
+    sizes = [size for size in (config.take("k"), settings.pop("k", None)) if size is not None]
+    if settings or bool(sizes) != (function == "topk") or sizes != sizes[:1] * len(sizes):
+        raise config.refuse(f"k = {sizes}, activation_fn_kwargs {settings} of a {function} SAE cannot be read")
+    return kind, whole(config, "k", sizes[0]) if sizes else None
 
 
 def whole(config: Config, key: str, value: Any) -> int:
@@ -241,19 +271,19 @@ def whole(config: Config, key: str, value: Any) -> int:
 def lens_origin(config: Config) -> Origin:
     """Where an SAE of sae-lens was trained."""
     config.take("hook_head_index", None)
-    hook, layer = config.take("hook_name"), config.take("hook_layer")
-    if hook and layer is not None and f".{layer}." not in f".{hook}.":
+    hook, layer, model = config.of(str, "hook_name"), config.take("hook_layer"), config.of(str, "model_name")
+    if layer is not None and f".{layer}." not in f".{hook}.":
         raise config.refuse(f"hook_layer {layer} is not that of hook_name {hook!r}")
-    loaded = dict(config.take("model_from_pretrained_kwargs") or {})
+    loaded = config.of(dict, "model_from_pretrained_kwargs")
     centred = loaded.pop("center_writing_weights", True)
     if unknown := sorted(loaded.keys() - LOADED):
         raise config.refuse(f"model_from_pretrained_kwargs has {unknown[0]!r}, which is not understood")
-    return Origin(hook, config.take("model_name"), centred and bool(hook) and hook.startswith("blocks."))
+    return Origin(hook or None, model or None, centred and hook.startswith("blocks."))
 
 
 def folder_hook(name: str) -> str | None:
-    """eai-sparsify keeps an SAE in a folder of its module's name."""
-    return name if MODULE.fullmatch(name) else None
+    """eai-sparsify keeps an SAE in a folder of its module's name, whichever module that is."""
+    return name if re.match(BLOCK, name) else None
 
 
 def site_of_hook(hook: str) -> Site | None:
@@ -276,8 +306,7 @@ def check_names(path: str, origin: Origin, site: Site, model: str) -> None:
         raise StepError(
             f"sae_file {path} was trained at {origin.hook}, and features are read at {hooks.site_name(*site)}; {todo}"
         )
-    one, other = (re.sub(r"[^a-z0-9]", "", Path(name).name.lower()) for name in (origin.model or model, model))
-    if one not in other and other not in one:
+    if origin.model is not None and not may_be_one(origin.model, model):
         raise StepError(
             f"sae_file {path} was trained on {origin.model}, and the model here is {model}; if the two are one, write "
             "the latter as model_name into a copy of its cfg.json"

@@ -28,9 +28,9 @@ from torch import Tensor
 
 from lib import hooks, tasks
 from lib.hooks import Model, Site
+from lib.questions import KINDS
 from lib.single_pass import plain_runs
-from pipeline.params import ROOT
-from pipeline.population import controls_of, load_people
+from pipeline.population import controls_of, people_of
 from pipeline.step import Step
 from pipeline.units import Unit, subsample
 from steps.neurons import coders
@@ -87,28 +87,29 @@ def is_new(beginning: tuple[int, ...], seen: set[tuple[int, ...]]) -> bool:
 
 
 def sentences(step: Step) -> list[tuple[int, ...]]:
-    """Token ids of `sae_prompts` prompts: a third pairs of the discovery half, in every template of the task; a third
-    sentences about people who are in no pair of the confirmation half; a third about things and about anything."""
+    """Token ids of `sae_prompts` prompts: a third pairs of the discovery half, in every template of the task and in the
+    profile's own; a third sentences about people who are in no pair of the confirmation half; a third about things and
+    about anything."""
     tokenizer, table, rng = step.model.tokenizer, step.pairs(), step.rng("sentences")
-    third = -(-step.params.sae_prompts // 3)
-    topic, path = step.params.topic, step.params.sentences_file
-    texts = {kind: [] for kind in ("person", "thing", "general")}
-    if path:
-        texts |= pd.read_csv(ROOT / path).groupby("kind")["text"].apply(list).to_dict()
+    p, topic, third = step.params, step.params.topic, -(-step.params.sae_prompts // 3)
+    given = topic.table("sentences")
+    texts = {kind: given.loc[given["kind"] == kind, "text"].tolist() for kind in KINDS["sentences"]}
     names = controls_of(step).query("kind == 'thing'")["name"].str.lower()
     own = table[table["half"] == "discovery"]
-    templates = topic.of_task(step.params.task)
+    templates = {template.name: template for template in (*topic.of_task(p.task), topic.find(p.template, p.task))}
     sides = [
         (template, [row[f"{side}_{slot}"] for slot in template.slots])
-        for template in templates
+        for template in templates.values()
         for row in own.to_dict("records")
         for side in ("clean", "corrupt")
     ]
-    chosen = [sides[index] for index in rng.permutation(len(sides))[:third]]
-    out = [tasks.make_prompt(tokenizer, *side, step.params.chat_template).ids for side in chosen]
+    out = []
+    for index in rng.permutation(len(sides))[:third]:
+        with contextlib.suppress(ValueError):  # a name that merges with the text of another template
+            out.append(tasks.make_prompt(tokenizer, *sides[index], p.chat_template, p.attributes).ids)
     slots = [f"{side}_{slot}" for side in ("clean", "corrupt") for slot in tasks.SLOTS if f"{side}_{slot}" in table]
     held = table.loc[table["half"] == "confirmation", slots]
-    people = load_people(step.people_file, step.params.question)["name"]
+    people = people_of(step)["name"]
     people = rng.permutation(people[~people.isin(held.to_numpy().ravel())])
     about = [topic.find(topic.alone).text, *texts["person"]]
     lines = [text.replace("{a}", name) for text, name in islice(zip(cycle(about), cycle(people)), third)]

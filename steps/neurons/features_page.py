@@ -224,19 +224,30 @@ def map_sentences(rows: pd.DataFrame, found: pd.DataFrame, params: Neurons) -> l
             own = selective(rows, kind, params)
             again, total = int((own["confirmation"] >= params.sae_selective).sum()), len(rows[kind].iloc[0])
             parts.append(f"{len(own)} of {total} {kind} on discovery, {again} of them again on confirmation")
+    neurons = best_neurons(rows)
     best = [
         f"{r.superset}: {r.feature} ({interval(r.estimate, r.low, r.high)}, {counted(r.n, 'prompt')} of "
-        f"{counted(r.quads, 'quad')})"
+        f"{counted(r.quads, 'quad')}{neurons.get(r.superset, '')})"
         for r in found.rename(columns={"n quads": "quads"}).itertuples()
     ]
     few = found["low"].isna().any()
     why = f" There is no interval where the superset is in fewer than {stats.MINIMUM_CLUSTERS} quads." * bool(few)
     said = ", ".join(best) or "none"
+    beside = ", beside it that of the best of the site's single neurons, picked alike" * bool(neurons)
     return [
         f"Selective for a superset (AUC of at least {params.sae_selective:g}, one against the rest, at `last`) are "
         f"{'; '.join(parts)}.",
-        f"The best feature of each superset by discovery, with its AUC on confirmation: {said}.{why}",
+        f"The best feature of each superset by discovery, with its AUC on confirmation{beside}: {said}.{why}",
     ]
+
+
+def best_neurons(rows: pd.DataFrame) -> dict[str, str]:
+    """For every superset, the AUC on confirmation of the single neuron that is best on discovery, in words; {} where
+    none was read."""
+    if "neurons" not in rows:
+        return {}
+    first, last = (aucs(part, "neurons") for part in (in_halves(rows)[0][1], in_halves(rows)[-1][1]))
+    return {name: f"; best neuron {last[name][first[name].idxmax()]:.2f}" for name in first if name in last}
 
 
 def effect_sentences(table: pd.DataFrame, gaps: pd.DataFrame, params: Neurons, directions: int) -> list[str]:

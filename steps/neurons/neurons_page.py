@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,18 +20,21 @@ from lib.effects import in_halves, reported
 from pipeline.step import Step
 from report import plots
 from report.plots import BLUE, STYLE, VERMILION, WIDTH, Figure
-from report.words import in_logits, interval, listed
+from report.words import counted, in_logits, interval, listed
 from steps.neurons.measure import Measured, Neurons
 from steps.neurons.picks import NEURON, Set, means
 
 QUANTITY = {"mean": "damage", "clean": "recovery"}  # damage under a class-neutral ablation: the other is its mirror
 HALF = 0.5  # "carry" means more than half of the MLPs' joint effect
+TOLD = [*NEURON, "superset", "discovery", "adjusted", "confirmation", "p", "mean", "mean_others", "picked", "selective"]
+TOLD += ["promoted", "suppressed", "site"]
 CLAIMED = {"quantity": "damage", "n_sites": 10}  # what the claim of page 10 about a few neurons is about
 CAPTIONS = {
     "top": "The neurons of largest effect either way, picked on the discovery half: fall of logit_diff when each "
-    "is given its corrupt value in the clean run, both halves; intervals hold for all of the top neurons together.",
+    "is given its corrupt value in the clean run (negative: it rises, the neuron opposes the answer), both halves; "
+    "intervals hold for all of the top neurons together.",
     "joint": "Joint effect of the top neurons as a share of that of the same layers' whole MLPs, beside the sum of "
-    " their single effects and random neurons of the same layers that write as much; confirmation half, "
+    "their single effects and random neurons of the same layers that write as much; confirmation half, "
     "studentised bootstrap intervals over quads.",
 }
 
@@ -75,10 +78,15 @@ def significant(table: pd.DataFrame, params: Neurons) -> pd.Series:
     return sign.first()[agreed]
 
 
+def discovery_shares(table: pd.DataFrame, sets: Sequence[Set], params: Neurons) -> pd.DataFrame:
+    """`shares` on the discovery half (the only half, where there is one)."""
+    return shares(in_halves(table)[0][1], sets, params)
+
+
 def shares(table: pd.DataFrame, sets: Sequence[Set], params: Neurons) -> pd.DataFrame:
     """Joint effects of the growing sets, and the sums of the single ones, as shares of the MLPs' joint effect.
 
-    Confirmation half; `quantity` is damage or recovery, `logits` the mean effect, `mlps` that of the MLPs.
+    Of the last half in the table; `quantity` is damage or recovery, `logits` the mean effect, `mlps` that of the MLPs.
     `above_random` is the lower end of the interval of helping minus random neurons (logits). No rows where the
     MLPs have no positive effect.
     """
@@ -123,7 +131,8 @@ def p_of_auc(auc: pd.Series, n: pd.Series, others: pd.Series) -> np.ndarray:
 
 
 def selective(classes: pd.DataFrame, params: Neurons, column: str = "auc") -> pd.DataFrame:
-    """For each neuron the superset that its activation tells best from the others on the discovery half.
+    """For each neuron the superset, of those in both halves, that its activation tells best from the others on the
+    discovery half; no rows where the halves have none in common.
 
     `discovery` and `confirmation` are its areas there; `picked` where the discovery area is significant (Benjamini and
     Hochberg over neurons x supersets), `selective` where the confirmation area, of the same side, is so among the
@@ -132,7 +141,10 @@ def selective(classes: pd.DataFrame, params: Neurons, column: str = "auc") -> pd
     """
     table = classes.assign(p=p_of_auc(classes[column], classes["n"], classes["n_others"]), auc=classes[column])
     halves = [part for _, part in in_halves(table)]
-    first, last = halves[0].copy(), halves[-1]
+    there = {*halves[0]["superset"]} & {*halves[-1]["superset"]}  # of few pairs, a half may lack a superset
+    first, last = (half[half["superset"].isin(there)].copy() for half in (halves[0], halves[-1]))
+    if first.empty:
+        return pd.DataFrame(columns=TOLD).astype({"picked": bool, "selective": bool, "confirmation": float})
     first["adjusted"] = tests.false_discovery_control(first["p"])
     best = first.loc[(first["auc"] - 0.5).abs().groupby([first["layer"], first["head"]]).idxmax()]
     keys = [*NEURON, "superset"]
@@ -226,7 +238,7 @@ def direct_figure(frame: pd.DataFrame, chosen: pd.DataFrame, named: int = 6) -> 
     """The whole effect of each chosen neuron against its direct effect, confirmation half, the first ones named."""
     own = chosen[NEURON].merge(means(reported(frame)), on=NEURON)
     own = own.assign(of="layer " + own["layer"].astype(str)).sort_values("layer")
-    words = "effect on logit_diff (logits)"
+    words = "effect for the answer (logits)"
     first = list(chosen["site"].head(named))
     return plots.agreement(own, "direct", "effect", f"direct {words}", f"whole {words}", by="of", named=first)
 
@@ -265,9 +277,11 @@ def joint_figure(step: Step, m: Measured) -> Figure | None:
     return plots.slice_curve(carried, HALF, "kind", "quantity", "share of the MLPs' joint effect")
 
 
-def classes_figure(step: Step, m: Measured) -> Figure:
-    """How well the leading neurons tell supersets apart, in both halves."""
+def classes_figure(step: Step, m: Measured) -> Figure | None:
+    """How well the leading neurons tell supersets apart, in both halves, where these have some in common."""
     apart = selective(m.classes, step.params).merge(m.top[["site"]], on="site")
+    if apart.empty:
+        return None
     axes = [f"area under the ROC curve, {half} half" for half in ("discovery", "confirmation")]
     return plots.agreement(apart, "discovery", "confirmation", *axes, by="superset")
 
@@ -310,27 +324,38 @@ def share_sentence(table: pd.DataFrame, quantity: str) -> str:
     return text
 
 
-def few(table: pd.DataFrame) -> str:
-    """Whether a few neurons carry the MLPs' effect: how many it takes to be sure of more than half of it."""
+def enough(table: pd.DataFrame) -> pd.Series:
+    """For each number of helping neurons that was tried, whether they make up more than half of the MLPs' effect in
+    both directions (lower ends of the intervals), and more of it than random ones."""
     own = table[table["kind"] == "helping"]
-    if own.empty or own["low"].isna().any():
-        return "There are too few quads, or no neurons, to say whether a few neurons carry the MLPs' effect."
-    most, count = int(own["n_sites"].max()), table["quantity"].nunique()
     sure = own[(own["low"] > HALF) & (own["above_random"] > 0)].groupby("n_sites")["quantity"].nunique()
-    sure = sure[sure == len(QUANTITY)]
-    if len(sure):
-        n = int(sure.index.min())
+    return sure.reindex(sorted(own["n_sites"].unique()), fill_value=0) == len(QUANTITY)
+
+
+def few(picking: pd.DataFrame, table: pd.DataFrame) -> str:
+    """Whether a few neurons carry the MLPs' effect: the fewest that are enough by `picking`, the discovery half, and
+    what as many make up on the confirmation half."""
+    both = [part[part["kind"] == "helping"] if len(part) else part for part in (picking, table)]
+    if any(own.empty or own["low"].isna().any() for own in both):
+        return "There are too few quads, or no neurons, to say whether a few neurons carry the MLPs' effect."
+    reached, held = enough(picking), enough(table)
+    size = int(reached.index[reached].min()) if reached.any() else int(reached.index.max())
+    there = both[1][both[1]["n_sites"] == size]
+    each = listed(f"{interval(row.estimate, row.low, row.high)} of the {row.quantity}" for row in there.itertuples())
+    each += "" if len(there) == len(QUANTITY) else " (in the other direction the MLPs have no effect to carry)"
+    if not reached.any():
         return (
-            f"{n} neuron{'s' * (n > 1)} carr{'y' if n > 1 else 'ies'} more than half of what the MLPs do together "
-            "(lower ends of the intervals of damage and recovery), and more than random neurons that write as much. "
-            "That is a share of a net effect, which neurons that oppose the answer have already lowered."
+            f"That a few neurons carry the MLPs' effect is not supported: on the discovery half no number of them that "
+            f"was tried ({listed(reached.index)}) is shown to make up more than half of it in both directions; on the "
+            f"confirmation half the {size} that help make up {each}."
         )
-    last = own[own["n_sites"] == most]
-    best = listed(f"{row.quantity} {interval(row.estimate, row.low, row.high)}" for row in last.itertuples())
-    missing = "" if count == len(QUANTITY) else "; in the other direction the MLPs have no effect to carry"
+    more = "more than half there, too, and more than" if held.get(size, False) else "not shown to be more than half and"
+    more += "" if held.get(size, False) else " more than"
     return (
-        f"That a few neurons carry the MLPs' effect is not supported: the {most} that help on discovery are not shown "
-        f"to make up more than half of it in both directions ({best}{missing})."
+        f"On the discovery half {size} neurons are the fewest, of the numbers tried ({listed(reached.index)}), that "
+        f"surely carry more than half of what the MLPs do together. On the confirmation half they make up {each}, "
+        f"{more} random neurons that write as much. These are shares of a net effect, which neurons that oppose the "
+        "answer have already lowered."
     )
 
 
@@ -389,17 +414,21 @@ def top_sentences(tables: dict[str, pd.DataFrame], table: pd.DataFrame, params: 
         "mean": "the mean",
     }
     sentences = [
-        f"In {last['pair_id'].nunique()} pairs of {last['quad_id'].nunique()} {last['half'].iloc[0]} quads, the first "
-        f"{min(6, len(own))}, picked on discovery, change logit_diff by "
-        f"({in_logits(own, f'familywise intervals over the {len(own)}')}; positive: towards the answer): {each}.",
-        f"Significant familywise in each half with one sign are, of these {len(own)}, "
-        + listed(
-            f"{int((sign > 0).sum())} that help and {int((sign < 0).sum())} that oppose the answer under {words[kind]}"
-            for kind, sign in counts.items()
-        )
-        + ".",
+        f"In {last['pair_id'].nunique()} pairs of {last['quad_id'].nunique()} {last['half'].iloc[0]} quads each of "
+        f"the first {min(6, len(own))}, picked on discovery, is replaced by its corrupt value: logit_diff falls by "
+        f"({in_logits(own, f'familywise intervals over the {len(own)}')}; negative: it rises, the neuron opposes the "
+        f"answer) {each}.",
+        f"Of the {len(own)} neurons of largest effect on discovery, significant familywise in each half with one sign "
+        f"are {listed(f'{both_ways(sign)} under {words[kind]}' for kind, sign in counts.items())}.",
     ]
     return sentences, {"significant": {kind: sign.to_dict() for kind, sign in counts.items()}}
+
+
+def both_ways(sign: pd.Series) -> str:
+    """How many neurons of `significant` help the answer and how many oppose it."""
+    counts = {"help": int((sign > 0).sum()), "oppose": int((sign < 0).sum())}
+    each = (f"{number} that {does}{'s' * (number == 1)}" for does, number in counts.items() if number)
+    return " and ".join(each) or "none"
 
 
 def direct_sentence(frame: pd.DataFrame, chosen: pd.DataFrame) -> str:
@@ -407,12 +436,13 @@ def direct_sentence(frame: pd.DataFrame, chosen: pd.DataFrame) -> str:
     last = reported(frame)
     own = means(last).merge(chosen[NEURON], on=NEURON)
     each = [
-        f"{layer} ({len(rows)} neurons): {rows['direct'].sum():+.2f} of {rows['effect'].sum():+.2f}"
+        f"{layer} ({counted(len(rows), 'neuron')}): {rows['direct'].sum():+.2f} of {rows['effect'].sum():+.2f}"
         for layer, rows in own.groupby("layer")
     ]
     return (
         "What the top neurons write directly on logit_diff, without what later layers make of it, and their whole "
-        f"effect, added up by layer (logits; {last['quad_id'].nunique()} {last['half'].iloc[0]} quads): {listed(each)}."
+        f"effect, added up by layer (logits, positive: for the answer; {last['quad_id'].nunique()} "
+        f"{last['half'].iloc[0]} quads): {listed(each)}."
     )
 
 
@@ -429,9 +459,10 @@ def class_sentence(told: pd.DataFrame, chance: pd.DataFrame, chosen: pd.DataFram
     numbers["higher"] = len(higher)
     if reason := stats.too_few(quads, "quads"):
         return f"How many neurons are selective for a superset was not tested ({reason}).", numbers
+    most = ", so many that this singles none out" if numbers["selective"] > len(told) / 2 else ""
     return (
         f"By its activation at `last`, {numbers['selective']:,} of {len(told):,} neurons tell a superset from the "
-        "others (significant over neurons and supersets on discovery, again on confirmation with the same side; "
+        f"others{most} (significant over neurons and supersets on discovery, again on confirmation with the same side; "
         f"{numbers['selective_chance']:,} by chance, when each half's labels are dealt out anew), of the "
         f"{len(own)} top ones {numbers['top_selective']}; "
         f"the area's median distance from 0.5 is {numbers['area']:.2f} over all and {numbers['top_area']:.2f} over the "
@@ -448,14 +479,18 @@ def helps(row: pd.Series) -> str:
     return f"{does} the answer (effect {interval(row['estimate'], low, high)} logits)"
 
 
-def card_sentence(told: pd.DataFrame, words: pd.DataFrame, lead: pd.DataFrame, count: int = 3) -> str:
+def card_sentence(
+    told: pd.DataFrame, words: pd.DataFrame, lead: pd.DataFrame, plural: Callable[[str], str], count: int = 3
+) -> str:
     """The first cards in words."""
-    rows = told.set_index("site").loc[words.index[:count]]
+    rows = told.set_index("site").reindex(words.index[:count]).dropna(subset="superset")
+    if rows.empty:
+        return "No superset is in both halves, so that none is said of single neurons."
     effect = reported(lead).set_index("site")
     each = [
-        f"{site}, {'higher' if row.mean > row.mean_others else 'lower'} for {row.superset}s ({row.mean:.2f} against "
-        f"{row.mean_others:.2f}), {helps(effect.loc[site])} and writes most on {words.loc[site, 'writes most on']}, "
-        f"least on {words.loc[site, 'writes least on']}"
+        f"{site}, {'higher' if row.mean > row.mean_others else 'lower'} for {plural(row.superset)} ({row.mean:.2f} "
+        f"against {row.mean_others:.2f}), {helps(effect.loc[site])} and writes most on "
+        f"{words.loc[site, 'writes most on']}, least on {words.loc[site, 'writes least on']}"
         for site, row in zip(rows.index, rows.itertuples(), strict=True)
     ]
     return "; ".join(each) + ". (In brackets: how many of the layer's neurons single out a word as much.)"
@@ -471,17 +506,17 @@ def part(step: Step, m: Measured) -> dict[str, Any]:
     apart, chance = (selective(m.classes, params, column) for column in ("auc", "auc_chance"))
     quads = int(in_halves(m.classes)[0][1].groupby("superset")["n"].first().sum() / 2)
     about_class, counted = class_sentence(apart, chance, m.top, quads)
-    verdict = (
-        few(carried) + claimed(carried) if joint else "The MLPs of these layers have no joint effect to be carried."
-    )
+    verdict = "The MLPs of these layers have no joint effect to be carried."
+    if joint:
+        verdict = few(discovery_shares(m.joint, m.sets, params), carried) + claimed(carried)
     ranked = m.top.merge(apart[["site", "superset", "promoted", "discovery", "confirmation"]], on="site")
     by_kind = {kind: reported(rows)[["site", "estimate", "low", "high", "p", "ratio"]] for kind, rows in alone.items()}
     figures = {"top": ranked_figure(step, m), "joint": joint_figure(step, m)}
     figures = {name: figure for name, figure in figures.items() if figure}
-    last = card_sentence(apart, words_table(step, m), alone["counterfactual"])
+    last = card_sentence(apart, words_table(step, m), alone["counterfactual"], params.topic.plural)
     return {
         "sentences": [*scope, *leading, *joint, verdict, direct_sentence(m.neurons, m.top), about_class, last],
-        "headline": [verdict, leading[0]],
+        "headline": [verdict, leading[1]],
         "figures": figures,
         "captions": {name: CAPTIONS[name] for name in figures},
         "neurons": numbers

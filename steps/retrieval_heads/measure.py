@@ -33,8 +33,8 @@ from pipeline.assumed import Case, few_pairs, of_paths, order_of, pair_of
 from pipeline.costs import Machine, Work
 from pipeline.declaration import ANALYSED, Declaration, Table
 from pipeline.params import OfSlice
-from pipeline.population import load_people
-from pipeline.step import Step
+from pipeline.population import aligned, alone, people_of, superset_by_profession
+from pipeline.step import Step, with_gap
 from pipeline.units import Unit, subsample, sweep_units
 from steps.retrieval_heads import attention, hops, one_name, outputs, routes
 from steps.retrieval_heads.routes import BETWEEN, LAST, NAMES, heads_of, speaks
@@ -73,17 +73,19 @@ class Subject(NamedTuple):
 
 
 def subject(step: Step) -> Subject:
-    """The pairs that are patched."""
+    """The pairs that are patched; of single names those that line up, too, in a prompt of their own."""
     p, prompts = step.params, step.prompts()
-    alone = subsample(step.prompts(routes.one_name_rows(step.pairs(), p.topic.alone)), p.one_name_pairs)
+    how = {"chat_template": p.chat_template, "attributes": p.attributes, "question": p.question}
+    single, _ = aligned(routes.one_name_rows(step.pairs(), p.topic.alone), step.tokenizer, **how)
+    alone = subsample(step.prompts(single), p.one_name_pairs)
     return Subject(subsample(prompts, p.name_pairs), subsample(prompts, p.pairs), alone)
 
 
 def people_asked(step: Step) -> pd.DataFrame:
     """The people of the one-name probes."""
-    return one_name.draw_people(
-        load_people(step.people_file, step.params.question), step.params.probe_people, step.params.seed
-    )
+    drawn, topic = one_name.draw_people(people_of(step), step.params.probe_people, step.params.seed), step.params.topic
+    templates = [topic.find(text, "one_name", form) for form, text in topic.probes]
+    return drawn[drawn["name"].isin(alone(drawn["name"], step.tokenizer, templates, step.params.chat_template))]
 
 
 def probe_units(step: Step | Case, names: Sequence[str]) -> list[Unit]:
@@ -93,18 +95,13 @@ def probe_units(step: Step | Case, names: Sequence[str]) -> list[Unit]:
 
 def prober(step: Step, names: Sequence[str]) -> Callable[[Unit], pd.DataFrame]:
     """What asks a unit's people."""
-    people, superset_of = people_asked(step), superset_by_profession(step)
+    people, superset_of = people_asked(step), superset_by_profession(people_of(step))
 
     def compute(unit: Unit) -> pd.DataFrame:
         template = step.params.topic.find(unit.options["template"], "one_name", unit.options["form"])
         return one_name.probe(step.model, people, [template], superset_of, step.params.chat_template)
 
     return compute
-
-
-def superset_by_profession(step: Step) -> dict[str, str]:
-    """The superset of each profession of the table of people."""
-    return one_name.superset_by_profession(load_people(step.people_file, step.params.question))
 
 
 def patcher(step: Step, *chosen: Any) -> Callable[[Unit], pd.DataFrame]:
@@ -180,14 +177,15 @@ def output_units(step: Step | Case, pairs: Subject) -> list[Unit]:
 
 def output_reader(step: Step, pairs: Subject) -> Callable[[Unit], pd.DataFrame]:
     """What reads and probes the heads' outputs of a unit's role."""
-    people, sites = load_people(step.people_file, step.params.question), step.slice()
+    people, sites = people_of(step), step.slice()
     known = outputs.professions_of(step.pairs(), people)
     described = outputs.described(step.pairs(), people, [*step.params.topic.attributes])
     template = step.params.topic.find(pairs.at_last[0].template, pairs.at_last[0].task)
 
     def compute(unit: Unit) -> pd.DataFrame:
         candidates = tasks.candidates(step.model.tokenizer, template)
-        about = outputs.About(known, superset_by_profession(step), dict(zip(*candidates, strict=True)), described)
+        words = dict(zip(*candidates, strict=True))
+        about = outputs.About(known, superset_by_profession(people), words, described)
         return outputs.table(step.model, unit.pairs, about, sites, unit.id, step.params.seed)
 
     return compute
@@ -387,7 +385,7 @@ def run(step: Step) -> Measured:
     """Measure, or read what is there."""
     p, sites, pairs = step.params, step.slice(), subject(step)
     probes = step.table(PROBES_TABLE, people_asked(step)["name"].tolist())
-    screened = step.table(SENDERS, pairs)
+    screened = with_gap(step.table(SENDERS, pairs))
     picked = {name: senders_table(rows, p) for name, rows in screened.groupby("receivers", sort=False)}
     roles = list(routes_of(step, pairs))
     heads = {role: candidates(picked[f"slice at {role}"], sites, p) for role in roles}

@@ -97,17 +97,6 @@ def labels_of(tokenizer: Any, template: Template, superset_of: Mapping[str, str]
     return Labels(tuple(superset_of), tuple(superset_of.values()), tuple(tokens), tuple(scored), candidates)
 
 
-def superset_by_profession(people: pd.DataFrame) -> dict[str, str]:
-    """The superset of each profession of a table of people. ValueError for a profession found in two."""
-    found = people.groupby("profession")["superset"].unique()
-    twice = found[found.map(len) > 1]
-    if len(twice):
-        raise ValueError(
-            f"profession {twice.index[0]!r} stands under the supersets {', '.join(twice.iloc[0])}; give it one superset"
-        )
-    return {profession: supersets[0] for profession, supersets in found.items()}
-
-
 def draw_people(people: pd.DataFrame, count: int, seed: int = 0) -> pd.DataFrame:
     """About `count` people at random before any selection, as many of each superset (all, where there are fewer).
 

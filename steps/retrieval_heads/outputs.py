@@ -66,22 +66,27 @@ Labels = Mapping[tuple[str, str], Mapping[str, str]]  # by pair and side ("clean
 def professions_of(table: pd.DataFrame, people: pd.DataFrame) -> dict[tuple[str, str], dict[str, str]]:
     """The profession at each name role of each prompt of a pairs table: {(pair_id, side): {"name_a": "poet", ...}}.
 
-    From the table's own columns, else from the table of people. ValueError names the people that are in neither.
+    From the table's own columns, else from the table of people; "" of people that are in neither, or there of another
+    superset than the prompt's answer.
     """
-    known, found, missed = dict(zip(people["name"], people["profession"], strict=True)), {}, {}
+    known, found = people.set_index("name")[["superset", "profession"]].to_dict("index"), {}
     for row in table.to_dict("records"):
-        for side in ("clean", "corrupt"):
-            names = {slot: row[f"{side}_{slot}"] for slot in SLOTS if row.get(f"{side}_{slot}")}
-            own = {slot: row.get(f"{side}_profession_{slot}") or known.get(name) for slot, name in names.items()}
-            missed |= {names[slot]: None for slot, profession in own.items() if profession is None}
-            found[row["pair_id"], side] = {f"name_{slot}": profession for slot, profession in own.items()}
-    if missed:
-        some = ", ".join(list(missed)[:10]) + (", ..." if len(missed) > 10 else "")
-        raise ValueError(
-            f"the professions of {len(missed)} people are not known: {some}; add them to the people_file, this step "
-            "compares what the model writes at their names with what they are"
-        )
+        for side, answer in (("clean", row["answer"]), ("corrupt", row["corrupt_answer"])):
+            own = {}
+            for slot in SLOTS:
+                there = known.get(name := row.get(f"{side}_{slot}"), {})
+                same = answer in SLOTS or there.get("superset") == answer
+                if name:
+                    own[f"name_{slot}"] = row.get(f"{side}_profession_{slot}") or there.get("profession", "") * same
+            found[row["pair_id"], side] = own
     return found
+
+
+def classes_of(pair: Pair, side: str, about: About) -> list[str]:
+    """The class of each name of a prompt: that of its profession, else the prompt's answer; "" where that is a slot."""
+    answer = pair.candidates[pair.answer if side == "clean" else pair.corrupt_answer]
+    other = "" if answer in SLOTS else answer
+    return [about.superset_of.get(own, other) for own in about.professions[pair.pair_id, side].values()]
 
 
 def described(
@@ -206,11 +211,10 @@ def read(model: Model, pairs: Sequence[Pair], about: About, position: str, norms
             at = [group[0].clean.roles[place][-1] for place in (names if position == "names" else ["last"])]
             for chunk, run in plain_runs(model, [ids for ids, _ in prompts], at, components, size=16):
                 for pair, side in (prompts[index][1] for index in chunk):
-                    own = about.professions[pair.pair_id, side].values()
-                    classes = [about.superset_of[one] for one in own]
+                    own, classes = about.professions[pair.pair_id, side].values(), classes_of(pair, side, about)
                     known = about.described.get((pair.pair_id, side), {})
                     people = [known.get(name) for name in names]
-                    both = [("+".join(sorted(set(classes))), "", people)]
+                    both = [("+".join(sorted(set(classes))) if all(classes) else "", "", people)]
                     named = both if position == "last" else zip(classes, own, ([one] for one in people), strict=True)
                     rows += [(pair.quad_id, pair.half, *one) for one in named]
                 flat = {key: value.flatten(0, 1) for key, value in run.activations.items()}

@@ -21,10 +21,22 @@ from matplotlib.figure import Figure
 from lib import effects, stats
 from lib.effects import quad_matrix, reported
 from lib.hooks import Site
+from pipeline.population import people_of
 from pipeline.step import Step
 from report import plots, site_tables
 from report.site_tables import picked
-from report.words import ONE_HALF, about_model, finished, in_logits, interval, listed, shown, top_sites
+from report.words import (
+    ONE_HALF,
+    about_model,
+    counted,
+    finished,
+    in_logits,
+    interval,
+    listed,
+    shown,
+    top_sites,
+    with_ends,
+)
 from steps.retrieval_heads import hops_page
 from steps.retrieval_heads.measure import Measured, RetrievalHeads, needed
 from steps.retrieval_heads.outputs import BASELINES
@@ -157,20 +169,28 @@ def beside(one: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:
 
 
 def margins(m: Measured, role: str, params: RetrievalHeads) -> pd.DataFrame:
-    """The fall of the margin (logits) under the ablated path of each set of senders, and answers that flip."""
+    """The fall of the margin (logits) under the ablated path of each set of senders."""
     own = reported(m.ablation[m.ablation["position"] == role])
     matrix = quad_matrix(own, "margin_effect", ["site_set"])
-    right = own[own["metric_before"] > 0]  # the others have no answer to flip
-    flips = (right["metric_after"] < 0).groupby(right["site_set"]).mean().reindex(matrix.sites["site_set"]).fillna(0)
     kinds, sites = zip(*(m.sets[role][index] for index in matrix.sites["site_set"]), strict=True)
     spans = effects.columns(stats.mean_intervals(matrix.values, params))
     return pd.DataFrame(spans).assign(
         kind=kinds,
         site=[listed(effects.site_name(*site) for site in together) for together in sites],
-        flips=flips.to_numpy(),
         ablation=own["ablation"].iloc[0],
         quads=len(matrix.quads),
     )
+
+
+def flips(records: pd.DataFrame, params: RetrievalHeads) -> str:
+    """How many of the answers that were right an ablation flips, with the share's interval over quads; one half."""
+    right = records[records["metric_before"] > 0]  # the others have no answer to flip
+    if right.empty:
+        return "none of the answers, for none was right"
+    units = (right["metric_after"] < 0).groupby(right["quad_id"]).agg(["sum", "count"])
+    span = stats.proportion_interval(units["sum"], units["count"], params)
+    share = interval(span.estimate, span.low, span.high)
+    return f"{units['sum'].sum()} of the {len(right)} answers that were right ({share})"
 
 
 def ranks(estimates: pd.Series, family: Mapping[str, Sequence[str]]) -> pd.DataFrame:
@@ -194,6 +214,10 @@ def verdict(row: Mapping[str, Any], ranked: bool, family: int, params: Retrieval
     if ranked and row["smallest"] > alpha:
         return NOT_TESTABLE, f"ranked among {row['null']:g} heads, {needed(family, params.level)} needed"
     here = pd.notna(row["low"]) and row["low"] > 0 and row["p"] <= alpha
+    if pd.notna(row["high"]) and row["high"] < 0:
+        return NOT_SUPPORTED, "below zero"
+    if not here and row["p"] <= alpha:
+        return NOT_SUPPORTED, "its interval holds zero"
     if here and not ranked and not row["passed"]:
         return NOT_SUPPORTED, "not significant in the discovery half"
     return (SUPPORTED if (here if ranked else row["passed"]) else NOT_SUPPORTED), ""
@@ -309,13 +333,17 @@ def probe_table(probes: pd.DataFrame, params: RetrievalHeads) -> pd.DataFrame:
 
 
 def shown_tests(tests: pd.DataFrame) -> pd.DataFrame:
-    """The tests as the page shows them: a row for each head and test."""
+    """The tests as the page shows them: a row for each head and test, but for what stands beside them where it was not
+    measured."""
+    tests = tests[tests["estimate"].notna() | ~tests["test"].isin(BESIDE)]
     said = [interval(row.estimate, row.low, row.high) if pd.notna(row.estimate) else "" for row in tests.itertuples()]
     out = tests.assign(head=tests["site"] + " at " + tests["role"], found=said, test=tests["test"].replace(NUMBERED))
     out["p"] = tests["p"].map(lambda p: f"{p:.2g}" if pd.notna(p) else "")
     out["null heads"] = tests["null"].map(lambda size: f"{size:g}" if pd.notna(size) else "")
+    out["smallest"] = tests["smallest"].map(lambda p: f"{p:.2g}" if pd.notna(p) else "")
     out["verdict"] = out["verdict"] + tests["why"].map(lambda why: f" ({why})" if why else "")
-    return out[["head", "test", "found", "p", "null heads", "smallest", "verdict"]].reset_index(drop=True)
+    columns = ["head", "test", "found", "p", "null heads", "smallest", "verdict"]
+    return out[columns].rename(columns=PASSES).reset_index(drop=True)
 
 
 def head_panels(tables: Mapping[str, pd.DataFrame], params: RetrievalHeads) -> dict[str, dict[str, np.ndarray]]:
@@ -438,6 +466,8 @@ def probe_sentences(table: pd.DataFrame, probes: pd.DataFrame) -> list[str]:
             for row in own.itertuples()
         ]
         out.append(f'After "{template}" the right label comes first: {listed(each)}.')
+    if probes["profession"].equals(probes["superset"]):  # the question has no finer labels
+        return out
     parts = probes.drop_duplicates("profession").groupby("scored")["profession"].apply(sorted)
     for how in ("first token", "not: shares its first token"):
         if how in parts.index:
@@ -510,10 +540,11 @@ def ablation_sentences(m: Measured, params: RetrievalHeads) -> list[str]:
             )
             continue
         row = margins(m, role, params).query("kind == 'together'").iloc[0]
+        together = [kind for kind, _ in m.sets[role]].index("together")
+        own = reported(m.ablation[(m.ablation["position"] == role) & (m.ablation["site_set"] == together)])
         out.append(
             f"Ablating only the paths into the slice of {row['site']} at `{role}` ({row['ablation']}) lowers the "
-            f"margin by {interval(row['estimate'], row['low'], row['high'])} logits and flips {row['flips']:.0%} of "
-            "the answers."
+            f"margin by {interval(row['estimate'], row['low'], row['high'])} logits and flips {flips(own, params)}."
         )
     return out
 
@@ -571,8 +602,8 @@ def verdicts(
     }
 
 
-def verdict_sentences(found: dict, tests: pd.DataFrame) -> list[str]:
-    """The verdicts in words."""
+def verdict_sentences(found: dict, tests: pd.DataFrame, reads: pd.Series | None = None) -> list[str]:
+    """The verdicts in words; `reads` as `verdicts` takes it."""
     heads = [f"{listed(sites)} at `{role}`" for role, sites in found["retrieval_heads"].items()]
     each, some = passing(outside_of(tests)), any_head(tests)
     open_ones = [f"{site} at `{role}`" for (site, role), said in each.items() if said == NOT_TESTABLE]
@@ -580,14 +611,15 @@ def verdict_sentences(found: dict, tests: pd.DataFrame) -> list[str]:
     answers = {True: SUPPORTED, False: NOT_SUPPORTED, None: f"{NOT_TESTABLE} here"}
     why = f"{NOT_TESTABLE} here (too few quads, or the slice has no heads)"
     more = {True: "shown", False: "not shown", None: why}
+    there = "" if reads is None else f" ({with_ends(reads)}, with what they pass on at the tokens between)"
     p = f" (p = {some['p']:.2g} when corrected for all {some['heads']} heads of all roles)" * bool(heads)
     return [
         f"Retrieval heads outside the slice, by all four tests: {listed(heads)}, of {some['heads']} heads put to them"
         + f" ({NOT_TESTABLE} at this size: {listed(open_ones)})" * bool(open_ones)
         + f". Two stages, names to retrieval heads to slice: {answers[found['two_stages']]}{p}.",
-        "Retrieval and aggregation are one stage, the slice's own heads together reading the names and writing the "
-        f"class: {answers[found['one_stage']]}. Heads of the slice that by themselves pass the same four tests: "
-        f"{listed(found['slice_heads_that_retrieve'])}, of {inside}.",
+        f"One stage, the slice's own heads together reading over half of the gap at the names{there}, and one of them "
+        f"at least passing all four tests: {answers[found['one_stage']]}. Heads of the slice that by themselves pass "
+        f"the same four tests: {listed(found['slice_heads_that_retrieve'])}, of {inside}.",
         "That MLPs at the names write directly more of what the slice reads there than heads do is "
         f"{more[found['mlps_at_the_names']]}. How much of it each writes, page 10 judges.",
     ]
@@ -661,7 +693,8 @@ def senders_sentence(table: pd.DataFrame, role: str, params: RetrievalHeads, cou
     if few < stats.MINIMUM_CLUSTERS:
         told = f"whether they are significant is {NOT_TESTABLE} ({few} quads, {stats.MINIMUM_CLUSTERS} needed)"
     return (
-        f"At `{role}`, the senders of largest path effect into the slice, of {table['site'].nunique()}, are "
+        f"At `{role}`, the senders of largest path effect into the slice on the discovery half, of "
+        f"{table['site'].nunique()}, are, in that order and with what the confirmation half gives, "
         f"{top_sites(table, count)} ({in_logits(leading, 'familywise intervals')}); {told}."
         + ONE_HALF
         * (table["half"].nunique() == 1)
@@ -680,6 +713,26 @@ def attention_sentence(looks: Mapping[str, pd.DataFrame], slice_sites: Sequence[
     )
 
 
+def given_sentences(step: Step, m: Measured) -> list[str]:
+    """What could not be asked of the pairs of a `pairs_file`."""
+    if step.params.pairs_file is None:
+        return []
+    pairs, people, out = step.pairs(), people_of(step), []
+    names = pairs[[f"{side}_{slot}" for side in ("clean", "corrupt") for slot in "abc"]].to_numpy().ravel()
+    if missed := [name for name in dict.fromkeys(names) if name and name not in set(people["name"])]:
+        few = ", ".join(missed[:10]) + ", ..." * (len(missed) > 10)
+        out.append(
+            f"The professions of {counted(len(missed), 'name')} of the pairs are not known ({few}: not in the table of "
+            "people), so that a profession is not told from what heads write at these names; the class is the pair's."
+        )
+    if heads_of(m.slice_sites) and step.params.one_name_pairs and "slice in one-name prompts" not in m.routes:
+        out.append(
+            f"No two names that stand for each other line up in `{step.params.topic.alone}`, a prompt of one name: "
+            "senders were not patched there."
+        )
+    return out
+
+
 def findings(step: Step, m: Measured) -> dict[str, Any]:
     """The findings of step 06."""
     p = step.params
@@ -688,9 +741,10 @@ def findings(step: Step, m: Measured) -> dict[str, Any]:
     tests, hops = tests_of(m, p), hops_page.shares(m.hops, p)
     everything = carried[(carried["senders"] == "everything") & (carried["receivers"] == READ)]
     roles, between = list(m.heads), m.routes.get("slice at between")
-    found = verdicts(tests, m, everything.iloc[0] if len(everything) else None, more, p)
+    reads = everything.iloc[0] if len(everything) else None
+    found = verdicts(tests, m, reads, more, p)
     why = "what the slice reads at the names, or its heads' tests, rest on too few quads, or it has no heads"
-    conclusions, routed = verdict_sentences(found, tests), route_sentences(carried, parts, more, where)
+    conclusions, routed = verdict_sentences(found, tests, reads), route_sentences(carried, parts, more, where)
     sentences = [
         *probe_sentences(probe_table(m.probes, p), m.probes),
         *(senders_sentence(m.routes[f"slice at {role}"], role, p) for role in roles),
@@ -703,6 +757,7 @@ def findings(step: Step, m: Measured) -> dict[str, Any]:
         *ablation_sentences(m, p),
         *test_sentences(tests),
         *edges_sentence(m.edges),
+        *given_sentences(step, m),
         *conclusions,
     ]
     findings = {

@@ -1,4 +1,4 @@
-"""What the minimal circuit and gradient attribution come to: numbers, figures and sentences.
+"""What the circuit at the last token and gradient attribution come to: numbers, figures and sentences.
 
 1. `tested_numbers`: is a circuit faithful, necessary, minimal and complete? `circuit_numbers`: is that at the last
    token better than other orders of sites?
@@ -193,7 +193,7 @@ def tested_numbers(m: Measured | Everywhere, params: Story) -> dict[str, Any]:
 
 
 def circuit_numbers(m: Measured, slice_: Sequence[str], params: Story) -> dict[str, Any]:
-    """The numbers of the minimal circuit; `slice_` is the slice of step 04."""
+    """The numbers of the circuit at the last token; `slice_` is the slice of step 04."""
     numbers = tested_numbers(m, params)
     if sites := numbers["sites"]:
         both = [site for site in sites if site in slice_]
@@ -381,7 +381,8 @@ def circuit_sentences(found: Mapping[str, Any], params: Story) -> list[str]:
     out = [
         f"The circuit at the last token, in the order in which its sites joined: {listed(found['sites'])}. It has "
         f"{found['size']} sites ({f'{spare} were pruned' if spare else 'none was spare'}). On the pairs that it was "
-        f"searched on it keeps {found['searched']:.2f} of logit_diff when everything else there has {kind}{less}.",
+        f"searched on it keeps {found['searched']:.2f} of what the model has when everything else there has {kind}"
+        f"{less}.",
         *tested_sentences(found, params, "at the last token"),
     ]
     table, over = {row["order"]: row for row in found["areas"]}, found["overlap"]

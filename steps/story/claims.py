@@ -53,6 +53,7 @@ TIERS = {
 }
 DECIDING = ("at", "leaves", "numbers_of", "decided", "p_value", "equivalence", "ledger")
 ATTRIBUTE = "region"  # the placebo attribute that data/claims.yaml speaks of
+GROUPS = ("group", "superset", "class_name", "added", "site")  # columns that say of what a row is, one of several
 POWER = 0.8  # that a number of quads is worked out for
 
 
@@ -389,6 +390,7 @@ def judge(
     else:
         n = numbers_of(claim, found, params)
         verdict, reason = decided(claim, n, found, threshold, params)
+        reason = more_of(claim, n, found, threshold, params, verdict, reason)
     told = {"c": claim.centre, "p": 1 - params.level}
     asked = rule.asked.format(t=held_by if threshold is None else f"{threshold:g}", **told)
     there, rows = verdict in (SUPPORTED, NOT_SUPPORTED), None
@@ -423,6 +425,28 @@ def judge(
         figure=f"executed/{page}.ipynb#{claim.figure}" if there and claim.figure else None,
         rows=rows,
     )
+
+
+def more_of(
+    claim: Claim, n: Numbers, found: Mapping[str, Any], threshold: float | None, params: Shared, verdict: str, why: str
+) -> str:
+    """A reason with digits enough to tell an end of the interval from the threshold, with how many groups the weakest
+    is one of, and with the level at which more quads would do."""
+    if n.estimate is not None:
+        why = why.replace(estimated(n), estimated(n, threshold), 1)
+    if verdict not in (SUPPORTED, NOT_SUPPORTED):
+        return why
+    if claim.pick == "weakest" and claim.rule == "above":
+        names = {
+            next((str(row[key]) for key in GROUPS if key in row), ""): row[claim.columns[1]] is not None
+            for row in at(found, claim.path, params)
+        }
+        known = sum(names.values())
+        rest = "" if known == len(names) else f" that have an interval, of {len(names)}"
+        which = f"the weakest of {known}{rest}" if known > 1 else f"the only one of {len(names)} with an interval"
+        why += "" if "" in names or not known else f"; {which}"
+    corrected = "; corrected with the other claims it takes more" if claim.check is None else ""
+    return why + corrected * ("times as many quads" in why)
 
 
 def picked(found: Mapping[str, Any]) -> dict[str, Any]:
@@ -489,10 +513,13 @@ def decided(
     return SUPPORTED, reason
 
 
-def estimated(of: Numbers | Entry) -> str:
-    """An estimate with its interval, or with its bound where there is no lower end."""
-    bound = "" if of.low is not None or of.high is None else f", at most {of.high:.2f}"
-    return interval(of.estimate, of.low, of.high) + bound
+def estimated(of: Numbers | Entry, threshold: float | None = None) -> str:
+    """An estimate with its interval, or with its bound where there is no lower end; with more than two digits where an
+    end would else look like the threshold."""
+    ends, most = [end for end in (of.low, of.high) if end is not None and end != threshold], 5
+    digits = next((n for n in range(2, most) if all(round(end, n) != threshold for end in ends)), 2)
+    bound = "" if of.low is not None or of.high is None else f", at most {of.high:.{digits}f}"
+    return interval(of.estimate, of.low, of.high, digits) + bound
 
 
 def p_value(claim: Claim, n: Numbers, threshold: float | None, level: float) -> float | None:

@@ -32,7 +32,7 @@ from steps.story.circuits_page import (
     tested_sentences,
 )
 from steps.story.measure import Everywhere, Measured, Story, at_roles
-from steps.story.sentences import ROLES
+from steps.story.sentences import ROLES, by_construction
 
 SETS = {"slice": "slice (step 04)", "last": "circuit at the last token", "everywhere": "circuit over all tokens"}
 TESTS = {
@@ -120,7 +120,7 @@ def curve(step: Step, m: Measured | None) -> Figure | None:
 
 
 def joint_table(step: Step, m: Measured | None) -> pd.DataFrame | None:
-    """What each set of sites keeps under the same tests, shares of logit_diff."""
+    """What each set of sites keeps under the same tests, shares of what the model has."""
     if m is None:
         return None
     e, wide = m.everywhere, sums(shown(m.everywhere))
@@ -130,7 +130,7 @@ def joint_table(step: Step, m: Measured | None) -> pd.DataFrame | None:
         return [with_ends(row) for row in table.to_dict("records")]
 
     columns = {f"{words} ({len(e.tests[f'{name} alone'].sites)})": column(name) for name, words in SETS.items()}
-    return pd.DataFrame(columns, index=pd.Index(TESTS.values(), name="share of logit_diff"))
+    return pd.DataFrame(columns, index=pd.Index(TESTS.values(), name="share of what the model has"))
 
 
 def site_table(step: Step, m: Measured | None) -> pd.DataFrame | None:
@@ -157,26 +157,30 @@ def sentences(found: Mapping[str, Any], params: Story) -> list[str]:
     if not found["sites"]:
         return [f"No circuit over all tokens was searched for: {found['why']}."]
     spare = found["grown"] - found["size"]
-    cut = f"The first {found['grown']} in the order of attribution keep {found['searched']:.2f} of logit_diff on the "
-    cut += "pairs that were searched"
+    cut = f"The first {found['grown']} in the order of attribution keep {found['searched']:.2f} of what the model "
+    cut += "has on the pairs that were searched"
     cut += "" if found["reached"] else f", less than the {params.faithful_share:g} asked for, and no more were tried"
     sets, parts = found["sets"], found["roles"]
     first = listed(f"{row['nodes']} keep {with_ends(row)}" for row in found["curve"] if row["estimate"] > 0.1)
     many = listed(f"{row['nodes']} at {ROLES[row['role']]}" for row in parts)
-    without = listed(f"{with_ends(row)} (at {ROLES[row['role']]})" for row in parts)
+    without = listed(
+        f"{by_construction(row) if row['role'] == 'last' else with_ends(row)} (at {ROLES[row['role']]})"
+        for row in parts
+    )
     return [
         f"The circuit over all tokens has {found['size']} nodes of {found['nodes']}, a node being a head or MLP at a "
         f"role: {many}. {cut}; {spare} of them were pruned.",
-        f"The curve goes on to all nodes; on the confirmation half, of the first by attribution {first} of logit_diff.",
+        f"The curve goes on to all nodes; on the confirmation half, of the first by attribution {first} of what the "
+        "model has.",
         *tested_sentences(found, params, "at every token"),
         f"As many random nodes at each role keep {with_ends(found['random'])}, {with_ends(found['over_random'])} less. "
         f"Without its nodes at one role the circuit keeps {without}. With such random nodes resampled instead, and all "
         f"else intact, the model keeps {with_ends(found['without_random'])}.",
         f"Under one test, all else resampled at every token, it keeps {with_ends(sets['everywhere']['alone'])}, the "
-        f"circuit at the last token {with_ends(sets['last']['alone'])}, the slice of step 04 "
-        f"{with_ends(sets['slice']['alone'])}. With all else resampled at the last token alone, its nodes there keep "
-        f"{with_ends(sets['everywhere']['there'])}, the circuit at the last token {with_ends(sets['last']['there'])}, "
-        f"the slice {with_ends(sets['slice']['there'])}.",
+        f"circuit at the last token {by_construction(sets['last']['alone'])}, the slice of step 04 "
+        f"{by_construction(sets['slice']['alone'])}. With all else resampled at the last token alone, its nodes there "
+        f"keep {with_ends(sets['everywhere']['there'])}, the circuit at the last token "
+        f"{with_ends(sets['last']['there'])}, the slice {with_ends(sets['slice']['there'])}.",
     ]
 
 

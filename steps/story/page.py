@@ -34,16 +34,16 @@ from report.words import joined, listed, not_done
 from steps.story import circuits_page, claims, everywhere_page, fresh
 from steps.story.claims import CLAIMS, NOT_SUPPORTED, SUPPORTED, VERDICTS, Entry
 from steps.story.measure import Measured, Story
-from steps.story.sentences import answer, not_so, outline, sentence
+from steps.story.sentences import answer, not_so, outline, sentence, standing
 
 PUBLISHED = "data/filter_heads_llama-3.3-70b.csv"
 COLOURS = dict(zip(VERDICTS, ("#cfe8dc", "#f6d5c6", "#e6e6e6", "#ffffff"), strict=True))
 CAPTIONS = {
-    "claims": "Every claim that an interval decides, as its distance from the threshold in units of the threshold, "
-    "with its interval; hollow: a bound, or no interval. A claim whose whole interval lies right of zero is "
-    "supported by itself. The colour is its verdict on this book's own people, for which all claims are corrected "
-    "together and further conditions hold (the table says which, and where "
-    "fresh people decide otherwise). Linear up to 1, logarithmic beyond."
+    "claims": "Every claim that an interval decides, by its name in the tables, as its distance from the threshold in "
+    "units of the threshold (where that is 0, in the claim's own unit), with its interval; hollow: a bound, or no "
+    "interval. A claim whose whole interval lies right of zero is supported by itself. The colour is its verdict on "
+    "this book's own people, for which all claims are corrected together and further conditions hold (the table says "
+    "which, and where fresh people decide otherwise). Linear up to 1, logarithmic beyond."
 }
 LOGIT_DIFFS = [f"logit_diff_{run}" for run in ("before", "after", "clean", "corrupt")]
 
@@ -76,6 +76,7 @@ def judge(step: Step, m: Measured | None) -> Judged:
     """Judge every claim, and write claims.json."""
     if step.params.fresh:
         fresh.open_once(step.params)
+    claims.thresholds(step.params)  # a claim without one is said first of all
     parts = [None] * 2 if m is None else [one.part(step, m) for one in (circuits_page, everywhere_page)]
     found = gather(step, *parts)
     entries = claims.ledger(found, step.plan, step.params)
@@ -84,6 +85,7 @@ def judge(step: Step, m: Measured | None) -> Judged:
     confirmed = fresh.confirm(entries, step.params, asked)
     for entry in entries:  # its verdict may be another now, by the correction or by fresh people
         entry.refuted_by = claims.turned(entry.verdict, entry.asked)
+        entry.reason += f"; {standing(entry)}" if entry.here != entry.verdict else ""
     said = [outline(entries, found), sentence(entries, found), [answer(entries, found)], [not_so(entries, found)]]
     said = [[claims.of_question(text, step.params.topic) for text in texts] for texts in said]
     step.write_extra("claims.json", document(entries, said[1], step.params, confirmed))
@@ -97,7 +99,7 @@ def gather(
     step: Step, circuit: Mapping[str, Any] | None, everywhere: Mapping[str, Any] | None
 ) -> dict[str, dict[str, Any] | None]:
     """Findings by step, None where it has not run; what `MEASURED` computes is added under `measured`."""
-    found = {name: step.find(name) for name in step.plan.before(step.name)}
+    found = {name: step.beside(name) for name in step.plan.before(step.name)}
     for name, compute in MEASURED.items():
         if found[name] and found[name].get("able") is not False:
             found[name] |= {"measured": plain(compute(step, found[name]))}
@@ -183,6 +185,8 @@ def probes(step: Step, found: Mapping[str, Any]) -> dict[str, Any]:
             out[name] = {"estimate": row["beyond"], "low": row["beyond_low"], "high": row["beyond_high"]}
             out[name]["above_permuted"] = row["low"] is not None and row["low"] > top["threshold"]
     verdict = first(rank["verdicts"], pairs | {"layer": rank["layer"]})
+    if verdict and verdict["cap"] < 2:
+        return out | {"low_rank": {"why": "of two classes every map has rank one"}}
     if verdict is None or verdict["low rank"] is None:
         return out | {"low_rank": {"why": "the probe is not above permuted labels, so its rank says nothing"}}
     below = verdict["effective rank"] < verdict["permuted effective rank"]
@@ -196,7 +200,7 @@ def first(rows: Sequence[Mapping[str, Any]], key: Mapping[str, Any]) -> Mapping[
 
 def beyond_random(step: Step, found: Mapping[str, Any]) -> dict[str, Any]:
     """Whether the slice's share of the placebo gap is surely above that of random heads, by step 07."""
-    there = (step.find("generality") or {}).get("specific", ())
+    there = (step.beside("generality") or {}).get("specific", ())
     key = {"template": step.params.template, "group": "all pairs", "attribute": step.params.topic.placebo}
     own, random = (first(there, key | {"set": name}) for name in ("the slice", "random heads"))
     known = all(row and row["placebo_low"] is not None for row in (own, random))
@@ -271,7 +275,9 @@ def table(entries: Sequence[Entry]) -> Styler:
         return f"{there.verdict}<br>{html.escape(there.reason.partition(';')[0].replace('`', ''))}{corrected}"
 
     columns = {
-        "claim (section of the plan)": [html.escape(f"{entry.claim} ({entry.section})") for entry in entries],
+        "claim (section of the plan)": [
+            f"<em>{name_of(entry)}</em>: {html.escape(f'{entry.claim} ({entry.section})')}" for entry in entries
+        ],
         "verdict": [entry.verdict for entry in entries],
         "why (where the threshold stands)": [why(entry) for entry in entries],
         "test, and when it was set": [tested(entry) for entry in entries],
@@ -286,6 +292,11 @@ def table(entries: Sequence[Entry]) -> Styler:
     name = "checks" if entries and entries[0].check else "claims"  # two tables on a page are styled by their names
     look = laid_out(pd.DataFrame(columns), name, widths)
     return look.map(lambda word: f"background-color: {COLOURS[word]}; color: black", subset=["verdict"])
+
+
+def name_of(entry: Entry) -> str:
+    """A claim's name, in tables and in the figure."""
+    return entry.id.replace("_", " ")
 
 
 def p_in_words(p: float) -> str:
@@ -323,7 +334,9 @@ def forest(entries: Sequence[Entry]) -> Figure | None:
     rows = [row for row in rows if row]
     if not rows:
         return None
-    figure = plots.ranked_sites(pd.DataFrame(rows), "distance from the threshold (in thresholds)", by="verdict")
+    figure = plots.ranked_sites(
+        pd.DataFrame(rows), "distance from the threshold (in thresholds; from 0: in its own unit)", by="verdict"
+    )
     axes = figure.axes[0]
     axes.set_xscale("symlog", linthresh=1)
     ends = axes.get_xlim()
@@ -350,7 +363,7 @@ def distances(entry: Entry) -> dict[str, Any] | None:
     else:
         return None
     ends = dict(zip(("estimate", "low", "high"), x / (abs(entry.threshold) or 1.0), strict=True))
-    return {"site": entry.id.replace("_", " "), "verdict": entry.here} | ends  # of the interval that is drawn
+    return {"site": name_of(entry), "verdict": entry.here} | ends  # of the interval that is drawn
 
 
 def tally(entries: Sequence[Entry]) -> str:

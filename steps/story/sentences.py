@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from itertools import groupby
 from typing import Any
 
 from report.words import listed, with_ends
@@ -30,9 +29,9 @@ from steps.story.claims import (
     Entry,
 )
 
-OPEN = "[a link that is open]"
 ROLES = {"names": "the names", "rest": "the tokens between the names", "between": "the tokens after the names"}
 ROLES |= {"last": "the last token"}
+ITEM = ";\n- "  # between the clauses of a sentence of the outline
 LEADING = 4  # senders at the names that are named
 
 
@@ -56,7 +55,7 @@ def site_names(found: Mapping[str, Any]) -> dict[str, str]:
     roles = listed(f"{row['nodes']} at {ROLES[row['role']]}" for row in over_all.get("roles", ()))
     nodes = f"{over_all.get('size', 0)} heads and MLPs of {over_all.get('nodes', 0)} ({roles})"
     largest, fills = str(coarse.get("measured", {}).get("layer", "")), coarse.get("between", {}).get("fills", ())
-    laid_down = f" (laid down in layer{'s' * (len(fills) > 1)} {listed(fills)})" if fills else ""
+    laid_down = f", laid down in layer{'s' * (len(fills) > 1)} {listed(fills)}" if fills else ""
     own = {"largest": largest, "size": str(len(names)), "fills": laid_down, "everywhere": nodes}
     own |= {"by_parts": by_parts(step["sufficiency"].get("specific_parts", ()))}
     own |= {"directions_layer": str(step["subspace"].get("directions", {}).get("layer", ""))}
@@ -70,7 +69,7 @@ def by_parts(parts: Sequence[Mapping[str, Any]]) -> str:
     """What the placebo says of the slice's heads and of its MLPs, in brackets; "" where it was not asked."""
     words = {"specific": "specific", "general": "not specific", "open": "not decided"}
     said = [
-        f"the slice's {row['site'].removeprefix('its ')} by themselves are {words[row['verdict']]}"
+        f"{row['site']} by themselves are {words[row['verdict']]}"
         for row in parts
         if row["site"] in ("its heads", "its MLPs")
         and row["attribute"] == parts[0]["attribute"]
@@ -89,14 +88,15 @@ def beside_the_first(rows: Sequence[Mapping[str, Any]]) -> str:
         for row in others
         if row["attribute"] != others[0]["attribute"] and row["verdict"] in words
     ]
-    return f"; {listed(said)}" if said else ""
+    return f"{ITEM}{listed(said)}" if said else ""
 
 
 def of_region(rows: Sequence[Mapping[str, Any]]) -> str:
     """How much the circuit keeps of each attribute's gap, over what it keeps of the superset gap, all else having the
     corrupt prompt's values; "" where nobody asked."""
-    each = [f"{with_ends(row, prefix='quotient_')} times as much of the {row['attribute']} gap" for row in rows]
-    return f", and, with the corrupt prompt's values there instead, {listed(each)}" if each else ""
+    each = listed(f"{with_ends(row, prefix='quotient_')} times as much of the {row['attribute']} gap" for row in rows)
+    there = "with the corrupt prompt's values there instead, they keep"
+    return f"; {there} {each} as of the superset gap" if rows else ""
 
 
 def by_directions(subspace: Mapping[str, Any]) -> str:
@@ -105,8 +105,8 @@ def by_directions(subspace: Mapping[str, Any]) -> str:
     placebo, layer = subspace.get("confounds", {}).get("placebo", ()), subspace.get("directions", {}).get("layer")
     own = [row for row in placebo if row["method"] == "class difference"][:1]
     return "".join(
-        f", but in another direction: after layer {layer} that between two supersets carries {with_ends(row)} of the "
-        f"superset gap and {with_ends(row, prefix='placebo_')} of the {row['attribute']} gap"
+        f"{ITEM}in another direction, though: after layer {layer} that between a pair's two supersets carries "
+        f"{with_ends(row)} of the superset gap and {with_ends(row, prefix='placebo_')} of the {row['attribute']} gap"
         for row in own
         if row["verdict"] == "specific"
     )
@@ -130,41 +130,51 @@ def answer(entries: Sequence[Entry], found: Mapping[str, Any]) -> str:
 def not_so(entries: Sequence[Entry], found: Mapping[str, Any]) -> str:
     """What the slice does not do by itself, and which links of the plan's chain do not hold, which could not be tested,
     and which were not."""
-    by_claim, alone = {entry.id: entry for entry in entries}, "Supported by themselves, but not among all claims"
+    by_claim = {entry.id: entry for entry in entries}
     words = {NOT_SUPPORTED: "Not supported", NOT_TESTABLE: "Not testable here", NOT_TESTED: "Not tested"}
-    links: dict[str, list[str]] = {name: [] for name in (words[NOT_SUPPORTED], alone, *words.values())}
-    for link in LINKS:
-        entry = by_claim[link.claim]
-        if entry.verdict != SUPPORTED:
-            nearly = entry.verdict == NOT_SUPPORTED and deciding(entry).alone == SUPPORTED
-            links[alone if nearly else words[entry.verdict]].append(link.plan)
-    said = [f"{name}: {'; '.join(own)}." for name, own in links.items() if own]
-    return " ".join([*kept_alone(found), *said])
+    said = kept_alone(found)
+    for verdict, word in words.items():
+        links: dict[str, list[str]] = {}
+        for link in LINKS:
+            entry = by_claim[link.claim]
+            if entry.verdict == verdict:
+                links.setdefault(word + nearly(entry), []).append(link.plan)
+        said += [f"{name}: {'; '.join(own)}." for name, own in links.items()]
+    return " ".join(said)
 
 
 def kept_alone(found: Mapping[str, Any]) -> list[str]:
-    """What the slice keeps of logit_diff where all else takes other prompts' values; nothing where nobody asked."""
+    """What the slice keeps of what the model has where all else takes other prompts' values; nothing where nobody
+    asked."""
     kept = ((found.get("story") or {}).get("everywhere") or {}).get("sets", {}).get("slice")
     if not kept or not kept["there"] or not kept["alone"]:
         return []
     return [
-        f"With all else at the last token resampled the slice keeps {with_ends(kept['there'])} of logit_diff; with "
-        "all else at every token, and so with what the names' tokens would have given it, "
-        f"{with_ends(kept['alone'])}."
+        f"With all else at the last token resampled, the slice keeps {with_ends(kept['there'])} of what the model has; "
+        "with all else at every token resampled, and so what the names' tokens would have given it, "
+        f"{by_construction(kept['alone'])}."
     ]
+
+
+def by_construction(row: Mapping[str, Any] | None) -> str:
+    """What sites keep where nothing carries the answer on to the last token, or on from there: no result if none."""
+    kept = with_ends(row)
+    return "nothing, by construction" if kept in ("0.00", "0.00 [0.00, 0.00]") else kept
 
 
 def outline(entries: Sequence[Entry], found: Mapping[str, Any]) -> list[str]:
     """What the circuit is, in three sentences: who writes at the names, who carries it on, what follows and what else
-    travels the same road. Of claims that answer one question, those that are supported speak, else all."""
+    travels the same road; their clauses as a list. Of claims that answer one question, those that are supported speak,
+    else all."""
     sites, by_claim = site_names(found), {entry.id: entry for entry in entries}
     out = []
     for part in OUTLINE:
         clauses = []
         for texts in part.clauses:
             held = [claim for claim in texts if by_claim[claim].verdict == SUPPORTED]
-            clauses += [clause(by_claim[claim], texts[claim].format(**sites)) for claim in held or texts]
-        out.append(f"**{part.about}**: {'; '.join(clauses)}.")
+            clauses += [clause(by_claim[claim], texts[claim], sites) for claim in held or texts]
+        start = "\n\n- " if len(clauses) > 1 else " "
+        out.append(f"**{part.about}**:{start}" + ITEM.join(clauses) + ".")
     return out
 
 
@@ -173,22 +183,49 @@ def deciding(entry: Entry) -> Entry | Confirmed:
     return entry.fresh if entry.fresh and entry.tier == FRESH else entry
 
 
-def clause(entry: Entry, text: str) -> str:
+def standing(entry: Entry) -> str:
+    """How a claim holds alone and when all claims are corrected together, on this book's people and on those who
+    decide."""
+
+    def holds(alone: str, corrected: str) -> str:
+        if alone != SUPPORTED:
+            return "it does not hold" if alone == NOT_SUPPORTED else f"it is {alone}"
+        return "it holds, also corrected" if corrected == SUPPORTED else "it holds alone, not corrected"
+
+    here, decided = holds(entry.alone, entry.here), deciding(entry)
+    if decided is entry:
+        return here
+    return f"on this book's people {here}; on fresh people, who decide, {holds(decided.alone, decided.verdict)}"
+
+
+def nearly(entry: Entry) -> str:
+    """In brackets, where and how a claim that is not supported holds all the same; "" where it holds nowhere."""
+    holds = entry.verdict == NOT_SUPPORTED and SUPPORTED in (entry.alone, deciding(entry).alone)
+    return f" ({standing(entry)})" if holds else ""
+
+
+def clause(entry: Entry, text: str, sites: Mapping[str, str]) -> str:
     """One clause with its number, worded by the verdict."""
-    if entry.verdict == SUPPORTED:
-        return f"{text} ({value(entry)})"
-    if entry.verdict == NOT_SUPPORTED and deciding(entry).alone == SUPPORTED:
-        return f"supported by itself, but not when all claims are corrected together: {text} ({value(entry)})"
+    said, before = value(entry), ""
     if entry.verdict == NOT_SUPPORTED:
-        return f"it is not supported that {text} ({value(entry)}; asked for: {entry.asked})"
-    if entry.verdict == NOT_TESTABLE and entry.estimate is not None:
+        before = f"not supported{nearly(entry)}: " if nearly(entry) else "it is not supported that "
+        said += "" if nearly(entry) else f"; asked for: {entry.asked}"
+    elif entry.verdict == NOT_TESTABLE and entry.estimate is not None:
         why = entry.reason.partition("; ")[2]  # behind its numbers
-        return f"not testable here: {text} ({'; '.join(filter(None, (value(entry), why)))})"
-    return f"{entry.verdict} is whether {text} ({entry.reason})"
+        before, said = "not testable here: ", "; ".join(filter(None, (said, why)))
+    elif entry.verdict != SUPPORTED:
+        before, said = f"{entry.verdict} is whether ", entry.reason
+    return before + with_number(text, said, sites)
+
+
+def with_number(text: str, number: str, sites: Mapping[str, str]) -> str:
+    """A text of data/claims.yaml with its sites and its number, in brackets at the end if it has no place for it."""
+    return (text if "{value}" in text else text + " ({value})").format(**sites, value=number)
 
 
 def sentence(entries: Sequence[Entry], found: Mapping[str, Any]) -> list[str]:
-    """The plan's sentence for this model: first the chain of what is supported, then what is not, link by link."""
+    """The plan's sentence for this model: first the chain of what is supported, with this book's numbers, and then what
+    is not, link by link."""
     sites = site_names(found)
     by_claim = {entry.id: entry for entry in entries}
     words = {
@@ -196,37 +233,48 @@ def sentence(entries: Sequence[Entry], found: Mapping[str, Any]) -> list[str]:
         NOT_TESTABLE: "Not testable here is",
         NOT_TESTED: "Not tested is",
     }
-    chain, open_links = [], {verdict: [] for verdict in words}
+    chain, open_links, holds = [], {verdict: [] for verdict in words}, False
     for link in LINKS:
         entry = by_claim[link.claim]
         if entry.verdict == SUPPORTED:
-            chain.append(f"{link.here.format(**sites)} ({value(entry)})")
+            chain.append(with_number(link.here, number(entry, entry), sites))
+            holds = True
             continue
-        others = {
-            name: text.format(**sites) for name, text in link.instead.items() if by_claim[name].verdict == SUPPORTED
-        }
-        chain.append(" and ".join(f"{text} ({value(by_claim[name])})" for name, text in others.items()) or OPEN)
-        instead = f"; instead {listed(others.values())}" if others else ""
-        why = entry.reason if deciding(entry) is entry else f"on fresh people {entry.fresh.reason}"
-        open_links[entry.verdict].append(f"{words[entry.verdict]} that {link.plan} ({why}){instead}.")
-    linked = [text for text, _ in groupby(chain)]  # a gap of several open links is said once
-    whole = f"The names → {' → '.join(linked)} → the answer."
-    if linked == [OPEN]:
+        others = {name: text for name, text in link.instead.items() if by_claim[name].verdict == SUPPORTED}
+        each = [with_number(text, number(*[by_claim[name]] * 2), sites) for name, text in others.items()]
+        chain.append(" and ".join(each) or f"[{entry.verdict}: {link.plan}]")
+        holds = holds or bool(others)
+        instead = f"; instead {listed(each)}" if others else ""
+        open_links[entry.verdict].append(f"{words[entry.verdict]} that {link.plan} ({because(entry)}){instead}.")
+    whole = f"The names → {' → '.join(chain)} → the answer."
+    if not holds:
         whole = "No link of the plan's chain from the names to the answer is supported here."
     return [whole, *(text for each in open_links.values() for text in each)]
 
 
+def because(entry: Entry) -> str:
+    """Why a link is open, its number with its unit."""
+    decided = deciding(entry)
+    before, asked, rest = decided.reason.partition("; asked for")
+    known = asked and decided.high is not None
+    said = before + unit(entry) * bool(known) + asked + rest
+    return said if decided is entry else f"on fresh people {said}"
+
+
+def unit(entry: Entry) -> str:
+    """What stands behind a claim's number, by the brackets at the end of its quantity: " logits", " of the gap"."""
+    said = re.search(r"\((?:share )?([^()]*)\)$", entry.quantity)
+    return f" {said[1]}" if said and said[1] not in ("share", "number") else ""
+
+
+def number(of: Entry | Confirmed, entry: Entry) -> str:
+    """The number of an entry with its unit, or of what fresh people say of it."""
+    if of.estimate is None:
+        return of.reason
+    return claims.estimated(of, entry.threshold) + unit(entry) if of.high is not None else f"{of.estimate:.3g}"
+
+
 def value(entry: Entry) -> str:
     """What an entry measured, for a sentence, and what fresh people gave where they decide."""
-    unit = re.search(r"\(([^()]*)\)$", entry.quantity)
-    unit = f" {unit[1]}" if unit and not unit[1].startswith(("share", "ratio")) else ""
-
-    def number(of: Entry | Confirmed) -> str:
-        if of.estimate is None:
-            return of.reason
-        return claims.estimated(of) + unit if of.high is not None else f"{of.estimate:.3g}"
-
-    decided = deciding(entry)
-    if decided is entry:
-        return number(entry)
-    return f"{number(entry)}; on fresh people {number(decided)}"
+    decided, own = deciding(entry), number(entry, entry)
+    return own if decided is entry else f"{own}; on fresh people {number(decided, entry).removesuffix(unit(entry))}"

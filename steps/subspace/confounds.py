@@ -24,7 +24,7 @@ from lib.tasks import Pair
 from pipeline.assumed import Case
 from pipeline.costs import Work, plain
 from pipeline.declaration import Table
-from pipeline.population import load_people
+from pipeline.population import people_of
 from pipeline.step import Step
 from pipeline.units import Unit, subsample, without_labels
 from steps.subspace import direction_sweeps, directions
@@ -102,7 +102,7 @@ def attribute_spans(step: Step, fit: pd.DataFrame, layer: int, means: pd.DataFra
     span's dimensions k."""
     prompts, read = directions.read_on(step, fit, layer)
     values, couples = within_classes(read, prompts)
-    people, rng = load_people(step.people_file, step.params.question), step.rng("attributes dealt")
+    people, rng = people_of(step), step.rng("attributes dealt")
     counts = counts_of(people, couples["names"].tolist(), [*step.params.topic.attributes])
     orders = [dealt(rng, couples) for _ in range(DEALT)]
     of_each = {attribute: [own] for attribute, own in counts.items()} | {TOGETHER: [*counts.values()]}

@@ -100,8 +100,8 @@ def attribute_sentences(n: Numbers, layer: int, level: float) -> list[str]:
     alone = listed(f"{name} {mean.loc[name, 'share']:.2f} ({mean.loc[name, 'highest']:.2f})" for name in each_alone)
     rest = each[each["name"].str.endswith("the rest")].sort_values("share", ascending=False)
     more = "more" if every["p"] <= 1 - level else "not surely more"
-    ends = [(rest["name"].iloc[place].split()[0], rest["share"].iloc[place]) for place in (0, -1)]
-    most, least = (f"{name} ({share:.2f})" for name, share in ends)
+    ends = [rest.iloc[place] for place in (0, -1)]
+    most, least = (f"{end['name'].removesuffix(' against the rest')} ({end['share']:.2f})" for end in ends)
     first = (
         f"Within a class, the people's {listed(each_alone)} move the activation at `last` after layer {layer} "
         f"along a span of {every['k']} dimensions (fitted on {every['prompts']} couples of people). Of the squared "
@@ -118,7 +118,7 @@ def attribute_sentences(n: Numbers, layer: int, level: float) -> list[str]:
     return [
         first,
         f"Of the class difference's change, the part along {listed(each_alone)} alone recovers {inside} of "
-        f"logit_diff, the rest of it {outside}, all of it {value(by.loc[''])}; with the attributes dealt out anew the "
+        f"the gap, the rest of it {outside}, all of it {value(by.loc[''])}; with the attributes dealt out anew the "
         f"two parts recover {dealt}.",
     ]
 

@@ -275,7 +275,10 @@ def steering_prompts(step: Step, table: pd.DataFrame, pairs: Sequence[Pair]) -> 
         for number, both in enumerate(drawn[: p.steering_pairs]):
             both = both if number % 2 else both[::-1]
             name = f"{kind} {number}"
-            prompt = tasks.make_prompt(step.tokenizer, template, both, p.chat_template, p.attributes)
+            try:
+                prompt = tasks.make_prompt(step.tokenizer, template, both, p.chat_template, p.attributes)
+            except ValueError:  # a name that merges with the text in the other slot
+                continue
             prompt = replace(prompt, roles={"last": prompt.roles["last"]})
             out.append(replace(pairs[0], pair_id=name, quad_id=name, half="confirmation", clean=prompt, corrupt=prompt))
             kinds[name] = kind

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from itertools import product
 from typing import NamedTuple
 
@@ -35,7 +36,7 @@ from pipeline.assumed import Case, tokens_of
 from pipeline.costs import Work, plain
 from pipeline.declaration import Table
 from pipeline.params import Shared
-from pipeline.population import aligned, load_people
+from pipeline.population import aligned, people_of
 from pipeline.step import Step
 from pipeline.units import Unit, subsample, without_labels
 
@@ -72,7 +73,7 @@ def templates(params: Shared) -> list[str]:
 
 def prompts_of(step: Step, table: pd.DataFrame, name: str) -> pd.DataFrame:
     """The prompts of a template with the names of both sides of the pairs, each once (of a one-name template: a prompt
-    for each name). Columns: ids, superset, names."""
+    for each name that can be told from its text). Columns: ids, superset, names."""
     p, rows = step.params, {}
     options = {"chat_template": p.chat_template, "attributes": p.attributes}
     template = tasks.find_template(name, p.task, question=p.question)
@@ -86,8 +87,9 @@ def prompts_of(step: Step, table: pd.DataFrame, name: str) -> pd.DataFrame:
         for side, superset in (("clean", row["answer"]), ("corrupt", row["corrupt_answer"])):
             both = [row[f"{side}_a"], row[f"{side}_b"]]
             for names in [both] if len(template.slots) == 2 else [[one] for one in both]:
-                ids = tasks.make_prompt(step.tokenizer, template, names, **options).ids
-                rows.setdefault(ids, {"ids": ids, "superset": superset, "names": tuple(names)})
+                with suppress(ValueError):  # a name that merges with the text of a one-name template
+                    ids = tasks.make_prompt(step.tokenizer, template, names, **options).ids
+                    rows.setdefault(ids, {"ids": ids, "superset": superset, "names": tuple(names)})
     return pd.DataFrame(list(rows.values()), columns=["ids", "superset", "names"])
 
 
@@ -210,7 +212,7 @@ def found(
 
     def compute(_: Unit) -> pd.DataFrame:
         prompts, values = read_on(step, fit, layer)
-        profession = load_people(step.people_file, p.question).set_index("name")["profession"].to_dict()
+        profession = people_of(step).set_index("name")["profession"].to_dict()
         professions = prompts["names"].map(lambda names: [profession.get(name) for name in names])
         bases = subspaces(values, prompts["superset"], professions, p.topic.supersets)
         sizes = sorted({1, min(len(bases["class means", 0]), max(p.dimensions))})

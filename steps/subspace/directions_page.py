@@ -155,6 +155,7 @@ class Numbers(NamedTuple):
     slopes: pd.DataFrame
     transfer: pd.DataFrame
     restores: bool | None  # whether one direction restores the answer
+    leads: tuple[int, int]  # pairs in which it puts the clean answer on top, of those that are answered rightly
 
 
 def numbers(m: Measured, params: Subspace) -> Numbers:
@@ -165,6 +166,7 @@ def numbers(m: Measured, params: Subspace) -> Numbers:
     one = row_of(table, *ONE)
     span = stats.Interval(one["estimate"], one["low"], one["high"], params.level, int(one["quads"]), "")
     patched = own[own["variant"] == "class difference|1|"]
+    right = patched[site_tables.answered(patched)]
     return Numbers(
         by_layer=m.by_layer,
         by_number=table,
@@ -176,6 +178,7 @@ def numbers(m: Measured, params: Subspace) -> Numbers:
         slopes=slopes,
         transfer=transfer_table(last_half(m.transfer), params),
         restores=site_tables.restores(patched, span, params.restores_share, params.restores_recovery),
+        leads=(int((right["metric_after"] > 0).sum()), len(right)),
     )
 
 
@@ -221,7 +224,7 @@ def lines(
 
 def number_figure(n: Numbers) -> Figure:
     """Recovery against the number of directions."""
-    numbers, ylabel = n.by_number, "recovery (share of logit_diff)"
+    numbers, ylabel = n.by_number, "recovery (share of the gap)"
     own = numbers[~numbers["method"].str.endswith("the rest") & ~numbers["method"].isin(["whole", "random"])]
     level = float(row_of(numbers, "whole", 0)["estimate"])
     figure = lines(own, "k", "method", "directions", ylabel, band=n.band, level=level)
@@ -235,12 +238,12 @@ def layer_figure(n: Numbers) -> Figure:
     """Recovery after each of the slice's layers."""
     own = effects.reported(n.by_layer)
     own = own[own["layer"] >= 0]
-    return plots.layer_curve(own.assign(what=called(own)), "recovery (share of logit_diff)", by="what")
+    return plots.layer_curve(own.assign(what=called(own)), "recovery (share of the gap)", by="what")
 
 
 def split_figure(n: Numbers) -> Figure:
     """The parts of each change that were split."""
-    return plots.part_bars(n.parts, "recovery (share of logit_diff)", by="shown", panel=None)
+    return plots.part_bars(n.parts, "recovery (share of the gap)", by="shown", panel=None)
 
 
 def dose_figure(n: Numbers) -> Figure:
@@ -282,12 +285,12 @@ def layer_sentences(table: pd.DataFrame, layer: int, params: Subspace) -> list[s
     why = f"the first where it recovers {share}" if reached else f"where it recovers most: nowhere {share}"
     random = own[(own["layer"] == -1) & (own["method"] == "random")].iloc[0]
     low, high = one.loc[-1, "low"], whole.loc[-1, "high"]
-    more = " (more than everything: what they write beside it works against the answer)"
+    more = " (more than everything they write: the rest may work against the answer, but was not patched by itself)"
     more = more if pd.notna(low) and low > high else ""
     return [
         f"One direction, from the mean of the pair's corrupt class to that of its clean class, patched in the residual "
-        f"stream at `last` alone, recovers of logit_diff after layer {listed(each)}; in brackets, as a share of what "
-        f"the whole residual stream does there. What follows is about layer {layer}, {why}.",
+        f"stream at `last` alone, recovers of the gap after layer {listed(each)}; in brackets, as a share of what the "
+        f"whole residual stream does there. What follows is about layer {layer}, {why}.",
         f"In all sites of the slice together, that component alone recovers {value(one.loc[-1])}{more}, everything "
         f"they write {value(whole.loc[-1])}, and a random direction with a change of equal norm {value(random)}.",
     ]
@@ -300,9 +303,10 @@ def number_sentences(n: Numbers, params: Subspace) -> list[str]:
     verdict = "is tested on too few quads to say whether it suffices"
     verdict = verdict if n.restores is None else "suffices" if n.restores else "is not shown to suffice"
     out = [
-        f"One direction {verdict}: the class difference recovers {value(one)}, {one['share']:.0%} of the whole "
-        f"residual stream's {value(every)}; asked for was a lower end above {params.restores_recovery} and the clean "
-        f"answer on top in at least {params.restores_share:.0%} of the pairs that are answered rightly."
+        f"For each two supersets one direction, their own, {verdict}: the difference of their means recovers "
+        f"{value(one)} of the gap, {one['share']:.0%} of the whole residual stream's {value(every)}, and puts the "
+        f"clean answer on top in {n.leads[0]} of the {n.leads[1]} pairs that are answered rightly (asked for: a lower "
+        f"end above {params.restores_recovery} and {params.restores_share:.0%} of the pairs).{shared(numbers)}"
     ]
     words = []
     for method in ("class means", "probe", "profession means", "rotation"):
@@ -329,9 +333,15 @@ def number_sentences(n: Numbers, params: Subspace) -> list[str]:
     out.append(
         ("Every method beats" if beats.all() else "Directions do not always beat")
         + f" random subspaces of as many dimensions whose change has the same norm (paired by quads, share of "
-        f"logit_diff): {listed(each)}." + ("" if beats.all() else f" Not better than random: {listed(weak)}.")
+        f"the gap): {listed(each)}." + ("" if beats.all() else f" Not better than random: {listed(weak)}.")
     )
     return out
+
+
+def shared(numbers: pd.DataFrame) -> str:
+    """What one direction that all pairs share recovers, which is another than that of each two classes."""
+    one = numbers[(numbers["method"] == "class means") & (numbers["k"] == 1)]
+    return "".join(f" One that all pairs share recovers {value(row)} (class means)." for _, row in one.iterrows())
 
 
 def class_sentence(single: pd.DataFrame, params: Subspace) -> str:
@@ -428,4 +438,5 @@ def found(m: Measured, n: Numbers) -> dict[str, Any]:
     """What the findings hold of directions."""
     tables = n._replace(by_layer=effects.reported(n.by_layer))._asdict()
     kept = ("by_layer", "by_number", "against_random", "single_classes", "parts", "slopes", "transfer")
-    return {"layer": m.layer, "restores": n.restores} | {name: tables[name].to_dict("records") for name in kept}
+    about = {"layer": m.layer, "restores": n.restores, "leads": n.leads}
+    return about | {name: tables[name].to_dict("records") for name in kept}

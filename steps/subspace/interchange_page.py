@@ -1,6 +1,6 @@
 """Step 08, interchange interventions: how often the answer is the one that the causal model predicts.
 
-1. `scored`: per case, whether the first of the five words is the predicted one (`right`), and whether it is another
+1. `scored`: per case, whether the first of the candidates is the predicted one (`right`), and whether it is another
    than without the interchange (`moved`): `raw`, and `centred`, each word's mean over the base prompts taken off.
 2. `accuracies` are shares of cases with intervals over quads; `gains` compares them with nothing swapped, quad by quad.
 3. `figure`, `table` and `sentences` show and say it.
@@ -34,7 +34,8 @@ PANELS = {"name": "swapped at the tokens of the name", "last": "swapped at the l
 CAPTIONS = {
     "interchange": "Interchange interventions: share of cases in which the answer (centred) is the one that the causal "
     "model predicts once one name's class is swapped, by the layer after which it is. Whatever does not depend on the "
-    "class of the source is right in at most half. Confirmation half, Wilson intervals over quads."
+    "class of the source is right in at most half: nothing swapped, which is a count, hence without an interval. "
+    "Confirmation half, Wilson intervals over quads."
 }
 
 
@@ -100,6 +101,11 @@ def gains(cases: pd.DataFrame, params: Subspace) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
+def drawn(table: pd.DataFrame) -> pd.DataFrame:
+    """`accuracies` without the interval of nothing swapped, which would reach shares that cannot be."""
+    return table.assign(**{end: table[end].mask(table["basis"] == NOTHING) for end in ("low", "high")})
+
+
 def numbers(m: Measured, params: Subspace) -> Numbers:
     """Everything that the page says of interchanges, in numbers. At the name, the layer before the slice is read; at
     the last token, that after which directions are measured."""
@@ -114,7 +120,7 @@ def numbers(m: Measured, params: Subspace) -> Numbers:
 
 def figure(n: Numbers) -> Figure:
     """Accuracy by layer, a line for each basis, a panel for each place."""
-    own = n.accuracies[(n.accuracies["scoring"] == "centred") & (n.accuracies["kind"] == "other")]
+    own = drawn(n.accuracies[(n.accuracies["scoring"] == "centred") & (n.accuracies["kind"] == "other")])
     layers = sorted(own.loc[own["layer"] >= 0, "layer"].unique())
     still = own[own["layer"] < 0].drop(columns="layer").merge(pd.DataFrame({"layer": layers}), how="cross")
     own = pd.concat([own[own["layer"] >= 0], still])
@@ -126,7 +132,7 @@ def table(n: Numbers) -> pd.DataFrame:
     """Shares at the layers that are read: predicted answers, raw and centred, and answers that moved without need."""
     rows = []
     for where, layer in n.at.items():
-        own = n.accuracies[(n.accuracies["where"] == where) & n.accuracies["layer"].isin([layer, -1])]
+        own = drawn(n.accuracies[(n.accuracies["where"] == where) & n.accuracies["layer"].isin([layer, -1])])
         for basis, part in own.groupby("basis", sort=False):
             cells = part.set_index(["scoring", "kind"])
             shown = {f"{kind}, {scoring}": of_row(row) for (scoring, kind), row in cells.iterrows()}
@@ -146,11 +152,11 @@ def sentences(n: Numbers) -> list[str]:
         "Interchange interventions ask whether the answer is the one that a causal model predicts: the evidence of "
         "the two names' classes is added up, and the class with most of it is the answer. A base prompt of two classes "
         "is a tie, of which it predicts nothing; with one name's class swapped for the other's, it predicts the class "
-        f"that both names then have. With nothing swapped that answer comes in {of_row(still)} of "
-        f"{still['cases']:.0f} cases of {still['quads']:.0f} quads (both names are swapped in turn, so that at most "
-        "half can be right whatever word the model prefers), and when the class is really named twice, in "
-        f"{of_row(own.loc[('last', 'centred', 'other', WHOLE, last)])}: first of the five words, each word's mean over "
-        "the base prompts taken off."
+        f"that both names then have. With nothing swapped that answer comes in "
+        f"{still['estimate'] * still['cases']:.0f} of {still['cases']:.0f} cases of {still['quads']:.0f} quads (both "
+        "names are swapped in turn, so that at most half can be right whatever word the model prefers), and when the "
+        f"class is really named twice, in a share of {of_row(own.loc[('last', 'centred', 'other', WHOLE, last)])}: "
+        "first of the candidates, each word's mean over the base prompts taken off."
     ]
     for where, layer in n.at.items():
         here = own.loc[where, "centred", "other"]
@@ -195,9 +201,13 @@ def gain_words(more: pd.DataFrame) -> str:
         ]
         random = "the one random subspace drawn, its change as long as the class means'"
         than = "nothing swapped" if against == NOTHING else random
+        lucky = against == NOTHING and bool((rows["basis"].eq(RANDOM) & (rows["low"] > 0)).any())
         not_so = [SHOWN[row.basis] for row in rows.itertuples() if not row.low > 0]
         out.append(
-            f"More often right than {than}: {listed(each)}" + (f"; not shown: {listed(not_so)}" if not_so else "") + "."
+            f"More often right than {than}: {listed(each)}"
+            + (f"; not shown: {listed(not_so)}" if not_so else "")
+            + "."
+            + " The random subspace is a single draw: a change of that length does some of it by itself." * lucky
         )
     return " ".join(out)
 

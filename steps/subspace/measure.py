@@ -124,7 +124,7 @@ STEP = Declaration(
 
 def parsed(frame: pd.DataFrame) -> pd.DataFrame:
     """A table of variants with the columns method, k and part of their names, effect and gap (logits)."""
-    words = frame["variant"].str.split("|", expand=True).set_axis(["method", "k", "part"], axis=1)
+    words = frame["variant"].str.rsplit("|", n=2, expand=True).set_axis(["method", "k", "part"], axis=1)
     return frame.join(words.astype({"k": int})).assign(effect=effects.effect(frame), gap=effects.gap(frame))
 
 
@@ -191,7 +191,7 @@ class Measured(NamedTuple):
 
     probe_layers: list[int]  # the slice's, its leading site's first
     dropped: tuple[str, ...]  # classes that probes leave out, and why
-    accuracies: pd.DataFrame
+    accuracies: pd.DataFrame  # of probes: no rows where there are too few of both kinds of prompts
     spectra: pd.DataFrame
     baselines: pd.DataFrame  # accuracies of probes that do not see the model
     pairs: list[Pair]  # in which directions are patched
@@ -210,10 +210,12 @@ class Measured(NamedTuple):
 
 def run(step: Step) -> Measured:
     """Measure, or read what is there."""
-    p, layers, kinds = step.params, interchange.slice_layers(step), (probes.of_pairs(step), probes.of_people(step))
-    readings = probes.readings(step, kinds)
-    accuracies, spectra = step.table(ACCURACIES, readings), step.table(SPECTRA, readings)
-    baselines = step.table(BASELINE_SCORES, kinds)
+    p, layers, (kinds, missing) = step.params, interchange.slice_layers(step), probes.kinds_of(step)
+    accuracies = spectra = baselines = pd.DataFrame()
+    if kinds:
+        readings = probes.readings(step, kinds)
+        accuracies, spectra = step.table(ACCURACIES, readings), step.table(SPECTRA, readings)
+        baselines = step.table(BASELINE_SCORES, kinds)
     table = step.pairs()
     fit, pairs = directions.halves(step, table)
     means, shown = step.table(CLASS_MEANS, fit, layers), directions.reported(pairs)
@@ -227,7 +229,7 @@ def run(step: Step) -> Measured:
     steering = step.table(STEERING, direction_sweeps.steering(step, prompts, layer, means))
     quads = table[table["pair_id"].isin([pair.pair_id for pair in shown])]
     swapped = interchange.run(step, fit, quads)
-    dropped = tuple(why for one in kinds for why in one.dropped)
+    dropped = (*missing, *(why for one in kinds for why in one.dropped))
     first = probes.slice_layers(step), dropped, accuracies, spectra, baselines
     last = swapped, *confounds.run(step, fit, shown, layer, means)
     return Measured(*first, pairs, by_layer, layer, found, patches, transfer, steering, of_prompts, *last)

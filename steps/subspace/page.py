@@ -13,7 +13,7 @@ from steps.subspace.measure import Measured
 class Numbers(NamedTuple):
     """Everything that the page says, in numbers."""
 
-    probes: probes_page.Numbers
+    probes: probes_page.Numbers | None
     directions: directions_page.Numbers
     interchange: interchange_page.Numbers
     confounds: confounds_page.Numbers
@@ -52,4 +52,5 @@ def findings(step: Step, m: Measured, n: Numbers) -> dict[str, Any]:
         "doses": directions_page.dose_figure(n.directions),
         "interchange": interchange_page.figure(n.interchange),
     }
+    figures = {name: figure for name, figure in figures.items() if figure is not None}
     return finished(step, found, figures, probes_page.CAPTIONS | directions_page.CAPTIONS | interchange_page.CAPTIONS)

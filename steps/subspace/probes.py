@@ -1,6 +1,6 @@
 """Linear probes: what can be read off the residual stream about the people in a prompt, layer by layer.
 
-1. Two kinds of prompts. `of_pairs`: the clean prompts of the quads. `of_people`: one-name prompts about other people,
+1. Two kinds of prompts. `of_pairs`: the prompts of the quads. `of_people`: one-name prompts about other people,
    drawn evenly over supersets and, within them, over professions. Each is asked in two templates, and read at `names`
    (the mean over the last tokens of its names: one reading per prompt, whatever their token counts) and at `last`.
 2. A probe is a ridge regression on one-hot classes (scikit-learn's `RidgeCV`: its strength is chosen for each class by
@@ -37,6 +37,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from lib import questions, tasks
+from lib.data import NAMES, clusters
 from lib.hooks import Model
 from lib.readout import readout
 from lib.single_pass import plain_runs
@@ -45,7 +46,7 @@ from pipeline.assumed import Case, tokens_of
 from pipeline.costs import Work, plain
 from pipeline.declaration import Table
 from pipeline.params import Shared
-from pipeline.population import load_people, unambiguous
+from pipeline.population import people_of, unambiguous
 from pipeline.rates import timed
 from pipeline.step import Step, StepError
 from pipeline.units import Unit
@@ -103,13 +104,28 @@ class Seen(NamedTuple):
 Readings = Callable[[int], list[list[Seen]]]  # of a layer: by kind of prompts, by position
 
 
+def kinds_of(step: Step) -> tuple[list[Asked], list[str]]:
+    """Both kinds of prompts, as far as there are enough for probes, and why there are none of a kind."""
+    kinds, missing = [], []
+    for make in (of_pairs, of_people):
+        try:
+            kinds.append(make(step))
+        except StepError as error:
+            missing.append(f"Not made: {error}.")
+    return kinds, missing
+
+
 def of_pairs(step: Step) -> Asked:
-    """The clean prompts of the pairs, each couple of names once, in the profile's template and the other one."""
-    p, pairs = step.params, step.pairs()
-    couple = [" and ".join(sorted(names)) for names in zip(pairs["clean_a"], pairs["clean_b"], strict=True)]
-    names = pd.Series(pairs[["clean_a", "clean_b"]].to_numpy().tolist())
-    rows = pd.DataFrame({"item": couple, "unit": pairs["quad_id"], "superset": pairs["answer"], "people": names})
-    rows = rows.drop_duplicates("item").reset_index(drop=True)
+    """The prompts of the pairs, each couple of names once, in the profile's template and the other one."""
+    p, pairs, parts = step.params, step.pairs(), []
+    for side, answer in (("clean", "answer"), ("corrupt", "corrupt_answer")):
+        names = pairs[[f"{side}_a", f"{side}_b"]].to_numpy().tolist()
+        about = {"item": [" and ".join(sorted(both)) for both in names], "people": names}
+        parts.append(pd.DataFrame(about | {"unit": pairs["quad_id"], "superset": pairs[answer]}))
+        if p.pairs_file is not None:  # whose quads may share a name
+            quads = pairs.assign(quad="quad " + pairs["quad_id"])
+            parts[-1]["unit"] = clusters(quads, (*NAMES, "quad")).astype(str)
+    rows = pd.concat(parts, ignore_index=True).drop_duplicates("item").reset_index(drop=True)
     return asked(step, "pair", rows, ("superset",), dict.fromkeys((p.template, p.probe_template)), p.task)
 
 
@@ -117,7 +133,7 @@ def of_people(step: Step) -> Asked:
     """One-name prompts about `probe_people` people of whom no pair speaks."""
     p, pairs = step.params, step.pairs()
     known = set(pairs[[f"{side}_{slot}" for side in ("clean", "corrupt") for slot in "ab"]].to_numpy().ravel())
-    everyone = load_people(step.people_file, p.question)
+    everyone = people_of(step)
     drawn = draw(everyone[~everyone["name"].isin(known)], p.probe_people, p.probe_folds, step.rng("probe people"))
     rows = drawn[["superset", "profession"]].assign(
         item=drawn["name"], unit=drawn["name"], people=[[n] for n in drawn["name"]]
@@ -132,6 +148,8 @@ def draw(people: pd.DataFrame, count: int, least: int, rng: np.random.Generator)
     of two supersets, and those with a namesake, are left out.
     """
     people = unambiguous(people)
+    if people.empty:
+        return people
     people, quota = people.iloc[rng.permutation(len(people))], -(-count // people["superset"].nunique())
     sizes = people.groupby(["superset", "profession"]).size().sort_values(ascending=False, kind="stable")
     kept = sizes.groupby("superset").head(max(1, quota // least)).index.get_level_values("profession")
@@ -143,23 +161,40 @@ def draw(people: pd.DataFrame, count: int, least: int, rng: np.random.Generator)
 def asked(
     step: Step, kind: str, rows: pd.DataFrame, targets: Sequence[str], templates: Sequence[str], task: str
 ) -> Asked:
-    """Classes checked, folds dealt and prompts made."""
-    p, dropped = step.params, []
+    """Classes checked, folds dealt and prompts made; targets but the first are left out where they have no classes."""
+    p, used, original = step.params, [], rows[targets[0]]
+    rows, prompts, dropped = in_templates(step, rows, [p.topic.find(name, task) for name in templates])
     for target in targets:
-        kept, why = large_enough(rows, target, p.probe_folds, kind)
-        rows, dropped = rows.assign(**{target: rows[target].where(rows[target].isin(kept), "")}), [*dropped, *why]
-    rows = rows.assign(fold=folds_of(rows, targets[-1], p.probe_folds, p.seed))
-    found = [p.topic.find(name, task) for name in templates]
-    options = {"chat_template": p.chat_template, "attributes": p.attributes}
-    try:
-        prompts = [
-            tuple(tasks.make_prompt(step.tokenizer, template, names, **options) for names in rows["people"])
-            for template in found
-        ]
-    except ValueError as error:
-        raise StepError(str(error)) from None
+        if used and rows[target].equals(original[rows.index]):
+            continue  # the table has no finer labels than classes
+        try:
+            kept, why = large_enough(rows, target, p.probe_folds, kind)
+        except StepError as error:
+            if not used:
+                raise
+            dropped.append(f"Not made: {error}.")
+            continue
+        rows = rows.assign(**{target: rows[target].where(rows[target].isin(kept), "")})
+        dropped, used = [*dropped, *why], [*used, target]
+    rows = rows.reset_index(drop=True)
+    rows = rows.assign(fold=folds_of(rows, used[-1], p.probe_folds, p.seed))
     people, rows = tuple(map(tuple, rows["people"])), rows.drop(columns="people")
-    return Asked(kind, rows, tuple(targets), tuple(templates), tuple(prompts), tuple(dropped), people)
+    return Asked(kind, rows, tuple(used), tuple(templates), prompts, tuple(dropped), people)
+
+
+def in_templates(
+    step: Step, rows: pd.DataFrame, templates: Sequence[tasks.Template]
+) -> tuple[pd.DataFrame, tuple[tuple[Prompt, ...], ...], list[str]]:
+    """The rows whose names can be told from the text of every template, their prompts, and what was left out."""
+    p, made, reasons = step.params, {}, []
+    options = {"chat_template": p.chat_template, "attributes": p.attributes}
+    for place, names in rows["people"].items():
+        try:
+            made[place] = [tasks.make_prompt(step.tokenizer, template, names, **options) for template in templates]
+        except ValueError as error:
+            reasons.append(str(error))
+    said = [f"Left out of the probes: {len(reasons)} of {len(rows)} prompts ({reasons[0]})."] if reasons else []
+    return rows.loc[[*made]], tuple(zip(*made.values(), strict=True)) or ((),) * len(templates), said
 
 
 def large_enough(rows: pd.DataFrame, target: str, folds: int, kind: str) -> tuple[list[str], list[str]]:
@@ -170,7 +205,7 @@ def large_enough(rows: pd.DataFrame, target: str, folds: int, kind: str) -> tupl
     if len(kept) < 2:
         raise StepError(
             f"probes of {target} from {kind} prompts: {len(kept)} classes have at least {folds} {word}, one per fold; "
-            f"too small are {said}: give more people, or fewer probe_folds"
+            f"too small are {said or 'all'}: give more people, or fewer probe_folds"
         )
     text = f"Left out of the probes of {target} ({kind} prompts), with fewer than {folds} {word}, one per fold: {said}."
     return list(kept), [text] * bool(len(small))
@@ -279,17 +314,19 @@ def weighted(codes: np.ndarray, right: np.ndarray, classes: int) -> Float[np.nda
     return right * len(codes) / (classes * np.bincount(codes, minlength=classes)[codes])
 
 
-def people_folds(own: Seen, other: Seen, ranks: Sequence[int], params: Shared) -> Iterator[pd.DataFrame]:
+def people_folds(own: Seen, other: Seen | None, ranks: Sequence[int], params: Shared) -> Iterator[pd.DataFrame]:
     """Accuracies on people that the probe has not seen: in its own template (whole, and at each of `ranks` and the
-    largest, if any are asked for), in the other ones, and on the other kind of prompts."""
+    largest, if any are asked for), in the other ones, and on the other kind of prompts, if there is one."""
     asked, labels = own.asked, own.labels(params)
-    folds, far, far_folds = asked.rows["fold"].to_numpy(), other.values[0], other.asked.rows["fold"].to_numpy()
+    folds = asked.rows["fold"].to_numpy()
     caps = [len(one.classes) - 1 for one in labels]
     whole_and = [[WHOLE, *sorted({min(rank, cap) for rank in (*ranks, cap) if ranks})] for cap in caps]
     found: dict[tuple, np.ndarray] = defaultdict(lambda: np.zeros(len(folds), dtype=int))
+    far_folds = folds[:0] if other is None else other.asked.rows["fold"].to_numpy()
     crossed = np.zeros(len(far_folds), dtype=int)
     for fold in range(folds.max() + 1):
         train, held, far_held = folds != fold, folds == fold, far_folds == fold
+        far = None if other is None else other.values[0]
         probe = Probe(own.values[0], labels, train)
         for template, values in enumerate(own.values):
             outputs = probe.outputs(values[held], values[train].mean(0) if template else None)
@@ -298,8 +335,9 @@ def people_folds(own: Seen, other: Seen, ranks: Sequence[int], params: Shared) -
                     if template == 0 or (rank, labelling) == (WHOLE, 0):
                         guess = probe.predict(outputs, target, labelling, rank)
                         found[target, template, rank, labelling][held] = guess
-        outputs = probe.outputs(far[far_held], far[~far_held].mean(0))
-        crossed[far_held] = probe.predict(outputs, 0, 0)
+        if far is not None:
+            outputs = probe.outputs(far[far_held], far[~far_held].mean(0))
+            crossed[far_held] = probe.predict(outputs, 0, 0)
     about = {"position": own.position, "trained": asked.templates[0], "folds": "people"}
     for target, one in enumerate(labels):
         for rank in whole_and[target]:
@@ -309,8 +347,8 @@ def people_folds(own: Seen, other: Seen, ranks: Sequence[int], params: Shared) -
             yield permuted(one, guesses).assign(kind=asked.kind, target=one.target, labels="permuted", **at)
         for template, name in enumerate(asked.templates[1:], 1):
             yield scored(asked, one, found[target, template, WHOLE, 0], **about, template=name)
-    away = labelled(other.asked.rows, "superset", 0, params.seed)
-    if list(labels[0].classes) == list(away.classes):
+    away = None if other is None else labelled(other.asked.rows, "superset", 0, params.seed)
+    if away and list(labels[0].classes) == list(away.classes):
         yield scored(other.asked, away, crossed, **about, template=other.asked.templates[0])
 
 
@@ -388,7 +426,7 @@ def baseline_folds(own: Asked, seen: Mapping[str, Sequence], seed: int) -> Itera
 
 def baselines(step: Step, kinds: Sequence[Asked]) -> pd.DataFrame:
     """Accuracies of the baselines: a row per prompt."""
-    people = load_people(step.people_file, step.params.question)
+    people = people_of(step)
     each = (
         baseline_folds(own, seen_without_model(people, own.people, step.params.question), step.params.seed)
         for own in kinds
@@ -435,8 +473,9 @@ def accuracies(step: Step, at: Readings) -> Callable[[Unit], pd.DataFrame]:
 
     def compute(unit: Unit) -> pd.DataFrame:
         layer, parts = unit.options["layer"], []
-        pairs, people = at(layer)
-        for one, other in ((pairs, people), (people, pairs)):
+        kinds = at(layer)
+        for number, one in enumerate(kinds):
+            other = kinds[1 - number] if len(kinds) > 1 else [None] * len(one)
             for own, far in zip(one, other, strict=True):
                 parts += people_folds(own, far, unit.options["ranks"], p)
                 if len(own.values) > 1:

@@ -143,8 +143,9 @@ def verdicts(ranks: pd.DataFrame, spectrum: pd.DataFrame) -> pd.DataFrame:
 
     Low rank: a probe of at most half the cap keeps ENOUGH of the accuracy above chance (`rank needed`), and the class
     means' effective rank is below that of every permutation of the labels. `low rank` is None, not decided, where the
-    probe at the cap is not above every permutation. `explained`: share of the class means' variance in the first half
-    of the cap's directions; `permuted ...`: the least effective rank and the largest share under permuted labels.
+    probe at the cap is not above every permutation, and of two classes. `explained`: share of the class means' variance
+    in the first half of the cap's directions; `permuted ...`: the least effective rank and the largest share under
+    permuted labels.
     """
     out = []
     for key, own in ranks.groupby([*CURVE, "layer"], sort=False):
@@ -154,7 +155,8 @@ def verdicts(ranks: pd.DataFrame, spectrum: pd.DataFrame) -> pd.DataFrame:
         needed = int(true.index[true >= min(accuracy, chance + ENOUGH * (accuracy - chance))].min())
         there = spectrum[(spectrum[[*CURVE, "layer"]] == list(key)).all(axis=1)]
         (effective, *others), (first, *rest) = there["effective"], [values[half - 1] for values in there["explained"]]
-        low = bool(needed <= half and effective < min(others)) if accuracy > tops[cap] else None
+        asked = cap > 1 and accuracy > tops[cap]  # of two classes every map has rank one
+        low = bool(needed <= half and effective < min(others)) if asked else None
         numbers = {"cap": cap, "chance": chance, "accuracy": accuracy, "at rank 1": float(true.iloc[0])}
         numbers |= {"rank needed": needed, "effective rank": effective, "permuted effective rank": min(others)}
         numbers |= {"explained": float(first), "permuted explained": float(max(rest)), "low rank": low}
@@ -185,9 +187,11 @@ def ends(means: pd.DataFrame, lead: tuple[str, str, str], layer: int) -> list[di
     ]
 
 
-def clusters(places: pd.DataFrame, superset_of: dict[str, str], permutations: int, seed: int) -> dict:
+def clusters(places: pd.DataFrame, superset_of: dict[str, str], permutations: int, seed: int) -> dict | None:
     """Average linkage on the correlation of class means, cut into as many clusters as supersets; its adjusted Rand
-    index with these, and p by permutation."""
+    index with these, and p by permutation. None for fewer means than a correlation needs, or no more than supersets."""
+    if len(places) < 4 or len(places) <= len({superset_of[name] for name in places.index}):
+        return None
     tree = linkage(places.to_numpy(), "average", metric="correlation")
     own = [superset_of[name] for name in places.index]
     cut = fcluster(tree, len(set(own)), "maxclust")
@@ -209,7 +213,8 @@ def superset_of(frame: pd.DataFrame) -> dict[str, str]:
     """The superset of each profession, by the people who were asked about."""
     rows = frame[(frame["kind"] == "one-name") & (frame["label"] != "")]
     labels = rows.drop_duplicates(["item", "target"]).pivot(index="item", columns="target", values="label")
-    return dict(labels.dropna()[["profession", "superset"]].itertuples(index=False, name=None))
+    labels = labels.reindex(columns=["profession", "superset"])
+    return dict(labels.dropna().itertuples(index=False, name=None))
 
 
 class Numbers(NamedTuple):
@@ -224,26 +229,30 @@ class Numbers(NamedTuple):
     verdicts: pd.DataFrame
     places: pd.DataFrame  # class means of the supersets along their directions
     ends: Mapping[str, list[dict]]  # by target
-    clusters: dict
+    clusters: dict | None
     superset_of: Mapping[str, str]
     moved: pd.DataFrame
+    leads: Sequence[tuple[str, str, str]]  # those of LEADS that there are probes of
 
 
-def numbers(m: Measured, params: Subspace) -> Numbers:
-    """Everything that the page says of probes, in numbers."""
+def numbers(m: Measured, params: Subspace) -> Numbers | None:
+    """Everything that the page says of probes, in numbers; None where there are none."""
     frame, means, layer = m.accuracies, m.spectra, m.probe_layers[0]
+    if frame.empty:
+        return None
+    leads = [lead for lead in LEADS if ((frame["kind"] == lead[0]) & (frame["target"] == lead[1])).any()]
     curve, null, ranks = curves(frame, m.baselines, params), nulls(frame), rank_table(frame, params)
     verdict = verdicts(ranks, spectra(means))
     named = {
         lead[1]: ends(means, lead, layer)
-        for lead in LEADS
+        for lead in leads
         if lead[1] == "superset" or only(verdict, lead, layer)["low rank"].eq(True).any()
     }
     of, places = superset_of(frame), [coordinates(means, lead, layer) for lead in LEADS]
     groups = clusters(places[1], of, params.flips, params.seed)
     read = curve, baseline_table(m.baselines, params), null, selectivity(frame, params)
     moved = transfer_table(curve, layer)
-    return Numbers(layer, *read, ranks, verdict, places[0], named, groups, of, moved)
+    return Numbers(layer, *read, ranks, verdict, places[0], named, groups, of, moved, leads)
 
 
 # --- figures ----------------------------------------------------------------------------------------------------------
@@ -254,8 +263,10 @@ def titled(table: pd.DataFrame) -> pd.Series:
     return table["target"] + " (" + table["kind"] + " prompts)"
 
 
-def accuracy_figure(n: Numbers) -> Figure:
+def accuracy_figure(n: Numbers | None) -> Figure | None:
     """Accuracy over layers at both positions, that of the baselines, and the range of permuted labels."""
+    if n is None:
+        return None
     both = n.null.groupby(["kind", "target", "layer"], sort=False).agg(
         estimate=("estimate", "mean"), low=("low", "min"), high=("high", "max")
     )
@@ -265,18 +276,20 @@ def accuracy_figure(n: Numbers) -> Figure:
     return layer_curve(frame.assign(panel=titled(frame)), "balanced accuracy", "position", "panel")
 
 
-def selectivity_figure(n: Numbers) -> Figure | None:
+def selectivity_figure(n: Numbers | None) -> Figure | None:
     """Selectivity over layers at both positions, where a kind of prompts has two templates."""
-    table = n.selectivity
-    if table.empty:
+    if n is None or n.selectivity.empty:
         return None
+    table = n.selectivity
     return layer_curve(table.assign(panel=titled(table)), "selectivity (difference of accuracy)", "position", "panel")
 
 
-def rank_figure(n: Numbers) -> Figure:
-    """Accuracy against rank for the two leading maps, a panel each; grey: the range of permuted labels."""
-    with _canvas((WIDTH, 5.2), len(LEADS)) as (figure, panels):
-        for axes, lead in zip(panels, LEADS, strict=True):
+def rank_figure(n: Numbers | None) -> Figure | None:
+    """Accuracy against rank for the leading maps, a panel each; grey: the range of permuted labels."""
+    if n is None or not n.leads:
+        return None
+    with _canvas((WIDTH, 2.6 * len(n.leads)), len(n.leads)) as (figure, panels):
+        for axes, lead in zip(panels, n.leads, strict=True):
             own = only(n.ranks, lead, n.layer).sort_values("rank")
             true, null = own[own["labels"] == "true"], own[own["labels"] == "permuted"]
             look = {"color": GREY, "alpha": 0.3, "lw": 0, "label": "permuted labels"}
@@ -293,8 +306,15 @@ def rank_figure(n: Numbers) -> Figure:
     return figure
 
 
-def means_figure(n: Numbers) -> Figure:
+def verdict_table(n: Numbers | None) -> pd.DataFrame | None:
+    """The verdicts on every map, and the numbers that say so."""
+    return None if n is None else n.verdicts.round(2)
+
+
+def means_figure(n: Numbers | None) -> Figure | None:
     """Class means along their first two directions."""
+    if n is None or n.places.empty:
+        return None
     places = n.places
     with _canvas((WIDTH, 3.6)) as (figure, (axes,)):
         y = places[1] if places.shape[1] > 1 else places[0] * 0
@@ -306,8 +326,10 @@ def means_figure(n: Numbers) -> Figure:
     return figure
 
 
-def cluster_figure(n: Numbers) -> Figure:
-    """The tree of class means, each named with its superset."""
+def cluster_figure(n: Numbers | None) -> Figure | None:
+    """The tree of class means, each named with its superset, where there are enough."""
+    if n is None or n.clusters is None:
+        return None
     found = n.clusters
     with _canvas((WIDTH, 1.0 + 0.17 * len(found["names"]))) as (figure, (axes,)):
         names = [f"{name} ({n.superset_of[name]})" for name in found["names"]]
@@ -389,18 +411,25 @@ def selectivity_sentence(table: pd.DataFrame, layer: int) -> list[str]:
     ] * bool(each)
 
 
-def rank_sentence(one: pd.Series) -> str:
-    """The verdict on one map."""
+def rank_sentence(one: pd.Series, ranks: pd.DataFrame) -> str:
+    """What is known of the rank of one map; `ranks` are its accuracies by rank (`rank_table`)."""
     where = f"{one['target']} ({one['kind']} prompts, `{one['position']}`, layer {one['layer']}; cap {one['cap']})"
-    verdict, effective = "of low rank" if one["low rank"] else "not of low rank", one["permuted effective rank"]
+    if one["cap"] < 2:
+        return f"The map to {where} has two classes, and so rank one whatever it is."
     if one["low rank"] is None:
         return f"The rank of the map to {where} is not decided: the probe is not above every permutation of the labels."
+    tried = ranks[ranks["labels"] == "true"].astype({"rank": int}).set_index("rank").sort_index()
+    mark = one["chance"] + ENOUGH * (one["accuracy"] - one["chance"])
+    lower = tried[tried.index < one["rank needed"]]
+    alike = lower.index[lower["high"].astype(float) >= mark]
+    unsure = f" (so, by their intervals, may {listed(alike)})" if len(alike) else ""
     return (
-        f"The map to {where} is {verdict}: rank {one['rank needed']} keeps {ENOUGH:.0%} of the accuracy above chance "
-        f"({one['accuracy']:.2f} at the cap, {one['at rank 1']:.2f} for a single direction, chance "
-        f"{one['chance']:.2f}); the class means' effective rank is {one['effective rank']:.1f}, at least "
-        f"{effective:.1f} under permuted labels; half the cap's directions hold {one['explained']:.0%} of their "
-        f"variance, at most {one['permuted explained']:.0%} under permuted labels."
+        f"The map to {where}: of the ranks tried ({listed(tried.index)}), {one['rank needed']} is the first that keeps "
+        f"{ENOUGH:.0%} of the accuracy above chance{unsure}: {one['accuracy']:.2f} at the cap, {one['at rank 1']:.2f} "
+        f"for a single direction, chance {one['chance']:.2f}. The class means' effective rank is "
+        f"{one['effective rank']:.1f}, at least {one['permuted effective rank']:.1f} under permuted labels; "
+        f"half the cap's directions hold {one['explained']:.0%} of their variance, at most "
+        f"{one['permuted explained']:.0%} under permuted labels."
     )
 
 
@@ -415,10 +444,10 @@ def direction_sentence(found: Sequence[dict], target: str) -> str:
 
 def cluster_sentence(found: dict, target: str) -> str:
     groups = "; ".join(listed(group) for group in found["groups"])
-    alike = "follow the supersets" if found["p"] <= 0.05 else "are not shown to follow the supersets"
+    alike = "agree" if found["p"] <= 0.05 else "are not shown to agree"
     return (
-        f"Clusters of the {target} means: {groups}. They {alike} (adjusted Rand index {found['rand']:.2f}, "
-        f"p = {found['p']:.2g} by permutation)."
+        f"Clusters of the {target} means: {groups}. They {alike} with the supersets more than chance (adjusted Rand "
+        f"index {found['rand']:.2f} of 1, p = {found['p']:.2g} by permutation)."
     )
 
 
@@ -436,29 +465,45 @@ def transfer_sentence(table: pd.DataFrame, layer: int) -> list[str]:
     ] * bool(each)
 
 
-def sentences(m: Measured, n: Numbers) -> list[str]:
+def sentences(m: Measured, n: Numbers | None) -> list[str]:
     """Everything that the page says of probes, in words."""
+    if n is None:
+        return ["No probe was fitted.", *m.dropped]
     frame, out = m.accuracies, []
-    for lead in LEADS:
-        out += [rank_sentence(row) for _, row in only(n.verdicts, lead, n.layer).iterrows()]
+    for lead in n.leads:
+        ranks = only(n.ranks, lead, n.layer)
+        out += [rank_sentence(row, ranks) for _, row in only(n.verdicts, lead, n.layer).iterrows()]
         out += [direction_sentence(n.ends[lead[1]], lead[1])] if lead[1] in n.ends else []
-    sizes = frame[frame["labels"] == "true"].groupby("kind")[["unit", "item"]].nunique()
     return [
-        f"Probes were read from {sizes.loc['pair', 'item']} pair prompts of {sizes.loc['pair', 'unit']} quads, whose "
-        "people the model tells apart by selection (an accuracy near 1 at the last token of the last layers is built "
-        f"in), and from one-name prompts about {sizes.loc['one-name', 'item']} other people, unselected.",
+        f"Probes were read from {prompts_read(frame)}.",
         *m.dropped,
         baseline_sentence(n.baselines, n.null, frame["permutation"].max() + 1),
         *accuracy_sentences(n.curve, m.probe_layers),
         *selectivity_sentence(n.selectivity, n.layer),
         *out,
-        cluster_sentence(n.clusters, "profession"),
+        *([cluster_sentence(n.clusters, "profession")] if n.clusters else []),
         *transfer_sentence(n.moved, n.layer),
     ]
 
 
-def found(n: Numbers) -> dict[str, dict]:
+def prompts_read(frame: pd.DataFrame) -> str:
+    """How many prompts of which kind were read."""
+    sizes, out = frame[frame["labels"] == "true"].groupby("kind")[["unit", "item"]].nunique(), []
+    if "pair" in sizes.index:
+        out.append(
+            f"{sizes.loc['pair', 'item']} pair prompts of {sizes.loc['pair', 'unit']} quads, whose people the model "
+            "tells apart by selection (an accuracy near 1 at the last token of the last layers is built in),"
+        )
+    if "one-name" in sizes.index:
+        out.append(f"from one-name prompts about {sizes.loc['one-name', 'item']} other people, unselected")
+    return " and ".join(out).removeprefix("from ").removesuffix(",")
+
+
+def found(n: Numbers | None) -> dict[str, dict]:
     """What the findings hold of probes."""
+    if n is None:
+        none = dict.fromkeys(("accuracy", "baselines", "thresholds", "selectivity", "transfer"), [])
+        return {"probes": none, "rank": {"layer": None, "verdicts": [], "directions": {}, "clusters": None}}
     own = n.curve[n.curve["own"]].drop(columns="own")
     return {
         "probes": {

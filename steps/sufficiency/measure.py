@@ -23,7 +23,7 @@ from lib.tasks import Pair
 from pipeline.assumed import Case, of_sweep, order_of
 from pipeline.declaration import ANALYSED, Declaration, Table
 from pipeline.params import Components, Shared, Words
-from pipeline.step import Step, StepError, swept
+from pipeline.step import Step, StepError, swept, with_gap
 from pipeline.units import Unit, subsample, sweep_units
 from steps.sufficiency import placebo, stability
 from steps.sufficiency.placebo import Specificity
@@ -134,7 +134,7 @@ class Measured(NamedTuple):
 
 def run(step: Step) -> Measured:
     """Measure, or read what is there. StepError where no site recovers anything."""
-    p, swept_sites = step.params, step.table(SITES)
+    p, swept_sites = step.params, with_gap(step.table(SITES))
     sites = effects.both_halves(swept_sites[swept_sites["component"] != "resid"], p)
     order = slice_order(sites, p.slice_limit, p.floor)
     if order.empty:

@@ -80,7 +80,7 @@ def heads(step: Step, m: Measured) -> Figure | None:
 def modules(step: Step, m: Measured) -> Figure:
     """Recovery of whole attention and MLP modules."""
     by_layer = site_tables.layer_table(m.records, step.params)
-    return plots.layer_bars(by_layer, "recovery (share of logit_diff)", panel="position")
+    return plots.layer_bars(by_layer, "recovery (share of the gap)", panel="position")
 
 
 def ranked(m: Measured) -> Figure:
@@ -95,7 +95,7 @@ def halves(m: Measured) -> Figure | None:
 
 def against_necessity(step: Step, m: Measured) -> Figure | None:
     """Every site's rise when patched against its fall when ablated, where step 03 has been run."""
-    earlier = step.find("necessity")
+    earlier = step.beside("necessity")
     if not earlier:
         return None
     both = with_earlier(m.sites, earlier["sites"])
@@ -125,12 +125,13 @@ def findings(step: Step, m: Measured) -> dict[str, Any]:
     params = step.params
     restoring = restoring_sites(m.records, m.sites, params)
     best = reported(site_tables.picked(m.sites[m.sites["component"].isin(["head", "mlp"])], 1)).iloc[0]
-    best_text = f"{best['site']} recovers most: {interval(best['ratio'], best['ratio_low'], best['ratio_high'])}"
+    best_share = interval(best["ratio"], best["ratio_low"], best["ratio_high"])
+    best_text = f"{best['site']}, first on the discovery half, recovers {best_share} of the gap"
     held = reported(m.curves)
     held = held[held["n_sites"] == m.critical.size]
     together, stable = slice_restores(m.joint, held, params), stability_page.findings(m, params)
     alone = (
-        f"No single head or MLP restores the answer on its own: {best_text}."
+        f"No single head or MLP restores the answer on its own; {best_text}."
         if not restoring
         else f"Single sites that restore the answer on their own: {listed(restoring)}; {best_text}."
     )
@@ -198,6 +199,6 @@ def slice_sentences(m: Measured, held: pd.DataFrame, params: Shared) -> list[str
     return [
         f"The critical slice, heads and MLPs added in order of discovery recovery, has {critical.size} "
         f"{'site' if critical.size == 1 else 'sites'} and {reached}: {listed(members)}.",
-        f"On the confirmation half its joint recovery is {joint['recovery']} and its joint counterfactual damage "
-        f"{joint['damage']}.",
+        f"On the confirmation half its joint recovery is {joint['recovery']} of the gap and its joint counterfactual "
+        f"damage {joint['damage']}.",
     ]

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from lib.stats import MINIMUM_CLUSTERS
 from pipeline.params import Shared
 from report import plots
-from report.words import interval, listed, of_row, shown
+from report.words import SPECIFICITY, TOO_FEW, interval, listed, of_row, shown
 from steps.sufficiency.placebo import SLICE, TASK, Specificity
 
 CAPTION = (
@@ -59,7 +59,7 @@ def table(m: Specificity | None, params: Shared) -> pd.DataFrame | Markdown:
         "share of the placebo gap": [of(row, "placebo") for row in rows.itertuples()],
         "placebo over task": [of(row, "quotient") for row in rows.itertuples()],
         f"placebo less {params.specific_ratio:g} x task": [of(row, "beyond") for row in rows.itertuples()],
-        "verdict": rows["verdict"].fillna("too few quads"),
+        "verdict": rows["verdict"].map(SPECIFICITY).fillna(TOO_FEW),
         "quads": [f"{row.quads}, {row.placebo_quads}" for row in rows.itertuples()],
     }
     return pd.DataFrame(columns)
