@@ -253,6 +253,8 @@ def test_what_of_a_question_is_edited_is_made_again(project):
     """Its title is the book's alone; its templates are in every step."""
     own = project.folder / "data/questions/mine"
     shutil.copytree(questions.FOLDER / questions.DEFAULT, own)
+    for name in ("people.csv", "controls.csv", "sentences.csv"):  # a question is read with its tables
+        shutil.copy(questions.FOLDER.parent / name, project.folder / "data")
     append(project.folder / "params/smoke.yaml", "question: data/questions/mine\n")
     assert project.run() == [*PLAN.names, "book"]
     edit(own / "question.yaml", "title: Where", "title: In which layer")
