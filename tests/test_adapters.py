@@ -17,11 +17,7 @@ PATHS = {
 }
 CONFIG = {"peft_type": "LORA", "r": 3, "lora_alpha": 12, "bias": "none", "task_type": "CAUSAL_LM", "use_dora": False}
 CONFIG |= {"target_modules": ["q_proj"], "modules_to_save": None, "rank_pattern": {}, "lora_dropout": 0.1}
-CONFIG |= {
-    "megatron_config": None,
-    "megatron_core": "megatron.core",
-    "base_model_name_or_path": "/home/me/base",
-}  # peft's
+CONFIG |= {"megatron_config": None, "megatron_core": "megatron.core", "base_model_name_or_path": "./base"}  # peft's
 
 
 def write(folder, model, paths, config=CONFIG, **beside):
