@@ -205,7 +205,8 @@ def test_a_lost_node_costs_its_units_alone_and_the_rows_are_those_of_a_local_run
     losing.join()
     assert "a replica died" in caplog.text
     computed = Counter(Path("computed").read_text().split())
-    assert len(computed) == 8 and 8 < computed.total() <= 9
+    # A node may be lost before its unit has begun: then not even that one is computed twice.
+    assert len(computed) == 8 and computed.total() <= 9
     about, alone = step.record, begin("local").record
     assert about["model"] == alone["model"] and about["data_key"] == alone["data_key"]
     assert about["tables"]["necessity"]["rows"] == len(local)
