@@ -131,15 +131,14 @@ def load(spec: str, **options: Any) -> Model:
     where, actual, local = resolve(spec, how.sha256)
     if random and (how.quantisation or how.device_map):
         raise ModelError(f"model {spec!r} has random weights: quantisation and device_map do not apply")
-    with reading(spec, where):
-        model, words = fetched(spec, where, local, how, how.arguments(random, placed))
-        if how.adapter is not None:
-            adapters.merge(model, how.adapter, spec)
-            spec = f"{spec} with {Path(how.adapter).name}"
-        if how.device_map is None and how.quantisation is None:
-            model = model.to(placed)
-        handles = find_handles(model.eval().requires_grad_(False), words, spec, actual, how.quantisation)
-        prove(handles)
+    model, words = fetched(spec, where, local, how, how.arguments(random, placed))
+    if how.adapter is not None:
+        adapters.merge(model, how.adapter, spec)
+        spec = f"{spec} with {Path(how.adapter).name}"
+    if how.device_map is None and how.quantisation is None:
+        model = model.to(placed)
+    handles = find_handles(model.eval().requires_grad_(False), words, spec, actual, how.quantisation)
+    prove(handles)
     return handles
 
 
@@ -148,7 +147,8 @@ def fetched(
 ) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase | None]:
     """The causal model and its tokenizer, once its type is known to be one of PROVED."""
     words, random = None if how.tokenizer is None else tokenizer(how.tokenizer, reader=spec), spec.startswith("config:")
-    config = transformers.AutoConfig.from_pretrained(where, local_files_only=local, trust_remote_code=False)
+    with reading(spec, where):
+        config = transformers.AutoConfig.from_pretrained(where, local_files_only=local, trust_remote_code=False)
     if config.model_type not in PROVED:
         raise ModelError(
             f"model {spec!r}: looked for one of the types that tests prove ({', '.join(PROVED)}), found "
@@ -163,10 +163,12 @@ def fetched(
         arguments["experts_implementation"] = "eager"  # the only kernel that has it
     if random:
         torch.manual_seed(how.seed)
-        model = transformers.AutoModelForCausalLM.from_config(config, **arguments).to(DTYPES[how.dtype])
+        with reading(spec, where):
+            model = transformers.AutoModelForCausalLM.from_config(config, **arguments).to(DTYPES[how.dtype])
     else:
         words = words_of(spec, where, local, spec) if words is None else words
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(where, local_files_only=local, **arguments)
+        with reading(spec, where):
+            model, info = transformers.AutoModelForCausalLM.from_pretrained(where, local_files_only=local, **arguments)
         weights.check_loaded(spec, model, info)
     if words is not None:
         check_vocabulary(spec, len(model.get_input_embeddings().weight), how.tokenizer or spec, words)
@@ -284,7 +286,8 @@ def prove(model: Model) -> None:
             handles.append(hooks.on_activation(model, *key, lambda _, key=key: fired.append(key)))
         for key in itertools.product(ends, hooks.PARTS if model.down_projs else ("head",)):
             handles.append(hooks.on_activation(model, *key, lambda z, key=key: inputs.update({key: z.clone()})))
-        logits = model.model(ids).logits[0]
+        with reading(model.name, ""):  # a config may ask for what cannot be computed
+            logits = model.model(ids).logits[0]
     if not logits.isfinite().all():
         raise ModelError(
             f"{model.name}: the logits of a prompt are not finite in {model.dtype}: damaged weights, or a narrow dtype"

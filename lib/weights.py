@@ -185,10 +185,11 @@ def files_of(folder: Path) -> list[Path]:
 
 @contextmanager
 def reading(spec: str, where: str) -> Iterator[None]:
-    """ModelError, in one sentence, for whatever is wrong with the files of a model; a full disk is left as it is."""
+    """ModelError, in one sentence, for whatever is wrong with the files of a model; a full disk and too little memory
+    are left as they are. For what another library reads alone: a mistake of our own must keep its stack."""
     try:
         yield
-    except ModelError:
+    except (ModelError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         wrong = type(error) is Exception or isinstance(error, WRONG_FILES)

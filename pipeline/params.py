@@ -104,6 +104,7 @@ Share = Annotated[float, Field(gt=0, le=1)]
 Sites = Annotated[
     tuple[Annotated[str, Field(pattern=r"^(\d+\.\d+|(mlp|attn) \d+)$")], ...] | None, BeforeValidator(_sites), ONCE
 ]
+Heads = Annotated[tuple[Annotated[str, Field(pattern=r"^\d+\.\d+$")], ...], BeforeValidator(_sites), ONCE]
 Counts = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1), BeforeValidator(_layers), ONCE]
 Doses = Annotated[tuple[float, ...], Field(min_length=1), BeforeValidator(_numbers), ONCE]
 SaeSite = Annotated[str, Field(pattern=r"^(mlp|resid) \d+$")]

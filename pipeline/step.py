@@ -291,8 +291,6 @@ class Step:
 
     def slice(self) -> list[Site]:
         """The critical slice: `slice_sites` of the parameters, else what step 04 found. StepError when it is empty."""
-        from lib.hooks import site_of
-
         named = self.params.slice_sites
         if named is None:
             found = self.find(SLICE)
@@ -304,11 +302,17 @@ class Step:
             named = [site["site"] for site in found["critical_slice"]]
         if not named:
             raise StepError("the critical slice is empty: step 04 found no site; name some with slice_sites")
+        return self.sites_of("slice_sites", named)
+
+    def sites_of(self, key: str, named: Sequence[str]) -> list[Site]:
+        """The sites that a parameter names. StepError for one that the model has not."""
+        from lib.hooks import site_of
+
         sites = [site_of(name) for name in named]
         for name, site in zip(named, sites, strict=True):
             if site.layer >= self.n_layers or site.head >= self.n_heads:
                 shape = f"{self.n_layers} layers of {self.n_heads} heads"
-                raise StepError(f"slice_sites: {name} is not in {self.params.model}, which has {shape}")
+                raise StepError(f"{key}: {name} is not in {self.params.model}, which has {shape}")
         return sites
 
     # --- tables ---

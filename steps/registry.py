@@ -44,7 +44,9 @@ def given(step: Step) -> str:
     """What a page says of the pairs that it was given; they are read and checked here, before anything is computed."""
     pairs, name = step.pairs(), Path(step.params.pairs_file).name
     few = "" if pairs["quad_id"].is_unique else ": pairs that share a name, or have one quad_id, count as one"
-    return f" Pairs: the {len(pairs)} of `{name}`, in {pairs['quad_id'].nunique()} quads{few}."
+    others = " What is asked about single names, and what is probed, is of the table of people, not of these pairs."
+    of_table = others * ("people_file" in step.declaration.files)
+    return f" Pairs: the {len(pairs)} of `{name}`, in {pairs['quad_id'].nunique()} quads{few}.{of_table}"
 
 
 def begin(name: str, namespace: Mapping[str, Any]) -> Step:

@@ -16,6 +16,7 @@ from pipeline import step as steps
 from pipeline.params import ParameterError
 from pipeline.step import StepError
 from steps import __main__ as command
+from steps import registry
 from steps.baselines import measure, names, page
 from steps.necessity import measure as necessity
 from steps.registry import PLAN
@@ -314,6 +315,13 @@ def test_pairs_of_step_01_in_another_template_are_not_taken(tmp_path, with_token
     assert begin(tmp_path, pairs_file=None).pairs()["pair_id"].tolist() == ["p0"]
     with pytest.raises(ParameterError, match="has none of model .* and task superset in template 'What {a}"):
         begin(tmp_path, pairs_file=None, template=COMMON)
+
+
+@pytest.mark.parametrize(("step", "other"), [("necessity", False), ("retrieval_heads", True)])
+def test_a_page_says_what_is_not_of_the_given_pairs(tmp_path, with_tokenizer, step, other):
+    said = registry.given(begin(tmp_path, lines(ONE, TWO), step))
+    assert said.startswith(" Pairs: the 2 of `mine.csv`, in 2 quads.")
+    assert said.endswith("is of the table of people, not of these pairs.") == other
 
 
 def test_own_pairs_in_an_own_template_are_what_is_swept(tmp_path, smollm, with_tokenizer):

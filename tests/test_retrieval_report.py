@@ -62,7 +62,7 @@ def test_a_group_carries_the_ratio_of_sums_and_the_difference_is_per_quad():
 
 def measured(**more) -> SimpleNamespace:
     """What the page reads: no head, no set, until a test says otherwise."""
-    empty = {"slice_sites": SLICE, "heads": {}, "families": {}, "sets": {}, "routes": {}}
+    empty = {"slice_sites": SLICE, "heads": {}, "families": {}, "named": {}, "sets": {}, "routes": {}}
     return SimpleNamespace(**(empty | more))
 
 
@@ -127,6 +127,19 @@ def test_families_are_ranked_among_enough_heads_none_of_which_is_put_to_the_test
     kinds = [kind for kind, _ in sets["names"]]
     assert kinds[:7] == ["together", *["candidate"] * 6] and set(kinds[7:]) == {"null"}
     assert [kind for kind, _ in sets["last"]][:2] == ["slice", "null"]  # nothing of the slice comes after 27.1
+
+
+def test_named_heads_are_a_family_of_their_own_and_no_ones_null():
+    chosen, named = [Site(10, "head", 6), Site(3, "head", 2)], ("10.6", "4.2", "27.3")
+    asked, heads = case(named_heads=named), {"names": chosen, "last": chosen[:1]}
+    own = measure.named_family(asked, heads)
+    assert list(own) == [Site(10, "head", 6), Site(4, "head", 2)]  # no head of the slice hears 27.3
+    for among in (*own.values(), *measure.families(asked, heads)["names"].values()):
+        assert not {*among} & {*chosen, *SLICE, Site(4, "head", 2)} and len(among) >= 100
+    assert Site(4, "head", 2) in {other for among in measure.families(asked, heads)["last"].values() for other in among}
+    kinds = [kind for kind, _ in measure.ablation_sets(asked, heads)["names"]]
+    assert kinds[:4] == ["together", "candidate", "candidate", "named"] and set(kinds[4:]) == {"null"}
+    assert not measure.named_family(case(), heads)
 
 
 NULL = [Site(8, "head", number) for number in range(120)]

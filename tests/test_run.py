@@ -266,9 +266,10 @@ def test_what_of_a_question_is_edited_is_made_again(project):
 def test_an_interruption_that_falls_into_a_callback_comes_again():
     """Python prints and forgets what a weak reference's callback raises."""
     script = """
-import sys, time, weakref
+import signal, sys, time, weakref
 from steps.__main__ import tell_again
 sys.unraisablehook = tell_again
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 class Thing: pass
 def interrupted(_): raise KeyboardInterrupt
 thing = Thing()

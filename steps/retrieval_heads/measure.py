@@ -5,7 +5,7 @@
    prompts. `GROUPS`: whole kinds of senders together.
 2. `ATTENTION`, `OUTPUTS`: where every head looks, and what it writes, in plain runs.
 3. `candidates` are picked on the discovery half; `ABLATION`: their paths alone are ablated, and those of the slice's
-   own heads, beside each of the heads that theirs are ranked among (`band`).
+   own heads and of heads that the profile names, beside each of the heads that theirs are ranked among (`band`).
 4. `EDGES`: the path from the names to the answer through the slice, edge by edge. `HOP_READS`: what the last token
    reads at the names, in one hop, and at the tokens that the names have spoken to, in two.
 
@@ -25,14 +25,14 @@ from pydantic import Field
 from lib import effects, records, tasks
 from lib.data import HALVES
 from lib.effects import SITE
-from lib.hooks import Model, Site
+from lib.hooks import Model, Site, site_of
 from lib.tasks import Pair
 from lib.weights import Shape
 from pipeline import costs
 from pipeline.assumed import Case, few_pairs, of_paths, order_of, pair_of
 from pipeline.costs import Machine, Work
 from pipeline.declaration import ANALYSED, Declaration, Table
-from pipeline.params import OfSlice
+from pipeline.params import Heads, OfSlice
 from pipeline.population import aligned, alone, people_of, superset_by_profession
 from pipeline.step import Step, with_gap
 from pipeline.units import Unit, subsample, sweep_units
@@ -58,6 +58,9 @@ class RetrievalHeads(OfSlice):
     candidates: int = Field(6, ge=1, description="most retrieval heads whose path is ablated")
     null_heads: int = Field(
         100, ge=1, description="fewest other heads of the nearest layers that a head's numbers are ranked among"
+    )
+    named_heads: Heads = Field(
+        (), description="heads such as 10.6,4.2, put to the same tests at the names, as a family of their own"
     )
 
 
@@ -333,33 +336,60 @@ def band(site: Site, others: Sequence[Site], least: int) -> list[Site]:
     return [other for other in others if abs(other.layer - site.layer) <= reach]
 
 
-def families(step: Step | Case, heads: Mapping[str, Sequence[Site]]) -> dict[str, dict[Site, list[Site]]]:
-    """The heads put to the tests at each role, with the `band` that each is ranked among: of all heads before the sites
-    that hear them, but for the candidates and the slice. The candidates are a family of tests; so are the slice's own
-    heads, at the last token."""
-    sites, p, out = step.slice(), step.params, {}
+Family = dict[Site, list[Site]]  # heads put to the tests together, each with the heads that it is ranked among
+
+
+def named_heads(step: Step | Case) -> list[Site]:
+    """The `named_heads` that the slice hears at the names, where it has heads."""
+    into = heads_of(step.slice())
+    return [site for site in map(site_of, step.params.named_heads) if into and speaks(site, into)]
+
+
+def others(step: Step | Case, role: str, heads: Mapping[str, Sequence[Site]]) -> list[Site]:
+    """What heads put to the tests at a role are ranked among: all heads before the sites that hear them, but for the
+    candidates, the slice and the named ones."""
+    sites = step.slice()
+    into, put = heads_of(sites) if role == "names" else sites, {*heads[role], *sites}
+    put |= {*named_heads(step)} if role == "names" else set()
+    every = [Site(layer, "head", head) for layer in range(step.n_layers) for head in range(step.n_heads)]
+    return [site for site in every if speaks(site, into) and site not in put]
+
+
+def family_of(heads: Sequence[Site], among: Sequence[Site], params: RetrievalHeads) -> Family:
+    """Heads corrected together, with the `band` of others that each is ranked among, of as many as that asks for."""
+    least = max(params.null_heads, needed(len(heads), params.level))
+    return {site: band(site, among, least) for site in heads}
+
+
+def families(step: Step | Case, heads: Mapping[str, Sequence[Site]]) -> dict[str, Family]:
+    """The heads put to the tests at each role. The candidates are a family of tests; so are the slice's own heads, at
+    the last token."""
+    inside, out = [site for site in step.slice() if site.component == "head"], {}
     for role, chosen in heads.items():
-        into = heads_of(sites) if role == "names" else sites
-        every = [Site(layer, "head", head) for layer in range(step.n_layers) for head in range(step.n_heads)]
-        others = [site for site in every if speaks(site, into) and site not in {*chosen, *sites}]
-        inside = [site for site in sites if role == "last" and site.component == "head"]
-        out[role] = {
-            site: band(site, others, max(p.null_heads, needed(len(family), p.level)))
-            for family in (chosen, inside)
-            for site in family
-        }
+        each = [chosen, inside] if role == "last" else [chosen]
+        among = others(step, role, heads)
+        out[role] = {site: own for some in each for site, own in family_of(some, among, step.params).items()}
     return out
 
 
+def named_family(step: Step | Case, heads: Mapping[str, Sequence[Site]]) -> Family:
+    """The `named_heads`, a family of their own at the names: whoever named them looked at other results."""
+    asked = named_heads(step)
+    return family_of(asked, others(step, "names", heads), step.params) if asked else {}
+
+
 def ablation_sets(step: Step | Case, heads: Mapping[str, Sequence[Site]]) -> Sets:
-    """The sets of senders whose path is ablated, by role: the candidates together; each of them and of the slice's own
-    heads alone; and, alone, each head that these are ranked among."""
+    """The sets of senders whose path is ablated, by role: the candidates together; each of them, of the slice's own
+    heads and of the named ones alone; and, alone, each head that these are ranked among."""
     out = {}
     for role, family in families(step, heads).items():
+        named = named_family(step, heads) if role == "names" else {}
         out[role] = [("together", tuple(heads[role]))] if heads[role] else []
         own = [site for site in family if site in heads[role] or speaks(site, step.slice())]
         out[role] += [("candidate" if site in heads[role] else "slice", (site,)) for site in own]
-        out[role] += [("null", (site,)) for site in sorted({other for among in family.values() for other in among})]
+        out[role] += [("named", (site,)) for site in named if site not in family]
+        among = {other for some in (family, named) for each in some.values() for other in each}
+        out[role] += [("null", (site,)) for site in sorted(among)]
     return out
 
 
@@ -374,7 +404,8 @@ class Measured(NamedTuple):
     attention: pd.DataFrame
     outputs: pd.DataFrame
     heads: dict[str, list[Site]]  # candidates by role
-    families: dict[str, dict[Site, list[Site]]]  # heads put to the tests by role, and what each is ranked among
+    families: dict[str, Family]  # heads put to the tests by role, and what each is ranked among
+    named: Family  # those that the profile names, at the names
     sets: Sets
     ablation: pd.DataFrame
     senders: list[Site]  # the sites at the names that the two-hop path goes through
@@ -384,13 +415,15 @@ class Measured(NamedTuple):
 def run(step: Step) -> Measured:
     """Measure, or read what is there."""
     p, sites, pairs = step.params, step.slice(), subject(step)
+    step.sites_of("named_heads", p.named_heads)
     probes = step.table(PROBES_TABLE, people_asked(step)["name"].tolist())
     screened = with_gap(step.table(SENDERS, pairs))
     picked = {name: senders_table(rows, p) for name, rows in screened.groupby("receivers", sort=False)}
     roles = list(routes_of(step, pairs))
     heads = {role: candidates(picked[f"slice at {role}"], sites, p) for role in roles}
-    asked = families(step, heads)
-    heard = {role: [site for site in asked[role] if speaks(site, sites)] for role in roles}
+    asked, named = families(step, heads), named_family(step, heads) if "names" in roles else {}
+    put = {role: [*asked[role], *(named if role == "names" else ())] for role in roles}
+    heard = {role: [site for site in put[role] if speaks(site, sites)] for role in roles}
     leaders = {
         role: sorted({*leading(picked[f"slice at {role}"], FOLLOWED), *heard.get(role, ())})
         for role in screened_routes(step, pairs)
@@ -404,4 +437,4 @@ def run(step: Step) -> Measured:
     ablated = step.table(ABLATION, pairs, sets) if any(sets.values()) else none
     senders = leading(by_route["slice at names"], HOPS) if "names" in roles else []
     edges = step.table(EDGES, senders)
-    return Measured(sites, probes, by_route, *measured, heads, asked, sets, ablated, senders, edges)
+    return Measured(sites, probes, by_route, *measured, heads, asked, named, sets, ablated, senders, edges)

@@ -38,7 +38,7 @@ from report.words import (
     with_ends,
 )
 from steps.retrieval_heads import hops_page
-from steps.retrieval_heads.measure import Measured, RetrievalHeads, needed
+from steps.retrieval_heads.measure import Family, Measured, RetrievalHeads, needed
 from steps.retrieval_heads.outputs import BASELINES
 from steps.retrieval_heads.routes import GROUPS, heads_of
 
@@ -246,28 +246,40 @@ def four_tests(
     return pd.DataFrame(rows)
 
 
+def tables_of(m: Measured, role: str, params: RetrievalHeads) -> dict[str, pd.DataFrame]:
+    """What the four tests of heads at a role read, by test."""
+    return {
+        TESTS[0]: m.routes[f"slice at {role}"],
+        TESTS[1]: beyond_baseline(m.outputs, role, params),
+        TESTS[2]: outputs_table(m.outputs, role, "share", params),
+        TESTS[3]: attention_table(m.attention, role, params),
+        TESTS[4]: margins(m, role, params).query("kind != 'together'"),
+        BESIDE[0]: outputs_table(m.outputs, role, "unembedded", params),
+        BESIDE[1]: outputs_table(m.outputs, role, "profession_told", params),
+    }
+
+
+def names_of(family: Family) -> dict[str, list[str]]:
+    """A family's heads and those that they are ranked among, by name."""
+    return {effects.site_name(*site): [effects.site_name(*other) for other in own] for site, own in family.items()}
+
+
 def tests_of(m: Measured, params: RetrievalHeads) -> pd.DataFrame:
     """The four tests of each role's candidates, and of the slice's own heads (`inside`) at the last token."""
     parts = []
     for role, asked in m.families.items():
-        if not asked:
-            continue
-        tables = {
-            TESTS[0]: m.routes[f"slice at {role}"],
-            TESTS[1]: beyond_baseline(m.outputs, role, params),
-            TESTS[2]: outputs_table(m.outputs, role, "share", params),
-            TESTS[3]: attention_table(m.attention, role, params),
-            TESTS[4]: margins(m, role, params).query("kind != 'together'"),
-            BESIDE[0]: outputs_table(m.outputs, role, "unembedded", params),
-            BESIDE[1]: outputs_table(m.outputs, role, "profession_told", params),
-        }
         for inside in (False, True):
-            own = {site: among for site, among in asked.items() if (site in m.slice_sites) == inside}
-            named = {effects.site_name(*s): [effects.site_name(*other) for other in among] for s, among in own.items()}
-            if named:
-                parts.append(four_tests(named, tables, params).assign(role=role, inside=inside))
+            if own := {site: among for site, among in asked.items() if (site in m.slice_sites) == inside}:
+                tests = four_tests(names_of(own), tables_of(m, role, params), params)
+                parts.append(tests.assign(role=role, inside=inside))
     columns = ["site", "test", "estimate", "low", "high", "p", "alone", "null", "smallest", "quads", "verdict", "why"]
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=[*columns, "role", "inside"])
+
+
+def named_tests(m: Measured, params: RetrievalHeads) -> pd.DataFrame:
+    """The four tests of the heads that the profile names, at the names; nothing is claimed of them."""
+    tests = four_tests(names_of(m.named), tables_of(m, "names", params), params)
+    return tests.assign(role="names", inside=False)
 
 
 def passing(tests: pd.DataFrame, which: Sequence[str] = TESTS) -> dict[str, str]:
@@ -418,6 +430,12 @@ def tests_figure(step: Step, m: Measured) -> Figure | None:
     about = {"site": tests["site"] + " at " + tests["role"], "test": tests["test"].map(lines)}
     named = tests.assign(passed=tests["verdict"] == SUPPORTED, whole=tests["test"].map(whole), **about)
     return plots.four_tests(named, {lines[test]: unit for test, unit in UNITS.items()}) if len(tests) else None
+
+
+def named_table(step: Step, m: Measured) -> pd.DataFrame | Markdown:
+    """Which of the heads that the profile names passes which test."""
+    none = "The profile names no heads (`named_heads`)."
+    return shown(passes(named_tests(m, step.params)), 3, none) if m.named else Markdown(none)
 
 
 def tests_table(step: Step, m: Measured) -> pd.DataFrame | Markdown:
@@ -665,6 +683,18 @@ def test_sentences(tests: pd.DataFrame) -> list[str]:
     return out
 
 
+def named_sentences(m: Measured, params: RetrievalHeads) -> list[str]:
+    """What the tests say of the heads that the profile names."""
+    if not m.named:
+        return []
+    tests = named_tests(m, params)
+    return [
+        f"Of the {counted(len(m.named), 'head')} that the profile names, tested at `names` as a family of their own: "
+        f"{heads_tests(tests)}. The smallest p that a rank can give them, after the correction, is "
+        f"{tests['smallest'].max():.2g}."
+    ]
+
+
 def probe_sentence(m: Measured, role: str, params: RetrievalHeads) -> str:
     """How many heads' outputs tell the class better than what is known without the model."""
     told, (best, known) = beyond_baseline(m.outputs, role, params), baseline(m.outputs, role)
@@ -756,6 +786,7 @@ def findings(step: Step, m: Measured) -> dict[str, Any]:
         *([attention_sentence(looks_of(m, p), m.slice_sites)] if "names" in roles else []),
         *ablation_sentences(m, p),
         *test_sentences(tests),
+        *named_sentences(m, p),
         *edges_sentence(m.edges),
         *given_sentences(step, m),
         *conclusions,
@@ -769,6 +800,7 @@ def findings(step: Step, m: Measured) -> dict[str, Any]:
         "written": parts.to_dict("records") if where == READ and len(parts) else {"why": NONE_READ},
         "hops": hops.to_dict("records"),
         "tests": tests.to_dict("records"),
+        "named_tests": named_tests(m, p).to_dict("records") if m.named else [],
         "two_stages": {"why": NOT_MADE}
         if found["two_stages"] is None and not found["retrieval_heads"]
         else any_head(tests),
