@@ -73,6 +73,7 @@ class Opened:
         return figures, "".join(output.get("text", "") for output in outputs)
 
 
+@pytest.mark.long
 def test_a_killed_step_resumes_and_ends_with_the_same_data(tmp_path):
     words = ("-p", "layers", "21,23", "-p", "name_roles", "name_a,name_b,names")
     whole, killed = (papermill(tmp_path / name, "03_necessity", SIX, *words) for name in ("whole", "killed"))

@@ -163,7 +163,7 @@ EDITS = {
     "the sweep": (lambda house: append(house / "lib/sweep.py", "\nEXTRA = 1\n"), set(STEPS), set(STEPS)),
     "the models": (lambda house: append(house / "lib/models.py", "\nEXTRA = 1\n"), set(STEPS), set(STEPS)),
     "a step's own parameter": (
-        lambda house: edit(house / "params/smoke.yaml", "necessity:", "necessity:\n  pairs: 3"),
+        lambda house: edit(house / "params/smoke.yaml", "  pairs: 8\n  ablations", "  pairs: 3\n  ablations"),
         {"necessity"},
         {"necessity"},
     ),

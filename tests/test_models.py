@@ -436,6 +436,16 @@ def test_a_config_that_makes_no_model_is_one_sentence(tmp_path, name):
         models.load(str(tmp_path / "config.json"))
 
 
+@pytest.mark.parametrize("own", ["check_vocabulary", "find_handles", "prove"])
+def test_a_mistake_of_our_own_is_not_told_as_a_damaged_file(tiny_folder, monkeypatch, own):
+    def mistaken(*_):
+        raise KeyError("a name that is not there")
+
+    monkeypatch.setattr(models, own, mistaken)
+    with pytest.raises(KeyError, match="a name that is not there"):
+        models.load(str(tiny_folder), device="cpu")
+
+
 @pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2", "gpt2", "granite"])
 def test_a_folder_without_a_tokenizer_is_refused_unless_one_is_named(tiny, tiny_folder, tmp_path, kind):
     tiny(kind, "float32").model.save_pretrained(tmp_path)

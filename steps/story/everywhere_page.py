@@ -127,7 +127,9 @@ def joint_table(step: Step, m: Measured | None) -> pd.DataFrame | None:
 
     def column(name: str) -> list[str]:
         table = shares(wide[[f"{name} {test}" for test in TESTS]], wide["everything"], step.params)
-        return [with_ends(row) for row in table.to_dict("records")]
+        at_last = name != "everywhere"
+        alike = [by_construction if at_last and test == "alone" else with_ends for test in TESTS]
+        return [written(row) for written, row in zip(alike, table.to_dict("records"), strict=True)]
 
     columns = {f"{words} ({len(e.tests[f'{name} alone'].sites)})": column(name) for name, words in SETS.items()}
     return pd.DataFrame(columns, index=pd.Index(TESTS.values(), name="share of what the model has"))
