@@ -19,11 +19,29 @@ PLAIN = {
     "timestamp": (r"(?!)", "write a date in quotes"),
 }
 KEYS = ("str", "int", "merge")  # whole numbers name devices
+LARGEST = 100_000  # values, once what `*name` refers to is written out
 
 
 class _Plain(yaml.SafeLoader):
     """YAML's safe part without its traps: no mapping has a key twice (PyYAML takes the last and says nothing), keys are
-    text, and a value that is written as `PLAIN` has it is all that is read as a number or a truth value."""
+    text, a value that is written as `PLAIN` has it is all that is read as a number or a truth value, and a few lines
+    whose `*names` refer to each other do not grow without end."""
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self.sizes: dict[int, int] = {}  # values in each node that is whole
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+        again = self.check_event(yaml.AliasEvent)
+        node = super().compose_node(parent, index)
+        if not again:
+            parts = [] if isinstance(node, yaml.ScalarNode) else node.value
+            each = [part for item in parts for part in (item if isinstance(item, tuple) else (item,))]
+            self.sizes[id(node)] = 1 + sum(self.sizes[id(part)] for part in each)
+        if self.sizes.get(id(node), LARGEST) >= LARGEST:
+            line = node.start_mark.line + 1
+            raise yaml.YAMLError(f"what begins in line {line} holds itself, or {LARGEST} values or more")
+        return node
 
     def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
         """Checked as written: a key beside the one that `<<` brings in is no second one."""

@@ -108,6 +108,11 @@ def test_what_papermill_and_yaml_give_is_understood(given, key, value):
     assert getattr(validate("necessity", BASE | given), key) == value
 
 
+# Each line nine times the line before: some 10^10 values.
+NINE = [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 11)]
+GROWING = "\n".join(["a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1]", *NINE])
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -200,7 +205,9 @@ def test_steps_and_profiles_that_do_not_exist(tmp_path):
         ("model: x\nmemory: 1.0e+400", "memory = 1.0e+400 in line 2 would be misread: write a finite decimal number"),
         ("model: x\nlevel: !!float ''", "mine.yaml is not valid YAML: could not convert"),
         ("model: x\nseed: " + "1" * 5000, "mine.yaml is not valid YAML: Exceeds the limit"),
-        ("model: x\nlayers: &all [1, *all]", "mine.yaml is not valid YAML: a list holds itself"),
+        ("model: x\nlayers: &all [1, *all]", "mine.yaml is not valid YAML: what begins in line 2 holds itself"),
+        ("model: x\nstory: &all {claims: *all}", "mine.yaml is not valid YAML: what begins in line 2 holds itself"),
+        (GROWING, "mine.yaml is not valid YAML: what begins in line 6 holds itself, or 100000 values or more"),
         ("model: " + "[" * 5000, "mine.yaml is not valid YAML: a list holds itself, or lists are nested too deep"),
         ("model: x\n!!str [a]: 1", "key (a sequence) in line 2 is not text"),
         ("model: x\nnecessity: !!int {pairs: 1}", "mine.yaml is not valid YAML"),
