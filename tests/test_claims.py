@@ -607,7 +607,7 @@ def test_fresh_people_are_asked_what_the_other_books_of_their_model_claim():
     asked, quick = Build("smollm2-135m-fresh").of("story"), params.load_profile("smollm2-135m-quick")
     given = params.load_profile(asked.profile)
     assert given.pop("people_file") and given["story"].pop("fresh") and given["story"].pop("frozen", True)
-    assert quick["generality"].pop("template_pairs") > given["generality"].pop("template_pairs")
+    assert quick["baselines"].pop("quads_per_half") > given["baselines"].pop("quads_per_half")
     assert given | {"profile": quick["profile"]} == quick  # as many pairs of as many people, but for that since
     assert asked.fresh and asked.people_file != Build("smollm2-135m").of("story").people_file
     for name in ("smollm2-135m", "smollm2-135m-quick"):

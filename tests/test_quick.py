@@ -18,7 +18,7 @@ QUADS = 24
 # estimates without intervals.
 FEWER = {
     "retrieval_heads": {"edges", "slice-in-one-name-prompts"},
-    "generality": {"circuits", ("joint", "denoise")},  # the other rows of which are read from mirrors' noise
+    "generality": {"circuits"},
     "neurons": {"neurons", "feature_map", "feature_ranks"},
     "story": {"search", "attribution", "exact", "everywhere_search"},
 }
@@ -29,7 +29,7 @@ RESULTS = params.ROOT / "results" / "smollm2-135m-quick"
 
 def quads_of(table: pd.DataFrame) -> pd.Series:
     """Quads by half, for each kind of row that is reported apart."""
-    kinds = [name for name in ("direction", "ablation", "position", "attribute") if name in table]
+    kinds = [name for name in ("template", "direction", "ablation", "position", "attribute") if name in table]
     return table.groupby([*kinds, "half"], observed=True)["quad_id"].nunique()
 
 
@@ -39,7 +39,7 @@ def test_every_table_that_the_quick_book_left_has_enough_quads_in_each_half():
     for path in sorted(RESULTS.glob("*.parquet")):
         step, _, name = path.stem.partition(".")
         if {"quad_id", "half"} <= set(pq.read_schema(path).names) and (name or step) not in FEWER.get(step, ()):
-            columns = {"direction", "ablation", "position", "attribute", "half", "quad_id", "kept"}
+            columns = {"template", "direction", "ablation", "position", "attribute", "half", "quad_id", "kept"}
             table = pd.read_parquet(path, columns=[*columns.intersection(pq.read_schema(path).names)])
             counts = quads_of(table[table["kept"]] if "kept" in table else table)
             few |= {(path.name, *key): count for key, count in counts.items() if count < QUADS}
@@ -64,13 +64,13 @@ def test_every_table_of_the_quick_book_has_enough_quads_in_each_half(step, tmp_p
     given = params.load_profile("smollm2-135m-quick") | {"results_dir": str(tmp_path)}
     shape, place = weights.shape_of(weights.config_of(given["model"])), costs.Machine(2.0, "float32")
     case = assumed.case_of(PLAN, step, given, shape, place)
-    found: dict[tuple[str, str, str], set[str]] = defaultdict(set)
+    found: dict[tuple[str, ...], set[str]] = defaultdict(set)
     for table, *chosen in PLAN[step].assumed(case):
         for unit in table.units(case, *chosen):
             label = unit.id.rpartition("-")[0]
-            if not {table.name, label, (table.name, label)} & FEWER.get(step, set()):
+            if not {table.name, label} & FEWER.get(step, set()):
                 for pair in (one for one in unit.pairs if isinstance(one, Pair)):  # probes ask about people
-                    found[table.name, label, pair.half].add(pair.quad_id)
+                    found[table.name, label, pair.template, pair.half].add(pair.quad_id)
     few = {key: len(own) for key, own in found.items() if len(own) < QUADS}
     assert not few
     assert found or step == "baselines"
