@@ -872,7 +872,8 @@ def test_distances_are_positive_where_the_claim_holds(tmp_path):
             known = [row[end] for end in ("low", "high") if np.isfinite(row[end])]
             assert min(known) > 0 and row["estimate"] > 0, entry.id
     assert story.distances(judged(tmp_path)["rule_or"])["low"] == pytest.approx((0.25 - 0.1) / 0.25)
-    assert story.forest(list(judged(tmp_path).values())) and story.forest([]) is None
+    axes = story.forest(list(judged(tmp_path).values())).axes[0]
+    assert "5" in {label.get_text() for label in axes.get_xticklabels()} and story.forest([]) is None
 
 
 def swept(tmp_path):
@@ -979,3 +980,5 @@ def test_where_the_model_cannot_do_the_task_claims_are_judged_and_nothing_is_dra
     figures = (circuits_page.circuit_curves, circuits_page.circuit_members, circuits_page.circuit_completeness)
     assert [draw(step, None) for draw in figures] == [None] * 3
     assert circuits_page.attribution(None) is None and circuits_page.statement(step, judged.circuit) is None
+    bound = story.distances(judged(tmp_path)["no_backup"])  # no later site's rise is above 0.05; 0.1 was asked for
+    assert bound["estimate"] == bound["low"] == pytest.approx((0.1 - 0.05) / 0.1) and np.isnan(bound["high"])

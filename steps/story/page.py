@@ -40,8 +40,8 @@ PUBLISHED = "data/filter_heads_llama-3.3-70b.csv"
 COLOURS = dict(zip(VERDICTS, ("#cfe8dc", "#f6d5c6", "#e6e6e6", "#ffffff"), strict=True))
 CAPTIONS = {
     "claims": "Every claim that an interval decides, by its name in the tables, as its distance from the threshold in "
-    "units of the threshold (where that is 0, in the claim's own unit), with its interval; hollow: a bound, or no "
-    "interval. A claim whose whole interval lies right of zero is supported by itself. The colour is its verdict on "
+    "units of the threshold (where that is 0, in the claim's own unit), with its interval; hollow: a bound by "
+    "itself. A claim whose whole interval lies right of zero is supported by itself. The colour is its verdict on "
     "this book's own people, for which all claims are corrected together and further conditions hold (the table says "
     "which, and where fresh people decide otherwise). Linear up to 1, logarithmic beyond."
 }
@@ -340,14 +340,16 @@ def forest(entries: Sequence[Entry]) -> Figure | None:
     axes = figure.axes[0]
     axes.set_xscale("symlog", linthresh=1)
     ends = axes.get_xlim()
-    ticks = [tick for tick in (-100, -10, -1, -0.5, 0, 0.5, 1, 10, 100) if ends[0] <= tick <= ends[1]]
+    far = [step * power for power in (1, 10, 100, 1000) for step in (1, 2, 5)]
+    ticks = [tick for tick in (*(-tick for tick in far), -0.5, 0, 0.5, *far) if ends[0] <= tick <= ends[1]]
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     figure.set_figheight(1 + 0.22 * len(rows))
     return figure
 
 
 def distances(entry: Entry) -> dict[str, Any] | None:
-    """Estimate and interval of an entry as distances from its threshold, positive where the claim holds."""
+    """Estimate and interval of an entry as distances from its threshold, positive where the claim holds; a bound, which
+    is all that decides where the other end is not known, in the place of the estimate."""
     if entry.low is None and entry.high is None:
         return None
     claim = next(claim for claim in CLAIMS if claim.id == entry.id)
@@ -399,6 +401,8 @@ def fingerprint_sentence(params: Story) -> str:
 
 def overlap_sentence(found: Mapping[str, Any] | None) -> str:
     """What `overlap` found."""
+    if np.isnan(x[1:]).any():
+        ends["estimate"] = ends["high"] if np.isnan(x[1]) else ends["low"]
     if found is None or "why" in found:
         return f"Overlap with published heads: not applicable, {(found or {'why': 'no circuit was searched'})['why']}."
     return (
