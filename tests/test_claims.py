@@ -566,6 +566,10 @@ def test_fresh_people_decide_what_was_set_after(tmp_path, monkeypatch):
     landing = book.verdicts(tmp_path / "book")
     assert landing.startswith("Of the ") and "| evidence | why | on fresh people |" in landing
     assert "| not supported: 0.30 [0.25, 0.35]; asked for: lower end of the interval above 0.5" in landing
+    record = units.read_json(tmp_path / "record.json")["claims"]
+    family = [name for name, one in record.items() if one["p_holm"] is not None]
+    hidden = fresh.NOT_ABOUT_THEM & {*family}
+    assert hidden and f"corrected for {len(family)} claims; {len(hidden)} of these rest on prompts used before" in said
 
 
 def test_fresh_people_asked_under_other_rules_decide_nothing(tmp_path):
