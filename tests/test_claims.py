@@ -420,7 +420,7 @@ def test_an_interval_wider_than_the_margin_tests_nothing(tmp_path):
     own = judged(tmp_path, what)
     assert own["rule_or"].verdict == NOT_TESTABLE and "an interval this wide" in own["rule_or"].reason
     # half the interval, 0.3, is 1.96 standard errors; 0.25 must hold 1.96 + 1.28 of them: (0.496 / 0.25)^2 = 3.9 times
-    assert "were the truth 0, 3.9 times as many quads would show it" in own["rule_or"].reason
+    assert "were the truth 0, 3.9 times as many prompts would show it" in own["rule_or"].reason
     assert own["rule_additive"].verdict == NOT_SUPPORTED  # wide as it is, it lies outside
 
 

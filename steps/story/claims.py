@@ -134,6 +134,7 @@ class Claim(Strict):
     companion: str | None = None
     came: str | None = None
     check: str | None = None
+    unit: str = "quads"
 
 
 class Link(Strict):
@@ -345,7 +346,7 @@ def thresholds(
 
 def fingerprint(held: Mapping[str, tuple[float | None, str]], params: Story) -> str:
     """The hash of every claim's threshold and rule, and of what is left out: all that decides but for the numbers."""
-    words = {"section", "text", "quantity", "figure", "rows", "came"}
+    words = {"section", "text", "quantity", "figure", "rows", "came", "unit"}
     rules = {claim.id: [held[claim.id][0], claim.model_dump(mode="json", exclude=words)] for claim in CLAIMS}
     hashed = {"level": params.level, "correction": "Holm", "claims": rules, "left_out": sorted(params.left_out)}
     return keys.hash_json(hashed | {"code": deciding_code()})[:16]
@@ -430,11 +431,12 @@ def judge(
 def more_of(
     claim: Claim, n: Numbers, found: Mapping[str, Any], threshold: float | None, params: Shared, verdict: str, why: str
 ) -> str:
-    """A reason with digits enough to tell an end of the interval from the threshold, with how many groups the weakest
-    is one of, and with the level at which more quads would do."""
+    """A reason with digits enough to tell an end of the interval from the threshold, in the claim's own unit, with how
+    many groups the weakest is one of, and with the level at which more would do."""
     if n.estimate is not None:
         why = why.replace(estimated(n), estimated(n, threshold), 1)
     if verdict not in (SUPPORTED, NOT_SUPPORTED):
+        why = why if claim.unit == "quads" else why.replace(" of a half", "").replace("quads", claim.unit)
         return why
     if claim.pick == "weakest" and claim.rule == "above":
         names = {
@@ -446,7 +448,7 @@ def more_of(
         which = f"the weakest of {known}{rest}" if known > 1 else f"the only one of {len(names)} with an interval"
         why += "" if "" in names or not known else f"; {which}"
     corrected = "; corrected with the other claims it takes more" if claim.check is None else ""
-    return why + corrected * ("times as many quads" in why)
+    return why + corrected * ("times as many" in why)
 
 
 def picked(found: Mapping[str, Any]) -> dict[str, Any]:
@@ -460,8 +462,8 @@ def picked(found: Mapping[str, Any]) -> dict[str, Any]:
 def turned(verdict: str, asked: str) -> str:
     """What would turn a verdict."""
     words = {
-        SUPPORTED: f"Refuted, if the same measurement on new quads does not give this: {asked}.",
-        NOT_SUPPORTED: f"Supported after all, if the same measurement on new quads gives this: {asked}.",
+        SUPPORTED: f"Refuted, if the same measurement on new prompts does not give this: {asked}.",
+        NOT_SUPPORTED: f"Supported after all, if the same measurement on new prompts gives this: {asked}.",
     }
     return words.get(verdict, f"Decided, once it can be measured, by this: {asked}.")
 
@@ -540,8 +542,9 @@ def p_value(claim: Claim, n: Numbers, threshold: float | None, level: float) -> 
 def shortfall(claim: Claim, n: Numbers, threshold: float, alpha: float) -> str:
     """What an interval that does not decide for its claim says: against it, or how many more quads would decide.
 
-    So many times as many quads would put the interval beyond the threshold with probability `POWER`, at a level of
-    1 - alpha, were the estimate the truth. The interval is read as a normal one of level 95%.
+    So many times as many quads (or of the claim's own unit) would put the interval beyond the threshold with
+    probability `POWER`, at a level of 1 - alpha, were the estimate the truth. The interval is read as a normal one of
+    level 95%.
     """
     if claim.rule not in ("above", "below") or claim.pick != "first":  # of several, another may be next
         return ""
@@ -554,7 +557,8 @@ def shortfall(claim: Claim, n: Numbers, threshold: float, alpha: float) -> str:
         return "; the estimate lies on the other side"
     error = abs(n.estimate - end) / norm.isf(0.025)
     times = ((norm.isf(alpha / 2) + norm.isf(1 - POWER)) * error / distance) ** 2
-    return f"; were the estimate the truth, {max(times, 1.1):.2g} times as many quads would show it, four times in five"
+    many = f"{max(times, 1.1):.2g} times as many {claim.unit}"
+    return f"; were the estimate the truth, {many} would show it, four times in five"
 
 
 def equivalence(n: Numbers, threshold: float) -> tuple[float, float]:
