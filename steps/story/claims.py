@@ -19,7 +19,7 @@ import difflib
 import inspect
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -55,6 +55,7 @@ DECIDING = ("at", "leaves", "numbers_of", "decided", "p_value", "equivalence", "
 ATTRIBUTE = "region"  # the placebo attribute that data/claims.yaml speaks of
 GROUPS = ("group", "superset", "class_name", "added", "site")  # columns that say of what a row is, one of several
 POWER = 0.8  # that a number of quads is worked out for
+COARSE = "could give no p small enough"  # said of ranks among other heads
 
 
 class ClaimError(ParameterError):
@@ -133,8 +134,8 @@ class Claim(Strict):
     excludes: tuple[str, str] | None = None
     companion: str | None = None
     came: str | None = None
-    check: str | None = None
     unit: str = "quads"
+    check: str | None = None
 
 
 class Link(Strict):
@@ -435,8 +436,8 @@ def more_of(
     many groups the weakest is one of, and with the level at which more would do."""
     if n.estimate is not None:
         why = why.replace(estimated(n), estimated(n, threshold), 1)
-    if verdict not in (SUPPORTED, NOT_SUPPORTED):
         why = why if claim.unit == "quads" else why.replace(" of a half", "").replace("quads", claim.unit)
+    if verdict not in (SUPPORTED, NOT_SUPPORTED):
         return why
     if claim.pick == "weakest" and claim.rule == "above":
         names = {
@@ -569,6 +570,18 @@ def equivalence(n: Numbers, threshold: float) -> tuple[float, float]:
     """
     room, z = threshold / ((n.high - n.low) / 2 / norm.isf(0.025)), norm.isf(0.025)
     return max(0.0, 2 * norm.cdf(room - z) - 1), ((z + norm.isf((1 - POWER) / 2)) / room) ** 2
+
+
+def coarse(entry: Entry, entries: Sequence[Entry], found: Mapping[str, Any], params: Story) -> str:
+    """That ranks among other heads could not have had a claim supported, the other claims' p values being what they
+    are, where its verdict does not say so; "" otherwise. `found` are the findings of its step."""
+    claim = next(claim for claim in CLAIMS if claim.id == entry.id)
+    if claim.rule != "count" or entry.here != NOT_SUPPORTED or entry.p_holm is None or COARSE in entry.reason:
+        return ""
+    least, tested = numbers_of(claim, found, params).least, [other for other in entries if other.p_holm is not None]
+    p = [least if other is entry else 1.0 if other.p is None else other.p for other in tested]
+    best = float(holm(p)[[other is entry for other in tested].index(True)])
+    return "" if best < 1 - params.level else f"; its ranks {COARSE}, at best {least:.2g}, corrected {best:.2g}"
 
 
 def ledger(found: Mapping[str, Mapping[str, Any] | None], plan: Plan, params: Story) -> list[Entry]:
