@@ -68,7 +68,8 @@ def quick_notes(sections: params.Sections, results: Path, steps: Mapping[str, st
             notes[step] = f"This page was made with {which}. It leaves out:\n\n- " + "\n- ".join(less)
             notes["index"] = (
                 f"This report was made with {which}: every page, from fewer prompts, so that intervals are "
-                "wider, and missing where fewer than 20 quads are left: what needs one is then not decided. "
+                "wider, and missing where fewer than 20 quads (groups of four people) are left: what needs one is then "
+                "not decided. "
                 f"Each page says what it leaves out. The full report: `make book PROFILE={full}`."
             )
     return {name: f":::{{admonition}} The quick form\n{note}\n:::" for name, note in notes.items()}
@@ -114,8 +115,12 @@ def asked(results: Path, step: str) -> Question:
 
 
 def headed(topic: Question) -> dict[str, str]:
-    """The question at the head of the landing page."""
-    return {"title": topic.title, "introduction": topic.introduction}
+    """The question at the head of the landing page, and what it calls the gaps that are compared there."""
+    gaps = (
+        f" That of two supersets is the *superset gap*; between names of one superset that differ in {topic.placebo}, "
+        f"whose prompts are read by words for that, it is the *{topic.placebo} gap*."
+    )
+    return {"title": topic.title, "introduction": topic.introduction, "gaps": gaps * bool(topic.placebo)}
 
 
 def reworded(text: str, topic: Question) -> str:

@@ -5,12 +5,15 @@ import re
 import shutil
 from html import unescape
 from pathlib import Path
+from types import SimpleNamespace
 
 import book_checks
 import nbformat
 import papermill
 import pytest
+from professions import QUESTION
 
+from lib import questions
 from pipeline import params
 from report import book, library, plots
 from steps.registry import PLAN
@@ -231,6 +234,12 @@ def test_landing_page(built):
     assert html.index(f"Sentence {list(STEPS).index('story')} ") < html.index("Sentence 1 ")
     assert html.index("Sentence 1") < html.index("_images/coarse_sweep-curve.png") < html.index("Sentence 0")
     assert 'alt="Curve of coarse_sweep in resid here."' in html
+
+
+def test_the_landing_page_says_what_gaps_its_question_has():
+    assert "*superset gap*" in book.headed(QUESTION)["gaps"] and "*region gap*" in book.headed(QUESTION)["gaps"]
+    assert "*language gap*" in book.headed(questions.load("cities"))["gaps"]
+    assert book.headed(SimpleNamespace(title="", introduction="", placebo=""))["gaps"] == ""
 
 
 def test_executed_notebook_page(built, made):

@@ -66,7 +66,8 @@ def found():
             "joint": [span(0.8, quantity="recovery"), span(0.9, quantity="damage")], "restoring": [],
             "slice_restores": {"share": 0.9, "restores": True}, "measured": {"beyond_random": True},
             "specific": [{"attribute": "region", "choice": "kept", "direction": "denoise", "quotient_estimate": 0.8,
-                          "quotient_low": 0.7, "quotient_high": 0.9}],
+                          "quotient_low": 0.7, "quotient_high": 0.9, "placebo_estimate": 0.5, "placebo_low": 0.4,
+                          "placebo_high": 0.6}],
             "sites": [{"component": kind, "ratio": ratio, "ratio_low": ratio - 0.01, "ratio_high": ratio + 0.01}
                       for kind, ratio in (("head", 0.2), ("mlp", 0.6), ("attn", 0.95))],
             "critical_slice": [{"site": "5.3"}, {"site": "mlp 7"}], "model": {"n_layers": 10, "n_heads": 10}},
@@ -77,10 +78,10 @@ def found():
         "retrieval_heads": {
             "verdicts": {"retrieval_heads": {"last": ["2.1"], "names": ["3.0", "1.4"]},
                          "slice_heads_that_retrieve": ["5.3"]},
-            "two_stages": {"estimate": 3, "p": 1e-6, "smallest": 0.0}, "measured": {"path_ablation": span(0.6)},
+            "two_stages": {"estimate": 3, "p": 1e-6, "smallest": 0.0}, "measured": {
+                "path_ablation": span(0.6), "ablated": ["1.4"],
+                "leading": {"mlp": ["mlp 0", "mlp 2"], "head": [], "embedding": True, "halves": 2, "few": False}},
             "one_stage": carried(0.7, "everything", "k and v", "recomputed"),
-            "senders": {"slice at names": [span(0.3, site="mlp 0"), span(0.2, site="1.4"), span(0.2, site="mlp 2"),
-                                           span(0.01, site="mlp 9")]},
             "carried": [carried(0.7, "everything", "k and v", "recomputed"),
                         carried(0.7, "everything", "v", "recomputed"),
                         carried(0.1, "heads", "k and v", "frozen"), carried(0.4, "MLPs", "k and v", "frozen")],
@@ -391,6 +392,27 @@ def test_ranks_too_coarse_for_the_correction_decide_nothing(tmp_path):
     assert (open_.alone, open_.verdict) == (NOT_TESTABLE, NOT_TESTABLE) and "no p small enough" in open_.reason
 
 
+def test_that_ranks_could_not_have_had_a_claim_supported_is_said(tmp_path):
+    what, own = found(), story_params(tmp_path)
+    some = what["retrieval_heads"]["two_stages"] = {"estimate": 1, "p": 0.069, "smallest": 0.034}
+    entries = claims.ledger(what, PLAN, own)
+    entry = next(entry for entry in entries if entry.id == "retrieval_heads")
+    said = claims.coarse(entry, entries, what["retrieval_heads"], own)
+    assert said.startswith(f"; its ranks {claims.COARSE}, at best 0.034, corrected ")
+    some["smallest"] = 0.0
+    assert claims.coarse(entry, entries, what["retrieval_heads"], own) == "", "finer ranks could have passed"
+    assert not claims.coarse(entries[0], entries, found()["baselines"], own)
+    entry.reason += said
+    barred = f"found here: 1, by ranks that {claims.COARSE} once corrected"
+    plan = "heads outside the slice retrieve the class of each name"
+    assert f"Not supported: {plan} ({barred});" in story.not_so(entries, what)
+    none = {"estimate": 0, "low": None, "high": None, "p": 1.0, "p_holm": 1.0, "reason": "0, p = 1"}
+    entry.fresh = claims.Confirmed(**none, alone=NOT_SUPPORTED, verdict=NOT_SUPPORTED)
+    entry.tier = claims.FRESH
+    assert f"{plan} ({barred}; on fresh people, who decide: 0);" in story.not_so(entries, what)
+    assert f"(on fresh people 0, p = 1; {barred}" in " ".join(story.sentence(entries, what))
+
+
 def test_the_largest_of_several_pays_for_their_number():
     claim = next(claim for claim in CLAIMS if claim.id == "few_directions")
     n = claims.Numbers(0.6, 0.5, 0.7, of=1)
@@ -420,7 +442,7 @@ def test_an_interval_wider_than_the_margin_tests_nothing(tmp_path):
     own = judged(tmp_path, what)
     assert own["rule_or"].verdict == NOT_TESTABLE and "an interval this wide" in own["rule_or"].reason
     # half the interval, 0.3, is 1.96 standard errors; 0.25 must hold 1.96 + 1.28 of them: (0.496 / 0.25)^2 = 3.9 times
-    assert "were the truth 0, 3.9 times as many quads would show it" in own["rule_or"].reason
+    assert "were the truth 0, 3.9 times as many prompts would show it" in own["rule_or"].reason
     assert own["rule_additive"].verdict == NOT_SUPPORTED  # wide as it is, it lies outside
 
 
@@ -544,6 +566,10 @@ def test_fresh_people_decide_what_was_set_after(tmp_path, monkeypatch):
     decided = [entry for entry in after if entry.tier == claims.FRESH]
     assert f"Of the {len(after)} claims" in said and f"{len(decided)} are decided by *fresh people* alone" in said
     assert f"{sum(e.verdict == SUPPORTED for e in decided)} are supported there" in said and "commit 0123456" in said
+    record = units.read_json(tmp_path / "record.json")["claims"]
+    family = [name for name, one in record.items() if one["p_holm"] is not None]
+    hidden = fresh.NOT_ABOUT_THEM & {*family}
+    assert hidden and f"corrected for {len(family)} claims; {len(hidden)} of these rest on prompts used before" in said
     counted = sum(entry.verdict == SUPPORTED for entry in decided)
     assert f"Of those supported, {counted} are confirmed on fresh people" in story.tally(entries)
     page = story.table([entry for entry in entries if not entry.check]).to_html()
@@ -551,9 +577,12 @@ def test_fresh_people_decide_what_was_set_after(tmp_path, monkeypatch):
     assert "on fresh people" not in story.table(list(judged(tmp_path).values())).to_html()
     whole, *rest = story.sentence(entries, found())
     share = "of the recovery curve at `last`"
-    assert "together bring most of the answer to the last token (0.90 [0.85, 0.95] of it)" in whole
+    untold = "exploratory, not testable on fresh people"
+    assert f"together bring most of the answer to the last token (0.90 of it; {untold})" in whole.replace(
+        " [0.85, 0.95]", ""
+    )
     assert "layer 5 alone" not in whole
-    assert any(f"the aggregator (on fresh people 0.30 [0.25, 0.35] {share}; asked for" in text for text in rest)
+    assert any(f"the superset (on fresh people 0.30 [0.25, 0.35] {share}; asked for" in text for text in rest)
     overruled = "on this book's people it holds, also corrected; on fresh people, who decide, it does not hold"
     assert sentences.standing(one) == overruled and f"Not supported ({overruled}): one layer" in story.not_so(
         entries, found()
@@ -684,7 +713,8 @@ def test_the_circuit_in_three_sentences_by_the_verdicts(tmp_path):
     names, road, after = story.outline(entries, found())
     assert (
         names.startswith("**At the names**: MLPs there write directly most")
-        and "(0.60 [0.55, 0.65] of it); mlp 0 and mlp 2 lead on the discovery half, all" in names
+        and "(0.60 [0.55, 0.65] of it); all paths counted, mlp 0 and mlp 2 are significant by themselves in both"
+        in names
     )
     assert "heads there" not in names  # of two that answer one question, the one that is supported speaks
     assert (
@@ -698,8 +728,8 @@ def test_the_circuit_in_three_sentences_by_the_verdicts(tmp_path):
     )
     # the slice carries the placebo's gap as well: that is what is said, and not that it is about supersets
     assert (
-        "the names' region travels the same road (0.80 [0.70, 0.90] times its share of the superset gap): as a whole"
-        in road
+        "as a whole the slice is an attribute read-out: its 2 sites together move the names' region, too (0.50 "
+        "[0.40, 0.60] of the region gap, 0.80 [0.70, 0.90] times its share of the superset gap)" in road
     )
     assert "little of the names' region" not in road
     what = found()
@@ -715,7 +745,10 @@ def test_the_circuit_in_three_sentences_by_the_verdicts(tmp_path):
     what["sufficiency"]["joint"] = [few(0.99, quantity="recovery"), few(0.99, quantity="damage")]
     road = story.outline(list(judged(tmp_path, what).values()), what)[1]
     alone = [entry.model_copy(update={"alone": SUPPORTED}) for entry in judged(tmp_path, what).values()]
-    assert "not supported (it holds alone, not corrected): MLPs there" in story.outline(alone, what)[0]
+    shown_alone = "it is shown alone, but not once all claims are corrected together, that MLPs there write"
+    assert shown_alone in story.outline(alone, what)[0]
+    here = [entry.model_copy(update={"here": SUPPORTED}) for entry in alone]
+    assert "it is not supported (it holds, also corrected) that MLPs there" in story.outline(here, what)[0]
     assert "not testable here: the slice (5.3 and mlp 7) at the last token, put" in road
     assert "brings the answer back (0.99; too few quads: an interval needs" in road
     assert "tokens between, laid down in layers 4 and 5 (0.20 [0.15, 0.25] of the gap; it overlaps with" in road
@@ -730,6 +763,9 @@ def test_what_leads_the_report_follows_the_verdicts(tmp_path):
     entries = list(judged(tmp_path).values())
     said, refused = story.answer(entries, found()), story.not_so(entries, found())
     assert said.startswith("Put into the run of other names, 2 heads and MLPs at") and "attribute read-out" in said
+    assert said.endswith("names' region, the one other attribute asked about, as well (exploratory).")
+    before = [entry.model_copy(update={"tier": claims.HALF}) for entry in entries]
+    assert story.answer(before, found()).endswith("the one other attribute asked about, as well.")
     assert refused.startswith("Not supported: the slice is about supersets and not about whatever the names differ in;")
     assert "Not testable" not in refused and "one layer is the aggregator" not in refused  # that one is supported
 
@@ -738,7 +774,9 @@ def test_what_leads_the_report_follows_the_verdicts(tmp_path):
         what["sufficiency"]["specific"][0] |= {f"quotient_{key}": at for key, at in span(value).items()}
         return story.answer(list(judged(tmp_path, what).values()), what)
 
-    assert with_quotient(0.2).endswith("and of the names' region they carry much less.")
+    assert with_quotient(0.2).endswith(
+        "region, the one other attribute asked about, they carry much less (exploratory)."
+    )
     assert with_quotient(0.5).endswith("read out whatever the names differ in, is not decided here.")
     what = found()
     what["sufficiency"]["slice_restores"]["restores"] = False
@@ -799,15 +837,130 @@ def test_class_and_region_in_directions_of_their_own_are_said_where_that_is_show
     assert sentences.by_directions(subspace) == "" == sentences.by_directions({})
 
 
+def part(site, verdict, value):
+    """What the placebo says of a part of the slice that moves half of the superset gap."""
+    ends = {f"placebo_{end}": number for end, number in span(value).items()}
+    return span(0.5, site=site, attribute="region", verdict=verdict) | ends
+
+
+def test_of_single_sites_that_is_named_which_moves_most_of_the_other_attribute():
+    rows = [part("its heads", "specific", 0.1), part("1.0", "general", 0.3), part("mlp 7", "general", 0.4)]
+    said = sentences.by_parts([*rows, part("2.0", "open", 0.9)])
+    assert "its heads by themselves 0.10 [0.05, 0.15] (0.50 [0.45, 0.55]; specific) and mlp 7 alone 0.40" in said
+    assert said.endswith("; not specific)") and "1.0" not in said and "2.0" not in said
+
+
 def test_parts_of_the_slice_without_a_verdict_are_not_named():
-    rows = [{"site": "its heads", "attribute": "region", "verdict": None}]
-    assert sentences.by_parts(rows) == ""
-    rows += [{"site": "its MLPs", "attribute": "region", "verdict": "open"}]
-    assert sentences.by_parts(rows) == " (against region, its MLPs by themselves are not decided)"
+    rows = [part("its heads", None, 0.1)]
+    assert sentences.by_parts(rows) == sentences.by_parts([]) == ""
+    rows += [part("its MLPs", "open", 0.2)]
+    said = sentences.by_parts(rows)
+    assert said.startswith(";\n- moved of the region gap, along paths that were not measured, and in brackets of the")
+    assert said.endswith(" superset gap: its MLPs by themselves 0.20 [0.15, 0.25] (0.50 [0.45, 0.55]; not decided)")
     rows = [{"choice": "kept", "direction": "denoise", "attribute": name, "verdict": "specific"} for name in "ab"]
     ends = {f"quotient_{end}": value for end, value in (("estimate", 0.3), ("low", 0.2), ("high", 0.4))}
     said = ";\n- against b it is specific to supersets (0.30 [0.20, 0.40] times its share of the superset gap)"
     assert sentences.beside_the_first([row | ends for row in rows]) == said and not sentences.beside_the_first([])
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (
+            {},
+            "; all paths counted, mlp 0 and mlp 2 are significant by themselves in both halves, and so is the "
+            "embedding",
+        ),
+        ({"mlp": ["mlp 0"], "embedding": False, "halves": 1}, "; all paths counted, mlp 0 is significant by itself"),
+        ({"mlp": []}, "; by itself none is significant in both halves, but the embedding is"),
+        ({"few": True}, "; which of them lead cannot be tested, of too few quads"),
+        ({"why": "nothing was followed"}, ""),
+    ],
+)
+def test_who_leads_at_the_names_is_said_of_what_is_significant(changed, said):
+    about = found()["retrieval_heads"]["measured"]["leading"] | changed
+    assert sentences.leading(about, "mlp") == said and sentences.leading(None, "mlp") == ""
+
+
+def test_of_many_who_lead_at_the_names_the_first_are_named():
+    about = found()["retrieval_heads"]["measured"]["leading"] | {"head": [f"1.{head}" for head in range(6)]}
+    assert "; all paths counted, 1.0, 1.1, 1.2, 1.3 and 2 more are" in sentences.leading(about, "head")
+
+
+def test_what_pruning_cost_the_circuit_over_all_tokens_is_said():
+    curve = [span(value, nodes=nodes) for nodes, value in ((40, 0.2), (160, 0.9), (1200, 1.0))]
+    about = {"size": 82, "grown": 130, "nodes": 1200, "curve": curve}
+    about |= {"faithfulness": span(0.6), "faithfulness_discovery": span(0.8)}
+    said = "; the first 160 by attribution (it was pruned from the first 130) keep 0.90 [0.85, 0.95]"
+    fitted = ", and on the discovery half it keeps 0.80 [0.75, 0.85] itself: pruning seems to have fitted that half"
+    assert sentences.unpruned(about) == said + fitted
+    assert sentences.unpruned(about | {"faithfulness_discovery": span(0.6)}) == said
+    assert sentences.unpruned(about | {"faithfulness": span(0.87)}) == said
+    assert sentences.unpruned(about | {"curve": [few(0.9, nodes=160)]}) == said.removesuffix(" [0.85, 0.95]")
+    for none in ({"size": 130}, {"curve": curve[::2]}, {"curve": []}):
+        assert sentences.unpruned(about | none) == ""
+    assert sentences.unpruned({}) == ""
+
+
+def test_what_a_number_rests_on_is_said_beside_it(tmp_path):
+    what = found()
+    what["neurons"]["measured"] = {"asked": {"top": 20, "neurons": 10752, "quads": 3}}
+    said = "of 10,752 neurons the 20 of largest single effect in 3 quads were asked"
+    assert sentences.basis("few_neurons", what) == said and sentences.basis("few_neurons", found()) == ""
+    assert sentences.basis("path_ablation", what) == "the path of 1.4" and sentences.basis("task_done", what) == ""
+    assert f"a few MLP neurons do the work of the slice's MLPs ({said})" in story.not_so(
+        [*judged(tmp_path, what).values()], what
+    )
+
+
+def test_a_claim_of_prompts_or_people_does_not_ask_for_quads(tmp_path):
+    what = found()
+    what["subspace"]["measured"]["profession_at_names"] = span(0.04, 0.07, above_permuted=True)
+    own = judged(tmp_path, what)["profession_at_names"]
+    assert re.search(r"[\d.]+ times as many people would show it", own.reason) and "quads" not in own.reason
+    what["generality"]["rule"]["ratio"] = few(0.1)
+    assert judged(tmp_path, what)["rule_or"].reason == "0.10; too few prompts: an interval needs 20"
+
+
+def followed(half, effects_of):
+    """Records of senders' paths into the slice at the names: 24 quads, each sender's mean effect with some spread."""
+    rng, rows = np.random.default_rng(0), []
+    kept = dict.fromkeys(("profile", "task", "template", "ablation", "position"), "x") | {"direction": "noise"}
+    for quad in range(24):
+        for (sender, layer, head), effect in effects_of.items():
+            before = {"logit_diff_before": 2.0, "logit_diff_clean": 2.0, "logit_diff_corrupt": -2.0, "sender": sender}
+            rows.append(kept | before | {"layer": layer, "component": "path", "head": head, "half": half,
+                                         "receivers": "slice at names", "pair_id": f"{half}{quad}",
+                                         "quad_id": f"{half}{quad}",
+                                         "logit_diff_after": 2 - effect - rng.normal(0, 0.1)})  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def test_senders_at_the_names_lead_where_both_halves_say_so(tmp_path):
+    step = SimpleNamespace(params=story_params(tmp_path))
+    assert "why" in story.lead(step)
+    first = {("embed", -1, -1): 1.0, ("mlp", 0, -1): 0.5, ("mlp", 2, -1): 0.9, ("mlp", 1, -1): 0.0,
+             ("head", 3, 1): 0.4, ("head", 3, 2): -0.5}  # fmt: skip
+    names = ("retrieval_heads", "retrieval_heads.confirmed")
+    again = first | {("mlp", 1, -1): 0.9, ("mlp", 0, -1): 0.6, ("head", 3, 2): 0.5}
+    for name, half, table in zip(names, ("discovery", "confirmation"), (first, again), strict=True):
+        records.write(tmp_path / f"{name}.parquet", followed(half, table), {}, schema=None)
+    told = {"mlp": ["mlp 2", "mlp 0"], "head": ["3.1"], "embedding": True, "halves": 2, "few": False}
+    assert story.lead(step) == told
+    (tmp_path / "retrieval_heads.confirmed.parquet").unlink()
+    assert story.lead(step) == told | {"halves": 1}
+    few_rows = followed("discovery", first).query("quad_id in ['discovery0', 'discovery1']")
+    records.write(tmp_path / "retrieval_heads.parquet", few_rows, {}, schema=None)
+    assert story.lead(step) == {"mlp": [], "head": [], "embedding": False, "halves": 1, "few": True}
+
+
+def test_how_many_neurons_were_asked_and_by_how_many_quads(tmp_path):
+    step, own = SimpleNamespace(params=story_params(tmp_path)), {"neurons": {"top": [1, 2], "neurons": 100}}
+    assert story.shortlist(step, own) == {}
+    rows = pd.DataFrame({"half": ["discovery"] * 3 + ["confirmation"], "quad_id": ["a", "b", "b", "c"]})
+    records.write(tmp_path / "neurons.parquet", rows, {}, schema=None)
+    assert story.shortlist(step, own) == {"asked": {"top": 2, "neurons": 100, "quads": 2}}
+    assert story.shortlist(step, {}) == {}
 
 
 def test_a_reason_shows_what_decides(tmp_path):
@@ -871,8 +1024,11 @@ def test_distances_are_positive_where_the_claim_holds(tmp_path):
         if row and entry.verdict == SUPPORTED:
             known = [row[end] for end in ("low", "high") if np.isfinite(row[end])]
             assert min(known) > 0 and row["estimate"] > 0, entry.id
+    bound = story.distances(judged(tmp_path)["no_backup"])  # no later site's rise is above 0.05; 0.1 was asked for
+    assert bound["estimate"] == bound["low"] == pytest.approx((0.1 - 0.05) / 0.1) and np.isnan(bound["high"])
     assert story.distances(judged(tmp_path)["rule_or"])["low"] == pytest.approx((0.25 - 0.1) / 0.25)
-    assert story.forest(list(judged(tmp_path).values())) and story.forest([]) is None
+    axes = story.forest(list(judged(tmp_path).values())).axes[0]
+    assert "5" in {label.get_text() for label in axes.get_xticklabels()} and story.forest([]) is None
 
 
 def swept(tmp_path):

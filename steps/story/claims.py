@@ -19,7 +19,7 @@ import difflib
 import inspect
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -55,6 +55,7 @@ DECIDING = ("at", "leaves", "numbers_of", "decided", "p_value", "equivalence", "
 ATTRIBUTE = "region"  # the placebo attribute that data/claims.yaml speaks of
 GROUPS = ("group", "superset", "class_name", "added", "site")  # columns that say of what a row is, one of several
 POWER = 0.8  # that a number of quads is worked out for
+COARSE = "could give no p small enough"  # said of ranks among other heads
 
 
 class ClaimError(ParameterError):
@@ -133,6 +134,7 @@ class Claim(Strict):
     excludes: tuple[str, str] | None = None
     companion: str | None = None
     came: str | None = None
+    unit: str = "quads"
     check: str | None = None
 
 
@@ -345,7 +347,7 @@ def thresholds(
 
 def fingerprint(held: Mapping[str, tuple[float | None, str]], params: Story) -> str:
     """The hash of every claim's threshold and rule, and of what is left out: all that decides but for the numbers."""
-    words = {"section", "text", "quantity", "figure", "rows", "came"}
+    words = {"section", "text", "quantity", "figure", "rows", "came", "unit"}
     rules = {claim.id: [held[claim.id][0], claim.model_dump(mode="json", exclude=words)] for claim in CLAIMS}
     hashed = {"level": params.level, "correction": "Holm", "claims": rules, "left_out": sorted(params.left_out)}
     return keys.hash_json(hashed | {"code": deciding_code()})[:16]
@@ -430,10 +432,11 @@ def judge(
 def more_of(
     claim: Claim, n: Numbers, found: Mapping[str, Any], threshold: float | None, params: Shared, verdict: str, why: str
 ) -> str:
-    """A reason with digits enough to tell an end of the interval from the threshold, with how many groups the weakest
-    is one of, and with the level at which more quads would do."""
+    """A reason with digits enough to tell an end of the interval from the threshold, in the claim's own unit, with how
+    many groups the weakest is one of, and with the level at which more would do."""
     if n.estimate is not None:
         why = why.replace(estimated(n), estimated(n, threshold), 1)
+        why = why if claim.unit == "quads" else why.replace(" of a half", "").replace("quads", claim.unit)
     if verdict not in (SUPPORTED, NOT_SUPPORTED):
         return why
     if claim.pick == "weakest" and claim.rule == "above":
@@ -446,7 +449,7 @@ def more_of(
         which = f"the weakest of {known}{rest}" if known > 1 else f"the only one of {len(names)} with an interval"
         why += "" if "" in names or not known else f"; {which}"
     corrected = "; corrected with the other claims it takes more" if claim.check is None else ""
-    return why + corrected * ("times as many quads" in why)
+    return why + corrected * ("times as many" in why)
 
 
 def picked(found: Mapping[str, Any]) -> dict[str, Any]:
@@ -460,8 +463,8 @@ def picked(found: Mapping[str, Any]) -> dict[str, Any]:
 def turned(verdict: str, asked: str) -> str:
     """What would turn a verdict."""
     words = {
-        SUPPORTED: f"Refuted, if the same measurement on new quads does not give this: {asked}.",
-        NOT_SUPPORTED: f"Supported after all, if the same measurement on new quads gives this: {asked}.",
+        SUPPORTED: f"Refuted, if the same measurement on new prompts does not give this: {asked}.",
+        NOT_SUPPORTED: f"Supported after all, if the same measurement on new prompts gives this: {asked}.",
     }
     return words.get(verdict, f"Decided, once it can be measured, by this: {asked}.")
 
@@ -540,8 +543,9 @@ def p_value(claim: Claim, n: Numbers, threshold: float | None, level: float) -> 
 def shortfall(claim: Claim, n: Numbers, threshold: float, alpha: float) -> str:
     """What an interval that does not decide for its claim says: against it, or how many more quads would decide.
 
-    So many times as many quads would put the interval beyond the threshold with probability `POWER`, at a level of
-    1 - alpha, were the estimate the truth. The interval is read as a normal one of level 95%.
+    So many times as many quads (or of the claim's own unit) would put the interval beyond the threshold with
+    probability `POWER`, at a level of 1 - alpha, were the estimate the truth. The interval is read as a normal one of
+    level 95%.
     """
     if claim.rule not in ("above", "below") or claim.pick != "first":  # of several, another may be next
         return ""
@@ -554,7 +558,8 @@ def shortfall(claim: Claim, n: Numbers, threshold: float, alpha: float) -> str:
         return "; the estimate lies on the other side"
     error = abs(n.estimate - end) / norm.isf(0.025)
     times = ((norm.isf(alpha / 2) + norm.isf(1 - POWER)) * error / distance) ** 2
-    return f"; were the estimate the truth, {max(times, 1.1):.2g} times as many quads would show it, four times in five"
+    many = f"{max(times, 1.1):.2g} times as many {claim.unit}"
+    return f"; were the estimate the truth, {many} would show it, four times in five"
 
 
 def equivalence(n: Numbers, threshold: float) -> tuple[float, float]:
@@ -565,6 +570,18 @@ def equivalence(n: Numbers, threshold: float) -> tuple[float, float]:
     """
     room, z = threshold / ((n.high - n.low) / 2 / norm.isf(0.025)), norm.isf(0.025)
     return max(0.0, 2 * norm.cdf(room - z) - 1), ((z + norm.isf((1 - POWER) / 2)) / room) ** 2
+
+
+def coarse(entry: Entry, entries: Sequence[Entry], found: Mapping[str, Any], params: Story) -> str:
+    """That ranks among other heads could not have had a claim supported, the other claims' p values being what they
+    are, where its verdict does not say so; "" otherwise. `found` are the findings of its step."""
+    claim = next(claim for claim in CLAIMS if claim.id == entry.id)
+    if claim.rule != "count" or entry.here != NOT_SUPPORTED or entry.p_holm is None or COARSE in entry.reason:
+        return ""
+    least, tested = numbers_of(claim, found, params).least, [other for other in entries if other.p_holm is not None]
+    p = [least if other is entry else 1.0 if other.p is None else other.p for other in tested]
+    best = float(holm(p)[[other is entry for other in tested].index(True)])
+    return "" if best < 1 - params.level else f"; its ranks {COARSE}, at best {least:.2g}, corrected {best:.2g}"
 
 
 def ledger(found: Mapping[str, Mapping[str, Any] | None], plan: Plan, params: Story) -> list[Entry]:

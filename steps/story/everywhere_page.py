@@ -32,7 +32,7 @@ from steps.story.circuits_page import (
     tested_sentences,
 )
 from steps.story.measure import Everywhere, Measured, Story, at_roles
-from steps.story.sentences import ROLES, by_construction
+from steps.story.sentences import ROLES, by_construction, unpruned
 
 SETS = {"slice": "slice (step 04)", "last": "circuit at the last token", "everywhere": "circuit over all tokens"}
 TESTS = {
@@ -174,6 +174,7 @@ def sentences(found: Mapping[str, Any], params: Story) -> list[str]:
         f"role: {many}. {cut}; {spare} of them were pruned.",
         f"The curve goes on to all nodes; on the confirmation half, of the first by attribution {first} of what the "
         "model has.",
+        *([f"Pruning: {pruned.removeprefix('; ')}."] if (pruned := unpruned(found)) else []),
         *tested_sentences(found, params, "at every token"),
         f"As many random nodes at each role keep {with_ends(found['random'])}, {with_ends(found['over_random'])} less. "
         f"Without its nodes at one role the circuit keeps {without}. With such random nodes resampled instead, and all "

@@ -178,7 +178,12 @@ def confirm(entries: Sequence[Entry], params: Story, asked: Collection[str] = ()
         f"{len(people & set(asked)) or 'none'} of these {len(people)} came into quads of this report's task since; "
         "its placebo pairs and pairs before selection may have more"
     )
-    return told(record, len(after), [entry.verdict for entry in decided], both)
+    family = sum(entry.p_holm is not None for entry in record.claims.values())
+    shown = sum(entry.fresh.p_holm is not None for entry in entries)
+    where = f"; {family - shown} of these rest on prompts used before, and their p values are in "
+    where += f"`{params.fresh_claims}` alone"
+    said = f"The p values on fresh people are corrected for {family} claims{where * (family > shown)}."
+    return f"{told(record, len(after), [entry.verdict for entry in decided], both)} {said}"
 
 
 def not_about_them(said: Confirmed) -> Confirmed:

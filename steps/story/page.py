@@ -25,7 +25,7 @@ from pandas.io.formats.style import Styler
 from scipy.stats import hypergeom
 
 from lib import records, stats
-from lib.effects import quad_matrix, reported
+from lib.effects import CONSTANT, SITE, by_half, confirmed, in_halves, named, quad_matrix, reported, tested
 from pipeline import keys
 from pipeline.params import Shared
 from pipeline.step import Step, plain
@@ -34,14 +34,14 @@ from report.words import joined, listed, not_done
 from steps.story import circuits_page, claims, everywhere_page, fresh
 from steps.story.claims import CLAIMS, NOT_SUPPORTED, SUPPORTED, VERDICTS, Entry
 from steps.story.measure import Measured, Story
-from steps.story.sentences import answer, not_so, outline, sentence, standing
+from steps.story.sentences import answer, basis, not_so, outline, sentence, standing
 
 PUBLISHED = "data/filter_heads_llama-3.3-70b.csv"
 COLOURS = dict(zip(VERDICTS, ("#cfe8dc", "#f6d5c6", "#e6e6e6", "#ffffff"), strict=True))
 CAPTIONS = {
     "claims": "Every claim that an interval decides, by its name in the tables, as its distance from the threshold in "
-    "units of the threshold (where that is 0, in the claim's own unit), with its interval; hollow: a bound, or no "
-    "interval. A claim whose whole interval lies right of zero is supported by itself. The colour is its verdict on "
+    "units of the threshold (where that is 0, in the claim's own unit), with its interval; hollow: a bound by "
+    "itself. A claim whose whole interval lies right of zero is supported by itself. The colour is its verdict on "
     "this book's own people, for which all claims are corrected together and further conditions hold (the table says "
     "which, and where fresh people decide otherwise). Linear up to 1, logarithmic beyond."
 }
@@ -85,6 +85,8 @@ def judge(step: Step, m: Measured | None) -> Judged:
     confirmed = fresh.confirm(entries, step.params, asked)
     for entry in entries:  # its verdict may be another now, by the correction or by fresh people
         entry.refuted_by = claims.turned(entry.verdict, entry.asked)
+        entry.reason += claims.coarse(entry, entries, found.get(entry.step), step.params)
+        entry.reason += f"; {basis(entry.id, found)}" if entry.estimate is not None and basis(entry.id, found) else ""
         entry.reason += f"; {standing(entry)}" if entry.here != entry.verdict else ""
     said = [outline(entries, found), sentence(entries, found), [answer(entries, found)], [not_so(entries, found)]]
     said = [[claims.of_question(text, step.params.topic) for text in texts] for texts in said]
@@ -151,6 +153,39 @@ def layers(step: Step, found: Mapping[str, Any]) -> dict[str, Any]:
     return out | {"layer": one}
 
 
+def at_the_names(step: Step, found: Mapping[str, Any]) -> dict[str, Any]:
+    """`flips`; of which heads the path is ablated there; and which senders at the names `lead`."""
+    tests = found.get("tests", ())
+    heads = [row["site"] for row in tests if row["role"] == "names" and not row["inside"]]
+    return flips(step, found) | {"ablated": list(dict.fromkeys(heads)), "leading": lead(step)}
+
+
+def lead(step: Step) -> dict[str, Any]:
+    """Heads and MLPs at the names whose path effect into the slice is above zero, familywise, in every half there is,
+    largest on the discovery half first; whether the embedding's is; the number of halves; whether quads are too few."""
+    columns = [*SITE, *CONSTANT, "half", "receivers", "sender", "pair_id", "quad_id", *LOGIT_DIFFS]
+    frames = [stored(step, name, columns) for name in ("retrieval_heads", "retrieval_heads.confirmed")]
+    frames = [frame[frame["receivers"] == "slice at names"] for frame in frames if frame is not None]
+    rows = pd.concat(frames).assign(component=lambda rows: rows["sender"]) if frames else pd.DataFrame()
+    if rows.empty:
+        return {"why": "no sender at the names was followed into the slice"}
+    table = by_half(rows, lambda half: tested(half, step.params)).assign(site=named)
+    first, sure = table[table["half"] == table["half"].iloc[0]], set(confirmed(table, step.params)["site"])
+    order = first[first["site"].isin(sure)].sort_values("estimate", ascending=False)
+    kinds = {kind: order.loc[order["component"] == kind, "site"].tolist() for kind in ("head", "mlp")}
+    about = {"embedding": bool((order["component"] == "embed").any()), "halves": table["half"].nunique()}
+    return kinds | about | {"few": bool(table["low"].isna().any())}
+
+
+def shortlist(step: Step, found: Mapping[str, Any]) -> dict[str, Any]:
+    """How many neurons were asked, of how many, and in how many quads those were picked."""
+    own, frame = found.get("neurons", {}), stored(step, "neurons", ["half", "quad_id"])
+    if frame is None or not {"top", "neurons"} <= own.keys():
+        return {}
+    quads = in_halves(frame)[0][1]["quad_id"].nunique()
+    return {"asked": {"top": len(own["top"]), "neurons": own["neurons"], "quads": quads}}
+
+
 def flips(step: Step, found: Mapping[str, Any]) -> dict[str, Any]:
     """Share of right answers that flip when the path of the leading heads at the names is ablated; confirmation half.
 
@@ -211,8 +246,9 @@ MEASURED = {
     "baselines": fame,
     "coarse_sweep": layers,
     "sufficiency": beyond_random,
-    "retrieval_heads": flips,
+    "retrieval_heads": at_the_names,
     "subspace": probes,
+    "neurons": shortlist,
 }
 
 
@@ -340,14 +376,16 @@ def forest(entries: Sequence[Entry]) -> Figure | None:
     axes = figure.axes[0]
     axes.set_xscale("symlog", linthresh=1)
     ends = axes.get_xlim()
-    ticks = [tick for tick in (-100, -10, -1, -0.5, 0, 0.5, 1, 10, 100) if ends[0] <= tick <= ends[1]]
+    far = [step * power for power in (1, 10, 100, 1000) for step in (1, 2, 5)]
+    ticks = [tick for tick in (*(-tick for tick in far), -0.5, 0, 0.5, *far) if ends[0] <= tick <= ends[1]]
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     figure.set_figheight(1 + 0.22 * len(rows))
     return figure
 
 
 def distances(entry: Entry) -> dict[str, Any] | None:
-    """Estimate and interval of an entry as distances from its threshold, positive where the claim holds."""
+    """Estimate and interval of an entry as distances from its threshold, positive where the claim holds; a bound, which
+    is all that decides where the other end is not known, in the place of the estimate."""
     if entry.low is None and entry.high is None:
         return None
     claim = next(claim for claim in CLAIMS if claim.id == entry.id)
@@ -363,6 +401,8 @@ def distances(entry: Entry) -> dict[str, Any] | None:
     else:
         return None
     ends = dict(zip(("estimate", "low", "high"), x / (abs(entry.threshold) or 1.0), strict=True))
+    if np.isnan(x[1:]).any():
+        ends["estimate"] = ends["high"] if np.isnan(x[1]) else ends["low"]
     return {"site": name_of(entry), "verdict": entry.here} | ends  # of the interval that is drawn
 
 

@@ -14,10 +14,12 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from report.words import listed, with_ends
+from report.words import SPECIFICITY, counted, listed, with_ends
 from steps.story import claims
 from steps.story.claims import (
     ANSWERS,
+    COARSE,
+    EXPLORATORY,
     FRESH,
     LINKS,
     NOT_SUPPORTED,
@@ -32,7 +34,7 @@ from steps.story.claims import (
 ROLES = {"names": "the names", "rest": "the tokens between the names", "between": "the tokens after the names"}
 ROLES |= {"last": "the last token"}
 ITEM = ";\n- "  # between the clauses of a sentence of the outline
-LEADING = 4  # senders at the names that are named
+LEADING = 4  # senders at the names that are named, at most
 
 
 def site_names(found: Mapping[str, Any]) -> dict[str, str]:
@@ -43,8 +45,6 @@ def site_names(found: Mapping[str, Any]) -> dict[str, str]:
     circuit, over_all = (step["story"].get(name) or {} for name in ("circuit", "everywhere"))
     names = [site["site"] for site in members]
     lists = {
-        "name_mlps": leading(retrieval, "mlp"),
-        "name_heads": leading(retrieval, r"\d"),
         "outside": [*claims.leaves(verdicts.get("retrieval_heads"))],
         "retrievers": verdicts.get("slice_heads_that_retrieve", ()),
         "slice": names,
@@ -57,38 +57,68 @@ def site_names(found: Mapping[str, Any]) -> dict[str, str]:
     largest, fills = str(coarse.get("measured", {}).get("layer", "")), coarse.get("between", {}).get("fills", ())
     laid_down = f", laid down in layer{'s' * (len(fills) > 1)} {listed(fills)}" if fills else ""
     own = {"largest": largest, "size": str(len(names)), "fills": laid_down, "everywhere": nodes}
-    own |= {"by_parts": by_parts(step["sufficiency"].get("specific_parts", ()))}
+    own |= {f"name_{kind}s": leading(retrieval.get("measured", {}).get("leading"), kind) for kind in ("head", "mlp")}
+    own |= {"by_parts": by_parts(step["sufficiency"].get("specific_parts", ())), "unpruned": unpruned(over_all)}
     own |= {"directions_layer": str(step["subspace"].get("directions", {}).get("layer", ""))}
     own |= {"circuit_size": str(circuit.get("size", 0)), "circuit_region": of_region(circuit.get("placebo", ()))}
     own |= {"by_directions": by_directions(step["subspace"])}
-    own |= {"others": beside_the_first(step["sufficiency"].get("specific", ()))}
+    rows = [row for row in step["sufficiency"].get("specific", ()) if kept_denoised(row)]
+    own |= {"others": beside_the_first(rows), "moved": of_its_gap(rows)}
+    own |= {"alone": ", the one other attribute asked about," * (len({row["attribute"] for row in rows}) == 1)}
     return {name: listed(sites) for name, sites in lists.items()} | own
 
 
 def by_parts(parts: Sequence[Mapping[str, Any]]) -> str:
-    """What the placebo says of the slice's heads and of its MLPs, in brackets; "" where it was not asked."""
-    words = {"specific": "specific", "general": "not specific", "open": "not decided"}
+    """How much of the placebo gap the slice's heads move, its MLPs, and, of single sites that are not specific, that
+    which moves most; "" where it was not asked."""
+    rows = [row for row in parts if row["attribute"] == parts[0]["attribute"] and row["verdict"] in SPECIFICITY]
+    groups = [row for row in rows if row["site"] in ("its heads", "its MLPs")]
+    single = [row for row in rows if row not in groups and row["verdict"] == "general"]
+    single = sorted(single, key=lambda row: -row["placebo_estimate"])[:1]
     said = [
-        f"{row['site']} by themselves are {words[row['verdict']]}"
-        for row in parts
-        if row["site"] in ("its heads", "its MLPs")
-        and row["attribute"] == parts[0]["attribute"]
-        and row["verdict"] in words
+        f"{row['site']} {'alone' if row in single else 'by themselves'} {with_ends(row, prefix='placebo_')} "
+        f"({with_ends(row)}; {SPECIFICITY[row['verdict']]})"
+        for row in groups + single
     ]
-    return f" (against {parts[0]['attribute']}, {', '.join(said)})" if said else ""
+    if not said:
+        return ""
+    gap = f"{parts[0]['attribute']} gap, along paths that were not measured, and in brackets of the superset gap"
+    return f"{ITEM}moved of the {gap}: {listed(said)}"
+
+
+def kept_denoised(row: Mapping[str, Any]) -> bool:
+    """Whether what the placebo says is of the pairs that were kept, put into the other prompt's run."""
+    return (row["choice"], row["direction"]) == ("kept", "denoise")
+
+
+def of_its_gap(rows: Sequence[Mapping[str, Any]]) -> str:
+    """How much of the first attribute's gap the slice moves, with what follows it; "" where nobody asked."""
+    return "".join(f"{with_ends(row, prefix='placebo_')} of the {row['attribute']} gap, " for row in rows[:1])
 
 
 def beside_the_first(rows: Sequence[Mapping[str, Any]]) -> str:
     """What the placebo says of the slice and the attributes after the first; "" where no other was asked about."""
     words = {"specific": "is specific to supersets", "general": "is one as well", "open": "is not decided about"}
-    others = [row for row in rows if (row["choice"], row["direction"]) == ("kept", "denoise")]
     said = [
         f"against {row['attribute']} it {words[row['verdict']]} ({with_ends(row, prefix='quotient_')} times its share "
         "of the superset gap)"
-        for row in others
-        if row["attribute"] != others[0]["attribute"] and row["verdict"] in words
+        for row in rows
+        if row["attribute"] != rows[0]["attribute"] and row["verdict"] in words
     ]
     return f"{ITEM}{listed(said)}" if said else ""
+
+
+def unpruned(found: Mapping[str, Any]) -> str:
+    """What as many nodes as the circuit over all tokens was pruned from keep, or the first tested number above that,
+    and whether pruning is seen to have fitted the half that it was done on; "" where none was pruned."""
+    curve = [row for row in found.get("curve", ()) if found["grown"] <= row["nodes"] < found["nodes"]]
+    if not curve or found["size"] == found["grown"]:
+        return ""
+    row, kept, searched = curve[0], found["faithfulness"], found["faithfulness_discovery"]
+    said = f"; the first {row['nodes']} by attribution (it was pruned from the first {found['grown']}) keep "
+    fitted = row["low"] is not None and row["low"] > kept["estimate"] and searched["estimate"] > kept["estimate"]
+    more = f", and on the discovery half it keeps {with_ends(searched)} itself: pruning seems to have fitted that half"
+    return said + with_ends(row) + more * fitted
 
 
 def of_region(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -105,25 +135,63 @@ def by_directions(subspace: Mapping[str, Any]) -> str:
     placebo, layer = subspace.get("confounds", {}).get("placebo", ()), subspace.get("directions", {}).get("layer")
     own = [row for row in placebo if row["method"] == "class difference"][:1]
     return "".join(
-        f"{ITEM}in another direction, though: after layer {layer} that between a pair's two supersets carries "
+        f"{ITEM}the superset's direction is not the {row['attribute']}'s: after layer {layer} that between a pair's "
+        "two supersets carries "
         f"{with_ends(row)} of the superset gap and {with_ends(row, prefix='placebo_')} of the {row['attribute']} gap"
         for row in own
         if row["verdict"] == "specific"
     )
 
 
-def leading(retrieval: Mapping[str, Any], start: str) -> list[str]:
-    """The senders at the names of largest path effect into the slice on the discovery half, in which order step 06 has
-    them, of one kind: those above zero on the other half, if any is."""
-    rows = [row for row in retrieval.get("senders", {}).get("slice at names", ()) if re.match(start, row["site"])]
-    shown = [row for row in rows if row["low"] is not None and row["low"] > 0]
-    return [row["site"] for row in (shown or rows)[:LEADING]]
+def leading(found: Mapping[str, Any] | None, kind: str) -> str:
+    """Which heads or MLPs at the names ("head", "mlp") lead into the slice by themselves: those of a path effect above
+    zero in both halves, and whether the embedding is such a sender; "" where that is not known."""
+    if not found or "why" in found:
+        return ""
+    if found["few"]:
+        return "; which of them lead cannot be tested, of too few quads"
+    names, halves = found[kind], " in both halves" * (found["halves"] > 1)
+    if not names:
+        return f"; by itself none is significant{halves}" + ", but the embedding is" * found["embedding"]
+    shown = [*names[:LEADING], *[f"{len(names) - LEADING} more"] * (len(names) > LEADING)]
+    are, own = ("are", "themselves") if len(names) > 1 else ("is", "itself")
+    also = ", and so is the embedding" * found["embedding"]
+    return f"; all paths counted, {listed(shown)} {are} significant by {own}{halves}{also}"
+
+
+def rank(entry: Entry) -> str:
+    """What is to be said of the evidence where a verdict is exploratory: "" where it is not."""
+    if entry.tier != EXPLORATORY:
+        return ""
+    asked = {NOT_TESTABLE: ", not testable on fresh people", NOT_TESTED: ", not tested on fresh people"}
+    return "exploratory" + (asked.get(entry.fresh.verdict, "") if entry.fresh else "")
+
+
+def basis(name: str, found: Mapping[str, Any]) -> str:
+    """What a claim's number rests on, of what its words leave open; "" where they leave nothing open."""
+    measured = {step: (of or {}).get("measured", {}) for step, of in found.items()}
+    asked, heads = measured.get("neurons", {}).get("asked"), measured.get("retrieval_heads", {}).get("ablated")
+    if name == "few_neurons" and asked:
+        return (
+            f"of {asked['neurons']:,} neurons the {asked['top']} of largest single effect in "
+            f"{counted(asked['quads'], 'quad')} were asked"
+        )
+    return f"the path of {listed(heads)}" if name == "path_ablation" and heads else ""
+
+
+def asides(entry: Entry, found: Mapping[str, Any]) -> list[str]:
+    """What is to be said beside a claim that is not supported: that it could not have been, what it rests on, and
+    what kind of evidence it is."""
+    barred = f"found here: {entry.estimate:g}, by ranks that {COARSE} once corrected" if COARSE in entry.reason else ""
+    return list(filter(None, (barred, basis(entry.id, found), rank(entry) if entry.fresh else "")))
 
 
 def answer(entries: Sequence[Entry], found: Mapping[str, Any]) -> str:
-    """One sentence: what the slice does, and whether it is about supersets, by the verdicts."""
+    """One sentence: what the slice does, and whether it is about supersets, by the verdicts, and which of them are
+    exploratory."""
     held = {entry.id for entry in entries if entry.verdict == SUPPORTED}
-    words = next(one.words for one in ANSWERS if held.issuperset(one.claims)).format(**site_names(found))
+    ranks = {entry.id: f" ({rank(entry)})" if rank(entry) else "" for entry in entries}
+    words = next(one.words for one in ANSWERS if held.issuperset(one.claims)).format(**site_names(found), rank=ranks)
     return f"{words[0].upper()}{words[1:]}."
 
 
@@ -138,7 +206,11 @@ def not_so(entries: Sequence[Entry], found: Mapping[str, Any]) -> str:
         for link in LINKS:
             entry = by_claim[link.claim]
             if entry.verdict == verdict:
-                links.setdefault(word + nearly(entry), []).append(link.plan)
+                said_beside = asides(entry, found) if verdict == NOT_SUPPORTED else []
+                if COARSE in entry.reason and deciding(entry) is not entry:
+                    said_beside.insert(1, f"on fresh people, who decide: {entry.fresh.estimate:g}")
+                aside = "; ".join(said_beside)
+                links.setdefault(word + nearly(entry), []).append(link.plan + f" ({aside})" * bool(aside))
         said += [f"{name}: {'; '.join(own)}." for name, own in links.items()]
     return " ".join(said)
 
@@ -164,7 +236,7 @@ def by_construction(row: Mapping[str, Any] | None) -> str:
 
 def outline(entries: Sequence[Entry], found: Mapping[str, Any]) -> list[str]:
     """What the circuit is, in three sentences: who writes at the names, who carries it on, what follows and what else
-    travels the same road; their clauses as a list. Of claims that answer one question, those that are supported speak,
+    the slice carries; their clauses as a list. Of claims that answer one question, those that are supported speak,
     else all."""
     sites, by_claim = site_names(found), {entry.id: entry for entry in entries}
     out = []
@@ -195,7 +267,10 @@ def standing(entry: Entry) -> str:
     here, decided = holds(entry.alone, entry.here), deciding(entry)
     if decided is entry:
         return here
-    return f"on this book's people {here}; on fresh people, who decide, {holds(decided.alone, decided.verdict)}"
+    there = holds(decided.alone, decided.verdict)
+    if there == here:
+        return f"on this book's people and on fresh people, who decide, {here}"
+    return f"on this book's people {here}; on fresh people, who decide, {there}"
 
 
 def nearly(entry: Entry) -> str:
@@ -208,7 +283,10 @@ def clause(entry: Entry, text: str, sites: Mapping[str, str]) -> str:
     """One clause with its number, worded by the verdict."""
     said, before = value(entry), ""
     if entry.verdict == NOT_SUPPORTED:
-        before = f"not supported{nearly(entry)}: " if nearly(entry) else "it is not supported that "
+        before = f"it is not supported{nearly(entry)} that "
+        if (entry.alone, entry.here, deciding(entry).alone) == (SUPPORTED, NOT_SUPPORTED, SUPPORTED):
+            both = " (here, and on fresh people, who decide)" * (deciding(entry) is not entry)
+            before = f"it is shown alone, but not once all claims are corrected together{both}, that "
         said += "" if nearly(entry) else f"; asked for: {entry.asked}"
     elif entry.verdict == NOT_TESTABLE and entry.estimate is not None:
         why = entry.reason.partition("; ")[2]  # behind its numbers
@@ -237,28 +315,32 @@ def sentence(entries: Sequence[Entry], found: Mapping[str, Any]) -> list[str]:
     for link in LINKS:
         entry = by_claim[link.claim]
         if entry.verdict == SUPPORTED:
-            chain.append(with_number(link.here, number(entry, entry), sites))
+            chain.append(with_number(link.here, ranked(entry), sites))
             holds = True
             continue
         others = {name: text for name, text in link.instead.items() if by_claim[name].verdict == SUPPORTED}
-        each = [with_number(text, number(*[by_claim[name]] * 2), sites) for name, text in others.items()]
+        each = [with_number(text, ranked(by_claim[name]), sites) for name, text in others.items()]
         chain.append(" and ".join(each) or f"[{entry.verdict}: {link.plan}]")
         holds = holds or bool(others)
         instead = f"; instead {listed(each)}" if others else ""
-        open_links[entry.verdict].append(f"{words[entry.verdict]} that {link.plan} ({because(entry)}){instead}.")
+        open_links[entry.verdict].append(f"{words[entry.verdict]} that {link.plan} ({because(entry, found)}){instead}.")
     whole = f"The names → {' → '.join(chain)} → the answer."
     if not holds:
         whole = "No link of the plan's chain from the names to the answer is supported here."
     return [whole, *(text for each in open_links.values() for text in each)]
 
 
-def because(entry: Entry) -> str:
-    """Why a link is open, its number with its unit."""
+def because(entry: Entry, found: Mapping[str, Any]) -> str:
+    """Why a link is open, its number with its unit, and what is to be said beside it."""
     decided = deciding(entry)
     before, asked, rest = decided.reason.partition("; asked for")
     known = asked and decided.high is not None
     said = before + unit(entry) * bool(known) + asked + rest
-    return said if decided is entry else f"on fresh people {said}"
+    if entry.verdict != NOT_SUPPORTED:
+        return said if decided is entry else f"on fresh people {said}"
+    if decided is entry:  # its reason says what it rests on
+        return "; ".join([said, *filter(None, [rank(entry) if entry.fresh else ""])])
+    return "; ".join([f"on fresh people {said}", *asides(entry, found)])
 
 
 def unit(entry: Entry) -> str:
@@ -276,5 +358,11 @@ def number(of: Entry | Confirmed, entry: Entry) -> str:
 
 def value(entry: Entry) -> str:
     """What an entry measured, for a sentence, and what fresh people gave where they decide."""
-    decided, own = deciding(entry), number(entry, entry)
-    return own if decided is entry else f"{own}; on fresh people {number(decided, entry).removesuffix(unit(entry))}"
+    decided = deciding(entry)
+    fresh = "" if decided is entry else f"; on fresh people {number(decided, entry).removesuffix(unit(entry))}"
+    return ranked(entry) + fresh
+
+
+def ranked(entry: Entry) -> str:
+    """An entry's number, and that it is exploratory where fresh people were asked about others."""
+    return "; ".join(filter(None, (number(entry, entry), rank(entry) if entry.fresh else "")))
