@@ -288,6 +288,16 @@ def test_the_report_recovers_what_was_put_in():
     assert "Not better than random: probe, 1." in text and "of logit_diff" not in text
 
 
+def test_what_the_dormant_part_does_is_said_beside_what_beats_random():
+    parts = [("rotation, 1", 0.6, 0.55, 0.65), ("class means, 2", 0.1, 0.0, 0.2), ("rotation, 4", 0.6, 0.5, 0.7)]
+    parts = pd.DataFrame(parts, columns=["name", "share", "share_low", "share_high"]).assign(part="outside")
+    said = directions_page.dormant_sentence(parts, ["rotation, 1", "class means, 2", "rotation, 4"])
+    assert said.endswith("does most of it for rotation, 1 (0.60 [0.55, 0.65] of it): to that extent an illusion.")
+    assert directions_page.dormant_sentence(parts, ["class means, 2", "rotation, 4"]) == ""
+    none = dict.fromkeys(("share_low", "share_high"), np.nan)  # few quads
+    assert directions_page.dormant_sentence(parts.assign(**none), ["rotation, 1"]) == ""
+
+
 def test_few_quads_give_numbers_without_intervals():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
