@@ -150,8 +150,8 @@ def test_the_search_is_behind_only_where_the_difference_is_shown():
     rows += [{"order": order, "estimate": 0.8, "low": 0.7, "high": 0.9, "minus_estimate": -0.1, "minus_low": low,
               "minus_high": high} for order, (low, high) in ends.items()]  # fmt: skip
     assert circuits_page.at_size_sentence(rows).endswith(
-        ". At this size the search is ahead of random, behind recovery (step 04) and not shown to differ from damage and "
-        "attribution (each interval by itself)."
+        ". At this size the search is ahead of random, behind recovery (step 04) and not shown to differ from damage "
+        "and attribution (each interval by itself)."
     )
     assert "At this size" not in circuits_page.at_size_sentence(rows[:1])
 

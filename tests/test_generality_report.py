@@ -477,8 +477,8 @@ def test_pairs_before_any_selection_stand_beside_the_ends():
 def test_damage_and_recovery_of_another_template_say_their_own_quads():
     def said(damage: int, recovery: int) -> str:
         sizes = {"damage": damage, "recovery": recovery, page.MIRRORED: 30}
-        rows = [{"kind": "template", "group": "u", "quantity": name, "estimate": 0.8, "low": 0.7, "high": 0.9, "quads": n}
-                for name, n in sizes.items()]  # fmt: skip
+        about = {"kind": "template", "group": "u", "estimate": 0.8, "low": 0.7, "high": 0.9}
+        rows = [about | {"quantity": name, "quads": quads} for name, quads in sizes.items()]
         return page.group_sentences(pd.DataFrame(rows), "t")[-1]
 
     each = "In `u`, jointly, its damage is 0.80 [0.70, 0.90] and recovery is 0.80 [0.70, 0.90]"

@@ -393,7 +393,8 @@ def test_few_quads_and_one_half_go_through(tiny, halves):
     part = neurons_page.part(step, made)
     text = " ".join(part["sentences"])
     first = frame.loc[frame["half"] == halves[0], "quad_id"].nunique()
-    picked = f"The {len(chosen)} asked were picked from {len(frame[picks.NEURON].drop_duplicates())} on {first} {halves[0]} quad"
+    every = len(frame[picks.NEURON].drop_duplicates())
+    picked = f"The {len(chosen)} asked were picked from {every} on {first} {halves[0]} quad"
     assert (picked in part["headline"][0]) == ("shares" in part["neurons"] and bool(part["neurons"]["shares"]))
     assert "nan" not in text.lower() and "None" not in text and "was not tested (no interval" in text
     assert part["neurons"]["top"][0]["site"] == chosen["site"][0] and set(part["figures"]) <= {"top", "joint"}

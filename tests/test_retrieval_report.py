@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from lib.data import HALVES
 from lib.hooks import EMBED, Site, site_name
 from lib.stats import Interval
 from pipeline import params
@@ -418,7 +419,7 @@ def test_a_probe_must_tell_more_than_what_is_known_without_the_model():
 def test_the_axes_say_how_many_quads_each_kind_of_prompt_has():
     def senders(quads: int) -> pd.DataFrame:
         names = {"site": ["mlp 0", "mlp 1"], "component": "mlp", "estimate": [1.0, 0.5], "quads": quads}
-        return pd.concat([pd.DataFrame(names).assign(half=half) for half in effects.HALVES], ignore_index=True)
+        return pd.concat([pd.DataFrame(names).assign(half=half) for half in HALVES], ignore_index=True)
 
     routes = {"slice at names": senders(26), "slice in one-name prompts": senders(1)}
     axes = page.pairs_and_names(SimpleNamespace(routes=routes)).axes[0]
