@@ -374,7 +374,7 @@ def test_the_primary_scoring_is_named_and_so_is_how_many_others_agree():
     )
     assert controls_page.headline(verdicts, 0.2) == [
         "Controls as expected by the primary scoring (centred under `mean`), each by itself, and in brackets how many "
-        "other scorings come to the same verdict: things (0 of 1), shuffled labels (1 of 1) and random heads (1 of 1); "
+        "other scorings come to the same verdict: things (0 of 1), shuffled labels (0 of 1) and random heads (1 of 1); "
         "not, or not decided: none. Page 10 judges them with all other claims."
     ]
     assert controls_page.headline(verdicts.head(0), 0.2) == []
