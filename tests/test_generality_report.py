@@ -486,16 +486,21 @@ def test_damage_and_recovery_of_another_template_say_their_own_quads():
     assert said(21, 21) == f"{each} (21 quads)."
 
 
+@pytest.mark.parametrize("every", [False, True])
 @pytest.mark.parametrize("p", [0.2, 0.001, None])
-def test_whether_the_sites_share_the_work_alike_is_in_the_headline_once(p):
+def test_whether_the_sites_share_the_work_alike_is_in_the_headline_once(p, every, monkeypatch):
     tables = made_tables(6)
+    decided = page.decide(tables.groups, tables.circuits, PARAMS)
+    wanted = page.EVERY if every else page.NOT_EVERY
+    monkeypatch.setattr(page, "decide", lambda *_: decided._replace(verdict=wanted))
     sites = pd.DataFrame({"site": ["a", "b"], "sure": [True, False]})
     test = None if p is None else SimpleNamespace(p_overall=p)
     tables = tables._replace(interaction=(test, sites, "why"))
     found = page.numbers(STEP, MEASURED, tables)
-    every = found["verdict"] == page.EVERY and p == 0.001
     told = [text for text in found["headline"] if "class x site interaction" in text]
-    assert len(told) == (p is not None and not every)
+    differ = p == 0.001
+    assert len(told) == (p is not None and not (every and differ))
+    assert ("Site by site it does not do so alike" in found["headline"][0]) == (every and differ)
     assert all("page 10 judges the claim that they differ, on fresh people where it has some" in text for text in told)
     assert ("are not shown to share the work otherwise than alike" in " ".join(found["sentences"])) == (p == 0.2)
 
