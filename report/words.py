@@ -52,8 +52,12 @@ def number_word(number: int) -> str:
 
 
 def interval(estimate: float, low: float | None, high: float | None, digits: int = 2) -> str:
-    """An estimate with its interval, "0.33 [0.28, 0.38]", or alone where there is none."""
+    """An estimate with its interval, "0.33 [0.28, 0.38]", or alone where there is none; with up to two more digits
+    where an end beside zero would else look like zero, though the estimate does not."""
     bare = low is None or high is None or np.isnan(low) or np.isnan(high)
+    if not bare and (low > 0 or high < 0) and float(f"{estimate:.{digits}f}"):
+        near = min(abs(low), abs(high))
+        digits = next((n for n in range(digits, digits + 3) if float(f"{near:.{n}f}")), digits)
     texts = [f"{value:.{digits}f}" for value in ((estimate,) if bare else (estimate, low, high))]
     texts = [text.lstrip("-") if float(text) == 0 else text for text in texts]
     return texts[0] + ("" if bare else f" [{texts[1]}, {texts[2]}]")
@@ -157,19 +161,26 @@ def top_sites(table: pd.DataFrame, count: int) -> str:
 
 
 def top_sites_sentence(table: pd.DataFrame, params: Shared, count: int, what: str) -> str:
-    """The leading sites, picked on discovery, with their confirmation effects."""
+    """The leading sites, picked on discovery, with their confirmation effects: falls of logit_diff where `what` is a
+    damage, else rises."""
     top, sure = reported(picked(table, count)), effects.confirmed(table, params)["site"]
     found, others = len(sure), top.loc[~top["site"].isin(sure), "site"]
+    change = "fall" if "damage" in what else "rise"
     many = (
         f"Of {counted(table['site'].nunique(), 'site')}, {found} {'is' if found == 1 else 'are'} significant "
-        f"familywise in both halves with a positive effect above the model's noise ({params.floor:g} logits)."
-    ) + f" Of these {count}, {listed(others)} {'is' if len(others) == 1 else 'are'} not." * bool(len(others))
+        f"familywise in both halves with a {change} above the model's noise ({params.floor:g} logits)."
+    )
+    if len(others):
+        which = "none is" if len(others) == len(top) else f"{listed(others)} {'is' if len(others) == 1 else 'are'} not"
+        many += f" Of these {count}, {which}."
     if table["low"].isna().any():
         many = f"There are too few quads to say of any of the {table['site'].nunique()} sites that it is significant."
+    unit = in_logits(top, f"familywise {params.level:.0%} intervals")
     return (
-        f"The {count} sites of largest {what} on the discovery half are, with their effect on logit_diff on the "
-        f"confirmation half ({in_logits(top, f'familywise {params.level:.0%} intervals')}): {top_sites(table, count)}. "
-        f"{many}" + ONE_HALF * (table["half"].nunique() == 1)
+        f"The {count} sites of largest {what} on the discovery half are, with the {change} of logit_diff that each "
+        f"brings on the confirmation half ({unit}): {top_sites(table, count)}. {many}"
+        + ONE_HALF
+        * (table["half"].nunique() == 1)
     )
 
 

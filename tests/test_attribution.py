@@ -144,6 +144,18 @@ def test_curves_areas_members_and_completeness_by_hand():
     assert "No circuit was searched for" in circuits_page.circuit_sentences(none, P)[0]
 
 
+def test_the_search_is_behind_only_where_the_difference_is_shown():
+    ends = {"recovery": (-0.2, -0.1), "damage": (-0.1, 0.1), "attribution": (None, None), "random": (0.5, 0.6)}
+    rows = [{"order": "circuit", "size": 9, "estimate": 0.7, "low": 0.6, "high": 0.8}]
+    rows += [{"order": order, "estimate": 0.8, "low": 0.7, "high": 0.9, "minus_estimate": -0.1, "minus_low": low,
+              "minus_high": high} for order, (low, high) in ends.items()]  # fmt: skip
+    assert circuits_page.at_size_sentence(rows).endswith(
+        ". At this size the search is ahead of random, behind recovery (step 04) and not shown to differ from damage "
+        "and attribution (each interval by itself)."
+    )
+    assert "At this size" not in circuits_page.at_size_sentence(rows[:1])
+
+
 def test_a_ranking_takes_the_discovery_half_and_the_sites_asked_for():
     table = pd.DataFrame(
         [("confirmation", 0, "head", 1, 9.0), ("discovery", 0, "head", 1, 1.0), ("discovery", 0, "query", 1, 8.0)]

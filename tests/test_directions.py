@@ -243,9 +243,9 @@ def steering(prompts, slope=1.5):
     return pd.DataFrame(rows), {f"s{index}": "mixed" for index in range(prompts)}
 
 
-def part(quads):
+def part(quads, **other):
     """The whole part of the page from made-up tables: its findings, and sentences with the headline."""
-    patches = synthetic(quads, RECOVERY)
+    patches = synthetic(quads, RECOVERY | other)
     pairs = [replace(PAIRS[0], pair_id=name, candidates=("artist", "writer", "x", "y"), answer=0 if index % 2 else 2)
              for index, name in enumerate(patches["pair_id"].unique())]  # fmt: skip
     scan = pd.concat([synthetic(quads, RECOVERY, site_set=at) for at in (0, 1)], ignore_index=True)
@@ -286,6 +286,18 @@ def test_the_report_recovers_what_was_put_in():
     shared = words.interval(*numbers.loc[("class means", 1), ["estimate", "low", "high"]])
     assert f"One that all pairs share recovers {shared} (class means)." in headline[0]
     assert "Not better than random: probe, 1." in text and "of logit_diff" not in text
+
+
+def test_what_the_dormant_part_does_is_said_beside_what_beats_random():
+    parts = [("rotation, 1", 0.6, 0.55, 0.65), ("class means, 2", 0.1, 0.0, 0.2), ("rotation, 4", 0.6, 0.5, 0.7)]
+    parts = pd.DataFrame(parts, columns=["name", "share", "share_low", "share_high"]).assign(part="outside")
+    said = directions_page.dormant_sentence(parts, ["rotation, 1", "class means, 2", "rotation, 4"])
+    assert said.endswith("does most of it for rotation, 1 (0.60 [0.55, 0.65] of it): to that extent an illusion.")
+    assert directions_page.dormant_sentence(parts, ["class means, 2", "rotation, 4"]) == ""
+    dormant = part(30, **{"class difference|1|outside": 0.7})[2][-1]
+    assert dormant.endswith(": to that extent an illusion.") and "of it for class difference, 1 (0." in dormant
+    none = dict.fromkeys(("share_low", "share_high"), np.nan)  # few quads
+    assert directions_page.dormant_sentence(parts.assign(**none), ["rotation, 1"]) == ""
 
 
 def test_few_quads_give_numbers_without_intervals():

@@ -229,9 +229,9 @@ def patches(better, quads=30):
 @pytest.mark.parametrize(
     "better,wanted",
     [
-        (1, "better than neurons and directions at some"),
-        (0, "not shown to be better than neurons or directions"),
-        (-1, "not shown"),
+        (1, "SAE features do more than neurons or directions at some budget, and less at none here"),
+        (0, "SAE features are not shown to do more or less than neurons or directions at any budget here"),
+        (-1, "SAE features do less than neurons or directions at some budget, and more at none here"),
     ],
 )
 def test_the_verdict_follows_the_numbers(better, wanted):
@@ -252,6 +252,15 @@ def test_the_verdict_follows_the_numbers(better, wanted):
     assert "; of 3: " in said and said.count("directions (all 2 that there are)") == 1
     assert "all " not in features_page.effect_sentences(table, gaps, PARAMS, 3)[0].partition("All")[0]
     assert len(features_page.budget_curves(table).axes) == 1
+
+
+def test_each_rival_is_judged_by_itself():
+    verdicts = [("recovery", "", "neurons", True, False), ("recovery", "", "directions", False, False)]
+    verdicts += [("damage", "", "neurons", False, True), ("damage", "", "random features", True, False)]
+    assert features_page.rivals_sentence(verdicts).startswith(
+        "SAE features do more than neurons in some comparisons, and less in others; they are not shown to do more or "
+        "less than directions at any budget here"
+    )
 
 
 def test_the_best_features_are_said_with_their_prompts_and_few_quads_have_no_interval():

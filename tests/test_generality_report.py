@@ -372,7 +372,12 @@ def test_the_primary_scoring_is_named_and_so_is_how_many_others_agree():
         text.startswith("Control things") and "of 1 other scoring 0 agree (raw under `mean` active)." in text
         for text in said
     )
-    assert "by the primary scoring (centred under `mean`)" in controls_page.headline(verdicts)[0]
+    assert controls_page.headline(verdicts, 0.2) == [
+        "Controls as expected by the primary scoring (centred under `mean`), each by itself, and in brackets how many "
+        "other scorings come to the same verdict: things (0 of 1), shuffled labels (0 of 1) and random heads (1 of 1); "
+        "not, or not decided: none. Page 10 judges them with all other claims."
+    ]
+    assert controls_page.headline(verdicts.head(0), 0.2) == []
     unsure = pd.DataFrame({"verdict": ["silent", "undecided", "silent"], "p": [0.01, 0.077, 0.02]})
     unsure = unsure.assign(scoring=["centred", "raw", "centred"], ablation=["mean", "mean", "zero"])
     assert controls_page.agreeing(unsure) == (
@@ -396,6 +401,7 @@ def test_a_scoring_that_is_blind_to_the_slices_own_heads_does_not_count():
     )
     (things,) = (text for text in said if text.startswith("Control things"))
     assert things.endswith("no other scoring was made.")
+    assert "things (0 of 0)" in controls_page.headline(every, 0.2)[0]
     (random,) = (text for text in said if text.startswith("Control random heads"))
     assert "of 1 other scoring 1 agrees (raw under `mean` silent)" in random
     power = verdicts.set_index("control").loc["things", "power"].iloc[0]
@@ -466,6 +472,37 @@ def test_pairs_before_any_selection_stand_beside_the_ends():
         "By how pairs were selected, joint recovery runs from 0.70 (solved) to 0.90 (not solved); in pairs before any "
         "selection it is 0.80 (60 quads)."
     ) in page.group_sentences(pd.DataFrame(rows), "t")
+
+
+def test_damage_and_recovery_of_another_template_say_their_own_quads():
+    def said(damage: int, recovery: int) -> str:
+        sizes = {"damage": damage, "recovery": recovery, page.MIRRORED: 30}
+        about = {"kind": "template", "group": "u", "estimate": 0.8, "low": 0.7, "high": 0.9}
+        rows = [about | {"quantity": name, "quads": quads} for name, quads in sizes.items()]
+        return page.group_sentences(pd.DataFrame(rows), "t")[-1]
+
+    each = "In `u`, jointly, its damage is 0.80 [0.70, 0.90] and recovery is 0.80 [0.70, 0.90]"
+    assert said(20, 21) == f"{each} (quads: 20 for damage and 21 for recovery)."
+    assert said(21, 21) == f"{each} (21 quads)."
+
+
+@pytest.mark.parametrize("every", [False, True])
+@pytest.mark.parametrize("p", [0.2, 0.001, None])
+def test_whether_the_sites_share_the_work_alike_is_in_the_headline_once(p, every, monkeypatch):
+    tables = made_tables(6)
+    decided = page.decide(tables.groups, tables.circuits, PARAMS)
+    wanted = page.EVERY if every else page.NOT_EVERY
+    monkeypatch.setattr(page, "decide", lambda *_: decided._replace(verdict=wanted))
+    sites = pd.DataFrame({"site": ["a", "b"], "sure": [True, False]})
+    test = None if p is None else SimpleNamespace(p_overall=p)
+    tables = tables._replace(interaction=(test, sites, "why"))
+    found = page.numbers(STEP, MEASURED, tables)
+    told = [text for text in found["headline"] if "class x site interaction" in text]
+    differ = p == 0.001
+    assert len(told) == (p is not None and not (every and differ))
+    assert ("Site by site it does not do so alike" in found["headline"][0]) == (every and differ)
+    assert all("page 10 judges the claim that they differ, on fresh people where it has some" in text for text in told)
+    assert ("are not shown to share the work otherwise than alike" in " ".join(found["sentences"])) == (p == 0.2)
 
 
 EARLIER = {"ablation": "resample", "estimate": 0.9, "low": 0.8, "high": 1.0, "pairs": 3, "quads": 2}
@@ -575,11 +612,19 @@ def test_the_rule_is_said_with_its_numbers():
     assert "additive predicts best" in text and "two names by 4.0" in text
     assert "of the first's: this leaves room for additive (1)." in text
     for ratio, said in (
-        ((0.5, 0.3, 0.7), "neither additive (1) nor OR (0) is exact"),
+        ((0.5, 0.3, 0.7), "neither additive (1) nor OR (0) is exact; OR (0) lies 0.3 outside it; in predicting people"),
+        ((0.7, 0.4, 0.966), "by itself, neither additive (1) nor OR (0) is exact; additive (1) lies 0.034 outside it;"),
+        ((0.7, 0.4, 1.0), "leaves room for additive (1)."),
         ((0.5, None, None), "not testable"),
     ):
         span = SimpleNamespace(**dict(zip(("estimate", "low", "high"), ratio, strict=True)))
-        assert said in name_rule.exact_sentence(SimpleNamespace(ratio=span, reason="few"))
+        result = SimpleNamespace(ratio=span, reason="few", fitting={"number": ("additive", "AND")})
+        assert said in name_rule.exact_sentence(result)
+        assert ("a free fit is not shown to be better than additive." in name_rule.exact_sentence(result)) == (
+            "outside" in said
+        )
+    result = SimpleNamespace(ratio=SimpleNamespace(estimate=0.5, low=0.3, high=0.7), fitting={"number": ()})
+    assert name_rule.exact_sentence(result).endswith("outside it.")
     assert "cannot be said" in name_rule.exact_sentence(SimpleNamespace(ratio=None))
     assert name_rule.lines(fit, pd.DataFrame(rows))["additive"][2] == pytest.approx(4, abs=0.1)
     assert name_rule.figure(fit, pd.DataFrame(rows)) is not None

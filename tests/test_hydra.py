@@ -390,6 +390,29 @@ def test_a_rise_within_the_noise_is_no_backup():
     assert 0 < tests["low"] < P.floor and not tests["backup"] and not tests["stands_in"]
 
 
+def test_what_one_kind_of_later_sites_is_shown_to_do_by_itself_is_said():
+    def said(whole, heads, mlps):
+        spans = {"heads and MLPs": whole, "heads": heads, "MLPs": mlps}
+        own = {name: SimpleNamespace(estimate=0.0, low=low, high=high) for name, (low, high) in spans.items()}
+        return page.verdict(own["heads and MLPs"]) + page.apart(own["heads and MLPs"], own)
+
+    none = "neither repair nor loss by later sites together is shown"
+    assert said((-0.2, 0.1), (-0.03, -0.004), (-0.1, 0.1)) == f"{none}; later heads by themselves lose as well"
+    assert said((-0.2, 0.1), (-0.1, 0.1), (-0.1, 0.1)) == none
+    assert said((-0.2, -0.1), (-0.2, -0.1), (0.1, 0.2)).endswith("nothing; later MLPs by themselves repair")
+    assert said((None, None), (None, None), (np.nan, np.nan)) == "too few quads to say more"
+
+
+@pytest.mark.parametrize(
+    ("rise", "rounds", "why"), [(0.0, 3, "no later site rises"), (0.4, 0, "the limit of rounds (0)")]
+)
+def test_a_page_without_candidates_says_why(rise, rounds, why):
+    frame = fabricated(rise=rise)
+    once = measure.Round([Site(3, "mlp")], frame, measure.rises(frame, P), pd.DataFrame())
+    step = SimpleNamespace(params=P.model_copy(update={"rounds": rounds}))
+    assert why in page.candidates_table(step, [once]).data
+
+
 def test_few_quads_and_one_half_go_through():
     frame = fabricated(rise=0.3, quads=3, half=["confirmation"])
     table = measure.rises(frame, P)

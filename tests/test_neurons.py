@@ -363,7 +363,7 @@ def solved(model, pair):
 
 
 @pytest.mark.parametrize("halves", [HALVES, HALVES[1:]])
-def test_few_quads_and_one_half_go_through(tiny, halves):
+def test_few_quads_and_one_half_go_through(tiny, halves, monkeypatch):
     """Everything that the page calls, on a handful of pairs."""
     model = replace(tiny("llama"), tokenizer=Numbers())
     pairs = [solved(model, pair) for pair in SPREAD if pair.half in halves]
@@ -394,6 +394,10 @@ def test_few_quads_and_one_half_go_through(tiny, halves):
     text = " ".join(part["sentences"])
     assert "nan" not in text.lower() and "None" not in text and "was not tested (no interval" in text
     assert part["neurons"]["top"][0]["site"] == chosen["site"][0] and set(part["figures"]) <= {"top", "joint"}
+    asked = f"The {len(chosen)} asked were picked from {len(frame[picks.NEURON].drop_duplicates())} on "
+    carried = neurons_page.shares(replaced(SETS, COST), SETS, P)
+    monkeypatch.setattr(neurons_page, "shares", lambda *_: carried)
+    assert asked in neurons_page.part(step, made)["headline"][0] and asked not in text  # there are shares to carry
     spans = neurons_page.by_class(activations, cards, P)
     panels = neurons_page.cards_figure(spans).axes
     assert [axes.get_title(loc="left") for axes in panels if axes.get_visible()] == cards["site"].tolist()

@@ -282,7 +282,10 @@ def test_a_probe_is_set_against_the_better_baseline_prompt_by_prompt(separable):
     assert own["baseline"] == "letters" and own["beyond"] == pytest.approx(own["estimate"] - half)
     assert own["beyond_low"] < own["beyond"] < own["beyond_high"] and own["beyond_low"] > 0
     said = " ".join(probes_page.accuracy_sentences(curve, [3]))
-    assert "surely above the better baseline (letters) after 1 of 1 layers (the first is 3, the last 3)" in said
+    assert (
+        "above the better baseline (letters), each layer's interval by itself, after 1 of 1 layers (the first is"
+        in said
+    )
     perfect = probes_page.curves(table, scores.assign(score=1.0), P)
     assert "after 0 of 1 layers." in probes_page.accuracy_sentences(perfect, [3])[0]
 

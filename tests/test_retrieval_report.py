@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from lib.data import HALVES
 from lib.hooks import EMBED, Site, site_name
 from lib.stats import Interval
 from pipeline import params
@@ -413,3 +414,14 @@ def test_a_probe_must_tell_more_than_what_is_known_without_the_model():
     said = page.probe_sentence(measured(outputs=known), "names", P)
     assert "1 of 10 heads better than the people's metadata do (0.20 above chance), in both halves." in said
     assert "too few quads" in page.probe_sentence(measured(outputs=outputs_of(9)), "names", P)
+
+
+def test_the_axes_say_how_many_quads_each_kind_of_prompt_has():
+    def senders(quads: int) -> pd.DataFrame:
+        names = {"site": ["mlp 0", "mlp 1"], "component": "mlp", "estimate": [1.0, 0.5], "quads": quads}
+        return pd.concat([pd.DataFrame(names).assign(half=half) for half in HALVES], ignore_index=True)
+
+    routes = {"slice at names": senders(26), "slice in one-name prompts": senders(1)}
+    axes = page.pairs_and_names(SimpleNamespace(routes=routes)).axes[0]
+    assert axes.get_xlabel() == "pair prompts (logits, 26 quads)"
+    assert axes.get_ylabel() == "one-name prompts (logits, 1 quad)"

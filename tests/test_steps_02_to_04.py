@@ -712,6 +712,10 @@ def test_tables_for_the_figures():
         ((0.333, 0.2, np.nan), "0.33"),
         ((-0.001, -0.004, 0.004), "0.00 [0.00, 0.00]"),  # no "-0.00"
         ((2.0, 1.5, 2.5, 1), "2.0 [1.5, 2.5]"),
+        ((-0.0191, -0.0342, -0.0041), "-0.019 [-0.034, -0.004]"),  # zero is not in it
+        ((0.07, 0.00004, 0.14), "0.07 [0.00, 0.14]"),
+        ((0.02, -0.004, 0.05), "0.02 [0.00, 0.05]"),
+        ((0.001, 0.0002, 0.002), "0.00 [0.00, 0.00]"),
     ],
 )
 def test_an_estimate_in_a_sentence(numbers, text):
@@ -827,11 +831,14 @@ def test_leading_sites_are_picked_on_discovery_and_told_on_confirmation():
     own = effects.both_halves(table(rows), PARAMS)
     said = words.top_sites_sentence(own, PARAMS, 2, "damage")
     assert said == (
-        "The 2 sites of largest damage on the discovery half are, with their effect on logit_diff on the confirmation "
-        "half (logits, familywise 90% intervals): 0.1 (-1.00 [-1.00, -1.00]) and mlp 0 (2.50 [2.50, 2.50]). "
-        "Of 3 sites, 2 are significant familywise in both halves with a positive effect above the model's noise "
-        "(0.001 logits). Of these 2, 0.1 is not."
+        "The 2 sites of largest damage on the discovery half are, with the fall of logit_diff that each brings on the "
+        "confirmation half (logits, familywise 90% intervals): 0.1 (-1.00 [-1.00, -1.00]) and mlp 0 (2.50 [2.50, "
+        "2.50]). Of 3 sites, 2 are significant familywise in both halves with a fall above the model's noise (0.001 "
+        "logits). Of these 2, 0.1 is not."
     )
+    rise = words.top_sites_sentence(own, PARAMS, 2, "recovery")
+    assert "with the rise of logit_diff that each" in rise and "with a rise above the model's noise" in rise
+    assert words.top_sites_sentence(own.assign(p=1.0), PARAMS, 2, "damage").endswith(" Of these 2, none is.")
     alone = words.top_sites_sentence(own[own["half"] == "discovery"], PARAMS, 1, "damage")
     assert alone.endswith("picked and reported on the same data.")
     few = words.top_sites_sentence(own.assign(low=np.nan), PARAMS, 1, "damage")
@@ -899,6 +906,11 @@ def test_what_step_03_says(tmp_path):
         "that order (the numbers: confirmation half, logits; fewer than 20 quads: no intervals)."
     )
     assert said[8].startswith("`mean` is there for 19 of 40 pairs: the others lack donors")
+    alone = frame[(frame["position"] != "between") | (frame["component"] == "attn")]
+    (told,) = (
+        text for text in necessity_page.findings(own, made._replace(records=alone))["sentences"] if "At `b" in text
+    )
+    assert told.startswith("At `between`, the attention module of largest counterfactual damage is attn 0: ")
     assert said[9] == (
         "At `between`, the attention or MLP module of largest counterfactual damage is attn 0: 0.35 [0.35, 0.35] of "
         "the gap (picked and reported on the same pairs)."

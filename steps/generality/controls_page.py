@@ -186,17 +186,20 @@ def figure(candidates: pd.DataFrame, margin: float) -> Figure | None:
     return plots.controls(first, margin, "change of the logit, less the candidates' mean (logits)")
 
 
-def headline(verdicts: pd.DataFrame) -> list[str]:
-    """Which controls came out as expected, by the scoring and ablation that decide; nothing if none was run."""
-    met = {row.control: row.met for row in verdicts[::-1].itertuples() if row.control in EXPECTATIONS}
-    kept, missed = (
-        [name for name in EXPECTATIONS if name in met and (met[name] is True) == good] for good in (True, False)
-    )
-    if not met:
+def headline(verdicts: pd.DataFrame, margin: float) -> list[str]:
+    """Which controls came out as expected, by the scoring and ablation that decide, and how many other scorings agree;
+    nothing if none was run."""
+    said: dict[bool, list[str]] = {True: [], False: []}
+    parts = dict(list(without_blind(verdicts, margin)[0].groupby("control"))) if len(verdicts) else {}
+    for control in (name for name in EXPECTATIONS if name in parts):
+        own = parts[control]
+        said[bool(own["met"].iloc[0])].append(f"{control} ({same_verdict(own)} of {len(own) - 1})")
+    if not any(said.values()):
         return []
     return [
-        f"Controls as expected by the primary scoring ({named(verdicts.iloc[0])}), each by itself: {listed(kept)}; "
-        f"not, or not decided: {listed(missed)}."
+        f"Controls as expected by the primary scoring ({named(verdicts.iloc[0])}), each by itself, and in brackets how "
+        f"many other scorings come to the same verdict: {listed(said[True])}; not, or not decided: "
+        f"{listed(said[False])}. Page 10 judges them with all other claims."
     ]
 
 
@@ -221,12 +224,16 @@ def without_blind(verdicts: pd.DataFrame, margin: float) -> tuple[pd.DataFrame, 
     return verdicts, out
 
 
+def same_verdict(own: pd.DataFrame) -> int:
+    """How many of the other scorings of a control come to the verdict of the first."""
+    return int((own["verdict"].iloc[1:] == own["verdict"].iloc[0]).sum())
+
+
 def agreeing(own: pd.DataFrame) -> str:
     """How many of the other scorings of a control come to the verdict of the first, and what each comes to."""
-    first, others = own.iloc[0], own.iloc[1:]
+    same, others = same_verdict(own), own.iloc[1:]
     if others.empty:
         return "no other scoring was made"
-    same = int((others["verdict"] == first["verdict"]).sum())
     each = [
         f"{named(row)} {row['verdict']}"
         + (f", p = {row['p']:.3f}" if row["verdict"] == "undecided" and pd.notna(row["p"]) else "")

@@ -270,9 +270,17 @@ def exact_sentence(rule: RuleResult) -> str:
     said = f"The second name's step is {interval(rule.ratio.estimate, low, high)} of the first's"
     if low is None:
         return f"{said}; whether that is additive (1) or OR (0) is not testable here ({rule.reason})."
-    allowed = [name for name, value in (("additive (1)", 1.0), ("OR (0)", 0.0)) if low <= value <= high]
-    exact = f"this leaves room for {listed(allowed)}" if allowed else "neither additive (1) nor OR (0) is exact"
-    return f"{said}: {exact}."
+    rules = {"additive (1)": 1.0, "OR (0)": 0.0}
+    if allowed := [name for name, value in rules.items() if low <= value <= high]:
+        return f"{said}: this leaves room for {listed(allowed)}."
+    beyond = {name: max(low - value, value - high) for name, value in rules.items()}
+    nearest = min(beyond, key=beyond.get)
+    alike = [name for name in rule.fitting.get("number", ()) if name in ("additive", "OR")]
+    error = f"; in predicting people not seen, a free fit is not shown to be better than {listed(alike)}" * bool(alike)
+    return (
+        f"{said}: by this interval, which holds by itself, neither additive (1) nor OR (0) is exact; {nearest} lies "
+        f"{beyond[nearest]:.2g} outside it{error}."
+    )
 
 
 def numbers(rule: RuleResult) -> dict[str, Any]:

@@ -460,7 +460,7 @@ def group_sentences(groups: pd.DataFrame, template: str) -> list[str]:
     out += [f"By how pairs were selected, joint recovery runs {ends(chosen)}{each}."] * bool(len(chosen))
     others = groups[(groups["kind"] == "template") & (groups["group"] != template)]
     for name, rows in others.groupby("group", sort=False):
-        out.append(f"In `{name}`, jointly, its {quantities(rows)} ({rows['quads'].max()} quads).")
+        out.append(f"In `{name}`, jointly, its {quantities(rows)} ({quads_of(rows)}).")
     for kind in ("two names", "order"):
         rows = of_kind(groups, kind)
         if len(rows) > 1:
@@ -473,6 +473,14 @@ def group_sentences(groups: pd.DataFrame, template: str) -> list[str]:
             + (f"; of the {len(sure)} with more, joint recovery {ends(sure)}." if len(sure) else ".")
         )
     return out
+
+
+def quads_of(rows: pd.DataFrame) -> str:
+    """How many quads damage and recovery of one group rest on: "21 quads", or each where they differ."""
+    own = rows[rows["quantity"].isin(JUDGED)]
+    if own["quads"].nunique() == 1:
+        return f"{own['quads'].iloc[0]} quads"
+    return f"quads: {listed(f'{row.quads} for {row.quantity}' for row in own.itertuples())}"
 
 
 def same_sites_sentences(t: Tables, params: Shared) -> list[str]:
@@ -491,13 +499,24 @@ def same_sites_sentences(t: Tables, params: Shared) -> list[str]:
     if test is None:
         return [*out, f"Whether the slice's sites share the work alike in all supersets was not tested: {why}."]
     sure = sites[sites["sure"]]
-    alike = "do not share the work" if shares_differ(t, params) else "are not shown to share the work otherwise than"
     lead = f", most of all {sure['site'].iloc[0]}" if len(sure) else ""
     return [
         *out,
-        f"The slice's {len(sites)} sites {alike} alike in all supersets (class x site interaction, labels of whole "
-        f"quads permuted: p = {test.p_overall:.4f}).",
+        *alike_sentence(t, params),
         f"Familywise, {len(sure)} of them {'differs' if len(sure) == 1 else 'differ'} between supersets{lead}.",
+    ]
+
+
+def alike_sentence(t: Tables, params: Shared) -> list[str]:
+    """Whether the sites share the work alike, where that was tested, and who decides it."""
+    test, sites, _ = t.interaction
+    if test is None:
+        return []
+    alike = "do not share the work" if shares_differ(t, params) else "are not shown to share the work otherwise than"
+    return [
+        f"The slice's {len(sites)} sites {alike} alike in all supersets (class x site interaction, labels of whole "
+        f"quads permuted: p = {test.p_overall:.4f} on these pairs; page 10 judges the claim that they differ, on fresh "
+        "people where it has some)."
     ]
 
 
@@ -568,6 +587,8 @@ def numbers(step: Step, m: Measured, t: Tables) -> dict[str, Any]:
     verdict = decide(t.groups, t.circuits, step.params)
     spoken, rule = verdict_sentence(verdict, t, step.params), name_rule.sentences(t.rule)
     specific = placebo_page.sentences(t.specific, step.params)
+    told = verdict.verdict == EVERY and shares_differ(t, step.params)  # then the verdict says so
+    alike = [] if told else alike_sentence(t, step.params)
     test, sites, why = t.interaction
     tables = {"classes": t.groups, "sites": t.sites, "ranks": t.ranks, "transfer": t.transfer}
     tables |= {"specific": t.specific, "controls": t.controls, "leaders": t.leaders}
@@ -599,8 +620,9 @@ def numbers(step: Step, m: Measured, t: Tables) -> dict[str, Any]:
         "sentences": sentences,
         "headline": [
             spoken,
+            *alike,
             *specific[:1],
-            *controls_page.headline(t.controls),
+            *controls_page.headline(t.controls, step.params.silence_margin),
             *(rule[name] for name in ("steps", "ratio") if name in rule),
         ],
     }

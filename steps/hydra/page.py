@@ -7,11 +7,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from IPython.display import Markdown
 from matplotlib.figure import Figure
 
 from lib import effects, stats
@@ -211,9 +212,15 @@ def ranked(step: Step, rounds: Sequence[Round]) -> Figure | None:
     return plots.ranked_sites(leading(risen, 15, step.params), "change of the direct effect (logits)")
 
 
-def candidates_table(rounds: Sequence[Round]) -> pd.DataFrame | None:
-    """The tests of all rounds, where there were candidates."""
-    return tests_table(rounds) if any(len(one.tests) for one in rounds) else None
+def candidates_table(step: Step, rounds: Sequence[Round]) -> pd.DataFrame | Markdown:
+    """The tests of all rounds, or why there were none."""
+    if any(len(one.tests) for one in rounds):
+        return tests_table(rounds)
+    risen = rounds[0].rises
+    rising = candidates(risen, step.params) if len(risen) else risen
+    none = "no later site rises significantly on the discovery half"
+    why = f"the limit of rounds ({step.params.rounds}) was reached" if len(rising) else none
+    return Markdown(f"None was ablated with the slice: {why}.")
 
 
 def widening(step: Step, rounds: Sequence[Round]) -> Figure | None:
@@ -250,7 +257,7 @@ def split_sentences(split: pd.DataFrame, ratios: pd.DataFrame, spread: Sequence[
             continue
         text += (
             f" The compensation ratio is {shown(whole)} (heads {shown(own['heads'])}, MLPs {shown(own['MLPs'])}): "
-            f"{verdict(whole)}."
+            f"{verdict(whole)}{apart(whole, own)}."
         )
         for rows in (entry for entry in spread if entry["ablation"] == ablation):
             q = rows["quantiles"]
@@ -272,7 +279,23 @@ def verdict(ratio: Any) -> str:
         return "later sites, which read the slice, lose as well; on the whole they repair nothing"
     if ratio.low > 0:
         return f"later sites make up for {ratio.estimate:.0%} of what the slice itself loses"
-    return "neither repair nor loss by later sites is shown"
+    return "neither repair nor loss by later sites together is shown"
+
+
+def apart(whole: Any, own: Mapping[str, Any]) -> str:
+    """What later heads or MLPs are shown to do by themselves where later sites together are not shown to do it."""
+    return "".join(
+        f"; later {part} by themselves {does}"
+        for part in ("heads", "MLPs")
+        for does, sign in (("repair", 1), ("lose as well", -1))
+        if signed(own[part]) == sign != signed(whole)
+    )
+
+
+def signed(ratio: Any) -> int:
+    """1 where an interval lies above zero, -1 below; 0 where it holds zero, or there is none."""
+    known = ratio.low is not None and not np.isnan(ratio.low)
+    return int(ratio.low > 0) - int(ratio.high < 0) if known else 0
 
 
 def share(span: stats.Interval) -> str:

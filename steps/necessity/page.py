@@ -40,6 +40,7 @@ CAPTIONS = {
     "their effect in both halves and intervals that hold for all sites together.",
     "layers": f"Damage when a whole attention or MLP module is replaced; {OVER_QUADS}.",
 }
+MODULES = {"attn": "attention", "mlp": "MLP"}
 
 
 def agreement(frame: pd.DataFrame, kinds: Sequence[str], params: Shared) -> dict[str, Interval]:
@@ -224,9 +225,10 @@ def findings(step: Step, m: Measured) -> dict[str, Any]:
     for role, rows in by_role[by_role["position"] != "last"].groupby("position", sort=False):
         best = rows.loc[rows["estimate"].idxmax()]
         site = site_name(best["layer"], best["component"])
+        kinds = " or ".join(word for kind, word in MODULES.items() if kind in {*rows["component"]})
         sentences.append(
-            f"At `{role}`, the attention or MLP module of largest counterfactual damage is {site}: {of_row(best)} of "
-            "the gap (picked and reported on the same pairs)."
+            f"At `{role}`, the {kinds} module of largest counterfactual damage is {site}: {of_row(best)} of the gap "
+            "(picked and reported on the same pairs)."
         )
     found = {
         "model": about_model(step),

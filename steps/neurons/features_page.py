@@ -273,9 +273,8 @@ def effect_sentences(table: pd.DataFrame, gaps: pd.DataFrame, params: Neurons, d
                 continue
             more, less = part["k"][low > 0].tolist(), part["k"][high < 0].tolist()
             said = [f"{word} than {other} {at_budgets(ks)}" for word, ks in (("more", more), ("less", less)) if ks]
-            verdicts.append(
-                (quantity, " and ".join(said) or f"neither more nor less than {other} at any budget", other, more)
-            )
+            said = " and ".join(said) or f"neither more nor less than {other} at any budget"
+            verdicts.append((quantity, said, other, bool(more), bool(less)))
     if not verdicts:
         return [*out, "There are too few quads to compare SAE features with neurons and directions."]
     for quantity in dict.fromkeys(table["quantity"]):
@@ -286,13 +285,24 @@ def effect_sentences(table: pd.DataFrame, gaps: pd.DataFrame, params: Neurons, d
             f"There are {directions} class directions: beyond a budget of {directions}, features stand against all of "
             "them, not against as many as there are features."
         )
-    better = {other for _, _, other, more in verdicts if more and other in ("neurons", "directions")}
-    rivals = [other for other in ("neurons", "directions") if any(other == own for _, _, own, _ in verdicts)]
-    beaten = [other for other in rivals if other in better]
-    end = f"SAE features are better than {' and '.join(beaten)} at some budget here" if beaten else ""
-    left = [other for other in rivals if other not in better]
-    worse = f"SAE features are not shown to be better than {' or '.join(left)} at any budget here" if left else ""
-    return [*out, "; ".join(filter(None, (end, worse))) + "."]
+    return [*out, rivals_sentence(verdicts)]
+
+
+def rivals_sentence(verdicts: Sequence[tuple]) -> str:
+    """Whether features do more or less than neurons and directions at any budget; `verdicts` end in the other kind, and
+    whether features do more and less than it."""
+    words = {
+        (True, False): "do more than {} at some budget, and less at none",
+        (True, True): "do more than {} in some comparisons, and less in others",
+        (False, True): "do less than {} at some budget, and more at none",
+        (False, False): "are not shown to do more or less than {} at any budget",
+    }
+    kinds: dict[tuple[bool, bool], list[str]] = {}
+    for rival in ("neurons", "directions"):
+        if own := [(more, less) for *_, other, more, less in verdicts if other == rival]:
+            kinds.setdefault(tuple(any(held) for held in zip(*own, strict=True)), []).append(rival)
+    each = [words[kind].format(" or ".join(others)) for kind, others in kinds.items()]
+    return f"SAE features {'; they '.join(each)} here (familywise over kinds and budgets)."
 
 
 def at_budgets(sizes: Sequence[int]) -> str:

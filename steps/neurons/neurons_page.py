@@ -369,6 +369,15 @@ def claimed(table: pd.DataFrame) -> str:
     )
 
 
+def asked(frame: pd.DataFrame, chosen: pd.DataFrame) -> str:
+    """From how many neurons, and on how many quads, those were picked that are asked."""
+    half, first = in_halves(frame)[0]
+    return (
+        f" The {len(chosen)} asked were picked from {len(frame[NEURON].drop_duplicates()):,} on "
+        f"{counted(first['quad_id'].nunique(), f'{half} quad')}: others, missed there, may do more."
+    )
+
+
 def scope_sentences(frame: pd.DataFrame, chosen: pd.DataFrame) -> tuple[list[str], dict]:
     """What was swept, and how far the effects of single neurons repeat in the other half."""
     halves = [means(part) for _, part in in_halves(frame)]
@@ -508,7 +517,7 @@ def part(step: Step, m: Measured) -> dict[str, Any]:
     about_class, counted = class_sentence(apart, chance, m.top, quads)
     verdict = "The MLPs of these layers have no joint effect to be carried."
     if joint:
-        verdict = few(discovery_shares(m.joint, m.sets, params), carried) + claimed(carried)
+        verdict = few(discovery_shares(m.joint, m.sets, params), carried) + claimed(carried) + asked(m.neurons, m.top)
     ranked = m.top.merge(apart[["site", "superset", "promoted", "discovery", "confirmation"]], on="site")
     by_kind = {kind: reported(rows)[["site", "estimate", "low", "high", "p", "ratio"]] for kind, rows in alone.items()}
     figures = {"top": ranked_figure(step, m), "joint": joint_figure(step, m)}

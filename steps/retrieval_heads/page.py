@@ -397,8 +397,9 @@ def pairs_and_names(m: Measured) -> Figure | None:
         return None
     at_names = m.routes["slice at names"]
     leaders = picked(at_names, 6)["site"].drop_duplicates().tolist()
-    axes = ("pair", "one", "pair prompts (logits)", "one-name prompts (logits)")
-    return plots.agreement(beside(at_names, alone), *axes, by="component", named=leaders)
+    sizes = (f"{counted(int(reported(table)['quads'].max()), 'quad')}" for table in (at_names, alone))
+    axes = [f"{kind} prompts (logits, {size})" for kind, size in zip(("pair", "one-name"), sizes, strict=True)]
+    return plots.agreement(beside(at_names, alone), "pair", "one", *axes, by="component", named=leaders)
 
 
 def groups_figure(step: Step, m: Measured) -> Figure:

@@ -412,11 +412,15 @@ def at_size_sentence(rows: Sequence[Mapping[str, Any]]) -> str:
         f"{ORDERS[row['order']]} {with_ends(row)} (the search less it: {with_ends(row, prefix='minus_')})"
         for row in others
     ]
-    ahead = [ORDERS[row["order"]] for row in others if row["estimate"] > own["estimate"]]
-    said = f", so at this size the search is behind {listed(ahead)}" if ahead else ""
-    return (
-        f"Of {own['size']} sites, as many as were grown, the search's keep {with_ends(own)}; {'; '.join(each)}{said}."
-    )
+    kinds: dict[str, list[str]] = {"ahead of": [], "behind": [], "not shown to differ from": []}
+    for row in others:
+        ends = (row["minus_low"], row["minus_high"])
+        low, high = (np.nan if end is None else end for end in ends)
+        kind = "ahead of" if low > 0 else "behind" if high < 0 else "not shown to differ from"
+        kinds[kind].append(ORDERS[row["order"]])
+    said = listed(f"{kind} {listed(names)}" for kind, names in kinds.items() if names)
+    so = f". At this size the search is {said} (each interval by itself)" if others else ""
+    return f"Of {own['size']} sites, as many as were grown, the search's keep {with_ends(own)}; {'; '.join(each)}{so}."
 
 
 def attribution_sentences(table: pd.DataFrame, costs: pd.DataFrame, pairs: int) -> list[str]:

@@ -13,6 +13,7 @@ from steps.subspace.direction_sweeps import PARTS
 from steps.subspace.directions_page import last_half
 from steps.subspace.measure import ONE, Measured, Subspace, sums, with_share
 
+NAMED = 6  # that a sentence lists at most
 NONE = (
     "There are no placebo pairs here with a gap of the right sign above the noise, of a superset that the fitting half "
     "has: whether the class directions are about supersets alone was not asked."
@@ -64,7 +65,7 @@ def specific(own: pd.DataFrame, placebo: pd.DataFrame | None, params: Subspace) 
 def share_table(n: Numbers) -> pd.DataFrame:
     """Each direction's shares in the attributes' spans, in brackets what spans dealt out anew stay below, at the
     profile's level."""
-    text = [f"{row.share:.2f} ({row.highest:.2f})" for row in n.shares.itertuples()]
+    text = [with_point(row.share, row.highest) for row in n.shares.itertuples()]
     wide = n.shares.assign(text=text).pivot(index="name", columns="attribute", values="text")
     order = wide.loc[n.shares["name"].unique(), n.shares["attribute"].unique()]
     order = order.rename(columns={TOGETHER: "all together"})
@@ -90,6 +91,29 @@ def of(row: Any, prefix: str) -> str:
     return interval(*ends) if pd.notna(getattr(row, f"{prefix}_estimate")) else "nothing to compare with"
 
 
+def with_point(share: float, highest: float) -> str:
+    """A share and what spans dealt out anew stay below, with a third digit where two would not tell them apart."""
+    digits = 2 + (f"{share:.2f}" == f"{highest:.2f}")
+    return f"{share:.{digits}f} ({highest:.{digits}f})"
+
+
+def beyond_sentence(shares: pd.DataFrame, level: float) -> str:
+    """Which single directions lie further along an attribute than spans dealt out anew, beside how many would by
+    chance."""
+    own = shares[shares["name"] != MEAN]
+    far = own[own["share"] > own["highest"]].sort_values("p", kind="stable")
+    each = [
+        f"{row.name_} along {'all together' if row.attribute == TOGETHER else row.attribute} "
+        f"{with_point(row.share, row.highest)}"
+        for row in far.rename(columns={"name": "name_"}).head(NAMED).itertuples()
+    ]
+    which = f": {listed(each)}{', ...' * (len(far) > NAMED)}" if each else ""
+    return (
+        f"Direction by direction and attribute by attribute, each by itself, {len(far)} of {len(own)} shares exceed "
+        f"their {level:.0%} point ({len(own) * (1 - level):.2g} would on average by chance){which}."
+    )
+
+
 def attribute_sentences(n: Numbers, layer: int, level: float) -> list[str]:
     """How much of the class directions lies along the people's attributes, and what that part does."""
     mean, by = n.shares[n.shares["name"] == MEAN].set_index("attribute"), n.parts.set_index("part")
@@ -97,7 +121,7 @@ def attribute_sentences(n: Numbers, layer: int, level: float) -> list[str]:
     each_alone = [name for name in mean.index if name != TOGETHER]
     if not each_alone:
         return ["Nothing is known of the people beside their classes: what else lies in the directions was not asked."]
-    alone = listed(f"{name} {mean.loc[name, 'share']:.2f} ({mean.loc[name, 'highest']:.2f})" for name in each_alone)
+    alone = listed(f"{name} {with_point(*mean.loc[name, ['share', 'highest']])}" for name in each_alone)
     rest = each[each["name"].str.endswith("the rest")].sort_values("share", ascending=False)
     more = "more" if every["p"] <= 1 - level else "not surely more"
     ends = [rest.iloc[place] for place in (0, -1)]
@@ -109,7 +133,7 @@ def attribute_sentences(n: Numbers, layer: int, level: float) -> list[str]:
         f"classes), {more} than in spans of attributes dealt out anew within classes: {every['by_chance']:.2f} on "
         f"average, at most {every['highest']:.2f} in {level:.0%} of them (p = {every['p']:.2g}). Of one attribute "
         f"alone, with that {level:.0%} point: {alone}. Of the directions of one class against the rest, most lies "
-        f"there of {most}, least of {least}."
+        f"there of {most}, least of {least}. {beyond_sentence(n.shares, level)}"
     )
     if f"{TOGETHER} inside" not in by.index:
         return [first]

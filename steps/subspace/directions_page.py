@@ -333,9 +333,25 @@ def number_sentences(n: Numbers, params: Subspace) -> list[str]:
     out.append(
         ("Every method beats" if beats.all() else "Directions do not always beat")
         + f" random subspaces of as many dimensions whose change has the same norm (paired by quads, share of "
-        f"the gap): {listed(each)}." + ("" if beats.all() else f" Not better than random: {listed(weak)}.")
+        f"the gap): {listed(each)}."
+        + ("" if beats.all() else f" Not better than random: {listed(weak)}.")
+        + dormant_sentence(n.parts, called(paired[beats]))
     )
     return out
+
+
+def mostly_dormant(parts: pd.DataFrame) -> pd.DataFrame:
+    """The changes of which more than half of the effect is shown to run through the dormant part; that part's rows."""
+    outside = parts[parts["part"] == "outside"]
+    return outside[outside["share_low"].astype(float) > 0.5]
+
+
+def dormant_sentence(parts: pd.DataFrame, names: Sequence[str]) -> str:
+    """Which of the methods named owe most of it to the dormant part; "" where none is shown to."""
+    rows = mostly_dormant(parts)
+    each = [f"{row['name']} ({value(row, 'share')} of it)" for _, row in rows[rows["name"].isin(names)].iterrows()]
+    does = "the dormant part alone, outside what the model's own activations span, does most of it"
+    return f" But {does} for {listed(each)}: to that extent an illusion." if each else ""
 
 
 def shared(numbers: pd.DataFrame) -> str:
@@ -362,8 +378,8 @@ def split_sentence(parts: pd.DataFrame, directions: pd.DataFrame) -> str:
     """How much runs through the dormant part, and how much the activations vary along each direction."""
     count, outside = (directions["method"] == "component").sum(), parts[parts["part"] == "outside"]
     each = [f"{row['name']}: {value(row, 'share')}" for _, row in outside.iterrows()]
-    mostly = outside.loc[outside["share_low"].astype(float) > 0.5, "name"]
-    verdict = f"shown to be mostly dormant, and to that extent an illusion: {listed(mostly)}"
+    mostly = listed(mostly_dormant(parts)["name"])
+    verdict = f"shown to be mostly dormant, and to that extent an illusion: {mostly}"
     vary, own = [], directions[directions["method"].isin(["class means", "rotation", "probe"])]
     for (method, k), rows in own.groupby(["method", "k"], sort=False):
         vary.append(

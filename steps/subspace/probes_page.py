@@ -349,13 +349,13 @@ def shown(row: pd.Series) -> str:
 
 
 def layers_beyond(own: pd.DataFrame) -> str:
-    """After which layers the accuracy is surely above that of the better baseline."""
+    """After which layers the accuracy is above that of the better baseline, each by its own interval."""
     layers = sorted(own.loc[own["beyond_low"].astype(float) > 0, "layer"])
     if own["beyond_low"].isna().any():
         return "too few were asked to say where it is above the better baseline"
     where = f" (the first is {layers[0]}, the last {layers[-1]})" if layers else ""
     better = f"the better baseline ({own['baseline'].iloc[0]})"
-    return f"surely above {better} after {len(layers)} of {len(own)} layers{where}"
+    return f"above {better}, each layer's interval by itself, after {len(layers)} of {len(own)} layers{where}"
 
 
 def baseline_sentence(table: pd.DataFrame, null: pd.DataFrame, permutations: int) -> str:
@@ -461,7 +461,8 @@ def transfer_sentence(table: pd.DataFrame, layer: int) -> list[str]:
     good = int((table["beyond_low"].astype(float) > 0).sum())
     return [
         f"Probes moved to other prompts about other people, after layer {layer} (beside the accuracy that {HOME}): "
-        f"{listed(each)}. {good} of {len(table)} are surely above the better baseline of the people asked about."
+        f"{listed(each)}. {good} of {len(table)} are above the better baseline of the people asked about, each by "
+        "itself."
     ] * bool(each)
 
 
