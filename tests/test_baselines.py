@@ -157,6 +157,9 @@ def test_a_task_is_done_above_chance_and_the_profiles_own_with_enough_pairs():
     )
     wrong = page.abilities(accuracy.assign(above=False), pd.DataFrame({"pair_id": ["a"] * 9}), PARAMS)["superset"]
     assert wrong["able"] is False and "pairs with a gap" not in wrong["why"]
+    given = page.abilities(accuracy, None, PARAMS.model_copy(update={"pairs_file": "mine.csv"}))
+    whose = "(not of the given pairs, whose names do not fit it)"
+    assert {name for name, own in given.items() if whose in own["why"]} == {"odd_one_out"}
 
 
 @pytest.mark.parametrize(

@@ -199,6 +199,10 @@ def test_a_site_that_serves_one_class_alone_shows_as_interaction_and_one_that_se
     few = made_grid(1)
     test, _, why = page.interaction(page.with_pairs(frame[frame["pair_id"].isin(few["pair_id"])], few), every, PARAMS)
     assert test is None and why.startswith("it takes two supersets that are each in 10 quads or more, and the best")
+    counted = [page.untestable(names, list("abcdefghijkl"[: len(names)]), np.ones(len(names))) for names in (
+        ["artist"] * 10 + ["writer"] * 2, ["artist"] * 10)]  # fmt: skip
+    assert counted[0].endswith("or more, and the best covered are artist in 10 and writer in 2")
+    assert counted[1].endswith("or more, and there is one alone, artist in 10")
     test, _, why = page.interaction(page.with_pairs(frame, grid), [Site(0, "head", 0), Site(5, "mlp")], PARAMS)
     assert test is None and "fewer than two sites" in why
 
@@ -446,6 +450,10 @@ def test_a_leader_that_falls_in_every_prompt_shows_although_no_name_does():
     )
     leaders = controls_page.leaders(controls_page.with_controls(frame, prompts, grid), PARAMS).set_index("control")
     assert leaders.loc["things", "low"] > 1
+    leaders.loc["things", ["low", "high"]] = np.nan  # too few quads
+    shown = controls_page.leaders_table(leaders.reset_index()).set_index("control").iloc[:, 0]
+    assert shown["things"] == of_row(leaders.loc["things"]) and "nan" not in shown["things"]
+    assert controls_page.leaders_table(pd.DataFrame()) is None
     candidates, _ = controls_page.scored(controls_page.with_controls(frame, prompts, grid), SUPERSETS, PARAMS)
     own = candidates[(candidates["control"] == "things") & (candidates["scoring"] == "centred")]
     assert own["estimate"].abs().max() < 0.5

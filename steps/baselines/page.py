@@ -218,7 +218,9 @@ def abilities(accuracy: pd.DataFrame, pairs: pd.DataFrame | None, params: Shared
         if row.task == params.task and row.template != params.template:
             continue
         value = interval(row.estimate, row.low, row.high)
-        why = f"accuracy {value} on {row.prompts} prompts of template `{row.template}`, chance {row.chance:.2f}"
+        other = params.pairs_file is not None and (row.task == "odd_one_out") != (params.task == "odd_one_out")
+        whose = " (not of the given pairs, whose names do not fit it)" * other
+        why = f"accuracy {value} on {row.prompts} prompts of template `{row.template}`{whose}, chance {row.chance:.2f}"
         able, why = row.above, why if row.above else f"{why}: not above chance with {params.level:.0%} confidence"
         if row.task == params.task and row.above:
             count = 0 if pairs is None else len(pairs)
@@ -374,5 +376,7 @@ def findings(step: Step, m: Measured) -> dict[str, Any]:
         "sentences": sentences,
         "headline": [*lead, *short, *said.values()] if main["able"] else sentences,
     }
-    captions = CAPTIONS | ({"accuracy": CAPTIONS["accuracy"].replace(DRAWN, "of given pairs")} if m.given else {})
+    captions = CAPTIONS | (
+        {"accuracy": CAPTIONS["accuracy"].replace(DRAWN, "of given pairs, where they fit it")} if m.given else {}
+    )
     return finished(step, found, {"accuracy": accuracy_figure(m)}, captions)

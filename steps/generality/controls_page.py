@@ -178,6 +178,14 @@ def leaders(rows: pd.DataFrame, params: Shared) -> pd.DataFrame:
     return pd.DataFrame(out)
 
 
+def leaders_table(leaders: pd.DataFrame) -> pd.DataFrame | None:
+    """`leaders` for the page; an estimate without ends rests on too few quads for an interval."""
+    if leaders.empty:
+        return None
+    falls = [of_row(row) for row in leaders.itertuples()]
+    return leaders[["control"]].assign(**{"fall of the leading candidate (logits)": falls})
+
+
 def figure(candidates: pd.DataFrame, margin: float) -> Figure | None:
     """Every control's candidates by the ablation and scoring that decide, where any was run."""
     if candidates.empty:

@@ -24,7 +24,7 @@ from lib.questions import Question
 from pipeline.params import Shared
 from pipeline.step import Step
 from report import plots, site_tables
-from report.words import about_model, finished, interval, listed, of_row, of_rows, shown, with_ends
+from report.words import about_model, finished, listed, of_row, of_rows, shown, with_ends
 from steps.generality import class_tests, controls_page, name_rule, placebo, placebo_page
 from steps.generality.class_circuits import Circuit
 from steps.generality.class_tests import MINIMUM_UNITS, Interaction
@@ -224,8 +224,9 @@ def untestable(names: Sequence[str], quads: Sequence[str], gaps: np.ndarray) -> 
     counts = units["superset"].value_counts()
     enough = counts.index[counts >= MINIMUM_UNITS]
     if len(enough) < 2:
-        most = f"the best covered one, {counts.index[0]}, is in {counts.iloc[0]}"
-        return f"it takes two supersets that are each in {MINIMUM_UNITS} quads or more, and {most}"
+        own = listed(f"{name} in {count}" for name, count in counts.head(2).items())
+        there = f"the best covered are {own}" if len(counts) > 1 else f"there is one alone, {own}"
+        return f"it takes two supersets that are each in {MINIMUM_UNITS} quads or more, and {there}"
     used = units.loc[units["superset"].isin(enough), "quad"].nunique()
     return f"{used} quads are too few ({stats.MINIMUM_CLUSTERS} are needed)" if stats.too_few(used) else ""
 
@@ -303,8 +304,8 @@ def site_figure(t: Tables) -> Figure:
 def site_table(t: Tables) -> pd.DataFrame:
     """Recovery and counterfactual damage of each site of the slice by superset, with intervals."""
     rows = t.sites[t.sites["kind"] == "superset"]
-    rows = rows.assign(effect=[interval(row.estimate, row.low, row.high) for row in rows.itertuples()])
-    return rows.pivot(index=["quantity", "site"], columns="group", values="effect")
+    rows = rows.assign(effect=[of_row(row) for row in rows.itertuples()])
+    return rows.pivot(index=["quantity", "site"], columns="group", values="effect").fillna("not measured")
 
 
 def heads(step: Step, t: Tables) -> Figure:
