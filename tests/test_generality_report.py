@@ -579,7 +579,10 @@ def test_every_sentence_is_made_and_every_figure_drawn_however_little_there_is(q
     lowest = tables.groups.query("kind == 'superset' and quantity == 'recovery'").sort_values("estimate").iloc[0]
     assert f"By superset, joint recovery runs from {of_row(lowest)} ({lowest['group']}) to " in text
     assert "Without artist, scientist, athlete, politician and writer no circuit could be picked" in text
+    assert not page.site_table(tables).isin(["nan"]).any(axis=None)
     shown = controls_page.verdict_table(tables.controls)
+    few = (tables.controls["clusters"] < 20) & tables.controls["control"].isin([*controls_page.EXPECTATIONS])
+    assert ((shown["expectation"] == "too few quads to test") == few).all()
     assert not shown.isna().any(axis=None) and not shown.isin(["nan", "None"]).any(axis=None)
     assert page.by_group(STEP, tables, ["profession"]) is not None and page.by_group(STEP, tables, ["none"]) is None
     for draw in (page.by_group, page.left_out):

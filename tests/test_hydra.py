@@ -246,7 +246,7 @@ def test_a_planted_backup_is_found_and_confirmed(planted):
     )
     shown = page.tests_table([once, once])
     assert shown["round"].tolist() == [0] * len(tests) + [1] * len(tests)
-    assert shown["backup"].iloc[0] and shown["once the slice is gone"].iloc[0].startswith(
+    assert shown["backup"].iloc[0] == "yes" and shown["once the slice is gone"].iloc[0].startswith(
         f"{first['gone_estimate']:.3f} ["
     )
 
@@ -423,6 +423,25 @@ def test_few_quads_and_one_half_go_through():
     assert "too few quads" in text and "nan" not in text
     assert "too few quads to confirm one, or to rule one out" in page.ending([once], P)
     assert page.missed(once, P) == []
+
+
+def test_below_twenty_quads_no_site_is_said_to_rise_or_to_be_no_backup():
+    frame = fabricated(rise=0.4, quads=16)
+    table = measure.rises(frame, P)
+    rising = measure.candidates(table, P)
+    assert rising["site"].tolist() == ["5.1"], "the search goes on with it"
+    none = {"before": "intact", "after": "ablated", "estimate": "rise"}
+    tests = rising.rename(columns=none).assign(estimate=-0.01, low=None, high=None, backup=False, stands_in=False)
+    tests = tests.assign(**{f"{key}_{end}": 0.0 for key in ("alone", "gone") for end in page.ENDS})
+    once = measure.Round([Site(3, "mlp")], frame, table, tests)
+    (text,) = page.backup_sentences([once], P)
+    assert "significant" not in text and "of 1 of 3 later sites rises on the discovery half by the test of" in text
+    assert "its 16 quads are too few for an interval" in text and "the most that one does is -0.010 logits" in text
+    assert page.tests_table([once])["backup"].tolist() == ["too few quads to test"]
+    assert not page.leading(table, 3, P)["site"].str.contains("*", regex=False).any()
+    step, flat = SimpleNamespace(params=P), fabricated(rise=0.0, quads=16)
+    alone = measure.Round([Site(3, "mlp")], flat, measure.rises(flat, P), pd.DataFrame())
+    assert "all that so few quads allow" in page.candidates_table(step, [alone]).data
 
 
 def test_what_the_figures_show():

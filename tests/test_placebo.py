@@ -284,6 +284,7 @@ def test_few_placebo_quads_are_not_testable_and_none_are_said():
     assert "too few quads to test it (19; 20 are needed)" in placebo_page.findings(m, params)["sentences"][0]
     none = placebo_page.findings(None, params)
     assert none["specific"][0]["why"] == none["sentences"][0]
+    assert placebo_page.moved_table(None).data == placebo_page.UNMOVED and len(placebo_page.moved_table(m)) > 1
 
 
 # --- the circuit ---

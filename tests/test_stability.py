@@ -123,6 +123,7 @@ def test_too_few_quads_say_so():
     assert said["sentences"][0].startswith("There are too few discovery quads (19)")
     assert "too few quads to say more" in said["sentences"][1] and "too few quads (19)" in said["sentences"][2]
     assert stability_page.table(m, PARAMS)["rank in bootstraps"].tolist() == ["too few quads"] * 5
+    assert set(stability_page.interactions_table(m, PARAMS)["significant"]) == {"too few quads"}
 
 
 def test_joint_recovery_stands_beside_the_sum_of_single_ones():
@@ -162,6 +163,8 @@ def test_interactions_are_what_two_do_beyond_each_alone():
     assert "Of the 3 twos among them, 2 interact significantly" in said
     assert "1 recover less together than one by one, 1 more" in said and "0.0 with 0.1 -0.500 [-0.500, -0.500]" in said
     assert stability_page.interactions(measured(couples=None), PARAMS) is None
+    shown = stability_page.interactions_table(measured(), PARAMS)
+    assert sorted(shown["significant"]) == ["no", "yes", "yes"]
 
 
 def test_units_of_the_tables():

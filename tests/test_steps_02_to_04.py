@@ -982,8 +982,8 @@ def test_what_step_04_says(tmp_path):
     assert [row["estimate"] for row in good["joint"]] == pytest.approx([0.9, 0.85])
     said = good["sentences"]
     assert said[0] == (
-        "Single sites that restore the answer on their own: 0.0; 0.0, first on the discovery half, recovers 0.75 "
-        "[0.75, 0.75] of the gap."
+        "Single sites that restore the answer on their own: 0.0; 0.0, first in order of discovery recovery, recovers "
+        "0.75 [0.75, 0.75] of the gap."
     )
     assert said[3] == (
         "Heads and MLPs put into the corrupt run together, in order of discovery recovery, bring back, as shares of "
@@ -1008,10 +1008,30 @@ def test_what_step_04_says(tmp_path):
         f"figures/step-{name}.png" for name in ("slice", "ranks", "ranked")
     ]
     short = found(slice_share=0.99, restores_recovery=0.8)["sentences"]
-    assert short[0].startswith("No single head or MLP restores the answer on its own; 0.0, first on")
+    assert short[0].startswith("No single head or MLP restores the answer on its own; 0.0, first in order")
     assert "does not reach 99% in both on the discovery half (recovery 0.95, damage 0.90)" in short[4]
     one = found(slice_share=0.5)["sentences"]
-    assert "has 1 site and reaches 50% in both on the discovery half: 0.0." in one[4]
+    assert one[4].endswith("has 1 site and reaches 50% in both on the discovery half: 0.0.")
+
+
+def test_the_slices_order_is_told_apart_from_that_of_the_leading_sites():
+    """Of quads with unequally many pairs, mlp 0 moves the small one by more: first by logits, second by share."""
+    rows = []
+    for half, quad, number in itertools.product(("discovery", "confirmation"), range(2), range(3)):
+        for site, moved in {(0, "head"): (3.0, 1.0), (-1, "mlp"): (1.0, 3.5)}.items():
+            if quad == 0 or number == 0:
+                about = {"component": site[1], "head": site[0], "pair_id": f"{half}{quad}{number}", "half": half}
+                rows.append(record(moved[quad], 4, f"{half}{quad}", **about))
+    frame = table(rows)
+    own = effects.both_halves(frame, PARAMS)
+    order = sufficiency_measure.slice_order(own, 24)
+    critical = effects.CriticalSlice(2, 0.9, 0.9, True)
+    made = sufficiency_measure.Measured(frame, own, order, frame, frame, critical)
+    assert sufficiency_page.two_orders(made).endswith("they part at place 1: 0.0 by share, mlp 0 by logits.")
+    assert sufficiency_page.alone_sentence(made, []) == (
+        "There are too few quads to say of a single head or MLP that it restores the answer on its own; 0.0, first in "
+        "order of discovery recovery, recovers 0.62 of the gap."
+    )
 
 
 @pytest.mark.parametrize(("effect", "lead", "met"), [(3.6, 2.0, True), (3.6, 0.5, False), (1.0, 2.0, False)])

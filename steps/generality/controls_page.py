@@ -17,9 +17,10 @@ from matplotlib.figure import Figure
 
 from lib import stats
 from lib.effects import columns
+from lib.stats import MINIMUM_CLUSTERS
 from pipeline.params import Shared
 from report import plots
-from report.words import counted, listed, of_row
+from report.words import TOO_FEW, counted, listed, of_row
 from steps.generality import class_tests
 from steps.generality.controls import ABLATIONS, LISTED
 from steps.generality.measure import Measured
@@ -300,7 +301,8 @@ def verdict_table(verdicts: pd.DataFrame, digits: int = 3) -> pd.DataFrame | Non
     if verdicts.empty:
         return None
     met = verdicts["met"].map({True: "met", False: "not met"})
-    expected = met.where(met.notna(), "not decided").where(verdicts["control"].isin([*EXPECTATIONS]), "")
+    expected = met.where(met.notna(), "not decided").where(verdicts["clusters"] >= MINIMUM_CLUSTERS, TOO_FEW)
+    expected = expected.where(verdicts["control"].isin([*EXPECTATIONS]), "")
     out = verdicts.assign(expectation=expected).drop(columns="met")
     numbers = {name: out[name].map(lambda x: "" if pd.isna(x) else f"{x:.{digits}f}") for name in ("p", "power")}
     return out.assign(**numbers, fall=out["fall"].round(digits))

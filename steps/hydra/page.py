@@ -20,7 +20,7 @@ from lib.batches import NEUTRAL
 from lib.effects import columns, in_halves, reported
 from pipeline.step import Step
 from report import plots
-from report.words import OVER_QUADS, about_model, counted, finished, interval, listed, of_row
+from report.words import OVER_QUADS, TOO_FEW, about_model, counted, finished, interval, listed, of_row
 from steps.hydra.measure import Hydra, Round, backups_of, candidates, lead_of
 
 LATER = {"heads and MLPs": ["heads", "mlps"], "heads": ["heads"], "MLPs": ["mlps"]}
@@ -112,10 +112,16 @@ def distribution(ratios: pd.DataFrame, params: Hydra) -> list[dict]:
     return out
 
 
+def untested(rises: pd.DataFrame) -> bool:
+    """Whether the discovery half has too few quads for an interval: then candidates are picked, and none is marked."""
+    return bool(in_halves(rises)[0][1]["low"].isna().any())
+
+
 def leading(table: pd.DataFrame, count: int, params: Hydra) -> pd.DataFrame:
     """`count` sites with both halves' rows: first, with a star behind their name, those that rise significantly on
-    discovery, then those of largest change there either way, from rise to fall."""
-    first, rising = in_halves(table)[0][1].set_index("site"), candidates(table, params)["site"].tolist()[:count]
+    discovery (none where that is `untested`), then those of largest change there either way, from rise to fall."""
+    first = in_halves(table)[0][1].set_index("site")
+    rising = [] if untested(table) else candidates(table, params)["site"].tolist()[:count]
     others = first["estimate"].drop(rising)
     others = others.loc[others.abs().nlargest(count - len(rising)).index].sort_values(ascending=False)
     rows = pd.concat([table[table["site"] == site] for site in (*rising, *others.index)], ignore_index=True)
@@ -142,7 +148,8 @@ def tests_table(rounds: Sequence[Round]) -> pd.DataFrame:
         for key, name in shown_as.items()
     }
     effects = tests[["intact", "ablated"]].round(3).add_prefix("direct effect, ")
-    return tests[["round", "site"]].join(effects).assign(**spans, backup=tests["backup"])
+    said = np.where(tests["low"].isna(), TOO_FEW, np.where(tests["backup"], "yes", "no"))
+    return tests[["round", "site"]].join(effects).assign(**spans, backup=said)
 
 
 def rounds_table(rounds: Sequence[Round], params: Hydra) -> pd.DataFrame:
@@ -219,6 +226,8 @@ def candidates_table(step: Step, rounds: Sequence[Round]) -> pd.DataFrame | Mark
     risen = rounds[0].rises
     rising = candidates(risen, step.params) if len(risen) else risen
     none = "no later site rises significantly on the discovery half"
+    if len(risen) and untested(risen):
+        none = "no later site rises on the discovery half by the test of sign flips, all that so few quads allow"
     why = f"the limit of rounds ({step.params.rounds}) was reached" if len(rising) else none
     return Markdown(f"None was ablated with the slice: {why}.")
 
@@ -315,14 +324,21 @@ def backup_sentences(rounds: Sequence[Round], params: Hydra) -> list[str]:
         count, rising = own.rises["site"].nunique(), candidates(own.rises, params)
         text = (
             f"When {which} ({counted(len(own.sites), 'site')}) is ablated (`{lead_of(own.frame, params)}`), the direct "
-            f"effect of {len(rising)} of {counted(count, 'later site')} rises significantly on the discovery half "
-            f"(one-sided, familywise, by more than the model's noise of {params.floor:g} logits)"
+            f"effect of {len(rising)} of {counted(count, 'later site')} rises {rising_by(own.rises, params)}"
         )
         if len(rising) and own.tests.empty:
             out.append(f"{text}; the limit of rounds ({params.rounds}) was reached, so they were not ablated with it.")
             continue
         if rising.empty:
             out.append(f"{text}.")
+            continue
+        if own.tests["low"].isna().any():
+            most = own.tests["estimate"].max()
+            out.append(
+                f"{text}. The largest rises ({len(own.tests)}) were ablated with it. There are too few quads to test "
+                f"whether one costs more together than apart; the most that one does is {most:.3f} logits "
+                "(confirmation half)."
+            )
             continue
         sure = own.tests["backup"]
         each = [f"{row.site} ({interval(row.estimate, row.low, row.high, 3)})" for row in own.tests[sure].itertuples()]
@@ -342,6 +358,18 @@ def backup_sentences(rounds: Sequence[Round], params: Hydra) -> list[str]:
                 f"alone and {gone} once the slice is gone: {how}."
             )
     return out
+
+
+def rising_by(rises: pd.DataFrame, params: Hydra) -> str:
+    """By which test later sites are said to rise on the discovery half."""
+    noise = f"by more than the model's noise of {params.floor:g} logits"
+    if not untested(rises):
+        return f"significantly on the discovery half (one-sided, familywise, {noise})"
+    quads = int(in_halves(rises)[0][1]["quads"].max())
+    return (
+        f"on the discovery half by the test of sign flips alone (one-sided, familywise, {noise}): its {quads} quads "
+        "are too few for an interval, so this picks what is looked at further, and shows of no site that it rises"
+    )
 
 
 def ending(rounds: Sequence[Round], params: Hydra) -> str:

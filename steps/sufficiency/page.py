@@ -124,17 +124,10 @@ def findings(step: Step, m: Measured) -> dict[str, Any]:
     """The findings of step 04: single sites, and the critical slice."""
     params = step.params
     restoring = restoring_sites(m.records, m.sites, params)
-    best = reported(site_tables.picked(m.sites[m.sites["component"].isin(["head", "mlp"])], 1)).iloc[0]
-    best_share = interval(best["ratio"], best["ratio_low"], best["ratio_high"])
-    best_text = f"{best['site']}, first on the discovery half, recovers {best_share} of the gap"
     held = reported(m.curves)
     held = held[held["n_sites"] == m.critical.size]
     together, stable = slice_restores(m.joint, held, params), stability_page.findings(m, params)
-    alone = (
-        f"No single head or MLP restores the answer on its own; {best_text}."
-        if not restoring
-        else f"Single sites that restore the answer on their own: {listed(restoring)}; {best_text}."
-    )
+    alone = alone_sentence(m, restoring)
     leading = [top_sites_sentence(m.sites, params, 6, "recovery"), heads_or_mlps(m.sites, params, "recovery")]
     of_slice = [
         stable.pop("curve"),
@@ -165,6 +158,35 @@ def findings(step: Step, m: Measured) -> dict[str, Any]:
         "placebo": placebo_page.figure(m.specificity),
     }
     return finished(step, found, {name: own for name, own in figures.items() if own is not None}, CAPTIONS)
+
+
+def alone_sentence(m: Measured, restoring: Sequence[str]) -> str:
+    """Which single heads and MLPs restore the answer, and what the first of the order recovers."""
+    single = reported(m.sites[m.sites["component"].isin(["head", "mlp"])])
+    first = single[single["site"] == m.order["site"].iloc[0]].iloc[0]
+    if restoring:
+        which = f"Single sites that restore the answer on their own: {listed(restoring)}"
+    elif single["ratio_low"].isna().all():
+        which = "There are too few quads to say of a single head or MLP that it restores the answer on its own"
+    else:
+        which = "No single head or MLP restores the answer on its own"
+    share = interval(first["ratio"], first["ratio_low"], first["ratio_high"])
+    return f"{which}; {first['site']}, first in order of discovery recovery, recovers {share} of the gap."
+
+
+def two_orders(m: Measured) -> str:
+    """Where the slice's order, by shares of the gap, leaves that of the leading sites, by logits; "" if nowhere."""
+    size, single = m.critical.size, m.sites[m.sites["component"].isin(["head", "mlp"])]
+    logits, shares = (list(dict.fromkeys(own["site"]))[:size] for own in (site_tables.picked(single, size), m.order))
+    apart = [place for place in range(size) if logits[place] != shares[place]]
+    if not apart:
+        return ""
+    place = apart[0]
+    return (
+        " This order goes by the share of the gap, sums over pairs; the leading sites above go by the rise in logits, "
+        "mean over quads. The two are alike where every quad has as many pairs; here they part at place "
+        f"{place + 1}: {shares[place]} by share, {logits[place]} by logits."
+    )
 
 
 def restores_sentence(together: Mapping[str, Any], share: float) -> str:
@@ -198,7 +220,7 @@ def slice_sentences(m: Measured, held: pd.DataFrame, params: Shared) -> list[str
     )
     return [
         f"The critical slice, heads and MLPs added in order of discovery recovery, has {critical.size} "
-        f"{'site' if critical.size == 1 else 'sites'} and {reached}: {listed(members)}.",
+        f"{'site' if critical.size == 1 else 'sites'} and {reached}: {listed(members)}.{two_orders(m)}",
         f"On the confirmation half its joint recovery is {joint['recovery']} of the gap and its joint counterfactual "
         f"damage {joint['damage']}.",
     ]

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from lib.stats import MINIMUM_CLUSTERS
 from pipeline.params import Shared
 from report import plots
-from report.words import SPECIFICITY, TOO_FEW, interval, listed, of_row, shown
+from report.words import SPECIFICITY, TOO_FEW, interval, listed, of_row
 from steps.sufficiency.placebo import SLICE, TASK, Specificity
 
 CAPTION = (
@@ -19,6 +19,7 @@ CAPTION = (
     "pairs, whose people are of one superset; confirmation half, studentised bootstrap intervals over quads."
 )
 NONE = "Step 01 has left no placebo pairs here: whether the slice is about supersets alone was not asked."
+UNMOVED = "That was not asked: it is measured beside placebo pairs, and step 01 has left none here."
 
 
 def of(row: Any, prefix: str) -> str:
@@ -65,10 +66,11 @@ def table(m: Specificity | None, params: Shared) -> pd.DataFrame | Markdown:
     return pd.DataFrame(columns)
 
 
-def moved_table(m: Specificity | None) -> pd.DataFrame | None:
-    """How far the slice, and all there is, move each attribute's answers and the whole vocabulary."""
-    if m is None:
-        return None
+def moved_table(m: Specificity | None) -> pd.DataFrame | Markdown:
+    """How far the slice, and all there is, move each attribute's answers and the whole vocabulary; or why that was not
+    asked."""
+    if m is None or m.moved.empty:
+        return Markdown(UNMOVED)
     rows = m.moved
     columns = {
         "pairs differ in": rows["attribute"],
@@ -76,7 +78,7 @@ def moved_table(m: Specificity | None) -> pd.DataFrame | None:
         "by the slice": [of_row(row) for row in rows.itertuples()],
         "by all there is": [of(row, "whole") for row in rows.itertuples()],
     }
-    return shown(pd.DataFrame(columns), 2)
+    return pd.DataFrame(columns)
 
 
 # --- findings ---

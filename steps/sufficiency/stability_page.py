@@ -196,7 +196,7 @@ def interactions_table(m: Measured, params: Sufficiency, count: int = 10) -> pd.
         "together": rows["together"].round(3),
         "one by one": rows["apart"].round(3),
         "together less one by one": [interval(row.estimate, row.low, row.high, 3) for row in rows.itertuples()],
-        "significant": np.where(rows["sure"], "yes", "no"),
+        "significant": np.where(rows["low"].isna(), TOO_FEW, np.where(rows["sure"], "yes", "no")),
     }
     return pd.DataFrame(columns)
 
