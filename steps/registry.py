@@ -46,7 +46,11 @@ def given(step: Step) -> str:
     few = "" if pairs["quad_id"].is_unique else ": pairs that share a name, or have one quad_id, count as one"
     others = " What is asked about single names, and what is probed, is of the table of people, not of these pairs."
     of_table = others * ("people_file" in step.declaration.files)
-    return f" Pairs: the {len(pairs)} of `{name}`, in {pairs['quad_id'].nunique()} quads{few}.{of_table}"
+    asked, fewer = getattr(step.params, "pairs", None), ""
+    if isinstance(asked, int) and asked < len(pairs):
+        what = type(step.params).model_fields["pairs"].description or "how many are taken"
+        fewer = f" Not all are taken: `pairs` is {asked} ({what.partition(';')[0]})."
+    return f" Pairs: the {len(pairs)} of `{name}`, in {pairs['quad_id'].nunique()} quads{few}.{fewer}{of_table}"
 
 
 def begin(name: str, namespace: Mapping[str, Any]) -> Step:

@@ -159,6 +159,9 @@ def test_few_quads_are_not_testable_and_people_of_one_profession_say_nothing():
     alike = words(6, ("poet", "poet"))
     abouts = set(lenses_page.compared(alike, SETTINGS)["about"])
     assert abouts == {asked.about for asked in lenses_page.READINGS[1:]}
+    first = [lenses_page.sentences(own, SETTINGS)[0] for own in (alike, table[table["word"] == "superset"])]
+    assert first[0].startswith("Professions at the names were not compared: in no prompt")
+    assert first[1].startswith("Professions were not read at the names: the pairs do not say them")
 
 
 def test_figures_are_drawn():

@@ -322,6 +322,10 @@ def test_a_page_says_what_is_not_of_the_given_pairs(tmp_path, with_tokenizer, st
     said = registry.given(begin(tmp_path, lines(ONE, TWO), step))
     assert said.startswith(" Pairs: the 2 of `mine.csv`, in 2 quads.")
     assert said.endswith("is of the table of people, not of these pairs.") == other
+    assert "Not all are taken" not in registry.given(begin(tmp_path, lines(ONE, TWO), step, pairs=2))
+    fewer = registry.given(begin(tmp_path, lines(ONE, TWO), step, pairs=1))
+    what = "pairs on which senders at `last` are patched" if other else "pairs at `last`"
+    assert f"in 2 quads. Not all are taken: `pairs` is 1 ({what})." in fewer
 
 
 def test_own_pairs_in_an_own_template_are_what_is_swept(tmp_path, smollm, with_tokenizer):

@@ -146,6 +146,7 @@ def sentences(words: pd.DataFrame, settings: Settings) -> list[str]:
     what = f"at the last token of a name the person's profession {where} (at the other person of the"
     asked = table[table["read"] == PROFESSION.about]
     said = told(asked, f"{what} prompt, who is of the same superset)", empty[empty["word"] == PROFESSION.word])
+    said = said or [unread(words)]
     what = f"at `last` the superset's word {where} (in the pair's other prompt)"
     empty = empty[empty["word"] == AT_LAST.word]
     said += told(table[table["read"] == AT_LAST.about], what, empty)
@@ -155,6 +156,19 @@ def sentences(words: pd.DataFrame, settings: Settings) -> list[str]:
         for rank in plain.head(1)
     ]
     return said
+
+
+def unread(words: pd.DataFrame) -> str:
+    """Why no profession was set against another person's at the names."""
+    if at(reported(words), PROFESSION.word, PROFESSION.position).empty:
+        return (
+            "Professions were not read at the names: the pairs do not say them (given pairs never do), or they are no "
+            "single tokens of this model."
+        )
+    return (
+        "Professions at the names were not compared: in no prompt have the two people different ones that are single "
+        "tokens of this model."
+    )
 
 
 def told(rows: pd.DataFrame, what: str, empty: pd.DataFrame) -> list[str]:
