@@ -597,6 +597,20 @@ def test_every_sentence_is_made_and_every_figure_drawn_however_little_there_is(q
     assert page.rank_figure(tables) is not None and page.counted(MEASURED).shape == (2, 5)
 
 
+@pytest.mark.parametrize(
+    ("possible", "left", "said"),
+    [
+        (6, 6, "Of the 12 pairs of the `pairs_file`, 6 are in the half that nothing was picked on."),
+        (12, 12, "The 12 pairs of the `pairs_file` form a single half: sites were picked on pairs of the same."),
+        (12, 8, "form a single half, of which 8 are taken, as `pairs` asks for: sites were picked on pairs of"),
+    ],
+)
+def test_given_pairs_of_one_half_are_not_said_to_be_untouched(possible, left, said):
+    count = {"template": "own", "possible": possible, "aligned": possible, "asked": possible, "left": left, "quads": 3}
+    groups = pd.DataFrame(columns=["kind", "quantity", "group", "estimate"])
+    assert said in page.grid_sentences([count], groups, 12)[1]
+
+
 def test_without_controls_circuits_or_rule_the_page_says_so():
     nothing = dict.fromkeys(("circuits", "transfer", "candidates", "controls", "leaders", "specific"), pd.DataFrame())
     tables = made_tables(1)._replace(**nothing, rule=None)
@@ -607,6 +621,7 @@ def test_without_controls_circuits_or_rule_the_page_says_so():
     assert found["leave_one_out"] == [] and found["rule"] is None
     assert page.left_out(STEP, tables) is page.transfer_figure(tables) is name_rule.figure(None, None) is None
     assert "not in the results" in page.circuits(tables).data
+    assert controls_page.verdict_table(tables.controls).data == controls_page.NOT_RUN and "not read" in page.NO_RULE
 
 
 def test_the_rule_is_said_with_its_numbers():

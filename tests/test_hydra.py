@@ -411,6 +411,9 @@ def test_a_page_without_candidates_says_why(rise, rounds, why):
     once = measure.Round([Site(3, "mlp")], frame, measure.rises(frame, P), pd.DataFrame())
     step = SimpleNamespace(params=P.model_copy(update={"rounds": rounds}))
     assert why in page.candidates_table(step, [once]).data
+    nothing = once._replace(frame=frame.assign(after=0.0), rises=once.rises.head(0))
+    assert page.pairs_figure(step, [nothing]).data.startswith("In no pair does the slice lose more than")
+    assert page.ranked(step, [nothing]).data == "No head or MLP comes after the slice."
 
 
 def test_few_quads_and_one_half_go_through():
@@ -436,7 +439,7 @@ def test_below_twenty_quads_no_site_is_said_to_rise_or_to_be_no_backup():
     once = measure.Round([Site(3, "mlp")], frame, table, tests)
     (text,) = page.backup_sentences([once], P)
     assert "significant" not in text and "of 1 of 3 later sites rises on the discovery half by the test of" in text
-    assert "its 16 quads are too few for an interval" in text and "the most that one does is -0.010 logits" in text
+    assert "its 16 quads are too few for an interval" in text and "the largest estimate is -0.010 logits" in text
     assert page.tests_table([once])["backup"].tolist() == ["too few quads to test"]
     assert not page.leading(table, 3, P)["site"].str.contains("*", regex=False).any()
     step, flat = SimpleNamespace(params=P), fabricated(rise=0.0, quads=16)

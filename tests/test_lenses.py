@@ -86,7 +86,8 @@ def test_no_words_are_read_where_the_answer_is_a_name():
         case = SimpleNamespace(params=SimpleNamespace(task=task))
         assert [table for (table,) in measure.assumed(case)] == tables
     m = measure.Measured(None, None, None, None)
-    assert page.ranks_figure(None, m) is page.compared_figure(None, m) is page.read_table(None, m) is None
+    assert page.ranks_figure(None, m) is page.compared_figure(None, m) is None
+    assert page.read_table(None, m).data.startswith("No words were read")
 
 
 def words(quads: int = 24, professions: tuple[str, str] = ("poet", "actor")) -> pd.DataFrame:

@@ -1014,6 +1014,14 @@ def test_what_step_04_says(tmp_path):
     assert one[4].endswith("has 1 site and reaches 50% in both on the discovery half: 0.0.")
 
 
+def test_a_question_that_was_not_asked_has_an_answer():
+    bare = step(PARAMS, beside=lambda _: {})
+    bare.params = SimpleNamespace(components=("mlp",))
+    assert sufficiency_page.heads(bare, None).data == necessity_page.heads(bare, None).data
+    assert "`components` does not name them" in necessity_page.heads(bare, None).data
+    assert "Step 03 has left no findings" in sufficiency_page.against_necessity(bare, None).data
+
+
 def test_the_slices_order_is_told_apart_from_that_of_the_leading_sites():
     """Of quads with unequally many pairs, mlp 0 moves the small one by more: first by logits, second by share."""
     rows = []

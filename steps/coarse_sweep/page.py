@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from IPython.display import Markdown
 from matplotlib.figure import Figure
 
 from lib import stats
@@ -224,10 +225,10 @@ def compared_figure(step: Step, m: Measured) -> Figure | None:
     return lenses_page.compared_figure(m.words, step.params, m.critical.layers)
 
 
-def read_table(step: Step, m: Measured) -> pd.DataFrame | None:
+def read_table(step: Step, m: Measured) -> pd.DataFrame | Markdown:
     """Where words are read above control, where they were read."""
     if m.words is None:
-        return None
+        return Markdown("No words were read: that is done where the answer is a superset.")
     ranks, settings = lenses_page.typical(m.words, step.params), step.params
     return lenses_page.where_read(lenses_page.compared(m.words, settings), ranks, settings)
 

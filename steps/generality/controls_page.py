@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from IPython.display import Markdown
 from matplotlib.figure import Figure
 
 from lib import stats
@@ -34,6 +35,8 @@ EXPECTATIONS = {
     "shuffled labels": "silent",
     "random heads": "silent, against what the slice's own heads do",
 }
+
+NOT_RUN = "The controls were not run: no ordinary prompt has another quad of its token counts to take a mean from."
 
 
 def tables(m: Measured, params: Shared) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
@@ -256,9 +259,7 @@ def sentences(verdicts: pd.DataFrame, candidates: pd.DataFrame, leaders: pd.Data
     """Every control against its expectation, by the scoring and ablation that decide, and how many of the others
     agree."""
     if verdicts.empty:
-        return [
-            "The controls were not run: no ordinary prompt has another quad of its token counts to take a mean from."
-        ]
+        return [NOT_RUN]
     ablation, fall = verdicts[["ablation", "fall"]].iloc[0]
     out = [
         f"Ablated by `{ablation}`, the slice takes {fall:.2f} logits from the ordinary answer, against the candidates' "
@@ -296,10 +297,10 @@ def sentences(verdicts: pd.DataFrame, candidates: pd.DataFrame, leaders: pd.Data
     return out
 
 
-def verdict_table(verdicts: pd.DataFrame, digits: int = 3) -> pd.DataFrame | None:
+def verdict_table(verdicts: pd.DataFrame, digits: int = 3) -> pd.DataFrame | Markdown:
     """The verdicts for the page; an empty place where nothing was expected or tested."""
     if verdicts.empty:
-        return None
+        return Markdown(NOT_RUN)
     met = verdicts["met"].map({True: "met", False: "not met"})
     expected = met.where(met.notna(), "not decided").where(verdicts["clusters"] >= MINIMUM_CLUSTERS, TOO_FEW)
     expected = expected.where(verdicts["control"].isin([*EXPECTATIONS]), "")

@@ -45,6 +45,7 @@ CAPTIONS = {
     "neither name, with intervals over prompts; lines: what each rule would make of it.",
     "placebo": placebo_page.CAPTION,
 }
+NO_RULE = name_rule.sentences(None)["steps"]
 SHARE = "joint effect (share of the gap, or of the ceiling)"
 JUDGED, MIRRORED = ("damage", "recovery"), "counterfactual damage"
 EVERY, NOT_EVERY, UNTESTABLE = "every superset", "not shown for every superset", "not testable here"
@@ -410,7 +411,12 @@ def grid_sentences(counts: Sequence[Mapping[str, Any]], groups: pd.DataFrame, gi
         f"The grid has {first['left']} pairs of {first['quads']} quads in `{first['template']}`, with "
         f"{len(professions)} professions and {len(supersets)} ordered pairs of supersets."
     ]
-    if given:
+    if given and first["possible"] == given:
+        fewer = f", of which {first['left']} are taken, as `pairs` asks for" if first["left"] < given else ""
+        out.append(
+            f"The {given} pairs of the `pairs_file` form a single half{fewer}: sites were picked on pairs of the same."
+        )
+    elif given:
         fewer = f"; {first['left']} are taken, as `pairs` asks for" if first["left"] < first["possible"] else ""
         out.append(
             f"Of the {given} pairs of the `pairs_file`, {first['possible']} are in the half that nothing was picked on"

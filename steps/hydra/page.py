@@ -196,10 +196,14 @@ def split_figure(step: Step, rounds: Sequence[Round]) -> Figure:
     return plots.part_bars(split_table(rounds[0].frame, step.params), "change of logit_diff (logits)")
 
 
-def pairs_figure(step: Step, rounds: Sequence[Round]) -> Figure | None:
+def pairs_figure(step: Step, rounds: Sequence[Round]) -> Figure | Markdown:
     """The compensation ratio of single pairs, where some have a direct effect beyond the floor."""
     single = pair_ratios(rounds[0].frame, step.params)
-    return plots.pair_histogram(single, "ratio", "compensation ratio of the pair") if len(single) else None
+    if single.empty:
+        return Markdown(
+            f"In no pair does the slice lose more than {step.params.direct_floor:g} logits of its direct effect."
+        )
+    return plots.pair_histogram(single, "ratio", "compensation ratio of the pair")
 
 
 def heads(step: Step, rounds: Sequence[Round]) -> Figure | None:
@@ -211,11 +215,11 @@ def heads(step: Step, rounds: Sequence[Round]) -> Figure | None:
     return plots.heat_map(rise, "rise of the direct effect (logits)", sure, layers=rows)
 
 
-def ranked(step: Step, rounds: Sequence[Round]) -> Figure | None:
+def ranked(step: Step, rounds: Sequence[Round]) -> Figure | Markdown:
     """The later sites that rise significantly and those of largest change either way, where there are any."""
     risen = rounds[0].rises
     if risen.empty:
-        return None
+        return Markdown("No head or MLP comes after the slice.")
     return plots.ranked_sites(leading(risen, 15, step.params), "change of the direct effect (logits)")
 
 
@@ -336,7 +340,7 @@ def backup_sentences(rounds: Sequence[Round], params: Hydra) -> list[str]:
             most = own.tests["estimate"].max()
             out.append(
                 f"{text}. The largest rises ({len(own.tests)}) were ablated with it. There are too few quads to test "
-                f"whether one costs more together than apart; the most that one does is {most:.3f} logits "
+                f"whether one costs more together than apart; the largest estimate is {most:.3f} logits "
                 "(confirmation half)."
             )
             continue

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
+from IPython.display import Markdown
 from matplotlib.figure import Figure
 
 from lib.batches import NEUTRAL
@@ -81,10 +82,10 @@ def modules_of(m: Measured, params: Shared) -> pd.DataFrame:
 # --- figures ---
 
 
-def heads(step: Step, m: Measured) -> Figure | None:
+def heads(step: Step, m: Measured) -> Figure | Markdown:
     """Fall of logit_diff for every head by kind of ablation; dots where it is significant familywise."""
     if "head" not in step.params.components:
-        return None
+        return Markdown("Heads were not swept: `components` does not name them.")
     kinds = {kind: reported(sites) for kind, sites in m.sites.items()}
     falls = {kind: site_tables.heads_matrix(sites) for kind, sites in kinds.items()}
     sure = {
@@ -109,11 +110,11 @@ def halves(m: Measured) -> Figure | None:
     return plots.halves(m.sites[m.lead])
 
 
-def kinds(step: Step, m: Measured) -> Figure | None:
+def kinds(step: Step, m: Measured) -> Figure | Markdown:
     """The leading sites under every kind of ablation, each as a share of that kind's own ceiling."""
     shares = of_ceiling(m.records, step.n_layers, step.params)
     if shares.empty:
-        return None
+        return Markdown("No ablation's ceiling is shown to be above zero, so there are no shares of one to compare.")
     order = list(dict.fromkeys(site_tables.picked(m.sites[m.lead], 10)["site"]))
     shares = shares[shares["site"].isin(order)].sort_values("site", key=lambda own: own.map(order.index), kind="stable")
     return plots.ranked_sites(shares, "damage (share of the ablation's own ceiling)", by="ablation")

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
+from IPython.display import Markdown
 from matplotlib.figure import Figure
 
 from lib.effects import reported, significant
@@ -68,10 +69,10 @@ def with_earlier(sites: pd.DataFrame, ablated: Sequence[dict]) -> pd.DataFrame:
 # --- figures ---
 
 
-def heads(step: Step, m: Measured) -> Figure | None:
+def heads(step: Step, m: Measured) -> Figure | Markdown:
     """Rise of logit_diff for every head, where heads were swept; dots where it is significant familywise."""
     if "head" not in step.params.components:
-        return None
+        return Markdown("Heads were not swept: `components` does not name them.")
     own = reported(m.sites)
     sure = site_tables.heads_matrix(own.assign(sure=significant(own, step.params)), "sure")
     return plots.heat_map(site_tables.heads_matrix(own), "rise of logit_diff (logits)", sure, layers=step.layers)
@@ -93,11 +94,11 @@ def halves(m: Measured) -> Figure | None:
     return plots.halves(m.sites)
 
 
-def against_necessity(step: Step, m: Measured) -> Figure | None:
+def against_necessity(step: Step, m: Measured) -> Figure | Markdown:
     """Every site's rise when patched against its fall when ablated, where step 03 has been run."""
     earlier = step.beside("necessity")
     if not earlier:
-        return None
+        return Markdown("Step 03 has left no findings of this run: there is nothing to set the rises against.")
     both = with_earlier(m.sites, earlier["sites"])
     named = site_tables.picked(m.sites, 6)["site"].drop_duplicates().tolist()
     return plots.agreement(
@@ -183,7 +184,7 @@ def two_orders(m: Measured) -> str:
         return ""
     place = apart[0]
     return (
-        " This order goes by the share of the gap, sums over pairs; the leading sites above go by the rise in logits, "
+        " This order goes by the share of the gap, sums over pairs; single sites are ranked by their rise in logits, "
         "mean over quads. The two are alike where every quad has as many pairs; here they part at place "
         f"{place + 1}: {shares[place]} by share, {logits[place]} by logits."
     )
