@@ -58,21 +58,30 @@ def read_json(results: Path, step: str, kind: str) -> dict[str, Any]:
 
 
 def quick_notes(sections: params.Sections, results: Path, steps: Mapping[str, str]) -> dict[str, str]:
-    """For a profile that is the quick form of another: what each page and the whole ("index") leave out, as MyST."""
-    notes = {}
+    """For a profile that is the quick form of another: what each page and the whole ("index") leave out, as MyST; for
+    one that only names another as its full one, that it is none ("index")."""
+    notes, heading = {}, "The quick form"
     for step in steps:
         own = read_json(results, step, "run").get("parameters", {})
-        if full := own.get("full_profile"):
-            which = f"profile `{own['profile']}`, the quick form of `{full}`"
-            less = params.left_out(sections, step, own) or ["nothing but what the steps before it left out"]
-            notes[step] = f"This page was made with {which}. It leaves out:\n\n- " + "\n- ".join(less)
+        if not (full := own.get("full_profile")):
+            continue
+        if others := params.others(sections, step, own):
+            heading, notes = "Not a quick form", {}
             notes["index"] = (
-                f"This report was made with {which}: every page, from fewer prompts, so that intervals are "
-                "wider, and missing where fewer than 20 quads (groups of four people) are left: what needs one is then "
-                "not decided. "
-                f"Each page says what it leaves out. The full report: `make book PROFILE={full}`."
+                f"This report was made with profile `{own['profile']}`, which is not the quick form of `{full}`, the "
+                f"`full_profile` that it names: it differs from that in `{'`, `'.join(others)}`."
             )
-    return {name: f":::{{admonition}} The quick form\n{note}\n:::" for name, note in notes.items()}
+            break
+        which = f"profile `{own['profile']}`, the quick form of `{full}`"
+        less = params.left_out(sections, step, own) or ["nothing but what the steps before it left out"]
+        notes[step] = f"This page was made with {which}. It leaves out:\n\n- " + "\n- ".join(less)
+        notes["index"] = (
+            f"This report was made with {which}: every page, from fewer prompts, so that intervals are "
+            "wider, and missing where fewer than 20 quads (groups of four people) are left: what needs one is then "
+            "not decided. "
+            f"Each page says what it leaves out. The full report: `make book PROFILE={full}`."
+        )
+    return {name: f":::{{admonition}} {heading}\n{note}\n:::" for name, note in notes.items()}
 
 
 def clean_notebook(path: Path, step: str, note: str = "") -> str:

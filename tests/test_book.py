@@ -304,10 +304,37 @@ def test_a_quick_profile_says_on_every_page_what_it_leaves_out(copy, built):
     )
 
 
+def test_a_profile_of_another_model_or_other_pairs_is_no_quick_form(copy):
+    other = {
+        "profile": "mine",
+        "full_profile": "smollm2-135m",
+        "model": "own",
+        "template": "{a} and {b} are",
+        "seed": 3,
+    }
+    own = params.load_profile("smollm2-135m") | other | {"model_sha256": None, "level": 0.9}
+    for step in STEPS:
+        path = copy / "results" / f"{step}.run.json"
+        given = params.validate(PLAN.sections, step, own).model_dump(mode="json")
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"parameters": given}))
+    (note,) = book.quick_notes(PLAN.sections, copy / "results", STEPS).values()
+    assert "not the quick form of `smollm2-135m`" in note and "differs from that in `model`, `template`." in note
+    assert "quads" not in note and "The full report" not in note
+    assert params.left_out(PLAN.sections, step, given | {"seed": 4, "model_sha256": None, "flips": 100}) == [
+        "sign flips of whole quads in max-T tests: 100 instead of 2000"
+    ]
+    for key, value in {"people_file": "own.csv", "pairs_file": "mine.csv", "chat_template": True}.items():
+        changed = params.load_profile("smollm2-135m-quick") | {key: value}
+        quick = params.validate(PLAN.sections, "necessity", changed).model_dump(mode="json")
+        assert params.others(PLAN.sections, "necessity", quick) == [key]
+
+
 def test_the_quick_profile_differs_from_the_full_one_in_sizes_alone():
     quick, full = (params.load_profile(name) for name in ("smollm2-135m-quick", "smollm2-135m"))
     assert quick["full_profile"] == "smollm2-135m"
     flat = {key: value for key, value in quick.items() if key not in (*PLAN.sections, "profile", "full_profile")}
+    own = params.validate(PLAN.sections, "baselines", quick).model_dump(mode="json")
+    assert params.others(PLAN.sections, "baselines", own) == []
     assert flat == {key: full[key] for key in flat} and set(flat) | set(PLAN.sections) | {"profile"} >= set(full)
     assert all(
         params.left_out(PLAN.sections, step, params.validate(PLAN.sections, step, quick).model_dump(mode="json"))
