@@ -236,7 +236,7 @@ SHARED = frozenset(Shared.model_fields)
 BY_HAND = ("model", "question", "task", "template", "seed", "layers")
 BY_HAND += ("pairs_file", "people_file", "results_dir", "memory", "overwrite")
 # What a profile is about, which its quicker form leaves as it is, and shared keys of which that may take less.
-ABOUT = ("model", "adapter", "chat_template", "question", "task", "template", "pairs_file", "people_file")
+ABOUT = ("model", "adapter", "chat_template", "question", "task", "template")
 SIZES = ("layers", "resamples", "flips")
 # Variables of an IPython session that no one gave as a parameter.
 _IPYTHON = {"In", "Out", "exit", "quit", "get_ipython", "open"}
@@ -444,19 +444,6 @@ def handed_over() -> list[Path | str]:
     return [*(folder / name for name in named if (folder / name).is_file()), *texts]
 
 
-def _full(sections: Sections, step: str, own: Mapping[str, Any]) -> tuple[type[Shared], dict[str, Any]]:
-    """The step's model, and its parameters in the `full_profile` of `own`, as JSON."""
-    full = validate(sections, step, load_profile(own["full_profile"]))
-    return type(full), full.model_dump(mode="json")
-
-
-def others(sections: Sections, step: str, own: Mapping[str, Any]) -> list[str]:
-    """The keys of what a profile is about in which a step's parameters `own` (as JSON) are not those of its
-    `full_profile`: with any of them it is no quicker form of it."""
-    _, full = _full(sections, step, own)
-    return [key for key in ABOUT if own.get(key, full[key]) != full[key]]
-
-
 def left_out(sections: Sections, step: str, own: Mapping[str, Any]) -> list[str]:
     """What a step with the parameters `own` (as JSON) does less than with its `full_profile`, one phrase each."""
 
@@ -465,10 +452,11 @@ def left_out(sections: Sections, step: str, own: Mapping[str, Any]) -> list[str]
             "all" if value is None else ", ".join(map(str, value)) or "none" if isinstance(value, list) else str(value)
         )
 
-    model, full = _full(sections, step, own)
-    wanted = {key: full[key] for key in (*SIZES, *section_keys(model)) if own.get(key, full[key]) != full[key]}
-    meaning = {key: model.model_fields[key].description.split(";")[0] for key in wanted}
-    return [f"{meaning[key]}: {said(own[key])} instead of {said(value)}" for key, value in wanted.items()]
+    full = validate(sections, step, load_profile(own["full_profile"]))
+    meaning = {key: field.description.split(";")[0] for key, field in type(full).model_fields.items()}
+    wanted = full.model_dump(mode="json", include={*SIZES, *section_keys(type(full))})
+    less = {key: value for key, value in wanted.items() if own.get(key, value) != value}
+    return [f"{meaning[key]}: {said(own[key])} instead of {said(value)}" for key, value in less.items()]
 
 
 def check_layers(params: Shared, n_layers: int) -> None:
