@@ -781,7 +781,17 @@ def test_the_circuit_in_three_sentences_by_the_verdicts(tmp_path):
     unasked = {"verdict": NOT_TESTABLE, "estimate": None, "reason": "No placebo pairs are left here."}
     apart = ("slice_general", "slice_specific")
     entries = [entry.model_copy(update=unasked if entry.id in apart else {}) for entry in unable]
-    said = story.outline(entries, found() | {"sufficiency": {}})[1].split("\n- ")[-1]
+    row = {
+        "attribute": "region",
+        "choice": "kept",
+        "direction": "denoise",
+        "why": unasked["reason"],
+    }  # as step 04 has it
+    what = found() | {"sufficiency": found()["sufficiency"] | {"specific": [row]}}
+    assert any(
+        text.startswith("Not testable here is whether the slice is about") for text in story.sentence(entries, what)
+    )
+    said = story.outline(entries, what)[1].split("\n- ")[-1]
     assert said.startswith("not testable here is whether as a whole the slice is an attribute read-out, and its ")
     assert said.endswith("move the names' region, too (No placebo pairs are left here).") and ":" not in said
 

@@ -68,7 +68,7 @@ def site_names(found: Mapping[str, Any]) -> dict[str, str]:
     own |= {"directions_layer": str(step["subspace"].get("directions", {}).get("layer", ""))}
     own |= {"circuit_size": str(circuit.get("size", 0)), "circuit_region": of_region(circuit.get("placebo", ()))}
     own |= {"by_directions": by_directions(step["subspace"])}
-    rows = [row for row in step["sufficiency"].get("specific", ()) if kept_denoised(row)]
+    rows = [row for row in step["sufficiency"].get("specific", ()) if kept_denoised(row) and "why" not in row]
     own |= {"others": beside_the_first(rows), "moved": of_its_gap(rows)}
     own |= {"alone": ", the one other attribute asked about," * (len({row["attribute"] for row in rows}) == 1)}
     return {name: listed(sites) for name, sites in lists.items()} | own
@@ -313,9 +313,9 @@ def sentence(entries: Sequence[Entry], found: Mapping[str, Any]) -> list[str]:
     sites = site_names(found)
     by_claim = {entry.id: entry for entry in entries}
     words = {
-        NOT_SUPPORTED: "The evidence does not support",
-        NOT_TESTABLE: "Not testable here is",
-        NOT_TESTED: "Not tested is",
+        NOT_SUPPORTED: "The evidence does not support that",
+        NOT_TESTABLE: "Not testable here is whether",
+        NOT_TESTED: "Not tested is whether",
     }
     chain, open_links, holds = [], {verdict: [] for verdict in words}, False
     for link in LINKS:
@@ -329,7 +329,7 @@ def sentence(entries: Sequence[Entry], found: Mapping[str, Any]) -> list[str]:
         chain.append(" and ".join(each) or f"[{entry.verdict}: {link.plan}]")
         holds = holds or bool(others)
         instead = f"; instead {listed(each)}" if others else ""
-        open_links[entry.verdict].append(f"{words[entry.verdict]} that {link.plan} ({because(entry, found)}){instead}.")
+        open_links[entry.verdict].append(f"{words[entry.verdict]} {link.plan} ({because(entry, found)}){instead}.")
     whole = f"The names → {' → '.join(chain)} → the answer."
     if not holds:
         whole = "No link of the plan's chain from the names to the answer is supported here."
