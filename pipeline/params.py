@@ -235,6 +235,9 @@ SHARED = frozenset(Shared.model_fields)
 # Shared keys that a notebook's parameters cell lists, because one gives them by hand.
 BY_HAND = ("model", "question", "task", "template", "seed", "layers")
 BY_HAND += ("pairs_file", "people_file", "results_dir", "memory", "overwrite")
+# What a profile is about, which its quicker form leaves as it is, and shared keys of which that may take less.
+ABOUT = ("model", "adapter", "chat_template", "question", "task", "template")
+SIZES = ("layers", "resamples", "flips")
 # Variables of an IPython session that no one gave as a parameter.
 _IPYTHON = {"In", "Out", "exit", "quit", "get_ipython", "open"}
 # How papermill heads the cell that it adds for what it was given.
@@ -451,7 +454,7 @@ def left_out(sections: Sections, step: str, own: Mapping[str, Any]) -> list[str]
 
     full = validate(sections, step, load_profile(own["full_profile"]))
     meaning = {key: field.description.split(";")[0] for key, field in type(full).model_fields.items()}
-    wanted = full.model_dump(mode="json", exclude={"profile", "full_profile"})
+    wanted = full.model_dump(mode="json", include={*SIZES, *section_keys(type(full))})
     less = {key: value for key, value in wanted.items() if own.get(key, value) != value}
     return [f"{meaning[key]}: {said(own[key])} instead of {said(value)}" for key, value in less.items()]
 

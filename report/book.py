@@ -35,6 +35,9 @@ from report.library import block, library
 ROOT = Path(__file__).resolve().parent.parent
 WORDED = ("index", "how_to_read")  # pages whose prose is about the question
 
+# What of a profile may be a file or folder of one's own.
+LOCAL = ("model", "tokenizer", "adapter", "question", "pairs_file", "people_file")
+
 
 class BookError(Refusal):
     """The book cannot be built; the message names the step or page and what to do."""
@@ -58,21 +61,44 @@ def read_json(results: Path, step: str, kind: str) -> dict[str, Any]:
 
 
 def quick_notes(sections: params.Sections, results: Path, steps: Mapping[str, str]) -> dict[str, str]:
-    """For a profile that is the quick form of another: what each page and the whole ("index") leave out, as MyST."""
-    notes = {}
+    """For a profile that is the quick form of another: what each page and the whole ("index") leave out, as MyST; for
+    one that only names another as its full one, that it is none ("index")."""
+    notes, heading = {}, "The quick form"
     for step in steps:
-        own = read_json(results, step, "run").get("parameters", {})
-        if full := own.get("full_profile"):
-            which = f"profile `{own['profile']}`, the quick form of `{full}`"
-            less = params.left_out(sections, step, own) or ["nothing but what the steps before it left out"]
-            notes[step] = f"This page was made with {which}. It leaves out:\n\n- " + "\n- ".join(less)
+        run = read_json(results, step, "run")
+        own = run.get("parameters", {})
+        if not (full := own.get("full_profile")):
+            continue
+        if others := other_than_full(sections, step, run, read_json(results, step, "findings")):
+            heading, notes = "Not a quick form", {}
             notes["index"] = (
-                f"This report was made with {which}: every page, from fewer prompts, so that intervals are "
-                "wider, and missing where fewer than 20 quads (groups of four people) are left: what needs one is then "
-                "not decided. "
-                f"Each page says what it leaves out. The full report: `make book PROFILE={full}`."
+                f"This report was made with profile `{own['profile']}`, which is not the quick form of `{full}`, the "
+                f"`full_profile` that it names: it differs from that in `{'`, `'.join(others)}`."
             )
-    return {name: f":::{{admonition}} The quick form\n{note}\n:::" for name, note in notes.items()}
+            break
+        which = f"profile `{own['profile']}`, the quick form of `{full}`"
+        less = params.left_out(sections, step, own) or ["nothing but what the steps before it left out"]
+        notes[step] = f"This page was made with {which}. It leaves out:\n\n- " + "\n- ".join(less)
+        notes["index"] = (
+            f"This report was made with {which}: every page, from fewer prompts, so that intervals are "
+            "wider, and missing where fewer than 20 quads (groups of four people) are left: what needs one is then "
+            "not decided. "
+            f"Each page says what it leaves out. The full report: `make book PROFILE={full}`."
+        )
+    return {name: f":::{{admonition}} {heading}\n{note}\n:::" for name, note in notes.items()}
+
+
+def other_than_full(
+    sections: params.Sections, step: str, run: Mapping[str, Any], found: Mapping[str, Any]
+) -> list[str]:
+    """The keys of what a profile is about in which a step's run is not of its `full_profile`: with any of them the
+    profile is no quicker form of it. Of pairs and people the contents count, not where their files lie."""
+    own, people = run["parameters"], run.get("ingredients", {}).get("inputs", {}).get("people_file")
+    full = params.validate(sections, step, params.load_profile(own["full_profile"]))
+    given = full.model_dump(mode="json")
+    others = [key for key in params.ABOUT if own.get(key, given[key]) != given[key]]
+    others += ["pairs_file"] * (found.get("about", {}).get("pairs_file") != keys.given_pairs(full))
+    return others + ["people_file"] * (people is not None and people != keys.hash_place(full.people_file))
 
 
 def clean_notebook(path: Path, step: str, note: str = "") -> str:
@@ -247,6 +273,27 @@ def figure_block(results: Path, to: Path, step: str, figure: Mapping[str, str]) 
     )
 
 
+def needed(profile: str, root: Path) -> str:
+    """What git does not hold of what a profile is made of, its own file included, as a sentence; "" where it holds all
+    of it, and where there is no git to ask."""
+    file = root / "params" / f"{profile}.yaml"
+    given = params.load_profile(str(file)) if file.is_file() else {}
+    named = [str(given[key]).removeprefix("config:") for key in LOCAL if given.get(key)]
+    try:
+        there = [name for name in (f"params/{profile}.yaml", *named) if (root / name).exists()]
+        lacking = [f"`{name}`" for name in there if not tracked(name, root)] if tracked(".", root) else []
+    except OSError:
+        return ""
+    said = f"Git does not hold all of it: {', '.join(lacking)} must be there, too, as when the report was made."
+    return f"{said} (`dirty` in the table is about the files that git tracks.)" if lacking else ""
+
+
+def tracked(name: str, root: Path) -> bool:
+    """Whether git holds a file, or something in a folder. OSError where there is no git."""
+    command = ["git", "-C", str(root), "ls-files", "--", name]
+    return bool(subprocess.run(command, capture_output=True, text=True, check=False).stdout)
+
+
 def reproducibility(results: Path, steps: Mapping[str, str]) -> str:
     """The run records of all steps as MyST: first what all of them share, then each step's own facts."""
     records = {step: read_json(results, step, "run") for step in steps}
@@ -349,7 +396,11 @@ def assemble(sections: params.Sections, profile: str, folders: Folders, root: Pa
     generated = {
         "index": landing(results, steps, to) | {"quick": notes.get("index", "")} | headed(topic),
         "scale": scale.fields(root / "bench" / "results", to),
-        "reproducibility": {"profile": profile, "runs": reproducibility(results, steps)},
+        "reproducibility": {
+            "profile": profile,
+            "needed": needed(profile, root),
+            "runs": reproducibility(results, steps),
+        },
         "api": {name: library(root / name) for name in ("lib", "report")},
     }
     for name, fields in generated.items():

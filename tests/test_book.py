@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import subprocess
 from html import unescape
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ import pytest
 from professions import QUESTION
 
 from lib import questions
-from pipeline import params
+from pipeline import keys, params
 from report import book, library, plots
 from steps.registry import PLAN
 
@@ -274,6 +275,21 @@ def test_the_page_shows(built, tmp_path):
     assert shown[:, 300:1100, :3].std() > 0.05 and shown[:, :250, :3].std() > 0.02
 
 
+def test_what_git_does_not_hold_is_named(tmp_path):
+    (tmp_path / "params").mkdir()
+    (tmp_path / "own").mkdir()
+    for name in ("own/config.json", "mine.csv", "people.csv"):
+        (tmp_path / name).touch()
+    keys_given = {"model": "own", "pairs_file": "mine.csv", "people_file": "people.csv", "tokenizer": "owner/name"}
+    (tmp_path / "params" / "mine.yaml").write_text(json.dumps(keys_given))
+    assert book.needed("mine", tmp_path) == "", "there is no git to ask"
+    for words in (["init", "-q"], ["add", "people.csv"]):
+        subprocess.run(["git", "-C", str(tmp_path), *words], check=True)
+    assert "all of it: `params/mine.yaml`, `own`, `mine.csv` must be there" in book.needed("mine", tmp_path)
+    subprocess.run(["git", "-C", str(tmp_path), "add", "."], check=True)
+    assert book.needed("mine", tmp_path) == book.needed("other", tmp_path) == ""
+
+
 def test_a_quick_profile_says_on_every_page_what_it_leaves_out(copy, built):
     assert not any("The quick form<" in page.read_text() for page in built.rglob("*.html"))
     full = params.load_profile("smollm2-135m") | {"profile": "mine", "full_profile": "smollm2-135m"}
@@ -302,6 +318,38 @@ def test_a_quick_profile_says_on_every_page_what_it_leaves_out(copy, built):
     assert landing.index("The full report: `make book PROFILE=smollm2-135m`") < landing.index(
         "## The answer, step by step"
     )
+
+
+def test_a_profile_of_another_model_or_other_pairs_is_no_quick_form(copy):
+    other = {
+        "profile": "mine",
+        "full_profile": "smollm2-135m",
+        "model": "own",
+        "template": "{a} and {b} are",
+        "seed": 3,
+    }
+    own = params.load_profile("smollm2-135m") | other | {"model_sha256": None, "level": 0.9}
+    for step in STEPS:
+        path = copy / "results" / f"{step}.run.json"
+        given = params.validate(PLAN.sections, step, own).model_dump(mode="json")
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"parameters": given}))
+    (note,) = book.quick_notes(PLAN.sections, copy / "results", STEPS).values()
+    assert "not the quick form of `smollm2-135m`" in note and "differs from that in `model`, `template`." in note
+    assert "quads" not in note and "The full report" not in note
+    assert params.left_out(PLAN.sections, step, given | {"seed": 4, "model_sha256": None, "flips": 100}) == [
+        "sign flips of whole quads in max-T tests: 100 instead of 2000"
+    ]
+    run = {
+        "parameters": params.validate(PLAN.sections, step, params.load_profile("smollm2-135m-quick")).model_dump(
+            mode="json"
+        )
+    }
+    assert not book.other_than_full(PLAN.sections, step, run, {}), "its sizes alone are others"
+    people = {"ingredients": {"inputs": {"people_file": keys.hash_file(ROOT / "data" / "people.csv")}}}
+    assert not book.other_than_full(PLAN.sections, step, run | people, {"about": {"pairs_file": None}})
+    people["ingredients"]["inputs"]["people_file"] = keys.hash_file(ROOT / "data" / "people_fresh.csv")
+    given = {"about": {"pairs_file": "5f" * 32}}
+    assert book.other_than_full(PLAN.sections, step, run | people, given) == ["pairs_file", "people_file"]
 
 
 def test_the_quick_profile_differs_from_the_full_one_in_sizes_alone():

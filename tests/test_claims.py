@@ -420,10 +420,22 @@ def test_the_largest_of_several_pays_for_their_number():
     assert ten == pytest.approx(10 * one) and claims.p_value(claim, n._replace(of=10**6), 0.45, 0.95) == 1
 
 
+def test_exploratory_says_whose_results_had_been_seen(tmp_path):
+    own = story_params(tmp_path)
+    assert story.kinds_of_evidence(own) == claims.TIERS
+    mine = own.model_copy(update={"pairs_file": "mine.csv", "model": "a/folder"})
+    told = story.kinds_of_evidence(mine)
+    assert "of another model and other pairs than here" in told[claims.EXPLORATORY]
+    assert "profile `smollm2-135m`" in told[claims.EXPLORATORY] and told[claims.HALF] == claims.TIERS[claims.HALF]
+    other = own.model_copy(update={"question": "cities"})
+    assert "of another question than here" in story.kinds_of_evidence(other)[claims.EXPLORATORY]
+
+
 @pytest.mark.parametrize(
     ("numbers", "rule", "words"),
     [
         ((0.6, 0.4, 0.8), "above", "were the estimate the truth, 8.2 times as many quads would show it"),
+        ((0.51, 0.31, 0.71), "above", "were the estimate the truth, 820 times as many quads would show it"),
         ((0.3, 0.1, 0.45), "above", "the whole interval lies on the other side"),
         ((0.45, 0.3, 0.6), "above", "the estimate lies on the other side"),
         ((0.4, 0.2, 0.6), "below", "were the estimate the truth, 8.2 times as many quads would show it"),
@@ -443,6 +455,15 @@ def test_an_interval_wider_than_the_margin_tests_nothing(tmp_path):
     assert own["rule_or"].verdict == NOT_TESTABLE and "an interval this wide" in own["rule_or"].reason
     # half the interval, 0.3, is 1.96 standard errors; 0.25 must hold 1.96 + 1.28 of them: (0.496 / 0.25)^2 = 3.9 times
     assert "were the truth 0, 3.9 times as many prompts would show it" in own["rule_or"].reason
+    assert [claims.in_full(times) for times in (1.1, 9.96, 44.8, 2345.0, 1.2e6)] == [
+        "1.1",
+        "10",
+        "45",
+        "2,300",
+        "1,200,000",
+    ]
+    what["generality"]["rule"]["ratio"] = span(0.1, 3)
+    assert "were the truth 0, 390 times as many prompts would show it" in judged(tmp_path, what)["rule_or"].reason
     assert own["rule_additive"].verdict == NOT_SUPPORTED  # wide as it is, it lies outside
 
 
@@ -728,7 +749,7 @@ def test_the_circuit_in_three_sentences_by_the_verdicts(tmp_path):
     )
     # the slice carries the placebo's gap as well: that is what is said, and not that it is about supersets
     assert (
-        "as a whole the slice is an attribute read-out: its 2 sites together move the names' region, too (0.50 "
+        "as a whole the slice is an attribute read-out, and its 2 sites together move the names' region, too (0.50 "
         "[0.40, 0.60] of the region gap, 0.80 [0.70, 0.90] times its share of the superset gap)" in road
     )
     assert "little of the names' region" not in road
@@ -749,7 +770,7 @@ def test_the_circuit_in_three_sentences_by_the_verdicts(tmp_path):
     assert shown_alone in story.outline(alone, what)[0]
     here = [entry.model_copy(update={"here": SUPPORTED}) for entry in alone]
     assert "it is not supported (it holds, also corrected) that MLPs there" in story.outline(here, what)[0]
-    assert "not testable here: the slice (5.3 and mlp 7) at the last token, put" in road
+    assert "not testable here is whether the slice (5.3 and mlp 7) at the last token, put" in road
     assert "brings the answer back (0.99; too few quads: an interval needs" in road
     assert "tokens between, laid down in layers 4 and 5 (0.20 [0.15, 0.25] of the gap; it overlaps with" in road
     assert "at the names, at the last token and on the way to it, reaches them by their values (0.70 [" in road
@@ -757,6 +778,22 @@ def test_the_circuit_in_three_sentences_by_the_verdicts(tmp_path):
     assert "at the tokens between (0.20 [" in story.outline([*judged(tmp_path, what).values()], what)[1]
     unable = [entry.model_copy(update={"estimate": None}) for entry in judged(tmp_path, what).values()]
     assert "not testable here is whether the slice (5.3 and mlp 7)" in story.outline(unable, what)[1]
+    unasked = {"verdict": NOT_TESTABLE, "estimate": None, "reason": "No placebo pairs are left here."}
+    apart = ("slice_general", "slice_specific")
+    entries = [entry.model_copy(update=unasked if entry.id in apart else {}) for entry in unable]
+    row = {
+        "attribute": "region",
+        "choice": "kept",
+        "direction": "denoise",
+        "why": unasked["reason"],
+    }  # as step 04 has it
+    what = found() | {"sufficiency": found()["sufficiency"] | {"specific": [row]}}
+    assert any(
+        text.startswith("Not testable here is whether the slice is about") for text in story.sentence(entries, what)
+    )
+    said = story.outline(entries, what)[1].split("\n- ")[-1]
+    assert said.startswith("not testable here is whether as a whole the slice is an attribute read-out, and its ")
+    assert said.endswith("move the names' region, too (No placebo pairs are left here).") and ":" not in said
 
 
 def test_what_leads_the_report_follows_the_verdicts(tmp_path):
@@ -1135,3 +1172,16 @@ def test_where_the_model_cannot_do_the_task_claims_are_judged_and_nothing_is_dra
     figures = (circuits_page.circuit_curves, circuits_page.circuit_members, circuits_page.circuit_completeness)
     assert [draw(step, None) for draw in figures] == [None] * 3
     assert circuits_page.attribution(None) is None and circuits_page.statement(step, judged.circuit) is None
+
+
+def test_checks_of_given_pairs_do_not_say_how_pairs_are_made(tmp_path):
+    checks = []
+    for own in (story_params(tmp_path), story_params(tmp_path).model_copy(update={"pairs_file": "data/controls.csv"})):
+        able = {"able": {"superset": {"able": False, "why": "accuracy 0.2"}}, "about": keys.about(own)}
+        units.write_json(tmp_path / "baselines.findings.json", found()["baselines"] | able)
+        judged = story.judge(steps.Step(PLAN, "story", own), None)
+        checks.append({entry.id: entry.check for entry in judged.entries})
+    made, given = checks
+    assert {name for name in made if made[name] != given[name]} == set(sentences.GIVEN)
+    assert made["fame_matched"] == "pairs are matched in fame when they are made" and "kept" not in str(given)
+    assert {name for name in made if made[name]} == {name for name in given if given[name]}

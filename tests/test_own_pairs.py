@@ -458,6 +458,11 @@ def test_a_table_of_names_makes_pairs_that_line_up(tmp_path, with_tokenizer, mon
     used = set(table[[f"{side}_{slot}" for side in ("clean", "corrupt") for slot in "ab"]].to_numpy().ravel())
     assert len(used) == 4 * table["quad_id"].nunique() >= 40, "nobody is in two quads, most are in one"
     assert f"{len(table)} pairs of {table['quad_id'].nunique()} quads" in told
+    lacking = 40 - len(used) // 4
+    assert (
+        f"20 quads in each of the two halves, {lacking} more than these, of at least {4 * lacking} more people" in told
+    )
+    assert names.too_few(39).endswith("1 more than these, of at least 4 more people") and names.too_few(40) == ""
     assert f"{60 - len(used)} of 60 people are left over" in told
     assert all(name in told for name in set(people["name"]) - used)
     assert command.main(words) == 1 and "is there already" in capsys.readouterr().err

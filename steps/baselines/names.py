@@ -93,7 +93,13 @@ def put_together(people: pd.DataFrame, tokenizer: Any, params: Baselines) -> tup
     return pairs, {why: list(own["name"]) for why, own in left.items() if len(own)}
 
 
-FEW = f"  estimates will have no interval: that takes {MINIMUM_CLUSTERS} quads in each of the two halves"
+def too_few(quads: int) -> str:
+    """What so few quads leave open, and how many more people they take; "" where they are enough."""
+    lacking = 2 * MINIMUM_CLUSTERS - quads
+    return (
+        f"  estimates will have no interval, and most claims of page 10 no verdict: that takes {MINIMUM_CLUSTERS} "
+        f"quads in each of the two halves, {lacking} more than these, of at least {4 * lacking} more people"
+    ) * (lacking > 0)
 
 
 def write_pairs(names: Path, to: Path, params: Baselines) -> str:
@@ -112,7 +118,7 @@ def write_pairs(names: Path, to: Path, params: Baselines) -> str:
         file.write(pairs.to_csv(index=False).encode())
     quads = pairs["quad_id"].nunique()
     lines = [f"{to}: {len(pairs)} pairs of {quads} quads, for template {params.template!r}"]
-    lines += [FEW] * (quads < 2 * MINIMUM_CLUSTERS)
+    lines += filter(None, [too_few(quads)])
     lines += [f"{sum(map(len, left.values()))} of {len(people)} people are left over" + ":" * bool(left)]
     for why, own in left.items():
         more = f" and {len(own) - NAMED} more" if len(own) > NAMED else ""

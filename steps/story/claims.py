@@ -437,6 +437,7 @@ def more_of(
     if n.estimate is not None:
         why = why.replace(estimated(n), estimated(n, threshold), 1)
         why = why if claim.unit == "quads" else why.replace(" of a half", "").replace("quads", claim.unit)
+    why = re.sub(r"\S+e\+\d+(?= times as many)", lambda found: in_full(float(found[0])), why)
     if verdict not in (SUPPORTED, NOT_SUPPORTED):
         return why
     if claim.pick == "weakest" and claim.rule == "above":
@@ -558,8 +559,14 @@ def shortfall(claim: Claim, n: Numbers, threshold: float, alpha: float) -> str:
         return "; the estimate lies on the other side"
     error = abs(n.estimate - end) / norm.isf(0.025)
     times = ((norm.isf(alpha / 2) + norm.isf(1 - POWER)) * error / distance) ** 2
-    many = f"{max(times, 1.1):.2g} times as many {claim.unit}"
+    many = f"{in_full(max(times, 1.1))} times as many {claim.unit}"
     return f"; were the estimate the truth, {many} would show it, four times in five"
+
+
+def in_full(times: float) -> str:
+    """How many times as many, to two digits and without an exponent: 1.3, 45, 2,300."""
+    rounded = float(f"{times:.2g}")
+    return f"{rounded:,.0f}" if rounded >= 10 else f"{rounded:g}"
 
 
 def equivalence(n: Numbers, threshold: float) -> tuple[float, float]:

@@ -24,17 +24,17 @@ from matplotlib.figure import Figure
 from pandas.io.formats.style import Styler
 from scipy.stats import hypergeom
 
-from lib import records, stats
+from lib import questions, records, stats
 from lib.effects import CONSTANT, SITE, by_half, confirmed, in_halves, named, quad_matrix, reported, tested
 from pipeline import keys
-from pipeline.params import Shared
+from pipeline.params import Shared, load_profile
 from pipeline.step import Step, plain
 from report import plots
 from report.words import joined, listed, not_done
 from steps.story import circuits_page, claims, everywhere_page, fresh
-from steps.story.claims import CLAIMS, NOT_SUPPORTED, SUPPORTED, VERDICTS, Entry
+from steps.story.claims import CLAIMS, EXPLORATORY, NOT_SUPPORTED, SUPPORTED, VERDICTS, Entry
 from steps.story.measure import Measured, Story
-from steps.story.sentences import answer, basis, not_so, outline, sentence, standing
+from steps.story.sentences import GIVEN, answer, basis, not_so, outline, sentence, standing
 
 PUBLISHED = "data/filter_heads_llama-3.3-70b.csv"
 COLOURS = dict(zip(VERDICTS, ("#cfe8dc", "#f6d5c6", "#e6e6e6", "#ffffff"), strict=True))
@@ -85,6 +85,7 @@ def judge(step: Step, m: Measured | None) -> Judged:
     confirmed = fresh.confirm(entries, step.params, asked)
     for entry in entries:  # its verdict may be another now, by the correction or by fresh people
         entry.refuted_by = claims.turned(entry.verdict, entry.asked)
+        entry.check = GIVEN.get(entry.id, entry.check) if step.params.pairs_file else entry.check
         entry.reason += claims.coarse(entry, entries, found.get(entry.step), step.params)
         entry.reason += f"; {basis(entry.id, found)}" if entry.estimate is not None and basis(entry.id, found) else ""
         entry.reason += f"; {standing(entry)}" if entry.here != entry.verdict else ""
@@ -414,7 +415,7 @@ def tally(entries: Sequence[Entry]) -> str:
         return listed(f"{words.count(kind)} {kind}" for kind in kinds)
 
     kinds = [entry.tier for entry in own if entry.verdict == SUPPORTED]
-    confirmed, half, after = (kinds.count(kind) for kind in (claims.FRESH, claims.HALF, claims.EXPLORATORY))
+    confirmed, half, after = (kinds.count(kind) for kind in (claims.FRESH, claims.HALF, EXPLORATORY))
     return (
         f"The {len(own)} claims of the plan: {counted([entry.verdict for entry in own], VERDICTS)}. On this book's own "
         f"people, corrected for the {sum(e.p_holm is not None for e in own)} that have a p value, "
@@ -426,6 +427,20 @@ def tally(entries: Sequence[Entry]) -> str:
         f"them either way (the table says why): "
         f"{counted([entry.verdict for entry in checks], VERDICTS)}."
     )
+
+
+def kinds_of_evidence(params: Story) -> dict[str, str]:
+    """`claims.TIERS`; where what had been seen was of another model, question or pairs, *exploratory* says that."""
+    default = load_profile(Shared.model_fields["profile"].default)
+    others = ["another model"] * (params.model != default["model"])
+    others += ["another question"] * (params.question != default.get("question", questions.DEFAULT))
+    others += ["other pairs"] * (params.pairs_file is not None)
+    exploratory = (
+        f"set when results of profile `{default['profile']}` had been seen, those of the commits named, of "
+        f"{listed(others)} than here, and not shown to be older than this report's own results (a hash frozen before "
+        "them shows that: `python -m steps freeze`)"
+    )
+    return claims.TIERS | ({EXPLORATORY: exploratory} if others else {})
 
 
 def fingerprint_sentence(params: Story) -> str:
@@ -453,7 +468,7 @@ def overlap_sentence(found: Mapping[str, Any] | None) -> str:
 
 def how_many(step: Step, judged: Judged) -> Markdown:
     """The tally, what verdicts and intervals hold for, and the hash of the rules."""
-    tiers = "; ".join(f"*{name}*: {meaning}" for name, meaning in claims.TIERS.items())
+    tiers = "; ".join(f"*{name}*: {meaning}" for name, meaning in kinds_of_evidence(step.params).items())
     said = [tally(judged.entries), judged.fresh, claims.CORRECTION, f"Kinds of evidence: {tiers}."]
     return Markdown("\n\n".join(filter(None, [*said, fingerprint_sentence(step.params)])))
 

@@ -36,6 +36,12 @@ ROLES |= {"last": "the last token"}
 ITEM = ";\n- "  # between the clauses of a sentence of the outline
 LEADING = 4  # senders at the names that are named, at most
 
+# Why some checks are none of the claims, where pairs were given (`pairs_file`) and not made by step 01.
+GIVEN = {
+    "fame_matched": "only pairs that step 01 makes are matched in fame; these were given",
+    "superset_at_last": "the answer is read off this very token by a linear map",
+}
+
 
 def site_names(found: Mapping[str, Any]) -> dict[str, str]:
     """The sites of this model, by the names that data/claims.yaml calls them by."""
@@ -62,7 +68,7 @@ def site_names(found: Mapping[str, Any]) -> dict[str, str]:
     own |= {"directions_layer": str(step["subspace"].get("directions", {}).get("layer", ""))}
     own |= {"circuit_size": str(circuit.get("size", 0)), "circuit_region": of_region(circuit.get("placebo", ()))}
     own |= {"by_directions": by_directions(step["subspace"])}
-    rows = [row for row in step["sufficiency"].get("specific", ()) if kept_denoised(row)]
+    rows = [row for row in step["sufficiency"].get("specific", ()) if kept_denoised(row) and "why" not in row]
     own |= {"others": beside_the_first(rows), "moved": of_its_gap(rows)}
     own |= {"alone": ", the one other attribute asked about," * (len({row["attribute"] for row in rows}) == 1)}
     return {name: listed(sites) for name, sites in lists.items()} | own
@@ -288,11 +294,11 @@ def clause(entry: Entry, text: str, sites: Mapping[str, str]) -> str:
             both = " (here, and on fresh people, who decide)" * (deciding(entry) is not entry)
             before = f"it is shown alone, but not once all claims are corrected together{both}, that "
         said += "" if nearly(entry) else f"; asked for: {entry.asked}"
-    elif entry.verdict == NOT_TESTABLE and entry.estimate is not None:
-        why = entry.reason.partition("; ")[2]  # behind its numbers
-        before, said = "not testable here: ", "; ".join(filter(None, (said, why)))
     elif entry.verdict != SUPPORTED:
-        before, said = f"{entry.verdict} is whether ", entry.reason
+        before = f"{entry.verdict} is whether "
+        _, _, why = entry.reason.partition("; ")
+        known = entry.verdict == NOT_TESTABLE and entry.estimate is not None
+        said = "; ".join(filter(None, (said, why))) if known else entry.reason.removesuffix(".")
     return before + with_number(text, said, sites)
 
 
@@ -307,9 +313,9 @@ def sentence(entries: Sequence[Entry], found: Mapping[str, Any]) -> list[str]:
     sites = site_names(found)
     by_claim = {entry.id: entry for entry in entries}
     words = {
-        NOT_SUPPORTED: "The evidence does not support",
-        NOT_TESTABLE: "Not testable here is",
-        NOT_TESTED: "Not tested is",
+        NOT_SUPPORTED: "The evidence does not support that",
+        NOT_TESTABLE: "Not testable here is whether",
+        NOT_TESTED: "Not tested is whether",
     }
     chain, open_links, holds = [], {verdict: [] for verdict in words}, False
     for link in LINKS:
@@ -323,7 +329,7 @@ def sentence(entries: Sequence[Entry], found: Mapping[str, Any]) -> list[str]:
         chain.append(" and ".join(each) or f"[{entry.verdict}: {link.plan}]")
         holds = holds or bool(others)
         instead = f"; instead {listed(each)}" if others else ""
-        open_links[entry.verdict].append(f"{words[entry.verdict]} that {link.plan} ({because(entry, found)}){instead}.")
+        open_links[entry.verdict].append(f"{words[entry.verdict]} {link.plan} ({because(entry, found)}){instead}.")
     whole = f"The names → {' → '.join(chain)} → the answer."
     if not holds:
         whole = "No link of the plan's chain from the names to the answer is supported here."
@@ -333,7 +339,7 @@ def sentence(entries: Sequence[Entry], found: Mapping[str, Any]) -> list[str]:
 def because(entry: Entry, found: Mapping[str, Any]) -> str:
     """Why a link is open, its number with its unit, and what is to be said beside it."""
     decided = deciding(entry)
-    before, asked, rest = decided.reason.partition("; asked for")
+    before, asked, rest = decided.reason.removesuffix(".").partition("; asked for")
     known = asked and decided.high is not None
     said = before + unit(entry) * bool(known) + asked + rest
     if entry.verdict != NOT_SUPPORTED:
