@@ -1,4 +1,7 @@
-"""The package of this name in the folder above, for kernels that start here, as those of JupyterLab and VS Code do."""
+"""The package of this name in the folder above, for kernels that start here, as those of JupyterLab and VS Code do.
+
+Paths start here, too: `pipeline.params.ROOT / "results"` is the folder of results.
+"""
 
 import sys
 from pathlib import Path

@@ -10,10 +10,11 @@ pyplot; `save` writes it to the results folder, byte for byte the same for the s
 from __future__ import annotations
 
 from base64 import b64encode
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
+from textwrap import shorten
 
 import matplotlib.figure
 import numpy as np
@@ -26,6 +27,7 @@ from matplotlib.colors import TwoSlopeNorm, to_rgba
 from matplotlib.patches import PathPatch
 from matplotlib.path import Path as Outline
 
+from lib.questions import SLOT
 from lib.records import atomic
 from report import site_tables
 
@@ -46,6 +48,7 @@ COLOURS = {
 }  # fmt: skip
 Panels = list[tuple[Axes, pd.DataFrame]]
 MARKERS = ("o", "s", "D", "^", "v", "P", "X")
+LONGEST = 24  # letters of a template's text, where it is a label
 
 
 class Figure(matplotlib.figure.Figure):
@@ -428,12 +431,27 @@ def _categories(
     names = list(dict.fromkeys(frame[category]))
     with _canvas((WIDTH, 3.4)) as (figure, (axes,)):
         _bars(axes, frame, by, styles_of(frame, by), np.array([names.index(name) for name in frame[category]]))
-        rotation, side = (30, "right") if sum(len(str(name)) for name in names) > 80 else (0, "center")
-        axes.set_xticks(range(len(names)), names, rotation=rotation, ha=side)
+        labels = brief(names)
+        rotation, side = (30, "right") if sum(map(len, labels)) > 80 else (0, "center")
+        axes.set_xticks(range(len(names)), labels, rotation=rotation, ha=side)
         axes.grid(False, axis="x")
         axes.set(xlabel=xlabel, ylabel=ylabel)
         add_legend(figure)
     return figure
+
+
+def brief(labels: Iterable[object]) -> list[str]:
+    """Labels with the texts of long templates as their first and last words; captions, tables and sentences have them
+    whole. Two texts that are cut to the same words are numbered."""
+    texts, out = [str(label) for label in labels], {}
+    for text in dict.fromkeys(texts):
+        short = text
+        if len(text) > LONGEST and SLOT.search(text):
+            first, last = (shorten(way, LONGEST // 2, placeholder="") for way in (text, text[::-1]))
+            short = f"{first} ... {last[::-1]}"
+        alike = [own for own in out.values() if own == short or own.startswith(f"{short} (")]
+        out[text] = f"{short} ({len(alike) + 1})" if alike and short != text else short
+    return [out[text] for text in texts]
 
 
 def zero_line(axes: Axes, across: bool = False) -> None:
@@ -461,7 +479,8 @@ def add_legend(figure: Figure) -> None:
             named.setdefault(text, handle)
     named.pop("", None)
     if named:
-        figure.legend(named.values(), named, loc="outside upper left", ncols=legend_columns(list(named)))
+        labels = brief(named)
+        figure.legend(named.values(), labels, loc="outside upper left", ncols=legend_columns(labels))
 
 
 def legend_columns(names: Sequence[str], width: int = 90) -> int:
@@ -574,7 +593,7 @@ def forest(
         zero_line(axes, across=True)
         for line in lines:
             axes.axvline(line, color=GREY, lw=1, ls="--")
-        axes.set_yticks(range(len(labels)), [name for name, _ in labels])
+        axes.set_yticks(range(len(labels)), brief(name for name, _ in labels))
         for text, (_, heading) in zip(axes.get_yticklabels(), labels, strict=True):
             text.set_fontweight("bold" if heading else "normal")
         for place, size in enumerate(sizes):
@@ -606,8 +625,8 @@ def class_matrices(
                     axes.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=8, color=tone)
             axes.grid(False)
             axes.set(title=title, xlabel=xlabel, ylabel=ylabel if index == 0 else "")
-            axes.set_xticks(range(table.shape[1]), table.columns, rotation=35, ha="right")
-            axes.set_yticks(range(len(table)), table.index if index == 0 else [""] * len(table))
+            axes.set_xticks(range(table.shape[1]), brief(table.columns), rotation=35, ha="right")
+            axes.set_yticks(range(len(table)), brief(table.index) if index == 0 else [""] * len(table))
         figure.colorbar(image, ax=list(panels), label=label, pad=0.015, aspect=14)
     return figure
 
@@ -757,7 +776,7 @@ def probe_bars(frame: pd.DataFrame, ylabel: str = "right (share of people)") -> 
         for axes, part in panels:
             at = np.array([names.index(name) for name in part["template"]])
             _bars(axes, part, "how", styles_of(frame, "how"), at)
-            axes.set_xticks(range(len(names)), [name.replace("{a}", "...") for name in names])
+            axes.set_xticks(range(len(names)), [name.replace("{a}", "...") for name in brief(names)])
             axes.grid(False, axis="x")
             axes.set(ylim=(0, 1), xlim=(-0.6, len(names) - 0.4))
         shared_ylabel(figure, ylabel)

@@ -181,10 +181,13 @@ def test_the_page_says_what_was_put_in():
     assert confounds_page.with_point(0.107, 0.112) == "0.107 (0.112)" and confounds_page.with_point(0.1, 0.2)[4] == " "
     table = confounds_page.share_table(numbers)
     assert table.loc[MEAN].tolist() == ["0.30 (0.20)"] * 4
-    assert len(confounds_page.placebo_table(numbers)) == len(rows) == 5
+    assert len(confounds_page.placebo_table(numbers, PARAMS)) == len(rows) == 5
     numbers = confounds_page.numbers(m._replace(placebo=None), PARAMS)
     assert confounds_page.sentences(m, numbers, PARAMS)[-1] == confounds_page.NONE
-    assert confounds_page.placebo_table(numbers) is None
+    assert confounds_page.placebo_table(numbers, PARAMS).data == confounds_page.NONE
+    given = PARAMS.model_copy(update={"pairs_file": "mine.csv"})
+    assert confounds_page.placebo_table(numbers, given).data == confounds_page.NONE_GIVEN
+    assert confounds_page.sentences(m, numbers, given)[-1] == confounds_page.NONE_GIVEN
 
 
 def test_few_quads_give_no_verdict():

@@ -220,3 +220,25 @@ def test_a_forest_says_the_quads_of_every_estimate_of_a_row():
     assert [text.get_text() for text in axes.texts] == ["", "12, 9", "7", "quads"]
     same = plots.forest(frame.assign(quads=12), "recovery").axes[0]
     assert [text.get_text() for text in same.texts][1] == "12"
+
+
+OWN = "Here is a fact: {a} and {b} are both known as"
+
+
+def test_the_text_of_a_template_is_cut_where_it_is_a_label():
+    other, shares = OWN.replace("fact", "rule"), [0.1, 0.2, 0.3]
+    short, second = "Here is a ... known as", "Here is a ... known as (2)"
+    assert plots.brief([OWN, "profession_both", other, OWN]) == [short, "profession_both", second, short]
+    assert plots.brief(["{a} is a", "a long name of a class, without a slot"])[1].endswith("a slot"), "no template"
+    assert plots.brief(["x" * 30 + "{a}"]) == ["x" * 12 + " ... " + "x" * 9 + "{a}"], "one word"
+
+    names = [OWN, "both_famous", other]
+    bars = plots.accuracy_bars(intervals(shares, template=names, task="superset", chance=0.2), "template", by="task")
+    matrix = plots.class_matrices({"": pd.DataFrame(np.eye(3), index=names, columns=names)}, "share")
+    rows = plots.forest(intervals(shares, kind="template", group=names, quantity="recovery", quads=9), "recovery")
+    legend = plots.ranked_sites(intervals(shares, site=["1.0", "1.1", "1.2"], order=names), "rank", by="order")
+    shown = [axes.get_text() for axes in bars.axes[0].get_xticklabels()]
+    assert shown == [short, "both_famous", second]
+    for labels in (matrix.axes[0].get_xticklabels(), matrix.axes[0].get_yticklabels(), legend.legends[0].get_texts()):
+        assert [label.get_text() for label in labels] == shown
+    assert [label.get_text() for label in rows.axes[0].get_yticklabels()] == ["template", *shown]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
-from lib import hooks
+from lib import hooks, questions
 from lib.tasks import Prompt
 from pipeline import params
 from pipeline.step import StepError
@@ -322,3 +322,29 @@ def test_words_of_a_direction_are_found_where_a_token_alone_is_decoded_without_i
     assert sorted(probes.words(model, direction, 9)) == ["artists", "both", "scientists"]
     none = replace(model, tokenizer=llama_tokenizer("ab cd"))
     assert probes.words(none, direction, 3) == []
+
+
+def test_of_given_pairs_the_page_says_whom_the_table_knows_and_no_selection():
+    frame = pd.DataFrame({"labels": "true", "kind": "pair", "unit": ["q0", "q0", "q1"], "item": ["a", "b", "c"]})
+    made, own = (probes_page.prompts_read(frame, given) for given in (False, True))
+    assert made.startswith("3 pair prompts of 2 quads, whose people the model tells apart by selection")
+    assert own.startswith("3 pair prompts of 2 quads (those that share") and "selection" not in own
+
+    def said(*names, given="mine.csv", question="professions"):
+        slots = [f"{side}_{slot}" for side in ("clean", "corrupt") for slot in "abc"]
+        pairs = pd.DataFrame([[*names[:2], "", *names[2:], ""]], columns=slots)
+        topic = SimpleNamespace(attributes={"region": None, "century": None} if question else {})
+        params = SimpleNamespace(pairs_file=given, topic=topic, question="professions")
+        return probes_page.looked_up(
+            SimpleNamespace(params=params, people_file=questions.ROOT / "data/people.csv", pairs=lambda: pairs)
+        )
+
+    known = ["William Cowper", "William Wordsworth", "Wislawa Szymborska"]
+    start = "The region and century of the pairs' people are looked up by name in the table of people: it has "
+    assert said(*known, known[0]) == [start + "3 of their 3 names."]
+    assert said(*known, "No One") == [start + "3 of their 4 names; the other 1 counts as unknown (No One)."]
+    (none,) = said("A", "B", "C", "D")
+    assert none.startswith(f"{start}0 of their 4 names; all 4 count as unknown (A, B, C, D), so that the metadata")
+    assert said("A", "B", "C", "D", given=None) == [] == said("A", "B", "C", "D", question=None)
+    lone = probes_page.sentences(SimpleNamespace(dropped=()), None, True, ["x"])
+    assert lone == ["No probe was fitted.", "x"]

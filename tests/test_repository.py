@@ -3,9 +3,12 @@
 import json
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+
+from pipeline import params
 
 ROOT = Path(__file__).resolve().parent.parent
 MAX_BYTES = 2_000_000
@@ -177,3 +180,13 @@ def test_whom_the_code_and_the_pages_cite_is_in_the_references():
             if name not in MONTHS and (name.rpartition("-")[2], int(year)) not in known:
                 missing.append(f"{path.name}: {name} {year}")
     assert not missing
+
+
+def test_a_kernel_that_starts_beside_the_notebooks_has_the_packages():
+    names = sorted(path.parent.name for path in ROOT.glob("*/__init__.py"))
+    assert {"lib", "pipeline", "report", "steps"} <= set(names)
+    for name in names:
+        own = [sys.executable, "-c", f"import {name}, {', '.join(names)}; print({name}.__path__[0])"]
+        done = subprocess.run(own, cwd=ROOT / "notebooks", capture_output=True, text=True, check=False)
+        assert done.stdout.strip() == str(ROOT / name), (name, done.stderr)
+    assert params.ROOT == ROOT, "by which such a notebook finds results"

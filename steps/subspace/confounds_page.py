@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import pandas as pd
+from IPython.display import Markdown
 
 from lib import effects
 from report.words import interval, listed, of_row
@@ -17,6 +18,10 @@ NAMED = 6  # that a sentence lists at most
 NONE = (
     "There are no placebo pairs here with a gap of the right sign above the noise, of a superset that the fitting half "
     "has: whether the class directions are about supersets alone was not asked."
+)
+NONE_GIVEN = (
+    "For the pairs of a `pairs_file` no placebo pairs are made: whether the class directions are about supersets alone "
+    "was not asked."
 )
 
 
@@ -72,10 +77,15 @@ def share_table(n: Numbers) -> pd.DataFrame:
     return order.rename_axis(index="direction", columns=None)
 
 
-def placebo_table(n: Numbers) -> pd.DataFrame | None:
-    """Each direction's shares of the two gaps, and their quotient."""
+def not_asked(params: Subspace) -> str:
+    """Why there are no placebo pairs."""
+    return NONE if params.pairs_file is None else NONE_GIVEN
+
+
+def placebo_table(n: Numbers, params: Subspace) -> pd.DataFrame | Markdown:
+    """Each direction's shares of the two gaps, and their quotient; or why there are none."""
     if n.placebo.empty:
-        return None
+        return Markdown(not_asked(params))
     rows = n.placebo.itertuples()
     each = [(row.method, row.attribute, of_row(row), of(row, "placebo"), of(row, "quotient")) for row in rows]
     names = ["direction", "placebo", "share of the superset gap", "share of the placebo gap", "placebo over superset"]
@@ -177,4 +187,4 @@ def placebo_sentence(rows: pd.DataFrame, attribute: str, layer: int) -> str:
 def sentences(m: Measured, n: Numbers, params: Subspace) -> list[str]:
     """Everything that the page says of confounds, in words."""
     placebo = [placebo_sentence(rows, name, m.layer) for name, rows in n.placebo.groupby("attribute", sort=False)]
-    return [*attribute_sentences(n, m.layer, params.level), *(placebo or [NONE])]
+    return [*attribute_sentences(n, m.layer, params.level), *(placebo or [not_asked(params)])]

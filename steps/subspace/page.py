@@ -37,7 +37,7 @@ def findings(step: Step, m: Measured, n: Numbers) -> dict[str, Any]:
         "confounds": n.confounds.found(),
         "interchange": interchange_page.found(n.interchange),
         "sentences": [
-            *probes_page.sentences(m, n.probes),
+            *probes_page.sentences(m, n.probes, step.params.pairs_file is not None, probes_page.looked_up(step)),
             *sentences,
             *interchange_page.sentences(n.interchange),
             *confounds_page.sentences(m, n.confounds, step.params),

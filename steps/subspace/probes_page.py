@@ -20,8 +20,10 @@ from sklearn.metrics import adjusted_rand_score
 
 from lib import stats
 from lib.effects import columns
+from pipeline.population import people_of
+from pipeline.step import Step
 from report.plots import BLACK, BLUE, GREY, WIDTH, Figure, _canvas, add_legend, draw_points, layer_curve
-from report.words import interval, listed
+from report.words import counted, interval, listed
 from steps.subspace.measure import Measured, Subspace
 from steps.subspace.probes import WHOLE
 
@@ -466,19 +468,20 @@ def transfer_sentence(table: pd.DataFrame, layer: int) -> list[str]:
     ] * bool(each)
 
 
-def sentences(m: Measured, n: Numbers | None) -> list[str]:
-    """Everything that the page says of probes, in words."""
+def sentences(m: Measured, n: Numbers | None, given: bool = False, more: Sequence[str] = ()) -> list[str]:
+    """Everything that the page says of probes, in words; `given`: of a `pairs_file`; `more`: what else of it."""
     if n is None:
-        return ["No probe was fitted.", *m.dropped]
+        return ["No probe was fitted.", *m.dropped, *more]
     frame, out = m.accuracies, []
     for lead in n.leads:
         ranks = only(n.ranks, lead, n.layer)
         out += [rank_sentence(row, ranks) for _, row in only(n.verdicts, lead, n.layer).iterrows()]
         out += [direction_sentence(n.ends[lead[1]], lead[1])] if lead[1] in n.ends else []
     return [
-        f"Probes were read from {prompts_read(frame)}.",
+        f"Probes were read from {prompts_read(frame, given)}.",
         *m.dropped,
         baseline_sentence(n.baselines, n.null, frame["permutation"].max() + 1),
+        *more,
         *accuracy_sentences(n.curve, m.probe_layers),
         *selectivity_sentence(n.selectivity, n.layer),
         *out,
@@ -487,14 +490,41 @@ def sentences(m: Measured, n: Numbers | None) -> list[str]:
     ]
 
 
-def prompts_read(frame: pd.DataFrame) -> str:
-    """How many prompts of which kind were read."""
+def looked_up(step: Step) -> list[str]:
+    """Where the attributes of the people of a `pairs_file` come from, and of how many there are none."""
+    p, about = step.params, list(step.params.topic.attributes)
+    if p.pairs_file is None or not about:
+        return []
+    columns = [f"{side}_{slot}" for side in ("clean", "corrupt") for slot in "abc"]
+    names = [name for name in dict.fromkeys(step.pairs()[columns].to_numpy().ravel()) if name]
+    known = set(people_of(step)["name"])
+    missed, rest = [name for name in names if name not in known], ""
+    if missed:
+        few = ", ".join(missed[:10]) + ", ..." * (len(missed) > 10)
+        which = "all" if len(missed) == len(names) else "the other"
+        rest = f"; {which} {len(missed)} count{'s' * (len(missed) == 1)} as unknown ({few})"
+        rest += ", so that the metadata baseline sees nothing of them" * (len(missed) == len(names))
+    return [
+        f"The {listed(about)} of the pairs' people are looked up by name in the table of people: it has "
+        f"{len(names) - len(missed)} of their {counted(len(names), 'name')}{rest}."
+    ]
+
+
+def prompts_read(frame: pd.DataFrame, given: bool) -> str:
+    """How many prompts of which kind were read; `given`: of a `pairs_file`, of which nothing is taken out."""
     sizes, out = frame[frame["labels"] == "true"].groupby("kind")[["unit", "item"]].nunique(), []
     if "pair" in sizes.index:
-        out.append(
-            f"{sizes.loc['pair', 'item']} pair prompts of {sizes.loc['pair', 'unit']} quads, whose people the model "
-            "tells apart by selection (an accuracy near 1 at the last token of the last layers is built in),"
-        )
+        count = f"{sizes.loc['pair', 'item']} pair prompts of {sizes.loc['pair', 'unit']} quads"
+        if given:
+            out.append(
+                f"{count} (those that share a name count as one), whose people were taken from the `pairs_file` "
+                "whatever the model answers,"
+            )
+        else:
+            out.append(
+                f"{count}, whose people the model tells apart by selection (an accuracy near 1 at the last token of "
+                "the last layers is built in),"
+            )
     if "one-name" in sizes.index:
         out.append(f"from one-name prompts about {sizes.loc['one-name', 'item']} other people, unselected")
     return " and ".join(out).removeprefix("from ").removesuffix(",")
