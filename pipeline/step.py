@@ -669,6 +669,15 @@ def single_sites(step: Step) -> pd.DataFrame:
     return pd.DataFrame(columns=[*EFFECTS, *answers])
 
 
+def refuse_no_model(p: Shared) -> None:
+    """StepError for a folder as model that has no config or no weights, naming what it lacks."""
+    folder = Path(p.model)
+    needed = {"config.json": "config.json", "weights (*.safetensors)": "*.safetensors", "tokenizer": "tokenizer*"}
+    lacking = [name for name, pattern in needed.items() if not any(folder.glob(pattern))]
+    if folder.is_dir() and {*lacking} - {"tokenizer"} and not (folder / "adapter_config.json").is_file():
+        raise StepError(f"model {p.model!r} is a folder that holds no model: there is no {', no '.join(lacking)} in it")
+
+
 def begin(plan: Plan, step: str, namespace: Mapping[str, Any], engine: Callable[[Shared], Engine | None]) -> Step:
     """The step of a notebook, from its `globals()`; `engine` makes who computes for the parameters.
 
@@ -676,6 +685,7 @@ def begin(plan: Plan, step: str, namespace: Mapping[str, Any], engine: Callable[
     ParameterError or StepError in one sentence if it cannot run.
     """
     checked = params.from_notebook(plan.sections, step, namespace)
+    refuse_no_model(checked)
     begun = Step(plan, step, checked, engine(checked))
     if params.run_by_hand(namespace):
         begun.set_stale_aside()

@@ -371,3 +371,18 @@ def test_a_page_opened_by_hand_reads_its_profile(here):
 
 def test_notebook_names_follow_the_steps():
     assert PLAN.notebook("necessity") == ROOT / "notebooks" / "03_necessity.ipynb"
+
+
+def test_a_folder_that_holds_no_model_is_refused_by_what_it_lacks(tmp_path):
+    every = {"config.json": "config.json", "weights": "model.safetensors", "tokenizer": "tokenizer.json"}
+    lacking = []
+    for name, file in reversed(every.items()):
+        with pytest.raises(StepError, match="holds no model: there is no config.json") as error:
+            begin(model=str(tmp_path), model_sha256=None)
+        assert [word in str(error.value) for word in lacking] == [False] * len(lacking) and name in str(error.value)
+        (tmp_path / file).touch()
+        lacking.append(name)
+    steps.refuse_no_model(SimpleNamespace(model=str(tmp_path)))  # lib.models says what is wrong with the files
+    (tmp_path / "config.json").rename(tmp_path / "adapter_config.json")
+    steps.refuse_no_model(SimpleNamespace(model=str(tmp_path)))  # lib.weights says that it is an adapter
+    steps.refuse_no_model(SimpleNamespace(model="owner/name"))
