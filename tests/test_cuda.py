@@ -77,6 +77,7 @@ def test_a_folder_in_few_bits_equals_one_by_one(random_folder, device, quantisat
 
 
 @NO_SMOLLM
+@pytest.mark.long
 @pytest.mark.parametrize("device,quantisation", AS_LOADED)
 def test_smollm_in_few_bits_equals_one_by_one(two_pairs, device, quantisation):
     """The same with trained weights."""

@@ -222,6 +222,7 @@ def test_odd_one_out_items_swap_one_name_and_stand_everywhere(people, smollm_tok
         quads.generate_odd_one_out(some_people(people, 1, 0), smollm_tokenizer, 60)
 
 
+@pytest.mark.long
 def test_the_bundled_model_gives_quads_with_a_gap(people, smollm):
     def score(prompts):
         return models.next_logits(smollm, prompts)

@@ -117,6 +117,7 @@ def test_replicas_of_other_code_libraries_or_weights_are_refused(cluster, here, 
     assert not Path("computed").exists() and not list(Path("out").glob("*.parquet"))
 
 
+@pytest.mark.long
 def test_a_unit_that_kills_every_replica_ends_the_run(cluster, here, begin, monkeypatch):
     monkeypatch.setattr(workers, "DEATHS", 0)
     plan = [units.Unit("deadly")]
@@ -212,6 +213,7 @@ def test_a_lost_node_costs_its_units_alone_and_the_rows_are_those_of_a_local_run
     assert about["tables"]["necessity"]["rows"] == len(local)
 
 
+@pytest.mark.long
 def test_a_run_goes_on_with_other_workers(cluster, here, begin):
     step = begin("out")
     plan, compute = planned(step)
