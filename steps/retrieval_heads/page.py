@@ -268,9 +268,10 @@ def tests_of(m: Measured, params: RetrievalHeads) -> pd.DataFrame:
     """The four tests of each role's candidates, and of the slice's own heads (`inside`) at the last token."""
     parts = []
     for role, asked in m.families.items():
+        tables = tables_of(m, role, params) if asked else {}
         for inside in (False, True):
             if own := {site: among for site, among in asked.items() if (site in m.slice_sites) == inside}:
-                tests = four_tests(names_of(own), tables_of(m, role, params), params)
+                tests = four_tests(names_of(own), tables, params)
                 parts.append(tests.assign(role=role, inside=inside))
     columns = ["site", "test", "estimate", "low", "high", "p", "alone", "null", "smallest", "quads", "verdict", "why"]
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=[*columns, "role", "inside"])
