@@ -270,8 +270,8 @@ def stale(found: Found, command: str) -> str:
     changed = [f"`{room}`" for room, made in found["code"].items() if now[room] != made]
     if not changed:
         return ""
-    text = f"""Measured at commit `{found["commit"][:7]}`; the code of {", ".join(changed)} has changed since. To measure
-        again: `{command}`."""
+    text = f"""Measured at commit `{found["commit"][:7]}`; the code of {", ".join(changed)} has changed since. To
+        measure again: `{command}`."""
     return f":::{{warning}}\n{paragraph(text)}\n:::"
 
 
