@@ -7,6 +7,8 @@ sentence. Torch is not needed here: make asks for keys without it.
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -116,3 +118,12 @@ def parse(spec: str) -> Options:
         raise PlantedError(f"model {spec!r}: {where}{first['msg'].removeprefix('Value error, ')}") from None
     except ValueError as error:
         raise PlantedError(f"model {spec!r}: {error}") from None
+
+
+def fingerprint(spec: str) -> str:
+    """A hash of the options, of the code that makes a model of them, and of the question's files."""
+    own, question = Path(__file__).parent, Path(__file__).parents[1] / "data" / "questions" / "planted"
+    digest = hashlib.sha256(parse(spec).spec.encode())
+    for path in sorted([*own.glob("*.py"), *question.iterdir()]):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
