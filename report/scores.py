@@ -3,7 +3,7 @@
 1. `METHODS` names each method with two readers: what the truth (`planted/truth.py`) has it find, and what its step's
    findings say it found: sets of items (sites, layers, classes, verdicts), or a number.
 2. `score` sets the two side by side: precision and recall of sets, the error of numbers.
-3. `picked` counts what the steps pick in a model that has nothing to find: there everything is a false positive.
+3. `picked` is what the steps say of a model that has nothing to find: there everything is a false positive.
 """
 
 from __future__ import annotations
@@ -380,7 +380,9 @@ METHODS: dict[str, tuple[str, Callable[[Truth, Found], Wanted | float | None], C
 
 
 def score(truth: Truth, found: Found) -> list[Score]:
-    """Every method's score on one model that does its task."""
+    """Every method's score on one model that does its task; of one that has nothing to find, see `picked`."""
+    if not truth["gap"]["mean"]:
+        return picked(found)
     out = []
     for method, (step, wanted, read) in METHODS.items():
         asked = wanted(truth, found)
