@@ -298,6 +298,17 @@ def data_inputs(step: Declaration, params: Shared) -> dict[str, Any]:
 # --- which code a step rests on -----------------------------------------------------------------------------------
 
 
+def code(*rooms: str) -> dict[str, str]:
+    """A hash of the code of each room or module (`lib`, `steps/hydra`, `report/scores.py`): a committed result that
+    keeps them knows when they have changed under it."""
+    out = {}
+    for room in rooms:
+        place = parameters.ROOT / room
+        files = [place] if place.is_file() else sorted(place.rglob("*.py"))
+        out[room] = hash_json([hash_source(path) for path in files])[:16]
+    return out
+
+
 @cache
 def imports(source: bytes) -> frozenset[str]:
     """The modules of the repository that a module's code imports, anywhere in it."""

@@ -51,7 +51,7 @@ class WorkersError(ParameterError):
 
 def code_hash() -> str:
     """One hash of the sources of all that computes."""
-    files = [path for room in ("lib", "pipeline", "steps") for path in sorted((ROOT / room).rglob("*.py"))]
+    files = [path for room in ("lib", "planted", "pipeline", "steps") for path in sorted((ROOT / room).rglob("*.py"))]
     return keys.hash_json({str(path.relative_to(ROOT)): keys.hash_source(path) for path in files})
 
 

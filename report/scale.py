@@ -18,6 +18,7 @@ from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, NullLocator
 
+from pipeline import keys
 from report import plots
 
 PLAN = "python -m steps.plan --profile"
@@ -263,15 +264,26 @@ def measured_on(found: Found) -> str:
     return f"Measured on {counted(where['cores'], 'core')} ({where['cpu']}{cards}){threads}, with {libraries}."
 
 
+def stale(found: Found, command: str) -> str:
+    """A warning for a result whose `code` (`pipeline.keys.code`) has changed since; nothing where it has not."""
+    now = keys.code(*found["code"])
+    changed = [f"`{room}`" for room, made in found["code"].items() if now[room] != made]
+    if not changed:
+        return ""
+    text = f"""Measured at commit `{found["commit"][:7]}`; the code of {", ".join(changed)} has changed since. To
+        measure again: `{command}`."""
+    return f":::{{warning}}\n{paragraph(text)}\n:::"
+
+
 def aimed(value: float, aim: float) -> str:
     """Whether a bound was reached: "60 was aimed at, and reached"."""
     return f"{aim} was aimed at, and {'reached' if value >= aim else 'missed'}"
 
 
-def figure(drawn: plots.Figure, to: Path, name: str, caption: str) -> str:
+def figure(drawn: plots.Figure, to: Path, name: str, caption: str, page: str = "scale") -> str:
     """A MyST figure of the page."""
-    file, caption = plots.save(drawn, to, "scale", name), paragraph(caption)
-    return f"```{{figure}} {file}\n:name: fig-scale-{name}\n:alt: {caption.replace('`', '')}\n\n{caption}\n```"
+    file, caption = plots.save(drawn, to, page, name), paragraph(caption)
+    return f"```{{figure}} {file}\n:name: fig-{page}-{name}\n:alt: {caption.replace('`', '')}\n\n{caption}\n```"
 
 
 def logarithmic(axes: Axes, *which: str) -> None:

@@ -226,7 +226,11 @@ def book_contents(build: Build, folders: Folders) -> dict[str, Any]:
     results."""
     topic = build.of(PLAN.names[0]).topic
     files = [path for path in folders.source.rglob("*") if path.is_file() and "_build" not in path.parts]
-    files += [path for room in ("lib", "pipeline", "report", "steps") for path in (params.ROOT / room).rglob("*.py")]
+    files += [
+        path
+        for room in ("lib", "planted", "pipeline", "report", "steps")
+        for path in (params.ROOT / room).rglob("*.py")
+    ]
     files += (params.ROOT / "bench" / "results").glob("*.json")
     for step in PLAN.names:
         files += [build.page(step), *(folders.results / f"{step}.{kind}.json" for kind in ("findings", "run"))]

@@ -170,7 +170,7 @@ def test_whom_the_code_and_the_pages_cite_is_in_the_references():
     assert len(set(keys)) == len(keys)
     entries = re.findall(r"author = \{+(\w[\w -]*)\}?,? ?.*?year = \{(\d+)\}", source, re.S)
     known = {(name.split()[-1].rpartition("-")[2], int(year) + by) for name, year in entries for by in (-1, 0, 1)}
-    files = [path for room in ("lib", "pipeline", "report", "steps") for path in (ROOT / room).rglob("*.py")]
+    files = [path for room in ("lib", "planted", "pipeline", "report", "steps") for path in (ROOT / room).rglob("*.py")]
     missing = []
     for path in [*files, *(ROOT / "book").glob("*.md"), *(ROOT / "notebooks").glob("*.ipynb")]:
         text = path.read_text(encoding="utf-8")

@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+from pipeline import keys
 from report import scale
 from report.scale import seconds, small, times
 
@@ -286,3 +287,11 @@ def test_numbers_are_short_and_whole():
     ]
     assert [times(value) for value in (0.52, 1.26, 60.4, 5120)] == ["0.52", "1.3", "60", "5,120"]
     assert small(3.81e-05) == "0.000038"
+
+
+def test_a_result_of_other_code_is_marked_stale():
+    made = keys.code("lib", "report/scale.py")
+    found = {"commit": "0123456789", "code": made | {"lib": "another"}}
+    assert scale.stale(found | {"code": made}, "make it") == ""
+    said = scale.stale(found, "make it")
+    assert "`lib` has changed" in said and "`make it`" in said and "0123456`" in said and "report" not in said
