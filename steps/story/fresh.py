@@ -56,6 +56,10 @@ MEASURED_ANEW = {
         "its probes' inputs keep their own units since",
         frozenset({"profession_at_names", "superset_at_last", "low_rank"}),
     ),
+    "backups by ablation": (
+        "a later site's rise is that of what its ablation costs, not of its own direct effect on the logits, since",
+        frozenset({"no_backup"}),
+    ),
 }
 USED_BEFORE = "its prompts are of people or words that were used before"
 
