@@ -241,6 +241,38 @@ def test_the_gap_is_told_for_every_way_of_selecting():
     assert matched.startswith("In 2 of the 3 quads") and "in 1 in gender" in matched
 
 
+def test_pairs_kept_for_their_gap_do_not_show_that_there_is_one():
+    """A random network prefers some words: half of its quads have a gap of the right sign, and those alone are kept."""
+    accuracy = measured(own=("superset", "profession_both", 0.31, True))
+    kept = pairs_with([2.0, 3.0, 4.0], solved=False, matched=False, same_gender=False)
+
+    def able(before: list[float]) -> dict:
+        unselected = pairs_with(before, solved=False, matched=False, same_gender=False)
+        m = measure.Measured(pd.DataFrame(), pd.DataFrame(), kept, unselected, [], "")
+        return page.abilities(accuracy, kept, PARAMS, page.no_gap(m, page.selection(m, PARAMS), PARAMS))
+
+    by_chance = able([-3.0, 3.2] * 20)
+    assert by_chance["superset"]["able"] is False
+    why = "quads that were not selected by it, 0.10 [-0.70, 0.90] logits, is not surely above the model's noise (0.001)"
+    assert by_chance["superset"]["why"].endswith(f"; but the gap between clean and corrupt prompts of 40 {why}")
+    assert page.verdicts(by_chance)["superset"].startswith("The model cannot do `superset`: accuracy 0.31")
+    assert able([1.0, 3.2] * 20)["superset"]["able"] is True
+    assert able([1.0, 3.2])["superset"]["able"] is True, "too few quads for an interval: the estimate decides"
+    assert able([-1.0, 0.9])["superset"]["able"] is able([0.0009, 0.001])["superset"]["able"] is False
+
+
+def test_an_odd_one_out_gap_is_read_before_any_pair_is_kept():
+    sides = [("a", [2.0, 0.0, 5.0]), ("c", [1.0, 0.0, 4.0]), ("b", [0.0, 7.0, 0.0]), ("a", [0.0, 3.0, 0.0])]
+    frame = pd.DataFrame(sides, columns=["answer", "logits"]).assign(item=["x", "x", "y", "y"], task="odd_one_out")
+    assert page.odd_gaps(frame) == [0.0, 4.0]  # (2 - 5) - (1 - 4), (7 - 0) - (3 - 0)
+    odd = PARAMS.model_copy(update={"task": "odd_one_out"})
+    m = measure.Measured(frame.assign(logits=[[0.0] * 3] * 4), frame, pairs_with([3.0], solved=True), None, [], "")
+    assert page.no_gap(m, page.selection(m, odd), odd).startswith(
+        "the gap between clean and corrupt prompts of 2 quads"
+    )
+    assert page.no_gap(m._replace(records=frame), page.selection(m, odd), odd) == ""
+
+
 def test_what_step_01_says(tmp_path):
     logits = [[1.0, 0, 0, 0, 0], [0, 1.0, 0, 0, 0]] * 2
     frame = asked(logits, ["artist", "scientist"] * 2, top_token=[" the", " actors", " the", " a"])

@@ -591,6 +591,16 @@ def test_fresh_people_decide_what_was_set_after(tmp_path, monkeypatch):
     family = [name for name, one in record.items() if one["p_holm"] is not None]
     hidden = fresh.NOT_ABOUT_THEM & {*family}
     assert hidden and f"corrected for {len(family)} claims; {len(hidden)} of these rest on prompts used before" in said
+    assert "in another way" not in said
+    monkeypatch.setitem(fresh.MEASURED_ANEW, "a change", ("its layers are counted otherwise since", {"one_layer"}))
+    entries = claims.ledger(found(), PLAN, own)
+    assert "1 are measured in another way since, and" in fresh.confirm(entries, own)
+    (anew,) = (entry for entry in entries if entry.id == "one_layer")
+    assert (anew.verdict, anew.tier, anew.fresh.estimate) == (SUPPORTED, claims.EXPLORATORY, None)
+    assert anew.fresh.reason == "its layers are counted otherwise since fresh people were asked"
+    fresh.write(asked)  # measured again
+    entries = claims.ledger(found(), PLAN, own)
+    assert "in another way" not in fresh.confirm(entries, own)
     counted = sum(entry.verdict == SUPPORTED for entry in decided)
     assert f"Of those supported, {counted} are confirmed on fresh people" in story.tally(entries)
     page = story.table([entry for entry in entries if not entry.check]).to_html()

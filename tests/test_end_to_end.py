@@ -74,12 +74,12 @@ def test_directions_of_the_book_agree_with_each_other_and_with_the_coarse_sweep(
     np.testing.assert_allclose(whole.loc[both, "logit_diff_after"], coarse.loc[both, "logit_diff_after"], atol=1e-3)
 
 
-# Tables whose units depend on what the run chose: the planner assumes as many candidates for a backup, heads whose path
-# is ablated, and sites at the names as the default book found, pairs that line up in another template, too, and every
+# Tables whose units depend on what the run chose: the planner assumes as many rounds of widening, heads whose path is
+# ablated, and sites at the names as the default book found, pairs that line up in another template, too, and every
 # superset in the fitting half; on a handful of pairs fewer are found, or none.
 CHOSEN = {
     "sufficiency": {"others"},
-    "hydra": {"joint0"},
+    "hydra": {"round1", "joint1"},
     "retrieval_heads": {"confirmed", "ablation", "edges"},
     "subspace": {"direction_transfer", "direction_placebo"},
 }

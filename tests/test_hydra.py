@@ -1,5 +1,6 @@
 """The split of a slice's total effect against its definition, and the search for backups on cases where it is known."""
 
+import json
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ from test_sweep import PAIRS, pair_of
 
 from lib import effects, hooks, models, records, single_pass, sweep
 from lib.hooks import Site
+from lib.tasks import Pair, Prompt
 from pipeline import params
 from report import plots
 from report.words import interval
@@ -147,17 +149,19 @@ def test_the_split_on_the_bundled_model(smollm, two_pairs):
 
 def test_what_comes_later(tiny):
     llama, gemma = tiny("llama"), tiny("gemma3")
-    plain, post = ([models_post for models_post in splits.post_norms(model)] for model in (llama, gemma))
-    later = splits.later_sites(llama, [Site(2, "head", 1)], plain)
-    assert later == [Site(2, "mlp")]
-    beside = splits.later_sites(gemma, [Site(2, "head", 1)], post)  # the post norm's scale ties them to the slice
-    assert beside == [Site(2, "head", 0), Site(2, "head", 2), Site(2, "head", 3), Site(2, "mlp")]
-    assert splits.later_sites(llama, [Site(1, "mlp"), Site(2, "attn")], plain) == [Site(2, "mlp")]
+    assert splits.later_sites([Site(2, "head", 1)], 3, 4) == [Site(2, "mlp")]
+    assert splits.later_sites([Site(1, "mlp"), Site(2, "attn")], 3, 4) == [Site(2, "mlp")]
+    assert splits.later_sites([Site(1, "mlp"), Site(0, "head", 3)], 2, 2) == [
+        Site(0, "mlp"), Site(1, "head", 0), Site(1, "head", 1)
+    ]  # fmt: skip
+    beside = splits.run(gemma, PAIRS[:1], slices={"slice": [Site(2, "head", 1)]}, ablations=("zero",))
+    beside = beside[beside["part"].isin(["heads", "mlps"])]  # the post norm's scale ties them to the slice
+    assert effects.named(beside).tolist() == ["2.0", "2.2", "2.3", "mlp 2"]
     last = splits.run(llama, PAIRS[:2], slices={"slice": [Site(2, "mlp")]}, ablations=("zero",))
     assert set(last["part"]) == {"total", "direct", "scale", "residual"}
-    table = measure.rises(last, P)
+    table = measure.rises(pd.DataFrame(), [], P)
     assert table.empty and measure.candidates(table, P).empty
-    only = measure.Round([Site(2, "mlp")], last, table, table)
+    only = measure.Round([Site(2, "mlp")], last, pd.DataFrame(), table, table)
     assert "no other site comes after the slice" in page.ending([only], P)
     assert "No head or MLP comes after the slice" in page.backup_sentences([only], P)[0]
 
@@ -216,6 +220,29 @@ def planted(config_file):
     return model
 
 
+def step_of(model, pairs, sites, **chosen):
+    """What `measure.run` asks of a step."""
+    kept: dict = {}
+    step = SimpleNamespace(
+        params=P.model_copy(update={"ablations": ("zero",), "pairs": None, "rounds": 2} | chosen),
+        model=model,
+        n_layers=model.n_layers,
+        n_heads=model.n_heads,
+        prompts=lambda: pairs,
+        slice=lambda: sites,
+        rng=lambda purpose: np.random.default_rng(0),
+        shared=lambda name, make: kept.setdefault(name, make()),
+        sweeper=lambda pool: lambda unit: sweep.run(model, unit.pairs, pool=pool, **unit.options),
+    )
+
+    def table(declared, *chosen):
+        compute = declared.compute(step, *chosen)
+        return pd.concat([compute(unit) for unit in declared.units(step, *chosen)], ignore_index=True)
+
+    step.table = table
+    return step
+
+
 def test_a_planted_backup_is_found_and_confirmed(planted):
     pairs = [
         replace(
@@ -224,31 +251,111 @@ def test_a_planted_backup_is_found_and_confirmed(planted):
         for half in effects.HALVES
         for index in range(24)
     ]
-    sites, chosen = [Site(0, "mlp")], {"ablations": ("zero",)}
-    frame = splits.run(planted, pairs, slices={"slice": sites}, **chosen)
-    table = measure.rises(frame, P)
-    rising = measure.candidates(table, P).head(P.candidates)
-    assert rising["site"].iloc[0] == "mlp 2" and rising["estimate"].iloc[0] > 1
-    joint = sweep.run(planted, pairs, site_sets=measure.joint_sets(sites, measure.sites_of(rising)), **chosen)
-    tests = measure.joint_tests(joint, rising, P)
+    once = measure.run(step_of(planted, pairs, [Site(0, "mlp")], rounds=1))[0]
+    tests = once.tests
     assert measure.backups_of(tests)[0] == Site(2, "mlp")
     first = tests.iloc[0]
     assert first["estimate"] == pytest.approx(first["gone_estimate"] - first["alone_estimate"]) and first["low"] > 1
-    assert first["stands_in"] and first["ablated"] - first["intact"] == pytest.approx(first["rise"])
-    ratio = page.compensation(frame, P).query("later == 'MLPs' and half == 'confirmation'").iloc[0]
+    assert first["stands_in"] and 0.3 < first["ratio_low"] <= first["ratio_estimate"] <= first["ratio_high"]
+    ratio = page.compensation(once.frame, P).query("later == 'MLPs' and half == 'confirmation'").iloc[0]
     assert 0.3 < ratio["low"] <= ratio["estimate"] <= ratio["high"] < 1
-    once = measure.Round(sites, frame, table, tests)
     text = " ".join(page.backup_sentences([once], P))
     assert "mlp 2 passes both tests of a backup" in text and "it stands in for the slice" in text
-    rise = interval(first["rise"], first["rise_low"], first["rise_high"], 3)
-    assert page.ending([once], P).startswith(
-        f"Backups by both tests: mlp 2 (its direct effect rises by {rise} logits); "
-    )
+    rise = interval(first["estimate"], first["low"], first["high"], 3)
+    assert page.ending([once], P).startswith(f"Backups by both tests: mlp 2 (its cost rises by {rise} logits); ")
     shown = page.tests_table([once, once])
     assert shown["round"].tolist() == [0] * len(tests) + [1] * len(tests)
     assert shown["backup"].iloc[0] == "yes" and shown["once the slice is gone"].iloc[0].startswith(
         f"{first['gone_estimate']:.3f} ["
     )
+
+
+# --- a backup whose output another site reads ---------------------------------------------------------------------
+
+BY_HAND = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 8, "num_hidden_layers": 4}
+BY_HAND |= {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 4, "intermediate_size": 4, "vocab_size": 64}
+BY_HAND |= {"rope_theta": 1e12, "rms_norm_eps": 1e-9, "tie_word_embeddings": False}
+CONSTANT, CODE, SINK, SPOKEN, STANDS_IN, ANSWER, NAME = range(7)  # dimensions of the residual stream below
+
+
+def by_hand(tmp_path, ratio: float, read: str) -> models.Model:
+    """A Llama of four layers set by hand. Head 1.0 writes a name's class to the answer and notes that it has spoken;
+    head 2.1 looks away from the name where it has, else it writes `ratio` of the class: to the answer itself, or to
+    where MLP 3 alone reads it and writes it to the answer. A large constant makes the norms linear."""
+    (tmp_path / "config.json").write_text(json.dumps(BY_HAND))
+    loaded = models.load(f"config:{tmp_path / 'config.json'}", dtype="float64", device="cpu")
+    large, steep = 300.0, 100.0
+    for path, parameter in loaded.model.named_parameters():
+        parameter.data.fill_(large / 8**0.5 if "norm" in path else 0.0)
+    words = loaded.model.get_input_embeddings().weight.data
+    words[:, CONSTANT], words[1, SINK], words[3:43, NAME] = large, 1.0, 1.0
+    words[3:43, CODE] = torch.tensor([side * (1 + 0.02 * step) for side in (1, -1) for step in range(20)])
+    primary, backup = loaded.attns[1], loaded.attns[2]
+    slow = 1  # the feature of a head of four whose rotary angle stays near zero
+    primary.q_proj.weight.data[slow, CONSTANT], primary.k_proj.weight.data[slow, NAME] = steep / large, 1.0
+    primary.v_proj.weight.data[0, CODE], primary.v_proj.weight.data[1, NAME] = 1.0, 1.0
+    primary.o_proj.weight.data[ANSWER, 0], primary.o_proj.weight.data[SPOKEN, 1] = 1.0, 1.0
+    backup.q_proj.weight.data[4 + slow, CONSTANT], backup.q_proj.weight.data[4 + slow, SPOKEN] = (
+        steep / large,
+        -2 * steep,
+    )
+    backup.k_proj.weight.data[4 + slow, NAME], backup.k_proj.weight.data[4 + slow, SINK] = 1.0, -1.0
+    backup.v_proj.weight.data[4, CODE] = 1.0
+    backup.o_proj.weight.data[ANSWER if read == "unembedding" else STANDS_IN, 4] = ratio
+    reader, gate = loaded.mlps[3], 20.0  # so open that silu is the identity
+    reader.gate_proj.weight.data[0, CONSTANT], reader.up_proj.weight.data[0, STANDS_IN] = gate / large, 1.0
+    reader.down_proj.weight.data[ANSWER, 0] = 1 / gate
+    loaded.unembed.weight.data[[50, 51], ANSWER] = torch.tensor([2.0, -2.0], dtype=torch.float64)
+    return loaded
+
+
+def step_by_hand(model: models.Model) -> SimpleNamespace:
+    """The slice of head 1.0 over 24 quads a half of the prompts <sink> <name> <last>."""
+    roles, about = {"names": (1,), "last": (2,)}, ((50, 51), (50, 51), (), (), (), ())
+    pairs = []
+    for half in effects.HALVES:
+        for index in range(24):
+            name, side = f"{half}{index:02d}", index % 2
+            clean, corrupt = (Prompt("", (1, 3 + 20 * one + index % 20, 2), roles) for one in (side, 1 - side))
+            answers = ("x", "y"), side, 1 - side
+            pairs.append(Pair(name, name, half, "superset", "t", clean, corrupt, *answers, *about))
+    return step_of(model, pairs, [Site(1, "head", 0)])
+
+
+@pytest.mark.parametrize("read", ["unembedding", "mlp"])
+@pytest.mark.parametrize("ratio", [0.7, 1.0])
+def test_a_head_that_stands_in_is_found_whoever_reads_it(tmp_path, ratio, read):
+    """Through an MLP its direct effect on the logits stays zero: only its own ablation shows it."""
+    step = step_by_hand(by_hand(tmp_path, ratio, read))
+    rounds = measure.run(step)
+    tests = rounds[0].tests.set_index("site")
+    assert set(tests.index[tests["backup"]]) == {"2.1"} | ({"mlp 3"} if read == "mlp" else set())
+    found = tests.loc["2.1"]
+    assert found["ratio_estimate"] == pytest.approx(ratio, abs=1e-3) and found["stands_in"]
+    assert found["ratio_low"] == pytest.approx(ratio, abs=1e-3) == found["ratio_high"]
+    assert found["alone_estimate"] == pytest.approx(0, abs=1e-6) and found["gone_estimate"] > 4 * ratio
+    direct = page.changes(rounds[0].frame).query("slice == 'slice'")["heads"].abs().max()
+    assert (direct < 1e-6) == (read == "mlp")
+    repair = page.compensation(rounds[0].frame, step.params).query("later == 'heads and MLPs'")["estimate"]
+    assert repair.to_numpy() == pytest.approx(ratio, abs=1e-3)
+    assert len(rounds) == 2 and rounds[1].tests.empty
+    assert all(bound["share"] < 1e-3 for bound in page.missed(rounds[1], step.params))
+    told = " ".join(page.backup_sentences(rounds, step.params))
+    assert (
+        f"it stands in for the slice, and makes up for {interval(*[found[f'ratio_{e}'] for e in page.ENDS])} of what"
+        in told
+    )
+    assert page.ending(rounds, step.params).startswith("Backups by both tests: 2.1 (its cost rises by ")
+
+
+def test_without_a_backup_none_is_found_and_the_bound_is_small(tmp_path):
+    step = step_by_hand(by_hand(tmp_path, 0.0, "mlp"))
+    (only,) = measure.run(step)
+    assert only.tests.empty and len(only.rises["site"].unique()) == 7  # mlp 1, and two heads and an MLP of two layers
+    bounds = page.missed(only, step.params)
+    assert {bound["component"] for bound in bounds} == {"head", "mlp"}
+    assert all(0 <= bound["share"] < 1e-3 for bound in bounds)
+    assert page.ending([only], step.params).startswith("No site at the last token passes both tests of a backup. The ")
 
 
 def split_rows(pair, half, changes, ablation="zero", name="slice"):
@@ -277,48 +384,66 @@ def fabricated(rise, loss=-0.3, quads=30, half=effects.HALVES):
     return pd.DataFrame(rows)
 
 
-def test_a_table_without_repair_is_reported_as_unique_with_its_bound():
-    frame = fabricated(rise=0.0)
-    table = measure.rises(frame, P)
-    none = measure.candidates(table, P)
-    assert none.empty
-    once = measure.Round([Site(3, "mlp")], frame, table, none)
+LATER = [Site(5, "head", 0), Site(5, "head", 1), Site(5, "mlp")]
+
+
+def costs(rise, loss=-0.3, quads=30, half=effects.HALVES, damage=2.0):
+    """Records of `measure.RISES` in which the slice costs 2 logits, and, once it is gone, `LATER`'s head 5.1 costs
+    `rise` more (a number, or one for each half) and the MLP `loss` more than alone, all with noise."""
+    rng, rows = np.random.default_rng(0), []
+    for which in half:
+        risen = rise[which] if isinstance(rise, dict) else rise
+        for index in range(quads):
+            whole = damage + rng.normal(0, 0.5)
+            alone = np.array([0.0, 0.3, 0.5]) + rng.normal(0, 0.05, 3)
+            gone = alone + [0.0, risen, loss] + rng.normal(0, 0.1, 3)
+            for site_set, cost in enumerate((whole, *(whole + gone), *alone)):
+                about = {"half": which, "quad_id": f"q{which}{index}", "direction": "noise", "site_set": site_set}
+                rows.append(about | {"logit_diff_before": 0.0, "logit_diff_after": -cost})
+    return pd.DataFrame(rows)
+
+
+def round_of(records, tests=None, frame=None):
+    """A round of these records, its candidates as tests unless others are given."""
+    table = measure.rises(records, LATER, P)
+    tests = measure.candidates(table, P) if tests is None else tests
+    return measure.Round([Site(3, "mlp")], fabricated(0.0) if frame is None else frame, records, table, tests)
+
+
+def test_a_table_without_a_rise_gives_its_bound():
+    once = round_of(costs(rise=0.0))
+    assert once.tests.empty
     head, mlp = page.missed(once, P)
-    own = effects.reported(table)
+    own = effects.reported(once.rises)
     assert head["logits"] == own.loc[own["component"] == "head", "high"].max() and 0 < head["logits"] < 0.15
     assert mlp["logits"] == own.loc[own["site"] == "mlp 5", "high"].item() < 0
-    assert head["share"] == pytest.approx(head["logits"] / 2, rel=0.1)
-    text = page.ending([once], P)
-    assert text.startswith(
-        "No site at the last token passes both tests of a backup. The search could have missed a head whose direct "
-        f"effect rises by up to {head['logits']:.2f} logits ("
+    assert head["share"] == pytest.approx(head["logits"] / 2, rel=0.2)
+    assert page.ending([once], P).startswith(
+        "No site at the last token passes both tests of a backup. The search could have missed a head whose cost "
+        f"rises by up to {head['logits']:.2f} logits ("
     )
-    assert "0 of 3 later sites rises" in page.backup_sentences([once], P)[0]
+    assert "the cost of 0 of them rises once the slice is gone" in page.backup_sentences([once], P)[0]
 
 
-def test_a_rise_without_a_joint_cost_is_no_backup():
-    frame = fabricated(rise=0.4)
-    table = measure.rises(frame, P)
-    rising = measure.candidates(table, P)
-    assert rising["site"].tolist() == ["5.1"]
-    assert measure.joint_sets([Site(3, "mlp")], measure.sites_of(rising)) == [
-        (Site(3, "mlp"),), (Site(3, "mlp"), Site(5, "head", 1)), (Site(5, "head", 1),)
-    ]  # fmt: skip
-    verdicts = {}
-    for extra in (0.0, 0.5):
-        rng, rows = np.random.default_rng(1), []
-        for which in effects.HALVES:
-            for index in range(30):
-                for site_set, cost in enumerate((2.0, 2.3 + extra * (which == "confirmation"), 0.3)):
-                    after = -cost + rng.normal(0, 0.1)
-                    about = {"half": which, "quad_id": f"q{which}{index}", "direction": "noise", "site_set": site_set}
-                    rows.append(about | {"logit_diff_before": 0.0, "logit_diff_after": after})
-        verdicts[extra] = measure.joint_tests(pd.DataFrame(rows), rising, P).iloc[0]
-        assert verdicts[extra]["estimate"] == pytest.approx(extra, abs=0.1)
-    assert not verdicts[0.0]["backup"] and verdicts[0.5]["backup"] and verdicts[0.5]["stands_in"]
-    tests = verdicts[0.0].to_frame().T
-    once = measure.Round([Site(3, "mlp")], frame, table, tests)
-    assert page.missed(once, P)[0]["site"] == "5.1"  # what rises and is not confirmed bounds what was missed
+def test_of_a_slice_that_costs_nothing_no_share_is_given():
+    once = round_of(costs(rise=0.0, damage=0.0))
+    assert [bound["share"] for bound in page.missed(once, P)] == [None, None]
+    assert "does not surely cost more than the model's noise" in (text := page.ending([once], P)) and "%" not in text
+
+
+def test_a_rise_on_one_half_is_no_backup():
+    once = round_of(costs(rise={"discovery": 0.4, "confirmation": 0.0}))
+    assert once.tests["site"].tolist() == ["5.1"]
+    tests = measure.joint_tests(once.costs, once.tests, P)
+    assert not tests["backup"].item() and tests["estimate"].item() == pytest.approx(0, abs=0.1)
+    missed = page.missed(once._replace(tests=tests), P)[0]
+    assert missed["site"] == "5.1" or missed["logits"] >= tests["high"].item(), "what is not confirmed may be missed"
+    tests = measure.joint_tests(costs(rise=0.4), once.tests, P).iloc[0]
+    assert tests["backup"] and tests["stands_in"] and tests["estimate"] == pytest.approx(0.4, abs=0.1)
+    assert tests["ratio_estimate"] == pytest.approx(0.4 / 2.4, abs=0.05)
+    assert tests["alone_estimate"] == pytest.approx(0.3, abs=0.1)
+    falls = measure.joint_tests(costs(rise=0.4).eval("logit_diff_after = logit_diff_after * 0"), once.tests, P).iloc[0]
+    assert np.isnan(falls["ratio_estimate"]) and not falls["backup"], "nothing was lost that could be made up for"
 
 
 def test_compensation_and_split_by_hand():
@@ -363,30 +488,22 @@ def test_a_ratio_over_a_loss_within_the_noise_is_not_given():
         frame = pd.DataFrame(rows)
         ratios = page.compensation(frame, P)
         assert ratios["estimate"].notna().all() == given and ratios["estimate"].isna().all() != given
-        table = measure.rises(frame, P)
-        once = measure.Round([Site(3, "mlp")], frame, table, table.head(0))
-        assert (page.missed(once, P)[0]["share"] is not None) == given
         said = page.split_sentences(page.split_table(frame, P), ratios, [], P)[0]
         assert ("no compensation ratio" in said) != given and ("The compensation ratio is" in said) == given
 
 
 def test_a_rise_within_the_noise_is_no_backup():
-    """Head 5.1 rises by 9e-6 logits in every quad, and costs 9e-6 more once the slice is gone."""
-    tiny, frame = 9e-6, fabricated(rise=0.0)
-    changed = frame["part"].eq("heads") & frame["head"].eq(1)
-    frame.loc[changed, "after"] = tiny * (1 + 0.01 * (np.arange(changed.sum()) % 5))
+    """Head 5.1 costs 9e-6 logits more in every quad once the slice is gone."""
+    tiny, records = 9e-6, costs(rise=0.0)
+    more = tiny * (1 + 0.01 * (np.arange(len(records)) % 5))
+    after = -np.select([records["site_set"].isin(range(5, 7)), records["site_set"].eq(2)], [tiny / 2, 2 + more], 2.0)
+    records = records.assign(logit_diff_after=np.where(records["site_set"].eq(5), -tiny / 2, after))
     for floor, names in ((0.0, ["5.1"]), (P.floor, [])):
         given = SimpleNamespace(**P.model_dump() | {"floor": floor})
-        table = measure.rises(frame, given)
+        table = measure.rises(records, LATER, given)
         assert measure.candidates(table, given)["site"].tolist() == names
     rising = effects.reported(table)[lambda rows: rows["site"] == "5.1"]
-    rows = [
-        {"half": "confirmation", "quad_id": f"q{index}", "direction": "noise", "site_set": place,
-         "logit_diff_before": 0.0, "logit_diff_after": -cost * (1 + 1e-7 * (index % 5))}
-        for index in range(24)
-        for place, cost in enumerate((2.0, 2.0 + 2 * tiny, tiny))
-    ]  # fmt: skip
-    tests = measure.joint_tests(pd.DataFrame(rows), rising, P).iloc[0]
+    tests = measure.joint_tests(records, rising, P).iloc[0]
     assert 0 < tests["low"] < P.floor and not tests["backup"] and not tests["stands_in"]
 
 
@@ -407,8 +524,7 @@ def test_what_one_kind_of_later_sites_is_shown_to_do_by_itself_is_said():
     ("rise", "rounds", "why"), [(0.0, 3, "no later site rises"), (0.4, 0, "the limit of rounds (0)")]
 )
 def test_a_page_without_candidates_says_why(rise, rounds, why):
-    frame = fabricated(rise=rise)
-    once = measure.Round([Site(3, "mlp")], frame, measure.rises(frame, P), pd.DataFrame())
+    frame, once = fabricated(rise=rise), round_of(costs(rise=rise), tests=pd.DataFrame())
     step = SimpleNamespace(params=P.model_copy(update={"rounds": rounds}))
     assert why in page.candidates_table(step, [once]).data
     nothing = once._replace(frame=frame.assign(after=0.0), rises=once.rises.head(0))
@@ -418,8 +534,7 @@ def test_a_page_without_candidates_says_why(rise, rounds, why):
 
 def test_few_quads_and_one_half_go_through():
     frame = fabricated(rise=0.3, quads=3, half=["confirmation"])
-    table = measure.rises(frame, P)
-    once = measure.Round([Site(3, "mlp")], frame, table, measure.candidates(table, P))
+    once = round_of(costs(rise=0.3, quads=3, half=["confirmation"]), frame=frame)
     split, ratios = page.split_table(frame, P), page.compensation(frame, P)
     spread = page.distribution(page.pair_ratios(frame, P), P)
     text = " ".join(page.split_sentences(split, ratios, spread, P))
@@ -429,21 +544,19 @@ def test_few_quads_and_one_half_go_through():
 
 
 def test_below_twenty_quads_no_site_is_said_to_rise_or_to_be_no_backup():
-    frame = fabricated(rise=0.4, quads=16)
-    table = measure.rises(frame, P)
-    rising = measure.candidates(table, P)
-    assert rising["site"].tolist() == ["5.1"], "the search goes on with it"
-    none = {"before": "intact", "after": "ablated", "estimate": "rise"}
-    tests = rising.rename(columns=none).assign(estimate=-0.01, low=None, high=None, backup=False, stands_in=False)
-    tests = tests.assign(**{f"{key}_{end}": 0.0 for key in ("alone", "gone") for end in page.ENDS})
-    once = measure.Round([Site(3, "mlp")], frame, table, tests)
+    records = costs(rise=0.4, quads=16)
+    once = round_of(records)
+    assert once.tests["site"].tolist() == ["5.1"], "the search goes on with it"
+    once = once._replace(tests=measure.joint_tests(records, once.tests, P))
     (text,) = page.backup_sentences([once], P)
-    assert "significant" not in text and "of 1 of 3 later sites rises on the discovery half by the test of" in text
-    assert "its 16 quads are too few for an interval" in text and "the largest estimate is -0.010 logits" in text
+    assert (
+        "significant" not in text and "of 1 of them rises once the slice is gone on the discovery half by the" in text
+    )
+    largest = once.tests["estimate"].max()
+    assert "its 16 quads are too few for an interval" in text and f"estimate there is {largest:.3f} logits" in text
     assert page.tests_table([once])["backup"].tolist() == ["too few quads to test"]
-    assert not page.leading(table, 3, P)["site"].str.contains("*", regex=False).any()
-    step, flat = SimpleNamespace(params=P), fabricated(rise=0.0, quads=16)
-    alone = measure.Round([Site(3, "mlp")], flat, measure.rises(flat, P), pd.DataFrame())
+    assert not page.leading(once.rises, 3, P)["site"].str.contains("*", regex=False).any()
+    step, alone = SimpleNamespace(params=P), round_of(costs(rise=0.0, quads=16), tests=pd.DataFrame())
     assert "all that so few quads allow" in page.candidates_table(step, [alone]).data
 
 
@@ -456,8 +569,8 @@ def test_what_the_figures_show():
     ratios = pd.DataFrame({"ratio": [0.5, 0.52, -9.0, 7.0], "ablation": "zero"})
     drawn = plots.pair_histogram(ratios, "ratio", "ratio").axes[0].patches[0].get_data().values
     assert drawn.sum() == 4 and drawn[0] == 1 and drawn[-1] == 1 and drawn[25] == 2
-    table = measure.rises(frame, P)
-    once = measure.Round([Site(3, "mlp")], frame, table, table.head(0))
+    once = round_of(costs(rise=0.4), frame=frame)
+    table = once.rises
     curve = page.rounds_table([once, once._replace(sites=[Site(3, "mlp"), Site(5, "head", 1)])], P)
     assert curve["n_sites"].unique().tolist() == [1, 2] and len(curve) == 8
     figure = plots.widening_curve(curve)

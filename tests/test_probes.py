@@ -155,6 +155,56 @@ def test_predictions_are_those_of_discriminant_analysis(separable):
     assert rows["score"].mean() == pytest.approx(right.groupby(rows["label"]).mean().mean())
 
 
+def one_hot_code(noise=0.1, beside=0.0, there=True, professions=15, people=240, width=512):
+    """One-name prompts about people whose profession is a one-hot code of amplitude 1 (or is not there), among
+    dimensions of noise, the last of which spreads `beside` times as far as the code; and the accuracy of probes."""
+    rng, codes = np.random.default_rng(0), np.arange(people) % professions
+    names = [f"n{i}" for i in range(people)]
+    rows = pd.DataFrame({"item": names, "unit": names, "superset": [f"job {code:02d}" for code in codes]})
+    x = noise * rng.normal(size=(1, people, width)) + np.array([0, *[3] * (width - 1)])
+    x[0, :, :professions] += there * np.eye(professions)[codes]
+    x[0, :, -1] += beside * rng.normal(size=people)
+    own = made(rows.assign(people=[[name] for name in names]), kind="one-name")._replace(templates=("first",))
+    frame = pd.concat(probes.people_folds(probes.Seen(own, "names", x.astype(np.float32)), None, (), P))
+    return frame.groupby("labels")["score"].mean()
+
+
+@pytest.mark.parametrize("beside", [0, 10, 100])
+def test_a_code_is_read_among_small_noise_and_beside_what_varies_far_more(beside):
+    """Each dimension divided by its own spread reads 0.6; one strength for all, of the total variance's order, 0.3
+    beside a dimension that spreads 100 times as far."""
+    read = one_hot_code(beside=beside)
+    assert read["true"] > 0.99 and abs(read["permuted"] - 1 / 15) < 0.04
+
+
+def test_nothing_is_read_where_there_is_nothing():
+    for beside in (0, 100):
+        assert one_hot_code(beside=beside, there=False)["true"] < 2 / 15
+
+
+def test_probes_and_spectra_are_the_same_at_any_scale(tiny):
+    pairs = made(of_quads(40))
+    one = probes.labelled(pairs.rows, "superset", 2, 0)
+    x, model = activations(one.codes[0], 4, noise=3.0)[0], replace(tiny("llama"), tokenizer=Words())
+    train = pairs.rows["fold"].to_numpy() != 0
+    found = []
+    for scale in (1, 1000):
+        probe = probes.Probe(scale * x, [one], train)
+        found.append((probe.outputs(scale * x)[0], probes.spectrum(model, scale * x[:, :32], one)["values"][0]))
+    for own, other in zip(*found, strict=True):
+        np.testing.assert_allclose(own, other, rtol=1e-3, atol=1e-4)
+
+
+def test_small_noise_does_not_raise_the_rank_of_class_means(tiny):
+    pairs = made(of_quads(40))
+    one = probes.labelled(pairs.rows, "superset", 2, 0)
+    rng = np.random.default_rng(1)
+    x, means = 0.001 * rng.normal(size=(80, 32)), np.array([[2, 0], [0, 2], [-2, 0], [0, -2], [0, 0]])
+    x[:, :2] += means[one.codes[0]] + 0.5 * rng.normal(size=(80, 2))
+    values = probes.spectrum(replace(tiny("llama"), tokenizer=Words()), x, one)["values"][0]
+    assert probes_page.effective_rank(values) < 2.01 and values[2] < 0.02
+
+
 def test_the_control_task_is_learned_by_heart_only_where_people_are_shared():
     pairs = made(of_quads(40))
     codes = np.unique(pairs.rows["superset"], return_inverse=True)[1]

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from lib import data, effects, stats
 from lib.questions import Question
+from lib.tasks import SLOTS
 from pipeline.params import Shared
 from pipeline.population import people_of
 from pipeline.step import Step
@@ -211,8 +212,36 @@ def placebo_sentences(m: Measured) -> list[str]:
     return out
 
 
-def abilities(accuracy: pd.DataFrame, pairs: pd.DataFrame | None, params: Shared) -> dict[str, dict]:
-    """Which tasks the model can do: accuracy above chance, and, for the profile's own task, enough pairs with a gap."""
+def no_gap(m: Measured, table: pd.DataFrame, params: Shared) -> str:
+    """Why the gap of pairs that nobody selected by it is not surely above the model's noise; "" where it is, or where
+    there are none. `table` is `selection`. (Of pairs kept for their gap, it is above zero whatever the model does.)"""
+    before = {row["pairs of"]: row for _, row in table.iterrows()}
+    row = before.get("given", before.get("before any selection"))
+    if row is None and params.task == "odd_one_out" and m.pairs is not None and (gaps := odd_gaps(m.records)):
+        span = stats.mean_interval(gaps, params)
+        row = pd.Series({"estimate": span.estimate, "low": span.low, "high": span.high, "quads": span.n})
+    if row is None or (row["estimate"] if pd.isna(row["low"]) else row["low"]) > params.floor:
+        return ""
+    return (
+        f"the gap between clean and corrupt prompts of {int(row['quads'])} quads that were not selected by it, "
+        f"{of_row(row)} logits, is not surely above the model's noise ({params.floor:g})"
+    )
+
+
+def odd_gaps(frame: pd.DataFrame) -> list[float]:
+    """The gap (logits) of each odd-one-out item that was asked on both sides, none of them selected."""
+    out = []
+    for _, rows in frame[frame["task"] == "odd_one_out"].groupby("item", sort=False):
+        if len(rows) == 2:
+            answer, other = (SLOTS.index(slot) for slot in rows["answer"])
+            lead = [logits[answer] - logits[other] for logits in rows["logits"]]
+            out.append(float(lead[0] - lead[1]))
+    return out
+
+
+def abilities(accuracy: pd.DataFrame, pairs: pd.DataFrame | None, params: Shared, flat: str = "") -> dict[str, dict]:
+    """Which tasks the model can do: accuracy above chance, and, for the profile's own task, a gap above zero (`flat`
+    says why it is not: `no_gap`) and enough pairs with one."""
     out = {}
     for row in accuracy.itertuples():
         if row.task == params.task and row.template != params.template:
@@ -222,7 +251,9 @@ def abilities(accuracy: pd.DataFrame, pairs: pd.DataFrame | None, params: Shared
         whose = " (not of the given pairs, whose names do not fit it)" * other
         why = f"accuracy {value} on {row.prompts} prompts of template `{row.template}`{whose}, chance {row.chance:.2f}"
         able, why = row.above, why if row.above else f"{why}: not above chance with {params.level:.0%} confidence"
-        if row.task == params.task and row.above:
+        if able and row.task == params.task and flat:
+            able, why = False, f"{why}; but {flat}"
+        elif row.task == params.task and row.above:
             count = 0 if pairs is None else len(pairs)
             what = f"{count} pairs, whose quads have a gap of the right sign"
             if pairs is not None and "kept" in pairs:
@@ -233,7 +264,8 @@ def abilities(accuracy: pd.DataFrame, pairs: pd.DataFrame | None, params: Shared
             why += f"; {what}" + ("" if able else few)
         known = out.get(row.task)
         if known is None or (able and not known["able"]):
-            out[row.task] = {"able": bool(able), "above": bool(row.above), "why": why}
+            above = bool(row.above and not (flat and row.task == params.task))
+            out[row.task] = {"able": bool(able), "above": above, "why": why}
     return out
 
 
@@ -343,8 +375,9 @@ def verdicts(able: dict[str, dict]) -> dict[str, str]:
 
 def findings(step: Step, m: Measured) -> dict[str, Any]:
     """The findings of step 01: what the model can do, what it says itself, and the pairs that are left."""
-    params, able = step.params, abilities(m.accuracy, m.pairs, step.params)
-    said, answers, kept = verdicts(able), ability(m, params), selection(m, params)
+    params, answers, kept = step.params, ability(m, step.params), selection(m, step.params)
+    able = abilities(m.accuracy, m.pairs, params, no_gap(m, kept, params))
+    said = verdicts(able)
     own = m.records[(m.records["task"] == params.task) & (m.records["template"] == params.template)]
     first = own["top_token"].value_counts(normalize=True).head(5)
     words = listed(f'"{token}" ({share:.0%})' for token, share in first.items())

@@ -1,9 +1,11 @@
-"""Step 05, measured: the slice ablated, the sites that rise after it, and the slice widened by its backups.
+"""Step 05, measured: the slice ablated, the sites whose effect rises after it, and the slice widened by its backups.
 
 1. `SPLITS`: the slice, in the first round beside random slices, is ablated; its effect is split (`steps.hydra.splits`).
-2. `rises` tests every later site's rise of direct effect; `candidates` are picked on the discovery half.
-3. `JOINT`: slice + candidate, and each alone. `joint_tests` asks on the confirmation half whether the two together cost
-   more than apart: then the candidate is a backup.
+2. `RISES`: the slice, the slice with each later site, and each later site alone are ablated. What a site costs once the
+   slice is gone, less what it costs in the intact run, is the rise of its effect, whoever reads the site: the final
+   norm, a later head, a later MLP. (Direct effects would miss a site that is read by others.)
+3. `candidates` are picked by their rise on the discovery half; `joint_tests` asks on the confirmation half whether the
+   slice and a candidate together cost more than the two apart, which is the rise: then the candidate is a backup.
 4. The slice is widened by its backups, and the next round begins, until nothing rises or `rounds` is reached.
 5. `NEEDED`: the slice as it was, ablated class-neutrally, beside all that such an ablation can take away.
 """
@@ -15,26 +17,28 @@ from dataclasses import replace
 from functools import cache
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
+from jaxtyping import Float
 from pydantic import Field
 
 from lib import records, stats
 from lib.batches import NEUTRAL, grouped
-from lib.effects import SITE, by_half, columns, in_halves, named, quad_matrix, reported, tested
+from lib.effects import SITE, by_half, columns, familywise, in_halves, is_loss, named, quad_matrix, reported
 from lib.hooks import Site
 from lib.readout import post_norms, readout
 from lib.tasks import Pair
 from lib.weights import Shape
 from pipeline import costs
-from pipeline.assumed import Case, of_sweep, order_of
+from pipeline.assumed import Case, of_sweep
 from pipeline.costs import Work, total
-from pipeline.declaration import ANALYSED, Declaration, Table
+from pipeline.declaration import ANALYSED, EFFECTS, Declaration, Table
 from pipeline.params import Ablations, OfSlice
 from pipeline.step import Step, swept
-from pipeline.units import Unit, subsample, sweep_units
+from pipeline.units import Unit, subsample, sweep_units, without_labels
 from steps.hydra import splits
 
-RISING = (7, 5)  # candidates of the first round and of the second, in the default book
+WIDENED = 1  # times that the slice was widened in the default book
 DIRECT = 10  # bytes of a row of direct effects in Parquet
 
 
@@ -46,7 +50,7 @@ class Hydra(OfSlice):
         ("resample", "zero"), description="how the slice is ablated; the first one decides what is a backup"
     )
     rounds: int = Field(3, ge=1, description="most times that the slice is widened by the backups found")
-    candidates: int = Field(8, ge=1, description="most candidates whose joint ablation is measured in a round")
+    candidates: int = Field(8, ge=1, description="most candidates that are tested for a backup in a round")
     direct_floor: float = Field(0.5, gt=0, description="logits; single pairs count where the slice itself loses more")
 
 
@@ -96,10 +100,12 @@ def split_unit(shape: Shape, pairs: Sequence[Pair], slices: Sequence[Sequence[Si
     return out
 
 
-def joint_units(step: Step | Case, ablation: str, sets: Sequence[tuple[Site, ...]]) -> list[Unit]:
-    """Sets of sites ablated together in every pair."""
-    pairs = subsample(step.prompts(), step.params.pairs)
-    return sweep_units("joint", pairs, step.prompts(), role="last", ablations=[ablation], site_sets=sets)
+def rise_units(step: Step | Case, ablation: str, sites: Sequence[Site]) -> list[Unit]:
+    """The slice, the slice with each later site, and each later site alone, in this order, ablated in every pair."""
+    pairs, later = subsample(step.prompts(), step.params.pairs), splits.later_sites(sites, step.n_layers, step.n_heads)
+    sets = [tuple(sites), *((*sites, site) for site in later), *((site,) for site in later)]
+    how = {"role": "last", "ablations": [ablation], "site_sets": sets}
+    return sweep_units("rise", without_labels(pairs), step.prompts(), **how)
 
 
 def needed_units(step: Step | Case, sites: Sequence[Site]) -> list[Unit]:
@@ -110,7 +116,7 @@ def needed_units(step: Step | Case, sites: Sequence[Site]) -> list[Unit]:
 
 
 SPLITS = Table("hydra", split_units, splitter, split_cost, schema=splits.SCHEMA)
-JOINT = Table("joint", joint_units, swept, of_sweep, schema=records.SET_SCHEMA)
+RISES = Table("joint", rise_units, swept, of_sweep, records.SET_SCHEMA, (*EFFECTS, "site_set"))
 NEEDED = Table("needed", needed_units, swept, of_sweep, records.SET_SCHEMA, (*ANALYSED, "site_set"))
 
 
@@ -129,12 +135,12 @@ def slices_of(step: Step | Case, sites: Sequence[Site], number: int) -> dict[str
 
 
 def assumed(case: Case) -> Iterator[tuple[Any, ...]]:
-    """The tables in order: as many candidates rise as in the default book, and the slice is not widened."""
-    sites = case.slice()
-    for number, count in enumerate(RISING[: case.params.rounds]):
+    """The tables in order: as many rounds as in the default book; what the slice is widened by is left out."""
+    sites, lead = case.slice(), case.params.ablations[0]
+    for number in range(1 + min(WIDENED, case.params.rounds)):
         yield numbered(SPLITS, number), slices_of(case, sites, number)
-        rising = order_of(case, len(sites) + min(count, case.params.candidates))[len(sites) :]
-        yield numbered(JOINT, number), case.params.ablations[0], joint_sets(sites, rising)
+        if splits.later_sites(sites, case.n_layers, case.n_heads):
+            yield numbered(RISES, number), lead, sites
     yield NEEDED, sites
 
 
@@ -149,6 +155,7 @@ class Round(NamedTuple):
 
     sites: list[Site]
     frame: pd.DataFrame  # `steps.hydra.splits.SCHEMA`
+    costs: pd.DataFrame  # records of `RISES`; empty where nothing comes after the slice
     rises: pd.DataFrame
     tests: pd.DataFrame  # empty where there were no candidates, or the profile's limit was reached
 
@@ -159,36 +166,46 @@ def lead_of(frame: pd.DataFrame, params: Hydra) -> str:
     return next(kind for kind in params.ablations if kind in there)
 
 
-def rises(frame: pd.DataFrame, params: Hydra) -> pd.DataFrame:
-    """Rise of every later site's direct effect (ablated - intact, logits) under the leading ablation, in both halves:
-    familywise intervals, and one-sided familywise p values for "it does not rise", 1 for rises up to the floor."""
-    own = frame[(frame["slice"] == "slice") & frame["part"].isin(["heads", "mlps"])]
-    own = own[own["ablation"] == lead_of(frame, params)].assign(change=lambda rows: rows["after"] - rows["before"])
-    if own.empty:  # the slice's last site is the model's last: nothing comes after
-        return pd.DataFrame(columns=[*SITE, "half", "estimate", "low", "high", "p", "before", "after", "quads", "site"])
+class Costs(NamedTuple):
+    """What ablations cost in logit_diff (logits), by quad: positive where the answer loses."""
+
+    whole: Float[np.ndarray, " quads"]  # the slice
+    gone: Float[np.ndarray, "quads later"]  # each later site, once the slice is gone
+    alone: Float[np.ndarray, "quads later"]  # each later site, in the intact run
+
+
+def costs_of(records: pd.DataFrame) -> Costs:
+    """The costs in one half's records of `RISES`."""
+    matrix = quad_matrix(records, "effect", ["site_set"]).values
+    together, alone = np.split(matrix[:, 1:], 2, axis=1)
+    return Costs(matrix[:, 0], together - matrix[:, :1], alone)
+
+
+def rises(costs: pd.DataFrame, later: Sequence[Site], params: Hydra) -> pd.DataFrame:
+    """Rise of every later site's effect (`gone` - `alone`, logits) in both halves: familywise intervals, and one-sided
+    familywise p values for "it does not rise", 1 for rises up to the floor. `place` is the site's in the list."""
 
     def one_half(rows: pd.DataFrame) -> pd.DataFrame:
-        means = {when: quad_matrix(rows, when).values.mean(0) for when in ("before", "after")}
-        return tested(rows, params, "change", tail="greater").assign(**means)
+        own = costs_of(rows)
+        spans = familywise(own.gone - own.alone, params, "greater", params.floor)
+        return pd.DataFrame(later).assign(**spans, place=range(len(later)), quads=len(own.whole))
 
-    out = by_half(own, one_half)
+    if not later:  # the slice's last site is the model's last
+        return pd.DataFrame(columns=[*SITE, "half", "estimate", "low", "high", "p", "place", "quads", "site"])
+    out = by_half(costs, one_half)
     return out.assign(site=named(out))
 
 
 def candidates(table: pd.DataFrame, params: Hydra) -> pd.DataFrame:
-    """Sites whose rise is familywise significant on discovery, by test and interval where there is one, the largest
-    there first, with their reported rows."""
+    """Sites whose rise is familywise significant and above the floor on discovery, by test and interval where there is
+    one, the largest there first, with their reported rows."""
     if table.empty:
         return table
     first = in_halves(table)[0][1]
-    good = first[(first["p"] <= 1 - params.level) & (first["estimate"] > 0) & ~(first["low"].astype(float) <= 0)]
+    low = first["low"].astype(float)
+    good = first[(first["p"] <= 1 - params.level) & (first["estimate"] > params.floor) & ~(low <= params.floor)]
     order = good.sort_values("estimate", ascending=False)["site"]
     return reported(table).set_index("site", drop=False).loc[order].reset_index(drop=True)
-
-
-def joint_sets(sites: Sequence[Site], chosen: Sequence[Site]) -> list[tuple[Site, ...]]:
-    """The slice, the slice with each candidate, and each candidate: the sets of the joint ablation, in this order."""
-    return [tuple(sites), *((*sites, site) for site in chosen), *((site,) for site in chosen)]
 
 
 def sites_of(table: pd.DataFrame) -> list[Site]:
@@ -196,22 +213,29 @@ def sites_of(table: pd.DataFrame) -> list[Site]:
     return [Site(*site) for site in table[SITE].itertuples(index=False)]
 
 
-def joint_tests(joint: pd.DataFrame, rising: pd.DataFrame, params: Hydra) -> pd.DataFrame:
+def joint_tests(costs: pd.DataFrame, rising: pd.DataFrame, params: Hydra) -> pd.DataFrame:
     """What slice + candidate costs beyond the two apart (logits), on the confirmation half, familywise over candidates.
 
     `backup` where the whole interval is above the floor. It is the candidate's cost once the slice is gone (`gone`)
     less its cost alone (`alone`), so that a site which opposes the answer through the slice passes too; `stands_in`
-    where the whole interval of `gone` is above the floor.
+    where the whole interval of `gone` is above the floor. `ratio` is the compensation: the share that the candidate
+    makes up for of what the slice would cost were the candidate silent all along, (the two together) - `alone`. NaN
+    where that is no loss.
     """
-    matrix = quad_matrix(reported(joint), "effect", ["site_set"]).values
-    count, spans = len(rising), {}
-    whole, together, alone = matrix[:, :1], matrix[:, 1 : 1 + count], matrix[:, 1 + count :]
-    for name, values in {"": together - whole - alone, "gone_": together - whole, "alone_": alone}.items():
+    own, at = costs_of(reported(costs)), rising["place"].to_numpy()
+    gone, alone, spans = own.gone[:, at], own.alone[:, at], {}
+    for name, values in {"": gone - alone, "gone_": gone, "alone_": alone}.items():
         spans |= columns(stats.simultaneous(values, params), name)
-    names = {"before": "intact", "after": "ablated", "estimate": "rise", "low": "rise_low", "high": "rise_high"}
-    out = rising[["site", *SITE, *names]].rename(columns=names).assign(**spans)
+    out = rising[["site", *SITE]].assign(**spans)
     above = {"backup": "low", "stands_in": "gone_low"}
-    return out.assign(**{name: out[end].astype(float) > params.floor for name, end in above.items()})
+    out = out.assign(**{name: out[end].astype(float) > params.floor for name, end in above.items()})
+    unaided = own.whole[:, None] + gone - alone
+    none = stats.Interval(float("nan"), None, None, params.level, len(unaided), "no loss")
+    ratios = [
+        stats.ratio_intervals(rise, lost, params)[0] if is_loss(lost, params) else none
+        for rise, lost in zip((gone - alone).T, unaided.T, strict=True)
+    ]
+    return out.assign(**columns(ratios, "ratio_"))
 
 
 def backups_of(tests: pd.DataFrame) -> list[Site]:
@@ -225,13 +249,12 @@ def run(step: Step) -> list[Round]:
     while not rounds or sites != rounds[-1].sites:
         number = len(rounds)
         frame = step.table(numbered(SPLITS, number), slices_of(step, sites, number))
-        risen = rises(frame, p)
+        later = splits.later_sites(sites, step.n_layers, step.n_heads)
+        costs = step.table(numbered(RISES, number), lead_of(frame, p), sites) if later else pd.DataFrame()
+        risen = rises(costs, later, p)
         rising = candidates(risen, p).head(p.candidates if number < p.rounds else 0)
-        tests = rising
-        if len(rising):
-            sets = joint_sets(sites, sites_of(rising))
-            tests = joint_tests(step.table(numbered(JOINT, number), lead_of(frame, p), sets), rising, p)
-        rounds.append(Round(sites, frame, risen, tests))
+        tests = joint_tests(costs, rising, p) if len(rising) else rising
+        rounds.append(Round(sites, frame, costs, risen, tests))
         sites = [*sites, *backups_of(tests)]
     return rounds
 

@@ -2,7 +2,7 @@
 
 1. `changes` gathers each pair's parts: total = slice's direct effect + later heads + later MLPs + final norm's scale.
 2. `split_table`, `compensation` and `distribution` say how much of the slice's direct effect later sites make up for.
-3. `rounds_table` and `missed` say what widening came to, and how large a backup could be there unseen.
+3. `tests_table` and `rounds_table` say what widening came to, `missed` how large a backup could be there unseen.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lib.effects import columns, in_halves, reported
 from pipeline.step import Step
 from report import plots
 from report.words import OVER_QUADS, TOO_FEW, about_model, counted, finished, interval, listed, of_row
-from steps.hydra.measure import Hydra, Round, backups_of, candidates, lead_of
+from steps.hydra.measure import Hydra, Round, backups_of, candidates, costs_of, lead_of
 
 LATER = {"heads and MLPs": ["heads", "mlps"], "heads": ["heads"], "MLPs": ["mlps"]}
 WORDS = {
@@ -38,9 +38,10 @@ CAPTIONS = {
     "split": "What ablating the critical slice at the last token does to logit_diff, and its parts: the slice's own "
     "direct effect, later heads, later MLPs and the final norm's scale; beside it random slices of the same make-up "
     f"(their mean); {OVER_QUADS}. A later site's bar above zero is repair.",
-    "rises": "Later sites whose direct effect changes when the slice is ablated, with both halves and intervals that "
-    "hold for all later sites together. First, with a star, those that rise significantly on the discovery half, then "
-    "those of largest change there either way. To the right: the site makes up for it.",
+    "rises": "Later sites whose ablation costs more, or less, once the slice is gone than in the intact run, with both "
+    "halves and intervals that hold for all later sites together. First, with a star, those that rise significantly on "
+    "the discovery half, then those of largest change there either way. To the right: the site matters more without "
+    "the slice.",
 }
 
 
@@ -142,14 +143,13 @@ def tests_table(rounds: Sequence[Round]) -> pd.DataFrame:
     """Every candidate's numbers for the page (logits, confirmation half)."""
     each = [one.tests.assign(round=number) for number, one in enumerate(rounds) if len(one.tests)]
     tests = pd.concat(each, ignore_index=True)
-    shown_as = {"": "costs more by", "alone_": "alone", "gone_": "once the slice is gone"}
+    shown_as = {"alone_": "alone", "gone_": "once the slice is gone", "": "costs more by", "ratio_": "makes up for"}
     spans = {
         name: [interval(*ends, 3) for ends in tests[[f"{key}{end}" for end in ENDS]].itertuples(index=False)]
         for key, name in shown_as.items()
     }
-    effects = tests[["intact", "ablated"]].round(3).add_prefix("direct effect, ")
     said = np.where(tests["low"].isna(), TOO_FEW, np.where(tests["backup"], "yes", "no"))
-    return tests[["round", "site"]].join(effects).assign(**spans, backup=said)
+    return tests[["round", "site"]].assign(**spans, backup=said)
 
 
 def rounds_table(rounds: Sequence[Round], params: Hydra) -> pd.DataFrame:
@@ -171,19 +171,20 @@ def rounds_table(rounds: Sequence[Round], params: Hydra) -> pd.DataFrame:
 
 def missed(last: Round, params: Hydra) -> list[dict]:
     """How large a backup could be there unseen, among heads and among MLPs: the largest upper end of the rises'
-    simultaneous intervals over sites that are no backup (logits; as a share of the slice's direct effect, beside the
-    `rise` that the interval is about)."""
-    lead = last.frame[(last.frame["slice"] == "slice") & (last.frame["ablation"] == lead_of(last.frame, params))]
-    quads = reported(changes(lead)).groupby("quad_id")["direct"].mean().to_numpy()
-    direct, loss = quads.mean(), effects.is_loss(-quads, params)
+    simultaneous intervals over sites that are no backup (logits; as a share of what ablating the slice costs, beside
+    the `rise` that the interval is about; None where the slice's ablation costs nothing above the noise)."""
     names = [effects.site_name(*site) for site in backups_of(last.tests)]
     own = reported(last.rises) if len(last.rises) else last.rises
     own = own[~own["site"].isin(names)].dropna(subset="high").astype({"high": float})
+    if own.empty:
+        return []
+    damage = costs_of(reported(last.costs)).whole
+    loss = damage.mean() if effects.is_loss(damage, params) else None
     tops = [rows.loc[rows["high"].idxmax()] for _, rows in own.groupby("component")]
     return [
         {key: row[key] for key in ("site", "component")}
         | {"logits": row["high"]}
-        | {name: row[end] / -direct if loss else None for name, end in (("rise", "estimate"), ("share", "high"))}
+        | {name: row[end] / loss if loss else None for name, end in (("rise", "estimate"), ("share", "high"))}
         for row in tops
     ]
 
@@ -212,7 +213,7 @@ def heads(step: Step, rounds: Sequence[Round]) -> Figure | None:
     if not (risen["component"] == "head").any():
         return None
     rise, sure, rows = rise_map(risen, step.n_heads, step.params)
-    return plots.heat_map(rise, "rise of the direct effect (logits)", sure, layers=rows)
+    return plots.heat_map(rise, "rise of the effect (logits)", sure, layers=rows)
 
 
 def ranked(step: Step, rounds: Sequence[Round]) -> Figure | Markdown:
@@ -220,7 +221,7 @@ def ranked(step: Step, rounds: Sequence[Round]) -> Figure | Markdown:
     risen = rounds[0].rises
     if risen.empty:
         return Markdown("No head or MLP comes after the slice.")
-    return plots.ranked_sites(leading(risen, 15, step.params), "change of the direct effect (logits)")
+    return plots.ranked_sites(leading(risen, 15, step.params), "cost without the slice less cost alone (logits)")
 
 
 def candidates_table(step: Step, rounds: Sequence[Round]) -> pd.DataFrame | Markdown:
@@ -233,7 +234,7 @@ def candidates_table(step: Step, rounds: Sequence[Round]) -> pd.DataFrame | Mark
     if len(risen) and untested(risen):
         none = "no later site rises on the discovery half by the test of sign flips, all that so few quads allow"
     why = f"the limit of rounds ({step.params.rounds}) was reached" if len(rising) else none
-    return Markdown(f"None was ablated with the slice: {why}.")
+    return Markdown(f"None was tested for a backup: {why}.")
 
 
 def widening(step: Step, rounds: Sequence[Round]) -> Figure | None:
@@ -318,7 +319,7 @@ def share(span: stats.Interval) -> str:
 
 
 def backup_sentences(rounds: Sequence[Round], params: Hydra) -> list[str]:
-    """Round by round: which sites rise, what their joint ablation costs, and which are backups."""
+    """Round by round: which sites rise, and which of them are backups."""
     out = []
     for number, own in enumerate(rounds):
         which = "the slice" if number == 0 else f"the slice widened {number} time{'s' * (number > 1)}"
@@ -327,41 +328,50 @@ def backup_sentences(rounds: Sequence[Round], params: Hydra) -> list[str]:
             continue
         count, rising = own.rises["site"].nunique(), candidates(own.rises, params)
         text = (
-            f"When {which} ({counted(len(own.sites), 'site')}) is ablated (`{lead_of(own.frame, params)}`), the direct "
-            f"effect of {len(rising)} of {counted(count, 'later site')} rises {rising_by(own.rises, params)}"
+            f"Each of {counted(count, 'later site')} was ablated alone, and together with {which} "
+            f"({counted(len(own.sites), 'site')}; `{lead_of(own.frame, params)}`): the cost of {len(rising)} of them "
+            f"rises once {which} is gone {rising_by(own.rises, params)}"
         )
         if len(rising) and own.tests.empty:
-            out.append(f"{text}; the limit of rounds ({params.rounds}) was reached, so they were not ablated with it.")
-            continue
-        if rising.empty:
+            out.append(f"{text}; the limit of rounds ({params.rounds}) was reached, so none was tested further.")
+        elif rising.empty:
             out.append(f"{text}.")
-            continue
-        if own.tests["low"].isna().any():
+        elif own.tests["low"].isna().any():
             most = own.tests["estimate"].max()
             out.append(
-                f"{text}. The largest rises ({len(own.tests)}) were ablated with it. There are too few quads to test "
-                f"whether one costs more together than apart; the largest estimate is {most:.3f} logits "
-                "(confirmation half)."
+                f"{text}. There are too few quads to test on the confirmation half whether one costs more together "
+                f"than apart; the largest estimate there is {most:.3f} logits."
             )
-            continue
-        sure = own.tests["backup"]
-        each = [f"{row.site} ({interval(row.estimate, row.low, row.high, 3)})" for row in own.tests[sure].itertuples()]
-        most = f"; at most {own.tests.loc[~sure, 'estimate'].max():.3f} among the others" if not sure.all() else ""
-        out.append(
-            f"{text}. The largest rises ({len(own.tests)}) were ablated with it; those that cost more together "
-            "than apart (logits, confirmation half, familywise intervals above that noise) are: "
-            f"{listed(each)}{most}."
-        )
-        for row in own.tests[sure].itertuples():
-            gone = interval(row.gone_estimate, row.gone_low, row.gone_high, 3)
-            less = "its cost rises, but is not shown to be above zero, so it does not stand in for the slice"
-            how = "it stands in for the slice" if row.stands_in else less
+        else:
+            sure = own.tests["backup"]
+            each = [f"{row.site} ({rise_of(row)})" for row in own.tests[sure].itertuples()]
+            most = f"; at most {own.tests.loc[~sure, 'estimate'].max():.3f} among the others" if not sure.all() else ""
             out.append(
-                f"{row.site} passes both tests of a backup. When {which} is ablated its direct effect goes from "
-                f"{row.intact:+.3f} to {row.ablated:+.3f} logits; its own ablation costs {row.alone_estimate:.3f} "
-                f"alone and {gone} once the slice is gone: {how}."
+                f"{text}. Of the largest rises ({len(own.tests)}) those that cost more together than apart on the "
+                f"confirmation half, too (logits, familywise intervals above that noise), are: {listed(each)}{most}."
             )
+            out += [stand_in(row, which) for row in own.tests[sure].itertuples()]
     return out
+
+
+def rise_of(row: Any) -> str:
+    """The rise of a tested site, with its interval."""
+    return interval(row.estimate, row.low, row.high, 3)
+
+
+def stand_in(row: Any, which: str) -> str:
+    """What a backup costs alone and without the slice, and whether it stands in for it, by how much."""
+    gone = interval(row.gone_estimate, row.gone_low, row.gone_high, 3)
+    text = (
+        f"{row.site} passes both tests of a backup: its own ablation costs {row.alone_estimate:.3f} logits alone and "
+        f"{gone} once {which} is gone: "
+    )
+    if not row.stands_in:
+        return f"{text}its cost rises, but is not shown to be above the noise, so it does not stand in for the slice."
+    if np.isnan(row.ratio_estimate):
+        return f"{text}it stands in for the slice."
+    share = interval(row.ratio_estimate, row.ratio_low, row.ratio_high)
+    return f"{text}it stands in for the slice, and makes up for {share} of what {which} would cost without it."
 
 
 def rising_by(rises: pd.DataFrame, params: Hydra) -> str:
@@ -378,13 +388,9 @@ def rising_by(rises: pd.DataFrame, params: Hydra) -> str:
 
 def ending(rounds: Sequence[Round], params: Hydra) -> str:
     """What the search for backups comes to, and how large a backup it could have missed."""
-    last, stand_in = rounds[-1], any(one.tests["stands_in"].any() for one in rounds if len(one.tests))
+    last, stands_in = rounds[-1], any(one.tests["stands_in"].any() for one in rounds if len(one.tests))
     found = [one.tests[one.tests["backup"]] for one in rounds if len(one.tests)]
-    names = [
-        f"{row.site} (its direct effect rises by {interval(row.rise, row.rise_low, row.rise_high, 3)} logits)"
-        for tests in found
-        for row in tests.itertuples()
-    ]
+    names = [f"{row.site} (its cost rises by {rise_of(row)} logits)" for tests in found for row in tests.itertuples()]
     if last.rises.empty:
         left = "no other site comes after the slice, so none could stand in for it"
         return f"Backups by both tests: {listed(names)}; {left}."
@@ -397,11 +403,14 @@ def ending(rounds: Sequence[Round], params: Hydra) -> str:
         stopped = len(candidates(last.rises, params)) and last.tests.empty
         text = f"Backups by both tests: {listed(names)}; "
         text += f"the limit of rounds ({params.rounds}) was reached." if stopped else "no further one after widening."
-        text += "" if stand_in else " None of them is shown to stand in for the slice."
+        text += "" if stands_in else " None of them is shown to stand in for the slice."
+    if bounds[0]["share"] is None:
+        text += (
+            " Ablating the slice does not surely cost more than the model's noise, so there is little to stand in for."
+        )
     each = [
-        f"{KINDS[bound['component']]} whose direct effect rises by up to "
-        f"{bound['logits']:.2f} logits ({bound['site']}"
-        + ("" if bound["share"] is None else f"; {bound['share']:.0%} of the slice's own")
+        f"{KINDS[bound['component']]} whose cost rises by up to {bound['logits']:.2f} logits ({bound['site']}"
+        + ("" if bound["share"] is None else f"; {bound['share']:.0%} of what ablating the slice costs")
         + ")"
         for bound in bounds
     ]

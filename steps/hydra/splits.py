@@ -15,7 +15,7 @@ Sources: McGrath et al. 2023 (arXiv 2307.15771: direct effects before and after 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -84,14 +84,20 @@ def members(sites: Sequence[Site]) -> list[Site]:
     return [site for site in sites if site.component != "head" or Site(site.layer, "attn") not in sites]
 
 
-def later_sites(model: Model, sites: Sequence[Site], post: Sequence[PostNorms]) -> list[Site]:
-    """Every head and MLP computed after the slice's first site and not in it. A post-attention norm also ties the
-    heads beside one that is ablated to it: they are among them."""
+def later_sites(sites: Sequence[Site], n_layers: int, n_heads: int, tied: Collection[int] = ()) -> list[Site]:
+    """Every head and MLP computed after the slice's first site and not in it; attention comes before the MLP of its
+    block. In the layers `tied`, a post-attention norm ties heads beside one that is ablated to it: they are among
+    them."""
     first = min(map(turn, sites))
+    every = (
+        Site(layer, *part)
+        for layer in range(first[0], n_layers)
+        for part in (*(("head", head) for head in range(n_heads)), ("mlp",))
+    )
     return [
         site
-        for site in hooks.all_sites(model, ("head", "mlp"))
-        if (turn(site) > first or (turn(site) == first and site.component == "head" and post[site.layer].attn))
+        for site in every
+        if (turn(site) > first or (turn(site) == first and site.layer in tied))
         and site not in sites
         and not (site.component == "head" and Site(site.layer, "attn") in sites)
     ]
@@ -190,13 +196,14 @@ def split(
     inverse = 1 / reading.out.norm.scale(resid)
     effects = direct_effects(model, runs, direction * inverse[owner, None], min(map(turn, sum(sets, ())))[0], reading)
     rescaled = (resid.cpu().double() * direction).sum(-1) * (inverse - inverse[owner])
+    tied = [layer for layer, norms in enumerate(reading.post) if norms.attn]
     frames = []
     for place, (name, sites) in enumerate(slices.items()):
         at = len(pairs) + place * len(kinds) * len(pairs) + torch.arange(len(kinds) * len(pairs))
         own = owner[at]
         changes = {("total", Site(-1, "")): (logit_diff[own], logit_diff[at])}
         changes |= {("direct", site): (effects[site][own], effects[site][at]) for site in members(sites)}
-        for site in later_sites(model, sites, reading.post):
+        for site in later_sites(sites, model.n_layers, model.n_heads, tied):
             changes[f"{site.component}s", site] = effects[site][own], effects[site][at]
         nothing = torch.zeros(len(at), dtype=torch.float64)
         changes["scale", Site(-1, "")] = nothing, rescaled[at]

@@ -49,6 +49,21 @@ NOT_ABOUT_THEM = frozenset(
 )
 
 
+# Changes of what a claim's number is, since fresh people were first asked: by name, what changed and whose it is.
+# What a record says of these claims decides nothing until its profile is run again with the change.
+MEASURED_ANEW = {
+    "probes keep units": (
+        "its probes' inputs keep their own units since",
+        frozenset({"retrieval_heads", "profession_at_names", "superset_at_last", "low_rank"}),
+    ),
+    "backups by ablation": (
+        "a later site's rise is that of what its ablation costs, not of its own direct effect on the logits, since",
+        frozenset({"no_backup"}),
+    ),
+}
+USED_BEFORE = "its prompts are of people or words that were used before"
+
+
 class Record(Strict):
     """What fresh people said, and under what they were asked; the profile's `fresh_claims` names the file."""
 
@@ -62,6 +77,7 @@ class Record(Strict):
     people_sha256: str
     fingerprint: str  # of thresholds and rules
     left_out: tuple[str, ...]  # claims that were not asked
+    measured: tuple[str, ...] = ()  # those of MEASURED_ANEW that it was measured with
     commit: str | None
     dirty: bool | None  # whether tracked files differed from the commit
     started: str
@@ -132,7 +148,8 @@ def write(params: Story) -> Path:
     made = units.read_json(run)
     about = subject(params) | {key: made.get(key) for key in ("commit", "dirty", "started", "machine")}
     said = {entry.id: confirmed(entry) for entry in ledger.claims}
-    units.write_json(committed(params), Record(**about, claims=said).model_dump(mode="json"))
+    record = Record(**about, claims=said, measured=tuple(MEASURED_ANEW))
+    units.write_json(committed(params), record.model_dump(mode="json"))
     return committed(params)
 
 
@@ -146,7 +163,8 @@ def confirm(entries: Sequence[Entry], params: Story, asked: Collection[str] = ()
     one; returns how that stands, in words ("" for a profile that names no such file, or asks fresh people itself).
 
     `asked` are the people in this report's own pairs: nobody should be both, and where someone is, that is said. Claims
-    that are `NOT_ABOUT_THEM` are not decided by them, nor where they are asked themselves.
+    that are `NOT_ABOUT_THEM` are not decided by them, nor where they are asked themselves; nor those that are
+    `MEASURED_ANEW` since they were asked.
     """
     path = committed(params)
     for entry in entries:
@@ -167,9 +185,10 @@ def confirm(entries: Sequence[Entry], params: Story, asked: Collection[str] = ()
             "nothing here, and is not shown."
         )
     after = [entry for entry in entries if entry.check is None and entry.came == "after"]
+    why = withheld(record)
     for entry in entries:
         said = record.claims[entry.id]
-        entry.fresh = not_about_them(said) if entry.id in NOT_ABOUT_THEM else said
+        entry.fresh = not_shown(said, why[entry.id]) if entry.id in why else said
     decided = [entry for entry in after if entry.fresh.verdict in (SUPPORTED, NOT_SUPPORTED)]
     for entry in decided:
         entry.verdict, entry.tier = entry.fresh.verdict, FRESH
@@ -178,32 +197,41 @@ def confirm(entries: Sequence[Entry], params: Story, asked: Collection[str] = ()
         f"{len(people & set(asked)) or 'none'} of these {len(people)} came into quads of this report's task since; "
         "its placebo pairs and pairs before selection may have more"
     )
+    tested = {name for name, entry in record.claims.items() if entry.p_holm is not None} & {*why}
+    used = [name for name in tested if why[name] == USED_BEFORE]
+    said = [f"{len(used)} of these rest on prompts used before"] * bool(used)
+    said += [f"{len(tested) - len(used)} are measured in another way since"] * (len(tested) > len(used))
+    where = f"; {' and '.join(said)}, and their p values are in `{params.fresh_claims}` alone" if said else ""
     family = sum(entry.p_holm is not None for entry in record.claims.values())
-    shown = sum(entry.fresh.p_holm is not None for entry in entries)
-    where = f"; {family - shown} of these rest on prompts used before, and their p values are in "
-    where += f"`{params.fresh_claims}` alone"
-    said = f"The p values on fresh people are corrected for {family} claims{where * (family > shown)}."
+    said = f"The p values on fresh people are corrected for {family} claims{where}."
     return f"{told(record, len(after), [entry.verdict for entry in decided], both)} {said}"
 
 
-def not_about_them(said: Confirmed) -> Confirmed:
+def withheld(record: Record) -> dict[str, str]:
+    """Claims of which a record is not shown, and why."""
+    changed = [MEASURED_ANEW[name] for name in MEASURED_ANEW if name not in record.measured]
+    anew = {claim: f"{what} fresh people were asked" for what, claims in changed for claim in claims}
+    return anew | dict.fromkeys(NOT_ABOUT_THEM, USED_BEFORE)
+
+
+def not_shown(said: Confirmed, reason: str) -> Confirmed:
     """A claim that is not tested has no numbers of a test either."""
     numbers = dict.fromkeys(("estimate", "low", "high", "p", "p_holm"))
     verdicts = dict.fromkeys(("alone", "verdict"), NOT_TESTED)
-    reason = "its prompts are of people or words that were used before"
     return said.model_copy(update=numbers | verdicts | {"reason": reason})
 
 
 def told(record: Record, after: int, verdicts: Sequence[str], both: str) -> str:
     """What fresh people decided, and when they were asked."""
+    anew = ", or are measured in another way since" * any(name not in record.measured for name in MEASURED_ANEW)
     count = {verdict: verdicts.count(verdict) for verdict in (SUPPORTED, NOT_SUPPORTED)}
     return (
         f"Of the {after} claims that were set after results had been seen, {len(verdicts)} are decided by *fresh "
         f"people* alone, in no quad of other profiles when they were chosen ({both}), on whose pairs the sites are "
         "picked anew: "
         f"{count[SUPPORTED]} are supported there, {count[NOT_SUPPORTED]} are not; the others could not be tested on "
-        "them, or rest on prompts of people or words that had been used before, and stay exploratory. They were asked "
-        f"once, under these thresholds and rules (hash `{record.fingerprint}`; profile `{record.profile}`, "
+        f"them, or rest on prompts of people or words that had been used before{anew}, and stay exploratory. They were "
+        f"asked once, under these thresholds and rules (hash `{record.fingerprint}`; profile `{record.profile}`, "
         f"commit {(record.commit or 'unknown')[:7]}, {record.started[:10]}, {machine(record.machine)})."
     )
 

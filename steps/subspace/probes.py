@@ -3,9 +3,9 @@
 1. Two kinds of prompts. `of_pairs`: the prompts of the quads. `of_people`: one-name prompts about other people,
    drawn evenly over supersets and, within them, over professions. Each is asked in two templates, and read at `names`
    (the mean over the last tokens of its names: one reading per prompt, whatever their token counts) and at `last`.
-2. A probe is a ridge regression on one-hot classes (scikit-learn's `RidgeCV`: its strength is chosen for each class by
-   leave-one-out error inside the training folds; standardised inputs), and a prompt gets the class whose training mean
-   lies nearest in the regression's output. All label permutations are fitted side by side, in one factorisation.
+2. A probe is a ridge regression on one-hot classes (`centred_ridge`: its strength is chosen for each class by
+   leave-one-out error inside the training folds), and a prompt gets the class whose training mean lies nearest in the
+   regression's output. All label permutations are fitted side by side, in one factorisation.
 3. Reduced rank: the fitted outputs are projected on their first r singular vectors (reduced-rank regression; Izenman
    1975; with the nearest mean it is discriminant analysis, Hastie, Buja and Tibshirani 1995).
 4. Folds `people`: no person of a test fold is in training; quads stay whole. The same probes are tried on the held-out
@@ -33,7 +33,6 @@ from jaxtyping import Float, Int
 from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
 from sklearn.linear_model import RidgeCV
 from sklearn.model_selection import StratifiedGroupKFold
-from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from lib import questions, tasks
@@ -52,7 +51,7 @@ from pipeline.step import Step, StepError
 from pipeline.units import Unit
 
 POSITIONS = ("names", "last")
-STRENGTHS = (0.1, 1.0, 10.0)  # ridge strengths, times the width: the mean square of a standardised activation
+STRENGTHS = (1e-6, 1e-4, 0.01, 0.1, 1.0, 10.0)  # of a ridge regression, times the inputs' total variance
 WHOLE = -1  # the rank of a probe that is not reduced; the number of labels that are not permuted
 BATCH = 32  # prompts of one pass
 WORDS, DIRECTIONS = 6, 4  # words named at each end of a direction, and leading directions that are
@@ -266,30 +265,32 @@ def labelled(rows: pd.DataFrame, target: str, permutations: int, seed: int) -> L
     return Labels(target, classes, there, out)
 
 
-class Probe:
-    """Ridge probes of several targets and labellings, fitted together on the same prompts.
+def centred_ridge(x: Float[np.ndarray, "rows width"], y: Float[np.ndarray, "rows outputs"]) -> RidgeCV:
+    """Ridge regression on centred inputs that keep their own units, its strength chosen for each output by
+    leave-one-out error on the same rows.
 
-    Without `scaled`, inputs keep their own units, and the strengths are times their total variance: what few names
-    have (a rare n-gram) must not count as much as what many have.
+    Inputs divided each by its own spread would make dimensions of mere noise count as much as those with a code, and
+    names' rare n-grams as much as common ones. Strengths are times the total variance, so that they mean the same at
+    any scale; the least ones are for a code beside dimensions that vary far more and say nothing.
     """
+    total = max(float(np.var(x, axis=0, dtype=float).sum()), 1e-12)
+    return RidgeCV([strength * total for strength in STRENGTHS], alpha_per_target=True).fit(x, y)
 
-    def __init__(
-        self, x: Float[np.ndarray, "rows hidden"], labels: Sequence[Labels], train: np.ndarray, scaled: bool = True
-    ) -> None:
-        self.labels, self.train = labels, train
-        self.scaler = StandardScaler(with_std=scaled).fit(x[train])
-        self.scale = self.scaler.scale_ if scaled else 1.0
+
+class Probe:
+    """Ridge probes of several targets and labellings, fitted together on the same prompts."""
+
+    def __init__(self, x: Float[np.ndarray, "rows width"], labels: Sequence[Labels], train: np.ndarray) -> None:
+        self.labels, self.train, self.mean = labels, train, x[train].mean(0)
         columns = [own.one_hot[:, train] for own in labels]
         self.blocks = np.cumsum([0] + [block.shape[0] * block.shape[2] for block in columns])
         stacked = np.concatenate([block.transpose(1, 0, 2).reshape(train.sum(), -1) for block in columns], axis=1)
-        spread = x.shape[1] if scaled else max(x[train].var(0).sum(), 1e-12)
-        strengths = [strength * spread for strength in STRENGTHS]
-        self.ridge = RidgeCV(strengths, alpha_per_target=True).fit(self.scaler.transform(x[train]), stacked)
+        self.ridge = centred_ridge(x[train], stacked)
         self.fitted = self.outputs(x[train])
 
-    def outputs(self, x: Float[np.ndarray, "rows hidden"], mean: np.ndarray | None = None) -> list[np.ndarray]:
+    def outputs(self, x: Float[np.ndarray, "rows width"], mean: np.ndarray | None = None) -> list[np.ndarray]:
         """For each target (labellings, rows, classes); `mean` takes the training mean's place."""
-        values = (x - (self.scaler.mean_ if mean is None else mean)) / self.scale
+        values = x if mean is None else x + (self.mean - mean)
         flat = np.split(self.ridge.predict(values), self.blocks[1:-1], axis=1)
         shapes = [(len(x), len(own.codes), len(own.classes)) for own in self.labels]
         return [own.reshape(shape).transpose(1, 0, 2) for own, shape in zip(flat, shapes, strict=True)]
@@ -416,7 +417,7 @@ def baseline_folds(own: Asked, seen: Mapping[str, Sequence], seed: int) -> Itera
             held = folds == fold
             fitted = vectoriser().fit([one for one, out in zip(seen[name], held, strict=True) if not out])
             x = fitted.transform(seen[name]).toarray()
-            probe = Probe(x, labels, ~held, scaled=False)
+            probe = Probe(x, labels, ~held)
             outputs = probe.outputs(x[held])
             for target in range(len(labels)):
                 guesses[target, held] = probe.predict(outputs, target, 0)
@@ -542,19 +543,20 @@ def timings(hidden: int) -> dict[str, float]:
 def spectrum(model: Model, x: Float[np.ndarray, "rows hidden"], one: Labels) -> pd.DataFrame:
     """Class means: singular values under each labelling, coordinates of the true ones, and words at their ends.
 
-    The residual stream is scaled to unit spread within classes (the true ones); the mean of the means is taken off.
+    Their unit is the spread within classes (the true ones; root of the mean variance of a dimension), one for all
+    dimensions; the mean of the means is taken off.
     Columns: what, name, permutation, values (list), words.
     """
     x, rows = x[one.there].astype(np.float64), []
     member = one.one_hot[:, one.there]
     means = [own.T @ x / own.sum(0)[:, None] for own in member]
-    scale = (x - means[0][one.codes[0, one.there]]).std(0).clip(1e-12)
+    scale = max(float(np.sqrt((x - means[0][one.codes[0, one.there]]).var(0).mean())), 1e-12)
     for number, own in enumerate(means):
         u, s, v = np.linalg.svd((own - own.mean(0)) / scale, full_matrices=False)
         s = s[: len(one.classes) - 1]
         rows.append({"what": "singular values", "name": "", "permutation": number - 1, "values": s, "words": ""})
         if number == 0:
-            coordinates, vectors = u[:, : len(s)] * s, v[:DIRECTIONS] * scale
+            coordinates, vectors = u[:, : len(s)] * s, v[:DIRECTIONS]
     rows += [
         {"what": "class mean", "name": name, "values": own, "words": ""}
         for name, own in zip(one.classes, coordinates, strict=True)

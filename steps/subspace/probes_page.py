@@ -324,7 +324,7 @@ def means_figure(n: Numbers | None) -> Figure | None:
         for turn, name in enumerate(y.sort_values().index):  # below and above in turn: neighbours do not overlap
             axes.annotate(name, (places[0][name], y[name]), (5, 4 if turn % 2 else -12), textcoords="offset points")
         axes.margins(0.15)
-        axes.set(xlabel="first direction (spreads within classes)", ylabel="second direction")
+        axes.set(xlabel="first direction (mean spreads within classes)", ylabel="second direction")
     return figure
 
 

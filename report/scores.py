@@ -1,0 +1,430 @@
+"""Truth against findings: what a planted circuit is, beside what the steps say of it. JSON alone, no model.
+
+1. `METHODS` names each method with two readers: what the truth (`planted/truth.py`) has it find, and what its step's
+   findings say it found: sets of items (sites, layers, classes, verdicts), or a number.
+2. `score` sets the two side by side: precision and recall of sets, the error of numbers.
+3. `picked` is what the steps say of a model that has nothing to find: there everything is a false positive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lib import records
+from pipeline.units import read_json
+
+SHARE = 0.02
+"""Share of the gap from which a site's effect is one to be found, and one that counts as found."""
+READ = 0.99
+"""Balanced accuracy from which a probe reads what it was asked without error."""
+TOLERANCE, TOLERANCES = 1e-3, {"direction, effect": 0.05, "direction, cosine": 0.01}
+"""How far a number may be from the planted one; those of the directions are of class means over the people asked."""
+LEVEL = 0.05
+RULES = {"additive": "additive", "or": "OR", "and": "AND"}
+ARRIVED, REPAIR, JUDGE = 0.8, 0.1, "resample"
+"""As in the profile: of the critical layers, of the claims about repair, and the ablation that judges."""
+ALWAYS = ("task_done", "critical_layers", "slice_sufficient", "values_carry", "mlps_at_names", "general_templates")
+ALWAYS += ("profession_at_names", "superset_at_last", "few_directions", "beats_random", "steering")
+UNBACKED = ("slice_necessary", "circuit_faithful", "circuit_necessary", "circuit_complete", "circuit_beats_random")
+"""Claims that hold of every planted circuit, and those that hold where nothing stands in for it."""
+
+Truth = Mapping[str, Any]
+Found = Mapping[str, Mapping[str, Any]]  # findings by step; claims.json as "claims"
+Finding = Mapping[str, Any]  # the findings of one step
+
+
+class Score(NamedTuple):
+    """One method on one model."""
+
+    method: str
+    step: str
+    wanted: list[str] | float
+    found: list[str] | float | None
+    precision: float | None  # share of what was found that is there; 1 where nothing was found
+    recall: float | None  # share of what is there that was found; 1 where nothing is
+    error: float | None  # of a number: found less wanted
+
+    @property
+    def right(self) -> bool:
+        """Whether the method found the whole truth and nothing but the truth."""
+        if self.precision is None:
+            return self.error is not None and abs(self.error) <= TOLERANCES.get(self.method, TOLERANCE)
+        return self.precision == self.recall == 1
+
+
+class Wanted(NamedTuple):
+    """What a method must find, and what it may find or leave out without being wrong."""
+
+    must: set[str]
+    may: set[str] = frozenset()
+
+
+def compared(method: str, step: str, wanted: Wanted | float, found: set[str] | float | None) -> Score:
+    """A method's score. A number that was not found has no error, and is not right."""
+    if isinstance(wanted, float):
+        return Score(method, step, wanted, found, None, None, None if found is None else found - wanted)
+    counted = (found or set()) - (wanted.may - wanted.must)
+    both = len(wanted.must & counted)
+    precision, recall = both / len(counted) if counted else 1.0, both / len(wanted.must) if wanted.must else 1.0
+    return Score(method, step, sorted(wanted.must), sorted(counted), precision, recall, None)
+
+
+# --- what is true ----------------------------------------------------------------------------------------------------
+
+
+def name_of(site: Finding) -> str:
+    """A planted site as the findings call it."""
+    return f"mlp {site['layer']}" if site["component"] == "mlp" else f"{site['layer']}.{site['head']}"
+
+
+def at_last(truth: Truth) -> list[Finding]:
+    """The planted sites at the last token."""
+    return [site for site in truth["sites"] if site["position"] == "last"]
+
+
+def by_size(truth: Truth, size: Callable[[Finding], float], least: float = SHARE) -> Wanted:
+    """Sites at the last token whose effect is at least `least` of the gap; those of a smaller one may be found."""
+    shares = {name_of(site): size(site) / truth["gap"]["mean"] for site in at_last(truth)}
+    must = {name for name, share in shares.items() if share >= least}
+    return Wanted(must, {name for name, share in shares.items() if SHARE / 4 < share < least})
+
+
+def loss(site: Finding) -> float:
+    return site["necessity"]["counterfactual"]["mean"]
+
+
+def gain(site: Finding) -> float:
+    return site["recovery"]["mean"]
+
+
+def of_roles(truth: Truth, *roles: str) -> list[Finding]:
+    return [site for site in truth["sites"] if site["role"] in roles]
+
+
+def arriving_layers(truth: Truth) -> Wanted | None:
+    """The fewest layers whose heads bring 80% to the last token; where heads' parts do not add up, none is named."""
+    if truth["rule"] != "additive":
+        return None
+    rises: dict[int, float] = {}
+    for site in of_roles(truth, "retrieval", "forwarder", "key_routed", "query_routed", "lookup"):
+        rises[site["layer"]] = rises.get(site["layer"], 0) + gain(site)
+    must, reached, whole = set(), 0.0, sum(rises.values())
+    for layer in sorted(rises, key=rises.get, reverse=True):
+        if reached < ARRIVED * whole:
+            must.add(f"layer {layer}")
+            reached += rises[layer]
+    return Wanted(must, {f"layer {layer}" for layer in rises} - must)
+
+
+def planted_backups(truth: Truth) -> Wanted:
+    """The backup, and the MLP that reads it, where it speaks under the ablation that judges."""
+    backup = truth["backup"]
+    if backup is None:
+        return Wanted(set())
+    names = {name_of(truth["sites"][index]) for index in (backup["site"], backup["reader"]) if index is not None}
+    return Wanted(names) if JUDGE in backup["ablations"] else Wanted(set(), names)
+
+
+def planted_ratio(truth: Truth) -> float:
+    backup = truth["backup"]
+    return float(backup["ratio"]) if backup and JUDGE in backup["ablations"] else 0.0
+
+
+def planted_routes(truth: Truth) -> Wanted:
+    """Inputs k and v at the names of heads at the last token through which a share of the gap goes."""
+    sums = {"k": 0.0, "v": 0.0}
+    for edge in truth["paths"]:
+        receiver = None if edge["receiver"] is None else truth["sites"][edge["receiver"]]
+        if receiver and edge["input"] in sums and receiver["position"] == "last":
+            sums[edge["input"]] += edge["noise"]["mean"] * (truth["sites"][edge["sender"]]["position"] == "names")
+    shares = {kind: abs(lost) / truth["gap"]["mean"] for kind, lost in sums.items()}
+    return Wanted({kind for kind in shares if shares[kind] > 2 * SHARE}, {kind for kind in shares if shares[kind] > 0})
+
+
+def planted_probes(truth: Truth, found: Finding) -> Wanted:
+    """Of the probes that were asked, those that can read without error; between their chance layers and these, with
+    names of several lengths, they may."""
+    must, may = set(), set()
+    for row in own_probes(found):
+        first = [
+            r["first"] for r in truth["readable"] if (r["what"], r["position"]) == (row["target"], row["position"])
+        ]
+        if first and row["layer"] >= min(first):
+            (must if row["layer"] >= max(first) else may).add(probe(row))
+    return Wanted(must, may)
+
+
+def planted_classes(truth: Truth, found: Finding) -> Wanted:
+    """Sites of the slice whose share of a class's gap differs between the classes."""
+    spread = {}
+    for site in at_last(truth):
+        shares = [site["recovery"]["by_answer"][name] / gap for name, gap in truth["gap"]["by_answer"].items() if gap]
+        spread[name_of(site)] = max(shares, default=0) - min(shares, default=0)
+    asked = {row["site"] for row in (found["interaction"] or {}).get("sites", ())}
+    must = {name for name in asked if spread.get(name, 0) > 5 * SHARE}
+    return Wanted(must, {name for name in asked - must if spread.get(name, 0) > SHARE / 4})
+
+
+def planted_between(truth: Truth) -> Wanted:
+    return Wanted({"between"} if of_roles(truth, "collector", "forwarder") else set())
+
+
+def planted_readers(truth: Truth) -> Wanted:
+    """Heads that carry professions from the names; heads that write for some classes alone may pass the tests."""
+    may = of_roles(truth, "key_routed", "query_routed", "forwarder", "gather", "lookup")
+    return Wanted({name_of(site) for site in of_roles(truth, "retrieval")}, {name_of(site) for site in may})
+
+
+def planted_neurons(truth: Truth) -> Wanted | None:
+    """The neurons of the aggregating MLPs; None where a head does their work, too."""
+    names = {f"neuron {row['layer']}.{row['neuron']}" for row in truth["neurons"]}
+    return Wanted(names) if names else None
+
+
+def planted_effect(truth: Truth, found: Finding) -> float | None:
+    """1 where the layer after which directions were patched lies behind every aggregator: then the difference between
+    two supersets is all there is. Before it, professions are there and no superset."""
+    written = [site["layer"] for site in of_roles(truth, "aggregator", "class_only", "negative", "backup_reader")]
+    return 1.0 if written and found["directions"]["layer"] >= max(written) else None
+
+
+def planted_specificity(truth: Truth) -> Wanted | None:
+    """Whether the sites at the last token carry the placebo attribute; None where nothing reads it."""
+    if not truth["placebo_gap"]:
+        return None
+    share = max((site["placebo"] / truth["placebo_gap"] for site in at_last(truth)), default=0)
+    return Wanted({"general" if share > SHARE else "specific"})
+
+
+def planted_claims(truth: Truth, found: Found) -> Wanted:
+    """The verdicts of the claims that the construction decides."""
+    shares, backed = {name_of(site): gain(site) / truth["gap"]["mean"] for site in at_last(truth)}, truth["backup"]
+    slice_sites = {row["site"] for row in found["sufficiency"].get("critical_slice", ())}
+    readers = {name_of(site) for site in of_roles(truth, "retrieval", "key_routed")}
+    whole = {name_of(site) for site in of_roles(truth, "aggregator")}
+    best, general, rule = max(shares.values(), default=0), planted_specificity(truth), truth["rule"]
+    true: dict[str, bool | None] = dict.fromkeys(ALWAYS, True)
+    true |= {
+        "single_suffices": None if abs(best - 0.5) < 0.1 else best > 0.5,
+        "between_carries": bool(of_roles(truth, "collector", "forwarder")),
+        "slice_specific": general and general.must == {"specific"},
+        "slice_general": general and general.must == {"general"},
+        "retrieval_heads": None if readers - slice_sites else False,
+        "no_repair": planted_ratio(truth) <= REPAIR,
+        "no_backup": planted_ratio(truth) <= REPAIR,
+        "class_specific": bool(planted_classes(truth, found["generality"]).must),
+        "either_name": rule != "and",
+        **{f"rule_{name}": rule == name for name in ("or", "additive", "and")},
+        "few_neurons": None if truth["options"]["aggregator"] != "mlp" else len(truth["neurons"]) <= 10 or None,
+        "one_direction": True if whole & slice_sites else None,
+    }
+    if backed is None:
+        true |= dict.fromkeys(UNBACKED, True)
+    words = {True: "supported", False: "not supported"}
+    must = {f"{name}: {words[said]}" for name, said in true.items() if said is not None}
+    decided = {name for name, said in true.items() if said is not None}
+    return Wanted(must, {said for said in verdicts(found["claims"]) if said.partition(":")[0] not in decided})
+
+
+# --- what the steps found --------------------------------------------------------------------------------------------
+
+
+def sites_found(found: Finding) -> set[str]:
+    """Heads and MLPs of steps 03 and 04 whose effect is above zero, familywise, and at least `SHARE` of the gap."""
+    return {
+        row["site"]
+        for row in found["sites"]
+        if row["component"] in ("head", "mlp")
+        and row["low"] is not None
+        and row["low"] > 0
+        and row["p"] <= LEVEL
+        and row["ratio"] >= SHARE
+    }
+
+
+def critical_layers(found: Finding) -> set[str]:
+    return {f"layer {layer}" for layer in found["critical_layers"]}
+
+
+def between(found: Finding) -> set[str]:
+    """Whether the tokens between hold a part of the answer by themselves."""
+    parts = (found["between"] or {}).get("parts", ())
+    rows = [row for row in parts if row["position"] == "between" and row["half"] == "confirmation"]
+    return {row["position"] for row in rows if row["low"] is not None and row["low"] > 0 and row["estimate"] >= SHARE}
+
+
+def backups(found: Finding) -> set[str]:
+    return {row["site"] for row in found["backups"] if row["stands_in"]}
+
+
+def retrieval_heads(found: Finding) -> set[str]:
+    """Heads that pass all four tests, of the slice or before it."""
+    verdicts = found["verdicts"]
+    return {
+        *verdicts["slice_heads_that_retrieve"],
+        *(site for own in verdicts["retrieval_heads"].values() for site in own),
+    }
+
+
+def routes(found: Finding) -> set[str]:
+    """By which inputs of its heads (k or v) the slice is given what it reads at the names."""
+    rows = [row for row in found["carried"] if row["senders"] == "everything" and row["mlps"] == "recomputed"]
+    alone = {row["receivers"].removesuffix(" at names"): row for row in rows}
+    return {
+        kind for kind in ("k", "v") if kind in alone and alone[kind]["low"] is not None and alone[kind]["low"] > SHARE
+    }
+
+
+def direction_effect(found: Finding) -> float | None:
+    """What the direction between the two classes of a pair brings back, as a share of the gap."""
+    rows = [row for row in found["directions"]["by_number"] if (row["method"], row["k"]) == ("class difference", 1)]
+    return rows[0]["estimate"] if rows else None
+
+
+def own_probes(found: Finding) -> list[Finding]:
+    """Accuracies of probes in the prompts that they were fitted to: supersets at the last token of pairs, professions
+    at the names of one-name prompts."""
+    asked = {("pair", "superset", "last"), ("one-name", "profession", "names")}
+    return [
+        row
+        for row in found["probes"]["accuracy"]
+        if row["template"] == row["trained"] and (row["kind"], row["target"], row["position"]) in asked
+    ]
+
+
+def probe(row: Finding) -> str:
+    return f"{row['target']} at {row['position']} after layer {row['layer']}"
+
+
+def probes_read(found: Finding) -> set[str]:
+    """Layers after which a probe reads without error."""
+    return {probe(row) for row in own_probes(found) if row["estimate"] >= READ}
+
+
+def probes_above_chance(found: Finding) -> set[str]:
+    """Layers after which a probe is surely better than the best under permuted labels."""
+    by = ("kind", "target", "position")
+    chance = {tuple(row[key] for key in by): row["threshold"] for row in found["probes"]["thresholds"]}
+    rows = [row for row in own_probes(found) if row["low"] is not None]
+    return {probe(row) for row in rows if row["low"] > chance[tuple(row[key] for key in by)]}
+
+
+def neurons(found: Finding) -> set[str]:
+    """Neurons that help, significantly in both halves under the mean ablation."""
+    return {name for name, sign in found["neurons"]["significant"]["mean"].items() if sign > 0}
+
+
+def rule(found: Finding) -> set[str]:
+    """The rule by which two names add up, by the number of names."""
+    return {found["rule"]["verdict"]["number"]} if found.get("rule") and found["rule"].get("verdict") else set()
+
+
+def class_specific(found: Finding) -> set[str]:
+    """Sites whose share of the work differs between the classes."""
+    return {row["site"] for row in (found["interaction"] or {}).get("sites", ()) if row["sure"]}
+
+
+def specificity(found: Finding) -> set[str]:
+    """Whether the slice carries the placebo attribute as well ("general") or not ("specific")."""
+    rows = [row for row in found.get("specific") or () if (row["choice"], row["direction"]) == ("kept", "denoise")]
+    return {row["verdict"] for row in rows if row["verdict"] in ("specific", "general")}
+
+
+def circuit(found: Finding) -> set[str]:
+    """Members of the circuit at the last token that matter."""
+    return {row["site"] for row in (found.get("circuit") or {}).get("members", ()) if row["matters"]}
+
+
+def verdicts(found: Finding) -> set[str]:
+    """Claims that were decided, with their verdict."""
+    decided = {"supported", "not supported"}
+    return {f"{row['id']}: {row['verdict']}" for row in found["claims"] if row["verdict"] in decided}
+
+
+# --- side by side ----------------------------------------------------------------------------------------------------
+
+
+def planted_rule(truth: Truth) -> Wanted | None:
+    return Wanted({RULES[truth["rule"]]}) if truth["rule"] else None
+
+
+def backup_ratio(found: Finding) -> float:
+    """The share of the slice's loss that a site which stands in for it makes up for; 0 where none does."""
+    return max((row["ratio_estimate"] or 0.0 for row in found["backups"] if row["stands_in"]), default=0.0)
+
+
+METHODS: dict[str, tuple[str, Callable[[Truth, Found], Wanted | float | None], Callable[[Finding], Any]]] = {
+    "critical layers": ("coarse_sweep", lambda t, f: arriving_layers(t), critical_layers),
+    "tokens between": ("coarse_sweep", lambda t, f: planted_between(t), between),
+    "necessity": ("necessity", lambda t, f: by_size(t, loss), sites_found),
+    "sufficiency": ("sufficiency", lambda t, f: by_size(t, gain), sites_found),
+    "specificity": ("sufficiency", lambda t, f: planted_specificity(t), specificity),
+    "backups": ("hydra", lambda t, f: planted_backups(t), backups),
+    "backups, ratio": ("hydra", lambda t, f: planted_ratio(t), backup_ratio),
+    "retrieval heads": ("retrieval_heads", lambda t, f: planted_readers(t), retrieval_heads),
+    "routes": ("retrieval_heads", lambda t, f: planted_routes(t), routes),
+    "class-specific sites": ("generality", lambda t, f: planted_classes(t, f["generality"]), class_specific),
+    "rule": ("generality", lambda t, f: planted_rule(t), rule),
+    "probes, without error": ("subspace", lambda t, f: planted_probes(t, f["subspace"]), probes_read),
+    "probes, above chance": ("subspace", lambda t, f: planted_probes(t, f["subspace"]), probes_above_chance),
+    "direction, effect": ("subspace", lambda t, f: planted_effect(t, f["subspace"]), direction_effect),
+    "direction, cosine": ("subspace", lambda t, f: planted_effect(t, f["subspace"]), lambda found: found["cosine"]),
+    "neurons": ("neurons", lambda t, f: planted_neurons(t), neurons),
+    "circuit": ("story", lambda t, f: by_size(t, loss, 1 - ARRIVED), circuit),
+    "claims": ("claims", planted_claims, verdicts),
+}
+
+
+def score(truth: Truth, found: Found) -> list[Score]:
+    """Every method's score on one model that does its task; of one that has nothing to find, see `picked`."""
+    if not truth["gap"]["mean"]:
+        return picked(found)
+    out = []
+    for method, (step, wanted, read) in METHODS.items():
+        asked = wanted(truth, found)
+        if asked is not None:
+            out.append(compared(method, step, asked, read(found[step]) if able(found[step]) else None))
+    return out
+
+
+def picked(found: Found) -> list[Score]:
+    """What the steps say of a model that has nothing to find: of each set, all that is in it is wrong."""
+    out = []
+    for method, (step, _, read) in METHODS.items():
+        said = read(found[step]) if able(found[step]) else set()
+        if isinstance(said, set):
+            said = {one for one in said if not one.endswith(": not supported")}
+            out.append(compared(method, step, Wanted(set()), said))
+    return out
+
+
+def able(found: Finding) -> bool:
+    """Whether a step measured anything."""
+    return found.get("able", True)
+
+
+def load(truth: Truth, results: Path) -> dict[str, Any]:
+    """The findings of a results folder by step, its claims, and the `cosine` of step 08."""
+    found = {path.name.removesuffix(".findings.json"): read_json(path) for path in results.glob("*.findings.json")}
+    if (results / "claims.json").is_file():
+        found["claims"] = read_json(results / "claims.json")
+    if able(found["subspace"]):
+        found["subspace"]["cosine"] = cosine(truth, found["subspace"], results)
+    return found
+
+
+def cosine(truth: Truth, found: Finding, results: Path) -> float:
+    """The lowest cosine, over pairs of classes, between the difference of two class means after the layer of step 08
+    and the planted one: both within the span of the planted supersets, because the residual stream holds professions
+    beside them."""
+    means = records.read(results / "subspace.class_means.parquet")
+    own = means[means["layer"] == found["directions"]["layer"]].drop_duplicates("class_name").set_index("class_name")
+    planted = np.array([truth["directions"]["supersets"][name] for name in own.index])
+    basis = np.linalg.qr(planted.T)[0]
+    given, wanted = np.stack(own["vector"]) @ basis, planted @ basis
+    pairs = [(a[i] - a[j] for a in (given, wanted)) for i in range(len(own)) for j in range(i)]
+    return min(float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b))) for a, b in pairs)

@@ -1,0 +1,182 @@
+"""Scores of findings against a truth made by hand: whole, and with one thing wrong at a time."""
+
+import copy
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from lib import records
+from report import scores
+
+EVEN = {"artist": 10.0, "writer": 10.0}
+DIRECTIONS = {"artist": [1.0, 0.0, 0.0], "writer": [0.0, 1.0, 0.0]}
+
+
+def site(layer: int, head: int | None, role: str, share: float, position: str = "last", **other: object) -> dict:
+    effect = {"mean": 10 * share, "by_answer": {name: gap * share for name, gap in EVEN.items()}}
+    component = "mlp" if head is None else "head"
+    necessity = {"zero": effect, "counterfactual": effect}
+    own = {"layer": layer, "head": head, "component": component, "role": role, "position": position, "placebo": 0.0}
+    return own | {"necessity": necessity, "recovery": effect} | other
+
+
+TRUTH = {
+    "gap": {"mean": 10.0, "by_answer": EVEN},
+    "rule": "additive",
+    "placebo_gap": 5.0,
+    "options": {"aggregator": "mlp"},
+    "sites": [
+        site(1, None, "writer", 1.0, "names"),
+        site(3, 2, "retrieval", 0.6),
+        site(4, 5, "retrieval", 0.4),
+        site(5, None, "aggregator", 1.0),
+        site(6, 0, "backup", 0.0),
+        site(2, 7, "attends", 0.0),
+    ],
+    "paths": [
+        {"sender": 0, "receiver": at, "input": "v", "noise": {"mean": loss}} for at, loss in ((1, 6.0), (2, 4.0))
+    ],
+    "neurons": [{"layer": 5, "neuron": n} for n in (3, 8)],
+    "backup": {"site": 4, "reader": None, "ratio": 0.7, "ablations": ["resample"]},
+    "readable": [
+        {"what": "profession", "position": "names", "first": 1},
+        {"what": "superset", "position": "last", "first": 3},
+    ],
+    "directions": {"supersets": DIRECTIONS},
+}
+
+
+def effects(**shares: float) -> list[dict]:
+    names = {name.replace("_", ".") if name[0] == "h" else name.replace("_", " "): v for name, v in shares.items()}
+    return [
+        {"site": name.removeprefix("h"), "component": "head" if name[0] == "h" else "mlp"}
+        | {"estimate": 10 * share, "low": 10 * share - 0.01, "p": 0.001, "ratio": share}
+        for name, share in names.items()
+    ]
+
+
+def accuracies(kind: str, target: str, position: str, first: int) -> list[dict]:
+    own = {"kind": kind, "target": target, "position": position, "template": "t", "trained": "t"}
+    return [own | {"layer": n, "estimate": float(n >= first), "low": float(n >= first)} for n in range(8)]
+
+
+def found() -> dict:
+    """What steps that find the whole truth hand on."""
+    found = {
+        "coarse_sweep": {"critical_layers": [3, 4], "between": {"parts": []}},
+        "necessity": {"sites": effects(h3_2=0.6, h4_5=0.4, mlp_5=0.3)},
+        "sufficiency": {"sites": effects(h3_2=0.6, h4_5=0.4, mlp_5=1.0), "specific": []},
+        "hydra": {"backups": [{"site": "6.0", "stands_in": True, "ratio_estimate": 0.7004}]},
+        "retrieval_heads": {"verdicts": {"slice_heads_that_retrieve": ["3.2", "4.5"], "retrieval_heads": {}}},
+        "generality": {"interaction": {"sites": []}, "rule": {"verdict": {"number": "additive"}}},
+        "subspace": {
+            "probes": {
+                "accuracy": [
+                    *accuracies("one-name", "profession", "names", 1),
+                    *accuracies("pair", "superset", "last", 3),
+                ],
+                "thresholds": [
+                    {"kind": "one-name", "target": "profession", "position": "names", "threshold": 0.3},
+                    {"kind": "pair", "target": "superset", "position": "last", "threshold": 0.3},
+                ],
+            },
+            "directions": {"layer": 6, "by_number": [{"method": "class difference", "k": 1, "estimate": 0.99}]},
+            "cosine": 0.999,
+        },
+        "neurons": {"neurons": {"significant": {"mean": {"neuron 5.3": 1, "neuron 5.8": 1}}}},
+        "story": {"circuit": {"members": [{"site": s, "matters": True} for s in ("3.2", "4.5", "mlp 5")]}},
+    }
+    found["sufficiency"]["specific"] = [{"choice": "kept", "direction": "denoise", "verdict": "specific"}]
+    found["sufficiency"]["critical_slice"] = [{"site": "3.2"}, {"site": "4.5"}, {"site": "mlp 5"}]
+    found["retrieval_heads"]["carried"] = [
+        {"senders": "everything", "mlps": "recomputed", "receivers": f"{kind} at names", "low": share}
+        for kind, share in (("v", 0.9), ("k", 0.0))
+    ]
+    decided = sorted(scores.planted_claims(TRUTH, found | {"claims": {"claims": []}}).must)
+    claims = [dict(zip(("id", "verdict"), one.split(": "), strict=True)) for one in decided]
+    return found | {"claims": {"claims": [*claims, {"id": "fame_matched", "verdict": "supported"}]}}
+
+
+def scored(found: dict, truth: dict = TRUTH) -> dict[str, scores.Score]:
+    return {score.method: score for score in scores.score(truth, found)}
+
+
+def test_findings_that_are_the_truth_are_right():
+    own = scored(found())
+    assert {name for name, score in own.items() if not score.right} == set()
+    assert set(own) == set(scores.METHODS)
+    assert own["backups, ratio"].error == pytest.approx(0.0004)
+
+
+WRONG = {
+    "a decoy is found": ("necessity", lambda f: f["necessity"]["sites"].extend(effects(h2_7=0.1)), 3 / 4, 1),
+    "a site is missed": ("sufficiency", lambda f: f["sufficiency"]["sites"].pop(0), 1, 2 / 3),
+    "a small effect is none": ("sufficiency", lambda f: f["sufficiency"]["sites"][0].update(ratio=0.01), 1, 2 / 3),
+    "an unsure one is none": ("necessity", lambda f: f["necessity"]["sites"][0].update(p=0.2), 1, 2 / 3),
+    "a layer too many": ("critical layers", lambda f: f["coarse_sweep"]["critical_layers"].append(6), 2 / 3, 1),
+    "no backup": ("backups", lambda f: f["hydra"]["backups"].clear(), 1, 0),
+    "it does not stand in": ("backups", lambda f: f["hydra"]["backups"][0].update(stands_in=False), 1, 0),
+    "another rule": ("rule", lambda f: f["generality"]["rule"]["verdict"].update(number="OR"), 0, 0),
+    "a route by keys": ("routes", lambda f: f["retrieval_heads"]["carried"][1].update(low=0.5), 1 / 2, 1),
+    "the other verdict": ("specificity", lambda f: f["sufficiency"]["specific"][0].update(verdict="general"), 0, 0),
+    "a probe that cannot": (
+        "probes, above chance",
+        lambda f: f["subspace"]["probes"]["accuracy"][0].update(low=0.4),
+        12 / 13,
+        1,
+    ),
+    "a neuron is missed": ("neurons", lambda f: f["neurons"]["neurons"]["significant"]["mean"].popitem(), 1, 1 / 2),
+}
+
+
+@pytest.mark.parametrize("fault", WRONG)
+def test_what_is_wrong_costs_its_own_method(fault):
+    method, break_it, precision, recall = WRONG[fault]
+    broken = found()
+    break_it(broken)
+    own = scored(broken)
+    assert {name for name, score in own.items() if not score.right} - {"claims", "backups, ratio"} == {method}
+    assert (own[method].precision, own[method].recall) == pytest.approx((precision, recall))
+
+
+def test_a_claim_that_contradicts_the_truth_is_no_claim_left_open():
+    ids = [row["id"] for row in found()["claims"]["claims"]]
+    against, left = found(), found()
+    against["claims"]["claims"][ids.index("no_backup")]["verdict"] = "supported"
+    left["claims"]["claims"][ids.index("no_backup")]["verdict"] = "not testable here"
+    assert scored(against)["claims"].precision < 1
+    assert scored(left)["claims"].precision == 1 and scored(left)["claims"].recall < 1
+
+
+def test_a_number_must_be_the_planted_one():
+    broken = found()
+    broken["hydra"]["backups"][0]["ratio_estimate"] = 0.702
+    assert not scored(broken)["backups, ratio"].right
+    broken["hydra"]["backups"][0]["ratio_estimate"] = None
+    assert not scored(broken)["backups, ratio"].right
+
+
+def test_a_model_without_a_circuit_has_false_positives_alone():
+    nothing = {step: {"able": False} for step in found()} | {"claims": {"claims": []}}
+    assert all(score.found == [] for score in scores.picked(nothing))
+    nothing |= {"sufficiency": found()["sufficiency"]}
+    own = {score.method: score.found for score in scores.picked(nothing)}
+    assert own["sufficiency"] == ["3.2", "4.5", "mlp 5"] and own["necessity"] == []
+
+
+def test_a_backup_that_sleeps_is_not_asked_for():
+    truth = copy.deepcopy(TRUTH)
+    truth["backup"]["ablations"] = ["zero"]
+    asked = scores.planted_backups(truth)
+    assert asked.must == set() and asked.may == {"6.0"} and scores.planted_ratio(truth) == 0
+
+
+def test_the_cosine_is_of_the_planted_supersets(tmp_path):
+    vectors = {"artist": [2.0, 0.0, 5.0], "writer": [0.0, 2.0, -5.0]}
+    frame = pd.DataFrame({"layer": 6, "class_name": list(vectors), "vector": list(vectors.values())})
+    records.write(tmp_path / "subspace.class_means.parquet", frame, {}, schema=None)
+    layer = {"directions": {"layer": 6}}
+    assert scores.cosine(TRUTH, layer, tmp_path) == pytest.approx(1)
+    turned = TRUTH | {"directions": {"supersets": {"artist": [1.0, 0, 0], "writer": [1.0, -1.0, 0]}}}
+    assert scores.cosine(turned, layer, tmp_path) == pytest.approx(-np.sqrt(0.5))
