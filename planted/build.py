@@ -26,6 +26,7 @@ from torch.nn.functional import pad
 
 from lib import questions
 from lib.locks import Lock
+from lib.records import atomic
 from lib.weights import cache_folder, sha256_of
 from planted import circuit, truth
 from planted.circuit import AT, SPACES, STEEP, WIDE, WIDTH, Head, Mlp, Part, Read, parts_of
@@ -259,3 +260,11 @@ def folder(spec: str) -> Path:
                 finally:
                     shutil.rmtree(beside, ignore_errors=True)
     return to
+
+
+def copy_truth(spec: str, to: Path) -> None:
+    """Put the truth of the model of that spec into a folder of results, unless it is there."""
+    text = (folder(spec) / truth.FILE).read_bytes()
+    if not (to / truth.FILE).is_file() or (to / truth.FILE).read_bytes() != text:
+        with atomic(to / truth.FILE) as file:
+            file.write(text)

@@ -260,10 +260,19 @@ def lookup(layer: int) -> Head:
     return Head("lookup", layer, "last", 1.0, scores, values, first=True)
 
 
+def stages(n_layers: int, rng: np.random.Generator) -> list[int]:
+    """Seven layers in order. The fourth, which aggregates, has many heads before it that a retrieval head is one of: by
+    rank among 60 others, three heads can be told from chance at 5%, each."""
+    while True:
+        drawn = np.sort(rng.choice(n_layers, 7, replace=False)).tolist()
+        if drawn[3] >= min(7, n_layers - 4):
+            return drawn
+
+
 def parts_of(o: Options) -> tuple[Part, ...]:
     """The circuit, in order of layers. PlantedError where the heads do not find room."""
     rng = np.random.default_rng(o.seed)
-    stage = np.sort(rng.choice(o.n_layers, 7, replace=False)).tolist()
+    stage = stages(o.n_layers, rng)
     shares = rng.permutation(SHARES[o.retrieval]) * (1 - o.between)
     only = int(rng.integers(C)) if o.class_only else None
     some = sorted(rng.choice(C, 2, replace=False).tolist())

@@ -38,7 +38,7 @@ class Options(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     seed: int = Field(0, ge=0, description="which layers, heads, neurons and directions")
-    n_layers: int = Field(8, ge=8, le=64, description="layers")
+    n_layers: int = Field(12, ge=8, le=64, description="layers")
     n_kv_heads: Annotated[Literal[2, 4], BeforeValidator(_whole)] = Field(
         4, description="key-value heads, over which 8 query heads are shared"
     )

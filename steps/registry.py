@@ -67,6 +67,8 @@ def begin(name: str, namespace: Mapping[str, Any]) -> Step:
         pd.set_option(f"display.{limit}", None)
     step = steps.begin(PLAN, name, namespace, workers.engine_of)
     own = step.declaration
+    if step.params.model.startswith(PREFIX):
+        build.copy_truth(step.params.model, step.results)
     if own.name == PLAN.names[0]:  # it is what the others ask
         return step
     able = step.able()
