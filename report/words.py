@@ -54,6 +54,8 @@ def number_word(number: int) -> str:
 def interval(estimate: float, low: float | None, high: float | None, digits: int = 2) -> str:
     """An estimate with its interval, "0.33 [0.28, 0.38]", or alone where there is none; with up to two more digits
     where an end beside zero would else look like zero, though the estimate does not."""
+    if estimate is None or np.isnan(estimate):
+        return "not defined"
     bare = low is None or high is None or np.isnan(low) or np.isnan(high)
     if not bare and (low > 0 or high < 0) and float(f"{estimate:.{digits}f}"):
         near = min(abs(low), abs(high))
