@@ -3,7 +3,7 @@
 1. `METHODS` names each method with two readers: what the truth (`planted/truth.py`) has it find, and what its step's
    findings say it found: sets of items (sites, layers, classes, verdicts), or a number.
 2. `score` sets the two side by side: precision and recall of sets, the error of numbers.
-3. `picked` counts what the steps pick in a model that has nothing to find: there everything is a false positive.
+3. `picked` is what the steps say of a model that has nothing to find: there everything is a false positive.
 """
 
 from __future__ import annotations
@@ -352,9 +352,9 @@ def planted_rule(truth: Truth) -> Wanted | None:
     return Wanted({RULES[truth["rule"]]}) if truth["rule"] else None
 
 
-def compensation(found: Finding) -> float | None:
-    rows = [row for row in found["compensation"] if (row["half"], row["later"]) == ("confirmation", "heads and MLPs")]
-    return next((row["estimate"] for row in rows if row["ablation"] == JUDGE), None)
+def backup_ratio(found: Finding) -> float:
+    """The share of the slice's loss that a site which stands in for it makes up for; 0 where none does."""
+    return max((row["ratio_estimate"] or 0.0 for row in found["backups"] if row["stands_in"]), default=0.0)
 
 
 METHODS: dict[str, tuple[str, Callable[[Truth, Found], Wanted | float | None], Callable[[Finding], Any]]] = {
@@ -364,7 +364,7 @@ METHODS: dict[str, tuple[str, Callable[[Truth, Found], Wanted | float | None], C
     "sufficiency": ("sufficiency", lambda t, f: by_size(t, gain), sites_found),
     "specificity": ("sufficiency", lambda t, f: planted_specificity(t), specificity),
     "backups": ("hydra", lambda t, f: planted_backups(t), backups),
-    "backups, ratio": ("hydra", lambda t, f: planted_ratio(t), compensation),
+    "backups, ratio": ("hydra", lambda t, f: planted_ratio(t), backup_ratio),
     "retrieval heads": ("retrieval_heads", lambda t, f: planted_readers(t), retrieval_heads),
     "routes": ("retrieval_heads", lambda t, f: planted_routes(t), routes),
     "class-specific sites": ("generality", lambda t, f: planted_classes(t, f["generality"]), class_specific),
@@ -380,7 +380,9 @@ METHODS: dict[str, tuple[str, Callable[[Truth, Found], Wanted | float | None], C
 
 
 def score(truth: Truth, found: Found) -> list[Score]:
-    """Every method's score on one model that does its task."""
+    """Every method's score on one model that does its task; of one that has nothing to find, see `picked`."""
+    if not truth["gap"]["mean"]:
+        return picked(found)
     out = []
     for method, (step, wanted, read) in METHODS.items():
         asked = wanted(truth, found)

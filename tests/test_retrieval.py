@@ -142,6 +142,15 @@ def test_a_probe_tells_a_class_that_is_written_and_nothing_from_noise():
     assert found[:, 0].mean() == pytest.approx(0.75, abs=0.02) and abs(found[:, 1].mean()) < 0.08
 
 
+def test_a_probe_tells_a_code_among_small_noise_at_any_scale():
+    """Were each feature divided by its own spread, the noise would count as much: 0.5 above chance."""
+    rng, codes = np.random.default_rng(0), np.arange(60) % 4
+    code = np.pad(np.eye(4)[codes], ((0, 0), (0, 252))) + 0.1 * rng.normal(size=(60, 256))
+    rows = rows_of([f"c{code}" for code in codes], list(np.arange(60)))
+    for scale in (1e-3, 1, 1e3):
+        assert outputs.told(scale * code[:, None], rows, "label", 0).mean() == pytest.approx(0.75, abs=0.01)
+
+
 def test_a_probe_does_not_know_the_people_it_is_tried_on():
     """Each quad has an output of its own, and a class at random: known by heart in training, at chance held out."""
     rng, quads = np.random.default_rng(0), np.arange(400) // 4

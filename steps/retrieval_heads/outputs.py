@@ -246,7 +246,11 @@ def told(
     outputs: Float[np.ndarray, "rows heads size"], rows: pd.DataFrame, by: str, seed: int, within: Sequence[str] = ()
 ) -> Float[np.ndarray, "rows heads"]:
     """1 where a held-out row's label is told from one head's output, of those of its group, 0 where it is not; less
-    chance, and weighted so that in a half every group, and in it every label, counts alike. NaN in other rows."""
+    chance, and weighted so that in a half every group, and in it every label, counts alike. NaN in other rows.
+
+    Inputs keep their own units, so that features of mere noise count little; the penalty is their total variance, so
+    that it means the same at any scale.
+    """
     out, some = np.full(outputs.shape[:2], np.nan), large_enough(rows, by, within)
     own, values = rows[some].assign(all=""), outputs[some]
     labels, group = own[by].to_numpy(), own[within[0] if within else "all"].to_numpy()
@@ -258,10 +262,9 @@ def told(
     for train, held in GroupKFold(FOLDS, shuffle=True, random_state=seed).split(labels, labels, own["quad_id"]):
         rare = compute_sample_weight("balanced", labels[train])
         for head in range(values.shape[1]):
-            middle, spread = values[train, head].mean(0), values[train, head].std(0)
-            scaled = (values[:, head] - middle) / np.where(spread > 0, spread, 1)
-            ridge = Ridge(alpha=values.shape[2]).fit(scaled[train], sides[train], sample_weight=rare)
-            scores = np.where(rivals[held], ridge.predict(scaled[held]), -np.inf)
+            x = values[train, head].astype(float)
+            ridge = Ridge(alpha=max(x.var(0).sum(), 1e-12)).fit(x, sides[train], sample_weight=rare)
+            scores = np.where(rivals[held], ridge.predict(values[held, head]), -np.inf)
             right[held, head] = classes[scores.argmax(1)] == labels[held]
     out[some] = (right - 1 / rivals.sum(1)[:, None]) * even(own, by, within[0] if within else "all")[:, None]
     return out

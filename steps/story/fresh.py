@@ -54,7 +54,7 @@ NOT_ABOUT_THEM = frozenset(
 MEASURED_ANEW = {
     "probes keep units": (
         "its probes' inputs keep their own units since",
-        frozenset({"profession_at_names", "superset_at_last", "low_rank"}),
+        frozenset({"retrieval_heads", "profession_at_names", "superset_at_last", "low_rank"}),
     ),
     "backups by ablation": (
         "a later site's rise is that of what its ablation costs, not of its own direct effect on the logits, since",
