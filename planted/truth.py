@@ -55,8 +55,8 @@ class Site(Strict):
     role: str  # a key of ROLES
     share: float  # of what its kind does, as planted: a retrieval head's part of the professions, ...
     tokens: tuple[int, ...]  # lengths of names for which it does anything; a gatherer needs two or three
-    necessity: dict[str, Effect]  # ablation (zero, counterfactual) -> logits lost in the clean prompt
-    recovery: Effect  # logits won back in the corrupt prompt by its clean activation
+    necessity: dict[str, Effect]  # ablation (zero, counterfactual) -> logits lost in the clean prompt; gather: zero
+    recovery: Effect | None  # logits won back in the corrupt prompt by its clean activation
     placebo: float  # logits of a placebo pair's gap that its clean activation wins back
 
 

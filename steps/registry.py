@@ -9,10 +9,13 @@ from typing import Any
 import pandas as pd
 from IPython.display import Markdown, display
 
+from lib import weights
 from pipeline import step as steps
 from pipeline import workers
 from pipeline.declaration import Plan
 from pipeline.step import Step
+from planted import build
+from planted.options import PREFIX
 from report import words
 from steps.baselines import measure as baselines
 from steps.coarse_sweep import measure as coarse_sweep
@@ -37,6 +40,7 @@ ORDER = (
     neurons,
     story,
 )
+weights.MAKERS[PREFIX] = build.folder  # models whose circuit is set by hand
 PLAN = Plan(__name__, [step.STEP for step in ORDER])
 
 
@@ -63,6 +67,8 @@ def begin(name: str, namespace: Mapping[str, Any]) -> Step:
         pd.set_option(f"display.{limit}", None)
     step = steps.begin(PLAN, name, namespace, workers.engine_of)
     own = step.declaration
+    if step.params.model.startswith(PREFIX):
+        build.copy_truth(step.params.model, step.results)
     if own.name == PLAN.names[0]:  # it is what the others ask
         return step
     able = step.able()
