@@ -60,8 +60,7 @@ def given(step: Step) -> str:
 def begin(name: str, namespace: Mapping[str, Any]) -> Step:
     """The step of a notebook, from its `globals()`, with a line on what it is about.
 
-    Where the model does not do the task, the page ends here: its findings say so, and the notebook stops without an
-    error (papermill takes `SystemExit(0)` for the end).
+    Where the model does not do the task, or there is no slice to ask about, the page ends here: its findings say so.
     """
     for limit in ("max_colwidth", "max_rows"):  # a page's tables are whole
         pd.set_option(f"display.{limit}", None)
@@ -76,7 +75,5 @@ def begin(name: str, namespace: Mapping[str, Any]) -> Step:
     pairs = given(step) if step.params.pairs_file and able else ""
     display(Markdown(f"Model `{step.params.model}`, task `{step.params.task}`: {able.why}.{pairs}{layers}"))
     if not able and not own.always:
-        found = step.write_findings(words.not_done(step))
-        display(Markdown("\n\n".join(found["sentences"])))
-        raise SystemExit(0)
+        words.ends_here(step.write_findings(words.not_done(step)))
     return step
