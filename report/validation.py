@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from matplotlib import style
 
@@ -250,7 +249,7 @@ def beside(results: Path) -> str:
     lines = [[one.method, shown(one.wanted), shown(one.found), "yes" if one.right else "**no**"] for one in own]
     sites = [
         [scores.name_of(site), site["role"], f"`{site['position']}`"]
-        + [two(np.round(of["mean"], 2)) for of in (site["necessity"]["counterfactual"], site["recovery"])]
+        + [two(of and of["mean"]) for of in (site["necessity"].get("counterfactual"), site["recovery"])]
         for site in truth["sites"]
     ]
     return joined(
