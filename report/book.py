@@ -29,10 +29,11 @@ from lib.errors import Refusal
 from lib.questions import Question
 from lib.records import RecordError
 from pipeline import keys, params, units
-from report import scale, validation
-from report.library import block, library
+from report import robustness, scale, validation
+from report.library import block, contents, library
 
 ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("lib", "report")  # those whose modules have a page each
 WORDED = ("index", "how_to_read")  # pages whose prose is about the question
 
 # What of a profile may be a file or folder of one's own.
@@ -99,6 +100,22 @@ def other_than_full(
     others = [key for key in params.ABOUT if own.get(key, given[key]) != given[key]]
     others += ["pairs_file"] * (found.get("about", {}).get("pairs_file") != keys.given_pairs(full))
     return others + ["people_file"] * (people is not None and people != keys.hash_place(full.people_file))
+
+
+def named_sites(found: Any) -> list[str]:
+    """The sites that a step's findings single out ("21.6", "mlp 3"), sorted; not the tables of every site (`sites`)."""
+    if isinstance(found, Mapping):
+        own = re.findall(r"^(?:\w+ )?\d+(?:\.\d+)?(?= at |$)", str(found.get("site", "")))
+        parts = [part for key, part in found.items() if key != "sites"]
+    else:
+        own, parts = [], found if isinstance(found, list) else []
+    return sorted({*own, *(site for part in parts for site in named_sites(part))})
+
+
+def indexed(found: Mapping[str, Any]) -> str:
+    """Index entries for those sites, as MyST: the search splits words at a point, and finds "21.6" by these alone."""
+    sites = named_sites(found)
+    return f"```{{index}} {', '.join(f'!{site}' for site in sites)}\n```" if sites else ""
 
 
 def clean_notebook(path: Path, step: str, note: str = "") -> str:
@@ -384,9 +401,10 @@ def assemble(sections: params.Sections, profile: str, folders: Folders, root: Pa
     steps = pages(source)
     notes = quick_notes(sections, results, steps)
     topic = asked(results, next(iter(steps)))
+    heads = [f"{notes.get(step, '')}\n\n{indexed(read_json(results, step, 'findings'))}".strip() for step in steps]
     notebooks = {
-        page: reworded(clean_notebook(folders.executed / f"{Path(page).name}.ipynb", step, notes.get(step, "")), topic)
-        for step, page in steps.items()
+        page: reworded(clean_notebook(folders.executed / f"{Path(page).name}.ipynb", step, note), topic)
+        for (step, page), note in zip(steps.items(), heads, strict=True)
     }
     shutil.rmtree(to, ignore_errors=True)
     shutil.copytree(source, to, ignore=shutil.ignore_patterns("_build", ".*", "executed"))
@@ -397,16 +415,20 @@ def assemble(sections: params.Sections, profile: str, folders: Folders, root: Pa
         "index": landing(results, steps, to) | {"quick": notes.get("index", "")} | headed(topic),
         "scale": scale.fields(root / "bench" / "results", to),
         "validation": validation.fields(root / "bench" / "results", to, results),
+        "robustness": robustness.fields(root / "bench" / "results", to),
         "reproducibility": {
             "profile": profile,
             "needed": needed(profile, root),
             "runs": reproducibility(results, steps),
         },
-        "api": {name: library(root / name) for name in ("lib", "report")},
+        "api": {name: contents(root / name) for name in PACKAGES},
     }
     for name, fields in generated.items():
         page = to / f"{name}.md"
         page.write_text(Template(page.read_text(encoding="utf-8")).substitute(fields), encoding="utf-8")
+    (to / "api").mkdir()
+    for name, page in {name: page for package in PACKAGES for name, page in library(root / package).items()}.items():
+        (to / "api" / f"{name}.md").write_text(page, encoding="utf-8")
     for page in (to / f"{name}.md" for name in WORDED if (to / f"{name}.md").is_file()):
         page.write_text(topic.reworded(page.read_text(encoding="utf-8")), encoding="utf-8")
     toc = params.read_yaml(to / "_toc.yml")
@@ -427,6 +449,17 @@ def build(folder: Path) -> Path:
     if done.returncode or not index.is_file():
         said = [line for line in log.splitlines() if re.search(r"WARNING|ERROR|Error\b", line)]
         raise BookError(f"jupyter-book stopped (all it said is in {folder / 'build.log'}):\n" + "\n".join(said[:40]))
-    for template in index.parent.glob("_static/*webpack-macros.html"):
-        template.unlink()  # the theme copies its templates beside its scripts; they are no pages
+    shed(index.parent)
     return index
+
+
+def shed(html: Path) -> None:
+    """Take out of a built book what its theme brings and no reader needs: templates, which are no pages; maps for
+    who debugs its scripts; a script that draws the icons which its fonts draw as well; and names of buttons for screen
+    readers that are not what the buttons show."""
+    for unneeded in ("*webpack-macros.html", "**/*.map", "scripts/fontawesome.js*"):
+        for path in (html / "_static").glob(unneeded):
+            path.unlink()
+    for page in html.rglob("*.html"):
+        text = re.sub(r"<script [^>]*fontawesome\.js[^>]*></script>", "", page.read_text(encoding="utf-8"))
+        page.write_text(text.replace(' aria-label="Toggle hidden content"', ""), encoding="utf-8")

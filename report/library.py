@@ -1,4 +1,4 @@
-"""The page on the library: every public, documented name of a package, from its sources. Nothing is imported."""
+"""The pages on the library: every public, documented name of a package, from its sources. Nothing is imported."""
 
 from __future__ import annotations
 
@@ -15,17 +15,28 @@ def block(kind: str, text: str) -> str:
     return f"{fence}{kind}\n{text}\n{fence}"
 
 
-def library(folder: Path) -> str:
-    """Every public, documented function and class of a package, as MyST, from its sources; nothing is imported."""
-    parts = []
+def library(folder: Path) -> dict[str, str]:
+    """A MyST page of every public, documented function and class for each module of a package ("lib.hooks")."""
+    pages = {}
     for path in sorted(folder.glob("[a-z]*.py")):
         module = ast.parse(path.read_text(encoding="utf-8"))
-        parts += [f"## {folder.name}.{path.stem}", described(module)]
+        parts = [f"# {folder.name}.{path.stem}", described(module)]
         for node in public(module):
-            parts += [f"### {node.name}", block("python", signature(node)), described(node)]
+            parts += [f"## {node.name}", block("python", signature(node)), described(node)]
             for method in public(node) if isinstance(node, ast.ClassDef) else ():
                 parts += [block("python", signature(method)), described(method)]
-    return "\n\n".join(part for part in parts if part)
+        pages[f"{folder.name}.{path.stem}"] = "\n\n".join(part for part in parts if part)
+    return pages
+
+
+def contents(folder: Path) -> str:
+    """The modules of a package as a MyST table: each with its page and the first sentence of its docstring."""
+    rows = ["| module | what it holds |", "| --- | --- |"]
+    for path in sorted(folder.glob("[a-z]*.py")):
+        said = " ".join((ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").split())
+        first = re.match(r".*?(?<! al)\.(?= |$)|.*", said)[0].rstrip(".").replace("|", "\\|")
+        rows.append(f"| [{folder.name}.{path.stem}](api/{folder.name}.{path.stem}.md) | {first} |")
+    return "\n".join(rows)
 
 
 def public(parent: ast.Module | ast.ClassDef) -> list[ast.FunctionDef | ast.ClassDef]:

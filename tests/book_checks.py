@@ -11,7 +11,8 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -164,6 +165,91 @@ def requests_made(html_file: Path) -> list[str]:
     return list(dict.fromkeys(url for url in urls if _is_outside(url)))
 
 
+def looked_at(html_root: Path, pages: Sequence[str], look: str, width: int = 1280, dark: bool = False) -> dict:
+    """What a JavaScript function `look(window)` makes of each page of a book, shown `width` pixels wide in Chromium.
+
+    The pages stand in frames of one page beside the book, so that one start of the browser serves for all of them.
+    `dark` is the dark theme. Raises RuntimeError for an error in `look`, or a page that is not shown in 20 s.
+    """
+    script = """<pre id="seen"></pre><script>(async () => {
+      const seen = {}, look = LOOK;
+      for (const page of PAGES) {
+        const frame = document.createElement("iframe");
+        frame.width = WIDTH; frame.height = 900;
+        frame.src = page;
+        document.body.append(frame);
+        try {
+          await new Promise(resolve => frame.onload = resolve);
+          if (DARK) frame.contentDocument.documentElement.dataset.theme = "dark";
+          seen[page] = await look(frame.contentWindow);
+        } catch (error) { seen[page] = {error: String(error)}; }
+        frame.remove();
+      }
+      document.getElementById("seen").textContent = JSON.stringify(seen);
+    })()</script>"""
+    for name, value in {
+        "PAGES": json.dumps(list(pages)),
+        "WIDTH": width,
+        "DARK": json.dumps(dark),
+        "LOOK": look,
+    }.items():
+        script = script.replace(name, str(value))
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        harness = html_root / "_looked_at.html"
+        harness.write_text(f"<!doctype html><html><body>{script}</body></html>", encoding="utf-8")
+        try:
+            options = ("--allow-file-access-from-files", "--virtual-time-budget=20000", "--dump-dom")
+            shown = _chromium(harness, folder, *options, f"--window-size={width + 40},1000")
+        finally:
+            harness.unlink()
+    seen = json.loads(unescape(re.search(r'<pre id="seen">(.*?)</pre>', shown, re.S)[1] or "{}"))
+    failed = {page: seen.get(page, "not shown") for page in pages if "error" in (seen.get(page) or {"error": 0})}
+    if failed:
+        raise RuntimeError(f"Chromium could not look at {failed}")
+    return seen
+
+
+# What is wrong with a page as it is shown with all that is folded unfolded: by how many pixels it is wider than the
+# screen; texts of the article with less contrast to what lies under them than WCAG's 4.5; buttons whose name for a
+# screen reader does not hold the words that they show; icons without a letter of the icon font.
+FAULTS = """window => {
+  const all = what => [...window.document.querySelectorAll(what)];
+  all("details").forEach(part => part.open = true);
+  const parsed = text => (text.match(/[\\d.]+/g) || [0, 0, 0, 0]).map(Number), faint = [];
+  const luminance = colour => colour.slice(0, 3).map(c => c / 255)
+    .map(c => c <= .03928 ? c / 12.92 : ((c + .055) / 1.055) ** 2.4)
+    .reduce((sum, c, i) => sum + c * [.2126, .7152, .0722][i], 0);
+  const under = part => {
+    for (; part; part = part.parentElement) {
+      const colour = parsed(window.getComputedStyle(part).backgroundColor);
+      if (colour.length < 4 || colour[3] > .5) return luminance(colour);
+    }
+    return 1;
+  };
+  const texts = window.document.createTreeWalker(all(".bd-article-container")[0], NodeFilter.SHOW_TEXT);
+  while (texts.nextNode()) {
+    const part = texts.currentNode.parentElement, said = texts.currentNode.textContent.trim();
+    if (!said || !part.getClientRects().length || part.closest("script, style, .headerlink")) continue;
+    const [low, high] = [luminance(parsed(window.getComputedStyle(part).color)), under(part)].sort((a, b) => a - b);
+    if ((high + .05) / (low + .05) < 4.5) faint.push(said.slice(0, 40));
+  }
+  const wider = Math.max(0, window.document.documentElement.scrollWidth - window.innerWidth);
+  const misnamed = all("button, summary, [role=button]")
+    .map(part => [part.innerText.split("\\n")[0].trim(), part.getAttribute("aria-label")])
+    .filter(([shown, name]) => shown && name && !name.toLowerCase().includes(shown.toLowerCase()));
+  const undrawn = all("i.fa-solid").filter(i => window.getComputedStyle(i, ":before").content.length != 3).length;
+  return {wider, faint, misnamed, undrawn};
+}"""
+
+
+def printed_pages(html_file: Path) -> int:
+    """How many sheets a page takes when the browser prints it."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        pdf = Path(folder) / "page.pdf"
+        _chromium(html_file, folder, f"--print-to-pdf={pdf}")
+        return len(re.findall(rb"/Type\s*/Page\b", pdf.read_bytes()))
+
+
 def screenshot(html_file: Path, png: Path, width: int = 1400, height: int = 1600) -> Path:
     """Write what headless Chromium shows of a page as a PNG of the given size (pixels)."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
@@ -178,10 +264,11 @@ def browser() -> str | None:
     return shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
-def _chromium(html_file: Path, folder: str, *options: str) -> None:
+def _chromium(html_file: Path, folder: str, *options: str) -> str:
     if browser() is None:
         raise RuntimeError("Chromium is missing: run `make browser`")
     command = [browser(), *CHROMIUM, f"--user-data-dir={folder}/profile", *options, html_file.resolve().as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     if done.returncode:
         raise RuntimeError(f"Chromium left with {done.returncode} on {html_file}: {done.stderr[-500:]}")
+    return done.stdout

@@ -158,6 +158,7 @@ def made(tmp_path_factory):
             "from IPython.display import Markdown\nMarkdown('It **rises**, see {numref}`fig-curve`.')",
             tags=["remove-input"],
         ),
+        code("import pandas as pd\npd.DataFrame({'rows': ['<code>half == 1</code>']}).style", tags=["hide-input"]),
     )
     execute(plain, executed / "plain.ipynb")
     execute(drawn, executed / "drawn.ipynb")
@@ -171,6 +172,7 @@ def made(tmp_path_factory):
             "step": step, "profile": "made", "model": MODEL, "task": "superset", "able": able,
             "sentences": [f"Sentence {number} with **{0.25 * number:.2f}** [0.1, 0.9] in `resid`."] if able else [],
             "figures": [{"file": file, "caption": f"Curve of {step} in `resid` {{here}}."}],
+            "critical_slice": [{"site": "21.6"}, {"site": "mlp 3"}],
         }  # fmt: skip
         run = {
             "step": step, "commit": "0123abc", "device": "cpu", "seconds": 1.23456789,
@@ -250,7 +252,7 @@ def test_executed_notebook_page(built, made):
     assert re.search(r"It rises, see Fig\. \d+\.", words) and "Recovery by layer." in words
     assert 'alt="two points"' in html
     source = (made / "book" / "executed" / "02_coarse_sweep.ipynb").read_text()
-    assert '"papermill"' not in source and source.count("hide-input") == 3  # both parameter cells and the figure's
+    assert '"papermill"' not in source and source.count("hide-input") == 4  # parameters, figure, table
 
 
 def test_reproducibility_page(built):
@@ -261,9 +263,53 @@ def test_reproducibility_page(built):
     assert "layers" not in shared and "layers auto" in own and "unit 3 ```" in own
 
 
-def test_library_page(built):
-    words = text(built / "api.html")
-    assert "report.plots" in words and "def save(" in words and "returns the PNG's path" in words
+def test_library_pages(built):
+    assert "report.plots Figures of the report, from tidy frames" in text(built / "api.html")
+    words = text(built / "api" / "report.plots.html")
+    assert "def save(" in words and "returns the PNG's path" in words
+    pages = [built / "api.html", *(built / "api").glob("*.html")]
+    assert all(len(text(page).split()) < 6000 for page in pages), "no page of it is a book of its own"
+
+
+LOOKED_AT = (
+    "index.html",
+    "executed/02_coarse_sweep.html",
+    "executed/10_story.html",
+    "reproducibility.html",
+    "api.html",
+)
+
+
+@pytest.mark.parametrize(("width", "dark"), [(390, True), (1280, False)])
+def test_pages_fit_and_every_word_and_button_can_be_read(built, width, dark):
+    seen = book_checks.looked_at(built, LOOKED_AT, book_checks.FAULTS, width, dark)
+    assert {page: found for page, found in seen.items() if any(found.values())} == {}
+    assert not list(built.rglob("*.map")) and not list(built.rglob("fontawesome.js"))
+
+
+def test_a_printed_page_holds_what_is_folded_on_the_screen(built, tmp_path):
+    shutil.copytree(built, tmp_path / "html")
+    page = tmp_path / "html" / "reproducibility.html"
+    folded = page.read_text()
+    sheets = book_checks.printed_pages(page)
+    page.write_text(folded.replace("<details", "<details open"))
+    assert "<details" in folded and sheets == book_checks.printed_pages(page)
+
+
+def test_the_search_finds_a_site(built):
+    search = """async window => {
+      while (!/Search finished/.test(window.document.body.innerText)) await new Promise(done => setTimeout(done, 50));
+      return {found: [...window.document.querySelectorAll("#search-results li a")].map(link => link.innerText)};
+    }"""
+    pages = [f"search.html?q={site}" for site in ("21.6", "mlp 3")]
+    for query, seen in book_checks.looked_at(built, pages, search).items():
+        assert {"A step", "Coarse sweep"} <= set(seen["found"][: len(STEPS)]), query
+
+
+def test_sites_that_findings_single_out():
+    rows = [{"site": "21.6", "low": 0.1}, {"site": "14.8 at last"}, {"site": "its MLPs"}, {"site": None}]
+    found = {"sites": [{"site": "0.0"}], "picked": rows, "deep": {"more": [{"site": "mlp 3 at names"}]}, "n": 3}
+    assert book.named_sites(found) == ["14.8", "21.6", "mlp 3"]
 
 
 def test_the_page_shows(built, tmp_path):
@@ -468,7 +514,8 @@ class Value(tuple):
     x: int = 1
     def method(self): "Does."
 ''')
-    found = library.library(tmp_path)
+    assert library.contents(tmp_path).endswith(f"](api/{tmp_path.name}.part.md) | The {{module}}`x` ``` of it |")
+    found = library.library(tmp_path)[f"{tmp_path.name}.part"]
     assert "undocumented" not in found and "_Hidden" not in found
     assert "def short(a, *, b=1) -> int" in found
     assert (

@@ -280,8 +280,9 @@ CONSTANT, CODE, SINK, SPOKEN, STANDS_IN, ANSWER, NAME = range(7)  # dimensions o
 
 def by_hand(tmp_path, ratio: float, read: str) -> models.Model:
     """A Llama of four layers set by hand. Head 1.0 writes a name's class to the answer and notes that it has spoken;
-    head 2.1 looks away from the name where it has, else it writes `ratio` of the class: to the answer itself, or to
-    where MLP 3 alone reads it and writes it to the answer. A large constant makes the norms linear."""
+    head 2.1 looks away from the name where it has, else it writes `ratio` of the class. `read`: it writes it to the
+    answer itself ("unembedding"), to where MLP 3 alone reads it and writes it to the answer ("mlp"), or head 1.0 writes
+    there, too ("shared"). A large constant makes the norms linear."""
     (tmp_path / "config.json").write_text(json.dumps(BY_HAND))
     loaded = models.load(f"config:{tmp_path / 'config.json'}", dtype="float64", device="cpu")
     large, steep = 300.0, 100.0
@@ -294,7 +295,8 @@ def by_hand(tmp_path, ratio: float, read: str) -> models.Model:
     slow = 1  # the feature of a head of four whose rotary angle stays near zero
     primary.q_proj.weight.data[slow, CONSTANT], primary.k_proj.weight.data[slow, NAME] = steep / large, 1.0
     primary.v_proj.weight.data[0, CODE], primary.v_proj.weight.data[1, NAME] = 1.0, 1.0
-    primary.o_proj.weight.data[ANSWER, 0], primary.o_proj.weight.data[SPOKEN, 1] = 1.0, 1.0
+    primary.o_proj.weight.data[STANDS_IN if read == "shared" else ANSWER, 0] = 1.0
+    primary.o_proj.weight.data[SPOKEN, 1] = 1.0
     backup.q_proj.weight.data[4 + slow, CONSTANT], backup.q_proj.weight.data[4 + slow, SPOKEN] = (
         steep / large,
         -2 * steep,
@@ -322,10 +324,10 @@ def step_by_hand(model: models.Model) -> SimpleNamespace:
     return step_of(model, pairs, [Site(1, "head", 0)])
 
 
-@pytest.mark.parametrize("read", ["unembedding", "mlp"])
-@pytest.mark.parametrize("ratio", [0.7, 1.0])
+@pytest.mark.parametrize(("ratio", "read"), [(0.7, "unembedding"), (0.7, "mlp"), (0.7, "shared"), (1.0, "shared")])
 def test_a_head_that_stands_in_is_found_whoever_reads_it(tmp_path, ratio, read):
-    """Through an MLP its direct effect on the logits stays zero: only its own ablation shows it."""
+    """Through an MLP its direct effect on the logits stays zero, and where the slice speaks through that MLP, too,
+    nothing that writes to the answer rises: only the head's own ablation shows it."""
     step = step_by_hand(by_hand(tmp_path, ratio, read))
     rounds = measure.run(step)
     tests = rounds[0].tests.set_index("site")
@@ -334,17 +336,19 @@ def test_a_head_that_stands_in_is_found_whoever_reads_it(tmp_path, ratio, read):
     assert found["ratio_estimate"] == pytest.approx(ratio, abs=1e-3) and found["stands_in"]
     assert found["ratio_low"] == pytest.approx(ratio, abs=1e-3) == found["ratio_high"]
     assert found["alone_estimate"] == pytest.approx(0, abs=1e-6) and found["gone_estimate"] > 4 * ratio
-    direct = page.changes(rounds[0].frame).query("slice == 'slice'")["heads"].abs().max()
-    assert (direct < 1e-6) == (read == "mlp")
-    repair = page.compensation(rounds[0].frame, step.params).query("later == 'heads and MLPs'")["estimate"]
-    assert repair.to_numpy() == pytest.approx(ratio, abs=1e-3)
+    changes = page.changes(rounds[0].frame).query("slice == 'slice'")
+    assert (changes["heads"].abs().max() < 1e-6) == (read != "unembedding")
+    repair = page.compensation(rounds[0].frame, step.params).query("later == 'heads and MLPs'")
+    repair, above = repair["estimate"], repair["above_noise"]
+    if read == "shared":
+        assert not changes["mlps"].gt(1e-6).any() and repair.isna().all()
+    else:
+        assert repair.to_numpy() == pytest.approx(ratio, abs=1e-3) and above.all()
     assert len(rounds) == 2 and rounds[1].tests.empty
     assert all(bound["share"] < 1e-3 for bound in page.missed(rounds[1], step.params))
+    share = interval(*[found[f"ratio_{end}"] for end in page.ENDS])
     told = " ".join(page.backup_sentences(rounds, step.params))
-    assert (
-        f"it stands in for the slice, and makes up for {interval(*[found[f'ratio_{e}'] for e in page.ENDS])} of what"
-        in told
-    )
+    assert f"it stands in for the slice, and makes up for {share} of what the slice would cost without it." in told
     assert page.ending(rounds, step.params).startswith("Backups by both tests: 2.1 (its cost rises by ")
 
 
@@ -356,6 +360,7 @@ def test_without_a_backup_none_is_found_and_the_bound_is_small(tmp_path):
     assert {bound["component"] for bound in bounds} == {"head", "mlp"}
     assert all(0 <= bound["share"] < 1e-3 for bound in bounds)
     assert page.ending([only], step.params).startswith("No site at the last token passes both tests of a backup. The ")
+    assert not page.compensation(only.frame, step.params)["above_noise"].any()
 
 
 def split_rows(pair, half, changes, ablation="zero", name="slice"):
@@ -420,9 +425,13 @@ def test_a_table_without_a_rise_gives_its_bound():
     assert head["share"] == pytest.approx(head["logits"] / 2, rel=0.2)
     assert page.ending([once], P).startswith(
         "No site at the last token passes both tests of a backup. The search could have missed a head whose cost "
-        f"rises by up to {head['logits']:.2f} logits ("
+        f"rises by up to {head['logits']:.2f} logits ({head['site']}; {head['share']:.0%} of what ablating the slice "
+        "costs) or an MLP whose cost rises by up to the model's noise (0.001 logits): upper ends"
     )
-    assert "the cost of 0 of them rises once the slice is gone" in page.backup_sentences([once], P)[0]
+    assert (
+        "`zero`). Once that is gone, 0 of them cost more than alone, significantly on"
+        in page.backup_sentences([once], P)[0]
+    )
 
 
 def test_of_a_slice_that_costs_nothing_no_share_is_given():
@@ -508,9 +517,12 @@ def test_a_rise_within_the_noise_is_no_backup():
 
 
 def test_what_one_kind_of_later_sites_is_shown_to_do_by_itself_is_said():
-    def said(whole, heads, mlps):
+    def said(whole, heads, mlps, above_noise=True):
         spans = {"heads and MLPs": whole, "heads": heads, "MLPs": mlps}
-        own = {name: SimpleNamespace(estimate=0.0, low=low, high=high) for name, (low, high) in spans.items()}
+        own = {
+            name: SimpleNamespace(estimate=0.0, low=low, high=high, above_noise=above_noise)
+            for name, (low, high) in spans.items()
+        }
         return page.verdict(own["heads and MLPs"]) + page.apart(own["heads and MLPs"], own)
 
     none = "neither repair nor loss by later sites together is shown"
@@ -518,6 +530,7 @@ def test_what_one_kind_of_later_sites_is_shown_to_do_by_itself_is_said():
     assert said((-0.2, 0.1), (-0.1, 0.1), (-0.1, 0.1)) == none
     assert said((-0.2, -0.1), (-0.2, -0.1), (0.1, 0.2)).endswith("nothing; later MLPs by themselves repair")
     assert said((None, None), (None, None), (np.nan, np.nan)) == "too few quads to say more"
+    assert said((1e-6, 2e-6), (1e-6, 2e-6), (-2e-6, -1e-6), above_noise=False) == none
 
 
 @pytest.mark.parametrize(
@@ -550,7 +563,8 @@ def test_below_twenty_quads_no_site_is_said_to_rise_or_to_be_no_backup():
     once = once._replace(tests=measure.joint_tests(records, once.tests, P))
     (text,) = page.backup_sentences([once], P)
     assert (
-        "significant" not in text and "of 1 of them rises once the slice is gone on the discovery half by the" in text
+        "significant" not in text
+        and " gone, 1 of them costs more than alone, on the discovery half by the test" in text
     )
     largest = once.tests["estimate"].max()
     assert "its 16 quads are too few for an interval" in text and f"estimate there is {largest:.3f} logits" in text

@@ -77,7 +77,7 @@ def compensation(frame: pd.DataFrame, params: Hydra) -> pd.DataFrame:
     """-(sum of the later sites' change) / (sum of the slice's direct effect) over pairs, for each ablation and half.
 
     1 is full repair, above 1 overshoot; below 0, later sites lose as well. NaN where the slice's direct effect does not
-    surely fall by more than the floor: then there is nothing to make up for.
+    surely fall by more than the floor. `above_noise`: whether the later sites' mean change is more than the floor.
     """
     parts = []
     for half, own in in_halves(changes(frame[frame["slice"] == "slice"])):
@@ -88,7 +88,10 @@ def compensation(frame: pd.DataFrame, params: Hydra) -> pd.DataFrame:
             lost = -rows.groupby("quad_id")["direct"].mean().to_numpy()
             if quads["direct"].sum() < 0 and effects.is_loss(lost, params):
                 spans = stats.ratio_intervals(gains, -quads["direct"], params)
-            parts.append(pd.DataFrame({"later": list(LATER)} | columns(spans)).assign(ablation=ablation, half=half))
+            means = rows.groupby("quad_id")[list(WORDS)].mean().mean()
+            above = [abs(means[later].sum()) > params.floor for later in LATER.values()]
+            table = pd.DataFrame({"later": list(LATER)} | columns(spans))
+            parts.append(table.assign(above_noise=above, ablation=ablation, half=half))
     return pd.concat(parts, ignore_index=True)
 
 
@@ -265,8 +268,8 @@ def split_sentences(split: pd.DataFrame, ratios: pd.DataFrame, spread: Sequence[
         whole = own["heads and MLPs"]
         if np.isnan(whole.estimate):
             out.append(
-                f"{text} The slice's direct effect does not surely fall by more than the model's noise "
-                f"({params.floor:g} logits), so there is nothing to make up for and no compensation ratio."
+                f"{text} The slice's own direct effect does not surely fall by more than the model's noise "
+                f"({params.floor:g} logits), so there is no compensation ratio of direct effects."
             )
             continue
         text += (
@@ -289,11 +292,11 @@ def verdict(ratio: Any) -> str:
     """A compensation ratio in words."""
     if ratio.low is None or np.isnan(ratio.low):
         return "too few quads to say more"
-    if ratio.high < 0:
-        return "later sites, which read the slice, lose as well; on the whole they repair nothing"
-    if ratio.low > 0:
-        return f"later sites make up for {ratio.estimate:.0%} of what the slice itself loses"
-    return "neither repair nor loss by later sites together is shown"
+    return {
+        -1: "later sites, which read the slice, lose as well; on the whole they repair nothing",
+        0: "neither repair nor loss by later sites together is shown",
+        1: f"later sites make up for {ratio.estimate:.0%} of what the slice itself loses",
+    }[signed(ratio)]
 
 
 def apart(whole: Any, own: Mapping[str, Any]) -> str:
@@ -307,8 +310,8 @@ def apart(whole: Any, own: Mapping[str, Any]) -> str:
 
 
 def signed(ratio: Any) -> int:
-    """1 where an interval lies above zero, -1 below; 0 where it holds zero, or there is none."""
-    known = ratio.low is not None and not np.isnan(ratio.low)
+    """1 where an interval lies above zero, -1 below; 0 where it holds zero, there is none, or the change is noise."""
+    known = ratio.low is not None and not np.isnan(ratio.low) and ratio.above_noise
     return int(ratio.low > 0) - int(ratio.high < 0) if known else 0
 
 
@@ -329,8 +332,8 @@ def backup_sentences(rounds: Sequence[Round], params: Hydra) -> list[str]:
         count, rising = own.rises["site"].nunique(), candidates(own.rises, params)
         text = (
             f"Each of {counted(count, 'later site')} was ablated alone, and together with {which} "
-            f"({counted(len(own.sites), 'site')}; `{lead_of(own.frame, params)}`): the cost of {len(rising)} of them "
-            f"rises once {which} is gone {rising_by(own.rises, params)}"
+            f"({counted(len(own.sites), 'site')}; `{lead_of(own.frame, params)}`). Once that is gone, {len(rising)} of "
+            f"them {'costs' if len(rising) == 1 else 'cost'} more than alone, {rising_by(own.rises, params)}"
         )
         if len(rising) and own.tests.empty:
             out.append(f"{text}; the limit of rounds ({params.rounds}) was reached, so none was tested further.")
@@ -408,17 +411,21 @@ def ending(rounds: Sequence[Round], params: Hydra) -> str:
         text += (
             " Ablating the slice does not surely cost more than the model's noise, so there is little to stand in for."
         )
-    each = [
-        f"{KINDS[bound['component']]} whose cost rises by up to {bound['logits']:.2f} logits ({bound['site']}"
-        + ("" if bound["share"] is None else f"; {bound['share']:.0%} of what ablating the slice costs")
-        + ")"
-        for bound in bounds
-    ]
-    what = " or ".join(each)
+    what = " or ".join(
+        f"{KINDS[bound['component']]} whose cost rises by up to {size_of(bound, params)}" for bound in bounds
+    )
     return f"{text} The search could have missed {what}: upper ends of intervals that hold for all later sites."
 
 
-def control_sentences(split: pd.DataFrame) -> list[str]:
+def size_of(bound: Mapping[str, Any], params: Hydra) -> str:
+    """One of what was `missed`: logits, site and share; nothing smaller than the noise is told apart from it."""
+    if bound["logits"] <= params.floor:
+        return f"the model's noise ({params.floor:g} logits)"
+    share = "" if bound["share"] is None else f"; {bound['share']:.0%} of what ablating the slice costs"
+    return f"{bound['logits']:.2f} logits ({bound['site']}{share})"
+
+
+def control_sentences(split: pd.DataFrame, params: Hydra) -> list[str]:
     """The random slices beside the slice, for each ablation."""
     out = []
     for ablation, rows in split.groupby("ablation", sort=False):
@@ -427,7 +434,7 @@ def control_sentences(split: pd.DataFrame) -> list[str]:
             real = rows[(rows["slice"] == "slice") & (rows["part"] == "total")].iloc[0]
             few = pd.isna(own["total"].low) or pd.isna(real["high"])
             apart = "there are too few quads to test that" if few else "that is not shown"
-            apart = "so it is" if not few and own["total"].low > real["high"] else apart
+            apart = "so it is" if not few and own["total"].low - real["high"] > params.floor else apart
             each = [f"{WORDS[part]} {shown(row)}" for part, row in own.items() if part not in ("total", "direct")]
             out.append(
                 f"Control (`{ablation}`): random slices of the same make-up change logit_diff by {shown(own['total'])} "
@@ -492,7 +499,7 @@ def findings(step: Step, rounds: Sequence[Round], needed: pd.DataFrame) -> dict[
         f"{residual:.1e} logits.",
         *needed_told,
         *compared,
-        *control_sentences(split),
+        *control_sentences(split, params),
         *backup_sentences(rounds, params),
         end,
     ]
