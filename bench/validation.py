@@ -6,8 +6,9 @@
    without a circuit (`report.validation.NOTHING`).
 2. `run_step` runs a step as its notebook does, cell by cell up to its findings, in this process; what the notebook only
    draws is left out. Parameters are those of the profile `planted`, with `LESS`.
-3. `measure` sets truth and findings side by side (`report.scores`), and writes to bench/results/validation.part.json after
-   every model: a run that was stopped goes on, if the code is the same. The whole is bench/results/validation.json.
+3. `measure` sets truth and findings side by side (`report.scores`). After every model all is written to
+   bench/results/validation.part.json, where a run that was stopped goes on if the code is the same; the whole is
+   bench/results/validation.json.
 """
 
 from __future__ import annotations
@@ -134,7 +135,13 @@ def measure(run: Run) -> dict[str, Any]:
         asked = found["baselines"]["able"][given["task"]]
         scored = scores.score(known, found) if asked["able"] or run.group in NOTHING else []
     rows = [score._asdict() | {"right": score.right} for score in scored]
-    return run._asdict() | {"spec": run.spec, "seconds": taken, "able": asked["able"], "why": asked["why"], "scores": rows}
+    return run._asdict() | {
+        "spec": run.spec,
+        "seconds": taken,
+        "able": asked["able"],
+        "why": asked["why"],
+        "scores": rows,
+    }
 
 
 def main() -> None:
