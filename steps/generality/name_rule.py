@@ -208,7 +208,7 @@ def _fitted(
     spans = columns(stats.mean_intervals(np.column_stack(list(terms.values())), settings))
     table = pd.DataFrame({"term": list(terms)}).join(pd.DataFrame(spans, dtype=float))
     low = table["low"].fillna(table["estimate"])[0]  # of one name
-    if np.linalg.matrix_rank(designs["free"]) < designs["free"].shape[1] or not low > 0:
+    if np.linalg.matrix_rank(designs["free"]) < designs["free"].shape[1] or not low > settings.floor:
         return table, None
     return table, stats.ratio_intervals(second, first, settings)[0]
 
