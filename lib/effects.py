@@ -209,8 +209,10 @@ def tested(
 
 
 def site_effects(frame: pd.DataFrame, settings: Settings) -> pd.DataFrame:
-    """`tested` on the raw effect (logits), and beside it the ratio of sums with an interval of its own."""
-    own = curve(frame, settings, SITE)
+    """`tested` on the raw effect (logits), and beside it the ratio of sums with an interval of its own; NaN where the
+    gaps do not add up to more than 0."""
+    ends = ["estimate", "low", "high"]
+    own = curve(frame, settings, SITE) if gap(frame).sum() > 0 else pd.DataFrame(np.nan, [0], ends)
     return tested(frame, settings).assign(ratio=own["estimate"], ratio_low=own["low"], ratio_high=own["high"])
 
 

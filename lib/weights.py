@@ -18,7 +18,7 @@ import re
 import shutil
 import struct
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -134,8 +134,20 @@ def convert(source: Path, folder: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
+# What begins a model string, with its colon -> what makes the folder of such a model, once, and returns it. For models
+# that are neither trained nor downloaded; whoever can make some enters them here.
+MAKERS: dict[str, Callable[[str], Path]] = {}
+
+
+def made(spec: str) -> str:
+    """The folder of a model that one of MAKERS makes; of any other, its model string."""
+    maker = MAKERS.get(spec[: spec.find(":") + 1])
+    return spec if maker is None else str(maker(spec))
+
+
 def resolve(spec: str, sha256: str | None = None) -> tuple[str, str | None, bool]:
     """What to hand to transformers for a model string, the weights' SHA-256 where known, and whether it is local."""
+    spec = made(spec)
     where, actual, local = spec, None, True
     if file := gguf_file(spec):
         actual = sha256_of(file)
@@ -301,6 +313,7 @@ def config_of(spec: str, offline: bool = True) -> transformers.PretrainedConfig 
     """The config behind a model string; None where it cannot be had. Downloads no more than the config."""
     if (known := json.loads(SHAPES.read_text()).get(spec)) is not None:
         return transformers.AutoConfig.for_model(**known)
+    spec = made(spec)
     where = spec.removeprefix("config:")
     local = offline or spec.startswith("config:") or Path(spec).is_dir()
     try:

@@ -26,6 +26,7 @@ from pipeline import params as parameters
 from pipeline.declaration import CRITICAL_LAYERS, PAIRS, Declaration, Plan
 from pipeline.params import ParameterError, Shared, section_keys
 from pipeline.units import read_json
+from planted.options import PREFIX, fingerprint
 
 # Modules of pipeline through which the imports of a measure file are followed. What else pipeline has computes nothing.
 FOLLOWED = ("pipeline.step", "pipeline.units", "pipeline.population", "pipeline.declaration")
@@ -137,6 +138,8 @@ def model_contents(spec: str) -> Any:
     """The contents of the local files behind a model string; None where there are none."""
     if spec.startswith("config:"):
         return hash_file(input_file(spec.removeprefix("config:")))
+    if spec.startswith(PREFIX):
+        return fingerprint(spec)
     if spec.startswith("package:"):
         package, _, name = spec.removeprefix("package:").partition("/")
         found = find_spec(package) if package.isidentifier() else None

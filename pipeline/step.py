@@ -44,7 +44,7 @@ class StepError(ParameterError):
 
 @dataclass(frozen=True)
 class Ability:
-    """Whether the model does the task (true as a truth value), why, and whether step 01 has asked at all."""
+    """Whether there is something to ask (true as a truth value), why, and whether step 01 has asked at all."""
 
     able: bool
     why: str
@@ -187,11 +187,16 @@ class Step:
         return found if found and found["about"].get("pairs_file") == keys.given_pairs(self.params) else None
 
     def able(self) -> Ability:
-        """Whether the model does the task, by the findings of step 01. Where that was not asked, work goes on."""
+        """Whether the model does the task, by the findings of step 01, and whether there is a slice, where the step is
+        about it. Where step 01 was not asked, work goes on."""
         asked = self.declaration.tasks
         if asked and self.params.task not in asked:
             return Ability(False, f"this step asks about supersets, and the answers of `{self.params.task}` are none")
         found = keys.ability(self.params)
+        if (found is None or found["able"]) and getattr(self.params, "slice_sites", ()) is None:
+            of_slice = self.find(SLICE) or {}
+            if of_slice.get("critical_slice") == [] and "why" in of_slice:
+                return Ability(False, of_slice["why"])
         if found is None:
             what = self.params.task + (" on these pairs" if self.params.pairs_file else "")
             return Ability(True, f"step 01 has not measured whether this model does {what}", known=False)

@@ -7,6 +7,8 @@ sentence. Torch is not needed here: make asks for keys without it.
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -36,7 +38,7 @@ class Options(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     seed: int = Field(0, ge=0, description="which layers, heads, neurons and directions")
-    n_layers: int = Field(8, ge=8, le=64, description="layers")
+    n_layers: int = Field(12, ge=8, le=64, description="layers")
     n_kv_heads: Annotated[Literal[2, 4], BeforeValidator(_whole)] = Field(
         4, description="key-value heads, over which 8 query heads are shared"
     )
@@ -65,7 +67,7 @@ class Options(BaseModel):
     no_circuit: Literal["none", "constant", "random", "lookup"] = Field(
         "none",
         description="constant: the same logits for every prompt; random: random weights; lookup: one head copies the "
-        "class off the embedding of one name's last token",
+        "class of the first name, whatever the second",
     )
 
     def model_post_init(self, _: Any) -> None:
@@ -116,3 +118,12 @@ def parse(spec: str) -> Options:
         raise PlantedError(f"model {spec!r}: {where}{first['msg'].removeprefix('Value error, ')}") from None
     except ValueError as error:
         raise PlantedError(f"model {spec!r}: {error}") from None
+
+
+def fingerprint(spec: str) -> str:
+    """A hash of the options, of the code that makes a model of them, and of the question's files."""
+    own, question = Path(__file__).parent, Path(__file__).parents[1] / "data" / "questions" / "planted"
+    digest = hashlib.sha256(parse(spec).spec.encode())
+    for path in sorted([*own.glob("*.py"), *question.iterdir()]):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:16]

@@ -28,7 +28,7 @@ ROLES = {
     "negative": "MLP that takes a share of the answer away",
     "backup": "head that speaks up only when the answer has not been said",
     "backup_reader": "MLP that turns what the backup wrote into supersets",
-    "lookup": "head that copies a class off one name's embedding (no circuit)",
+    "lookup": "head that copies the class of the first name, whatever the second (no circuit)",
     "attends": "decoy - head that attends to names",
     "large": "decoy - head or MLP that writes a large vector",
 }
@@ -55,8 +55,8 @@ class Site(Strict):
     role: str  # a key of ROLES
     share: float  # of what its kind does, as planted: a retrieval head's part of the professions, ...
     tokens: tuple[int, ...]  # lengths of names for which it does anything; a gatherer needs two or three
-    necessity: dict[str, Effect]  # ablation (zero, counterfactual) -> logits lost in the clean prompt
-    recovery: Effect  # logits won back in the corrupt prompt by its clean activation
+    necessity: dict[str, Effect]  # ablation (zero, counterfactual) -> logits lost in the clean prompt; gather: zero
+    recovery: Effect | None  # logits won back in the corrupt prompt by its clean activation
     placebo: float  # logits of a placebo pair's gap that its clean activation wins back
 
 

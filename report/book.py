@@ -30,7 +30,7 @@ from lib.errors import Refusal
 from lib.questions import Question
 from lib.records import RecordError
 from pipeline import keys, params, units
-from report import scale, validation
+from report import robustness, scale, validation
 from report.library import block, contents, library
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -429,6 +429,7 @@ def assemble(sections: params.Sections, profile: str, folders: Folders, root: Pa
         "index": landing(results, steps, to) | {"quick": notes.get("index", "")} | headed(topic),
         "scale": scale.fields(root / "bench" / "results", to),
         "validation": validation.fields(root / "bench" / "results", to, results),
+        "robustness": robustness.fields(root / "bench" / "results", to),
         "reproducibility": {
             "profile": profile,
             "needed": needed(profile, root),

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pandas as pd
-from IPython.display import Markdown
+from IPython.display import Markdown, display
 from matplotlib.figure import Figure
 
 from lib import effects
@@ -54,6 +54,8 @@ def number_word(number: int) -> str:
 def interval(estimate: float, low: float | None, high: float | None, digits: int = 2) -> str:
     """An estimate with its interval, "0.33 [0.28, 0.38]", or alone where there is none; with up to two more digits
     where an end beside zero would else look like zero, though the estimate does not."""
+    if estimate is None or np.isnan(estimate):
+        return "not defined"
     bare = low is None or high is None or np.isnan(low) or np.isnan(high)
     if not bare and (low > 0 or high < 0) and float(f"{estimate:.{digits}f}"):
         near = min(abs(low), abs(high))
@@ -98,6 +100,12 @@ def not_done(step: Step) -> dict:
     sentence = f"Nothing was computed for the task `{step.params.task}`: {step.able().why}"
     subject = {"model": {"name": step.params.model}, "task": step.params.task}
     return {**subject, "able": False, "sentences": [sentence], "figures": []}
+
+
+def ends_here(found: Mapping[str, Any]) -> NoReturn:
+    """Show the findings, and end the notebook without an error (papermill takes `SystemExit(0)` for the end)."""
+    display(statement(found))
+    raise SystemExit(0)
 
 
 def finished(

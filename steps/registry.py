@@ -9,10 +9,13 @@ from typing import Any
 import pandas as pd
 from IPython.display import Markdown, display
 
+from lib import weights
 from pipeline import step as steps
 from pipeline import workers
 from pipeline.declaration import Plan
 from pipeline.step import Step
+from planted import build
+from planted.options import PREFIX
 from report import words
 from steps.baselines import measure as baselines
 from steps.coarse_sweep import measure as coarse_sweep
@@ -37,6 +40,7 @@ ORDER = (
     neurons,
     story,
 )
+weights.MAKERS[PREFIX] = build.folder  # models whose circuit is set by hand
 PLAN = Plan(__name__, [step.STEP for step in ORDER])
 
 
@@ -56,13 +60,14 @@ def given(step: Step) -> str:
 def begin(name: str, namespace: Mapping[str, Any]) -> Step:
     """The step of a notebook, from its `globals()`, with a line on what it is about.
 
-    Where the model does not do the task, the page ends here: its findings say so, and the notebook stops without an
-    error (papermill takes `SystemExit(0)` for the end).
+    Where the model does not do the task, or there is no slice to ask about, the page ends here: its findings say so.
     """
     for limit in ("max_colwidth", "max_rows"):  # a page's tables are whole
         pd.set_option(f"display.{limit}", None)
     step = steps.begin(PLAN, name, namespace, workers.engine_of)
     own = step.declaration
+    if step.params.model.startswith(PREFIX):
+        build.copy_truth(step.params.model, step.results)
     if own.name == PLAN.names[0]:  # it is what the others ask
         return step
     able = step.able()
@@ -70,7 +75,5 @@ def begin(name: str, namespace: Mapping[str, Any]) -> Step:
     pairs = given(step) if step.params.pairs_file and able else ""
     display(Markdown(f"Model `{step.params.model}`, task `{step.params.task}`: {able.why}.{pairs}{layers}"))
     if not able and not own.always:
-        found = step.write_findings(words.not_done(step))
-        display(Markdown("\n\n".join(found["sentences"])))
-        raise SystemExit(0)
+        words.ends_here(step.write_findings(words.not_done(step)))
     return step

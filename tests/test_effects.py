@@ -183,6 +183,18 @@ def test_a_share_of_a_ceiling_that_gains_in_sum_is_not_given():
     assert of(4).empty, "quads lose on average, the pairs gain in sum"
 
 
+def test_pairs_without_a_gap_have_effects_in_logits_and_no_ratio():
+    """One-name prompts of a model that is asked about two names may have none."""
+    rows = [
+        {"layer": 0, "component": "head", "head": head, "quad_id": quad, "direction": "noise", "logit_diff_before": 1.0,
+         "logit_diff_after": 1.0 - head, "logit_diff_clean": 1.0, "logit_diff_corrupt": corrupt}
+        for head in (0, 1)
+        for quad, corrupt in (("q1", 0.0), ("q2", 2.5))
+    ]  # fmt: skip
+    table = effects.site_effects(pd.DataFrame(rows), stats.Settings())
+    assert table["estimate"].tolist() == [0.0, 1.0] and table["ratio"].isna().all() and table["ratio_low"].isna().all()
+
+
 def test_every_profile_has_the_floor_of_its_precision():
     own = {"model": "m", "profile": "p"}
     assert Shared(**own).floor == 0.001 and Shared(**own, dtype="float64").floor == 1e-9

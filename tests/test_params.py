@@ -37,6 +37,7 @@ def test_every_profile_is_valid_for_every_step():
     assert params.profiles() == [
         "cities-quick",
         "llama-3.3-70b",
+        "planted",
         "smoke",
         "smollm2-135m",
         "smollm2-135m-fresh",

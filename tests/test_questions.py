@@ -295,7 +295,7 @@ def test_a_key_given_twice_and_a_question_that_is_not_there_are_refused(tmp_path
     path.write_text(path.read_text() + "alone: both\n")
     with pytest.raises(ValueError, match="'alone' stands there twice"):
         questions.load(str(tmp_path))
-    with pytest.raises(params.ParameterError, match="question = 'towns'.*there are cities, professions"):
+    with pytest.raises(params.ParameterError, match="question = 'towns'.*there are cities, planted, professions"):
         params.validate(PLAN.sections, "baselines", {"model": "a/b", "question": "towns"})
 
 

@@ -19,8 +19,9 @@ from lib.weights import ModelError
 from pipeline import params
 from pipeline.step import Step
 from steps.registry import PLAN
-from steps.retrieval_heads import attention, outputs, page
+from steps.retrieval_heads import attention, outputs, page, routes
 from steps.retrieval_heads import measure as retrieval
+from steps.story import claims
 
 ROLES = {"name_a": (3, 4), "name_b": (6,), "names": (3, 4, 6), "swapped": (3, 4, 6), "last": (8,), "all": range(9)}
 ROLES = {role: tuple(positions) for role, positions in ROLES.items()}
@@ -345,6 +346,22 @@ def test_baselines_are_the_same_classifier_on_what_is_known_without_the_model(ti
 # --- the whole step ---
 
 
+def test_nothing_that_comes_after_a_site_speaks_to_it_and_all_that_comes_before_does():
+    heads = lambda layers: tuple(Site(layer, "head", head) for layer in range(layers) for head in range(2))  # noqa: E731
+    mlps = tuple(Site(layer, "mlp") for layer in range(2))
+    embedding = (paths.EMBED,)
+    for into, before in (
+        ([Site(2, "head", 1)], [(*embedding, *heads(2), *mlps), embedding, mlps, heads(2)]),
+        ([Site(2, "mlp"), Site(1, "head", 0)], [(*embedding, *heads(3), *mlps), embedding, mlps, heads(3)]),
+        ([Site(0, "mlp")], [(*embedding, *heads(1)), embedding, (), heads(1)]),
+        ([Site(0, "head", 1)], [embedding, embedding, (), ()]),
+    ):
+        assert routes.groups(into, 2) == before
+        receivers = [paths.Receiver(site.layer, "mlp" if site.component == "mlp" else "q", 0, "last") for site in into]
+        assert all(any(paths.before(site, one) for one in receivers) for own in before for site in own)
+    assert routes.modules([Site(0, "head", 1)]) == []
+
+
 def test_a_slice_of_mlps_alone_goes_through_the_whole_step(tmp_path):
     """Senders are patched at the last token into the MLPs' inputs; nothing is asked about the names."""
     names = ["Suzanne Collins, Dorothy Sayers, Salvador Dali, Fred Astaire, writer, artist"]
@@ -360,9 +377,9 @@ def test_a_slice_of_mlps_alone_goes_through_the_whole_step(tmp_path):
     assert set(rows["position"]) == {"last"} and set(rows["half"]) == {"discovery", "confirmation"}
     found = page.findings(step, m)
     assert "the slice's MLPs are given at the last token" in " ".join(found["sentences"])
-    assert found["verdicts"]["one_stage"] is None and all(
-        "why" in found[name] for name in ("one_stage", "two_stages", "written")
-    )
+    assert found["verdicts"]["one_stage"] is None and all("why" in found[name] for name in ("one_stage", "two_stages"))
+    asked = [claim for claim in claims.CLAIMS if claim.path.startswith("written")]  # page 10 reads the reason
+    assert [claims.numbers_of(claim, found, step.params).why for claim in asked] == [page.NONE_READ] * 2
     assert {row["verdict"] for row in found["tests"]} <= {page.NOT_TESTABLE, ""}
     figures = (page.groups_figure, page.writes_figure, page.looks_figure, page.tests_figure, page.two_hop)
     assert [draw(step, m) for draw in figures] and page.ranked(m, "names") is None and page.pairs_and_names(m) is None

@@ -1,6 +1,7 @@
 """How stable the slice is and whether sites add up: by hand, and against a bootstrap written out."""
 
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pandas as pd
@@ -10,9 +11,12 @@ from test_steps_02_to_04 import place_of, record
 
 from lib import effects
 from lib.hooks import Site
+from pipeline import keys, params
 from pipeline.assumed import pair_of
-from pipeline.step import StepError
-from steps.sufficiency import measure, stability, stability_page
+from pipeline.step import Ability, Step
+from report import words
+from steps.registry import PLAN
+from steps.sufficiency import measure, page, stability, stability_page
 
 SITES = ["0.0", "0.1", "mlp 0", "1.0", "1.1"]
 PARAMS = measure.Sufficiency(
@@ -95,11 +99,30 @@ def test_the_critical_size_is_drawn_again_along_the_measured_order():
     assert "both curves reach 99% not within the 5 sites measured in the middle 90% of draws" in never
 
 
-def test_a_slice_of_nothing_is_refused():
+def test_without_a_slice_the_page_says_so_and_so_do_those_that_are_about_it(tmp_path, monkeypatch):
     frame = pd.DataFrame(alone(-np.abs(EFFECTS), "discovery") + alone(-np.abs(EFFECTS), "confirmation"))
-    step = SimpleNamespace(params=PARAMS, table=lambda *_: frame)
-    with pytest.raises(StepError, match="no head or MLP raises logit_diff .* there is no critical slice"):
-        measure.run(step)
+    step = SimpleNamespace(params=PARAMS, table=lambda *_: frame, record={}, name="sufficiency", results=tmp_path)
+    step.write_findings = written = Mock(side_effect=dict)
+    m = measure.run(step)
+    assert m.order.empty and m.critical is None
+    with pytest.raises(SystemExit, match="0"):
+        page.findings(step, m)
+    (found,) = written.call_args.args
+    assert found["critical_slice"] == [] and found["able"] is True
+    assert found["sentences"][0].startswith(
+        "There is no critical slice: no head or MLP alone, its clean value put into"
+    )
+    for section, keys_, able in (
+        ("hydra", {}, False),
+        ("hydra", {"slice_sites": "mlp 2"}, True),
+        ("necessity", {}, True),
+    ):
+        later = Step(PLAN, section, params.validate(PLAN.sections, section, params.load_profile("smoke") | keys_))
+        monkeypatch.setattr(Step, "find", lambda *_: found)
+        monkeypatch.setattr(keys, "ability", lambda _: {"able": True, "why": "it does"})
+        assert later.able().able is able
+    monkeypatch.setattr(Step, "able", lambda _: Ability(False, found["why"]))
+    assert words.not_done(later)["sentences"][0].startswith("Nothing was computed for the task `superset`: there is no")
 
 
 def test_other_orders_are_those_of_the_other_half_and_of_templates_with_a_gap():

@@ -129,7 +129,7 @@ def screened_routes(step: Step | Case, pairs: Subject) -> dict[str, tuple[list[P
     """`routes_of`, and the tokens between the names and the last one, where the slice's heads read what the names have
     left there."""
     own, heads = routes_of(step, pairs), heads_of(step.slice())
-    there = all("between" in pair.clean.roles for pair in pairs.at_names)
+    there = all("between" in pair.clean.roles for pair in pairs.at_names) and any(site.layer for site in heads)
     return own | ({"between": (pairs.at_names, heads, BETWEEN)} if heads and there else {})
 
 
@@ -336,6 +336,12 @@ def band(site: Site, others: Sequence[Site], least: int) -> list[Site]:
     return [other for other in others if abs(other.layer - site.layer) <= reach]
 
 
+def by_kind(records: pd.DataFrame, slice_sites: Sequence[Site]) -> pd.DataFrame:
+    """The records of GROUPS with the place of each set of senders among `routes.GROUPS`, of which some may be empty."""
+    some = [place for place, own in enumerate(routes.groups(heads_of(slice_sites) or slice_sites, 1)) if own]
+    return records.assign(site_set=[some[number] for number in records["site_set"]])
+
+
 Family = dict[Site, list[Site]]  # heads put to the tests together, each with the heads that it is ranked among
 
 
@@ -432,6 +438,7 @@ def run(step: Step) -> Measured:
     both = pd.concat([screened, *([step.table(CONFIRMED, pairs, leaders)] if more else [])])
     by_route = {name: senders_table(rows, p) for name, rows in both.groupby("receivers", sort=False)}
     measured = [step.table(table, pairs) for table in (GROUPS, HOP_READS, ATTENTION, OUTPUTS)]
+    measured[0] = by_kind(measured[0], sites)
     sets = ablation_sets(step, heads)
     none = pd.DataFrame(columns=COLUMNS)
     ablated = step.table(ABLATION, pairs, sets) if any(sets.values()) else none

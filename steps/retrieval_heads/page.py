@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import product
 from textwrap import fill
 from typing import Any
 
@@ -21,6 +22,7 @@ from matplotlib.figure import Figure
 from lib import effects, stats
 from lib.effects import quad_matrix, reported
 from lib.hooks import Site
+from lib.paths import MLPS
 from pipeline.population import people_of
 from pipeline.step import Step
 from report import plots, site_tables
@@ -64,6 +66,7 @@ PASSED = "passed of 4"
 PASSES = {"null": "ranked among", "smallest": "smallest p"}
 SUPPORTED, NOT_SUPPORTED, NOT_TESTABLE = "supported", "not supported", "not testable"
 NONE_READ = "the slice has no heads, or what they read at the names is not shown to carry anything"
+NOT_WRITTEN = [{"senders": group, "mlps": mlps, "why": NONE_READ} for group, mlps in product(GROUPS, MLPS)]
 NOT_MADE = "its tests were not made, or rest on too few quads"
 CAPTIONS = {
     "groups": "What groups of senders carry of the gap to what the slice reads, other MLPs frozen and recomputed; "
@@ -101,9 +104,12 @@ def written(records: pd.DataFrame, receivers: str, params: RetrievalHeads) -> pd
 
 
 def difference(records: pd.DataFrame, one: int, other: int, params: RetrievalHeads) -> stats.Interval:
-    """The effect of one set of senders less that of another, per quad (logits), confirmation half."""
-    matrix = quad_matrix(reported(records), "effect", ["site_set"]).values
-    return stats.mean_interval(matrix[:, one] - matrix[:, other], params)
+    """The effect of one set of senders less that of another, per quad (logits), confirmation half; a kind of which
+    there is none carries nothing."""
+    matrix = quad_matrix(reported(records), "effect", ["site_set"])
+    carried = {number: own for number, own in zip(matrix.sites["site_set"], matrix.values.T, strict=True)}
+    none = np.zeros(len(matrix.quads))
+    return stats.mean_interval(carried.get(one, none) - carried.get(other, none), params)
 
 
 def direct_difference(m: Measured, where: str, params: RetrievalHeads) -> stats.Interval:
@@ -169,8 +175,11 @@ def beside(one: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:
 
 
 def margins(m: Measured, role: str, params: RetrievalHeads) -> pd.DataFrame:
-    """The fall of the margin (logits) under the ablated path of each set of senders."""
-    own = reported(m.ablation[m.ablation["position"] == role])
+    """The fall of the margin (logits) under the ablated path of each set of senders; no rows where none was ablated."""
+    own = m.ablation[m.ablation["position"] == role]
+    if own.empty:
+        return pd.DataFrame(columns=[*EMPTY, "kind", "ablation"])
+    own = reported(own)
     matrix = quad_matrix(own, "margin_effect", ["site_set"])
     kinds, sites = zip(*(m.sets[role][index] for index in matrix.sites["site_set"]), strict=True)
     spans = effects.columns(stats.mean_intervals(matrix.values, params))
@@ -503,9 +512,10 @@ def share_of(table: pd.DataFrame, senders: str, receivers: str, mlps: str) -> st
 
 
 def kinds(table: pd.DataFrame, where: str, mlps: str) -> str:
-    """The shares of MLPs, heads and the embedding."""
+    """The shares of MLPs, heads and the embedding, those of them that there are."""
     names = {"MLPs": "MLPs", "heads": "heads", "embedding": "the embedding"}
-    return listed(f"{name} {share_of(table, kind, where, mlps)}" for kind, name in names.items())
+    there = {kind: name for kind, name in names.items() if kind in {*table["senders"]}}
+    return listed(f"{name} {share_of(table, kind, where, mlps)}" for kind, name in there.items())
 
 
 def kinds_sentences(table: pd.DataFrame, parts: pd.DataFrame, where: str) -> list[str]:
@@ -799,7 +809,7 @@ def findings(step: Step, m: Measured) -> dict[str, Any]:
         "able": True,
         "verdicts": found,
         "carried": carried.to_dict("records"),
-        "written": parts.to_dict("records") if where == READ and len(parts) else {"why": NONE_READ},
+        "written": parts.to_dict("records") if where == READ and len(parts) else NOT_WRITTEN,
         "hops": hops.to_dict("records"),
         "tests": tests.to_dict("records"),
         "named_tests": named_tests(m, p).to_dict("records") if m.named else [],

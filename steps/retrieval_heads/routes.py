@@ -62,16 +62,18 @@ def speaks(site: Site, into: Sequence[Site]) -> bool:
 
 
 def groups(into: Sequence[Site], n_heads: int) -> list[tuple[Site, ...]]:
-    """GROUPS as sets of senders: everything before the last of the sites that hear them, and its kinds apart."""
-    layers = range(max(1, max(site.layer for site in into)))
-    mlps = tuple(Site(layer, "mlp") for layer in layers)
-    heads = tuple(Site(layer, "head", head) for layer in layers for head in range(n_heads))
+    """GROUPS as sets of senders: everything before the last of the sites that hear them, and its kinds apart; a kind
+    that nothing comes before is empty. An MLP hears the heads of its own layer."""
+    last = max(site.layer for site in into)
+    own_heads = Site(last, "mlp") in into
+    mlps = tuple(Site(layer, "mlp") for layer in range(last))
+    heads = tuple(Site(layer, "head", head) for layer in range(last + own_heads) for head in range(n_heads))
     return [(EMBED, *heads, *mlps), (EMBED,), mlps, heads]
 
 
 def modules(into: Sequence[Site]) -> list[tuple[Site, ...]]:
     """Every attention module and MLP before the last of the sites that hear them, each alone."""
-    layers = range(max(1, max(site.layer for site in into)))
+    layers = range(max(site.layer for site in into))
     return [(Site(layer, component),) for layer in layers for component in ("attn", "mlp")]
 
 
@@ -79,10 +81,10 @@ def group_units(pairs: Sequence[Pair], slice_sites: Sequence[Site], n_heads: int
     """GROUPS into the slice's heads at the names: keys and values together and apart, and together with MLPs frozen.
     Into the MLPs' inputs at the last token where the slice has no heads."""
     into = heads_of(slice_sites)
+    sets = [own for own in groups(into or slice_sites, n_heads) if own]
     if not into:
-        sets, label = groups(slice_sites, n_heads), "MLP inputs at last"
+        label = "MLP inputs at last"
         return [unit for mlps in MLPS for unit in paths(label, pairs, slice_sites, LAST, mlps, sets)]
-    sets = groups(into, n_heads)
     how = [("recomputed", kind) for kind in READS] + [("frozen", "k and v")]
     return [unit for mlps, kind in how for unit in paths(f"{kind} at names", pairs, into, READS[kind], mlps, sets)]
 

@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from scipy import stats as scipy_stats
 
 from lib import stats
-from lib.effects import columns, familywise, in_halves, named, reported
+from lib.effects import columns, familywise, in_halves, is_loss, named, reported
 from lib.hooks import site_name
 from pipeline.step import Step
 from report import plots, site_tables
@@ -271,7 +271,8 @@ def in_placebo(m: Measured, params: Story) -> list[dict[str, Any]]:
     for attribute, frame in () if m.placebo is None else m.placebo.groupby("attribute", sort=False):
         half = frame[frame["half"] == task["half"].iloc[0]]
         wide = sums(half) if len(half) else own.iloc[:0]
-        if not (wide["everything"].sum() > 0 and own["everything"].sum() > 0):
+        below = (wide["everything"], own["everything"], own["circuit"])  # denominators of the shares and their quotient
+        if not all(len(loss) and loss.sum() > 0 and is_loss(loss, params) for loss in below):
             continue
         one, other = (stats.Shares(part[["circuit"]].values, part[["everything"]].values) for part in (wide, own))
         numbers = columns(stats.ratio_intervals(*one, params))

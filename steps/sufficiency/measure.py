@@ -23,7 +23,7 @@ from lib.tasks import Pair
 from pipeline.assumed import Case, of_sweep, order_of
 from pipeline.declaration import ANALYSED, Declaration, Table
 from pipeline.params import Components, Shared, Words
-from pipeline.step import Step, StepError, swept, with_gap
+from pipeline.step import Step, swept, with_gap
 from pipeline.units import Unit, subsample, sweep_units
 from steps.sufficiency import placebo, stability
 from steps.sufficiency.placebo import Specificity
@@ -124,24 +124,21 @@ class Measured(NamedTuple):
     records: pd.DataFrame  # single sites
     sites: pd.DataFrame  # their effects by half
     order: pd.DataFrame  # heads and MLPs in order of discovery recovery
-    joint: pd.DataFrame  # the growing sets
-    curves: pd.DataFrame  # what they do together, by half
-    critical: CriticalSlice
+    joint: pd.DataFrame | None = None  # the growing sets; None, as all that follows, where no site is in order
+    curves: pd.DataFrame | None = None  # what they do together, by half
+    critical: CriticalSlice | None = None
     specificity: Specificity | None = None  # where step 01 has left placebo pairs
     others: pd.DataFrame | None = None  # single sites in other templates, where pairs line up there
     couples: pd.DataFrame | None = None  # every two of the leading sites, where there are two
 
 
 def run(step: Step) -> Measured:
-    """Measure, or read what is there. StepError where no site recovers anything."""
+    """Measure, or read what is there; single sites alone where none recovers anything."""
     p, swept_sites = step.params, with_gap(step.table(SITES))
     sites = effects.both_halves(swept_sites[swept_sites["component"] != "resid"], p)
     order = slice_order(sites, p.slice_limit, p.floor)
     if order.empty:
-        raise StepError(
-            f"no head or MLP raises logit_diff by more than the model's noise ({p.floor:.2g} logits) on the discovery "
-            "half: there is no critical slice"
-        )
+        return Measured(swept_sites, sites, order)
     members = [Site(*site) for site in order[SITE].itertuples(index=False)]
     joint = step.table(SETS, members)
     curves = slice_curves(joint, p)

@@ -14,7 +14,16 @@ from lib.stats import Interval
 from pipeline.params import Shared
 from pipeline.step import Step
 from report import interactive, plots, site_tables
-from report.words import about_model, finished, heads_or_mlps, interval, listed, site_rows, top_sites_sentence
+from report.words import (
+    about_model,
+    ends_here,
+    finished,
+    heads_or_mlps,
+    interval,
+    listed,
+    site_rows,
+    top_sites_sentence,
+)
 from steps.sufficiency import measure, placebo_page, stability_page
 from steps.sufficiency.measure import Measured
 
@@ -86,7 +95,7 @@ def site_map(step: Step, m: Measured) -> HTML:
         rows = pd.DataFrame(earlier["sites"])
         name = f"taken out ({earlier['ablation']}; step 03)"
         shown.append(interactive.SiteEffects(name, "falls", rows, significant(rows, step.params)))
-    members = m.order["site"].head(m.critical.size)
+    members = m.order["site"].head(m.critical.size) if m.critical else ()
     return interactive.site_map("fig-sufficiency-heads", shown, members, by_pair(step, m), step.params.level)
 
 
@@ -146,8 +155,10 @@ def slice_figure(step: Step, m: Measured) -> Figure:
 
 
 def findings(step: Step, m: Measured) -> dict[str, Any]:
-    """The findings of step 04: single sites, and the critical slice."""
+    """The findings of step 04: single sites, and the critical slice. Without one, the page ends here."""
     params = step.params
+    if m.order.empty:
+        ends_here(without_slice(step, m))
     restoring = restoring_sites(m.records, m.sites, params)
     held = reported(m.curves)
     held = held[held["n_sites"] == m.critical.size]
@@ -183,6 +194,21 @@ def findings(step: Step, m: Measured) -> dict[str, Any]:
         "placebo": placebo_page.figure(m.specificity),
     }
     return finished(step, found, {name: own for name, own in figures.items() if own is not None}, CAPTIONS)
+
+
+def without_slice(step: Step, m: Measured) -> dict[str, Any]:
+    """The findings where no head or MLP recovers anything: `why` is what the later steps say."""
+    params = step.params
+    why = (
+        "there is no critical slice: no head or MLP alone, its clean value put into the corrupt run at `last`, raises "
+        f"logit_diff by more than the model's noise ({params.floor:g} logits) on the discovery half"
+    )
+    sentences = [f"{why[0].upper()}{why[1:]}.", top_sites_sentence(m.sites, params, 6, "recovery")]
+    none: dict[str, Any] = {name: [] for name in ("restoring", "critical_slice", "joint", "specific")}
+    none |= {"critical_slice_reached": False, "slice_restores": {"why": why}, "why": why}
+    found = {"model": about_model(step), "task": params.task, "able": True, "sites": site_rows(m.sites), **none}
+    found |= {"sentences": sentences, "headline": sentences[:1]}
+    return finished(step, found, {"ranked": ranked(m)}, CAPTIONS)
 
 
 def alone_sentence(m: Measured, restoring: Sequence[str]) -> str:

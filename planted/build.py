@@ -1,0 +1,276 @@
+"""A planted circuit as a folder that transformers loads: config, weights, tokenizer, and `truth.json` beside them.
+
+1. `tokenizer`: a word is a token, with its leading space; every word of the question is known.
+2. `weights`: the parts of `planted.circuit`, each in its head or neurons, as a `LlamaForCausalLM`. RMSNorm's epsilon is
+   so large that the norm does nothing: x / sqrt(mean(x^2) + EPSILON) * sqrt(EPSILON) is x to 1e-5. The slowest rotary
+   pairs hardly turn, so that scores rest on content; fast ones make a head attend to the token one or two before. A
+   SwiGLU neuron with a steep gate is a ReLU.
+3. `folder` makes it once, in the user's cache, under a name that holds the hash of spec, code and question.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+import torch
+import transformers
+from tokenizers import decoders, models, pre_tokenizers, processors
+from torch import Tensor
+from torch.nn.functional import pad
+
+from lib import questions
+from lib.locks import Lock
+from lib.records import atomic
+from lib.weights import cache_folder, sha256_of
+from planted import circuit, truth
+from planted.circuit import AT, SPACES, STEEP, WIDE, WIDTH, Head, Mlp, Part, Read, parts_of
+from planted.effects import truth_of
+from planted.options import Options, fingerprint, parse
+from planted.question import ASKS, CLASSES, LABELS, MIDDLES, NAME, REGIONS, read_tokens
+
+HIDDEN, HEADS, SIZE = 256, 8, 32  # of the residual stream, query heads a layer, dimensions of a head
+EPSILON, THETA = 1e4, 1e12
+FAST, TILTED = (0, 1, 2), 4  # rotary pairs of 1, 0.18 and 0.03 radians a token; of 1e-3
+SLOW = [*range(10, 16), *range(26, 32)]  # dimensions that turn by less than 1e-7 a token
+OFFSET_SCORE = 150.0  # of a fast pair
+
+
+# --- the tokenizer ---
+
+
+def vocabulary(question: questions.Question) -> list[str]:
+    """Every word of the question, as it begins a text and as it goes on."""
+    texts = [template.text for template in question.texts.values()]
+    texts += [*question.table("controls")["name"], *question.table("sentences")["text"]]
+    texts += [token.text for token in read_tokens()]
+    named = [*question.labels, *(word for words in question.answers.values() for word in words.values())]
+    texts += [form for word in named for form in (word, question.plural(word), word.capitalize())]
+    words = dict.fromkeys(word for text in texts for word in re.sub(r"\{\w+\}", " ", text).split())
+    return ["<s>", "<unk>", *(start + word for word in words for start in ("", " "))]
+
+
+def tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """The tokenizer; what it does not know is `<unk>`."""
+    words = {word: number for number, word in enumerate(vocabulary(questions.load(NAME)))}
+    made = tokenizers.Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(r" ?[\p{L}\p{N}]+| ?[^\s\p{L}\p{N}]+"), "isolated")
+    made.decoder = decoders.Fuse()
+    made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", unk_token="<unk>")
+
+
+# --- the weights ---
+
+
+def row(functional: Read) -> Tensor:
+    """A linear functional of spaces as a vector of the residual stream, whose last dimensions no space has."""
+    return pad(torch.as_tensor(circuit.row(functional), dtype=torch.float32), (0, HIDDEN - WIDE))
+
+
+def config(o: Options, words: int) -> transformers.LlamaConfig:
+    random = o.no_circuit == "random"
+    return transformers.LlamaConfig(
+        vocab_size=words,
+        hidden_size=HIDDEN,
+        intermediate_size=WIDTH,
+        num_hidden_layers=o.n_layers,
+        num_attention_heads=HEADS,
+        num_key_value_heads=o.n_kv_heads,
+        head_dim=SIZE,
+        rms_norm_eps=1e-6 if random else EPSILON,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4 if random else THETA},
+        tie_word_embeddings=False,
+        bos_token_id=0,
+        eos_token_id=None,
+        max_position_embeddings=512,
+        initializer_range=0.05,
+    )
+
+
+@torch.no_grad()
+def weights(o: Options) -> tuple[transformers.LlamaForCausalLM, transformers.PreTrainedTokenizerFast, tuple[Part, ...]]:
+    """The model, its tokenizer, and the parts that it was made of."""
+    words, parts = tokenizer(), parts_of(o)
+    torch.manual_seed(o.seed)
+    model = transformers.LlamaForCausalLM(config(o, len(words))).eval()
+    if o.no_circuit == "random":
+        return model, words, parts
+    draw = torch.Generator().manual_seed(o.seed)
+    for name, weight in model.named_parameters():
+        weight.fill_(EPSILON**0.5 if "norm" in name else 0)
+    embed(model, words, o, draw)
+    for part in parts:
+        if isinstance(part, Head):
+            put_head(model.model.layers[part.layer].self_attn, part, HEADS // o.n_kv_heads)
+        else:
+            put_mlp(model.model.layers[part.layer].mlp, part)
+    if o.noise:
+        add_noise(model, parts, o, draw)
+    if o.rotated:
+        rotate(model, rotation(o.seed))
+    return model, words, parts
+
+
+def embed(model: transformers.LlamaForCausalLM, words: Sequence[str], o: Options, draw: torch.Generator) -> None:
+    """What tokens say of themselves, and the answers' logits, with a small preference of its own for each."""
+    embedding, unembedding = model.model.embed_tokens.weight, model.lm_head.weight
+    tokens = {token.text: token for token in read_tokens()}
+    embedding[:, AT["one"]] = 1
+    embedding[0, AT["start"]] = 1
+    embedding[:, AT["identity"]] = 0.3 * torch.randn(len(embedding), SPACES["identity"], generator=draw)
+    for text, number in words.get_vocab().items():
+        word = text.strip()
+        embedding[number, AT["asks"]] = float(word in ASKS)
+        embedding[number, AT["middle"]] = float(word in MIDDLES)
+        if (token := tokens.get(word)) is not None and token.number >= 0:
+            space = {"single": "single", "first": "u", "last": "v"}[token.kind]
+            embedding[number, AT[space].start + token.number] = 1
+            if token.region >= 0:
+                embedding[number, AT["own_region"].start + token.region] = 1
+    question = questions.load(NAME)
+    for space, attribute, order in (("superset", "superset", CLASSES), ("region_answer", "region", REGIONS)):
+        answers = question.answers[attribute]
+        for at, label in enumerate(order):
+            number = words.get_vocab()[f" {question.plural(answers[label])}"]
+            if o.no_circuit != "constant":
+                unembedding[number, AT[space].start + at] = o.logits
+            unembedding[number, AT["one"]] = 0.2 * torch.randn(1, generator=draw)
+
+
+def put_head(attention: torch.nn.Module, part: Head, shared: int) -> None:
+    """A head's queries, and the keys and values of its group."""
+    own, group = SIZE * part.head, SIZE * (part.head // shared)
+    query, key, value = (torch.zeros(SIZE, HIDDEN) for _ in range(3))
+    for dim, (asked, known) in zip(SLOW, part.scores, strict=False):
+        query[dim], key[dim] = row(asked), row(known)
+    if part.first:  # a pair that turns slowly enough to grow with the distance
+        query[TILTED + SIZE // 2] = -row(part.scores[0][0]) / 4 * 1e3
+        key[TILTED] = row(part.scores[0][1])
+    if part.offset is not None:
+        for pair in FAST:
+            turned = part.offset * THETA ** (-2 * pair / SIZE)
+            query[pair] = row({"one": np.array([OFFSET_SCORE * np.cos(turned)])})
+            query[pair + SIZE // 2] = row({"one": np.array([-OFFSET_SCORE * np.sin(turned)])})
+            key[pair] = row({"one": np.ones(1)})
+    start, places = 0, {}
+    for source in dict.fromkeys(source for source, *_ in part.values):
+        places[source] = slice(start, start + SPACES[source])
+        value[places[source], AT[source]] = torch.eye(SPACES[source])
+        start += SPACES[source]
+    for source, space, matrix in part.values:
+        out = attention.o_proj.weight[AT[space], own : own + SIZE]
+        out[:, places[source]] += torch.as_tensor(matrix, dtype=torch.float32)
+    attention.q_proj.weight[own : own + SIZE] = query * SIZE**0.5
+    attention.k_proj.weight[group : group + SIZE] = key
+    attention.v_proj.weight[group : group + SIZE] = value
+
+
+def put_mlp(mlp: torch.nn.Module, part: Mlp) -> None:
+    for neuron in part.neurons:
+        mlp.gate_proj.weight[neuron.at] = STEEP * row(neuron.gate)
+        mlp.up_proj.weight[neuron.at] = row({"one": np.array([1 / STEEP])})
+        mlp.down_proj.weight[:, neuron.at] = row(neuron.to)
+
+
+def add_noise(model: transformers.LlamaForCausalLM, parts: Sequence[Part], o: Options, draw: torch.Generator) -> None:
+    """Every head and neuron without a role writes a vector of about size `noise`, by what it happens to read; so do
+    embedding and unembedding, in all dimensions."""
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=draw) / HIDDEN**0.5
+
+    def reading(*shape: int) -> Tensor:
+        out = random(*shape)
+        out[:, AT["unread"]] = 0  # large vectors would make large noise
+        return out
+
+    shared = HEADS // o.n_kv_heads
+    model.model.embed_tokens.weight += o.noise * random(*model.model.embed_tokens.weight.shape)
+    model.lm_head.weight += o.noise * o.logits * random(*model.lm_head.weight.shape)
+    for number, layer in enumerate(model.model.layers):
+        own = [part for part in parts if part.layer == number]
+        heads = {part.head for part in own if isinstance(part, Head)}
+        for head in set(range(HEADS)) - heads:
+            at, group = slice(SIZE * head, SIZE * (head + 1)), head // shared
+            layer.self_attn.o_proj.weight[:, at] = o.noise * random(HIDDEN, SIZE)
+            layer.self_attn.q_proj.weight[at] = reading(SIZE, HIDDEN)
+            if group not in {head // shared for head in heads}:
+                at = slice(SIZE * group, SIZE * (group + 1))
+                layer.self_attn.k_proj.weight[at] = reading(SIZE, HIDDEN)
+                layer.self_attn.v_proj.weight[at] = reading(SIZE, HIDDEN)
+        taken = {neuron.at for part in own if isinstance(part, Mlp) for neuron in part.neurons}
+        spare = sorted(set(range(WIDTH)) - taken)
+        # ReLUs, as the planted ones are: products of what they read would grow without bound
+        layer.mlp.gate_proj.weight[spare] = STEEP * reading(len(spare), HIDDEN)
+        layer.mlp.up_proj.weight[spare] = row({"one": np.array([1 / STEEP])})
+        layer.mlp.down_proj.weight[:, spare] = o.noise * random(HIDDEN, len(spare))
+
+
+def rotation(seed: int) -> Tensor:
+    """A random rotation of the residual stream."""
+    draw = torch.Generator().manual_seed(seed)
+    return torch.linalg.qr(torch.randn(HIDDEN, HIDDEN, generator=draw, dtype=torch.float64))[0].float()
+
+
+def rotate(model: transformers.LlamaForCausalLM, turn: Tensor) -> None:
+    """Turn the residual stream; what the model computes stays as it is."""
+    for name, weight in model.named_parameters():
+        if "o_proj" in name or "down_proj" in name:
+            weight.copy_(turn.T @ weight)
+        elif "norm" not in name:
+            weight.copy_(weight @ turn)
+
+
+# --- the folder ---
+
+
+def directions(o: Options) -> dict[str, dict[str, list[float]]]:
+    """Space -> label -> the direction in the residual stream by which it is written."""
+    labels = {"profession": LABELS, "retrieved": LABELS, "superset": CLASSES, "region": REGIONS}
+    labels |= {"region_answer": REGIONS} if o.placebo else {}
+    turn = rotation(o.seed).T if o.rotated else torch.eye(HIDDEN)
+    return {
+        space: {label: turn[:, AT[space].start + at].tolist() for at, label in enumerate(names)}
+        for space, names in labels.items()
+    }
+
+
+def write(o: Options, to: Path) -> truth.Truth:
+    """Make the model, with its truth, in a folder."""
+    model, words, parts = weights(o)
+    model.save_pretrained(to)
+    words.save_pretrained(to)
+    found = truth_of(o, parts, sha256_of(to / "model.safetensors"), directions(o))
+    (to / truth.FILE).write_text(found.model_dump_json(indent=1), encoding="utf-8")
+    return found
+
+
+def folder(spec: str) -> Path:
+    """The folder of the model of that spec, made if it is not there, under the cache of converted weights."""
+    o = parse(spec)
+    to = cache_folder() / f"planted-{fingerprint(spec)}"
+    if not (to / truth.FILE).is_file():
+        with Lock(to.with_suffix(".lock"), patience=600):
+            if not (to / truth.FILE).is_file():  # nobody was first
+                beside = Path(tempfile.mkdtemp(dir=to.parent, prefix="planted-new-"))
+                try:
+                    write(o, beside)
+                    shutil.rmtree(to, ignore_errors=True)
+                    beside.rename(to)
+                finally:
+                    shutil.rmtree(beside, ignore_errors=True)
+    return to
+
+
+def copy_truth(spec: str, to: Path) -> None:
+    """Put the truth of the model of that spec into a folder of results, unless it is there."""
+    text = (folder(spec) / truth.FILE).read_bytes()
+    if not (to / truth.FILE).is_file() or (to / truth.FILE).read_bytes() != text:
+        with atomic(to / truth.FILE) as file:
+            file.write(text)

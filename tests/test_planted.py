@@ -1,0 +1,241 @@
+"""Planted models: what their truth says by formula is what plain hooks measure, one forward pass a site."""
+
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+import torch
+
+from planted import build, truth
+from planted.circuit import Head
+from planted.effects import PLACEBO, Contrast, truth_of
+from planted.options import PlantedError, parse
+from planted.question import CLASSES, FOLDER, REGIONS
+
+TEXT, ALONE = "We know {} and {} are both", "We know {} is like many other"
+PEOPLE = pd.read_csv(FOLDER / "people.csv")
+EXACT = 1e-3  # of the gap
+NORTH, SOUTH = REGIONS
+
+
+def named(superset: str, length: int, region: str = NORTH) -> list[str]:
+    """Two people of a class with names of so many tokens."""
+    own = PEOPLE[(PEOPLE.superset == superset) & (PEOPLE.region == region)]
+    return own[own.name.str.count(" ") == length - 1].name.tolist()[:2]
+
+
+class Hooked:
+    """A transformer seen through plain hooks."""
+
+    def __init__(self, spec: str) -> None:
+        self.o = parse(spec)
+        self.model, self.words, self.parts = build.weights(self.o)
+        known = self.words.get_vocab()
+        self.answers = {name: known[f" {name}s"] for name in (*CLASSES, "northerner", "southerner")}
+
+    def at(self, part, ids) -> list[int]:
+        """Where a part acts: the names' tokens, those between, the last."""
+        known = self.words.convert_ids_to_tokens(ids)
+        first, second, last = known.index(" know"), known.index(" and"), known.index(" are")
+        names = [*range(first + 1, second), *range(second + 1, last)]
+        return {"names": names, "between": [last], "last": [len(ids) - 1]}[part.position]
+
+    def columns(self, part) -> slice:
+        return slice(32 * part.head, 32 * part.head + 32) if isinstance(part, Head) else slice(None)
+
+    @torch.no_grad()
+    def run(self, names, part=None, values=None, path=None):
+        """The logits, and what a part wrote (a head: before the projection); `values` replaces it; with `path`, a
+        receiver and one of its inputs, only there."""
+        ids = self.words(TEXT.format(*names)).input_ids
+        handles, kept = [], {}
+
+        def visit(z):
+            where = self.at(part, ids)
+            kept["z"] = z[0, where, self.columns(part)].clone()
+            if values is not None and path is None:
+                z = z.clone()
+                z[0, where, self.columns(part)] = values
+            return z
+
+        if part is not None:
+            layer = self.model.model.layers[part.layer]
+            if isinstance(part, Head):
+                handles = [layer.self_attn.o_proj.register_forward_pre_hook(lambda _, args: (visit(args[0]),))]
+            else:
+                handles = [layer.mlp.register_forward_hook(lambda _, args, z: visit(z))]
+        if path is not None:
+            handles.append(self.shown(part, self.at(part, ids), kept, values, *path))
+        try:
+            logits = self.model(torch.tensor([ids])).logits[0, -1]
+        finally:
+            for handle in handles:
+                handle.remove()
+        return logits, kept.get("z")
+
+    def shown(self, part, where, kept, values, receiver, name):
+        """A hook by which one input of a receiver alone sees what a part would have written."""
+
+        def less():
+            change = values - kept["z"]
+            own = self.model.model.layers[part.layer].self_attn.o_proj.weight[:, self.columns(part)]
+            return change @ own.T if isinstance(part, Head) else change
+
+        def before(_, args):
+            x = args[0].clone()
+            x[0, where] += less()
+            return (x, *args[1:])
+
+        if receiver is None:
+            return self.model.model.norm.register_forward_pre_hook(before)
+        layer = self.model.model.layers[receiver.layer]
+        if name == "mlp":
+            return layer.mlp.register_forward_pre_hook(before)
+        group = receiver.head if name == "q" else receiver.head // (8 // self.o.n_kv_heads)
+        rows = slice(32 * group, 32 * group + 32)
+
+        def after(module, _, out):
+            out = out.clone()
+            out[0, where, rows] += less() @ module.weight[rows].T
+            return out
+
+        return getattr(layer.self_attn, f"{name}_proj").register_forward_hook(after)
+
+
+SPECS = [
+    "planted:seed=1,rule=or,retrieval=3,between=0.3",
+    "planted:seed=3,backup=0.7,backup_read=mlp,backup_wakes=unsaid,logits=40,n_layers=8",
+    "planted:seed=5,decoys=attends+large+negative,class_only=true,placebo=true,aggregator=both",
+]
+MORE = [
+    "planted:",
+    "planted:seed=2,rule=and,retrieval=4,n_kv_heads=2,n_layers=16",
+    "planted:seed=4,backup=0.5,placebo=true,rotated=true",
+    "planted:seed=6,routes=v+k+q,aggregator=head",
+    "planted:seed=7,no_circuit=lookup",
+]
+
+
+@pytest.mark.parametrize("spec", [*SPECS, *(pytest.param(spec, marks=pytest.mark.long) for spec in MORE)])
+def test_the_formula_is_what_plain_hooks_measure(spec):
+    """Gap, zero, counterfactual and recovery of every site, every path, and placebo, for one pair of classes."""
+    own, pair = Hooked(spec), (1, 3)
+    found = truth_of(own.o, own.parts, "", {})
+    bound = EXACT * found.gap.mean
+
+    def metric(logits, answers=tuple(CLASSES[c] for c in pair)):
+        return float(logits[own.answers[answers[0]]] - logits[own.answers[answers[1]]])
+
+    wrote = {}
+    for i, (part, site) in enumerate(zip(own.parts, found.sites, strict=True)):
+        length = site.tokens[0] if len(site.tokens) == 1 else 2
+        formula = Contrast(own.o, own.parts, pair, length)
+        clean, corrupt = (named(CLASSES[c], length) for c in pair)
+        (one, z), (other, wrote[i]) = own.run(clean, part), own.run(corrupt, part)
+        assert metric(one) - metric(other) == pytest.approx(formula.gap(), abs=bound)
+        zero = metric(one) - metric(own.run(clean, part, 0 * z)[0])
+        assert zero == pytest.approx(formula.zero(i), abs=bound), part.role
+        if part.role == "gather":
+            continue
+        lost = metric(one) - metric(own.run(clean, part, wrote[i])[0])
+        assert lost == pytest.approx(formula.counterfactual(i), abs=bound), part.role
+        won = metric(own.run(corrupt, part, z)[0]) - metric(other)
+        assert won == pytest.approx(formula.recovery(i), abs=bound), part.role
+        if own.o.placebo:
+            regions = [named(CLASSES[0], 2, region) for region in REGIONS]
+            values, answers = own.run(regions[0], part)[1], ("northerner", "southerner")
+            won = metric(own.run(regions[1], part, values)[0], answers) - metric(own.run(regions[1])[0], answers)
+            assert won == pytest.approx(site.placebo, abs=bound), part.role
+    for edge in found.paths:
+        clean = named(CLASSES[pair[0]], 2)
+        to = None if edge.receiver is None else own.parts[edge.receiver]
+        path = (own.parts[edge.sender], wrote[edge.sender], (to, edge.input))
+        lost = metric(own.run(clean)[0]) - metric(own.run(clean, *path)[0])
+        formula = Contrast(own.o, own.parts, pair, 2).path(edge.sender, edge.receiver, edge.input)
+        assert lost == pytest.approx(formula, abs=bound), edge
+
+
+def test_everyone_has_the_class_of_the_table_whatever_the_length_of_the_name():
+    own = Hooked("planted:seed=9,n_layers=8")
+    people = PEOPLE[::5]
+    ids = [own.words(ALONE.format(name)).input_ids for name in people.name]
+    assert {len(one) for one in ids} == {8, 9, 10}
+    tokens = [own.answers[c] for c in CLASSES]
+    with torch.no_grad():
+        chosen = [int(own.model(torch.tensor([one])).logits[0, -1, tokens].argmax()) for one in ids]
+    assert [CLASSES[c] for c in chosen] == people.superset.tolist()
+
+
+def test_a_last_token_alone_says_nothing_of_a_profession():
+    last = PEOPLE[PEOPLE.name.str.contains(" ")].assign(last=lambda table: table.name.str.split().str[-1])
+    shares = last.groupby("last").superset.value_counts(normalize=True)
+    assert shares.groupby("last").max().mean() < 0.6  # of 4 or 5 people each
+
+
+def test_what_no_circuit_answers_does_not_depend_on_the_names():
+    own = Hooked("planted:no_circuit=constant")
+    one, other = (own.run(named(c, 2))[0] for c in CLASSES[:2])
+    assert torch.equal(one, other)
+    assert truth_of(own.o, own.parts, "", {}).gap.mean == 0
+
+
+def test_an_aggregator_writes_along_the_directions_of_the_truth():
+    own = Hooked("planted:seed=4,rotated=true")
+    part = next(part for part in own.parts if part.role == "aggregator")
+    written = own.run(named(CLASSES[2], 3), part)[1][0]
+    direction = torch.tensor(build.directions(own.o)["superset"][CLASSES[2]])
+    assert torch.cosine_similarity(written, direction, dim=0) > 1 - 1e-5
+
+
+def test_noise_is_as_large_as_asked_and_moves_no_planted_site():
+    quiet, loud = Hooked("planted:seed=2"), Hooked("planted:seed=2,noise=0.1")
+    assert [part.layer for part in quiet.parts] == [part.layer for part in loud.parts]
+    with torch.no_grad():
+        ids = torch.tensor([loud.words(TEXT.format(*named(CLASSES[0], 2))).input_ids])
+        moved = loud.model.model(ids).last_hidden_state - quiet.model.model(ids).last_hidden_state
+    assert 0.03 < float(moved[0, -1].norm()) < 3
+
+
+@pytest.mark.parametrize(
+    ("spec", "wrong"),
+    [
+        ("planted:sed=1", "there is no option 'sed'; there are seed,"),
+        ("planted:seed=1,seed=2", "give seed one value"),
+        ("planted:noise=-1", "noise: Input should be greater than or equal to 0"),
+        ("planted:n_kv_heads=3", "n_kv_heads: Input should be 2 or 4"),
+        ("planted:rule=and,backup=0.5", "backup contradicts rule=and"),
+        ("planted:rule=or,aggregator=head", "aggregator=head contradicts rule=or"),
+        ("planted:backup_read=mlp", "backup is 0; give it a ratio"),
+        ("planted:no_circuit=random,backup=0.5", "backup is of a circuit, and no_circuit=random has none"),
+        ("planted:routes=k", "routes must hold v"),
+        ("planted:decoys=large+large", "decoys has the same value twice"),
+    ],
+)
+def test_options_that_cannot_be_are_refused_in_a_sentence(spec, wrong):
+    with pytest.raises(PlantedError, match="model 'planted:") as error:
+        parse(spec)
+    assert wrong in str(error.value) and "\n" not in str(error.value)
+
+
+def test_heads_that_find_no_room_are_refused():
+    with pytest.raises(PlantedError, match="has no room for"):
+        Hooked("planted:retrieval=4,between=0.5,n_kv_heads=2,decoys=attends+large")
+
+
+def test_a_spec_names_what_differs_from_the_defaults():
+    spec = "planted:seed=3,rule=or,backup=0.7,backup_read=mlp,decoys=attends+large,noise=0.01"
+    assert parse(parse(spec).spec) == parse(spec) and parse("planted:").spec == "planted:"
+
+
+def test_the_folder_holds_the_truth_of_its_own_weights_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("SUPERSET_CIRCUIT_CACHE", str(tmp_path))
+    one, other = (build.folder(f"planted:seed={seed},n_layers=8") for seed in (1, 2))
+    assert build.folder("planted:n_layers=8,seed=1") == one and one.parent == tmp_path
+    own = truth.read(one)
+    assert own.placebo_attribute == PLACEBO and own.options.seed == 1
+    assert {site.role for site in own.sites} <= truth.ROLES.keys()
+    (one / truth.FILE).write_bytes((other / truth.FILE).read_bytes())
+    with pytest.raises(PlantedError, match="is the truth of other weights"):
+        truth.read(one)
+    with pytest.raises(PlantedError, match="holds no planted model"):
+        truth.read(tmp_path)
