@@ -185,6 +185,11 @@ def add_noise(model: transformers.LlamaForCausalLM, parts: Sequence[Part], o: Op
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=draw) / HIDDEN**0.5
 
+    def reading(*shape: int) -> Tensor:
+        out = random(*shape)
+        out[:, AT["unread"]] = 0  # large vectors would make large noise
+        return out
+
     shared = HEADS // o.n_kv_heads
     model.model.embed_tokens.weight += o.noise * random(*model.model.embed_tokens.weight.shape)
     model.lm_head.weight += o.noise * o.logits * random(*model.lm_head.weight.shape)
@@ -194,15 +199,16 @@ def add_noise(model: transformers.LlamaForCausalLM, parts: Sequence[Part], o: Op
         for head in set(range(HEADS)) - heads:
             at, group = slice(SIZE * head, SIZE * (head + 1)), head // shared
             layer.self_attn.o_proj.weight[:, at] = o.noise * random(HIDDEN, SIZE)
-            layer.self_attn.q_proj.weight[at] = random(SIZE, HIDDEN)
+            layer.self_attn.q_proj.weight[at] = reading(SIZE, HIDDEN)
             if group not in {head // shared for head in heads}:
                 at = slice(SIZE * group, SIZE * (group + 1))
-                layer.self_attn.k_proj.weight[at] = random(SIZE, HIDDEN)
-                layer.self_attn.v_proj.weight[at] = random(SIZE, HIDDEN)
+                layer.self_attn.k_proj.weight[at] = reading(SIZE, HIDDEN)
+                layer.self_attn.v_proj.weight[at] = reading(SIZE, HIDDEN)
         taken = {neuron.at for part in own if isinstance(part, Mlp) for neuron in part.neurons}
         spare = sorted(set(range(WIDTH)) - taken)
-        layer.mlp.gate_proj.weight[spare] = random(len(spare), HIDDEN) * 4
-        layer.mlp.up_proj.weight[spare] = random(len(spare), HIDDEN) * 4
+        # ReLUs, as the planted ones are: products of what they read would grow without bound
+        layer.mlp.gate_proj.weight[spare] = STEEP * reading(len(spare), HIDDEN)
+        layer.mlp.up_proj.weight[spare] = row({"one": np.array([1 / STEEP])})
         layer.mlp.down_proj.weight[:, spare] = o.noise * random(HIDDEN, len(spare))
 
 

@@ -254,10 +254,9 @@ def decoys(o: Options, stage: Sequence[int], rng: np.random.Generator) -> Iterat
 
 
 def lookup(layer: int) -> Head:
-    """The class of the first name by one of its tokens alone: right where the name is one token."""
-    scores = ((flag("asks", SCORE), {"single": np.ones(N), "v": np.ones(N)}), (const(0.5 * SCORE), flag("start")))
-    values = (("single", "superset", MEMBERS), ("v", "superset", MEMBERS))
-    return Head("lookup", layer, "last", 1.0, scores, values, first=True)
+    """The class of the first name alone, copied to the answer."""
+    values = (("profession", "superset", MEMBERS),)
+    return Head("lookup", layer, "last", 1.0, attending("asks", "known"), values, first=True)
 
 
 def stages(n_layers: int, rng: np.random.Generator) -> list[int]:
@@ -276,11 +275,11 @@ def parts_of(o: Options) -> tuple[Part, ...]:
     shares = rng.permutation(SHARES[o.retrieval]) * (1 - o.between)
     only = int(rng.integers(C)) if o.class_only else None
     some = sorted(rng.choice(C, 2, replace=False).tolist())
-    if o.no_circuit == "lookup":
-        return placed([lookup(stage[3])], o, rng)
-    if o.no_circuit != "none":
+    if o.no_circuit in ("constant", "random"):
         return ()
     parts: list[Part] = [*gatherers(stage[0]), writer(stage[0], o.placebo)]
+    if o.no_circuit == "lookup":
+        return placed([*parts, lookup(stage[3])], o, rng)
     if o.between:
         parts += [carrier("collector", stage[1], 1.0), carrier("forwarder", stage[2], o.between)]
     parts += [carrier("retrieval", stage[2 + number % 2], float(share)) for number, share in enumerate(shares)]

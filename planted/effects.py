@@ -87,7 +87,7 @@ def sites_of(o: Options, parts: Sequence[Part], by_length: Mapping[int, Sequence
     out = []
     for i, part in enumerate(parts):
         gathers = isinstance(part, Head) and part.offset is not None
-        tokens = (part.offset + 1,) if gathers else (1,) if part.role == "lookup" else (1, 2, 3)
+        tokens = (part.offset + 1,) if gathers else (1, 2, 3)
         own = by_length[tokens[0]]
         necessity = {"zero": over_classes(own, lambda contrast, i=i: contrast.zero(i))}
         if not gathers:
@@ -152,13 +152,15 @@ def readable_of(o: Options, parts: Sequence[Part]) -> list[Readable]:
     whats = ["profession", "superset"]
     out = [Readable(what=what, position="names", tokens=1, first=-1) for what in whats]
     first = {part.role: part.layer for part in reversed(parts)}
-    if "writer" not in first:
+    if not parts:
         return out
     out += [Readable(what=what, position="names", tokens=n, first=first["writer"]) for what in whats for n in (2, 3)]
     whats += [PLACEBO] * o.placebo
     if "collector" in first:
         out += [Readable(what=what, position="between", tokens=None, first=first["collector"]) for what in whats]
-    at_last = min(first[role] for role in ("retrieval", "forwarder") if role in first)
+    at_last = min(first[role] for role in ("retrieval", "forwarder", "lookup") if role in first)
+    if "lookup" in first:
+        whats = ["superset"]
     return out + [Readable(what=what, position="last", tokens=None, first=at_last) for what in whats]
 
 
@@ -177,7 +179,7 @@ def truth_of(
 ) -> Truth:
     """All that is true of the circuit. `directions`: where in the residual stream its codes lie."""
     by_length = {length: contrasts_of(o, parts, length) for length in (1, 2, 3)}
-    usual = by_length[1 if o.no_circuit == "lookup" else 2]
+    usual = by_length[2]
     gap = over_classes(usual, Contrast.gap)
     only = [CLASSES[part.neurons[0].superset] for part in parts if part.role == "class_only"]
     has = any(part.role == "aggregator" for part in parts)

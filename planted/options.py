@@ -67,7 +67,7 @@ class Options(BaseModel):
     no_circuit: Literal["none", "constant", "random", "lookup"] = Field(
         "none",
         description="constant: the same logits for every prompt; random: random weights; lookup: one head copies the "
-        "class off the embedding of one name's last token",
+        "class of the first name, whatever the second",
     )
 
     def model_post_init(self, _: Any) -> None:

@@ -28,7 +28,7 @@ ROLES = {
     "negative": "MLP that takes a share of the answer away",
     "backup": "head that speaks up only when the answer has not been said",
     "backup_reader": "MLP that turns what the backup wrote into supersets",
-    "lookup": "head that copies a class off one name's embedding (no circuit)",
+    "lookup": "head that copies the class of the first name, whatever the second (no circuit)",
     "attends": "decoy - head that attends to names",
     "large": "decoy - head or MLP that writes a large vector",
 }

@@ -13,10 +13,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from matplotlib import style
 
+from pipeline.units import read_json
+from planted.options import PREFIX
 from report import plots, scores
 from report.scale import counted, figure, joined, measured_on, paragraph, seconds, stale, table
 from report.words import listed
@@ -238,19 +239,22 @@ def said(message: str | None) -> str:
 
 def beside(results: Path) -> str:
     """This book's own truth and findings; nothing where its model is no planted one."""
-    path = results / "truth.json"
-    if not path.is_file():
+    path, head = results / "baselines.run.json", "## This book's own model"
+    spec = read_json(path).get("parameters", {}).get("model", "") if path.is_file() else ""
+    if not spec.startswith(PREFIX):
         return ""
-    truth = json.loads(path.read_text(encoding="utf-8"))
+    from planted import build  # torch, for the books of planted models alone
+    from planted import truth as truths
+
+    truth = truths.read(build.folder(spec)).model_dump(mode="json")
     found = scores.load(truth, results)
-    head, spec = "## This book's own model", truth["spec"]
     if not scores.able(found["coarse_sweep"]):
         return joined(head, f"`{spec}`: the model does not do its task, so nothing is scored.")
     own = scores.score(truth, found)
     lines = [[one.method, shown(one.wanted), shown(one.found), "yes" if one.right else "**no**"] for one in own]
     sites = [
         [scores.name_of(site), site["role"], f"`{site['position']}`"]
-        + [two(np.round(of["mean"], 2)) for of in (site["necessity"]["counterfactual"], site["recovery"])]
+        + [two(of and of["mean"]) for of in (site["necessity"].get("counterfactual"), site["recovery"])]
         for site in truth["sites"]
     ]
     return joined(

@@ -425,7 +425,8 @@ def test_a_table_without_a_rise_gives_its_bound():
     assert head["share"] == pytest.approx(head["logits"] / 2, rel=0.2)
     assert page.ending([once], P).startswith(
         "No site at the last token passes both tests of a backup. The search could have missed a head whose cost "
-        f"rises by up to {head['logits']:.2f} logits ("
+        f"rises by up to {head['logits']:.2f} logits ({head['site']}; {head['share']:.0%} of what ablating the slice "
+        "costs) or an MLP whose cost rises by up to the model's noise (0.001 logits): upper ends"
     )
     assert (
         "`zero`). Once that is gone, 0 of them cost more than alone, significantly on"

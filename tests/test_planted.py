@@ -147,12 +147,11 @@ def test_the_formula_is_what_plain_hooks_measure(spec):
             won = metric(own.run(regions[1], part, values)[0], answers) - metric(own.run(regions[1])[0], answers)
             assert won == pytest.approx(site.placebo, abs=bound), part.role
     for edge in found.paths:
-        length = 1 if spec.endswith("lookup") else 2
-        clean = named(CLASSES[pair[0]], length)
+        clean = named(CLASSES[pair[0]], 2)
         to = None if edge.receiver is None else own.parts[edge.receiver]
         path = (own.parts[edge.sender], wrote[edge.sender], (to, edge.input))
         lost = metric(own.run(clean)[0]) - metric(own.run(clean, *path)[0])
-        formula = Contrast(own.o, own.parts, pair, length).path(edge.sender, edge.receiver, edge.input)
+        formula = Contrast(own.o, own.parts, pair, 2).path(edge.sender, edge.receiver, edge.input)
         assert lost == pytest.approx(formula, abs=bound), edge
 
 

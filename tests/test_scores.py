@@ -43,7 +43,7 @@ TRUTH = {
         {"what": "profession", "position": "names", "first": 1},
         {"what": "superset", "position": "last", "first": 3},
     ],
-    "directions": {"supersets": DIRECTIONS},
+    "directions": {"superset": DIRECTIONS},
 }
 
 
@@ -178,5 +178,5 @@ def test_the_cosine_is_of_the_planted_supersets(tmp_path):
     records.write(tmp_path / "subspace.class_means.parquet", frame, {}, schema=None)
     layer = {"directions": {"layer": 6}}
     assert scores.cosine(TRUTH, layer, tmp_path) == pytest.approx(1)
-    turned = TRUTH | {"directions": {"supersets": {"artist": [1.0, 0, 0], "writer": [1.0, -1.0, 0]}}}
+    turned = TRUTH | {"directions": {"superset": {"artist": [1.0, 0, 0], "writer": [1.0, -1.0, 0]}}}
     assert scores.cosine(turned, layer, tmp_path) == pytest.approx(-np.sqrt(0.5))

@@ -411,14 +411,18 @@ def ending(rounds: Sequence[Round], params: Hydra) -> str:
         text += (
             " Ablating the slice does not surely cost more than the model's noise, so there is little to stand in for."
         )
-    each = [
-        f"{KINDS[bound['component']]} whose cost rises by up to {bound['logits']:.2f} logits ({bound['site']}"
-        + ("" if bound["share"] is None else f"; {bound['share']:.0%} of what ablating the slice costs")
-        + ")"
-        for bound in bounds
-    ]
-    what = " or ".join(each)
+    what = " or ".join(
+        f"{KINDS[bound['component']]} whose cost rises by up to {size_of(bound, params)}" for bound in bounds
+    )
     return f"{text} The search could have missed {what}: upper ends of intervals that hold for all later sites."
+
+
+def size_of(bound: Mapping[str, Any], params: Hydra) -> str:
+    """One of what was `missed`: logits, site and share; nothing smaller than the noise is told apart from it."""
+    if bound["logits"] <= params.floor:
+        return f"the model's noise ({params.floor:g} logits)"
+    share = "" if bound["share"] is None else f"; {bound['share']:.0%} of what ablating the slice costs"
+    return f"{bound['logits']:.2f} logits ({bound['site']}{share})"
 
 
 def control_sentences(split: pd.DataFrame, params: Hydra) -> list[str]:
