@@ -28,7 +28,6 @@ import matplotlib as mpl
 import torch
 
 from pipeline import keys, machine, params, units
-from planted import build, truth
 from planted.options import PREFIX
 from report import scores
 from report.validation import NOTHING
@@ -97,11 +96,11 @@ def plan() -> list[Run]:
     return seeds + nothing + noisy
 
 
-def parameters(run: Run, folder: Path, results: str) -> dict[str, Any]:
+def parameters(run: Run, results: str) -> dict[str, Any]:
     """The profile's parameters, with LESS, of one model."""
     given = params.load_profile("planted")
     given |= {key: given.get(key, {}) | less if isinstance(less, dict) else less for key, less in LESS.items()}
-    return given | {"model": str(folder), "seed": run.seed, "results_dir": results}
+    return given | {"model": run.spec, "seed": run.seed, "results_dir": results}
 
 
 def cells(step: str) -> Iterator[str]:
@@ -126,12 +125,10 @@ def run_step(step: str, given: Mapping[str, Any]) -> float:
 
 def measure(run: Run) -> dict[str, Any]:
     """Every step on one model, and its scores; none where the model of a circuit does not do its task."""
-    folder = build.folder(run.spec)
-    known = truth.read(folder).model_dump(mode="json")
     with tempfile.TemporaryDirectory() as results:
-        given = parameters(run, folder, results)
+        given = parameters(run, results)
         taken = {step: run_step(step, given) for step in PLAN.names}
-        found = scores.load(known, Path(results))
+        known, found = scores.load(Path(results))
         asked = found["baselines"]["able"][given["task"]]
         scored = scores.score(known, found) if asked["able"] or run.group in NOTHING else []
     rows = [score._asdict() | {"right": score.right} for score in scored]

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lib import records
+from lib.errors import Refusal
 from pipeline.units import read_json
 
 SHARE = 0.02
@@ -410,14 +412,22 @@ def able(found: Finding) -> bool:
     return found.get("able", True)
 
 
-def load(truth: Truth, results: Path) -> dict[str, Any]:
-    """The findings of a results folder by step, its claims, and the `cosine` of step 08."""
+def load(results: Path) -> tuple[Truth, dict[str, Any]]:
+    """The truth that lies beside results, and their findings by step, claims, and the `cosine` of step 08. Refusal
+    where it is the truth of other weights than the results are of."""
+    truth = json.loads((results / "truth.json").read_text(encoding="utf-8"))
     found = {path.name.removesuffix(".findings.json"): read_json(path) for path in results.glob("*.findings.json")}
+    weights = found["baselines"]["model"]["sha256"]
+    if weights != truth["sha256"]:
+        raise Refusal(
+            f"truth.json is of other weights ({truth['sha256'][:12]}) than the results beside it ({weights[:12]}): "
+            "delete it, and run step 01 again"
+        )
     if (results / "claims.json").is_file():
         found["claims"] = read_json(results / "claims.json")
     if able(found.get("subspace", {"able": False})):
         found["subspace"]["cosine"] = cosine(truth, found["subspace"], results)
-    return found
+    return truth, found
 
 
 def cosine(truth: Truth, found: Finding, results: Path) -> float:
