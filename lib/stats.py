@@ -31,7 +31,7 @@ MINIMUM_CLUSTERS = 20  # below it, estimates are given without intervals
 CHUNK = 2**21  # elements of the largest temporary: 16 MB in fp64
 TAILS = 7  # degrees of freedom of the Student's t whose tails stand in for a bootstrap's, see `p_of_interval`
 ZERO = 1e-12  # a variance below this share of the values' mean square is rounding, not spread
-SPREAD = 0.15  # for all sites together, a resample counts at a site whose error in it reaches this share of its own
+SPREAD = 0.15  # a resample counts at a site whose error in it reaches this share of its own
 
 
 @dataclass(frozen=True)
@@ -167,11 +167,11 @@ class _Ratios(NamedTuple):
             squares = np.where(squares > ZERO * n * n * self.error**2, squares, np.nan)
             yield delta, np.sqrt(squares / (n * (n - 1))) * (n / total)
 
-    def t_values(self, settings: Settings, least: float = 0.0) -> Iterator[Float[np.ndarray, "chunk sites"]]:
+    def t_values(self, settings: Settings) -> Iterator[Float[np.ndarray, "chunk sites"]]:
         """t per resample and site: how far the ratio moved, over the resample's own standard error; NaN where that is
-        less than a share `least` of the ratio's."""
+        less than a share SPREAD of the ratio's."""
         for delta, error in self.resampled(settings, settings.seed):
-            yield np.where((self.error > 0) & (error >= least * self.error), delta / error, np.nan)
+            yield np.where((self.error > 0) & (error >= SPREAD * self.error), delta / error, np.nan)
 
 
 def _intervals(
@@ -180,8 +180,8 @@ def _intervals(
     """Symmetric bootstrap-t intervals, estimate +- (quantile of |t|) x error, for each site or for all together.
 
     Two degenerate cases. No spread between quads: the interval is the estimate itself. More than a share 1 - level of
-    the resamples without spread (values nearly all equal): the quantile is not determined, and Student's t stands in.
-    Fewer are left out.
+    the resamples almost without spread (`SPREAD`; a quad or two apart from others that are nearly alike): their |t| may
+    be anything, the quantile is not determined, and Student's t stands in (Bonferroni over sites). Fewer are left out.
     """
     check(settings)
     n, sites = numerator.shape
@@ -190,8 +190,9 @@ def _intervals(
     if reason := too_few(n):
         return [Interval(float(estimate), None, None, level, n, reason) for estimate in ratios.estimate]
     if together:
-        largest = [np.fmax.reduce(np.abs(t), axis=1, initial=0.0) for t in ratios.t_values(settings, SPREAD)]
-        critical, method = np.full(sites, np.quantile(np.concatenate(largest), level)), f"max-|t| over {sites} sites"
+        largest = [np.fmax.reduce(np.abs(t), axis=1) for t in ratios.t_values(settings)]
+        critical = np.full(sites, _quantiles(np.concatenate(largest)[:, None], level)[0])
+        method = f"max-|t| over {sites} sites"
     else:
         width = max(1, CHUNK // settings.resamples)  # sites at a time, all with the same resamples
         blocks = [ratios.columns(slice(start, start + width)) for start in range(0, sites, width)]
@@ -203,7 +204,8 @@ def _intervals(
         if error == 0:
             quantile, how = 0.0, "no spread between clusters"
         elif np.isnan(quantile):
-            quantile, how = float(stats.t.ppf((1 + level) / 2, n - 1)), "Student's t"
+            several = sites if together else 1  # Bonferroni
+            quantile, how = float(stats.t.ppf(1 - (1 - level) / 2 / several, n - 1)), "Student's t"
         intervals.append(Interval(estimate, estimate - quantile * error, estimate + quantile * error, level, n, how))
     return intervals
 
@@ -288,11 +290,12 @@ def _of_two(one: Shares, other: Shares, combine: Callable, settings: Settings, t
         drawn += [ratios.estimate + moved, own]
     values, errors = combine(*drawn)
     t = np.abs(values - estimate) / errors
-    if together:
-        t = np.where(errors >= SPREAD * error, t, np.nan)
-        critical = np.full(len(estimate), np.quantile(np.fmax.reduce(t, axis=1, initial=0.0), level))
-    else:
-        critical = _quantiles(t, level)
+    defined = np.isfinite(t).mean(0) >= level
+    t = np.where(errors >= SPREAD * error, t, np.nan)
+    t = np.fmax.reduce(t, axis=1, keepdims=True) if together else t
+    critical = np.broadcast_to(_quantiles(t, level), estimate.shape)
+    student = stats.t.ppf(1 - (1 - level) / 2 / (len(estimate) if together else 1), n - 1)  # as in `_intervals`
+    critical = np.where(error == 0, 0.0, np.where(np.isnan(critical) & defined, student, critical))
     intervals = []
     for value, reach in zip(estimate.tolist(), (critical * error).tolist(), strict=True):
         known = np.isfinite(reach)
@@ -308,7 +311,8 @@ def simultaneous(matrix: Float[np.ndarray, "quads sites"], settings: Settings = 
     Each is estimate +- c standard errors, where c is the quantile of the largest |t| over sites in resamples of whole
     quads, so the correlation between sites is kept (Romano and Wolf 2005). A site does not count towards the largest
     in a resample that misses nearly all of its spread (`SPREAD`): else one site whose effect is a single quad's would
-    make every interval as wide as one likes. In simulations of 300 sites they covered in some 95% or more with normal,
+    make every interval as wide as one likes. Where no site counts in more than a share 1 - level of the resamples,
+    Student's t stands in. In simulations of 300 sites they covered in some 95% or more with normal,
     heavy-tailed and lognormal values alike, from 20 quads on (`bench/coverage.py`).
     """
     values = _matrix(matrix, "matrix")

@@ -292,6 +292,27 @@ def test_a_site_of_a_single_quad_does_not_widen_all_intervals_without_end():
     assert max(widths) < 4 * max(one.high - one.low for one in alone) and beside[5].high - beside[5].low < 2
 
 
+@pytest.mark.parametrize("apart", [1, 2])
+def test_quads_that_are_nearly_alike_but_for_one_or_two_have_intervals_of_their_own_size(apart):
+    """Many resamples hold none of those that are apart: their own error is rounding, and their t may be anything."""
+    values = np.random.default_rng(0).normal(0, 1e-6, (24, 3))
+    values[:apart] += 1
+    rows = (values, np.ones((24, 1)))
+    shares, other = stats.Shares(1 + values, rows[1]), stats.Shares(1 + values[::-1], rows[1])
+    error = values[:, 0].std(ddof=1) / np.sqrt(24)
+    for told, sites in (
+        (stats.mean_intervals(values), 1),
+        (stats.ratio_intervals(*rows), 1),
+        (stats.simultaneous(values), 3),
+    ):
+        reach = reference.t.ppf(1 - 0.025 / sites, 23) * error
+        assert [own.high - own.low for own in told] == pytest.approx([2 * reach] * 3, rel=1e-3)
+    for told in (*stats.quotients(shares, other), *stats.contrasts(shares, other, 1.0)):
+        assert told.high - told.low < 10 * error
+    exact = stats.Shares(np.full((24, 2), 2.0), rows[1])
+    assert [(own.low, own.high) for own in stats.contrasts(exact, exact, 0.5)] == [(1.0, 1.0)] * 2
+
+
 # --- rank agreement
 
 
