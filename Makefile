@@ -56,7 +56,7 @@ export JUPYTER_PREFER_ENV_PATH := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help env book plan pairs lab test test-long browser bench bench-peers wheels lint format clean conda-ready
+.PHONY: help env book plan pairs lab test test-long browser bench bench-peers validation wheels lint format clean conda-ready
 
 help: ## list the targets
 	@echo "make <target> [PROFILE=$(PROFILE)]"
@@ -104,6 +104,10 @@ bench: $(READY) ## sweeps of heads and of neurons, path patching, and how cost g
 	$(PY) -m bench.neurons
 	$(PY) -m bench.paths
 	$(PY) -m bench.growth
+
+# One thread, so that its time can be compared; it can be stopped, and goes on where it was.
+validation: $(READY) ## planted circuits through all steps, truth against findings: to bench/results/validation.json
+	OMP_NUM_THREADS=1 $(PY) -m bench.validation
 
 bench-peers: .venv-peers/.stamp ## the same work by TransformerLens, nnsight, pyvene and plain hooks, in an environment of their own
 	.venv-peers/bin/python -m bench.peers

@@ -25,7 +25,18 @@ from torch import Tensor
 
 from lib import metrics, single_pass
 from lib.hooks import Model, Site
-from lib.single_pass import Activations, BaseRun, Grown, Row, base_run, index_batches, joined, plain_runs, token_ids
+from lib.single_pass import (
+    Activations,
+    BaseRun,
+    Grown,
+    Row,
+    SweepError,
+    base_run,
+    index_batches,
+    joined,
+    plain_runs,
+    token_ids,
+)
 from lib.tasks import Pair, token_texts
 
 ABLATIONS = ("zero", "mean", "resample", "counterfactual")
@@ -330,6 +341,9 @@ class PairBatch:
 
     def numbers(self, base: BaseRun, rows: list[Row], grown: Grown, longer: Sequence[Grown]) -> dict[str, np.ndarray]:
         """Prove and score a pass. `longer` has the same rows after the first token of each candidate of two."""
+        asked = token_ids(self.model, [getattr(pair, self.edited).ids for pair in self.pairs])
+        if not torch.equal(base.ids, asked):
+            raise SweepError(f"pairs {self.pairs[0].pair_id} ...: the run to edit is not of the {self.edited} prompts")
         single_pass.prove_rows(self.model, grown, lambda index: self.describe(rows[index]))
         single_pass.prove_base_rows(self.model, base, grown, lambda index: f"pair {self.pairs[index].pair_id}")
         owner = np.array([row.owner for row in rows])
@@ -401,6 +415,7 @@ class PairBatch:
             logits = self.model.logits(run.hidden)
             plain = self.metrics(logits, logits, np.arange(len(pairs)), side)
             columns |= {f"{name}_{side}": plain[name][owner] for name in ("metric", "logit_diff")}
+        prove_own(columns, scored["logit_diff_before"], 2 * self.model.noise)
         for when in ("before", "after"):
             columns[f"foil_{when}"] = candidates[owner, scored[f"foil_{when}"]]
             columns[f"logits_{when}"] = list(scored[f"candidate_logits_{when}"].astype(np.float32))
@@ -410,6 +425,18 @@ class PairBatch:
         words = token_texts(tokenizer, ids.tolist()) if tokenizer else list(map(str, ids.tolist()))
         columns["top_token_after"] = np.array(words)[inverse]
         return pd.DataFrame(columns | {name: scored[name] for name in AS_SCORED if name in scored})
+
+
+def prove_own(columns: Mapping[str, np.ndarray], before: np.ndarray, noise: float) -> None:
+    """SweepError for the first row whose `logit_diff_before` is not that of its pair's own prompt, the clean one under
+    `noise`: rows that changed places, or sides that did."""
+    side = "clean" if columns["direction"] == "noise" else "corrupt"
+    for index in np.flatnonzero(~(np.abs(before - columns[f"logit_diff_{side}"]) <= noise))[:1]:
+        pair, own = columns["pair_id"][index], columns[f"logit_diff_{side}"][index]
+        raise SweepError(
+            f"pair {pair}: logit_diff before the {columns['direction']} is {before[index]:.6g}, and {own:.6g} in its "
+            f"{side} prompt: rows or sides have changed places"
+        )
 
 
 def logit_rows(model: Model) -> int:

@@ -51,6 +51,16 @@ def clusters(pairs: pd.DataFrame, columns: Sequence[str] = NAMES) -> np.ndarray:
     return found[: len(pairs)]
 
 
+def check_halves(pairs: pd.DataFrame) -> None:
+    """ValueError for a name that stands in pairs of both halves."""
+    first, *rest = (set(part[[*NAMES]].to_numpy().ravel()) - {""} for _, part in pairs.groupby("half"))
+    if shared := sorted(first.intersection(*rest)) if rest else []:
+        raise Refusal(
+            f"{shared[0]!r} is in pairs of both halves, and what is picked on one is reported on the other; give pairs "
+            "that share a name one quad_id, or leave that column out"
+        )
+
+
 _REQUIRED = ("clean_a", "clean_b", "corrupt_a", "corrupt_b", "answer", "corrupt_answer")
 _OPTIONAL = ("task", "template", "clean_c", "corrupt_c", "pair_id", "quad_id")
 

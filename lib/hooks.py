@@ -249,7 +249,11 @@ def on_activation(model: Model, layer: int, component: str, visit: Visit) -> Rem
         return on_input(module, visit)
 
     def after(_: nn.Module, args: tuple, output: Tensor | tuple) -> Tensor | tuple | None:
-        new = visit(first_tensor(output))
+        activation = first_tensor(output)
+        if not isinstance(activation, Tensor) or activation.ndim != 3:
+            shape = tuple(getattr(activation, "shape", ())) or type(activation).__name__
+            raise ModelError(f"{model.name}: layer {layer} {component} gave {shape}, not (batch, tokens, width)")
+        new = visit(activation)
         if new is None:
             return None
         return (new, *output[1:]) if isinstance(output, tuple) else new

@@ -272,8 +272,8 @@ def prove(model: Model) -> None:
 
     1. Each module's hook fires once, in the order of the layers. 2. o_proj of the captured heads equals the captured
     attention output, and down_proj of the captured neurons the MLP's. 3. The body, and the final norm of the last
-    block, give the model's own logits. 4. The base pass of the sweep (cached prefix, rows appended) equals the plain
-    forward pass.
+    block, give the model's own logits, in fp32 or better. 4. Prompts of two lengths, read together, are what each is
+    alone. 5. The base pass of the sweep (cached prefix, rows appended) equals the plain forward pass.
     """
     # spread over the vocabulary: its first tokens may all be reserved, with one embedding between them (SmolLM2)
     ids = torch.arange(1, 9, device=model.device)[None] * 997 % model.model.config.get_text_config().vocab_size
@@ -302,7 +302,22 @@ def prove(model: Model) -> None:
     # the model's own logits are in its dtype: bf16 moves in steps of 0.125 at 16 to 32
     if not off <= max(model.noise, torch.finfo(model.dtype).eps * logits.abs().max().item()):
         raise ModelError(f"{model.name}: fp32 logits of the final hidden state differ from the model's own: {off:.2g}")
+    if torch.finfo(model.dtype).bits == 16 and torch.equal(final, final.to(model.dtype).to(final.dtype)):
+        raise ModelError(f"{model.name}: logits of the final hidden state are rounded to {model.dtype}, not fp32")
+    prove_lengths(model, ids, seen[Site(0, "resid")])
     prove_identity(model, base)
+
+
+def prove_lengths(model: Model, ids: Int[Tensor, "1 tokens"], resid: Float[Tensor, "1 tokens hidden"]) -> None:
+    """ModelError unless a prompt and its beginning, read together, give the prompt's own residual stream of layer 0:
+    padding that is seen, or that moves positions, does not."""
+    prompts = [ids[0].tolist(), ids[0, :-2].tolist()]
+    ends = [[len(prompt) - 1] for prompt in prompts]
+    for places, run in single_pass.plain_runs(model, prompts, ends, ("resid",), size=2, layers=[0]):
+        wanted = resid[0, [ends[place][0] for place in places]]
+        off, loose = (run.activations["resid", 0][:, 0] - wanted).norm(), 1e-1 if model.low_precision else 1e-3
+        if not off <= loose * wanted.norm():
+            raise ModelError(f"{model.name}: prompts of two lengths, read together, are not what each is alone")
 
 
 def prove_order(model: Model, fired: Sequence[tuple[int, str]]) -> None:
@@ -333,11 +348,12 @@ def prove_projection(model: Model, layer: int, part: str, z: Tensor, seen: Mappi
 
 
 def prove_identity(model: Model, base: BaseRun) -> float:
-    """The identity patch: every component of every layer replaced by its own value must change nothing. Returns the
-    largest logit difference; SweepError when it exceeds the noise of the dtype."""
+    """The identity patch: every component of every layer replaced by its own value must change nothing; the prompts of
+    the run take turns. Returns the largest logit difference; SweepError when it exceeds the noise of the dtype."""
     sites = hooks.all_sites(model, ("resid", "attn", "mlp"))
     sites += [Site(layer, "head", head) for layer in range(model.n_layers) for head in {0, model.n_heads - 1}]
-    rows = [Row((site,), owner, owner) for owner in range(len(base.ids)) for site in sites]
+    owners = itertools.cycle(range(len(base.ids)))
+    rows = [Row((site,), owner, owner) for site, owner in zip(sites, owners, strict=False)]
     grown = grow(model, base, rows, base.activations)
     prove_base_rows(model, base, grown)
     logits, plain = model.logits(grown.hidden), model.logits(base.hidden)[[row.owner for row in rows]]
@@ -347,13 +363,19 @@ def prove_identity(model: Model, base: BaseRun) -> float:
 
 def prove_whole_residual(model: Model, ids: Int[Tensor, " tokens"], other: Int[Tensor, " tokens"]) -> float:
     """The whole residual stream of `other` at all positions into `ids`, at the first, middle and last layer, must give
-    `other`'s logits. Returns the largest difference; SweepError when it exceeds the noise of the dtype."""
+    `other`'s logits, and all heads together what whole attention modules give. Returns the largest difference from
+    `other`'s logits; SweepError when either exceeds the noise of the dtype."""
     everywhere, layers = range(len(ids)), sorted({0, model.n_layers // 2, model.n_layers - 1})
-    base, source = (base_run(model, prompt[None], everywhere, ("resid",)) for prompt in (ids, other))
-    grown = grow(model, base, [Row((Site(layer, "resid"),), 0, 0) for layer in layers], source.activations)
+    base, source = (base_run(model, prompt[None], everywhere, ("resid", "attn", "head")) for prompt in (ids, other))
+    sets = [tuple(hooks.all_sites(model, [part])) for part in ("attn", "head")]
+    sets += [(Site(layer, "resid"),) for layer in layers]
+    grown = grow(model, base, [Row(sites, 0, 0) for sites in sets], source.activations)
+    (modules, heads, *logits), plain = model.logits(grown.hidden), model.logits(source.hidden)
     words = "{}: the whole residual of one run in another does not give its logits; they differ by {:.3g}"
-    logits, plain = model.logits(grown.hidden), model.logits(source.hidden)
-    return prove_same(model, logits, plain, lambda _, off: words.format(model.name, off))
+    whole = prove_same(model, torch.stack(logits), plain, lambda _, off: words.format(model.name, off))
+    words = "{}: all heads of one run in another do not give what its attention modules do; they differ by {:.3g}"
+    prove_same(model, heads[None], modules[None], lambda _, off: words.format(model.name, off))
+    return whole
 
 
 @torch.no_grad()

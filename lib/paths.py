@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from lib import hooks, sweep
 from lib.batches import Grow, Options, check_role, grouped
 from lib.hooks import EMBED, Model, Site
-from lib.single_pass import Activations, BaseRun, Batch, Growing, Grown, Row, SweepError
+from lib.single_pass import Activations, BaseRun, Batch, Growing, Grown, Ids, Row, SweepError, base_run, token_ids
 from lib.tasks import Pair
 from lib.weights import ModelError
 
@@ -127,6 +127,7 @@ def run(
     if mlps not in MLPS:
         raise ValueError(f"mlps {mlps!r} is unknown; allowed are {', '.join(MLPS)}")
     check_receivers(model, receivers)
+    prove_receivers(model, token_ids(model, [pairs[0].clean.ids] if pairs else [[0]]))
     for group in grouped(pairs):
         check_roles(group[0], receivers, sender_role)
     sets = senders_before(model, receivers) if senders is None else [tuple(Site(*site) for site in s) for s in senders]
@@ -360,6 +361,43 @@ def projection(model: Model, attention: nn.Module, kind: str) -> tuple[nn.Module
             return getattr(attention, name), heads * model.head_size
     looked = ", ".join((PROJECTIONS[kind], *FUSED))
     raise ModelError(f"{type(attention).__name__}: no {kind} projection found; looked for {looked}")
+
+
+@torch.no_grad()
+def prove_receivers(model: Model, ids: Ids) -> None:
+    """SweepError unless q, k and v of heads of layer 0, as `receivers_of` names them, are set where they are read, and
+    move these heads, and those that share the k and v, alone. In attention by itself, on one prompt."""
+    attention, calls, group = model.attns[0], [], model.n_heads // model.n_kv_heads
+    note = attention.register_forward_pre_hook(lambda _, *call: calls.append(call), with_kwargs=True)
+    with hooks.removing([note]):
+        base_run(model, ids, (), (), layers=[0])
+    args, kwargs = calls[0]
+
+    def heads(place: Input | None = None) -> tuple[Tensor, list[Tensor]]:
+        """The heads' outputs, (tokens, heads, head size), with a receiver's values in the reverse order of tokens."""
+        seen, found = [], []
+
+        def turn(value: Tensor) -> Tensor:
+            found.append(value[..., place.columns].clone())
+            value[..., place.columns] = found[0].flip(1)
+            return value
+
+        with hooks.removing([hooks.on_activation(model, 0, "head", lambda z: seen.append(z[0].clone()))]) as handles:
+            handles += [place.on(turn)] if place else []
+            attention(*args, **kwargs)
+        return seen[0].unflatten(-1, (model.n_heads, -1)).double(), found
+
+    plain, hidden = heads()[0], hooks.split_call(args, kwargs)[0]
+    for head in sorted({0, group - 1, model.n_heads - 1}):
+        for receiver in receivers_of(model, [Site(0, "head", head)], dict.fromkeys(PROJECTIONS, "all")):
+            place, size = input_of(model, receiver), 1 if receiver.kind == "q" else group
+            (turned, found), read = heads(place), place.values(hidden)[..., place.columns]
+            if not (found and torch.allclose(read, found[0], rtol=1e-3)):
+                raise SweepError(f"{model.name}: receiver {receiver} is not set where it is read")
+            moved = (turned - plain).norm(dim=(0, 2))
+            reached = torch.nonzero(moved > 1e-3 * moved.max()).flatten().tolist()
+            if any(at // size != head // size for at in reached):
+                raise SweepError(f"{model.name}: receiver {receiver} of head 0.{head} moves heads {reached}")
 
 
 def prove_base_rows(model: Model, base: BaseRun, value: Tensor) -> None:

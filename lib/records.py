@@ -102,6 +102,10 @@ DENOISING = Check(
     lambda frame: (frame["direction"] == "denoise") == (frame["ablation"] == "clean"),
     name="ablation is 'clean' exactly when denoising",
 )
+FOILS = Check(
+    lambda frame: (frame["foil_before"] != frame["answer"]) & (frame["foil_after"] != frame["answer"]),
+    name="a foil is not the answer",
+)
 SCHEMA = table_schema(
     "sweep table",
     {
@@ -134,7 +138,7 @@ SCHEMA = table_schema(
         **{f"metric_both_{when}": number(nullable=True) for when in WHEN},  # odd_one_out: over both tokens of a name
     },
     IDENTITY,
-    [PARTS, DENOISING],
+    [PARTS, DENOISING, FOILS],
 )
 
 # Rows in which a set of sites is changed together: layer, component and head name its first site, `site_set` its place
@@ -155,7 +159,7 @@ PATH_SCHEMA = table_schema(
     # the embedding lies below layer 0; L2 norm of the change that arrived at the receivers' inputs
     SET_SCHEMA.columns | {"layer": whole(-1)} | _PATH | {"arrived": number()},
     [*SET_SCHEMA.unique, *_PATH],
-    [DENOISING],
+    [DENOISING, FOILS],
 )
 
 

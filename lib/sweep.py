@@ -156,12 +156,19 @@ def packs(group: Sequence[Pair], rows_per_pair: int, role: str) -> Iterator[list
         yield list(group[at : at + size])
 
 
+def after_swapped(pair: Pair) -> Sequence[int]:
+    """The tokens after those in which a pair's prompts differ; the last one at least."""
+    return range(min(max(pair.clean.roles["swapped"]) + 1, len(pair.clean.ids) - 1), len(pair.clean.ids))
+
+
 def prove(model: Model, pair: Pair) -> list[str]:
     """The two proofs of a step, on one pair: the identity patch changes nothing; the whole residual stream at all
-    positions gives the other run. SweepError when they fail, else a line each with the largest difference."""
-    clean, corrupt = (token_ids(model, [prompt.ids]) for prompt in (pair.clean, pair.corrupt))
-    still = prove_identity(model, base_run(model, clean, pair.clean.roles["names"]))
-    whole = prove_whole_residual(model, corrupt[0], clean[0])
+    positions gives the other run. SweepError when they fail, else a line each with the largest difference.
+
+    The identity is one of both prompts, behind the tokens in which they differ: another prompt's prefix would show."""
+    both = token_ids(model, [pair.clean.ids, pair.corrupt.ids])
+    still = prove_identity(model, base_run(model, both, after_swapped(pair)))
+    whole = prove_whole_residual(model, both[1], both[0])
     return [
         f"identity patch on pair {pair.pair_id}: no logit moved by more than {still:.1e}",
         f"whole residual, clean into corrupt, on pair {pair.pair_id}: the clean run's logits to {whole:.1e}",

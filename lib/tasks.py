@@ -69,7 +69,7 @@ class Pair:
 def encoded(tokenizer: Any, text: str, special: bool = True) -> tuple[tuple[int, ...], list[tuple[int, int]]]:
     """The token ids of a prompt, the tokenizer's own special tokens (unless not `special`) before it, and the
     characters that each token stands for. ValueError for a tokenizer that is not fast or appends a token of its own,
-    and for a prompt longer than its model can read."""
+    or writes its first one twice, and for a prompt longer than its model can read."""
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError("a fast tokenizer is needed: this one gives no offset mapping")
     encoding = tokenizer(text, return_offsets_mapping=True, add_special_tokens=special)
@@ -81,6 +81,9 @@ def encoded(tokenizer: Any, text: str, special: bool = True) -> tuple[tuple[int,
             f"this tokenizer appends {tokenizer.convert_ids_to_tokens(ids[-1])!r}; the last token must be the prompt's "
             "own, so that the model predicts the answer after it"
         )
+    first = text[slice(*offsets[0])]
+    if ids[:1] == ids[1:2] and (not first or first in special_tokens(tokenizer)):
+        raise ValueError(f"the prompt begins with {tokenizer.convert_ids_to_tokens(ids[0])!r} twice; once is right")
     if len(ids) > (limit := getattr(tokenizer, "model_max_length", len(ids))):
         raise ValueError(f"the prompt has {len(ids)} tokens, and the model reads {limit}; choose shorter names")
     return ids, offsets
@@ -114,7 +117,8 @@ def candidates(
     tokenizer: Any, template: Template, attribute: str = SUPERSET
 ) -> tuple[tuple[str, ...], tuple[int, ...]]:
     """The classes of an attribute and, for each, the token id of its answer in the template's form with its leading
-    space. ValueError if an answer is not a single token for this tokenizer, or if two answers share one."""
+    space. ValueError if an answer is not a single token for this tokenizer, one without the space, or if two share
+    one."""
     words = answers(template, attribute)
     ids = answer_ids(tokenizer, words)
     for word, tokens in zip(words, ids, strict=True):
@@ -124,6 +128,9 @@ def candidates(
                 "give the class another word, or use a template whose answers have another form"
             )
     firsts = [tokens[0] for tokens in ids]
+    for word, read in zip(words, token_texts(tokenizer, firsts), strict=True):
+        if not read.startswith(" "):
+            raise ValueError(f"template {template.name!r}: the answer {word!r} is read as {read!r}, without its space")
     _distinct(words, firsts, f"template {template.name!r}")
     return tuple(template.question.answers[attribute]), tuple(firsts)
 

@@ -164,6 +164,13 @@ def sweep_unit(shape: Shape, pairs: Sequence[Pair], options: Mapping[str, Any], 
     return out
 
 
+def receivers_proved(shape: Shape, tokens: int) -> Work:
+    """`paths.prove_receivers`: a block of one prompt, and its attention once for each receiver."""
+    heads = len({0, shape.n_heads // shape.n_kv_heads - 1, shape.n_heads - 1})
+    attention = block(shape, tokens, tokens) - 2 * tokens * shape.mlp
+    return Work(plain=block(shape, tokens, tokens) + (1 + 3 * heads) * attention)
+
+
 def path_unit(shape: Shape, pairs: Sequence[Pair], options: Mapping[str, Any], machine: Machine) -> Work:
     """A unit of `hops.paths` (`paths.run`), the pool left out: two runs for every sender."""
     from lib import paths
@@ -182,7 +189,7 @@ def path_unit(shape: Shape, pairs: Sequence[Pair], options: Mapping[str, Any], m
     sent = [max(0, min(site.layer for site in own)) for own in sets]
     mixed = sum(len({site.layer for site in own if site.component == "head"}) for own in sets)
     project = 2 * shape.hidden * shape.n_heads * shape.head_size
-    out = Work()
+    out = receivers_proved(shape, len(pairs[0].clean.ids))
     for count, tokens, start, passes in packed(shape, pairs, len(sets), role, machine):
         roles = pairs[0].clean.roles
         spoken, suffix = len(roles[role]), tokens - start
@@ -202,10 +209,10 @@ def path_unit(shape: Shape, pairs: Sequence[Pair], options: Mapping[str, Any], m
 
 
 def proofs(shape: Shape, pair: Pair) -> Work:
-    """`sweep.prove`: identity patches at the names, and the whole residual of one run in the other."""
-    tokens, start = len(pair.clean.ids), min(pair.clean.roles["names"])
+    """`sweep.prove`: identity patches behind the names, and whole residuals and attention of one run in the other."""
+    tokens, suffix = len(pair.clean.ids), len(sweep.after_swapped(pair))
     first = [layer for layer in range(shape.n_layers) for _ in range(3 + len({0, shape.n_heads - 1}))]
-    grown = of_rows(shape, [0, *first], tokens - start, tokens)
-    grown += of_rows(shape, [0, *sorted({0, shape.n_layers // 2, shape.n_layers - 1})], tokens, tokens)
-    rows = len(first) + 8
-    return plain(shape, 3, tokens, 3) + vocabulary(shape, rows) + Work(passes=2, spans=grown)
+    grown = of_rows(shape, [0, 0, *first], suffix, tokens)
+    grown += of_rows(shape, [0, 0, 0, *sorted({0, shape.n_layers // 2, shape.n_layers - 1})], tokens, tokens)
+    rows = len(first) + 12
+    return plain(shape, 4, tokens, 3) + vocabulary(shape, rows) + Work(passes=2, spans=grown)

@@ -218,6 +218,7 @@ class Step:
         p, path, made, topic = self.params, keys.find_pairs(self.name, self.params), [], self.params.topic
         try:
             table, faults = data.read_pairs_file(path, p.seed, task=p.task, template=p.template, question=topic)
+            data.check_halves(table)
             if p.task != "odd_one_out" and len(faults) < len(table):  # of no row, but of all: said once
                 tasks.candidates(self.tokenizer, topic.find(p.template, p.task))
         except ValueError as error:
@@ -246,12 +247,20 @@ class Step:
         if table is None and self.params.pairs_file is not None:
             return list(self.shared("given", self._given)[1])
         if table is None:
-            return list(self.shared("prompts", lambda: self.prompts(self.pairs())))
+            return list(self.shared("prompts", self._own_prompts))
         topic = self.params.topic
         try:
             return [self._prompts(row, topic) for row in table.to_dict("records")]
         except ValueError as error:
             raise StepError(str(error)) from None
+
+    def _own_prompts(self) -> list[Pair]:
+        """The pairs of step 01 as prompts."""
+        from lib import data
+
+        table = self.pairs()
+        data.check_halves(table)
+        return self.prompts(table)
 
     def placebo_pairs(self) -> pd.DataFrame | None:
         """The placebo pairs of step 01, those of a gap that was not `kept` among them; None where there are none."""
@@ -568,6 +577,12 @@ class Remembered:
     def apply_chat_template(self, messages: list[dict[str, str]], **options: bool) -> str:
         """The messages as the model was trained to read them."""
         return self._answer(["chat", messages, options], lambda: self.own.apply_chat_template(messages, **options))
+
+    def decode(self, ids: list[int]) -> str:
+        return self._answer(["decode", ids], lambda: self.own.decode(ids))
+
+    def batch_decode(self, ids: list[list[int]]) -> list[str]:
+        return self._answer(["batch_decode", ids], lambda: self.own.batch_decode(ids))
 
     @property
     def chat_template(self) -> str | None:

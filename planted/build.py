@@ -244,6 +244,7 @@ def directions(o: Options) -> dict[str, dict[str, list[float]]]:
 def write(o: Options, to: Path) -> truth.Truth:
     """Make the model, with its truth, in a folder."""
     model, words, parts = weights(o)
+    transformers.logging.disable_progress_bar()
     model.save_pretrained(to)
     words.save_pretrained(to)
     found = truth_of(o, parts, sha256_of(to / "model.safetensors"), directions(o))

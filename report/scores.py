@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lib import records
+from lib.errors import Refusal
 from pipeline.units import read_json
 
 SHARE = 0.02
@@ -134,8 +136,11 @@ def planted_ratio(truth: Truth) -> float:
     return float(backup["ratio"]) if backup and JUDGE in backup["ablations"] else 0.0
 
 
-def planted_routes(truth: Truth) -> Wanted:
-    """Inputs k and v at the names of heads at the last token through which a share of the gap goes."""
+def planted_routes(truth: Truth, found: Finding) -> Wanted | None:
+    """Inputs k and v at the names of heads at the last token through which a share of the gap goes; None where the
+    slice has no heads, so that nobody asked."""
+    if not any(row["receivers"] == "v at names" for row in found.get("carried", ())):
+        return None
     sums = {"k": 0.0, "v": 0.0}
     for edge in truth["paths"]:
         receiver = None if edge["receiver"] is None else truth["sites"][edge["receiver"]]
@@ -366,7 +371,7 @@ METHODS: dict[str, tuple[str, Callable[[Truth, Found], Wanted | float | None], C
     "backups": ("hydra", lambda t, f: planted_backups(t), backups),
     "backups, ratio": ("hydra", lambda t, f: planted_ratio(t), backup_ratio),
     "retrieval heads": ("retrieval_heads", lambda t, f: planted_readers(t), retrieval_heads),
-    "routes": ("retrieval_heads", lambda t, f: planted_routes(t), routes),
+    "routes": ("retrieval_heads", lambda t, f: planted_routes(t, f["retrieval_heads"]), routes),
     "class-specific sites": ("generality", lambda t, f: planted_classes(t, f["generality"]), class_specific),
     "rule": ("generality", lambda t, f: planted_rule(t), rule),
     "probes, without error": ("subspace", lambda t, f: planted_probes(t, f["subspace"]), probes_read),
@@ -407,14 +412,22 @@ def able(found: Finding) -> bool:
     return found.get("able", True)
 
 
-def load(truth: Truth, results: Path) -> dict[str, Any]:
-    """The findings of a results folder by step, its claims, and the `cosine` of step 08."""
+def load(results: Path) -> tuple[Truth, dict[str, Any]]:
+    """The truth that lies beside results, and their findings by step, claims, and the `cosine` of step 08. Refusal
+    where it is the truth of other weights than the results are of."""
+    truth = json.loads((results / "truth.json").read_text(encoding="utf-8"))
     found = {path.name.removesuffix(".findings.json"): read_json(path) for path in results.glob("*.findings.json")}
+    weights = found["baselines"]["model"]["sha256"]
+    if weights != truth["sha256"]:
+        raise Refusal(
+            f"truth.json is of other weights ({truth['sha256'][:12]}) than the results beside it ({weights[:12]}): "
+            "delete it, and run step 01 again"
+        )
     if (results / "claims.json").is_file():
         found["claims"] = read_json(results / "claims.json")
-    if able(found["subspace"]):
+    if able(found.get("subspace", {"able": False})):
         found["subspace"]["cosine"] = cosine(truth, found["subspace"], results)
-    return found
+    return truth, found
 
 
 def cosine(truth: Truth, found: Finding, results: Path) -> float:
@@ -423,7 +436,7 @@ def cosine(truth: Truth, found: Finding, results: Path) -> float:
     beside them."""
     means = records.read(results / "subspace.class_means.parquet")
     own = means[means["layer"] == found["directions"]["layer"]].drop_duplicates("class_name").set_index("class_name")
-    planted = np.array([truth["directions"]["supersets"][name] for name in own.index])
+    planted = np.array([truth["directions"]["superset"][name] for name in own.index])
     basis = np.linalg.qr(planted.T)[0]
     given, wanted = np.stack(own["vector"]) @ basis, planted @ basis
     pairs = [(a[i] - a[j] for a in (given, wanted)) for i in range(len(own)) for j in range(i)]

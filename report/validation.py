@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from matplotlib import style
 
@@ -238,11 +237,9 @@ def said(message: str | None) -> str:
 
 def beside(results: Path) -> str:
     """This book's own truth and findings; nothing where its model is no planted one."""
-    path = results / "truth.json"
-    if not path.is_file():
+    if not (results / "truth.json").is_file():
         return ""
-    truth = json.loads(path.read_text(encoding="utf-8"))
-    found = scores.load(truth, results)
+    truth, found = scores.load(results)
     head, spec = "## This book's own model", truth["spec"]
     if not scores.able(found["coarse_sweep"]):
         return joined(head, f"`{spec}`: the model does not do its task, so nothing is scored.")
@@ -250,7 +247,7 @@ def beside(results: Path) -> str:
     lines = [[one.method, shown(one.wanted), shown(one.found), "yes" if one.right else "**no**"] for one in own]
     sites = [
         [scores.name_of(site), site["role"], f"`{site['position']}`"]
-        + [two(np.round(of["mean"], 2)) for of in (site["necessity"]["counterfactual"], site["recovery"])]
+        + [two(of and of["mean"]) for of in (site["necessity"].get("counterfactual"), site["recovery"])]
         for site in truth["sites"]
     ]
     return joined(

@@ -234,10 +234,7 @@ def book_contents(build: Build, folders: Folders) -> dict[str, Any]:
     files += (params.ROOT / "bench" / "results").glob("*.json")
     for step in PLAN.names:
         files += [build.page(step), *(folders.results / f"{step}.{kind}.json" for kind in ("findings", "run"))]
-    files += [
-        *folders.results.glob("figures/*.png"),
-        *(folders.results / f"{name}.json" for name in ("claims", "truth")),
-    ]
+    files += [*folders.results.glob("figures/*.png"), folders.results / "claims.json"]
     made_of = {keys.shown(path): keys.hash_file(path) for path in sorted(files) if path.is_file()}
     return made_of | {"question": topic.model_dump(mode="json")}
 

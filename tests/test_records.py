@@ -42,7 +42,7 @@ def fake_frame(rows: int, seed: int = 0) -> pd.DataFrame:
             frame[name] = ["x"] * rows if kind.startswith("str") else np.ones(rows, dtype=np.int64)
     words = {"component": "resid", "half": "discovery", "direction": "noise", "ablation": "zero", "position": "last"}
     frame |= {name: [word] * rows for name, word in words.items()}
-    frame["head"] = np.full(rows, -1)
+    frame["head"], frame["answer"] = np.full(rows, -1), ["y"] * rows
     frame["pair_id"] = [f"p{seed}-{index}" for index in range(rows)]
     return pd.DataFrame(frame)
 

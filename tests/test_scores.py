@@ -1,12 +1,15 @@
 """Scores of findings against a truth made by hand: whole, and with one thing wrong at a time."""
 
 import copy
+import json
 
 import numpy as np
 import pandas as pd
 import pytest
 
 from lib import records
+from lib.errors import Refusal
+from pipeline import units
 from report import scores
 
 EVEN = {"artist": 10.0, "writer": 10.0}
@@ -43,7 +46,7 @@ TRUTH = {
         {"what": "profession", "position": "names", "first": 1},
         {"what": "superset", "position": "last", "first": 3},
     ],
-    "directions": {"supersets": DIRECTIONS},
+    "directions": {"superset": DIRECTIONS},
 }
 
 
@@ -178,5 +181,14 @@ def test_the_cosine_is_of_the_planted_supersets(tmp_path):
     records.write(tmp_path / "subspace.class_means.parquet", frame, {}, schema=None)
     layer = {"directions": {"layer": 6}}
     assert scores.cosine(TRUTH, layer, tmp_path) == pytest.approx(1)
-    turned = TRUTH | {"directions": {"supersets": {"artist": [1.0, 0, 0], "writer": [1.0, -1.0, 0]}}}
+    turned = TRUTH | {"directions": {"superset": {"artist": [1.0, 0, 0], "writer": [1.0, -1.0, 0]}}}
     assert scores.cosine(turned, layer, tmp_path) == pytest.approx(-np.sqrt(0.5))
+
+
+def test_a_truth_of_other_weights_is_refused(tmp_path):
+    (tmp_path / "truth.json").write_text(json.dumps(TRUTH | {"sha256": "ab" * 32}), encoding="utf-8")
+    units.write_json(tmp_path / "baselines.findings.json", {"model": {"sha256": "cd" * 32}})
+    with pytest.raises(Refusal, match=r"^truth.json is of other weights \(abababababab\).*\(cdcdcdcdcdcd\): delete it"):
+        scores.load(tmp_path)
+    units.write_json(tmp_path / "baselines.findings.json", {"model": {"sha256": "ab" * 32}})
+    assert scores.load(tmp_path)[0]["sha256"] == "ab" * 32

@@ -1,0 +1,173 @@
+"""Planted circuits, and what the unchanged steps make of them: the table of the chapter *Validation*.
+
+    python -m bench.validation [--only GROUP ...] [--list]
+
+1. `plan` lists the models: `SEEDS` seeds over the options (`OPTIONS`), a series of noise on some of them, and models
+   without a circuit (`report.validation.NOTHING`).
+2. `run_step` runs a step as its notebook does, cell by cell up to its findings, in this process; what the notebook only
+   draws is left out. Parameters are those of the profile `planted`, with `LESS`.
+3. `measure` sets truth and findings side by side (`report.scores`). After every model all is written to
+   bench/results/validation.part.json, where a run that was stopped goes on if the code is the same; the whole is
+   bench/results/validation.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib as mpl
+import torch
+
+from pipeline import keys, machine, params, units
+from planted.options import PREFIX
+from report import scores
+from report.validation import NOTHING
+from steps.registry import PLAN
+
+RESULT = Path(__file__).parent / "results" / "validation.json"
+CODE = ("lib", "planted", "pipeline", "report/scores.py", *(f"steps/{name}" for name in PLAN.names))
+SEEDS, NOISES, NOISY = 20, (0.01, 0.03, 0.1, 0.3), 3
+OPTIONS = {
+    "additive": "",
+    "or": "rule=or",
+    "and": "rule=and",
+    "between": "between=0.4",
+    "backup": "backup=0.7,backup_wakes=unsaid",
+    "backup by an MLP": "backup=0.7,backup_read=mlp,backup_wakes=unsaid",
+    "decoys": "decoys=attends+large+negative",
+    "class only": "class_only=true",
+    "placebo": "placebo=true",
+    "routes": "routes=v+k+q",
+    "head": "aggregator=head",
+    "turned": "rotated=true",
+}
+QUADS = 24  # in each half, of which some fall out: intervals take 20
+LESS: dict[str, Any] = {
+    "resamples": 500,
+    "flips": 500,
+    "baselines": {"templates": ["know_both"], "quads_per_half": QUADS, "pairs_per_quad": 1, "accuracy_pairs": 40},
+    "coarse_sweep": {"roles": ["names", "between", "last"], "pairs": 40, "name_pairs": 40, "lens_pairs": 1},
+    "necessity": {"components": ["mlp", "head"], "ablations": ["resample", "counterfactual"], "name_roles": []},
+    "sufficiency": {"components": ["mlp", "head"], "coupled_sites": 2},
+    "hydra": {"ablations": ["resample"], "rounds": 1},
+    "retrieval_heads": {"one_name_pairs": 0, "edge_pairs": 2, "probe_people": 24},
+    "generality": {"templates": ["know_both", "common_both"], "control_prompts": 4, "random_sets": 1},
+    "subspace": {"probe_people": 96, "probe_folds": 2, "permutations": 4, "ranks": [1], "dimensions": [1, 2]}
+    | {"random_directions": 2, "rotation_steps": 1, "templates": ["know_both"], "steering_pairs": 20}
+    | {"earlier_layers": 0, "interchange_steps": 1, "probe_questions": ["many_other"]},
+    "neurons": {"sae_features": 16, "sae_active": 4, "sae_prompts": 40, "sae_epochs": 1, "sae_seeds": 2, "budgets": [1]}
+    | {"pairs": 4, "top_pairs": 40, "random_sets": 1, "cards": 1},
+    "story": {"search_pairs": 8, "everywhere_limit": 4, "random_sets": 1, "subsets": 2, "attribution_pairs": 2},
+}
+"""What is taken less of than in the profile, so that all models take half an hour."""
+
+
+class Run(NamedTuple):
+    """One model that is asked about."""
+
+    group: str
+    options: str
+    seed: int
+    noise: float = 0.0
+    series: bool = False  # of the series of noise
+
+    @property
+    def spec(self) -> str:
+        parts = [f"seed={self.seed}", self.options, f"noise={self.noise:g}" if self.noise else ""]
+        return PREFIX + ",".join(filter(None, parts))
+
+
+def plan() -> list[Run]:
+    """All models, in order: every option has its first seeds early."""
+    groups = list(OPTIONS)
+    names = [groups[seed % len(groups)] for seed in range(SEEDS)]
+    seeds = [Run(name, OPTIONS[name], seed, series=seed < NOISY) for seed, name in enumerate(names)]
+    noisy = [run._replace(noise=noise, series=True) for run in seeds[:NOISY] for noise in NOISES]
+    nothing = [Run(kind, f"no_circuit={kind}", seed) for kind in NOTHING for seed in range(NOISY)]
+    return seeds + nothing + noisy
+
+
+def parameters(run: Run, results: str) -> dict[str, Any]:
+    """The profile's parameters, with LESS, of one model."""
+    given = params.load_profile("planted")
+    given |= {key: given.get(key, {}) | less if isinstance(less, dict) else less for key, less in LESS.items()}
+    return given | {"model": run.spec, "seed": run.seed, "results_dir": results}
+
+
+def cells(step: str) -> Iterator[str]:
+    """A notebook's code up to the cell that has its findings."""
+    for cell in json.loads(PLAN.notebook(step).read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "code" and "parameters" not in cell["metadata"].get("tags", ()):
+            yield source
+            if "found = " in source:
+                return
+
+
+def run_step(step: str, given: Mapping[str, Any]) -> float:
+    """Run a step; its seconds. SystemExit is how a notebook ends where the model does not do the task."""
+    namespace, begun = dict(given), time.process_time()
+    quiet = io.StringIO()
+    with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet), contextlib.suppress(SystemExit):
+        for source in cells(step):
+            exec(compile(source, step, "exec"), namespace)
+    return round(time.process_time() - begun, 2)
+
+
+def measure(run: Run) -> dict[str, Any]:
+    """Every step on one model, and its scores; none where the model of a circuit does not do its task."""
+    with tempfile.TemporaryDirectory() as results:
+        given = parameters(run, results)
+        taken = {step: run_step(step, given) for step in PLAN.names}
+        known, found = scores.load(Path(results))
+        asked = found["baselines"]["able"][given["task"]]
+        scored = scores.score(known, found) if asked["able"] or run.group in NOTHING else []
+    rows = [score._asdict() | {"right": score.right} for score in scored]
+    return run._asdict() | {
+        "spec": run.spec,
+        "seconds": taken,
+        "able": asked["able"],
+        "why": asked["why"],
+        "scores": rows,
+    }
+
+
+def main() -> None:
+    """Measure what is missing, and write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", help="groups of models, such as backup or random; nothing is committed")
+    only = parser.parse_args().only
+    torch.set_num_threads(1)
+    mpl.use("Agg")
+    runs = [run for run in plan() if only is None or run.group in only]
+    code, part = keys.code(*CODE), RESULT.with_suffix(".part.json")
+    stored = json.loads(part.read_text(encoding="utf-8")) if part.is_file() else {}
+    done = {run["spec"]: run for run in stored.get("runs", ())} if stored.get("code") == code else {}
+    facts = {"machine": machine.facts(), "threads": 1, "versions": machine.versions(), **machine.commit(), "code": code}
+    for number, run in enumerate(runs, start=1):
+        if run.spec not in done:
+            done[run.spec] = measure(run)
+            units.write_json(part, facts | {"runs": list(done.values())})
+        each = [sum(one["seconds"].values()) for one in done.values()]
+        left = statistics.mean(each) * sum(other.spec not in done for other in runs)
+        wrong = [score["method"] for score in done[run.spec]["scores"] if not score["right"]]
+        told = f"{number} of {len(runs)}: {run.spec}, {sum(done[run.spec]['seconds'].values()):.0f} s"
+        print(f"{told}; wrong: {', '.join(wrong) or 'nothing'}; {left / 60:.0f} min left", flush=True)
+    if only is None:
+        kept = [done[run.spec] for run in runs]
+        whole = sum(sum(run["seconds"].values()) for run in kept)
+        units.write_json(RESULT, facts | {"planned": len(runs), "seconds": round(whole), "runs": kept})
+        part.unlink()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""The bench of planted circuits: what it plans, what it runs of a notebook, and that it goes on where it was."""
+
+import json
+
+import pytest
+
+from bench import validation
+from planted.options import parse
+from report.validation import NOTHING
+from steps.registry import PLAN
+
+
+def test_the_plan_has_the_seeds_options_and_noise_that_are_promised():
+    runs = validation.plan()
+    circuits = [run for run in runs if run.group not in NOTHING]
+    assert len({run.seed for run in circuits}) == validation.SEEDS >= 20
+    assert {run.group for run in circuits} == set(validation.OPTIONS)
+    assert {run.noise for run in runs if run.series} == {0, *validation.NOISES}
+    assert {run.group for run in runs} >= set(NOTHING)
+    assert len({run.spec for run in runs}) == len(runs)
+    for run in runs:
+        assert parse(run.spec).seed == run.seed  # every spec is one that can be planted
+
+
+@pytest.mark.parametrize("step", PLAN.names)
+def test_of_a_notebook_all_is_run_up_to_its_findings(step):
+    code = list(validation.cells(step))
+    assert f'begin("{step}", globals())' in code[0] and "measure.run(step)" in "".join(code)
+    assert "found = page.findings(" in code[-1]
+
+
+def test_a_run_that_was_stopped_goes_on(tmp_path, monkeypatch, capsys):
+    made = []
+
+    def measure(run):
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        made.append(run.spec)
+        return run._asdict() | {"spec": run.spec, "seconds": {"a": 1.0}, "able": True, "why": "", "scores": []}
+
+    runs = validation.plan()[:3]
+    monkeypatch.setattr(validation, "RESULT", tmp_path / "validation.json")
+    monkeypatch.setattr(validation, "plan", lambda: runs)
+    monkeypatch.setattr(validation, "measure", measure)
+    monkeypatch.setattr("sys.argv", ["validation"])
+    with pytest.raises(KeyboardInterrupt):
+        validation.main()
+    assert not validation.RESULT.exists()
+    first = made.copy()
+    made.clear()
+    validation.main()
+    assert made == [run.spec for run in runs if run.spec not in first] and len(made) == 1
+    found = json.loads(validation.RESULT.read_text())
+    assert [run["spec"] for run in found["runs"]] == [run.spec for run in runs]
+    assert found["seconds"] == 3 and found["planned"] == 3 and not validation.RESULT.with_suffix(".part.json").exists()
+
+
+def test_what_other_code_has_measured_is_measured_again(tmp_path, monkeypatch):
+    part = tmp_path / "validation.part.json"
+    run = validation.plan()[0]
+    old = {"spec": run.spec, "seconds": {"a": 9.0}, "scores": []}
+    part.write_text(json.dumps({"code": {"lib": "another"}, "runs": [old]}))
+    monkeypatch.setattr(validation, "RESULT", tmp_path / "validation.json")
+    monkeypatch.setattr(validation, "plan", lambda: [run])
+    monkeypatch.setattr(validation, "measure", lambda _: old | {"seconds": {"a": 1.0}})
+    monkeypatch.setattr("sys.argv", ["validation"])
+    validation.main()
+    assert json.loads(validation.RESULT.read_text())["seconds"] == 1
