@@ -20,6 +20,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -229,7 +230,8 @@ def outline(found: Mapping[str, Any]) -> dict[str, str]:
 
 
 def verdicts(results: Path) -> str:
-    """The claims ledger of step 10 (claims.json; no rows where it is not there) as MyST tables: claims, then checks."""
+    """The claims ledger of step 10 (claims.json; no rows where it is not there) as MyST tables that the
+    book's script makes sortable: claims, then checks."""
     path = results / "claims.json"
     ledger = units.read_json(path) if path.is_file() else {"claims": []}
     columns = {"verdict": "verdict", "alone": "alone", "tier": "evidence", "reason": "why"}
@@ -243,11 +245,23 @@ def verdicts(results: Path) -> str:
 
     for check in (False, True):
         own = [claim for claim in ledger["claims"] if (claim["check"] is not None) == check]
-        rows = [["check" if check else "claim", *columns.values()], ["---"] * (1 + len(columns))]
+        rows = [["check" if check else "claim", *columns.values(), "under it"], ["---"] * (2 + len(columns))]
         names = (f"*{claim['id'].replace('_', ' ')}*: {cell(claim['claim'])}" for claim in own)  # as the figure has it
-        rows += [[name, *(cell(claim.get(key)) for key in columns)] for name, claim in zip(names, own, strict=True)]
-        parts.append("\n".join(f"| {' | '.join(row)} |" for row in rows))
+        for name, claim in zip(names, own, strict=True):
+            rows.append([name, *(cell(claim.get(key)) for key in columns), under(claim)])
+        lines = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+        parts.append(f":::{{container}} sortable\n{lines}\n:::")
     return "\n\n".join(parts)
+
+
+def under(claim: Mapping[str, Any]) -> str:
+    """What a claim of the ledger rests on, for a cell of a table: its figure, and its table's rows, folded."""
+    figure, rows = claim.get("figure"), claim.get("rows")
+    parts = [f'<a href="{escape(figure.replace(".ipynb", ".html"))}">figure</a>'] if figure else []
+    if rows:
+        which = code(f"{rows['file']}: {rows['filter']}")
+        parts.append(f"<details><summary>rows</summary> {which}</details>")
+    return " ".join(parts)
 
 
 def short(model: str) -> str:
@@ -455,11 +469,13 @@ def build(folder: Path) -> Path:
 
 def shed(html: Path) -> None:
     """Take out of a built book what its theme brings and no reader needs: templates, which are no pages; maps for
-    who debugs its scripts; a script that draws the icons which its fonts draw as well; and names of buttons for screen
-    readers that are not what the buttons show."""
+    who debugs its scripts; a script that draws the icons which its fonts draw as well. Buttons are called what they
+    show, for who hears them, and one that shows an icon alone what it does."""
     for unneeded in ("*webpack-macros.html", "**/*.map", "scripts/fontawesome.js*"):
         for path in (html / "_static").glob(unneeded):
             path.unlink()
     for page in html.rglob("*.html"):
         text = re.sub(r"<script [^>]*fontawesome\.js[^>]*></script>", "", page.read_text(encoding="utf-8"))
-        page.write_text(text.replace(' aria-label="Toggle hidden content"', ""), encoding="utf-8")
+        text = re.sub(r'(<(?:summary|button)[^>]*) aria-label="(?:Toggle hidden content|Search)"', r"\1", text)
+        text = re.sub(r'<summary(?=><span class="toctree-toggle")', '<summary aria-label="Pages under this one"', text)
+        page.write_text(text, encoding="utf-8")
