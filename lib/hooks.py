@@ -104,6 +104,11 @@ class Model:
         """The largest logit difference that two runs of one prompt may show (logits)."""
         return QUANTISED_NOISE if self.quantisation else NOISE[self.dtype]
 
+    @property
+    def floor(self) -> float:
+        """What a mean change of logits must exceed to be an effect (logits)."""
+        return FLOORS[self.quantisation or str(self.dtype).removeprefix("torch.")]
+
     def unembedding(self, tokens: Int[Tensor, "*rows"] | Sequence[int] | None = None) -> tuple[Tensor, Tensor | None]:
         """Rows of the unembedding, (*rows, hidden), and its bias, (*rows), if it has one: of all tokens or of these.
 

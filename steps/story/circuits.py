@@ -351,6 +351,8 @@ class Faithfulness:
         self.model, self.batches = model, batches
         whole, self.nothing = self.differences([])
         self.gap = whole - self.nothing
+        pairs = sum(len(batch.pairs) for batch in batches)
+        self.noise = model.floor * pairs / self.gap if self.gap > model.floor * pairs else np.inf  # as a share
 
     def differences(self, circuits: Sequence[Circuit]) -> Float[np.ndarray, " circuits"]:
         """Sum of logit_diff over pairs under everything, nothing and every circuit."""
@@ -360,6 +362,11 @@ class Faithfulness:
             answers = np.array([(pair.answer, pair.corrupt_answer) for pair in batch.pairs]).T
             total += (logits[:, index, answers[0]] - logits[:, index, answers[1]]).sum(1)
         return total
+
+    def least(self, share: float, reached: float) -> float:
+        """What pruning must leave: the share, or where it was not reached all that was, less the model's noise, so that
+        no member stays for less than that."""
+        return share if reached >= share else reached - self.noise
 
     def of(self, members: Sequence[Sequence[str]]) -> list[float]:
         """Of the circuits that keep these members alone."""
@@ -372,12 +379,12 @@ def search(
 ) -> pd.DataFrame:
     """Grow a circuit from nothing, then prune it; every circuit that was tested, in order (`SEARCH_SCHEMA`).
 
-    `how` goes to `ready`. Empty where the model has nothing to keep.
+    `how` goes to `ready`. Empty where the model has nothing to keep that is above its noise.
     """
     faithfulness, tested = Faithfulness(model, ready(model, pairs, **how)), []
-    if faithfulness.gap > 0:
+    if faithfulness.noise < np.inf:
         members, reached = grow(faithfulness, sites, share, min(limit, len(sites)), tested)
-        prune(faithfulness, members, min(share, reached), tested)
+        prune(faithfulness, members, faithfulness.least(share, reached), tested)
     frame = pd.DataFrame(tested, columns=list(SEARCH_SCHEMA.columns))
     return frame.astype({"round": "int64", "faithfulness": float, "chosen": bool, "phase": str, "site": str})
 
