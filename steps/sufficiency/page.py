@@ -105,7 +105,7 @@ def by_pair(step: Step, m: Measured) -> pd.DataFrame:
     asked = step.pairs()
     told = {}
     for side, word in (("clean", "answer"), ("corrupt", "corrupt_answer")):
-        names = asked.reindex(columns=[f"{side}_{slot}" for slot in "abc"]).fillna("")
+        names = asked.reindex(columns=[f"{side}_{slot}" for slot in "abc"]).astype(object).fillna("")
         told[side] = [
             f"{listed(filter(None, row))} ({answer})" for *row, answer in names.assign(answer=asked[word]).values
         ]
