@@ -5,6 +5,7 @@ import json
 import pytest
 
 from bench import validation
+from pipeline import params
 from planted.options import parse
 from report.validation import NOTHING
 from steps.registry import PLAN
@@ -71,3 +72,13 @@ def test_what_other_code_has_measured_is_measured_again(three, monkeypatch):
     monkeypatch.setattr(validation, "measure", scored)
     validation.main()
     assert json.loads(validation.RESULT.read_text())["seconds"] == 3
+
+
+@pytest.mark.parametrize("group", ["additive", "routes"])
+def test_every_step_takes_the_parameters_that_models_are_run_with(group, tmp_path):
+    run = validation.Run(group, validation.OPTIONS[group], 0)
+    given = validation.parameters(run, str(tmp_path))
+    for step in PLAN.names:
+        own = params.validate(PLAN.sections, step, given)
+        assert own.model == run.spec and own.results_dir == str(tmp_path)
+        assert all(getattr(own, key) == value for key, value in validation.LESS.items() if not isinstance(value, dict))
