@@ -92,6 +92,7 @@ def found() -> dict:
     }
     found["sufficiency"]["specific"] = [{"choice": "kept", "direction": "denoise", "verdict": "specific"}]
     found["sufficiency"]["critical_slice"] = [{"site": "3.2"}, {"site": "4.5"}, {"site": "mlp 5"}]
+    found["retrieval_heads"]["slice"] = ["3.2", "4.5", "mlp 5"]
     found["retrieval_heads"]["carried"] = [
         {"senders": "everything", "mlps": "recomputed", "receivers": f"{kind} at names", "low": share}
         for kind, share in (("v", 0.9), ("k", 0.0))
@@ -183,6 +184,17 @@ def test_the_cosine_is_of_the_planted_supersets(tmp_path):
     assert scores.cosine(TRUTH, layer, tmp_path) == pytest.approx(1)
     turned = TRUTH | {"directions": {"superset": {"artist": [1.0, 0, 0], "writer": [1.0, -1.0, 0]}}}
     assert scores.cosine(turned, layer, tmp_path) == pytest.approx(-np.sqrt(0.5))
+
+
+def test_routes_are_asked_of_the_slices_heads_alone():
+    own = found()
+    own["retrieval_heads"]["slice"] = ["mlp 5"]
+    assert "routes" not in scored(own)
+    truth = copy.deepcopy(TRUTH)
+    truth["paths"][1]["input"] = "k"
+    assert scores.planted_routes(truth, {"slice": ["3.2", "4.5"]}).must == {"k", "v"}
+    assert scores.planted_routes(truth, {"slice": ["3.2"]}).must == {"v"}
+    assert scores.sliced(own, {"parameters": {"slice_sites": ["4.5"]}}) == ["4.5"]
 
 
 def test_a_truth_of_other_weights_is_refused(tmp_path):

@@ -114,6 +114,7 @@ def test_a_planted_book_has_its_truth_beside_its_findings(tmp_path):
     made = found() | {"baselines": {"model": {"sha256": "ab" * 32}, "able": {}}}
     made["necessity"]["sites"].pop(0)
     made["subspace"]["able"] = False  # its vectors are in a table
+    units.write_json(tmp_path / "retrieval_heads.run.json", {"parameters": {}})
     for step, findings in made.items():
         units.write_json(tmp_path / ("claims.json" if step == "claims" else f"{step}.findings.json"), findings)
     (tmp_path / "truth.json").write_text(json.dumps(TRUTH | {"sha256": "ab" * 32, "spec": "planted:seed=1"}))
