@@ -8,8 +8,9 @@
    model stands beside them (`BASELINES`): their region, century and gender; the letters of their names.
 3. `shares`: what the slice makes of it. At a receiver, classes lie apart in what its values and output projection make
    of the stream (its own OV) or, for an MLP, in what its neurons are given by the projections that read its normed
-   input; the directions between their means are those of the discovery half. A head's share is how much of that distance its output makes up, at the run's own scales: all that is
-   written before a receiver adds up to 1, and what is the same for every class makes up 0.
+   input; the directions between their means are those of the discovery half. A head's share is how much of that
+   distance its output makes up, at the run's own scales: all that is written before a receiver adds up to 1, and what
+   is the same for every class makes up 0.
 4. `unembedded`: the same at the unembeddings of the candidates (direct logit attribution; Elhage et al. 2021). It is
    blind to what later layers still have to turn into a word, and stands beside the others.
 """
