@@ -141,6 +141,8 @@ def embed(model: transformers.LlamaForCausalLM, words: Sequence[str], o: Options
             if o.no_circuit != "constant":
                 unembedding[number, AT[space].start + at] = o.logits
             unembedding[number, AT["one"]] = 0.2 * torch.randn(1, generator=draw)
+            if space == "region_answer":  # what is not asked for does not come first
+                unembedding[number, AT["one"]] -= o.logits
 
 
 def put_head(attention: torch.nn.Module, part: Head, shared: int) -> None:
@@ -187,7 +189,7 @@ def add_noise(model: transformers.LlamaForCausalLM, parts: Sequence[Part], o: Op
 
     def reading(*shape: int) -> Tensor:
         out = random(*shape)
-        out[:, AT["unread"]] = 0  # large vectors would make large noise
+        out[:, : AT["identity"].start] = 0  # noise is about tokens, and about no class: probes would read it
         return out
 
     shared = HEADS // o.n_kv_heads
@@ -244,6 +246,7 @@ def directions(o: Options) -> dict[str, dict[str, list[float]]]:
 def write(o: Options, to: Path) -> truth.Truth:
     """Make the model, with its truth, in a folder."""
     model, words, parts = weights(o)
+    transformers.logging.disable_progress_bar()
     model.save_pretrained(to)
     words.save_pretrained(to)
     found = truth_of(o, parts, sha256_of(to / "model.safetensors"), directions(o))

@@ -20,6 +20,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -184,7 +185,8 @@ def reworded(text: str, topic: Question) -> str:
 
 
 def landing(results: Path, steps: Mapping[str, str], to: Path) -> dict[str, str]:
-    """Fields of `index.md` from the findings. Copies the figures it shows to `to/figures/`.
+    """Fields of `index.md` from the findings. Copies the one figure it shows, of the claims, to `to/figures/`: those of
+    the steps stand on their pages.
 
     A findings file has `model` {name, n_layers, ...}, `task`, `able`, `sentences` (MyST) and `figures`
     [{file, caption}], `file` relative to the results folder. `headline`, if there, stands in for `sentences` here.
@@ -193,14 +195,12 @@ def landing(results: Path, steps: Mapping[str, str], to: Path) -> dict[str, str]
     models = {step: found["model"]["name"] for step, found in findings.items()}
     if len(set(models.values())) > 1:
         raise BookError(f"{results} mixes models {models}: run the steps of one profile into one results folder")
-    figures, answer = [], []
+    answer = []
     *others, last = list(steps)[1:]  # the last step concludes, so it leads
     for step in (last, *others):
         found = findings[step]
         link, said = f"[{title(step)}]({steps[step]}.ipynb)", sentences(step, found)
         answer.append(item(link, said) if answer else f"{link}: {' '.join(said)}")
-        for figure in found.get("figures", ())[:1]:
-            figures.append(figure_block(results, to, step, figure))
     model = findings[next(iter(findings))]["model"]
     facts = {key: value for key, value in model.items() if key != "name"}
     able = [" ".join(sentences(step, found)) for step, found in findings.items() if step == next(iter(steps))]
@@ -214,7 +214,7 @@ def landing(results: Path, steps: Mapping[str, str], to: Path) -> dict[str, str]
         **outline(findings[last].get("outline", {})),
         "answer": "\n\n".join(answer),
         "claims": verdicts(results),
-        "figures": "\n\n".join(figures),
+        "figure": "\n\n".join(figure_block(results, to, last, own) for own in findings[last].get("figures", ())[:1]),
         "able": "\n\n".join(able),
         "measured": table(facts, head=("model", code(model["name"]))),
         "pages": "\n".join(["| page | task | this model |", "| --- | --- | --- |", *rows]),
@@ -229,7 +229,8 @@ def outline(found: Mapping[str, Any]) -> dict[str, str]:
 
 
 def verdicts(results: Path) -> str:
-    """The claims ledger of step 10 (claims.json; no rows where it is not there) as MyST tables: claims, then checks."""
+    """The claims ledger of step 10 (claims.json; no rows where it is not there) as MyST tables that the
+    book's script makes sortable: claims, then checks."""
     path = results / "claims.json"
     ledger = units.read_json(path) if path.is_file() else {"claims": []}
     columns = {"verdict": "verdict", "alone": "alone", "tier": "evidence", "reason": "why"}
@@ -243,11 +244,23 @@ def verdicts(results: Path) -> str:
 
     for check in (False, True):
         own = [claim for claim in ledger["claims"] if (claim["check"] is not None) == check]
-        rows = [["check" if check else "claim", *columns.values()], ["---"] * (1 + len(columns))]
+        rows = [["check" if check else "claim", *columns.values(), "under it"], ["---"] * (2 + len(columns))]
         names = (f"*{claim['id'].replace('_', ' ')}*: {cell(claim['claim'])}" for claim in own)  # as the figure has it
-        rows += [[name, *(cell(claim.get(key)) for key in columns)] for name, claim in zip(names, own, strict=True)]
-        parts.append("\n".join(f"| {' | '.join(row)} |" for row in rows))
+        for name, claim in zip(names, own, strict=True):
+            rows.append([name, *(cell(claim.get(key)) for key in columns), under(claim)])
+        lines = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+        parts.append(f":::{{container}} sortable\n{lines}\n:::")
     return "\n\n".join(parts)
+
+
+def under(claim: Mapping[str, Any]) -> str:
+    """What a claim of the ledger rests on, for a cell of a table: its figure, and its table's rows, folded."""
+    figure, rows = claim.get("figure"), claim.get("rows")
+    parts = [f'<a href="{escape(figure.replace(".ipynb", ".html"))}">figure</a>'] if figure else []
+    if rows:
+        which = code(f"{rows['file']}: {rows['filter']}")
+        parts.append(f"<details><summary>rows</summary> {which}</details>")
+    return " ".join(parts)
 
 
 def short(model: str) -> str:
@@ -455,11 +468,13 @@ def build(folder: Path) -> Path:
 
 def shed(html: Path) -> None:
     """Take out of a built book what its theme brings and no reader needs: templates, which are no pages; maps for
-    who debugs its scripts; a script that draws the icons which its fonts draw as well; and names of buttons for screen
-    readers that are not what the buttons show."""
+    who debugs its scripts; a script that draws the icons which its fonts draw as well. Buttons are called what they
+    show, for who hears them, and one that shows an icon alone what it does."""
     for unneeded in ("*webpack-macros.html", "**/*.map", "scripts/fontawesome.js*"):
         for path in (html / "_static").glob(unneeded):
             path.unlink()
     for page in html.rglob("*.html"):
         text = re.sub(r"<script [^>]*fontawesome\.js[^>]*></script>", "", page.read_text(encoding="utf-8"))
-        page.write_text(text.replace(' aria-label="Toggle hidden content"', ""), encoding="utf-8")
+        text = re.sub(r'(<(?:summary|button)[^>]*) aria-label="(?:Toggle hidden content|Search)"', r"\1", text)
+        text = re.sub(r'<summary(?=><span class="toctree-toggle")', '<summary aria-label="Pages under this one"', text)
+        page.write_text(text, encoding="utf-8")

@@ -22,6 +22,7 @@ from report.words import interval, listed, with_ends
 
 COMMAND = "python -m bench.robustness"
 ALIKE = 0.9  # rank agreement, above which a choice is said to keep the order of heads
+SURE = 0.95  # share of the quads drawn anew, from which a head is surely among the leading, or is not
 NO_CHOICE = ("half", "random weights")  # groups that are no choice of how to measure
 LABEL = 46  # letters of a template in the figure
 CAPTION = """Left: rank agreement of the heads' effects with the reference, noise taken out (dots; 95% intervals over
@@ -57,6 +58,14 @@ def named(row: Found) -> str:
 def worded(template: str) -> str:
     """A template with A and B for its names."""
     return template.replace("{a}", "A").replace("{b}", "B")
+
+
+def together(rows: Iterable[Found]) -> str:
+    """Comparisons in a sentence, templates by their number."""
+    rows = list(rows)
+    wordings = sum(row["group"] == "template" for row in rows)
+    others = [named(row) for row in rows if row["group"] != "template"]
+    return listed([*others, *[counted(wordings, "other template")] * bool(wordings)])
 
 
 def one_by_one(items: Iterable[str], otherwise: str) -> str:
@@ -98,15 +107,14 @@ def agreements(found: Found) -> str:
         for row in found["comparisons"]
     ]
     made = choices(found)
-    ends = [(row, row["rank"]) for row in made if row["rank"]["low"] is not None]
-    alike = [named(row) for row, rank in ends if rank["low"] > ALIKE]
-    other = [named(row) for row, rank in ends if rank["high"] < ALIKE]
-    rest = [named(row) for row in made if named(row) not in (*alike, *other)]
+    known = [row for row in made if row["rank"]["low"] is not None]
+    alike = [row for row in known if row["rank"]["low"] > ALIKE]
+    other = [row for row in known if row["rank"]["high"] < ALIKE]
+    rest = [row for row in made if row not in alike and row not in other]
     least = min(made, key=lambda row: row["shared"]["estimate"])
-    said = f"""The heads keep their order (agreement surely above {ALIKE}) under {one_by_one(alike, "no choice")}; they
-        surely do not (below it) under {one_by_one(other, "none")}; it is open under {one_by_one(rest, "none")}. The
-        fewest of the leading heads are the same under {named(least)}: {least["shared"]["estimate"]} of
-        {found["top"]}."""
+    said = f"""The heads keep their order (agreement surely above {ALIKE}) under {together(alike)}; they surely do not
+        (below it) under {together(other)}; it is open under {together(rest)}. The fewest of the leading heads are the
+        same under {named(least)}: {least["shared"]["estimate"]} of {found["top"]}."""
     head = ["what is changed", "to", "rank agreement", "plain", f"of the {found['top']} leading, the same", "quads"]
     return joined(paragraph(said), table(head, lines))
 
@@ -140,7 +148,8 @@ def agreement_figure(found: Found) -> plots.Figure:
         left.set_ylim(len(rows) - 0.5, -0.5)
         left.axvline(1, color=plots.GREY, lw=0.8)
         left.set_xlabel("rank agreement (Spearman)")
-        right.set(xlabel=f"of the {found['top']} leading heads, the same", xlim=(-0.3, found["top"] + 0.3))
+        right.set(xlabel=f"shared (of {found['top']})", xlim=(-0.3, found["top"] + 0.3))
+        right.set_xticks(range(0, found["top"] + 1, 3))
     return drawn
 
 
@@ -162,7 +171,16 @@ def flips(found: Found) -> str:
     turned = sorted({flip["site"] for row in choices(found) for flip in row["signs"]})
     said = f"""An effect that is positive under one choice and negative under another, both familywise and above the
         model's noise: {coded(turned)}."""
-    return joined(paragraph(said), table(["changed to", "leaves", "enters", "turns"], lines))
+    sure = [
+        f"`{flip['site']}` under {named(row)}"
+        for row in choices(found)
+        for flip in (*row["left"], *row["entered"])
+        if min(flip["top"]) <= 1 - SURE and max(flip["top"]) >= SURE
+    ]
+    clear = f"""Surely another (among the leading in at least {SURE:.0%} of the quads drawn anew of one, and at most
+        {1 - SURE:.0%} of the other): {one_by_one(sure, "none")}."""
+    body = table(["changed to", "leaves", "enters", "turns"], lines).replace("---:", "---")
+    return joined(paragraph(clear), paragraph(said), body)
 
 
 def flip(row: Found) -> str:

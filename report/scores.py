@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lib import records
+from lib.errors import Refusal
 from pipeline.units import read_json
 
 SHARE = 0.02
@@ -90,11 +92,18 @@ def by_size(truth: Truth, size: Callable[[Finding], float], least: float = SHARE
     """Sites at the last token whose effect is at least `least` of the gap; those of a smaller one may be found."""
     shares = {name_of(site): size(site) / truth["gap"]["mean"] for site in at_last(truth)}
     must = {name for name, share in shares.items() if share >= least}
-    return Wanted(must, {name for name, share in shares.items() if SHARE / 4 < share < least})
+    some = {name_of(site) for site in at_last(truth) if largest(site) / truth["gap"]["mean"] > SHARE / 4}
+    return Wanted(must, some - must)
 
 
 def loss(site: Finding) -> float:
-    return site["necessity"]["counterfactual"]["mean"]
+    """What ablating a site surely costs, whatever the values: of zero and of the corrupt prompt's, the smaller loss."""
+    return min(site["necessity"][kind]["mean"] for kind in ("zero", "counterfactual"))
+
+
+def largest(site: Finding) -> float:
+    """The largest of a site's effects."""
+    return max(gain(site), *(effect["mean"] for effect in site["necessity"].values()))
 
 
 def gain(site: Finding) -> float:
@@ -135,17 +144,17 @@ def planted_ratio(truth: Truth) -> float:
 
 
 def planted_routes(truth: Truth, found: Finding) -> Wanted | None:
-    """Inputs k and v at the names of heads at the last token through which a share of the gap goes; None where the
-    slice has no heads, so that nobody asked."""
-    if not any(row["receivers"] == "v at names" for row in found.get("carried", ())):
+    """Inputs k and v at the names through which the slice's heads are given a share of the gap; None where the slice
+    has no heads, so that nobody asked."""
+    sums, heads = {"k": 0.0, "v": 0.0}, {name for name in found["slice"] if not name.startswith("mlp")}
+    if not heads:
         return None
-    sums = {"k": 0.0, "v": 0.0}
     for edge in truth["paths"]:
-        receiver = None if edge["receiver"] is None else truth["sites"][edge["receiver"]]
-        if receiver and edge["input"] in sums and receiver["position"] == "last":
-            sums[edge["input"]] += edge["noise"]["mean"] * (truth["sites"][edge["sender"]]["position"] == "names")
-    shares = {kind: abs(lost) / truth["gap"]["mean"] for kind, lost in sums.items()}
-    return Wanted({kind for kind in shares if shares[kind] > 2 * SHARE}, {kind for kind in shares if shares[kind] > 0})
+        receiver = None if edge["receiver"] is None else name_of(truth["sites"][edge["receiver"]])
+        if receiver in heads and edge["input"] in sums and truth["sites"][edge["sender"]]["position"] == "names":
+            sums[edge["input"]] += edge["noise"]["mean"] / truth["gap"]["mean"]
+    must = {kind for kind, share in sums.items() if abs(share) > 2 * SHARE}
+    return Wanted(must, {kind for kind, share in sums.items() if share} - must)
 
 
 def planted_probes(truth: Truth, found: Finding) -> Wanted:
@@ -410,14 +419,30 @@ def able(found: Finding) -> bool:
     return found.get("able", True)
 
 
-def load(truth: Truth, results: Path) -> dict[str, Any]:
-    """The findings of a results folder by step, its claims, and the `cosine` of step 08."""
+def load(results: Path) -> tuple[Truth, dict[str, Any]]:
+    """The truth that lies beside results, and their findings by step, claims, and the `cosine` of step 08. Refusal
+    where it is the truth of other weights than the results are of."""
+    truth = json.loads((results / "truth.json").read_text(encoding="utf-8"))
     found = {path.name.removesuffix(".findings.json"): read_json(path) for path in results.glob("*.findings.json")}
+    weights = found["baselines"]["model"]["sha256"]
+    if weights != truth["sha256"]:
+        raise Refusal(
+            f"truth.json is of other weights ({truth['sha256'][:12]}) than the results beside it ({weights[:12]}): "
+            "delete it, and run step 01 again"
+        )
+    if "retrieval_heads" in found:
+        found["retrieval_heads"]["slice"] = sliced(found, read_json(results / "retrieval_heads.run.json"))
     if (results / "claims.json").is_file():
         found["claims"] = read_json(results / "claims.json")
     if able(found.get("subspace", {"able": False})):
         found["subspace"]["cosine"] = cosine(truth, found["subspace"], results)
-    return found
+    return truth, found
+
+
+def sliced(found: Found, record: Finding) -> list[str]:
+    """The slice that step 06 asked about: one that was named, or that of step 04."""
+    own = [row["site"] for row in found["sufficiency"].get("critical_slice", ())]
+    return record["parameters"].get("slice_sites") or own
 
 
 def cosine(truth: Truth, found: Finding, results: Path) -> float:

@@ -16,8 +16,6 @@ from typing import Any
 import pandas as pd
 from matplotlib import style
 
-from pipeline.units import read_json
-from planted.options import PREFIX
 from report import plots, scores
 from report.scale import counted, figure, joined, measured_on, paragraph, seconds, stale, table
 from report.words import listed
@@ -239,15 +237,10 @@ def said(message: str | None) -> str:
 
 def beside(results: Path) -> str:
     """This book's own truth and findings; nothing where its model is no planted one."""
-    path, head = results / "baselines.run.json", "## This book's own model"
-    spec = read_json(path).get("parameters", {}).get("model", "") if path.is_file() else ""
-    if not spec.startswith(PREFIX):
+    if not (results / "truth.json").is_file():
         return ""
-    from planted import build  # torch, for the books of planted models alone
-    from planted import truth as truths
-
-    truth = truths.read(build.folder(spec)).model_dump(mode="json")
-    found = scores.load(truth, results)
+    truth, found = scores.load(results)
+    head, spec = "## This book's own model", truth["spec"]
     if not scores.able(found["coarse_sweep"]):
         return joined(head, f"`{spec}`: the model does not do its task, so nothing is scored.")
     own = scores.score(truth, found)

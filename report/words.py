@@ -213,6 +213,7 @@ def heads_or_mlps(table: pd.DataFrame, params: Shared, what: str) -> str:
 
 
 def site_rows(table: pd.DataFrame) -> list[dict]:
-    """The confirmation rows of a table, for steps that follow."""
+    """The confirmation rows of a table, for steps that follow, beside the discovery half's estimate if there is one."""
     keep = ["site", "layer", "component", "head", "estimate", "low", "high", "p", "ratio", "ratio_low", "ratio_high"]
-    return reported(table)[keep].to_dict("records")
+    own, first = reported(table)[keep], table[table["half"] == "discovery"].set_index("site")["estimate"]
+    return own.assign(discovery=own["site"].map(first) if table["half"].nunique() > 1 else None).to_dict("records")

@@ -183,6 +183,7 @@ def made(tmp_path_factory):
         (results / f"{step}.run.json").write_text(json.dumps(run))
     claim = {"claim": "It is *one* layer", "verdict": "not supported", "reason": "0.2 [0.1, 0.3] | below 0.5"}
     claim |= {"id": "one_layer", "alone": "supported", "tier": "exploratory", "check": None}
+    claim |= {"figure": "executed/02_coarse_sweep.ipynb#fig-curve", "rows": {"file": "t.parquet", "filter": "a < 'b'"}}
     claims = [claim, claim | {"claim": "Labels were shuffled", "tier": None, "check": "it cannot fail"}]
     (results / "claims.json").write_text(json.dumps({"claims": claims}))
     return folder
@@ -231,12 +232,15 @@ def test_landing_page(built):
     assert "Sufficiency: This model cannot do the task superset, so nothing was measured." in words
     for kind, said in (("claim", "exploratory "), ("check", "")):
         name = "It is one layer" if kind == "claim" else "Labels were shuffled"
-        row = f"one layer: {name} not supported supported {said}0.2 [0.1, 0.3]"
-        assert f"{kind} verdict alone evidence why {row}" in words
+        row = (
+            f"one layer: {name} not supported supported {said}0.2 [0.1, 0.3] | below 0.5 figure rows t.parquet: a < 'b'"
+        )
+        assert f"{kind} verdict alone evidence why under it {row}" in words
     html = (built / "index.html").read_text()
+    assert html.count('class="sortable docutils') == 2 and 'href="executed/02_coarse_sweep.html#fig-curve"' in html
     assert html.index(f"Sentence {list(STEPS).index('story')} ") < html.index("Sentence 1 ")
-    assert html.index("Sentence 1") < html.index("_images/coarse_sweep-curve.png") < html.index("Sentence 0")
-    assert 'alt="Curve of coarse_sweep in resid here."' in html
+    assert html.index("plan’s claims") < html.index("_images/story-curve.png") < html.index("It is <em>one</em> layer")
+    assert 'alt="Curve of story in resid here."' in html and "coarse_sweep-curve" not in html
 
 
 def test_the_landing_page_says_what_gaps_its_question_has():
@@ -426,7 +430,7 @@ def broken(copy: Path, source: Path = ROOT / "book") -> str:
         ("results/necessity.findings.json", "step necessity has no findings file"),
         ("results/coarse_sweep.run.json", "step coarse_sweep has no run file"),
         ("executed/04_sufficiency.ipynb", "step sufficiency has no executed notebook"),
-        ("results/figures/necessity-curve.png", "necessity-curve.png of step necessity is not in"),
+        ("results/figures/story-curve.png", "story-curve.png of step story is not in"),
     ],
 )
 def test_a_missing_file_names_its_step(copy, capsys, file, says):

@@ -51,6 +51,11 @@ def test_the_rule_that_made_the_data_is_picked(truth):
             assert (errors.loc[list(name_rule.RULES), "low"] > 0).all() and result.fitting["number"] == ()
 
 
+@pytest.mark.parametrize(("second", "verdict"), [(1.0001, "OR"), (1.1, "neither")])
+def test_a_rule_is_not_refuted_by_less_than_the_models_noise(second, verdict):
+    assert name_rule.compare(prompts(1.0, second, noise=1e-5), Settings(floor=1e-3)).verdict == {"number": verdict}
+
+
 def test_fitted_steps_and_their_ratio():
     result = name_rule.compare(prompts(1.0, 4.0, count=400))
     fitted = result.fitted.set_index("term")

@@ -6,11 +6,14 @@ import pandas as pd
 import pytest
 import torch
 
+from lib import models
+from pipeline import keys
 from planted import build, truth
-from planted.circuit import Head
-from planted.effects import PLACEBO, Contrast, truth_of
+from planted.circuit import Head, parts_of
+from planted.effects import PLACEBO, Contrast, rule_logits, truth_of
 from planted.options import PlantedError, parse
 from planted.question import CLASSES, FOLDER, REGIONS
+from steps import registry
 
 TEXT, ALONE = "We know {} and {} are both", "We know {} is like many other"
 PEOPLE = pd.read_csv(FOLDER / "people.csv")
@@ -239,3 +242,32 @@ def test_the_folder_holds_the_truth_of_its_own_weights_alone(tmp_path, monkeypat
         truth.read(one)
     with pytest.raises(PlantedError, match="holds no planted model"):
         truth.read(tmp_path)
+
+
+@pytest.mark.parametrize(("rule", "one"), [("additive", 5), ("or", 10), ("and", 0)])
+def test_one_name_of_a_class_says_as_much_as_the_rule_has_it(rule, one):
+    o = parse(f"planted:seed=3,rule={rule}")
+    said = rule_logits(o, parts_of(o))
+    assert [said[key] for key in ("both", "one", "none")] == pytest.approx([10, one, 0], abs=1e-5)
+
+
+@pytest.mark.parametrize("read", ["unembedding", "mlp"])
+def test_a_backup_makes_up_for_its_ratio_of_what_the_silent_aggregator_loses(read):
+    o = parse(f"planted:seed=8,backup=0.7,backup_read={read}")
+    found = truth_of(o, parts_of(o), "", {})
+    (aggregator,), (backup,) = found.of("aggregator"), found.of("backup")
+    assert aggregator.necessity["zero"].mean == pytest.approx((1 - 0.7) * o.logits, abs=1e-5)
+    assert backup.necessity["zero"].mean == pytest.approx(0, abs=1e-5)  # alone it costs nothing
+    assert (found.backup.ratio, found.backup.reader is None) == (0.7, read == "unembedding")
+
+
+def test_a_string_of_options_is_a_model_like_any_other(tmp_path, monkeypatch):
+    monkeypatch.setenv("SUPERSET_CIRCUIT_CACHE", str(tmp_path))
+    spec = "planted:seed=1,n_layers=8,n_kv_heads=2"
+    model = models.load(spec, device="cpu")
+    assert (model.name, model.n_layers, model.n_heads, model.n_kv_heads) == (spec, 8, 8, 2)
+    assert keys.model_contents(spec) != keys.model_contents("planted:seed=2,n_layers=8,n_kv_heads=2")
+    given = {"profile": "planted", "model": spec, "results_dir": str(tmp_path / "results")}
+    step = registry.begin("baselines", given)
+    assert truth.read(tmp_path / "results", model.sha256).spec == parse(spec).spec
+    assert step.params.model == spec

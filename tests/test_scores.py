@@ -1,12 +1,15 @@
 """Scores of findings against a truth made by hand: whole, and with one thing wrong at a time."""
 
 import copy
+import json
 
 import numpy as np
 import pandas as pd
 import pytest
 
 from lib import records
+from lib.errors import Refusal
+from pipeline import units
 from report import scores
 
 EVEN = {"artist": 10.0, "writer": 10.0}
@@ -89,6 +92,7 @@ def found() -> dict:
     }
     found["sufficiency"]["specific"] = [{"choice": "kept", "direction": "denoise", "verdict": "specific"}]
     found["sufficiency"]["critical_slice"] = [{"site": "3.2"}, {"site": "4.5"}, {"site": "mlp 5"}]
+    found["retrieval_heads"]["slice"] = ["3.2", "4.5", "mlp 5"]
     found["retrieval_heads"]["carried"] = [
         {"senders": "everything", "mlps": "recomputed", "receivers": f"{kind} at names", "low": share}
         for kind, share in (("v", 0.9), ("k", 0.0))
@@ -180,3 +184,23 @@ def test_the_cosine_is_of_the_planted_supersets(tmp_path):
     assert scores.cosine(TRUTH, layer, tmp_path) == pytest.approx(1)
     turned = TRUTH | {"directions": {"superset": {"artist": [1.0, 0, 0], "writer": [1.0, -1.0, 0]}}}
     assert scores.cosine(turned, layer, tmp_path) == pytest.approx(-np.sqrt(0.5))
+
+
+def test_routes_are_asked_of_the_slices_heads_alone():
+    own = found()
+    own["retrieval_heads"]["slice"] = ["mlp 5"]
+    assert "routes" not in scored(own)
+    truth = copy.deepcopy(TRUTH)
+    truth["paths"][1]["input"] = "k"
+    assert scores.planted_routes(truth, {"slice": ["3.2", "4.5"]}).must == {"k", "v"}
+    assert scores.planted_routes(truth, {"slice": ["3.2"]}).must == {"v"}
+    assert scores.sliced(own, {"parameters": {"slice_sites": ["4.5"]}}) == ["4.5"]
+
+
+def test_a_truth_of_other_weights_is_refused(tmp_path):
+    (tmp_path / "truth.json").write_text(json.dumps(TRUTH | {"sha256": "ab" * 32}), encoding="utf-8")
+    units.write_json(tmp_path / "baselines.findings.json", {"model": {"sha256": "cd" * 32}})
+    with pytest.raises(Refusal, match=r"^truth.json is of other weights \(abababababab\).*\(cdcdcdcdcdcd\): delete it"):
+        scores.load(tmp_path)
+    units.write_json(tmp_path / "baselines.findings.json", {"model": {"sha256": "ab" * 32}})
+    assert scores.load(tmp_path)[0]["sha256"] == "ab" * 32

@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+from test_scores import TRUTH, found
 
-from pipeline import keys
+from pipeline import keys, units
 from report import validation
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,8 +55,8 @@ def folder(tmp_path):
     return tmp_path
 
 
-def fields(folder: Path) -> dict[str, str]:
-    return validation.fields(folder, folder / "to", folder / "own")
+def fields(folder: Path, own: Path = Path("nowhere")) -> dict[str, str]:
+    return validation.fields(folder, folder / "to", own)
 
 
 def test_the_tables_hold_the_scores(folder):
@@ -74,18 +75,18 @@ def test_the_tables_hold_the_scores(folder):
 
 def test_models_without_a_circuit_are_counted_by_step(folder):
     assert "None was found in them that is not there." in fields(folder)["nothing"]
-    found = measured()
-    found["runs"][-1]["scores"] = [answer("necessity", "necessity", [], ["1.1", "2.2"], 0)]
-    (folder / "validation.json").write_text(json.dumps(found), encoding="utf-8")
+    other = measured()
+    other["runs"][-1]["scores"] = [answer("necessity", "necessity", [], ["1.1", "2.2"], 0)]
+    (folder / "validation.json").write_text(json.dumps(other), encoding="utf-8")
     said = fields(folder)["nothing"]
     assert "2 items were found in them" in said and "| random | 1 | 0 | 0 | 2 |" in said
 
 
 def test_what_is_right_everywhere_is_said(folder):
-    found = measured()
-    found["runs"] = found["runs"][:1]
-    found |= {"code": {"lib": "another"}, "planned": 9}
-    (folder / "validation.json").write_text(json.dumps(found), encoding="utf-8")
+    other = measured()
+    other["runs"] = other["runs"][:1]
+    other |= {"code": {"lib": "another"}, "planned": 9}
+    (folder / "validation.json").write_text(json.dumps(other), encoding="utf-8")
     made = fields(folder)
     assert "Every method was right" in made["summary"] and made["failures"] == "None."
     assert "has changed since" in made["summary"] and "Still to run: 8 of 9" in made["summary"]
@@ -107,3 +108,21 @@ def test_faults_stand_with_their_checks(tmp_path):
     (tmp_path / "planted_faults.json").write_text(json.dumps(rows), encoding="utf-8")
     said = validation.fields(tmp_path, tmp_path / "to", tmp_path)["faults"]
     assert "1 of 2 do" in said and "`fired 0 \\| not '1'`" in said and "| positions off by one | **none** | – |" in said
+
+
+def test_a_planted_book_has_its_truth_beside_its_findings(tmp_path):
+    made = found() | {"baselines": {"model": {"sha256": "ab" * 32}, "able": {}}}
+    made["necessity"]["sites"].pop(0)
+    made["subspace"]["able"] = False  # its vectors are in a table
+    units.write_json(tmp_path / "retrieval_heads.run.json", {"parameters": {}})
+    for step, findings in made.items():
+        units.write_json(tmp_path / ("claims.json" if step == "claims" else f"{step}.findings.json"), findings)
+    (tmp_path / "truth.json").write_text(json.dumps(TRUTH | {"sha256": "ab" * 32, "spec": "planted:seed=1"}))
+    said = fields(tmp_path.parent, tmp_path)["beside"]
+    assert (
+        "| necessity | 3.2, 4.5, mlp 5 | 4.5, mlp 5 | **no** |" in said
+        and "| rule | additive | additive | yes |" in said
+    )
+    assert "| 4.5 | retrieval | `last` | 4 | 4 |" in said
+    units.write_json(tmp_path / "coarse_sweep.findings.json", {"able": False})
+    assert "does not do its task, so nothing is scored" in fields(tmp_path.parent, tmp_path)["beside"]

@@ -46,8 +46,9 @@ class Circuit:
         return [frozenset(self.order[: size + 1]) for size in range(len(self.order))]
 
 
-def orders(frame: pd.DataFrame, limit: int, supersets: Sequence[str]) -> list[Circuit]:
-    """For each superset, the order of sites without it and the order by it alone; none where too little is left.
+def orders(frame: pd.DataFrame, limit: int, supersets: Sequence[str], floor: float = 0.0) -> list[Circuit]:
+    """For each superset, the order of sites without it and the order by it alone; none where too little is left, and of
+    no site that raises logit_diff by no more than the floor (logits).
 
     `frame` has records of single sites with both answers of their pairs (`pipeline.step.single_sites`).
     """
@@ -57,8 +58,9 @@ def orders(frame: pd.DataFrame, limit: int, supersets: Sequence[str]) -> list[Ci
         for kind, chosen in (("without", without), ("only", frame["answer"] == superset)):
             rows, order = frame[chosen], pd.DataFrame(columns=SITE)
             if len(rows):
-                recovery = effects.ratios(rows, SITE)
-                order = recovery[recovery > 0].nlargest(limit).reset_index()
+                recovery, rise = effects.ratios(rows, SITE), effects.effect(rows).groupby([rows[key] for key in SITE])
+                good = (recovery > 0) & (rise.mean().reindex(recovery.index) > floor)
+                order = recovery[good].nlargest(limit).reset_index()
             sites = tuple(Site(*site) for site in order[SITE].itertuples(index=False))
             out.append(Circuit(kind, superset, tuple(dict.fromkeys(rows["pair_id"])), sites))
     return out

@@ -255,7 +255,9 @@ def alone(sites: Sequence[Site]) -> list[tuple[Site, ...]]:
 def picked_circuits(step: Step) -> list[Circuit]:
     """Circuits without each superset, and on it alone, by step 04's single sites; none where there are no such."""
     circuits, table = (
-        class_circuits.orders(single_sites(step), step.params.slice_limit, step.params.topic.supersets),
+        class_circuits.orders(
+            single_sites(step), step.params.slice_limit, step.params.topic.supersets, step.params.floor
+        ),
         step.pairs(),
     )
     used = table["pair_id"].isin({pair for circuit in circuits if circuit.order for pair in circuit.pairs})

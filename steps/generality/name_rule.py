@@ -9,7 +9,8 @@ is a number: 1 if the person is in c, else 0 (`number`), or the name's own logit
 2. y = class prior + slope x combination, by least squares; priors and combinations are centred, like y, on the prompt's
    classes of neither name.
 3. Rules are compared by their squared error on prompts of people that the fit has not seen.
-4. The verdict is the rule of smallest error among those not significantly worse than `free`.
+4. The verdict is the rule of smallest error among those not significantly worse than `free`, by more than the model's
+   noise (squared).
 5. `figure`, `sentences` and `numbers` show and say it.
 """
 
@@ -95,9 +96,10 @@ def compare(frame: pd.DataFrame, settings: Settings = DEFAULTS, folds: int = 10)
         rows = np.bincount(prompt)
         losses = np.stack([np.bincount(prompt, column) / rows for column in losses.T], axis=1)  # per prompt
         table = _errors(list(designs), losses, group, settings)
-        worse = table.set_index("rule")
-        passing = [rule for rule in worse["error"].loc[list(RULES)].sort_values().index if worse.loc[rule, "low"] <= 0]
-        nothing = not worse.loc["none", "low"] > 0
+        worse, noise = table.set_index("rule"), settings.floor**2
+        order = worse["error"].loc[list(RULES)].sort_values().index
+        passing = [rule for rule in order if worse.loc[rule, "low"] <= noise]
+        nothing = not worse.loc["none", "low"] > noise
         verdict[basis] = None if reason else "none" if nothing else passing[0] if passing else "neither"
         fitting[basis] = () if reason else tuple(passing)
         tables.append(table.assign(basis=basis))
@@ -208,7 +210,7 @@ def _fitted(
     spans = columns(stats.mean_intervals(np.column_stack(list(terms.values())), settings))
     table = pd.DataFrame({"term": list(terms)}).join(pd.DataFrame(spans, dtype=float))
     low = table["low"].fillna(table["estimate"])[0]  # of one name
-    if np.linalg.matrix_rank(designs["free"]) < designs["free"].shape[1] or not low > 0:
+    if np.linalg.matrix_rank(designs["free"]) < designs["free"].shape[1] or not low > settings.floor:
         return table, None
     return table, stats.ratio_intervals(second, first, settings)[0]
 

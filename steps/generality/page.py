@@ -147,7 +147,7 @@ def both_ways(rows: pd.DataFrame, params: Shared, **about: Any) -> list[dict[str
         own, found = rows[chosen], pd.DataFrame()
         if quantity == "damage" and len(own):
             found = effects.shares_of_ceiling(own, ceiling, params, [])
-        elif effects.gap(own).sum() > 0:
+        elif effects.gap(own).sum() > 0 and effects.is_loss(effects.quad_matrix(own, "gap", []).values[:, 0], params):
             found = effects.curve(own, params, by=[])
         ends = dict.fromkeys(("estimate", "low", "high"), np.nan)
         if len(found):

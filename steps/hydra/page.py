@@ -364,9 +364,12 @@ def rise_of(row: Any) -> str:
 
 def stand_in(row: Any, which: str) -> str:
     """What a backup costs alone and without the slice, and whether it stands in for it, by how much."""
-    gone = interval(row.gone_estimate, row.gone_low, row.gone_high, 3)
+    alone, gone = (
+        interval(row.alone_estimate, None, None, 3),
+        interval(row.gone_estimate, row.gone_low, row.gone_high, 3),
+    )
     text = (
-        f"{row.site} passes both tests of a backup: its own ablation costs {row.alone_estimate:.3f} logits alone and "
+        f"{row.site} passes both tests of a backup: its own ablation costs {alone} logits alone and "
         f"{gone} once {which} is gone: "
     )
     if not row.stands_in:
@@ -422,7 +425,7 @@ def size_of(bound: Mapping[str, Any], params: Hydra) -> str:
     if bound["logits"] <= params.floor:
         return f"the model's noise ({params.floor:g} logits)"
     share = "" if bound["share"] is None else f"; {bound['share']:.0%} of what ablating the slice costs"
-    return f"{bound['logits']:.2f} logits ({bound['site']}{share})"
+    return f"{bound['logits']:.2g} logits ({bound['site']}{share})"
 
 
 def control_sentences(split: pd.DataFrame, params: Hydra) -> list[str]:

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from scipy.optimize import linear_sum_assignment
 
 from lib import stats
-from lib.effects import columns, in_halves, quad_matrix, reported
+from lib.effects import columns, in_halves, is_loss, quad_matrix, reported
 from pipeline.step import Step
 from report import plots
 from report.plots import class_matrices
@@ -100,7 +100,7 @@ def budget_table(records: pd.DataFrame, params: Neurons) -> pd.DataFrame:
         out = matrix.sites.assign(quantity="recovery" if direction == "denoise" else "damage", quads=len(whole))
         logits = stats.mean_intervals(matrix.values, params)
         spans = columns(logits, "logits_") | dict.fromkeys(("estimate", "low", "high"), np.nan)
-        if whole.mean() > 0:
+        if is_loss(whole[:, 0], params):
             spans |= columns(stats.ratio_intervals(matrix.values, whole, params))
         parts.append(out.assign(**spans, moved=rows.groupby(["kind", "k"])["site_delta"].mean().to_numpy()))
     return pd.concat(parts, ignore_index=True)

@@ -99,9 +99,9 @@ def shares(table: pd.DataFrame, sets: Sequence[Set], params: Neurons) -> pd.Data
             continue
         by_set = rows.pivot_table(index="quad_id", columns="site_set", values="effect", aggfunc="sum")
         whole = by_set[len(sets) - 1]
-        if not whole.sum() > 0:
-            continue
         pairs = rows.groupby("quad_id")["pair_id"].nunique()
+        if not (whole.sum() > 0 and effects.is_loss(whole / pairs, params)):
+            continue
         sums: dict[tuple[str, int], pd.Series] = {}
         for kind, n in dict.fromkeys((one.kind, one.n_sites) for one in sets if one.kind not in ("single", "MLPs")):
             same = [index for index, one in enumerate(sets) if (one.kind, one.n_sites) == (kind, n)]

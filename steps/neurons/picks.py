@@ -44,9 +44,10 @@ def means(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def top(frame: pd.DataFrame, params: Shared) -> pd.DataFrame:
-    """The `top_neurons` of largest mean effect either way on the discovery half (the only half, where there is one):
-    `layer`, `head` (the number), `site`, `effect`, `direct`, `written`, largest first."""
+    """The `top_neurons` of largest mean effect either way on the discovery half (the only half, where there is one),
+    those above the floor: `layer`, `head` (the number), `site`, `effect`, `direct`, `written`, largest first."""
     own = means(in_halves(frame)[0][1]).drop(columns="half")
+    own = own[own["effect"].abs() > params.floor]
     return own.sort_values("effect", key=np.abs, ascending=False, kind="stable", ignore_index=True).head(
         params.top_neurons
     )

@@ -316,9 +316,10 @@ def candidates(table: pd.DataFrame, slice_sites: Sequence[Site], params: Retriev
     return [site for site in sites if site not in slice_sites][: params.candidates]
 
 
-def leading(table: pd.DataFrame, count: int) -> list[Site]:
-    """The senders of largest discovery effect, in the order of the layers."""
-    first = table[table["half"] == table["half"].iloc[0]].nlargest(count, "estimate")
+def leading(table: pd.DataFrame, count: int, floor: float = -np.inf) -> list[Site]:
+    """The senders of largest discovery effect, those above the floor (logits), in the order of the layers."""
+    first = table[table["half"] == table["half"].iloc[0]]
+    first = first[first["estimate"] > floor].nlargest(count, "estimate")
     return sorted(Site(*row) for row in first[SITE].itertuples(index=False))
 
 
@@ -442,6 +443,6 @@ def run(step: Step) -> Measured:
     sets = ablation_sets(step, heads)
     none = pd.DataFrame(columns=COLUMNS)
     ablated = step.table(ABLATION, pairs, sets) if any(sets.values()) else none
-    senders = leading(by_route["slice at names"], HOPS) if "names" in roles else []
+    senders = leading(by_route["slice at names"], HOPS, p.floor) if "names" in roles else []
     edges = step.table(EDGES, senders)
     return Measured(sites, probes, by_route, *measured, heads, asked, named, sets, ablated, senders, edges)

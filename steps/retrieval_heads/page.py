@@ -222,11 +222,11 @@ def verdict(row: Mapping[str, Any], ranked: bool, family: int, params: Retrieval
         return NOT_TESTABLE, f"{row['quads']:g} quads, {stats.MINIMUM_CLUSTERS} needed"
     if ranked and row["smallest"] > alpha:
         return NOT_TESTABLE, f"ranked among {row['null']:g} heads, {needed(family, params.level)} needed"
-    here = pd.notna(row["low"]) and row["low"] > 0 and row["p"] <= alpha
+    here = pd.notna(row["low"]) and row["low"] > row.get("floor", 0) and row["p"] <= alpha
     if pd.notna(row["high"]) and row["high"] < 0:
         return NOT_SUPPORTED, "below zero"
     if not here and row["p"] <= alpha:
-        return NOT_SUPPORTED, "its interval holds zero"
+        return NOT_SUPPORTED, "its interval holds zero" if row["low"] <= 0 else "not above the model's noise"
     if here and not ranked and not row["passed"]:
         return NOT_SUPPORTED, "not significant in the discovery half"
     return (SUPPORTED if (here if ranked else row["passed"]) else NOT_SUPPORTED), ""
@@ -242,6 +242,7 @@ def four_tests(
     significant, over all senders or heads that were measured, in both halves.
     """
     rows, keep = [], ["estimate", "low", "high", "p", "alone", "null", "smallest", "quads"]
+    floors = {TESTS[4]: params.floor}  # the only one of RANKED in logits
     for test, table in tables.items():
         own = (reported(table) if "half" in table and len(table) else table).set_index("site")
         if test in RANKED:
@@ -250,6 +251,7 @@ def four_tests(
         elif len(own):
             own = own.assign(passed=own.index.isin(effects.confirmed(table, params)["site"]))
         for site, row in own.reindex(family).reindex(columns=[*keep, "passed"]).iterrows():
+            row["floor"] = floors.get(test, 0)
             said, why = ("", "") if test in BESIDE else verdict(row, test in RANKED, len(family), params)
             rows.append({"site": site, "test": test, **row[keep], "verdict": said, "why": why})
     return pd.DataFrame(rows)
@@ -628,7 +630,7 @@ def verdicts(
         "two_stages": True if heads and some["p"] < alpha else False if could else None,
         "slice_heads_that_retrieve": own,
         "one_stage": None if unknown else bool(own) and bool(low > 0.5),
-        "mlps_at_the_names": None if gap.low is None or reads is None else gap.low > 0,
+        "mlps_at_the_names": None if gap.low is None or reads is None else gap.low > params.floor,
     }
 
 

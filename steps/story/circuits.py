@@ -306,8 +306,9 @@ def scored(model: Model, ready: Ready, circuits: Sequence[Circuit]) -> Float[np.
         logits = model.logits(torch.cat([plain, hidden]), tokens).cpu()
         off = (logits[:2] - logits[2:4]).abs().amax(-1)
         off[1] *= ready.alike[donors]  # the embedding of the last token is nobody's to give
-        if not (off <= model.noise).all():
-            which, index = torch.nonzero(~(off <= model.noise))[0].tolist()
+        noise = model.noise_of(logits[:2])
+        if not (off <= noise).all():
+            which, index = torch.nonzero(~(off <= noise))[0].tolist()
             circuit, prompt = (("everything", "the clean"), ("nothing", "the lending"))[which]
             raise SweepError(
                 f"pair {batch[index % len(batch)].pair_id}: the circuit of {circuit} differs by "
@@ -349,8 +350,11 @@ class Faithfulness:
 
     def __init__(self, model: Model, batches: Sequence[Ready]) -> None:
         self.model, self.batches = model, batches
+        self.largest = 0.0  # logit
         whole, self.nothing = self.differences([])
         self.gap = whole - self.nothing
+        noise = hooks.at_size(model.floor, self.largest) * sum(len(batch.pairs) for batch in batches)
+        self.noise = noise / self.gap if self.gap > noise else np.inf  # as a share
 
     def differences(self, circuits: Sequence[Circuit]) -> Float[np.ndarray, " circuits"]:
         """Sum of logit_diff over pairs under everything, nothing and every circuit."""
@@ -358,8 +362,14 @@ class Faithfulness:
         for batch in self.batches:
             logits, index = scored(self.model, batch, circuits)[:, 0].astype(float), np.arange(len(batch.pairs))
             answers = np.array([(pair.answer, pair.corrupt_answer) for pair in batch.pairs]).T
+            self.largest = max(self.largest, np.abs(logits).max())
             total += (logits[:, index, answers[0]] - logits[:, index, answers[1]]).sum(1)
         return total
+
+    def least(self, share: float, reached: float) -> float:
+        """What pruning must leave: the share, or where it was not reached all that was, less the model's noise, so that
+        no member stays for less than that."""
+        return share if reached >= share else reached - self.noise
 
     def of(self, members: Sequence[Sequence[str]]) -> list[float]:
         """Of the circuits that keep these members alone."""
@@ -372,12 +382,12 @@ def search(
 ) -> pd.DataFrame:
     """Grow a circuit from nothing, then prune it; every circuit that was tested, in order (`SEARCH_SCHEMA`).
 
-    `how` goes to `ready`. Empty where the model has nothing to keep.
+    `how` goes to `ready`. Empty where the model has nothing to keep that is above its noise.
     """
     faithfulness, tested = Faithfulness(model, ready(model, pairs, **how)), []
-    if faithfulness.gap > 0:
+    if faithfulness.noise < np.inf:
         members, reached = grow(faithfulness, sites, share, min(limit, len(sites)), tested)
-        prune(faithfulness, members, min(share, reached), tested)
+        prune(faithfulness, members, faithfulness.least(share, reached), tested)
     frame = pd.DataFrame(tested, columns=list(SEARCH_SCHEMA.columns))
     return frame.astype({"round": "int64", "faithfulness": float, "chosen": bool, "phase": str, "site": str})
 

@@ -61,7 +61,7 @@ def sums(frame: pd.DataFrame) -> pd.DataFrame:
 
 def shares(values: pd.DataFrame, whole: pd.Series, params: Story) -> pd.DataFrame:
     """Each column's share of what the model has over nothing: `estimate`, `low`, `high`."""
-    if not whole.sum() > 0 or values.empty:
+    if values.empty or not (whole.sum() > 0 and is_loss(whole, params)):
         return pd.DataFrame(np.nan, index=values.columns, columns=ENDS)
     spans = stats.ratio_intervals(values.to_numpy(), whole.to_numpy(), params)
     return pd.DataFrame(columns(spans), index=values.columns)
@@ -122,10 +122,10 @@ def members(frame: pd.DataFrame, params: Story) -> pd.DataFrame:
     tested = frame[frame["test"].str.startswith("member ") | (frame["test"] == "circuit")]
     wide = tested.pivot(index=["quad_id", "pair_id"], columns="test", values="logit_diff").groupby("quad_id").mean()
     cost = wide.drop(columns="circuit").rsub(wide["circuit"], axis=0)
-    out = pd.DataFrame(familywise(cost.to_numpy(), params, tail="greater"))
+    out = pd.DataFrame(familywise(cost.to_numpy(), params, "greater", params.floor))
     out = out.assign(site=cost.columns.str.removeprefix("member "))
     mean = sums(frame)["everything"].sum() / (frame["test"] == "everything").sum()
-    out = out.assign(share=out["estimate"] / mean, matters=out["low"].astype(float) > 0)
+    out = out.assign(share=out["estimate"] / mean, matters=out["low"].astype(float) > params.floor)
     return out.sort_values("estimate", ascending=False, ignore_index=True)
 
 

@@ -121,13 +121,13 @@ def search(
     `ready`."""
     batches = ready(model, pairs, roles=EVERYWHERE, **how)
     faithfulness, rows = Faithfulness(model, batches), []
-    if faithfulness.gap > 0:
+    if faithfulness.noise < np.inf:
         order = ranking(model, batches, sites)
         size, tested = fewest(
             lambda sizes: faithfulness.of([order[:size] for size in sizes]), ladder(min(limit, len(order))), share
         )
         rows += [("grow", at, site, tested.get(at + 1), at < size) for at, site in enumerate(order)]
-        rows += pruned(faithfulness, order[:size], min(share, tested[size]))
+        rows += pruned(faithfulness, order[:size], faithfulness.least(share, tested[size]))
     frame = pd.DataFrame(rows, columns=list(SCHEMA.columns))
     return frame.astype({"round": "int64", "faithfulness": float, "chosen": bool, "phase": str, "site": str})
 

@@ -136,11 +136,11 @@ def sums(frame: pd.DataFrame, by: Sequence[str] = ("method", "k")) -> tuple[pd.D
 
 
 def ratios(top: pd.DataFrame, bottom: pd.DataFrame | pd.Series, params: Subspace) -> pd.DataFrame:
-    """Ratios of sums over quads with intervals: a row per column of `top`. Columns whose denominator is not above 0 are
-    left out."""
+    """Ratios of sums over quads with intervals: a row per column of `top`. Columns whose denominator is not above the
+    model's noise are left out."""
     if isinstance(bottom, pd.Series):
         bottom = pd.DataFrame({name: bottom for name in top}, columns=top.columns)
-    kept = bottom.sum().to_numpy() > 0
+    kept = bottom.mean().to_numpy() > params.floor
     top, bottom = top.loc[:, kept], bottom.loc[:, kept]
     if not kept.any():
         return pd.DataFrame(columns=[*top.columns.names, "estimate", "low", "high", "quads"])

@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
-from IPython.display import Markdown
+from IPython.display import HTML, Markdown
 from matplotlib.figure import Figure
 
-from lib.effects import reported, significant
+from lib.effects import effect, gap, named, reported, significant
 from lib.stats import Interval
 from pipeline.params import Shared
 from pipeline.step import Step
-from report import plots, site_tables
+from report import interactive, plots, site_tables
 from report.words import (
     about_model,
     ends_here,
@@ -85,6 +85,32 @@ def heads(step: Step, m: Measured) -> Figure | Markdown:
     own = reported(m.sites)
     sure = site_tables.heads_matrix(own.assign(sure=significant(own, step.params)), "sure")
     return plots.heat_map(site_tables.heads_matrix(own), "rise of logit_diff (logits)", sure, layers=step.layers)
+
+
+def site_map(step: Step, m: Measured) -> HTML:
+    """What every site does, put back here and taken out in step 03, to be asked site by site and pair by pair."""
+    rows = pd.DataFrame(site_rows(m.sites))
+    shown = [interactive.SiteEffects("put back", "rises", rows, significant(rows, step.params))]
+    if earlier := step.beside("necessity"):
+        rows = pd.DataFrame(earlier["sites"])
+        name = f"taken out ({earlier['ablation']}; step 03)"
+        shown.append(interactive.SiteEffects(name, "falls", rows, significant(rows, step.params)))
+    members = m.order["site"].head(m.critical.size) if m.critical else ()
+    return interactive.site_map("fig-sufficiency-heads", shown, members, by_pair(step, m), step.params.level)
+
+
+def by_pair(step: Step, m: Measured) -> pd.DataFrame:
+    """What each site does in each pair, with the names and the answer of its prompts."""
+    own = m.records[m.records["component"] != "resid"]
+    asked = step.pairs()
+    told = {}
+    for side, word in (("clean", "answer"), ("corrupt", "corrupt_answer")):
+        names = asked.reindex(columns=[f"{side}_{slot}" for slot in "abc"]).astype(object).fillna("")
+        told[side] = [
+            f"{listed(filter(None, row))} ({answer})" for *row, answer in names.assign(answer=asked[word]).values
+        ]
+    table = own[["pair_id", "half"]].assign(site=named(own), effect=effect(own), gap=gap(own))
+    return table.merge(asked[["pair_id"]].assign(**told), on="pair_id")
 
 
 def modules(step: Step, m: Measured) -> Figure:
@@ -163,6 +189,7 @@ def findings(step: Step, m: Measured) -> dict[str, Any]:
         "sentences": [alone, *leading, *of_slice, again, *added, *placebo["sentences"]],
         "headline": [alone, *of_slice, again, *placebo["headline"]],
     }
+    interactive.save(site_map(step, m), step.results / f"{step.name}.map.html", "Which parts bring the answer back?")
     figures = {
         "slice": slice_figure(step, m),
         "ranks": stability_page.ranks_figure(m, params),

@@ -1,0 +1,124 @@
+"""Figures that a reader can touch: their numbers as JSON in the page, drawn by the book's own `assets/interactive.js`.
+
+Nothing is fetched, so that they work from a file, and without a network. Each stands beside its matplotlib twin, which
+paper and readers without scripts have.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from string import Template
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from IPython.display import HTML
+
+from lib.records import atomic
+
+PAIR_VALUES = 20_000  # most values of single pairs in a page: leading sites have them, as many as that is enough for
+MODULES = ("attn", "mlp")
+ASSETS = Path(__file__).resolve().parent.parent / "book" / "assets"
+# A page of its own for a figure: the book's style, in the colours that the browser has for light and dark.
+PAGE = Template("""<!doctype html>
+<html lang="en">
+<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>$title</title>
+<style>
+:root {
+  color-scheme: light dark;
+  --pst-color-background: Canvas; --pst-color-text-base: CanvasText; --pst-color-surface: ButtonFace;
+  --pst-color-border: color-mix(in srgb, CanvasText 25%, Canvas);
+  --pst-color-text-muted: color-mix(in srgb, CanvasText 70%, Canvas);
+}
+main { font-family: system-ui, sans-serif; max-width: 54rem; margin: 1rem auto; padding: 0 1rem; }
+$style
+</style>
+<script>
+document.documentElement.dataset.theme = matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";
+$script
+</script>
+<main><h1>$title</h1>$figure</main>
+</html>
+""")
+
+
+class SiteEffects(NamedTuple):
+    """What one intervention does at every site; `rows` as `report.words.site_rows` makes them."""
+
+    name: str  # as the button has it: "put back"
+    verb: str  # what logit_diff does where the effect is above zero: "rises", "falls"
+    rows: pd.DataFrame
+    significant: pd.Series
+
+
+def site_map(
+    twin: str,
+    shown: Sequence[SiteEffects],
+    marked: Sequence[str],
+    pairs: pd.DataFrame | None = None,
+    level: float = 0.95,
+) -> HTML:
+    """A map of layers x heads and modules, in place of the figure named `twin`, that tells of each site what it does.
+
+    `marked` sites are framed. `pairs` has what sites of the first intervention do pair by pair: `pair_id`, `site`,
+    `effect` and `gap` (logits), `half`, `clean` and `corrupt` (the prompt's names and answer). It is left out of the
+    page but for the leading sites, and where there are too many pairs for any. Effects are in logits.
+    """
+    rows = pd.concat([part.rows for part in shown])
+    heads = sorted(rows.loc[rows["component"] == "head", "head"].unique(), reverse=True)
+    lines = [("head", head) for head in heads] + [(name, -1) for name in MODULES if (rows["component"] == name).any()]
+    layers = sorted(rows["layer"].unique())
+    data = {
+        "layers": layers,
+        "lines": [str(head) if name == "head" else name for name, head in lines],
+        "shown": [one(part, lines, layers) for part in shown],
+        "marked": list(marked),
+        "level": f"{level:.0%}",
+        **by_pair(pairs, shown[0].rows),
+    }
+    return embedded("site-map", data, "In the book, this figure answers for every site and every pair.", twin)
+
+
+def one(part: SiteEffects, lines: Sequence[tuple[str, int]], layers: Sequence[int]) -> dict[str, Any]:
+    """The numbers of one intervention, line by line from the top, hundredths of a logit; None where not measured."""
+    table = part.rows.assign(significant=part.significant.astype(float)).set_index(["component", "head", "layer"])
+    table = table.reindex([(*line, layer) for line in lines for layer in layers])
+    effects = {key: hundredths(table[key]) for key in ("estimate", "low", "high", "discovery") if key in table}
+    largest = np.nanquantile(table["estimate"].abs(), 0.99)
+    shares, sure = hundredths(table["ratio"]), (table["significant"] == 1).astype(int).tolist()
+    return {"name": part.name, "verb": part.verb, **effects, "share": shares, "sure": sure, "full": round(largest, 2)}
+
+
+def hundredths(values: pd.Series) -> list[int | None]:
+    """Numbers as JSON has them in few letters."""
+    numbers = np.round(100 * values.astype(float).to_numpy())
+    return [int(number) if np.isfinite(number) else None for number in numbers]
+
+
+def by_pair(pairs: pd.DataFrame | None, rows: pd.DataFrame) -> dict[str, Any]:
+    """What leading sites do in each pair: `pairs` as [clean, corrupt, half, gap], `effects` by site in that order."""
+    if pairs is None or not (count := PAIR_VALUES // pairs["pair_id"].nunique()):
+        return {"pairs": [], "effects": {}}
+    leading = rows.assign(size=rows["estimate"].abs()).nlargest(count, "size")["site"]
+    wide = pairs[pairs["site"].isin(leading)].pivot(index="pair_id", columns="site", values="effect")
+    about = pairs.drop_duplicates("pair_id").set_index("pair_id").loc[wide.index]
+    listed = about.assign(gap=hundredths(about["gap"]))[["clean", "corrupt", "half", "gap"]].to_numpy().tolist()
+    return {"pairs": listed, "effects": {site: hundredths(wide[site]) for site in leading if site in wide}}
+
+
+def embedded(kind: str, data: Any, otherwise: str, twin: str) -> HTML:
+    """Data for the script, with what stands there where it does not run."""
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), default=int).replace("<", "\\u003c")
+    script = f'<script type="application/json">{text}</script>'
+    return HTML(f'<div class="interactive {kind}" data-twin="{twin}">{script}<p>{otherwise}</p></div>')
+
+
+def save(figure: HTML, path: Path, title: str) -> None:
+    """Write a figure as a page that opens from a file, with the book's script and style in it."""
+    style, script = ((ASSETS / name).read_text(encoding="utf-8") for name in ("superset.css", "interactive.js"))
+    page = PAGE.substitute(title=title, style=style, script=script, figure=figure.data)
+    with atomic(path) as file:
+        file.write(page.encode())

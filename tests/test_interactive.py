@@ -1,0 +1,166 @@
+"""Figures that a reader can touch: their JSON, and what the book's script makes of it in a browser."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import book_checks
+import numpy as np
+import pandas as pd
+import pytest
+
+from lib.hooks import site_name
+from report import interactive
+from report.words import site_rows
+
+SCRIPT = Path(__file__).resolve().parent.parent / "book" / "assets" / "interactive.js"
+
+
+def rows(layers: int, heads: int, seed: int = 0) -> pd.DataFrame:
+    """Both halves of a table of sites, by chance, whose confirmation half is larger by 1."""
+    places = [(layer, "head", head) for layer in range(layers) for head in range(heads)]
+    places += [(layer, name, -1) for layer in range(layers) for name in interactive.MODULES]
+    draw = np.random.default_rng(seed)
+    halves = []
+    for half, more in (("discovery", 0), ("confirmation", 1)):
+        table = pd.DataFrame(places, columns=["layer", "component", "head"]).assign(half=half, p=0.5)
+        table["estimate"] = draw.normal(size=len(table)).round(2) + more
+        table["site"] = [site_name(*place) for place in places]
+        ends = {"low": table["estimate"] - 0.5, "high": table["estimate"] + 0.5}
+        shares = {f"ratio{end}": table["estimate"] / 10 for end in ("", "_low", "_high")}
+        halves.append(table.assign(**ends, **shares))
+    return pd.DataFrame(site_rows(pd.concat(halves, ignore_index=True)))
+
+
+def in_pairs(table: pd.DataFrame, count: int, name: str = "Ann and Bo") -> pd.DataFrame:
+    pairs = pd.DataFrame({"pair_id": [f"q{number}" for number in range(count)]})
+    pairs = pairs.assign(half="confirmation", gap=4.0, clean=f"{name} (artist)", corrupt="Cy and Di (writer)")
+    out = pairs.merge(table[["site"]], how="cross")
+    return out.assign(effect=out["pair_id"].str[1:].astype(float) / 10)
+
+
+def data_of(html) -> dict:
+    return json.loads(re.search(r'<script type="application/json">(.*?)</script>', html.data, re.S)[1])
+
+
+def test_a_map_holds_each_sites_numbers_in_its_place():
+    table = rows(3, 2)
+    table.loc[0, ["low", "high"]] = np.nan
+    shown = [interactive.SiteEffects("put back", "rises", table.iloc[1:], table.iloc[1:]["site"] == "1.1")]
+    pairs = in_pairs(table, 2, name="</script>李白 and Bo")
+    data = data_of(interactive.site_map("fig", shown, ["1.1"], pairs))
+    assert data["layers"] == [0, 1, 2] and data["lines"] == ["1", "0", "attn", "mlp"]
+    own, place = data["shown"][0], 1  # head 1 at layer 1
+    row = table.set_index("site").loc["1.1"]
+    assert own["estimate"][place] == round(100 * row["estimate"]) and own["low"][place] == own["estimate"][place] - 50
+    assert own["discovery"][place] == round(100 * row["discovery"]) and own["share"][place] == round(
+        10 * row["estimate"]
+    )
+    assert own["sure"] == [int(index == place) for index in range(12)]
+    assert own["estimate"][3] is None, "0.0, the row left out, is not measured"
+    assert data["effects"]["1.1"] == [0, 10] and data["pairs"][0] == [
+        "</script>李白 and Bo (artist)",
+        "Cy and Di (writer)",
+        "confirmation",
+        400,
+    ]
+
+
+def test_a_large_model_with_many_pairs_stays_small_in_the_page():
+    table = rows(80, 64)
+    shown = [interactive.SiteEffects(name, "rises", table, table["p"] < 0.1) for name in ("put back", "taken out")]
+    leading = table.assign(size=table["estimate"].abs()).nlargest(30, "size")
+    html = interactive.site_map("fig", shown, [], in_pairs(leading, 1000)).data
+    assert len(html.encode()) < 400_000 and len(data_of(interactive.site_map("fig", shown, []))["effects"]) == 0
+    assert len(json.loads(re.search(r">(\{.*?)</script>", html)[1])["effects"]) == interactive.PAIR_VALUES // 1000
+    assert SCRIPT.stat().st_size < 30_000
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory) -> Path:
+    """A page with a map and a table of claims, as the book has them."""
+    folder = tmp_path_factory.mktemp("page")
+    table = rows(3, 2)
+    shown = [
+        interactive.SiteEffects("put back", "rises", table, table["site"] == "1.1"),
+        interactive.SiteEffects(
+            "taken out", "falls", table.assign(estimate=-0.25, low=None, high=None), table["p"] < 0
+        ),
+    ]
+    body = interactive.site_map("fig", shown, ["1.1"], in_pairs(table, 2)).data
+    claims = "".join(f"<tr><td>claim {n}</td><td>{'yes' if n % 2 else 'no'}</td></tr>" for n in (2, 10, 1))
+    head = "<tr><th>claim</th><th>verdict</th></tr>"
+    body += f'<div class="sortable"><table><thead>{head}</thead><tbody>{claims}</tbody></table></div>'
+    shutil.copyfile(SCRIPT, folder / SCRIPT.name)
+    (folder / "page.html").write_text(
+        f'<!doctype html><meta charset="utf-8"><script src="{SCRIPT.name}"></script>'
+        f'<figure id="fig"><img alt="twin"><figcaption>Map.</figcaption></figure>{body}',
+        encoding="utf-8",
+    )
+    return folder
+
+
+def test_a_site_is_read_by_keys_and_pinned_in_the_address(page):
+    look = """window => {
+      const one = what => window.document.querySelector(what), told = [];
+      const press = key => window.document.activeElement.dispatchEvent(
+        new window.KeyboardEvent("keydown", {key, bubbles: true, cancelable: true}));
+      const tell = () => told.push([one(".told").innerText, window.location.hash]);
+      tell();
+      one('[role=grid] [tabindex="0"]').focus();
+      press("ArrowDown"); tell();
+      press("Enter"); tell();
+      window.document.querySelectorAll("[type=radio]")[1].click(); tell();
+      const grid = one("#fig [role=grid]"), cell = one('[aria-selected="true"]');
+      return {told, name: cell.getAttribute("aria-label"), cells: grid.querySelectorAll("[role=gridcell]").length,
+        pairs: one(".pairs tbody").innerText, otherwise: one("[data-twin]")};
+    }"""
+    seen = book_checks.looked_at(page, ["page.html", "page.html#site=2.0&act=1", "page.html#site=9.9"], look)
+    first, again, unknown = seen.values()
+    table = rows(3, 2).set_index("site")
+    value, low, high = (f"{table.loc['1.1', key]:.2f}".replace("-", "−") for key in ("estimate", "low", "high"))
+    (start, no_address), (below, still_none), (_, pinned), (out, taken_out) = first["told"]
+    assert start.startswith(f"1.1, attention head of the critical slice: put back, logit_diff rises by {value} logits")
+    assert f"[{low}, {high}]" in start and start.endswith("this is significant.") and no_address == ""
+    assert below.startswith("1.0, attention head: ") and "not significant" in below and still_none == ""
+    assert pinned == "#site=1.0" and taken_out == "#site=1.0&act=1"
+    assert "taken out, logit_diff rises by 0.25 logits (no interval: too few quads)" in out
+    assert first["cells"] == 12 and first["name"] == "1.0: −0.25 logits" and first["otherwise"] is None
+    assert "Ann and Bo (artist)" in first["pairs"] and "0.10" in first["pairs"]
+    assert again["told"][0][0].startswith("2.0, attention head: taken out")
+    assert unknown["told"][0][0].startswith("1.1"), "an address of no site shows the first of the slice"
+
+
+def test_a_map_on_a_page_of_its_own_needs_no_other_file(tmp_path):
+    table = rows(3, 2)
+    shown = [interactive.SiteEffects("put back", "rises", table, table["site"] == "1.1")]
+    interactive.save(interactive.site_map("fig", shown, ["1.1"]), tmp_path / "map.html", "Which parts?")
+    look = """window => ({told: window.document.querySelector(".told").innerText,
+      cells: window.document.querySelectorAll("td.marked").length,
+      width: window.document.documentElement.scrollWidth})"""
+    (seen,) = book_checks.looked_at(tmp_path, ["map.html"], look, width=390).values()
+    assert seen["told"].startswith("1.1, attention head of the critical slice") and seen["cells"] == 1
+    assert seen["width"] <= 390 and book_checks.outside_urls(tmp_path) == []
+
+
+def test_a_table_is_searched_sorted_and_cited(page):
+    look = """window => {
+      const one = what => window.document.querySelector(".sortable " + what);
+      const shown = () => [...window.document.querySelectorAll(".sortable tbody tr")].filter(row => !row.hidden)
+        .map(row => row.cells[0].textContent);
+      const seen = [shown()];
+      one("th button").click(); seen.push(shown());
+      one("th button").click(); seen.push(shown(), one("th").getAttribute("aria-sort"));
+      const verdict = one("label:last-of-type select");
+      verdict.value = "no"; verdict.onchange(); seen.push(shown(), one("output").textContent);
+      one("input").value = "CLAIM 10"; one("input").oninput(); seen.push(shown());
+      return {seen, hash: window.location.hash};
+    }"""
+    whole, cited = book_checks.looked_at(page, ["page.html", "page.html#claim.verdict=yes"], look).values()
+    start, up, down, order, chosen, counted, found = whole["seen"]
+    assert start == ["claim 2", "claim 10", "claim 1"] and up == ["claim 1", "claim 2", "claim 10"]
+    assert down == up[::-1] and order == "descending"
+    assert chosen == ["claim 10", "claim 2"] and counted == "2 of 3 shown" and found == ["claim 10"]
+    assert {"claim.find=CLAIM+10", "claim.sort=-0", "claim.verdict=no"} == {*whole["hash"][1:].split("&")}
+    assert cited["seen"][0] == ["claim 1"]
