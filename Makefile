@@ -96,7 +96,7 @@ test: browser $(READY) ## lint, then all tests but the long ones; they build the
 	$(PY) -m ruff format --check .
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not long"
 
-test-long: browser $(READY) ## the long tests: what a change seldom breaks, or what a shorter test looks at, too
+test-long: browser $(READY) ## the long tests: what a change seldom breaks, what a shorter test looks at, too, and mutants of lib
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m long
 
 bench: $(READY) ## sweeps of heads and of neurons, path patching, and how cost grows: written to bench/results/

@@ -228,6 +228,13 @@ def test_packing_changes_nothing_beyond_the_noise(tiny):
     assert np.abs(own.metric_after - single.metric_after).max() < 1e-9
 
 
+def test_pairs_share_a_pass_up_to_so_many_row_tokens():
+    """4,096: 101 rows of a pair, from its first name's token on, are 707."""
+    assert [len(pack) for pack in sweep.packs(PAIRS, 100, "names")] == [5, 3]
+    assert [len(pack) for pack in sweep.packs(PAIRS, 1000, "last")] == [4, 4]
+    assert [len(pack) for pack in sweep.packs(PAIRS[:2], 10_000, "all")] == [1, 1]
+
+
 def test_running_out_of_memory_halves_the_pass_and_says_so(tiny, monkeypatch, caplog):
     model, calls, real = tiny("llama"), [], single_pass.grow
 
