@@ -7,8 +7,8 @@
 2. `run_step` runs a step as its notebook does, cell by cell up to its findings, in this process; what the notebook only
    draws is left out. Parameters are those of the profile `planted`, with `LESS`.
 3. `measure` sets truth and findings side by side (`report.scores`). After every model all is written to
-   bench/results/validation.part.json, where a run that was stopped goes on if the code is the same; the whole is
-   bench/results/validation.json.
+   bench/results/validation.json, from where a run that was stopped goes on, if the code is the same; the page says how
+   many are still to run.
 """
 
 from __future__ import annotations
@@ -66,10 +66,12 @@ LESS: dict[str, Any] = {
     | {"random_directions": 2, "rotation_steps": 1, "templates": ["know_both"], "steering_pairs": 20}
     | {"earlier_layers": 0, "interchange_steps": 1, "probe_questions": ["many_other"]},
     "neurons": {"sae_features": 16, "sae_active": 4, "sae_prompts": 40, "sae_epochs": 1, "sae_seeds": 2, "budgets": [1]}
-    | {"pairs": 4, "top_pairs": 40, "random_sets": 1, "cards": 1},
-    "story": {"search_pairs": 8, "everywhere_limit": 4, "random_sets": 1, "subsets": 2, "attribution_pairs": 2},
+    | {"pairs": 16, "top_pairs": 40, "random_sets": 1, "cards": 1},
+    "story": {"search_pairs": 8, "everywhere_limit": 4, "random_sets": 2, "subsets": 2, "attribution_pairs": 2},
 }
 """What is taken less of than in the profile, so that all models take half an hour."""
+NAMED = {"routes": "retrieval_heads", "class only": "generality"}
+"""Steps that are given all planted sites at the last token as their slice: step 04 stops at 80% of the answer."""
 
 
 class Run(NamedTuple):
@@ -101,9 +103,9 @@ def parameters(run: Run, results: str) -> dict[str, Any]:
     """The profile's parameters, with LESS, of one model."""
     given = params.load_profile("planted")
     given |= {key: given.get(key, {}) | less if isinstance(less, dict) else less for key, less in LESS.items()}
-    if run.group == "routes":  # the slice of step 04 has not all of the heads that depend on names
+    if run.group in NAMED:
         planted = truth.read(build.folder(run.spec)).model_dump(mode="json")
-        given["retrieval_heads"] |= {"slice_sites": [scores.name_of(site) for site in scores.at_last(planted)]}
+        given[NAMED[run.group]] |= {"slice_sites": [scores.name_of(site) for site in scores.at_last(planted)]}
     return given | {"model": run.spec, "seed": run.seed, "results_dir": results}
 
 
@@ -146,31 +148,28 @@ def measure(run: Run) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure what is missing, and write."""
+    """Measure what is missing, and write after every model."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="+", help="groups of models, such as backup or random; nothing is committed")
+    parser.add_argument("--only", nargs="+", help="groups of models, such as backup or random")
     only = parser.parse_args().only
     torch.set_num_threads(1)
     mpl.use("Agg")
-    runs = [run for run in plan() if only is None or run.group in only]
-    code, part = keys.code(*CODE), RESULT.with_suffix(".part.json")
-    stored = json.loads(part.read_text(encoding="utf-8")) if part.is_file() else {}
+    runs, code = plan(), keys.code(*CODE)
+    asked = [run for run in runs if only is None or run.group in only]
+    stored = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.is_file() else {}
     done = {run["spec"]: run for run in stored.get("runs", ())} if stored.get("code") == code else {}
     facts = {"machine": machine.facts(), "threads": 1, "versions": machine.versions(), **machine.commit(), "code": code}
-    for number, run in enumerate(runs, start=1):
-        if run.spec not in done:
-            done[run.spec] = measure(run)
-            units.write_json(part, facts | {"runs": list(done.values())})
-        each = [sum(one["seconds"].values()) for one in done.values()]
-        left = statistics.mean(each) * sum(other.spec not in done for other in runs)
+    todo = [run for run in asked if run.spec not in done]
+    for number, run in enumerate(todo, start=1):
+        done[run.spec] = measure(run)
+        kept = [done[one.spec] for one in runs if one.spec in done]
+        seconds = [sum(one["seconds"].values()) for one in kept]
+        whole = {"planned": len(runs), "seconds": round(sum(seconds)), "runs": kept}
+        units.write_json(RESULT, facts | whole)
         wrong = [score["method"] for score in done[run.spec]["scores"] if not score["right"]]
-        told = f"{number} of {len(runs)}: {run.spec}, {sum(done[run.spec]['seconds'].values()):.0f} s"
-        print(f"{told}; wrong: {', '.join(wrong) or 'nothing'}; {left / 60:.0f} min left", flush=True)
-    if only is None:
-        kept = [done[run.spec] for run in runs]
-        whole = sum(sum(run["seconds"].values()) for run in kept)
-        units.write_json(RESULT, facts | {"planned": len(runs), "seconds": round(whole), "runs": kept})
-        part.unlink()
+        told = f"{number} of {len(todo)}: {run.spec}, {sum(done[run.spec]['seconds'].values()):.0f} s"
+        left = statistics.mean(seconds) * (len(todo) - number) / 60
+        print(f"{told}; wrong: {', '.join(wrong) or 'nothing'}; about {left:.0f} min left", flush=True)
 
 
 if __name__ == "__main__":

@@ -411,11 +411,13 @@ class PairBatch:
         columns["site_set"] = np.tile(np.arange(len(self.sets)), len(rows) // len(self.sets))
         candidates = np.array([pair.candidates for pair in pairs])
         columns["answer"] = candidates[owner, np.array([pair.answer for pair in pairs])[owner]]
+        noise = 0.0
         for side, run in (("clean", clean), ("corrupt", corrupt)):
             logits = self.model.logits(run.hidden)
+            noise = max(noise, self.model.noise_of(logits))
             plain = self.metrics(logits, logits, np.arange(len(pairs)), side)
             columns |= {f"{name}_{side}": plain[name][owner] for name in ("metric", "logit_diff")}
-        prove_own(columns, scored["logit_diff_before"], 2 * self.model.noise)
+        prove_own(columns, scored["logit_diff_before"], 2 * noise)
         for when in ("before", "after"):
             columns[f"foil_{when}"] = candidates[owner, scored[f"foil_{when}"]]
             columns[f"logits_{when}"] = list(scored[f"candidate_logits_{when}"].astype(np.float32))

@@ -37,9 +37,16 @@ DOWN_PROJS = ("down_proj", "c_proj")  # what an MLP's last projection is called
 # 0.02 in fp16, 0.125 in bf16, 0.14 in 4 bits; a factor of ten or so is left for deeper models).
 NOISE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 0.25, torch.bfloat16: 1.0}
 QUANTISED_NOISE = 2.0
+# NOISE and FLOORS hold for logits of up to ORDINARY; rounding grows with what is rounded, and so do both beyond it.
+ORDINARY = 100.0
 # What a mean change of logits must exceed to be an effect (logits), by number format. In 16 bits and fewer, the noise
 # that was measured: ten times as much would hide single heads. In fp32, what is allowed for deeper models.
 FLOORS = {"float64": 1e-9, "float32": 1e-3, "float16": 0.02, "bfloat16": 0.125, "nf4": 0.14, "int8": 0.14}
+
+
+def at_size(noise: float, largest: float) -> float:
+    """Noise, or a floor, of logits (or activations) the largest of which has this size."""
+    return noise * max(1.0, largest / ORDINARY)
 
 
 class Site(NamedTuple):
@@ -101,12 +108,16 @@ class Model:
 
     @property
     def noise(self) -> float:
-        """The largest logit difference that two runs of one prompt may show (logits)."""
+        """The largest logit difference that two runs of one prompt may show (logits), ordinary in size."""
         return QUANTISED_NOISE if self.quantisation else NOISE[self.dtype]
+
+    def noise_of(self, values: Tensor) -> float:
+        """`noise` of logits (or activations) as large as these."""
+        return at_size(self.noise, values.abs().max().item())
 
     @property
     def floor(self) -> float:
-        """What a mean change of logits must exceed to be an effect (logits)."""
+        """What a mean change of logits, ordinary in size, must exceed to be an effect (logits)."""
         return FLOORS[self.quantisation or str(self.dtype).removeprefix("torch.")]
 
     def unembedding(self, tokens: Int[Tensor, "*rows"] | Sequence[int] | None = None) -> tuple[Tensor, Tensor | None]:

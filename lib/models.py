@@ -300,7 +300,7 @@ def prove(model: Model) -> None:
     final = model.logits(torch.cat([base.hidden, last.to(base.hidden.device)]))
     off = (final - logits[-1].to(final.device)).abs().max().item()
     # the model's own logits are in its dtype: bf16 moves in steps of 0.125 at 16 to 32
-    if not off <= max(model.noise, torch.finfo(model.dtype).eps * logits.abs().max().item()):
+    if not off <= model.noise_of(logits):
         raise ModelError(f"{model.name}: fp32 logits of the final hidden state differ from the model's own: {off:.2g}")
     if torch.finfo(model.dtype).bits == 16 and torch.equal(final, final.to(model.dtype).to(final.dtype)):
         raise ModelError(f"{model.name}: logits of the final hidden state are rounded to {model.dtype}, not fp32")
@@ -340,8 +340,9 @@ def prove_projection(model: Model, layer: int, part: str, z: Tensor, seen: Mappi
         wanted, output = f"{width} neurons", "MLP"
     if z.shape[-1] != width:
         raise ModelError(f"{model.name}: the input of {name} at layer {layer} has width {z.shape[-1]}, not {wanted}")
-    off = (projection(z) - seen[Site(layer, whole)]).abs().max().item()
-    if off > model.noise:
+    output_seen = seen[Site(layer, whole)]
+    off = (projection(z) - output_seen).abs().max().item()
+    if not off <= model.noise_of(output_seen):
         raise ModelError(
             f"{model.name}: {name} of the {part}s differs from the {output} output of layer {layer}: {off:.2g}"
         )

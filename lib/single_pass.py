@@ -398,16 +398,17 @@ def prove_base_rows(model: Model, base: BaseRun, grown: Grown, describe: Callabl
 
     def words(index: int, off: float) -> str:
         row = f"{describe(index)}: the base row of the growing pass differs from the plain forward pass"
-        return f"{row} by {off:.3g} logits, more than {model.noise:g}, the noise of {model.dtype}"
+        return f"{row} by {off:.3g} logits, more than {model.noise_of(plain):g}, the noise of {model.dtype}"
 
-    return prove_same(model, model.logits(grown.base), model.logits(base.hidden), words)
+    plain = model.logits(base.hidden)
+    return prove_same(model, model.logits(grown.base), plain, words)
 
 
 def prove_same(model: Model, logits: Tensor, plain: Tensor, describe: Callable[[int, float], str]) -> float:
-    """The largest difference between two rows of logits; SweepError where it exceeds the noise of the dtype, in the
-    words of `describe(row, difference)`."""
+    """The largest difference between two rows of logits; SweepError where it exceeds the noise of the dtype at their
+    size, in the words of `describe(row, difference)`."""
     off = (logits - plain).abs().amax(-1)
     worst = int(off.argmax())
-    if not off[worst] <= model.noise:
+    if not off[worst] <= model.noise_of(plain):
         raise SweepError(describe(worst, off[worst].item()))
     return off[worst].item()

@@ -38,8 +38,8 @@ KEPT = 1.0  # quads found of those wanted
 MOVED = 0.95  # share of the quads whose gap has the right sign in another template, too
 REACH = 0.6  # depth of the sites behind the slice
 ASSUMED = (
-    "the slice, the circuit's size and how many backups are tried are those that the default book found, at the same "
-    "depth of the model: nine heads and MLPs from 70% of the layers on",
+    "the slice, how often it is widened by backups and the circuit's size are those that the default book found, at "
+    "the same depth of the model: nine heads and MLPs from 70% of the layers on",
     "names have 2 to 5 tokens, as in the default book; a template's text counts a token a word",
     f"{KEPT:.0%} of the quads asked for are found, and the gap of {MOVED:.0%} of them has the right sign in another "
     "template",

@@ -17,11 +17,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError
 
 from lib import questions, safe_yaml
 from lib.errors import Refusal
-from lib.hooks import FLOORS
+from lib.hooks import FLOORS, at_size
 from lib.questions import Question
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -124,6 +124,8 @@ class Workers(BaseModel):
 class Shared(BaseModel):
     """The keys that every step takes."""
 
+    _largest_logit: float = PrivateAttr(0.0)  # no parameter: what was measured, for `floor`
+
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
     profile: str = Field(
@@ -219,8 +221,13 @@ class Shared(BaseModel):
 
     @property
     def floor(self) -> float:
-        """Logits: what a mean change must exceed to be an effect (`lib.stats.Settings`)."""
-        return FLOORS[self.quantisation or self.dtype]
+        """Logits: what a mean change must exceed to be an effect (`lib.stats.Settings`), of logits as large as those of
+        the tables that were read."""
+        return at_size(FLOORS[self.quantisation or self.dtype], self._largest_logit)
+
+    def note_logits(self, largest: float) -> None:
+        """A table with logits of this size has been read."""
+        self._largest_logit = max(self._largest_logit, largest)
 
 
 class OfSlice(Shared):

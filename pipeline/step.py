@@ -350,6 +350,7 @@ class Step:
         if about.get("plan") != units.plan_id(plan):
             self._compute(path, plan, table, table.compute(self, *chosen))
         frame = records.read(path, table.columns)
+        self.params.note_logits(records.read_metadata(path).get("largest_logit", 0.0))
         self.write_record(path)
         units.remove_units(path.with_suffix(".units"))  # once the table and its record are safe
         return frame

@@ -25,11 +25,14 @@ from typing import IO, Any, NamedTuple, Protocol
 import pandas as pd
 import pandera.pandas as pa_schema
 import pyarrow as pa
+import pyarrow.compute as pc
 from tqdm import tqdm
 
 from lib.batches import check_role, grouped, with_donors
 from lib.records import AGAIN, SCHEMA, RecordError, atomic, open_table, read_metadata, write, write_table
 from lib.tasks import Pair
+
+LOGITS = ("logits", "logits_before", "logits_after", "top_logit_after")  # columns of logits, not of differences
 
 
 @dataclass(frozen=True)
@@ -256,9 +259,9 @@ def assemble(
 ) -> dict[str, Any]:
     """Join the units' tables in the order given into one file, values untouched; return the metadata written.
 
-    To `metadata` are added: units, rows, seconds (computing, over all sittings), log (the units' lines, in order), the
-    units' facts, and what the model is, by the first unit that was computed with it. Raises RecordError when two units
-    give the same row or different facts of one name.
+    To `metadata` are added: units, rows, `largest_logit`, seconds (computing, over all sittings), log (the units'
+    lines, in order), the units' facts, and what the model is, by the first unit that was computed with it. Raises
+    RecordError when two units give the same row or different facts of one name.
     """
     tables = [open_table(part).read() for part in parts]
     about = [read_metadata(part) for part in parts]
@@ -279,11 +282,22 @@ def assemble(
         "model": next((unit["model"] for unit in about if "n_layers" in unit["model"]), metadata.get("model")),
         "units": len(parts),
         "rows": table.num_rows,
+        "largest_logit": largest_logit(table),
         "seconds": round(math.fsum(unit["seconds"] for unit in about), 3),
         "log": [line for unit in about for line in unit["log"]],
     }
     write_table(path, table, full)
     return full
+
+
+def largest_logit(table: pa.Table) -> float:
+    """The size of the largest of the logits that the columns LOGITS hold, 0 without any."""
+    largest = 0.0
+    for name in (name for name in LOGITS if name in table.column_names):
+        values = table[name].combine_chunks()
+        values = values.flatten() if pa.types.is_nested(values.type) else values
+        largest = max(largest, pc.max(pc.abs(values)).as_py() or 0.0)
+    return float(f"{largest:.3g}")
 
 
 def remove_units(folder: Path) -> None:

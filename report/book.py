@@ -185,7 +185,8 @@ def reworded(text: str, topic: Question) -> str:
 
 
 def landing(results: Path, steps: Mapping[str, str], to: Path) -> dict[str, str]:
-    """Fields of `index.md` from the findings. Copies the figures it shows to `to/figures/`.
+    """Fields of `index.md` from the findings. Copies the one figure it shows, of the claims, to `to/figures/`: those of
+    the steps stand on their pages.
 
     A findings file has `model` {name, n_layers, ...}, `task`, `able`, `sentences` (MyST) and `figures`
     [{file, caption}], `file` relative to the results folder. `headline`, if there, stands in for `sentences` here.
@@ -194,14 +195,12 @@ def landing(results: Path, steps: Mapping[str, str], to: Path) -> dict[str, str]
     models = {step: found["model"]["name"] for step, found in findings.items()}
     if len(set(models.values())) > 1:
         raise BookError(f"{results} mixes models {models}: run the steps of one profile into one results folder")
-    figures, answer = [], []
+    answer = []
     *others, last = list(steps)[1:]  # the last step concludes, so it leads
     for step in (last, *others):
         found = findings[step]
         link, said = f"[{title(step)}]({steps[step]}.ipynb)", sentences(step, found)
         answer.append(item(link, said) if answer else f"{link}: {' '.join(said)}")
-        for figure in found.get("figures", ())[:1]:
-            figures.append(figure_block(results, to, step, figure))
     model = findings[next(iter(findings))]["model"]
     facts = {key: value for key, value in model.items() if key != "name"}
     able = [" ".join(sentences(step, found)) for step, found in findings.items() if step == next(iter(steps))]
@@ -215,7 +214,7 @@ def landing(results: Path, steps: Mapping[str, str], to: Path) -> dict[str, str]
         **outline(findings[last].get("outline", {})),
         "answer": "\n\n".join(answer),
         "claims": verdicts(results),
-        "figures": "\n\n".join(figures),
+        "figure": "\n\n".join(figure_block(results, to, last, own) for own in findings[last].get("figures", ())[:1]),
         "able": "\n\n".join(able),
         "measured": table(facts, head=("model", code(model["name"]))),
         "pages": "\n".join(["| page | task | this model |", "| --- | --- | --- |", *rows]),

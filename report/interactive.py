@@ -8,14 +8,41 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
+from string import Template
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 from IPython.display import HTML
 
+from lib.records import atomic
+
 PAIR_VALUES = 20_000  # most values of single pairs in a page: leading sites have them, as many as that is enough for
 MODULES = ("attn", "mlp")
+ASSETS = Path(__file__).resolve().parent.parent / "book" / "assets"
+# A page of its own for a figure: the book's style, in the colours that the browser has for light and dark.
+PAGE = Template("""<!doctype html>
+<html lang="en">
+<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>$title</title>
+<style>
+:root {
+  color-scheme: light dark;
+  --pst-color-background: Canvas; --pst-color-text-base: CanvasText; --pst-color-surface: ButtonFace;
+  --pst-color-border: color-mix(in srgb, CanvasText 25%, Canvas);
+  --pst-color-text-muted: color-mix(in srgb, CanvasText 70%, Canvas);
+}
+main { font-family: system-ui, sans-serif; max-width: 54rem; margin: 1rem auto; padding: 0 1rem; }
+$style
+</style>
+<script>
+document.documentElement.dataset.theme = matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";
+$script
+</script>
+<main><h1>$title</h1>$figure</main>
+</html>
+""")
 
 
 class SiteEffects(NamedTuple):
@@ -87,3 +114,11 @@ def embedded(kind: str, data: Any, otherwise: str, twin: str) -> HTML:
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), default=int).replace("<", "\\u003c")
     script = f'<script type="application/json">{text}</script>'
     return HTML(f'<div class="interactive {kind}" data-twin="{twin}">{script}<p>{otherwise}</p></div>')
+
+
+def save(figure: HTML, path: Path, title: str) -> None:
+    """Write a figure as a page that opens from a file, with the book's script and style in it."""
+    style, script = ((ASSETS / name).read_text(encoding="utf-8") for name in ("superset.css", "interactive.js"))
+    page = PAGE.substitute(title=title, style=style, script=script, figure=figure.data)
+    with atomic(path) as file:
+        file.write(page.encode())

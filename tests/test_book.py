@@ -239,8 +239,8 @@ def test_landing_page(built):
     html = (built / "index.html").read_text()
     assert html.count('class="sortable docutils') == 2 and 'href="executed/02_coarse_sweep.html#fig-curve"' in html
     assert html.index(f"Sentence {list(STEPS).index('story')} ") < html.index("Sentence 1 ")
-    assert html.index("Sentence 1") < html.index("_images/coarse_sweep-curve.png") < html.index("Sentence 0")
-    assert 'alt="Curve of coarse_sweep in resid here."' in html
+    assert html.index("plan’s claims") < html.index("_images/story-curve.png") < html.index("It is <em>one</em> layer")
+    assert 'alt="Curve of story in resid here."' in html and "coarse_sweep-curve" not in html
 
 
 def test_the_landing_page_says_what_gaps_its_question_has():
@@ -430,7 +430,7 @@ def broken(copy: Path, source: Path = ROOT / "book") -> str:
         ("results/necessity.findings.json", "step necessity has no findings file"),
         ("results/coarse_sweep.run.json", "step coarse_sweep has no run file"),
         ("executed/04_sufficiency.ipynb", "step sufficiency has no executed notebook"),
-        ("results/figures/necessity-curve.png", "necessity-curve.png of step necessity is not in"),
+        ("results/figures/story-curve.png", "story-curve.png of step story is not in"),
     ],
 )
 def test_a_missing_file_names_its_step(copy, capsys, file, says):

@@ -5,11 +5,15 @@ from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
+import torch
 from professions import SUPERSETS
 
-from lib import effects, stats
+from lib import effects, hooks, models, records, single_pass, stats
 from lib.hooks import Site
+from pipeline import units
+from pipeline.params import Shared
 from steps.generality import class_circuits
 from steps.neurons import picks
 from steps.neurons.measure import Neurons
@@ -102,3 +106,41 @@ def test_the_noise_is_no_denominator():
     top = pd.DataFrame({"x": [1.0] * 24, "y": [1.0] * 24}).rename_axis(columns="k")
     bottom = pd.DataFrame({"x": [TINY] * 24, "y": [2.0] * 24}).rename_axis(columns="k")
     assert subspace.ratios(top, bottom, subspace.Subspace(model="m"))["k"].tolist() == ["y"]
+
+
+# --- logits of another size ---
+
+
+def test_noise_grows_with_logits_beyond_ordinary_ones_alone(tiny):
+    model = tiny("llama", "float32")
+    ordinary = hooks.ORDINARY * torch.tensor([-1.0, 0.5])
+    assert model.noise_of(ordinary) == model.noise == 1e-3 and model.noise_of(-20 * ordinary) == pytest.approx(0.02)
+    params = Shared(model="m")
+    assert params.floor == 1e-3
+    params.note_logits(1e4)
+    params.note_logits(30.0)
+    assert params.floor == pytest.approx(0.1) and params.model_dump() == Shared(model="m").model_dump()
+
+
+def test_a_model_of_large_logits_is_proved_and_its_faults_are_not(config_file):
+    model = models.load(f"config:{config_file('llama')}", device="cpu")
+    with torch.no_grad():
+        model.unembed.weight *= 3e5 / model.logits(torch.eye(32)).abs().max()
+    base = models.base_run(model, torch.arange(24).view(2, 12), [5, 11])
+    assert models.prove_identity(model, base) > 0
+    plain = model.logits(base.hidden)
+    words = lambda row, off: f"row {row} by {off:g}"  # noqa: E731
+    size = plain.abs().max()
+    assert size > 1e4 and single_pass.prove_same(model, plain + 1e-6 * size, plain, words) > model.noise
+    with pytest.raises(single_pass.SweepError, match="row 1 by"):
+        single_pass.prove_same(model, plain + 1e-4 * size * torch.tensor([[0.0], [1.0]]), plain, words)
+
+
+def test_a_table_knows_the_size_of_its_logits(tmp_path):
+    frame = pd.DataFrame({"logits_after": [[1.0, -700.0], [3.0, 2.0]], "top_logit_after": [1.0, 31.0], "effect": 9e9})
+    for name in ("a", "b"):
+        about = {"unit": name, "facts": {}, "model": {}, "seconds": 0.0, "log": []}
+        records.write(tmp_path / f"{name}.parquet", frame, about, schema=None)
+    parts = [tmp_path / "a.parquet", tmp_path / "b.parquet"]
+    assert units.assemble(tmp_path / "whole.parquet", parts, {}, None)["largest_logit"] == 700
+    assert units.largest_logit(pa.table({"effect": [9e9]})) == 0

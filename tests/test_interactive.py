@@ -132,6 +132,18 @@ def test_a_site_is_read_by_keys_and_pinned_in_the_address(page):
     assert unknown["told"][0][0].startswith("1.1"), "an address of no site shows the first of the slice"
 
 
+def test_a_map_on_a_page_of_its_own_needs_no_other_file(tmp_path):
+    table = rows(3, 2)
+    shown = [interactive.SiteEffects("put back", "rises", table, table["site"] == "1.1")]
+    interactive.save(interactive.site_map("fig", shown, ["1.1"]), tmp_path / "map.html", "Which parts?")
+    look = """window => ({told: window.document.querySelector(".told").innerText,
+      cells: window.document.querySelectorAll("td.marked").length,
+      width: window.document.documentElement.scrollWidth})"""
+    (seen,) = book_checks.looked_at(tmp_path, ["map.html"], look, width=390).values()
+    assert seen["told"].startswith("1.1, attention head of the critical slice") and seen["cells"] == 1
+    assert seen["width"] <= 390 and book_checks.outside_urls(tmp_path) == []
+
+
 def test_a_table_is_searched_sorted_and_cited(page):
     look = """window => {
       const one = what => window.document.querySelector(".sortable " + what);

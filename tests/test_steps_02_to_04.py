@@ -1,6 +1,8 @@
 """The numbers of steps 02 to 04, from tables small enough to work out by hand: a fixed table in, the number out."""
 
 import itertools
+import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -857,7 +859,7 @@ def test_leading_sites_are_picked_on_discovery_and_told_on_confirmation():
     handed = words.site_rows(own)
     assert [row["site"] for row in handed] == ["0.0", "0.1", "mlp 0"]
     assert handed[0] | {"p": 0, "low": 0, "high": 0, "ratio_low": 0, "ratio_high": 0} == {
-        "site": "0.0", "layer": 0, "component": "head", "head": 0, "estimate": 4.0, "ratio": 1.0,
+        "site": "0.0", "layer": 0, "component": "head", "head": 0, "estimate": 4.0, "ratio": 1.0, "discovery": 1.0,
         "p": 0, "low": 0, "high": 0, "ratio_low": 0, "ratio_high": 0,
     }  # fmt: skip
 
@@ -974,9 +976,19 @@ def test_what_step_04_says(tmp_path):
         params = sufficiency_measure.Sufficiency(**SETTINGS | other)
         critical = sufficiency_measure.critical_slice(curves, params.slice_share)
         made = sufficiency_measure.Measured(frame, own, order, table(joint), curves, critical)
-        return sufficiency_page.findings(step(params, results=tmp_path, write_findings=dict), made)
+        pairs = pd.DataFrame({"pair_id": frame["pair_id"].unique(), "answer": "artist", "corrupt_answer": "writer"})
+        pairs = pairs.assign(clean_a="Ann", clean_b="Bo", corrupt_a="Cy", corrupt_b="Di", corrupt_c="Ed")
+        taken_out = {"ablation": "resample", "sites": words.site_rows(own.assign(estimate=-1.5))}
+        own_step = step(params, results=tmp_path, write_findings=dict, pairs=lambda: pairs, beside=lambda _: taken_out)
+        return sufficiency_page.findings(own_step, made)
 
     good = found()
+    (shown,) = re.findall(r'application/json">(.*?)</script>', (tmp_path / "step.map.html").read_text())
+    shown = json.loads(shown)
+    assert shown["marked"] == ["0.0", "mlp 0"] and shown["lines"] == ["1", "0", "mlp"]
+    assert [one["estimate"] for one in shown["shown"]] == [[50, 300, 100], [-150, -150, -150]]
+    assert shown["effects"]["0.0"] == [300] * 2 * MANY
+    assert shown["pairs"][0][:2] == ["Ann and Bo (artist)", "Cy, Di and Ed (writer)"]
     assert good["restoring"] == ["0.0"] and [row["site"] for row in good["critical_slice"]] == ["0.0", "mlp 0"]
     assert good["critical_slice_reached"] and [row["quantity"] for row in good["joint"]] == ["recovery", "damage"]
     assert [row["estimate"] for row in good["joint"]] == pytest.approx([0.9, 0.85])

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from bench import validation
+from pipeline import params
 from planted.options import parse
 from report.validation import NOTHING
 from steps.registry import PLAN
@@ -29,40 +30,55 @@ def test_of_a_notebook_all_is_run_up_to_its_findings(step):
     assert "found = page.findings(" in code[-1]
 
 
-def test_a_run_that_was_stopped_goes_on(tmp_path, monkeypatch, capsys):
+def scored(run: validation.Run) -> dict:
+    return run._asdict() | {"spec": run.spec, "seconds": {"a": 1.0}, "able": True, "why": "", "scores": []}
+
+
+@pytest.fixture
+def three(tmp_path, monkeypatch):
+    """Three models to measure, and a file of its own."""
+    runs = validation.plan()[:3]
+    monkeypatch.setattr(validation, "RESULT", tmp_path / "validation.json")
+    monkeypatch.setattr(validation, "plan", lambda: runs)
+    monkeypatch.setattr("sys.argv", ["validation"])
+    return runs
+
+
+def test_a_run_that_was_stopped_goes_on(three, monkeypatch):
     made = []
 
     def measure(run):
         if len(made) == 2:
             raise KeyboardInterrupt
         made.append(run.spec)
-        return run._asdict() | {"spec": run.spec, "seconds": {"a": 1.0}, "able": True, "why": "", "scores": []}
+        return scored(run)
 
-    runs = validation.plan()[:3]
-    monkeypatch.setattr(validation, "RESULT", tmp_path / "validation.json")
-    monkeypatch.setattr(validation, "plan", lambda: runs)
     monkeypatch.setattr(validation, "measure", measure)
-    monkeypatch.setattr("sys.argv", ["validation"])
     with pytest.raises(KeyboardInterrupt):
         validation.main()
-    assert not validation.RESULT.exists()
+    found = json.loads(validation.RESULT.read_text())
+    assert len(found["runs"]) == 2 and found["planned"] == 3
     first = made.copy()
     made.clear()
     validation.main()
-    assert made == [run.spec for run in runs if run.spec not in first] and len(made) == 1
+    assert made == [run.spec for run in three if run.spec not in first] and len(made) == 1
     found = json.loads(validation.RESULT.read_text())
-    assert [run["spec"] for run in found["runs"]] == [run.spec for run in runs]
-    assert found["seconds"] == 3 and found["planned"] == 3 and not validation.RESULT.with_suffix(".part.json").exists()
+    assert [run["spec"] for run in found["runs"]] == [run.spec for run in three] and found["seconds"] == 3
 
 
-def test_what_other_code_has_measured_is_measured_again(tmp_path, monkeypatch):
-    part = tmp_path / "validation.part.json"
-    run = validation.plan()[0]
-    old = {"spec": run.spec, "seconds": {"a": 9.0}, "scores": []}
-    part.write_text(json.dumps({"code": {"lib": "another"}, "runs": [old]}))
-    monkeypatch.setattr(validation, "RESULT", tmp_path / "validation.json")
-    monkeypatch.setattr(validation, "plan", lambda: [run])
-    monkeypatch.setattr(validation, "measure", lambda _: old | {"seconds": {"a": 1.0}})
-    monkeypatch.setattr("sys.argv", ["validation"])
+def test_what_other_code_has_measured_is_measured_again(three, monkeypatch):
+    old = scored(three[0]) | {"seconds": {"a": 9.0}}
+    validation.RESULT.write_text(json.dumps({"code": {"lib": "another"}, "runs": [old]}))
+    monkeypatch.setattr(validation, "measure", scored)
     validation.main()
-    assert json.loads(validation.RESULT.read_text())["seconds"] == 1
+    assert json.loads(validation.RESULT.read_text())["seconds"] == 3
+
+
+@pytest.mark.parametrize("group", ["additive", "class only"])
+def test_every_step_takes_the_parameters_that_models_are_run_with(group, tmp_path):
+    run = validation.Run(group, validation.OPTIONS[group], 0)
+    given = validation.parameters(run, str(tmp_path))
+    for step in PLAN.names:
+        own = params.validate(PLAN.sections, step, given)
+        assert own.model == run.spec and own.results_dir == str(tmp_path)
+        assert all(getattr(own, key) == value for key, value in validation.LESS.items() if not isinstance(value, dict))

@@ -211,7 +211,9 @@ def split(
         left = logit_diff[at] - logit_diff[own] - parts
         changes["residual", Site(-1, "")] = nothing, left
         ablation = np.repeat(kinds, len(pairs))
-        prove_sum(model, left, [f"pair {pairs[o].pair_id}, {k} of {name}" for o, k in zip(own, ablation, strict=True)])
+        largest = max(value.abs().max().item() for both in changes.values() for value in both)
+        names = [f"pair {pairs[o].pair_id}, {k} of {name}" for o, k in zip(own, ablation, strict=True)]
+        prove_sum(model, left, largest, names)
         frames.append(tidy([pairs[index] for index in own], name, ablation, seed, changes))
     return pd.concat(frames, ignore_index=True)
 
@@ -283,9 +285,10 @@ def prove(
     model: Model, base: BaseRun, runs: LastToken, rows: Sequence[Row], sources: Activations, pairs: Sequence[Pair]
 ) -> None:
     """SweepError unless the intact rows equal the plain run and every site of every row arrived at its source."""
-    off = (model.logits(runs.hidden[: len(pairs)]) - model.logits(base.hidden)).abs().amax(-1).tolist()
+    plain = model.logits(base.hidden)
+    off = (model.logits(runs.hidden[: len(pairs)]) - plain).abs().amax(-1).tolist()
     for pair, value in zip(pairs, off, strict=True):
-        if not value <= model.noise:
+        if not value <= model.noise_of(plain):
             raise SweepError(f"pair {pair.pair_id}: the intact row differs from the plain run by {value:.3g} logits")
     for place, row in enumerate(rows, len(pairs)):
         for site in row.sites:
@@ -302,9 +305,10 @@ def prove(
                 )
 
 
-def prove_sum(model: Model, residual: Float[Tensor, " rows"], names: Sequence[str]) -> None:
-    """SweepError where the parts miss the total by more than rounding: norms compute in fp32 even in an fp64 model."""
-    allowed = max(model.noise, NOISE[torch.float32])
+def prove_sum(model: Model, residual: Float[Tensor, " rows"], largest: float, names: Sequence[str]) -> None:
+    """SweepError where the parts miss the total by more than rounding, the largest of them having this size: norms
+    compute in fp32 even in an fp64 model."""
+    allowed = hooks.at_size(max(model.noise, NOISE[torch.float32]), largest)
     worst = int(residual.abs().argmax())
     if not residual.abs().max() <= allowed:
         raise SweepError(

@@ -91,7 +91,8 @@ def _attention(model: Model, pairs: Sequence[Pair]) -> list[pd.DataFrame]:
 
             handles.append(module.register_forward_hook(keep))
         seen = model.logits(model.body(input_ids=ids, use_cache=False).last_hidden_state[:, -1])
-    off, noise = (seen - plain).abs().max().item(), max(model.noise, NOISE[torch.float32])  # its softmax is in fp32
+    off = (seen - plain).abs().max().item()
+    noise = max(model.noise_of(plain), NOISE[torch.float32])  # its softmax is in fp32
     if not off <= noise:
         raise SweepError(
             f"pair {pairs[0].pair_id} ...: with eager attention a logit differs from the ordinary run by {off:.3g}, "

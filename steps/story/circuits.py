@@ -306,8 +306,9 @@ def scored(model: Model, ready: Ready, circuits: Sequence[Circuit]) -> Float[np.
         logits = model.logits(torch.cat([plain, hidden]), tokens).cpu()
         off = (logits[:2] - logits[2:4]).abs().amax(-1)
         off[1] *= ready.alike[donors]  # the embedding of the last token is nobody's to give
-        if not (off <= model.noise).all():
-            which, index = torch.nonzero(~(off <= model.noise))[0].tolist()
+        noise = model.noise_of(logits[:2])
+        if not (off <= noise).all():
+            which, index = torch.nonzero(~(off <= noise))[0].tolist()
             circuit, prompt = (("everything", "the clean"), ("nothing", "the lending"))[which]
             raise SweepError(
                 f"pair {batch[index % len(batch)].pair_id}: the circuit of {circuit} differs by "
@@ -349,10 +350,11 @@ class Faithfulness:
 
     def __init__(self, model: Model, batches: Sequence[Ready]) -> None:
         self.model, self.batches = model, batches
+        self.largest = 0.0  # logit
         whole, self.nothing = self.differences([])
         self.gap = whole - self.nothing
-        pairs = sum(len(batch.pairs) for batch in batches)
-        self.noise = model.floor * pairs / self.gap if self.gap > model.floor * pairs else np.inf  # as a share
+        noise = hooks.at_size(model.floor, self.largest) * sum(len(batch.pairs) for batch in batches)
+        self.noise = noise / self.gap if self.gap > noise else np.inf  # as a share
 
     def differences(self, circuits: Sequence[Circuit]) -> Float[np.ndarray, " circuits"]:
         """Sum of logit_diff over pairs under everything, nothing and every circuit."""
@@ -360,6 +362,7 @@ class Faithfulness:
         for batch in self.batches:
             logits, index = scored(self.model, batch, circuits)[:, 0].astype(float), np.arange(len(batch.pairs))
             answers = np.array([(pair.answer, pair.corrupt_answer) for pair in batch.pairs]).T
+            self.largest = max(self.largest, np.abs(logits).max())
             total += (logits[:, index, answers[0]] - logits[:, index, answers[1]]).sum(1)
         return total
 

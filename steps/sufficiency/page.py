@@ -103,10 +103,12 @@ def by_pair(step: Step, m: Measured) -> pd.DataFrame:
     """What each site does in each pair, with the names and the answer of its prompts."""
     own = m.records[m.records["component"] != "resid"]
     asked = step.pairs()
-    told = {
-        side: asked[[f"{side}_a", f"{side}_b"]].agg(" and ".join, axis=1) + " (" + asked[word] + ")"
-        for side, word in (("clean", "answer"), ("corrupt", "corrupt_answer"))
-    }
+    told = {}
+    for side, word in (("clean", "answer"), ("corrupt", "corrupt_answer")):
+        names = asked.reindex(columns=[f"{side}_{slot}" for slot in "abc"]).astype(object).fillna("")
+        told[side] = [
+            f"{listed(filter(None, row))} ({answer})" for *row, answer in names.assign(answer=asked[word]).values
+        ]
     table = own[["pair_id", "half"]].assign(site=named(own), effect=effect(own), gap=gap(own))
     return table.merge(asked[["pair_id"]].assign(**told), on="pair_id")
 
@@ -187,6 +189,7 @@ def findings(step: Step, m: Measured) -> dict[str, Any]:
         "sentences": [alone, *leading, *of_slice, again, *added, *placebo["sentences"]],
         "headline": [alone, *of_slice, again, *placebo["headline"]],
     }
+    interactive.save(site_map(step, m), step.results / f"{step.name}.map.html", "Which parts bring the answer back?")
     figures = {
         "slice": slice_figure(step, m),
         "ranks": stability_page.ranks_figure(m, params),
