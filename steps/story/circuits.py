@@ -400,9 +400,11 @@ def grow(
 
     Sites are tested from the head of a queue ordered by what each added when last tested, until none behind is known
     for more (Minoux 1978); sites that work only together break that order, so all of them are tested anew at the sizes
-    REFRESH.
+    REFRESH. Where none adds more than the noise (a retrieval head does nothing without the MLP that reads it, nor that
+    without the head), the site joins without which everything else keeps least.
     """
     members: list[str] = []
+    without: dict[str, float] = {}
     reached, gains = 0.0, dict.fromkeys(sites, np.inf)
     while reached < share and len(members) < limit:
         queue = sorted(set(sites) - set(members), key=lambda site: (-gains[site], sites.index(site)))
@@ -415,6 +417,12 @@ def grow(
             fresh |= zip(part, faithfulness.of([[*members, site] for site in part]), strict=True)
         gains |= {site: value - reached for site, value in fresh.items()}
         chosen = max(fresh, key=fresh.get)
+        if fresh[chosen] - reached <= faithfulness.noise:
+            if not without:
+                left = faithfulness.of([[other for other in sites if other != site] for site in sites])
+                without = dict(zip(sites, left, strict=True))
+            chosen = min(queue, key=lambda site: (without[site], sites.index(site)))
+            fresh[chosen] = faithfulness.of([[*members, chosen]])[0]
         tested += [("grow", len(members), site, value, site == chosen) for site, value in fresh.items()]
         members, reached = [*members, chosen], fresh[chosen]
     return members, reached
