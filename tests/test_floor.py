@@ -15,7 +15,7 @@ from lib.hooks import Site
 from pipeline import units
 from pipeline.params import Shared
 from steps.generality import class_circuits
-from steps.neurons import neurons_page, picks
+from steps.neurons import picks
 from steps.neurons.measure import Neurons
 from steps.retrieval_heads import measure as retrieval
 from steps.retrieval_heads import page as retrieval_page
@@ -111,11 +111,6 @@ def test_the_noise_is_no_denominator():
 
 def test_too_few_quads_say_neither_yes_nor_no():
     """One cluster of pairs: whatever the estimate, no interval can decide."""
-    row = pd.Series({"estimate": 1.0, "low": None, "high": None})
-    assert (
-        neurons_page.helps(row)
-        == "is measured in too few quads to be said to help or oppose the answer (effect 1.00 logits)"
-    )
     one = {"size": 2, "estimate": 1.0, "low": np.nan, "high": np.nan}
     one |= {f"minus_{end}": 0.5 if end == "estimate" else np.nan for end in ("estimate", "low", "high")}
     said = circuits_page.at_size_sentence([one | {"order": "circuit"}, one | {"order": "random"}])
