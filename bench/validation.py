@@ -66,10 +66,12 @@ LESS: dict[str, Any] = {
     | {"random_directions": 2, "rotation_steps": 1, "templates": ["know_both"], "steering_pairs": 20}
     | {"earlier_layers": 0, "interchange_steps": 1, "probe_questions": ["many_other"]},
     "neurons": {"sae_features": 16, "sae_active": 4, "sae_prompts": 40, "sae_epochs": 1, "sae_seeds": 2, "budgets": [1]}
-    | {"pairs": 4, "top_pairs": 40, "random_sets": 1, "cards": 1},
+    | {"pairs": 16, "top_pairs": 40, "random_sets": 1, "cards": 1},
     "story": {"search_pairs": 8, "everywhere_limit": 4, "random_sets": 2, "subsets": 2, "attribution_pairs": 2},
 }
 """What is taken less of than in the profile, so that all models take half an hour."""
+NAMED = {"routes": "retrieval_heads", "class only": "generality"}
+"""Steps that are given all planted sites at the last token as their slice: step 04 stops at 80% of the answer."""
 
 
 class Run(NamedTuple):
@@ -101,9 +103,9 @@ def parameters(run: Run, results: str) -> dict[str, Any]:
     """The profile's parameters, with LESS, of one model."""
     given = params.load_profile("planted")
     given |= {key: given.get(key, {}) | less if isinstance(less, dict) else less for key, less in LESS.items()}
-    if run.group == "routes":  # the slice of step 04 has not all of the heads that depend on names
+    if run.group in NAMED:
         planted = truth.read(build.folder(run.spec)).model_dump(mode="json")
-        given["retrieval_heads"] |= {"slice_sites": [scores.name_of(site) for site in scores.at_last(planted)]}
+        given[NAMED[run.group]] |= {"slice_sites": [scores.name_of(site) for site in scores.at_last(planted)]}
     return given | {"model": run.spec, "seed": run.seed, "results_dir": results}
 
 

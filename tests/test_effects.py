@@ -200,3 +200,44 @@ def test_every_profile_has_the_floor_of_its_precision():
     assert Shared(**own).floor == 0.001 and Shared(**own, dtype="float64").floor == 1e-9
     assert Shared(**own, dtype="bfloat16").floor == 0.125 < hooks.NOISE[torch.bfloat16]
     assert Shared(**own, dtype="bfloat16", quantisation="nf4").floor == 0.14 < hooks.QUANTISED_NOISE
+
+
+def test_damages_are_ratios_of_sums_by_ablation_in_the_order_of_the_records():
+    frame = pd.concat([two_quads(), two_quads().assign(ablation="mean", logit_diff_after=5.0)])
+    found = effects.damages(frame[frame["head"] == 0], stats.DEFAULTS)
+    assert {kind: span.estimate for kind, span in found.items()} == {"zero": 6 / 16, "mean": 0.0}
+    assert list(found) == ["zero", "mean"]
+
+
+def test_what_is_specific_is_read_off_both_shares_under_the_given_settings():
+    rng, parts = np.random.default_rng(0), []
+    for shift in ((3.0, 3.0), (0.1, 3.0)):  # of the gap of 4: in own pairs, and in the placebo's
+        rows = [
+            {"quad_id": f"q{quad:02d}", "head": head, "logit_diff_after": 3.0 - rng.normal(shift[head], 0.3)}
+            for quad in range(25)
+            for head in (0, 1)
+        ]
+        parts.append(records(rows))
+    given = stats.Settings(level=0.8, resamples=300, seed=5)
+    table = effects.specific(*parts, ["head"], given, 0.5)
+    own, other = (effects.curve(part, given, ["head"]) for part in parts)
+    for end in ("estimate", "low", "high"):
+        assert table[end].tolist() == own[end].tolist() and table[f"placebo_{end}"].tolist() == other[end].tolist()
+    shares = [
+        stats.Shares(*(effects.quad_matrix(p, v, ["head"], "sum").values for v in ("effect", "gap"))) for p in parts
+    ]
+    beyond = stats.contrasts(shares[1], shares[0], 0.5, given)
+    assert table["beyond_low"].tolist() == [span.low for span in beyond]
+    assert table["quotient_estimate"].tolist() == pytest.approx((other["estimate"] / own["estimate"]).tolist())
+    assert table["verdict"].tolist() == ["specific", "general"] and table["head"].tolist() == [0, 1]
+
+
+def test_significance_and_losses_hold_at_the_given_level_and_off_zero():
+    ends = pd.DataFrame({"p": [0.01, 0.01, 0.15], "low": [0.0, 0.1, 0.1], "high": [1.0, 1.0, 1.0]})
+    assert effects.significant(ends, stats.DEFAULTS).tolist() == [False, True, False]
+    assert effects.significant(ends, stats.Settings(level=0.8)).tolist() == [False, True, True]
+    values = np.random.default_rng(1).normal(0, 1, 24)
+    values += 0.25 - values.mean()
+    low = stats.mean_interval(values, stats.Settings(level=0.5)).low
+    assert stats.mean_interval(values, stats.DEFAULTS).low < 0 < low
+    assert not effects.is_loss(values, stats.DEFAULTS) and effects.is_loss(values, stats.Settings(level=0.5))

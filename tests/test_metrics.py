@@ -57,9 +57,10 @@ def plain(arguments: dict) -> dict[str, np.ndarray]:
     return {name: np.array(values) for name, values in out.items()}
 
 
-# 128 tokens: tiles; 101: none. 9,000 tokens: several blocks of rows, the last one shorter.
-@pytest.mark.parametrize(("vocab", "rows"), [(128, 40), (101, 40), (9_000, 300)])
+# 128 tokens: a tile; 1,152: nine; 101: none. 9,000 tokens: several blocks of rows, the last one shorter.
+@pytest.mark.parametrize(("vocab", "rows"), [(128, 40), (1_152, 40), (101, 40), (9_000, 300)])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 5e-6)])
+@pytest.mark.filterwarnings("error")  # torch warns where a block and its scratch copy are not of one size
 def test_every_number_equals_its_definition(vocab, rows, dtype, tolerance):
     arguments = example(vocab, rows, dtype)
     got, wanted = metrics.from_logits(**arguments), plain(arguments)
@@ -116,6 +117,15 @@ def test_a_broken_logit_anywhere_is_an_error_that_names_its_rows(value, token):
     arguments["logits"][[3, 17], token] = value
     with pytest.raises(ValueError, match=r"NaN or infinite logits in 2 of 40 rows: 3, 17$"):
         metrics.from_logits(**arguments)
+
+
+@pytest.mark.parametrize(("broken", "named"), [(10, "8, 9"), (11, "8, 9, ...")])
+def test_of_many_broken_rows_the_first_ten_are_named(broken, named):
+    arguments = example()
+    arguments["logits"][:broken] = float("nan")
+    with pytest.raises(ValueError) as caught:
+        metrics.from_logits(**arguments)
+    assert str(caught.value).endswith(named)
 
 
 def test_arguments_that_do_not_fit_are_errors():

@@ -218,7 +218,9 @@ def test_a_share_is_what_a_head_makes_up_at_the_receiver(tiny, name, position, s
         centred = vector - vector.mean(-1, keepdim=True) if receiver.norm.centres else vector
         normed = receiver.norm.gain * centred / receiver.norm.scale(stream)[:, None]
         if site.component == "mlp":
-            return normed
+            names = ("c_fc",) if name == "gpt2" else ("gate_proj", "up_proj")
+            readers = [getattr(model.mlps[2], part) for part in names]
+            return torch.cat([part(normed) - part(torch.zeros_like(normed)) for part in readers], 1)
         project, first = paths.projection(model, model.attns[2], "v")
         place = first + site.head * model.n_kv_heads // model.n_heads * model.head_size
         value = (project(normed) - project(torch.zeros_like(normed)))[:, place : place + model.head_size]
@@ -264,6 +266,7 @@ def planted(write: dict[int, int], head: int = 2) -> models.Model:
         model.lm_head.weight[token, 16 + token - 40] = 1
     for place, token in enumerate(TOKENS.values()):
         model.lm_head.weight[token, 24 + place] = 1
+    model.model.layers[1].mlp.up_proj.weight[:] = torch.eye(32)[24:]  # its MLP reads features 24 to 31
     attention = model.model.layers[1].self_attn
     for feature, target in write.items():
         attention.v_proj.weight[(head // 2) * 12 + feature, feature] = 1
@@ -272,16 +275,23 @@ def planted(write: dict[int, int], head: int = 2) -> models.Model:
 
 
 def test_a_head_that_copies_the_class_is_all_that_the_slice_is_given():
-    """At the last token nothing else differs between prompts: its share is 1, a probe tells the class, and at the
-    unembedding it says what it writes there."""
+    """At the last token nothing else that the MLP reads differs between prompts: its share is 1, a probe tells the
+    class, and at the unembedding it says what it writes there. What another head writes where the MLP does not read,
+    however large, takes nothing from it."""
     model, (pairs, own) = planted({0: 24, 1: 28, 2: 25}), many_pairs()
+    attention = model.attns[1]
+    for feature in (0, 1, 2):
+        attention.o_proj.weight[8 + feature, 3 * 12 + feature] = 10
     about = outputs.About(own, WORDS, TOKENS)
     found = outputs.table(model, pairs, about, [Site(1, "mlp")], "last", 0)
-    head = (found.layer == 1) & (found["head"] == 2)
+    head, large = (found.layer == 1) & (found["head"] == 2), (found.layer == 1) & (found["head"] == 3)
+    assert found[large].share.abs().max() < 1e-6 and found[large].told.mean() == pytest.approx(2 / 3)
     assert found[head].share.mean() == pytest.approx(1, abs=1e-4) and found[~head].share.abs().max() < 1e-6
-    assert found[head].told.mean() == pytest.approx(2 / 3) and found[~head].told.mean() < 0.1
+    assert found[head].told.mean() == pytest.approx(2 / 3) and found[~head & ~large].told.mean() < 0.1
     assert found[head].unembedded.min() > 0.5 and found[~head].unembedded.abs().max() == 0
-    blind = outputs.table(planted({0: 0, 1: 1, 2: 2}), pairs, about, [Site(1, "mlp")], "last", 0)[head]
+    deaf = planted({0: 0, 1: 1, 2: 2})
+    deaf.mlps[1].up_proj.weight[:] = torch.eye(32)[:8]
+    blind = outputs.table(deaf, pairs, about, [Site(1, "mlp")], "last", 0)[head]
     assert blind.told.mean() == pytest.approx(2 / 3) and blind.unembedded.abs().max() < 1e-6
 
 

@@ -368,6 +368,18 @@ def test_coverage_of_proportions_of_quads():
     assert 0.93 <= np.mean([interval.low <= 0.95 <= interval.high for interval in intervals]) <= 0.98
 
 
+def test_holm_by_hand():
+    assert stats.holm([0.04, 0.01, 0.03, 0.5]).tolist() == pytest.approx([0.09, 0.04, 0.09, 0.5])
+    assert stats.holm([0.9, 0.6]).tolist() == [1, 1]
+
+
+def test_resamples_without_spread_are_left_out_where_they_are_few():
+    t = np.tile(np.arange(100.0)[:, None], 2)
+    t[:4, 0], t[:6, 1] = np.nan, np.nan
+    own, none = stats._quantiles(t, 0.95)
+    assert own == np.quantile(np.arange(4, 100), 0.95) and np.isnan(none)
+
+
 # --- bad input
 
 
@@ -375,7 +387,9 @@ def test_coverage_of_proportions_of_quads():
     ("call", "message"),
     [
         (lambda: stats.mean_interval([1.0, np.nan] * 15), r"NaN or infinite values in quads \[ *1 "),
-        (lambda: stats.mean_interval([]), "one row per quad"),
+        (lambda: stats.mean_interval([]), "^matrix: expected one row per quad"),
+        (lambda: stats.simultaneous([]), "^matrix: expected one row per quad"),
+        (lambda: stats.max_t([]), "^matrix: expected one row per quad"),
         (lambda: stats.mean_interval(np.ones(30), Settings(level=95)), "level"),
         (lambda: stats.mean_interval(np.ones(30), Settings(resamples=10)), "resamples"),
         (lambda: stats.ratio_intervals(np.ones(30), -np.ones(30)), "not defined"),

@@ -7,9 +7,10 @@
    profession among those of the name's own superset. The same classifier on what is known of the people without a
    model stands beside them (`BASELINES`): their region, century and gender; the letters of their names.
 3. `shares`: what the slice makes of it. At a receiver, classes lie apart in what its values and output projection make
-   of the stream (its own OV) or, for an MLP, in its normed input; the directions between their means are those of the
-   discovery half. A head's share is how much of that distance its output makes up, at the run's own scales: all that is
-   written before a receiver adds up to 1, and what is the same for every class makes up 0.
+   of the stream (its own OV) or, for an MLP, in what its neurons are given by the projections that read its normed
+   input; the directions between their means are those of the discovery half. A head's share is how much of that
+   distance its output makes up, at the run's own scales: all that is written before a receiver adds up to 1, and what
+   is the same for every class makes up 0.
 4. `unembedded`: the same at the unembeddings of the candidates (direct logit attribution; Elhage et al. 2021). It is
    blind to what later layers still have to turn into a word, and stands beside the others.
 """
@@ -113,7 +114,7 @@ class Receiver(NamedTuple):
     module: nn.Module  # the norm that makes its input
     norm: FixedNorm
     value: Float[Tensor, "hidden size"] | None  # of a head: from the normed stream to its value; None for an MLP
-    metric: Float[Tensor, "size size"] | None  # inner products of what its output projection makes of values
+    metric: Float[Tensor, "size size"]  # inner products of what a head's output projection, an MLP's inputs make of it
 
     def aim(
         self, stream: Float[Tensor, "rows hidden"], codes: Int[np.ndarray, " rows"], known: np.ndarray
@@ -121,7 +122,7 @@ class Receiver(NamedTuple):
         """What a vector of the stream is multiplied with: from all other classes to the row's, at the row's scale."""
         seen = self.norm(stream) if self.value is None else self.norm(stream) @ self.value
         apart = from_others(torch.stack([seen[known & (codes == code)].mean(0) for code in np.unique(codes)]))
-        apart = apart if self.value is None else apart @ self.metric @ self.value.T
+        apart = apart @ self.metric if self.value is None else apart @ self.metric @ self.value.T
         return self.norm.pull(apart)[codes] / self.norm.scale(stream)[:, None]
 
 
@@ -172,13 +173,13 @@ def receiver(model: Model, site: Site) -> Receiver:
     with hooks.removing() as handles:
         handles += [child.register_forward_hook(lambda m, _, out: made.update({m: out})) for child in block.children()]
         handles += [hooks.on_input(module, lambda hidden: found.extend(m for m, out in made.items() if out is hidden))]
-        model.body(input_ids=torch.arange(1, 3, device=model.device)[None], use_cache=False)
+        model.body(input_ids=two_tokens(model), use_cache=False)
     if not found:
         raise ModelError(f"{model.name}: no norm of block {site.layer} makes the input of {hooks.site_name(*site)}")
     width = model.unembed.weight.shape[1]
     norm = fixed_norm(found[-1], width)
     if not is_head:
-        return Receiver(site, found[-1], norm, None, None)
+        return Receiver(site, found[-1], norm, None, heard(model, module))
     project, first = paths.projection(model, module, "v")
     eye = torch.eye(width, dtype=model.dtype, device=model.device)
     group = site.head * model.n_kv_heads // model.n_heads
@@ -186,6 +187,28 @@ def receiver(model: Model, site: Site) -> Receiver:
     value = (project(eye) - project(torch.zeros_like(eye[:1])))[:, columns].cpu().double()
     out = projected(model, site.layer)[hooks.columns_of(model, site)].double()
     return Receiver(site, found[-1], norm, value, out @ out.T)
+
+
+def two_tokens(model: Model) -> Int[Tensor, "1 2"]:
+    """The shortest prompt in which one token attends to another."""
+    return torch.arange(1, 3, device=model.device)[None]
+
+
+def heard(model: Model, mlp: nn.Module) -> Float[Tensor, "hidden hidden"]:
+    """Inner products of inputs as an MLP's neurons are given them: what none of its projections reads has length 0, so
+    that large vectors that nobody reads are no part of its input. The identity for experts behind a router, which are
+    not given the input itself. Projections are run, not read: they may be quantised or transposed."""
+    seen: list[Tensor] = []
+    readers: list[nn.Module] = []
+    matrices = [part for part in mlp.modules() if getattr(getattr(part, "weight", None), "ndim", 0) == 2]
+    with hooks.removing() as handles:
+        handles.append(hooks.on_input(mlp, seen.append))
+        for part in matrices:
+            handles.append(hooks.on_input(part, lambda x, part=part: readers.extend([part] * (x is seen[-1]))))
+        model.body(input_ids=two_tokens(model), use_cache=False)
+    eye = torch.eye(model.unembed.weight.shape[1], dtype=model.dtype, device=model.device)
+    made = [(part(eye) - part(torch.zeros_like(eye[:1]))).float() for part in readers]
+    return sum(own @ own.T for own in made or [eye.float()]).cpu().double()
 
 
 def projected(model: Model, layer: int) -> Float[Tensor, "width hidden"]:
