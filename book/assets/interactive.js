@@ -80,6 +80,8 @@
         cell.style.setProperty("--strength", strength.toFixed(3));
         cell.className = cell.classList.contains("marked") ? "marked" : "";
         cell.classList.add(value === null ? "unknown" : value < 0 ? "against" : "for");
+        cell.classList.toggle("strong", strength > 0.65);
+        cell.classList.toggle("full", strength > 0.95);
         cell.textContent = sure[index] ? "\u2022" : "";
         cell.setAttribute("aria-label", `${names[index]}: ${value === null ? "not measured" : signed(value) + " logits"}`);
       });
