@@ -36,7 +36,7 @@ from steps.registry import PLAN
 
 RESULT = Path(__file__).parent / "results" / "validation.json"
 CODE = ("lib", "planted", "pipeline", "report/scores.py", *(f"steps/{name}" for name in PLAN.names))
-SEEDS, NOISES, NOISY = 20, (0.01, 0.03, 0.1, 0.3), 2
+SEEDS, NOISES, SERIES = 20, (0.01, 0.03, 0.1, 0.3), ("additive", "backup by an MLP")
 OPTIONS = {
     "additive": "",
     "or": "rule=or",
@@ -62,7 +62,7 @@ LESS: dict[str, Any] = {
     "hydra": {"ablations": ["resample"], "rounds": 1},
     "retrieval_heads": {"one_name_pairs": 0, "edge_pairs": 2, "probe_people": 24},
     "generality": {"templates": ["know_both", "common_both"], "control_prompts": 4, "random_sets": 1},
-    "subspace": {"probe_people": 96, "probe_folds": 2, "permutations": 4, "ranks": [1], "dimensions": [1, 2]}
+    "subspace": {"probe_people": 96, "probe_folds": 2, "permutations": 4, "ranks": [1], "dimensions": [1, 4]}
     | {"random_directions": 2, "rotation_steps": 1, "templates": ["know_both"], "steering_pairs": 20}
     | {"earlier_layers": 0, "interchange_steps": 1, "probe_questions": ["many_other"]},
     "neurons": {"sae_features": 16, "sae_active": 4, "sae_prompts": 40, "sae_epochs": 1, "sae_seeds": 2, "budgets": [1]}
@@ -93,9 +93,11 @@ def plan() -> list[Run]:
     """All models, in order: every option has its first seeds early."""
     groups = list(OPTIONS)
     names = [groups[seed % len(groups)] for seed in range(SEEDS)]
-    seeds = [Run(name, OPTIONS[name], seed, series=seed < NOISY) for seed, name in enumerate(names)]
-    noisy = [run._replace(noise=noise, series=True) for run in seeds[:NOISY] for noise in NOISES]
-    nothing = [Run(kind, f"no_circuit={kind}", seed) for kind in NOTHING for seed in range(NOISY)]
+    seeds = [
+        Run(name, OPTIONS[name], seed, series=name in SERIES and seed < len(groups)) for seed, name in enumerate(names)
+    ]
+    noisy = [run._replace(noise=noise) for run in seeds if run.series for noise in NOISES]
+    nothing = [Run(kind, f"no_circuit={kind}", seed) for kind in NOTHING for seed in range(2)]
     return seeds + nothing + noisy
 
 

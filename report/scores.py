@@ -29,7 +29,7 @@ LEVEL = 0.05
 RULES = {"additive": "additive", "or": "OR", "and": "AND"}
 ARRIVED, REPAIR, JUDGE = 0.8, 0.1, "resample"
 """As in the profile: of the critical layers, of the claims about repair, and the ablation that judges."""
-ALWAYS = ("task_done", "critical_layers", "slice_sufficient", "values_carry", "mlps_at_names", "general_templates")
+ALWAYS = ("task_done", "critical_layers", "slice_sufficient", "general_templates")
 ALWAYS += ("profession_at_names", "superset_at_last", "few_directions", "beats_random", "steering")
 UNBACKED = ("slice_necessary", "circuit_faithful", "circuit_necessary", "circuit_complete", "circuit_beats_random")
 """Claims that hold of every planted circuit, and those that hold where nothing stands in for it."""
@@ -233,7 +233,7 @@ def planted_claims(truth: Truth, found: Found) -> Wanted:
         "class_specific": classes and bool(classes.must),
         "either_name": rule != "and",
         **{f"rule_{name}": rule == name for name in ("or", "additive", "and")},
-        "few_neurons": None if truth["options"]["aggregator"] != "mlp" else len(truth["neurons"]) <= 10 or None,
+        **dict.fromkeys(("values_carry", "mlps_at_names"), True if readers & slice_sites else None),
         "one_direction": True if whole & slice_sites else None,
     }
     if backed is None:
