@@ -36,7 +36,7 @@ from steps.registry import PLAN
 
 RESULT = Path(__file__).parent / "results" / "validation.json"
 CODE = ("lib", "planted", "pipeline", "report/scores.py", *(f"steps/{name}" for name in PLAN.names))
-SEEDS, NOISES, NOISY = 20, (0.01, 0.03, 0.1, 0.3), 2
+SEEDS, NOISES, SERIES = 20, (0.01, 0.03, 0.1, 0.3), ("additive", "backup by an MLP")
 OPTIONS = {
     "additive": "",
     "or": "rule=or",
@@ -93,9 +93,11 @@ def plan() -> list[Run]:
     """All models, in order: every option has its first seeds early."""
     groups = list(OPTIONS)
     names = [groups[seed % len(groups)] for seed in range(SEEDS)]
-    seeds = [Run(name, OPTIONS[name], seed, series=seed < NOISY) for seed, name in enumerate(names)]
-    noisy = [run._replace(noise=noise, series=True) for run in seeds[:NOISY] for noise in NOISES]
-    nothing = [Run(kind, f"no_circuit={kind}", seed) for kind in NOTHING for seed in range(NOISY)]
+    seeds = [
+        Run(name, OPTIONS[name], seed, series=name in SERIES and seed < len(groups)) for seed, name in enumerate(names)
+    ]
+    noisy = [run._replace(noise=noise) for run in seeds if run.series for noise in NOISES]
+    nothing = [Run(kind, f"no_circuit={kind}", seed) for kind in NOTHING for seed in range(2)]
     return seeds + nothing + noisy
 
 
