@@ -9,8 +9,8 @@
    among the `TOP` in one and not in the other, and whose sign is another.
 4. `components`: the templates as a random effect, a variance component beside those of heads and quads.
 
-Written to bench/results/robustness.json, after each part to robustness.part.json (`bench.parts`). About 20 minutes on
-one thread of a machine that does other things as well.
+Written to bench/results/robustness.json, after each part to robustness.part.json (`bench.parts`). Ten minutes of one
+thread's time.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ REFERENCE = "clean into corrupt, logit_diff, fp32"
 MEASURING = ("bench.robustness", "steps.baselines.quads", "pipeline.population")  # what it rests on, beside lib
 TOP = 9  # heads that are compared as a set: as many as the default profile's slice has sites
 RESAMPLES, SPLITS = 2000, 20  # of the quads: drawn anew, and cut in two
+PER_HALF = stats.MINIMUM_CLUSTERS + 4  # quads of the first draw: some do not come about
 LEAST = 0.1  # rank correlation between a table's own halves, below which it is not set beside another
 METRICS = {"margin": "margin_effect", "log-probability of the answer": "log_probability"}
 # The first is the profile's own. Names stand within the text, so that their tokens are the same in all.
@@ -327,7 +328,7 @@ class Study:
         """The model, and quads of people drawn with two seeds that share nobody; those of the first suffice for two
         halves set side by side."""
         self.model, everyone = models.load(MODEL, device="cpu"), load_people(PEOPLE)
-        options = Options(quads_per_half=max(self.count // 2, stats.MINIMUM_CLUSTERS), pairs_per_quad=1)
+        options = Options(quads_per_half=max(self.count // 2, PER_HALF), pairs_per_quad=1)
         drawn = to_ask(everyone, options)[0]
         asked = ask_alone(drawn, self.model.tokenizer, partial(models.next_logits, self.model))
         self.whole = draw(self.model, everyone, asked, options)

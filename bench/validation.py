@@ -36,7 +36,7 @@ from steps.registry import PLAN
 
 RESULT = Path(__file__).parent / "results" / "validation.json"
 CODE = ("lib", "planted", "pipeline", "report/scores.py", *(f"steps/{name}" for name in PLAN.names))
-SEEDS, NOISES, NOISY = 20, (0.01, 0.03, 0.1, 0.3), 2
+SEEDS, NOISES, SERIES = 20, (0.01, 0.03, 0.1, 0.3), ("additive", "backup by an MLP")
 OPTIONS = {
     "additive": "",
     "or": "rule=or",
@@ -62,14 +62,16 @@ LESS: dict[str, Any] = {
     "hydra": {"ablations": ["resample"], "rounds": 1},
     "retrieval_heads": {"one_name_pairs": 0, "edge_pairs": 2, "probe_people": 24},
     "generality": {"templates": ["know_both", "common_both"], "control_prompts": 4, "random_sets": 1},
-    "subspace": {"probe_people": 96, "probe_folds": 2, "permutations": 4, "ranks": [1], "dimensions": [1, 2]}
+    "subspace": {"probe_people": 96, "probe_folds": 2, "permutations": 4, "ranks": [1], "dimensions": [1, 4]}
     | {"random_directions": 2, "rotation_steps": 1, "templates": ["know_both"], "steering_pairs": 20}
     | {"earlier_layers": 0, "interchange_steps": 1, "probe_questions": ["many_other"]},
     "neurons": {"sae_features": 16, "sae_active": 4, "sae_prompts": 40, "sae_epochs": 1, "sae_seeds": 2, "budgets": [1]}
-    | {"pairs": 4, "top_pairs": 40, "random_sets": 1, "cards": 1},
+    | {"pairs": 16, "top_pairs": 40, "random_sets": 1, "cards": 1},
     "story": {"search_pairs": 8, "everywhere_limit": 4, "random_sets": 2, "subsets": 2, "attribution_pairs": 2},
 }
 """What is taken less of than in the profile, so that all models take half an hour."""
+NAMED = {"routes": "retrieval_heads", "class only": "generality"}
+"""Steps that are given all planted sites at the last token as their slice: step 04 stops at 80% of the answer."""
 
 
 class Run(NamedTuple):
@@ -91,9 +93,11 @@ def plan() -> list[Run]:
     """All models, in order: every option has its first seeds early."""
     groups = list(OPTIONS)
     names = [groups[seed % len(groups)] for seed in range(SEEDS)]
-    seeds = [Run(name, OPTIONS[name], seed, series=seed < NOISY) for seed, name in enumerate(names)]
-    noisy = [run._replace(noise=noise, series=True) for run in seeds[:NOISY] for noise in NOISES]
-    nothing = [Run(kind, f"no_circuit={kind}", seed) for kind in NOTHING for seed in range(NOISY)]
+    seeds = [
+        Run(name, OPTIONS[name], seed, series=name in SERIES and seed < len(groups)) for seed, name in enumerate(names)
+    ]
+    noisy = [run._replace(noise=noise) for run in seeds if run.series for noise in NOISES]
+    nothing = [Run(kind, f"no_circuit={kind}", seed) for kind in NOTHING for seed in range(2)]
     return seeds + nothing + noisy
 
 
@@ -101,9 +105,9 @@ def parameters(run: Run, results: str) -> dict[str, Any]:
     """The profile's parameters, with LESS, of one model."""
     given = params.load_profile("planted")
     given |= {key: given.get(key, {}) | less if isinstance(less, dict) else less for key, less in LESS.items()}
-    if run.group == "routes":  # the slice of step 04 has not all of the heads that depend on names
+    if run.group in NAMED:
         planted = truth.read(build.folder(run.spec)).model_dump(mode="json")
-        given["retrieval_heads"] |= {"slice_sites": [scores.name_of(site) for site in scores.at_last(planted)]}
+        given[NAMED[run.group]] |= {"slice_sites": [scores.name_of(site) for site in scores.at_last(planted)]}
     return given | {"model": run.spec, "seed": run.seed, "results_dir": results}
 
 

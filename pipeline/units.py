@@ -265,7 +265,8 @@ def assemble(
     """
     tables = [open_table(part).read() for part in parts]
     about = [read_metadata(part) for part in parts]
-    table = pa.concat_tables([table.replace_schema_metadata(None) for table in tables], promote_options="permissive")
+    own = [table for table in tables if table.num_rows] or tables[:1]  # the columns of none have no types
+    table = pa.concat_tables([table.replace_schema_metadata(None) for table in own], promote_options="permissive")
     if schema is not None and schema.unique:
         identity = table.select(schema.unique).to_pandas()
         if identity.duplicated().any():

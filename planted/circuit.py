@@ -39,6 +39,7 @@ NEGATIVE, ROUTED, LARGE = 0.2, 0.1, 10.0  # shares of the answer; size of what t
 SHARES = {2: (0.6, 0.4), 3: (0.5, 0.3, 0.2), 4: (0.4, 0.3, 0.2, 0.1)}
 SPLIT = (0.6, 0.4)  # of a class between its two neurons
 MEMBERS = np.repeat(np.eye(C), N // C, axis=0).T  # (classes, professions)
+WIDTH = 256  # neurons of an MLP; the writer takes 156 to 158
 PLACES = ("start", "name_a", "name_b", "between", "last")
 NAMES = ("name_a", "name_b")
 
@@ -87,6 +88,9 @@ class Head(Part):
 
 @dataclass(frozen=True)
 class Neuron:
+    """A neuron: what it reads and what it writes; of those that write a class, which, how much, and above how many of
+    its names."""
+
     gate: Read
     to: Mapping[str, np.ndarray]
     superset: int = -1
@@ -97,6 +101,8 @@ class Neuron:
 
 @dataclass(frozen=True)
 class Mlp(Part):
+    """An MLP: the neurons that have a role."""
+
     neurons: tuple[Neuron, ...] = field(default=(), repr=False)
 
     @cached_property
@@ -119,16 +125,19 @@ def row(functional: Read) -> np.ndarray:
 
 
 def unit(size: int, at: int, value: float = 1.0) -> np.ndarray:
+    """A vector with one value that is not zero."""
     out = np.zeros(size)
     out[at] = value
     return out
 
 
 def const(value: float) -> Read:
+    """The functional that has this value at every token."""
     return {"one": np.array([value])}
 
 
 def flag(space: str, value: float = 1.0) -> Read:
+    """The functional that has this value where the flag is set."""
     return {space: np.array([value])}
 
 
@@ -149,14 +158,14 @@ def gatherers(layer: int) -> Iterator[Head]:
 def writer(layer: int, placebo: bool) -> Mlp:
     """Professions at the last tokens of names: of first and last token together, or of a single one."""
     half = 2.0  # a gate of 0.5 gives 0.5
-    told = {"known": np.array([half])}
+    known = {"known": np.array([half])}
     neurons = []
     for u in range(N):
         for v in range(N):
             gate = {"before": unit(N, u), "v": unit(N, v), **const(-1.5)}
-            neurons.append(Neuron(gate, {"profession": unit(N, (u + v) % N, half), **told}))
+            neurons.append(Neuron(gate, {"profession": unit(N, (u + v) % N, half), **known}))
     for p in range(N):
-        neurons.append(Neuron({"single": unit(N, p), **const(-0.5)}, {"profession": unit(N, p, half), **told}))
+        neurons.append(Neuron({"single": unit(N, p), **const(-0.5)}, {"profession": unit(N, p, half), **known}))
     for r in range(R if placebo else 0):
         neurons.append(Neuron({"own_region": unit(R, r), **const(-0.5)}, {"region": unit(R, r, half)}))
     return Mlp("writer", layer, "names", neurons=tuple(neurons))
@@ -317,9 +326,6 @@ def placed(parts: Sequence[Part], o: Options, rng: np.random.Generator) -> tuple
     return tuple(out)
 
 
-WIDTH = 256  # neurons of an MLP; the writer takes 156 to 158
-
-
 # --- what it computes ---
 
 
@@ -334,10 +340,10 @@ class Person:
 
     def embedded(self) -> dict[str, np.ndarray]:
         """The embedding of the name's last token."""
-        told = {"own_region": unit(R, self.region)}
+        codes = {"own_region": unit(R, self.region)}
         if self.length == 1:
-            return told | {"single": unit(N, self.profession)}
-        return told | {"v": unit(N, (self.profession - self.u) % N)}
+            return codes | {"single": unit(N, self.profession)}
+        return codes | {"v": unit(N, (self.profession - self.u) % N)}
 
 
 def start_state(people: Sequence[Person]) -> State:

@@ -2,7 +2,7 @@
 
 Every number is in logits, computed from the construction (`planted.circuit`), for two names of one class in the clean
 prompt and two of another in the corrupt one; the mean over all ordered pairs of classes, and over those of one answer.
-The metric is logit_diff, logit(answer) - logit(corrupt answer).
+The metric is logit_diff, logit(answer) - logit(corrupt answer). What noise adds to an effect is not in it.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ ROLES = {
     "collector": "head that copies professions to the tokens between; at `between`",
     "forwarder": "head that carries them on from there; at the last token, as are all below",
     "retrieval": "head that carries professions from the names, by its values",
-    "key_routed": "head that writes for some classes, told by its keys at the names",
-    "query_routed": "head that writes for some classes, told by its query: what retrieval heads wrote",
+    "key_routed": "head that writes for some classes, known by its keys at the names",
+    "query_routed": "head that writes for some classes, known by its query: what retrieval heads wrote",
     "aggregator": "MLP or head that turns professions into supersets by the rule",
     "class_only": "MLP that does half of it for one class alone",
     "negative": "MLP that takes a share of the answer away",

@@ -24,6 +24,7 @@ from html import escape
 from pathlib import Path
 from string import Template
 from typing import Any
+from urllib.parse import quote_plus
 
 from lib import questions
 from lib.errors import Refusal
@@ -213,12 +214,19 @@ def landing(results: Path, steps: Mapping[str, str], to: Path) -> dict[str, str]
         "model": short(model["name"]),
         **outline(findings[last].get("outline", {})),
         "answer": "\n\n".join(answer),
+        "slice": in_map(findings.get("sufficiency", {}).get("critical_slice", ()), steps.get("sufficiency", "")),
         "claims": verdicts(results),
         "figure": "\n\n".join(figure_block(results, to, last, own) for own in findings[last].get("figures", ())[:1]),
         "able": "\n\n".join(able),
         "measured": table(facts, head=("model", code(model["name"]))),
         "pages": "\n".join(["| page | task | this model |", "| --- | --- | --- |", *rows]),
     }
+
+
+def in_map(sites: Sequence[Mapping[str, Any]], page: str) -> str:
+    """The sites of the slice, each as a link to the view of it on the page with the map of sites; "" where none is."""
+    links = [f'<a href="{page}.html#site={quote_plus(site["site"])}">{site["site"]}</a>' for site in sites]
+    return f" Those of the slice: {', '.join(links)}." if links else ""
 
 
 def outline(found: Mapping[str, Any]) -> dict[str, str]:
@@ -476,5 +484,6 @@ def shed(html: Path) -> None:
     for page in html.rglob("*.html"):
         text = re.sub(r"<script [^>]*fontawesome\.js[^>]*></script>", "", page.read_text(encoding="utf-8"))
         text = re.sub(r'(<(?:summary|button)[^>]*) aria-label="(?:Toggle hidden content|Search)"', r"\1", text)
+        text = text.replace('<div role="list" class="citation-list">', '<div class="citation-list">')  # it has no items
         text = re.sub(r'<summary(?=><span class="toctree-toggle")', '<summary aria-label="Pages under this one"', text)
         page.write_text(text, encoding="utf-8")

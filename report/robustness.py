@@ -26,8 +26,8 @@ SURE = 0.95  # share of the quads drawn anew, from which a head is surely among 
 NO_CHOICE = ("half", "random weights")  # groups that are no choice of how to measure
 LABEL = 46  # letters of a template in the figure
 CAPTION = """Left: rank agreement of the heads' effects with the reference, noise taken out (dots; 95% intervals over
-    quads), and the plain correlation of the mean effects (hollow). Right: how many of the leading heads are the same,
-    with the middle 95% when quads are drawn anew."""
+    quads, drawn up to 1.1), and the plain correlation of the mean effects (hollow). Right: how many of the leading
+    heads are the same, with the middle 95% when quads are drawn anew."""
 
 Found = Mapping[str, Any]
 

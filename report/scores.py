@@ -29,7 +29,7 @@ LEVEL = 0.05
 RULES = {"additive": "additive", "or": "OR", "and": "AND"}
 ARRIVED, REPAIR, JUDGE = 0.8, 0.1, "resample"
 """As in the profile: of the critical layers, of the claims about repair, and the ablation that judges."""
-ALWAYS = ("task_done", "critical_layers", "slice_sufficient", "values_carry", "mlps_at_names", "general_templates")
+ALWAYS = ("task_done", "critical_layers", "slice_sufficient", "general_templates")
 ALWAYS += ("profession_at_names", "superset_at_last", "few_directions", "beats_random", "steering")
 UNBACKED = ("slice_necessary", "circuit_faithful", "circuit_necessary", "circuit_complete", "circuit_beats_random")
 """Claims that hold of every planted circuit, and those that hold where nothing stands in for it."""
@@ -170,13 +170,14 @@ def planted_probes(truth: Truth, found: Finding) -> Wanted:
     return Wanted(must, may)
 
 
-def planted_classes(truth: Truth, found: Finding) -> Wanted:
-    """Sites of the slice whose share of a class's gap differs between the classes."""
+def planted_classes(truth: Truth, found: Finding) -> Wanted | None:
+    """Sites of the slice whose share of a class's gap differs between the classes; None where too few were tested."""
     spread = {}
     for site in at_last(truth):
         shares = [site["recovery"]["by_answer"][name] / gap for name, gap in truth["gap"]["by_answer"].items() if gap]
         spread[name_of(site)] = max(shares, default=0) - min(shares, default=0)
-    asked = {row["site"] for row in (found["interaction"] or {}).get("sites", ())}
+    if not (asked := {row["site"] for row in (found["interaction"] or {}).get("sites", ())}):
+        return None
     must = {name for name in asked if spread.get(name, 0) > 5 * SHARE}
     return Wanted(must, {name for name in asked - must if spread.get(name, 0) > SHARE / 4})
 
@@ -218,6 +219,7 @@ def planted_claims(truth: Truth, found: Found) -> Wanted:
     slice_sites = {row["site"] for row in found["sufficiency"].get("critical_slice", ())}
     readers = {name_of(site) for site in of_roles(truth, "retrieval", "key_routed")}
     whole = {name_of(site) for site in of_roles(truth, "aggregator")}
+    classes = planted_classes(truth, found["generality"])
     best, general, rule = max(shares.values(), default=0), planted_specificity(truth), truth["rule"]
     true: dict[str, bool | None] = dict.fromkeys(ALWAYS, True)
     true |= {
@@ -228,10 +230,10 @@ def planted_claims(truth: Truth, found: Found) -> Wanted:
         "retrieval_heads": None if readers - slice_sites else False,
         "no_repair": planted_ratio(truth) <= REPAIR,
         "no_backup": planted_ratio(truth) <= REPAIR,
-        "class_specific": bool(planted_classes(truth, found["generality"]).must),
+        "class_specific": classes and bool(classes.must),
         "either_name": rule != "and",
         **{f"rule_{name}": rule == name for name in ("or", "additive", "and")},
-        "few_neurons": None if truth["options"]["aggregator"] != "mlp" else len(truth["neurons"]) <= 10 or None,
+        **dict.fromkeys(("values_carry", "mlps_at_names"), True if readers & slice_sites else None),
         "one_direction": True if whole & slice_sites else None,
     }
     if backed is None:

@@ -35,7 +35,7 @@ def fields(results: Path, to: Path, own: Path) -> dict[str, str]:
         out |= sections(json.loads(path.read_text(encoding="utf-8")), to)
     else:
         out["summary"] = f"Not measured yet: run `{COMMANDS['validation']}`."
-    return out | {"faults": faults(results / "planted_faults.json"), "beside": beside(own)}
+    return out | {"faults": joined(faults(results), mutants(results)), "beside": beside(own)}
 
 
 def sections(found: Found, to: Path) -> dict[str, str]:
@@ -214,8 +214,9 @@ def nothing(runs: Sequence[Found]) -> str:
     return joined(paragraph(f"{said} in them that is not there."), table(head, lines))
 
 
-def faults(path: Path) -> str:
+def faults(results: Path) -> str:
     """Defects put into the tool on purpose, and the check that stopped each."""
+    path = results / "planted_faults.json"
     if not path.is_file():
         return ""
     rows = json.loads(path.read_text(encoding="utf-8"))
@@ -227,6 +228,27 @@ def faults(path: Path) -> str:
         paragraph(f"""Each of these defects was put into the tool by a test, and the run must then stop with an error of
             the tool's own. {caught} of {len(rows)} do."""),
         table(["defect", "the check that stops it", "what it says"], lines),
+    )
+
+
+def mutants(results: Path) -> str:
+    """Small changes of the code that measures: how many the tests notice, and why the others may live."""
+    path = results / "mutants.json"
+    if not path.is_file():
+        return ""
+    modules = json.loads(path.read_text(encoding="utf-8"))
+    lines, left = [], []
+    for name, one in modules.items():
+        tried = one["killed"] + len(one["survivors"])
+        lines.append([f"`lib/{name}.py`", f"{one['mutants']:,}", str(tried), str(one["killed"]), f"{one['score']:.2f}"])
+        left += [[f"`{name}`", said(mutant["change"]), mutant["why"] or PLAIN] for mutant in one["survivors"]]
+    folded = table(["module", "change", "why no test notices it"], left)
+    return joined(
+        "### Mutants",
+        paragraph("""One small change of the code at a time, of a sample of all that there could be: a change is killed
+            if the fast tests of its module fail."""),
+        table(["module", "possible changes", "tried", "killed", "share killed"], lines),
+        f"::::{{dropdown}} {counted(len(left), 'change')} that no fast test notices\n\n{folded}\n::::" if left else "",
     )
 
 

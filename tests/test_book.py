@@ -239,6 +239,7 @@ def test_landing_page(built):
     html = (built / "index.html").read_text()
     assert html.count('class="sortable docutils') == 2 and 'href="executed/02_coarse_sweep.html#fig-curve"' in html
     assert html.index(f"Sentence {list(STEPS).index('story')} ") < html.index("Sentence 1 ")
+    assert '<a href="executed/04_sufficiency.html#site=mlp+3">mlp 3</a>' in html
     assert html.index("plan’s claims") < html.index("_images/story-curve.png") < html.index("It is <em>one</em> layer")
     assert 'alt="Curve of story in resid here."' in html and "coarse_sweep-curve" not in html
 

@@ -20,8 +20,9 @@ from steps.neurons.measure import Neurons
 from steps.retrieval_heads import measure as retrieval
 from steps.retrieval_heads import page as retrieval_page
 from steps.retrieval_heads.measure import RetrievalHeads
-from steps.story import circuits, circuits_page
+from steps.story import circuits, circuits_page, sentences
 from steps.story.measure import Story
+from steps.subspace import directions_page
 from steps.subspace import measure as subspace
 
 TINY = 1e-5  # logits, as far apart as two runs of a prompt may be
@@ -108,6 +109,22 @@ def test_the_noise_is_no_denominator():
     assert subspace.ratios(top, bottom, subspace.Subspace(model="m"))["k"].tolist() == ["y"]
 
 
+def test_too_few_quads_say_neither_yes_nor_no():
+    """One cluster of pairs: whatever the estimate, no interval can decide."""
+    one = {"size": 2, "estimate": 1.0, "low": np.nan, "high": np.nan}
+    one |= {f"minus_{end}": 0.5 if end == "estimate" else np.nan for end in ("estimate", "low", "high")}
+    said = circuits_page.at_size_sentence([one | {"order": "circuit"}, one | {"order": "random"}])
+    assert said.endswith(". There are too few quads to say whether the search is ahead at this size.")
+    parts = pd.DataFrame(
+        {"name": ["x"], "part": ["outside"], "share": [0.9], "share_low": [None], "share_high": [None]}
+    )
+    directions = pd.DataFrame({"method": ["probe"], "k": [1], "variance": [1.0], "between": [0.5]})
+    assert "x: 0.90 (too few quads to say which is mostly dormant)" in directions_page.split_sentence(parts, directions)
+    entries = [SimpleNamespace(id="slice_sufficient", verdict=sentences.NOT_TESTABLE)]
+    told = "Whether a few heads and MLPs at the last token bring the answer over is not testable here."
+    assert sentences.answer(entries, {}) == told
+
+
 # --- logits of another size ---
 
 
@@ -143,4 +160,6 @@ def test_a_table_knows_the_size_of_its_logits(tmp_path):
         records.write(tmp_path / f"{name}.parquet", frame, about, schema=None)
     parts = [tmp_path / "a.parquet", tmp_path / "b.parquet"]
     assert units.assemble(tmp_path / "whole.parquet", parts, {}, None)["largest_logit"] == 700
+    records.write(parts[0], frame[:0].astype({"logits_after": str}), about | {"unit": "none"}, schema=None)
+    assert units.assemble(tmp_path / "some.parquet", parts, {}, None)["rows"] == 2, "a unit without rows has no types"
     assert units.largest_logit(pa.table({"effect": [9e9]})) == 0

@@ -91,7 +91,8 @@ def page(tmp_path_factory) -> Path:
     body = interactive.site_map("fig", shown, ["1.1"], in_pairs(table, 2)).data
     claims = "".join(f"<tr><td>claim {n}</td><td>{'yes' if n % 2 else 'no'}</td></tr>" for n in (2, 10, 1))
     head = "<tr><th>claim</th><th>verdict</th></tr>"
-    body += f'<div class="sortable"><table><thead>{head}</thead><tbody>{claims}</tbody></table></div>'
+    inside = f"<thead>{head}</thead><tbody>{claims}</tbody></table></div>"
+    body += f'<div class="sortable"><table>{inside}<div><table class="sortable" id="T_other">{inside}'
     shutil.copyfile(SCRIPT, folder / SCRIPT.name)
     (folder / "page.html").write_text(
         f'<!doctype html><meta charset="utf-8"><script src="{SCRIPT.name}"></script>'
@@ -147,7 +148,7 @@ def test_a_map_on_a_page_of_its_own_needs_no_other_file(tmp_path):
 def test_a_table_is_searched_sorted_and_cited(page):
     look = """window => {
       const one = what => window.document.querySelector(".sortable " + what);
-      const shown = () => [...window.document.querySelectorAll(".sortable tbody tr")].filter(row => !row.hidden)
+      const shown = () => [...one("tbody").rows].filter(row => !row.hidden)
         .map(row => row.cells[0].textContent);
       const seen = [shown()];
       one("th button").click(); seen.push(shown());
@@ -157,10 +158,13 @@ def test_a_table_is_searched_sorted_and_cited(page):
       one("input").value = "CLAIM 10"; one("input").oninput(); seen.push(shown());
       return {seen, hash: window.location.hash};
     }"""
-    whole, cited = book_checks.looked_at(page, ["page.html", "page.html#claim.verdict=yes"], look).values()
+    addresses = ["page.html", "page.html#claim.verdict=yes", "page.html#T_other.verdict=yes"]
+    whole, cited, other = book_checks.looked_at(page, addresses, look).values()
     start, up, down, order, chosen, counted, found = whole["seen"]
     assert start == ["claim 2", "claim 10", "claim 1"] and up == ["claim 1", "claim 2", "claim 10"]
     assert down == up[::-1] and order == "descending"
     assert chosen == ["claim 10", "claim 2"] and counted == "2 of 3 shown" and found == ["claim 10"]
     assert {"claim.find=CLAIM+10", "claim.sort=-0", "claim.verdict=no"} == {*whole["hash"][1:].split("&")}
-    assert cited["seen"][0] == ["claim 1"]
+    assert cited["seen"][0] == ["claim 1"] and other["seen"][0] == start, (
+        "each table has a place of its own in the address"
+    )

@@ -196,3 +196,18 @@ def test_what_is_nowhere_is_said(measured, tmp_path):
     for row in few:
         row["rank"] = row["rank"] | {"estimate": 0.5, "low": None, "high": None}
     assert "it is open under margin and zero" in written(measured | {"comparisons": few}, tmp_path)["agreements"]
+
+
+def test_the_committed_result_fills_the_page(tmp_path):
+    results = Path(page.__file__).parent.parent / "bench" / "results"
+    found, made = json.loads((results / "robustness.json").read_text(encoding="utf-8")), page.fields(results, tmp_path)
+    assert re.fullmatch("[0-9a-f]{40}", found["commit"]) and found["dirty"] is False
+    assert {row["group"] for row in found["comparisons"]} >= {
+        "half",
+        "metric",
+        "ablation",
+        "template",
+        "people",
+        "precision",
+    }
+    assert len(found["templates"]["gaps"]) >= 10 and all(made.values())

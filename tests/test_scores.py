@@ -72,7 +72,10 @@ def found() -> dict:
         "sufficiency": {"sites": effects(h3_2=0.6, h4_5=0.4, mlp_5=1.0), "specific": []},
         "hydra": {"backups": [{"site": "6.0", "stands_in": True, "ratio_estimate": 0.7004}]},
         "retrieval_heads": {"verdicts": {"slice_heads_that_retrieve": ["3.2", "4.5"], "retrieval_heads": {}}},
-        "generality": {"interaction": {"sites": []}, "rule": {"verdict": {"number": "additive"}}},
+        "generality": {
+            "interaction": {"sites": [{"site": "mlp 5", "sure": False}]},
+            "rule": {"verdict": {"number": "additive"}},
+        },
         "subspace": {
             "probes": {
                 "accuracy": [
@@ -195,6 +198,13 @@ def test_routes_are_asked_of_the_slices_heads_alone():
     assert scores.planted_routes(truth, {"slice": ["3.2", "4.5"]}).must == {"k", "v"}
     assert scores.planted_routes(truth, {"slice": ["3.2"]}).must == {"v"}
     assert scores.sliced(own, {"parameters": {"slice_sites": ["4.5"]}}) == ["4.5"]
+
+
+def test_a_site_that_serves_one_class_is_class_specific():
+    truth = copy.deepcopy(TRUTH)
+    truth["sites"][3]["recovery"]["by_answer"] = {"artist": 10.0, "writer": 7.0}
+    assert scores.planted_classes(truth, found()["generality"]).must == {"mlp 5"}
+    assert scores.planted_classes(truth, {"interaction": {"why": "one site"}}) is None
 
 
 def test_a_truth_of_other_weights_is_refused(tmp_path):

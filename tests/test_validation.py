@@ -74,7 +74,7 @@ def test_what_other_code_has_measured_is_measured_again(three, monkeypatch):
     assert json.loads(validation.RESULT.read_text())["seconds"] == 3
 
 
-@pytest.mark.parametrize("group", ["additive", "routes"])
+@pytest.mark.parametrize("group", ["additive", "class only"])
 def test_every_step_takes_the_parameters_that_models_are_run_with(group, tmp_path):
     run = validation.Run(group, validation.OPTIONS[group], 0)
     given = validation.parameters(run, str(tmp_path))

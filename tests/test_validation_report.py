@@ -110,6 +110,15 @@ def test_faults_stand_with_their_checks(tmp_path):
     assert "1 of 2 do" in said and "`fired 0 \\| not '1'`" in said and "| positions off by one | **none** | – |" in said
 
 
+def test_mutants_stand_by_module_with_those_that_live(tmp_path):
+    lived = [{"change": "- a | b\n+ a & b", "why": "both are true"}]
+    made = {"stats": {"killed": 29, "mutants": 548, "score": 0.967, "survivors": lived}}
+    (tmp_path / "mutants.json").write_text(json.dumps(made), encoding="utf-8")
+    said = fields(tmp_path)["faults"]
+    assert "| `lib/stats.py` | 548 | 30 | 29 | 0.97 |" in said and "1 change that no fast test" in said
+    assert "| `stats` | `- a \\| b + a & b` | both are true |" in said
+
+
 def test_a_planted_book_has_its_truth_beside_its_findings(tmp_path):
     made = found() | {"baselines": {"model": {"sha256": "ab" * 32}, "able": {}}}
     made["necessity"]["sites"].pop(0)

@@ -80,6 +80,8 @@
         cell.style.setProperty("--strength", strength.toFixed(3));
         cell.className = cell.classList.contains("marked") ? "marked" : "";
         cell.classList.add(value === null ? "unknown" : value < 0 ? "against" : "for");
+        cell.classList.toggle("strong", strength > 0.65);
+        cell.classList.toggle("full", strength > 0.95);
         cell.textContent = sure[index] ? "\u2022" : "";
         cell.setAttribute("aria-label", `${names[index]}: ${value === null ? "not measured" : signed(value) + " logits"}`);
       });
@@ -198,7 +200,7 @@
   function sortable(place) {
     const table = place.querySelector("table"), body = table.tBodies[0], rows = [...body.rows];
     const heads = [...table.tHead.rows[0].cells], titles = heads.map((cell) => cell.textContent.trim());
-    const key = (name) => `${titles[0]}.${name}`;
+    const key = (name) => `${table.id || titles[0]}.${name}`;
     const text = (row, column) => row.cells[column].textContent.trim();
     const find = element("input", { type: "search" }), count = element("output");
     const selects = titles.map((title, column) => {
@@ -238,6 +240,7 @@
       selects.forEach((select, at) => select && (chosen[key(titles[at])] = select.value));
       remember(chosen);
     }
+    place.classList.add("sortable");
     const controls = element("div", { class: "controls" }, labelled("Find", find),
       ...selects.map((select, at) => select && labelled(titles[at], select)).filter(Boolean), count);
     place.prepend(controls);
@@ -252,6 +255,7 @@
   const start = () => {
     document.querySelectorAll("div.site-map").forEach(siteMap);
     document.querySelectorAll("div.sortable").forEach(sortable);
+    document.querySelectorAll("table.sortable").forEach((table) => sortable(table.parentElement));
   };
   document.readyState === "loading" ? addEventListener("DOMContentLoaded", start) : start();
 })();

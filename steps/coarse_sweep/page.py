@@ -284,7 +284,12 @@ def findings(step: Step, m: Measured) -> dict[str, Any]:
         direction: first_flip_layer(rows, params.restores_share)
         for direction, rows in confirmation[confirmation["position"] == "last"].groupby("direction", sort=False)
     }
-    sentences += [flip_sentence(direction, layer, params) for direction, layer in flips.items()]
+    if answered(confirmation).any():
+        sentences += [flip_sentence(direction, layer, params) for direction, layer in flips.items()]
+    else:
+        sentences.append(
+            "No confirmation pair is answered rightly, so that no layer can give or take the right answer."
+        )
     passing: dict[str, Any] = {"why": "the tokens between the names and the last one were not swept"}
     if {"between", "last"} <= {*m.records["position"]}:
         passing, told = through_between(account_of(m, params), params.critical_share)

@@ -428,7 +428,9 @@ def top_sentences(tables: dict[str, pd.DataFrame], table: pd.DataFrame, params: 
         f"({in_logits(own, f'familywise intervals over the {len(own)}')}; negative: it rises, the neuron opposes the "
         f"answer) {each}.",
         f"Of the {len(own)} neurons of largest effect on discovery, significant familywise in each half with one sign "
-        f"are {listed(f'{both_ways(sign)} under {words[kind]}' for kind, sign in counts.items())}.",
+        f"are {listed(f'{both_ways(sign)} under {words[kind]}' for kind, sign in counts.items())}."
+        if lead["low"].notna().all()
+        else f"There are too few quads to say of any of the {len(own)} neurons that it is significant.",
     ]
     return sentences, {"significant": {kind: sign.to_dict() for kind, sign in counts.items()}}
 
@@ -485,6 +487,7 @@ def helps(row: pd.Series) -> str:
     """Whether a neuron helps the answer or opposes it, where its interval lies off zero; its effect (logits)."""
     low, high = (np.nan if row[end] is None else float(row[end]) for end in ("low", "high"))
     does = "helps" if low > 0 else "opposes" if high < 0 else "is not shown to help or oppose"
+    does = "is measured in too few quads to be said to help or oppose" if np.isnan(low) else does
     return f"{does} the answer (effect {interval(row['estimate'], low, high)} logits)"
 
 

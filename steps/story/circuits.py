@@ -352,7 +352,7 @@ class Faithfulness:
         self.model, self.batches = model, batches
         self.largest = 0.0  # logit
         whole, self.nothing = self.differences([])
-        self.gap = whole - self.nothing
+        self.whole, self.gap = whole, whole - self.nothing
         noise = hooks.at_size(model.floor, self.largest) * sum(len(batch.pairs) for batch in batches)
         self.noise = noise / self.gap if self.gap > noise else np.inf  # as a share
 
@@ -375,6 +375,14 @@ class Faithfulness:
         """Of the circuits that keep these members alone."""
         sums = self.differences([Circuit(True, tuple(kept)) for kept in members])[2:]
         return ((sums - self.nothing) / self.gap).tolist()
+
+    def lost(self, sites: Sequence[str]) -> dict[str, float]:
+        """What goes with each of these sites alone, all others kept."""
+        found: list[float] = []
+        for at in range(0, len(sites), QUEUE):
+            sums = self.differences([Circuit(False, (site,)) for site in sites[at : at + QUEUE]])[2:]
+            found += ((self.whole - sums) / self.gap).tolist()
+        return dict(zip(sites, found, strict=True))
 
 
 def search(
@@ -400,10 +408,11 @@ def grow(
 
     Sites are tested from the head of a queue ordered by what each added when last tested, until none behind is known
     for more (Minoux 1978); sites that work only together break that order, so all of them are tested anew at the sizes
-    REFRESH.
+    REFRESH. Of a chain, in which one site reads another, neither adds anything before the other is there: as long as
+    less is reached than a site of `limit` must add on average, the one joins without which the model loses most.
     """
     members: list[str] = []
-    reached, gains = 0.0, dict.fromkeys(sites, np.inf)
+    reached, gains, lost = 0.0, dict.fromkeys(sites, np.inf), {}
     while reached < share and len(members) < limit:
         queue = sorted(set(sites) - set(members), key=lambda site: (-gains[site], sites.index(site)))
         fresh: dict[str, float] = {}
@@ -415,6 +424,10 @@ def grow(
             fresh |= zip(part, faithfulness.of([[*members, site] for site in part]), strict=True)
         gains |= {site: value - reached for site, value in fresh.items()}
         chosen = max(fresh, key=fresh.get)
+        if fresh[chosen] < share / limit:
+            lost = lost or faithfulness.lost(sites)
+            chosen = max(fresh, key=lost.get)
+            gains = dict.fromkeys(sites, np.inf)
         tested += [("grow", len(members), site, value, site == chosen) for site, value in fresh.items()]
         members, reached = [*members, chosen], fresh[chosen]
     return members, reached

@@ -421,6 +421,8 @@ def at_size_sentence(rows: Sequence[Mapping[str, Any]]) -> str:
         kinds[kind].append(ORDERS[row["order"]])
     said = listed(f"{kind} {listed(names)}" for kind, names in kinds.items() if names)
     so = f". At this size the search is {said} (each interval by itself)" if others else ""
+    if pd.isna(own["low"]):
+        so = ". There are too few quads to say whether the search is ahead at this size" * bool(others)
     return f"Of {own['size']} sites, as many as were grown, the search's keep {with_ends(own)}; {'; '.join(each)}{so}."
 
 

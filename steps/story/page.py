@@ -358,7 +358,7 @@ def refutations(entries: Sequence[Entry]) -> Styler:
 
 def laid_out(frame: pd.DataFrame, name: str, widths: Sequence[str]) -> Styler:
     """A table that keeps to the page: columns of these widths, small type."""
-    attributes = 'style="table-layout: fixed; width: 100%; font-size: 0.8rem"'
+    attributes = 'class="sortable" style="table-layout: fixed; width: 100%; font-size: 0.8rem"'
     cells = [("text-align", "left"), ("vertical-align", "top"), ("overflow-wrap", "break-word")]
     columns = [{"selector": f"th.col{index}", "props": [("width", width)]} for index, width in enumerate(widths)]
     look = frame.style.hide(axis="index").set_uuid(name).set_table_attributes(attributes)

@@ -196,6 +196,9 @@ def answer(entries: Sequence[Entry], found: Mapping[str, Any]) -> str:
     """One sentence: what the slice does, and whether it is about supersets, by the verdicts, and which of them are
     exploratory."""
     held = {entry.id for entry in entries if entry.verdict == SUPPORTED}
+    (slice_brings,) = (entry.verdict for entry in entries if entry.id == "slice_sufficient")
+    if slice_brings in (NOT_TESTABLE, NOT_TESTED):
+        return f"Whether a few heads and MLPs at the last token bring the answer over is {slice_brings}."
     ranks = {entry.id: f" ({rank(entry)})" if rank(entry) else "" for entry in entries}
     words = next(one.words for one in ANSWERS if held.issuperset(one.claims)).format(**site_names(found), rank=ranks)
     return f"{words[0].upper()}{words[1:]}."

@@ -380,6 +380,7 @@ def split_sentence(parts: pd.DataFrame, directions: pd.DataFrame) -> str:
     each = [f"{row['name']}: {value(row, 'share')}" for _, row in outside.iterrows()]
     mostly = listed(mostly_dormant(parts)["name"])
     verdict = f"shown to be mostly dormant, and to that extent an illusion: {mostly}"
+    verdict = "too few quads to say which is mostly dormant" if outside["share_low"].isna().all() else verdict
     vary, own = [], directions[directions["method"].isin(["class means", "rotation", "probe"])]
     for (method, k), rows in own.groupby(["method", "k"], sort=False):
         vary.append(
