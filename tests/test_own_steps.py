@@ -136,13 +136,8 @@ def test_names_that_line_up_in_pairs_alone_are_left_out_of_prompts_of_one_name(t
 
 
 def test_probes_are_fitted_on_both_sides_of_given_pairs_as_far_as_there_are_enough(tmp_path, with_tokenizer):
-    shared = [
-        f"{ONE},q0",
-        f"{TWO},q1",
-        f"{FOUR[3]},q2",
-        "Brad Pitt,Bill Murray,James Watson,Edwin Hubble,artist,scientist,q3",
-    ]
-    step = begin(tmp_path, lines(*shared, header=HEADER + ",quad_id"), "subspace", probe_people=20, probe_folds=2)
+    shared = [ONE, TWO, FOUR[3], "Brad Pitt,Bill Murray,James Watson,Edwin Hubble,artist,scientist"]
+    step = begin(tmp_path, lines(*shared), "subspace", probe_people=20, probe_folds=2)
     (pairs, people), missing = probes.kinds_of(step)
     assert missing == [] and pairs.rows["superset"].value_counts().to_dict() == {"artist": 3, "scientist": 3}
     assert pairs.rows["unit"].nunique() == 2, "quads that share a name, directly or through others, are one unit"

@@ -537,7 +537,9 @@ def kinds_sentences(table: pd.DataFrame, parts: pd.DataFrame, where: str) -> lis
     ]
 
 
-def route_sentences(table: pd.DataFrame, parts: pd.DataFrame, gap: stats.Interval, where: str) -> list[str]:
+def route_sentences(
+    table: pd.DataFrame, parts: pd.DataFrame, gap: stats.Interval, where: str, floor: float = 0.0
+) -> list[str]:
     """What the slice is given, and which kinds of sites wrote it; `where`: `k and v at names`, or its MLPs' inputs."""
     every = share_of(table, "everything", where, "recomputed")
     whole = f"Replacing all that the slice's MLPs are given at the last token takes away {every} of the gap"
@@ -547,8 +549,8 @@ def route_sentences(table: pd.DataFrame, parts: pd.DataFrame, gap: stats.Interva
             f"Replacing all that the slice's heads read at the names' tokens takes away {every} of the gap between "
             f"clean and corrupt; their values alone {alone['v']}, their keys alone {alone['k']}"
         )
-    more = "more than" if gap.low is not None and gap.low > 0 else "not significantly more than"
-    more = "less than" if gap.high is not None and gap.high < 0 else more
+    more = "more than" if gap.low is not None and gap.low > floor else "not significantly more than"
+    more = "less than" if gap.high is not None and gap.high < -floor else more
     return [
         f"{whole}.",
         *kinds_sentences(table, parts, where),
@@ -788,7 +790,7 @@ def findings(step: Step, m: Measured) -> dict[str, Any]:
     reads = everything.iloc[0] if len(everything) else None
     found = verdicts(tests, m, reads, more, p)
     why = "what the slice reads at the names, or its heads' tests, rest on too few quads, or it has no heads"
-    conclusions, routed = verdict_sentences(found, tests, reads), route_sentences(carried, parts, more, where)
+    conclusions, routed = verdict_sentences(found, tests, reads), route_sentences(carried, parts, more, where, p.floor)
     sentences = [
         *probe_sentences(probe_table(m.probes, p), m.probes),
         *(senders_sentence(m.routes[f"slice at {role}"], role, p) for role in roles),
