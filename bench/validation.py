@@ -66,7 +66,7 @@ LESS: dict[str, Any] = {
     | {"random_directions": 2, "rotation_steps": 1, "templates": ["know_both"], "steering_pairs": 20}
     | {"earlier_layers": 0, "interchange_steps": 1, "probe_questions": ["many_other"]},
     "neurons": {"sae_features": 16, "sae_active": 4, "sae_prompts": 40, "sae_epochs": 1, "sae_seeds": 2, "budgets": [1]}
-    | {"pairs": 16, "top_pairs": 40, "random_sets": 1, "cards": 1},
+    | {"pairs": 48, "top_pairs": 48, "random_sets": 1, "cards": 1},
     "story": {"search_pairs": 8, "everywhere_limit": 4, "random_sets": 2, "subsets": 2, "attribution_pairs": 2},
 }
 """What is taken less of than in the profile, so that all models take half an hour."""

@@ -192,10 +192,11 @@ def planted_readers(truth: Truth) -> Wanted:
     return Wanted({name_of(site) for site in of_roles(truth, "retrieval")}, {name_of(site) for site in may})
 
 
-def planted_neurons(truth: Truth) -> Wanted | None:
-    """The neurons of the aggregating MLPs; None where a head does their work, too."""
+def planted_neurons(truth: Truth, found: Finding) -> Wanted | None:
+    """The neurons of the aggregating MLPs, maybe those of other planted MLPs; None where a head works beside them."""
     names = {f"neuron {row['layer']}.{row['neuron']}" for row in truth["neurons"]}
-    return Wanted(names) if names else None
+    others = tuple(f"neuron {site['layer']}." for site in of_roles(truth, "class_only", "negative", "backup_reader"))
+    return Wanted(names, {name for name in neurons(found) if name.startswith(others)} - names) if names else None
 
 
 def planted_effect(truth: Truth, found: Finding) -> float | None:
@@ -232,7 +233,9 @@ def planted_claims(truth: Truth, found: Found) -> Wanted:
         "no_backup": planted_ratio(truth) <= REPAIR,
         "class_specific": classes and bool(classes.must),
         "either_name": rule != "and",
-        **{f"rule_{name}": rule == name for name in ("or", "additive", "and")},
+        "rule_and": rule == "and",
+        # of AND one name alone adds nothing, and what both add has no ratio to it
+        **{f"rule_{name}": None if rule == "and" else rule == name for name in ("or", "additive")},
         **dict.fromkeys(("values_carry", "mlps_at_names"), True if readers & slice_sites else None),
         "one_direction": True if whole & slice_sites else None,
     }
@@ -328,8 +331,8 @@ def probes_above_chance(found: Finding) -> set[str]:
 
 
 def neurons(found: Finding) -> set[str]:
-    """Neurons that help, significantly in both halves under the mean ablation."""
-    return {name for name, sign in found["neurons"]["significant"]["mean"].items() if sign > 0}
+    """Neurons that help or oppose, significantly in both halves under the mean ablation."""
+    return set(found["neurons"]["significant"]["mean"])
 
 
 def rule(found: Finding) -> set[str]:
@@ -387,7 +390,7 @@ METHODS: dict[str, tuple[str, Callable[[Truth, Found], Wanted | float | None], C
     "probes, above chance": ("subspace", lambda t, f: planted_probes(t, f["subspace"]), probes_above_chance),
     "direction, effect": ("subspace", lambda t, f: planted_effect(t, f["subspace"]), direction_effect),
     "direction, cosine": ("subspace", lambda t, f: planted_effect(t, f["subspace"]), lambda found: found["cosine"]),
-    "neurons": ("neurons", lambda t, f: planted_neurons(t), neurons),
+    "neurons": ("neurons", lambda t, f: planted_neurons(t, f["neurons"]), neurons),
     "circuit": ("story", lambda t, f: by_size(t, loss, 1 - ARRIVED), circuit),
     "claims": ("claims", planted_claims, verdicts),
 }
