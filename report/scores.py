@@ -27,8 +27,8 @@ TOLERANCE, TOLERANCES = 1e-3, {"direction, effect": 0.05, "direction, cosine": 0
 """How far a number may be from the planted one; those of the directions are of class means over the people asked."""
 LEVEL = 0.05
 RULES = {"additive": "additive", "or": "OR", "and": "AND"}
-ARRIVED, REPAIR, JUDGE = 0.8, 0.1, "resample"
-"""As in the profile: of the critical layers, of the claims about repair, and the ablation that judges."""
+ARRIVED, REPAIR = 0.8, 0.1
+"""As in the profile: of the critical layers, and of the claims about repair."""
 ALWAYS = ("task_done", "critical_layers", "slice_sufficient", "general_templates")
 ALWAYS += ("profession_at_names", "superset_at_last", "few_directions", "beats_random", "steering")
 UNBACKED = ("slice_necessary", "circuit_faithful", "circuit_necessary", "circuit_complete", "circuit_beats_random")
@@ -129,18 +129,24 @@ def arriving_layers(truth: Truth) -> Wanted | None:
     return Wanted(must, {f"layer {layer}" for layer in rises} - must)
 
 
-def planted_backups(truth: Truth) -> Wanted:
+def judging(found: Finding) -> str:
+    """The ablation that decides what a backup is: the first that step 05 was given."""
+    rows = found.get("compensation") or [{"ablation": "resample"}]
+    return rows[0]["ablation"]
+
+
+def planted_backups(truth: Truth, judge: str) -> Wanted:
     """The backup, and the MLP that reads it, where it speaks under the ablation that judges."""
     backup = truth["backup"]
     if backup is None:
         return Wanted(set())
     names = {name_of(truth["sites"][index]) for index in (backup["site"], backup["reader"]) if index is not None}
-    return Wanted(names) if JUDGE in backup["ablations"] else Wanted(set(), names)
+    return Wanted(names) if judge in backup["ablations"] else Wanted(set(), names)
 
 
-def planted_ratio(truth: Truth) -> float:
+def planted_ratio(truth: Truth, judge: str) -> float:
     backup = truth["backup"]
-    return float(backup["ratio"]) if backup and JUDGE in backup["ablations"] else 0.0
+    return float(backup["ratio"]) if backup and judge in backup["ablations"] else 0.0
 
 
 def planted_routes(truth: Truth, found: Finding) -> Wanted | None:
@@ -222,6 +228,7 @@ def planted_claims(truth: Truth, found: Found) -> Wanted:
     whole = {name_of(site) for site in of_roles(truth, "aggregator")}
     classes = planted_classes(truth, found["generality"])
     best, general, rule = max(shares.values(), default=0), planted_specificity(truth), truth["rule"]
+    ratio = planted_ratio(truth, judging(found["hydra"]))
     true: dict[str, bool | None] = dict.fromkeys(ALWAYS, True)
     true |= {
         "single_suffices": None if abs(best - 0.5) < 0.1 else best > 0.5,
@@ -229,8 +236,9 @@ def planted_claims(truth: Truth, found: Found) -> Wanted:
         "slice_specific": general and general.must == {"specific"},
         "slice_general": general and general.must == {"general"},
         "retrieval_heads": None if readers - slice_sites else False,
-        "no_repair": planted_ratio(truth) <= REPAIR,
-        "no_backup": planted_ratio(truth) <= REPAIR,
+        # an MLP that takes a share of the answer away takes less of what is left: that is repair, too
+        "no_repair": None if of_roles(truth, "negative") else ratio <= REPAIR,
+        "no_backup": ratio <= REPAIR,
         "class_specific": classes and bool(classes.must),
         "either_name": rule != "and",
         "rule_and": rule == "and",
@@ -380,8 +388,8 @@ METHODS: dict[str, tuple[str, Callable[[Truth, Found], Wanted | float | None], C
     "necessity": ("necessity", lambda t, f: by_size(t, loss), sites_found),
     "sufficiency": ("sufficiency", lambda t, f: by_size(t, gain), sites_found),
     "specificity": ("sufficiency", lambda t, f: planted_specificity(t), specificity),
-    "backups": ("hydra", lambda t, f: planted_backups(t), backups),
-    "backups, ratio": ("hydra", lambda t, f: planted_ratio(t), backup_ratio),
+    "backups": ("hydra", lambda t, f: planted_backups(t, judging(f["hydra"])), backups),
+    "backups, ratio": ("hydra", lambda t, f: planted_ratio(t, judging(f["hydra"])), backup_ratio),
     "retrieval heads": ("retrieval_heads", lambda t, f: planted_readers(t), retrieval_heads),
     "routes": ("retrieval_heads", lambda t, f: planted_routes(t, f["retrieval_heads"]), routes),
     "class-specific sites": ("generality", lambda t, f: planted_classes(t, f["generality"]), class_specific),

@@ -860,6 +860,9 @@ def test_a_read_out_carries_more_of_the_other_attribute_than_random_heads_do(tmp
     what["sufficiency"]["measured"] = {"beyond_random": False}
     entry = judged(tmp_path, what)["slice_general"]
     assert entry.verdict == NOT_SUPPORTED and "random heads" in entry.reason
+    what["sufficiency"]["measured"] = {"beyond_random": None}  # of a slice of MLPs no random heads are measured
+    entry = judged(tmp_path, what)["slice_general"]
+    assert entry.verdict == NOT_TESTABLE and "was not measured" in entry.reason
 
     def beyond(own, random):
         rows = [{"set": name, "group": "all pairs", "attribute": "region", "template": "profession_both"} | ends

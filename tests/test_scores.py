@@ -175,8 +175,8 @@ def test_a_model_without_a_circuit_has_false_positives_alone():
 def test_a_backup_that_sleeps_is_not_asked_for():
     truth = copy.deepcopy(TRUTH)
     truth["backup"]["ablations"] = ["zero"]
-    asked = scores.planted_backups(truth)
-    assert asked.must == set() and asked.may == {"6.0"} and scores.planted_ratio(truth) == 0
+    asked = scores.planted_backups(truth, "resample")
+    assert asked.must == set() and asked.may == {"6.0"} and scores.planted_ratio(truth, "resample") == 0
 
 
 def test_the_cosine_is_of_the_planted_supersets(tmp_path):

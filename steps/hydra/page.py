@@ -372,6 +372,8 @@ def stand_in(row: Any, which: str) -> str:
         f"{row.site} passes both tests of a backup: its own ablation costs {alone} logits alone and "
         f"{gone} once {which} is gone: "
     )
+    if row.gone_high is not None and row.gone_high < 0:
+        return f"{text}it works against the answer, less so without the slice, and does not stand in for it."
     if not row.stands_in:
         return f"{text}its cost rises, but is not shown to be above the noise, so it does not stand in for the slice."
     if np.isnan(row.ratio_estimate):

@@ -393,6 +393,8 @@ def judge(
         n = numbers_of(claim, found, params)
         verdict, reason = decided(claim, n, found, threshold, params)
         reason = more_of(claim, n, found, threshold, params, verdict, reason)
+        if claim.requires and reason.endswith(claim.requires[1]) and at(found, claim.requires[0], params) is None:
+            verdict, reason = NOT_TESTABLE, f"{reason}: that was not measured, or on too few quads"
     told = {"c": claim.centre, "p": 1 - params.level}
     asked = rule.asked.format(t=held_by if threshold is None else f"{threshold:g}", **told)
     there, rows = verdict in (SUPPORTED, NOT_SUPPORTED), None

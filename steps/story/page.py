@@ -235,12 +235,13 @@ def first(rows: Sequence[Mapping[str, Any]], key: Mapping[str, Any]) -> Mapping[
 
 
 def beyond_random(step: Step, found: Mapping[str, Any]) -> dict[str, Any]:
-    """Whether the slice's share of the placebo gap is surely above that of random heads, by step 07."""
+    """Whether the slice's share of the placebo gap is surely above that of random heads, by step 07; None where that
+    was not measured, as of a slice without heads, or has no interval."""
     there = (step.beside("generality") or {}).get("specific", ())
     key = {"template": step.params.template, "group": "all pairs", "attribute": step.params.topic.placebo}
     own, random = (first(there, key | {"set": name}) for name in ("the slice", "random heads"))
     known = all(row and row["placebo_low"] is not None for row in (own, random))
-    return {"beyond_random": bool(known and own["placebo_low"] > random["placebo_high"])}
+    return {"beyond_random": bool(own["placebo_low"] > random["placebo_high"]) if known else None}
 
 
 MEASURED = {
