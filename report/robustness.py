@@ -114,14 +114,15 @@ def agreements(found: Found) -> str:
     least = min(made, key=lambda row: row["shared"]["estimate"])
     said = f"""The heads keep their order (agreement surely above {ALIKE}) under {together(alike)}; they surely do not
         (below it) under {together(other)}; it is open under {together(rest)}. The fewest of the leading heads are the
-        same under {named(least)}: {least["shared"]["estimate"]} of {found["top"]}."""
+        same under {named(least)}: {least["shared"]["estimate"]} of {found["top"]}. Each interval stands by itself: they
+        are not corrected for their number."""
     head = ["what is changed", "to", "rank agreement", "plain", f"of the {found['top']} leading, the same", "quads"]
     return joined(paragraph(said), table(head, lines))
 
 
 def shown(rank: Found) -> str:
     """An agreement with its interval; without a value where a table's own halves do not agree."""
-    return "none" if rank["estimate"] is None else interval(rank["estimate"], rank["low"], rank["high"])
+    return "cannot be said" if rank["estimate"] is None else interval(rank["estimate"], rank["low"], rank["high"])
 
 
 def of_top(shared: Found) -> str:
@@ -216,7 +217,7 @@ def random(found: Found) -> str:
     return paragraph(f"""The largest mean effect of a head is {row["largest"]:.3f} logits on a gap of {row["gap"]:.3f}
         (the trained weights': {largest:.2f} on {found["gap"]:.2f}). {row["shared"]["estimate"]} of the {found["top"]}
         leading heads are the same; {chance(found)} would be by chance. The plain rank correlation is
-        {row["rank"]["plain"]:.2f}; with noise taken out it is {shown(row["rank"])}.""")
+        {row["rank"]["plain"]:.2f}; with noise taken out: {shown(row["rank"])}.""")
 
 
 def chance(found: Found) -> str:

@@ -21,6 +21,7 @@ from report.scale import counted, figure, joined, measured_on, paragraph, second
 from report.words import listed
 
 COMMANDS = {"validation": "make validation", "planted_faults": "python -m bench.planted_faults"}
+FRESH = 12  # the first of the seeds that no method had been tried on when the last of them was mended
 NOTHING = ("constant", "random", "lookup")  # models of no circuit
 PLAIN = "–"
 
@@ -86,7 +87,18 @@ def summary(found: Found, quiet: pd.DataFrame) -> str:
             {measured_on(found)} {f"Still to run: {whole} of {found['planned']}." if whole > 0 else ""}"""),
         paragraph(f"""Without noise, {right} of {counted(len(quiet), "answer")} ({right / max(len(quiet), 1):.0%}) are
             exactly the planted truth: every item found, nothing else, each number within its tolerance. {left}"""),
+        unseen(quiet),
     )
+
+
+def unseen(quiet: pd.DataFrame) -> str:
+    """The same of the seeds that were first tried after the last change of a method."""
+    rows = quiet[quiet["seed"] >= FRESH]
+    if rows.empty:
+        return ""
+    return paragraph(f"""Of the models of seeds {rows["seed"].min()} to {rows["seed"].max()}, which first went through
+        the steps after the last of these had been changed, {int(rows["right"].sum())} of
+        {counted(len(rows), "answer")} are.""")
 
 
 def two(value: float | None) -> str:
@@ -206,12 +218,15 @@ def nothing(runs: Sequence[Found]) -> str:
                 wrong[score["step"]] += len(set(score["found"]) - set(score["wanted"]))
         total += sum(wrong.values())
         done = sum(run["able"] for run in own)
-        lines.append([kind, str(len(own)), str(done), *(str(count) for count in wrong.values())])
+        counts = (str(count) if done or count else "not run" for count in wrong.values())
+        lines.append([kind, str(len(own)), str(done), *counts])
     if not lines:
         return ""
     said = "None was found" if not total else f"{counted(total, 'item')} {'was' if total == 1 else 'were'} found"
     head = ["model", "models", "do the task", *(step.replace("_", " ") for step in steps)]
-    return joined(paragraph(f"{said} in them that is not there."), table(head, lines))
+    refused = """Where step 01 finds that a model does not do the task, the steps after it do not run: that verdict is
+        then all that is tested."""
+    return joined(paragraph(f"{said} in them that is not there. {refused}"), table(head, lines))
 
 
 def faults(results: Path) -> str:
@@ -226,7 +241,7 @@ def faults(results: Path) -> str:
     return joined(
         "## Faults in the tool",
         paragraph(f"""Each of these defects was put into the tool by a test, and the run must then stop with an error of
-            the tool's own. {caught} of {len(rows)} do."""),
+            the tool's own. {caught} of {len(rows)} do; the table is written only where all tests pass."""),
         table(["defect", "the check that stops it", "what it says"], lines),
     )
 
@@ -246,7 +261,8 @@ def mutants(results: Path) -> str:
     return joined(
         "### Mutants",
         paragraph("""One small change of the code at a time, of a sample of all that there could be: a change is killed
-            if the fast tests of its module fail."""),
+            if the fast tests of its module fail. So few are tried that a share killed could as well be several
+            hundredths lower; those that live were looked at one by one, and some of them killed by new tests."""),
         table(["module", "possible changes", "tried", "killed", "share killed"], lines),
         f"::::{{dropdown}} {counted(len(left), 'change')} that no fast test notices\n\n{folded}\n::::" if left else "",
     )
@@ -276,7 +292,7 @@ def beside(results: Path) -> str:
         head,
         paragraph(f"""`{spec}`: {sum(one.right for one in own)} of {len(own)} answers are the planted truth, whose gap
             is {truth["gap"]["mean"]:.3g} logits."""),
-        table(["method", "planted", "found", "right"], lines),
+        table(["method", "planted", "found (of what is scored)", "right"], lines),
         "The planted sites, with what each takes away and brings back by the construction (logits):",
         table(["site", "role", "at", "counterfactual damage", "recovery"], sites),
     )

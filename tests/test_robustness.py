@@ -176,7 +176,7 @@ def test_the_page_says_what_stays_and_names_what_flips(measured, tmp_path):
     assert "`0.3` under zero and `7.7` under zero." in made["flips"]
     assert "random" not in made["flips"] and "of either sign" not in made["flips"]
     assert "In 3 templates" in made["templates"] and made["templates"].count("\n| `0.") == 9
-    assert "0.9 would be by chance" in made["random"] and "noise taken out it is none" in made["random"]
+    assert "0.9 would be by chance" in made["random"] and "noise taken out: cannot be said" in made["random"]
     assert (tmp_path / "to" / "figures" / "robustness-agreement.png").is_file()
 
 

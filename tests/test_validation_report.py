@@ -79,7 +79,7 @@ def test_models_without_a_circuit_are_counted_by_step(folder):
     other["runs"][-1]["scores"] = [answer("necessity", "necessity", [], ["1.1", "2.2"], 0)]
     (folder / "validation.json").write_text(json.dumps(other), encoding="utf-8")
     said = fields(folder)["nothing"]
-    assert "2 items were found in them" in said and "| random | 1 | 0 | 0 | 2 |" in said
+    assert "2 items were found in them" in said and "| random | 1 | 0 | not run | 2 |" in said
 
 
 def test_what_is_right_everywhere_is_said(folder):
