@@ -29,9 +29,10 @@ LEVEL = 0.05
 RULES = {"additive": "additive", "or": "OR", "and": "AND"}
 ARRIVED, REPAIR = 0.8, 0.1
 """As in the profile: of the critical layers, and of the claims about repair."""
-ALWAYS = ("task_done", "critical_layers", "slice_sufficient", "general_templates")
+ALWAYS = ("task_done", "critical_layers", "slice_sufficient")
 ALWAYS += ("profession_at_names", "superset_at_last", "few_directions", "beats_random", "steering")
-UNBACKED = ("slice_necessary", "circuit_faithful", "circuit_necessary", "circuit_complete", "circuit_beats_random")
+UNBACKED = ("slice_necessary", "general_templates")
+UNBACKED += ("circuit_faithful", "circuit_necessary", "circuit_complete", "circuit_beats_random")
 """Claims that hold of every planted circuit, and those that hold where nothing stands in for it."""
 
 Truth = Mapping[str, Any]
@@ -126,7 +127,9 @@ def arriving_layers(truth: Truth) -> Wanted | None:
         if reached < ARRIVED * whole:
             must.add(f"layer {layer}")
             reached += rises[layer]
-    return Wanted(must, {f"layer {layer}" for layer in rises} - must)
+    # behind its layer what is put back is no longer answered by a backup, which is a rise, too
+    may = rises.keys() | {site["layer"] for site in of_roles(truth, "backup")}
+    return Wanted(must, {f"layer {layer}" for layer in may} - must)
 
 
 def judging(found: Finding) -> str:
@@ -198,17 +201,24 @@ def planted_readers(truth: Truth) -> Wanted:
     return Wanted({name_of(site) for site in of_roles(truth, "retrieval")}, {name_of(site) for site in may})
 
 
+def planted_circuit(truth: Truth) -> Wanted | None:
+    """The sites without which much is lost; None where a backup can take their place: then there are two circuits."""
+    return None if truth["backup"] else by_size(truth, loss, 1 - ARRIVED)
+
+
 def planted_neurons(truth: Truth, found: Finding) -> Wanted | None:
     """The neurons of the aggregating MLPs, maybe those of other planted MLPs; None where a head works beside them."""
     names = {f"neuron {row['layer']}.{row['neuron']}" for row in truth["neurons"]}
     others = tuple(f"neuron {site['layer']}." for site in of_roles(truth, "class_only", "negative", "backup_reader"))
-    return Wanted(names, {name for name in neurons(found) if name.startswith(others)} - names) if names else None
+    there = neurons(found) if able(found) else set()
+    return Wanted(names, {name for name in there if name.startswith(others)} - names) if names else None
 
 
 def planted_effect(truth: Truth, found: Finding) -> float | None:
     """1 where the layer after which directions were patched lies behind every aggregator: then the difference between
     two supersets is all there is. Before it, professions are there and no superset."""
-    written = [site["layer"] for site in of_roles(truth, "aggregator", "class_only", "negative", "backup_reader")]
+    last = ("aggregator", "class_only", "negative", "backup", "backup_reader")
+    written = [site["layer"] for site in of_roles(truth, *last)]
     return 1.0 if written and found["directions"]["layer"] >= max(written) else None
 
 
@@ -399,7 +409,7 @@ METHODS: dict[str, tuple[str, Callable[[Truth, Found], Wanted | float | None], C
     "direction, effect": ("subspace", lambda t, f: planted_effect(t, f["subspace"]), direction_effect),
     "direction, cosine": ("subspace", lambda t, f: planted_effect(t, f["subspace"]), lambda found: found["cosine"]),
     "neurons": ("neurons", lambda t, f: planted_neurons(t, f["neurons"]), neurons),
-    "circuit": ("story", lambda t, f: by_size(t, loss, 1 - ARRIVED), circuit),
+    "circuit": ("story", lambda t, f: planted_circuit(t), circuit),
     "claims": ("claims", planted_claims, verdicts),
 }
 

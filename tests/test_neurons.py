@@ -14,7 +14,7 @@ from lib import effects, hooks, records, single_pass, sweep
 from lib.effects import HALVES
 from lib.hooks import Site
 from report import words
-from steps.neurons import neurons, neurons_page, picks
+from steps.neurons import neurons, neurons_page, page, picks
 from steps.neurons.measure import Measured, Neurons
 from steps.story import claims
 
@@ -404,3 +404,14 @@ def test_few_quads_and_one_half_go_through(tiny, halves, monkeypatch):
     assert [axes.get_title(loc="left") for axes in panels if axes.get_visible()] == cards["site"].tolist()
     assert len(neurons_page.direct_figure(frame, chosen).axes) == 1
     assert len(neurons_page.concentration(frame).axes) == 1
+
+
+def test_neurons_that_do_nothing_end_the_page_in_a_sentence():
+    empty = pd.DataFrame()
+    measured = Measured(empty, empty, [], *[empty] * 6, [], *[empty] * 2)
+    written = []
+    params = SimpleNamespace(floor=0.001, task="superset", model="m")
+    step = SimpleNamespace(params=params, record={}, write_findings=lambda found: written.append(found) or found)
+    with pytest.raises(SystemExit):
+        page.findings(step, measured)
+    assert written[0]["able"] is False and "moves logit_diff by more than the model" in written[0]["sentences"][0]

@@ -399,6 +399,8 @@ def run(step: Step) -> Measured:
     """Measure, or read what is there."""
     p, every = step.params, step.table(NEURONS)
     top = picks.top(every, p)
+    if top.empty:  # nothing is asked of neurons that do nothing
+        return Measured(every, top, [], *[pd.DataFrame()] * 6, [], *[pd.DataFrame()] * 2)
     sets = picks.roster(every, top, p, step.rng("matched neurons"))
     joint = step.table(SETS, sets)
     leading = list(top[NEURON].itertuples(index=False, name=None))
