@@ -112,8 +112,9 @@ def scored(found: dict, truth: dict = TRUTH) -> dict[str, scores.Score]:
 def test_findings_that_are_the_truth_are_right():
     own = scored(found())
     assert {name for name, score in own.items() if not score.right} == set()
-    assert set(own) == set(scores.METHODS)
+    assert set(own) == set(scores.METHODS) - {"circuit"}, "where there is a backup there are two circuits"
     assert own["backups, ratio"].error == pytest.approx(0.0004)
+    assert scored(found(), TRUTH | {"backup": None})["circuit"].wanted == ["3.2", "4.5", "mlp 5"]
 
 
 WRONG = {
@@ -121,7 +122,7 @@ WRONG = {
     "a site is missed": ("sufficiency", lambda f: f["sufficiency"]["sites"].pop(0), 1, 2 / 3),
     "a small effect is none": ("sufficiency", lambda f: f["sufficiency"]["sites"][0].update(ratio=0.01), 1, 2 / 3),
     "an unsure one is none": ("necessity", lambda f: f["necessity"]["sites"][0].update(p=0.2), 1, 2 / 3),
-    "a layer too many": ("critical layers", lambda f: f["coarse_sweep"]["critical_layers"].append(6), 2 / 3, 1),
+    "a layer too many": ("critical layers", lambda f: f["coarse_sweep"]["critical_layers"].append(7), 2 / 3, 1),
     "no backup": ("backups", lambda f: f["hydra"]["backups"].clear(), 1, 0),
     "it does not stand in": ("backups", lambda f: f["hydra"]["backups"][0].update(stands_in=False), 1, 0),
     "another rule": ("rule", lambda f: f["generality"]["rule"]["verdict"].update(number="OR"), 0, 0),
