@@ -220,10 +220,10 @@ def test_an_ordinary_pair_records_the_answers_of_other_attributes(smollm_tokeniz
 # --- what is said ---
 
 
-def swept(attribute, shares, quads, half="confirmation", noise=0.1, seed=0):
+def swept(attribute, shares, quads, half="confirmation", noise=0.1, seed=0, sign=1):
     """Rows as step 04's table has them: the slice, all there is, one site alone, with their `shares` of the gap."""
     rng = np.random.default_rng(seed)
-    gaps, rows = rng.uniform(3, 5, quads), []
+    gaps, rows = sign * rng.uniform(3, 5, quads), []
     for direction in ("denoise", "noise"):
         for place, share in enumerate(shares if direction == "denoise" else shares[:1]):
             moved = [share * gap + rng.normal(0, noise) for gap in gaps]
@@ -234,9 +234,11 @@ def swept(attribute, shares, quads, half="confirmation", noise=0.1, seed=0):
     return frame.assign(answers_before=[np.zeros(9)] * len(frame), answers_after=after)
 
 
-def compared(placebo_share, quads=24):
+def compared(placebo_share, quads=24, others=6, sign=1):
     frame = pd.concat([swept("superset", (0.8, 1.0, 0.4), 22), swept("region", (placebo_share, 1.0, 0.1), quads)])
-    wrong = swept("region", (-1.0, 1.0, 0.1), 6, seed=2).assign(quad_id=lambda own: "wrong" + own["quad_id"])
+    wrong = swept("region", (-1.0, 1.0, 0.1), others, seed=2, sign=sign).assign(
+        quad_id=lambda own: "wrong" + own["quad_id"]
+    )
     quads = pd.concat([frame, wrong]).drop_duplicates("quad_id").set_index("quad_id")[[]]
     quads = quads.assign(kept=~quads.index.str.startswith("wrong"), shared="artist")
     quads.loc["regionconfirmationq03", "shared"] = "writer"
@@ -276,6 +278,13 @@ def test_the_slice_is_judged_by_its_quotient_on_kept_pairs(share, verdict, words
     part = m.parts.iloc[0]
     assert part["beyond_estimate"] == pytest.approx(part["placebo_estimate"] - 0.5 * part["estimate"])
     assert shown["placebo less 0.5 x task"] == interval(*part[["beyond_estimate", "beyond_low", "beyond_high"]])
+
+
+def test_placebo_quads_whose_gaps_do_not_add_up_to_one_have_no_share():
+    """Of a model that knows nothing of the attribute: those kept for their gap have one, all together have none."""
+    m, params = compared(0.1, others=40, sign=-1)
+    assert set(m.joint["choice"]) == {"kept"} and len(placebo_page.table(m, params)) == 3
+    assert "there is no gap of which it could be a share" in placebo_page.findings(m, params)["sentences"][0]
 
 
 def test_few_placebo_quads_are_not_testable_and_none_are_said():

@@ -118,6 +118,7 @@ def specificity(frame: pd.DataFrame, quads: pd.DataFrame, sets: Sequence[str], p
         joint += [
             shares(own, rows, direction, params).assign(attribute=attribute, choice=choice)
             for choice, rows in (("kept", good), ("all", every))
+            if effects.gap(rows).sum() > 0  # of a model that knows nothing of the attribute, all quads' may not be
             for direction in ("denoise", "noise")
         ]
         single = (rows[~rows["site"].isin([SLICE, WHOLE])] for rows in (own, good))

@@ -107,7 +107,7 @@ def findings(m: Specificity | None, params: Shared) -> dict[str, Any]:
 def slice_sentence(attribute: str, rows: pd.DataFrame, params: Shared) -> str:
     """The slice's shares of the two gaps, their quotient, and what follows."""
     by = {(row.choice, row.direction): row for row in rows.itertuples()}
-    kept, every = by["kept", "denoise"], by["all", "denoise"]
+    kept, every = by["kept", "denoise"], by.get(("all", "denoise"))
     what = {
         "specific": f"against {attribute} the slice is specific to supersets",
         "general": f"the slice is not specific to supersets: it reads out the names' {attribute} as well",
@@ -117,12 +117,14 @@ def slice_sentence(attribute: str, rows: pd.DataFrame, params: Shared) -> str:
     quads = min(kept.quads, kept.placebo_quads)
     verdict = what.get(kept.verdict, f"there are too few quads to test it ({quads}; {MINIMUM_CLUSTERS} are needed)")
     noise = of(by["kept", "noise"], "quotient")
+    rest = "all placebo quads, whatever the sign of their gap, there is no gap of which it could be a share"
+    if every is not None:
+        rest = f"all {every.placebo_quads} placebo quads, whatever the sign of their gap, {of(every, 'quotient')}"
     return (
         f"Placebo: where all four people are of one superset and differ in {attribute}, the slice recovers "
         f"{of(kept, 'placebo')} of the gap between that attribute's answers ({kept.placebo_quads} quads), against "
         f"{of_row(kept)} of the superset gap ({kept.quads} quads): {of(kept, 'quotient')} times as much ({asked}). So "
-        f"{verdict}. With the slice's corrupt values in the clean run it is {noise} times as much, and in all "
-        f"{every.placebo_quads} placebo quads, whatever the sign of their gap, {of(every, 'quotient')}."
+        f"{verdict}. With the slice's corrupt values in the clean run it is {noise} times as much, and in {rest}."
     )
 
 
