@@ -176,6 +176,8 @@ def noise_sentence(runs: Sequence[Found]) -> str:
     noises = sorted({run["noise"] for run in series})
     undone = sorted({run["noise"] for run in series if not run["able"]})
     told = f"From {undone[0]:g} on a model no longer does its task: nothing is scored." if undone else ""
+    later = sorted({run["commit"][:7] for run in series if run.get("commit")})  # of runs that were made apart
+    told += f" These models were measured at commit {listed(f'`{commit}`' for commit in later)}." if later else ""
     return paragraph(f"""Noise of {listed(f"{noise:g}" for noise in noises)} was tried, on
         {counted(len({run["seed"] for run in series}), "seed")}. {told}""")
 
