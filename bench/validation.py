@@ -1,4 +1,4 @@
-"""Planted circuits, and what the unchanged steps make of them: the table of the chapter *Validation*.
+"""Planted circuits, and what the steps make of them: the table of the chapter *Validation*.
 
     python -m bench.validation [--only GROUP ...] [--list]
 

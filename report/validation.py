@@ -82,7 +82,7 @@ def summary(found: Found, quiet: pd.DataFrame) -> str:
         stale(found, COMMANDS["validation"]),
         paragraph(f"""{counted(len(circuits), "model")} with a planted circuit, of {counted(len(seeds), "seed")} and
             {counted(len(options), "kind")}, and {counted(len(found["runs"]) - len(circuits), "model")} without one went
-            through all steps, unchanged, in {seconds(found["seconds"])} on one thread, at commit
+            through all steps in {seconds(found["seconds"])} on one thread, at commit
             `{(found["commit"] or "none")[:7]}`{" with changes" * bool(found["dirty"])}.
             {measured_on(found)} {f"Still to run: {whole} of {found['planned']}." if whole > 0 else ""}"""),
         paragraph(f"""Without noise, {right} of {counted(len(quiet), "answer")} ({right / max(len(quiet), 1):.0%}) are
