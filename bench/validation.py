@@ -2,8 +2,9 @@
 
     python -m bench.validation [--only GROUP ...] [--list]
 
-1. `plan` lists the models: `SEEDS` seeds over the options (`OPTIONS`), a series of noise on some of them, and models
-   without a circuit (`report.validation.NOTHING`).
+1. `plan` lists the models: every option (`OPTIONS`) by a seed on which methods were mended and by one that was held out
+   (`report.validation.HELD_OUT`), a series of noise on some of them, and models without a circuit
+   (`report.validation.NOTHING`).
 2. `run_step` runs a step as its notebook does, cell by cell up to its findings, in this process; what the notebook only
    draws is left out. Parameters are those of the profile `planted`, with `LESS`.
 3. `measure` sets truth and findings side by side (`report.scores`). After every model all is written to
@@ -31,12 +32,12 @@ from pipeline import keys, machine, params, units
 from planted import build, truth
 from planted.options import PREFIX
 from report import scores
-from report.validation import NOTHING
+from report.validation import HELD_OUT, NOTHING
 from steps.registry import PLAN
 
 RESULT = Path(__file__).parent / "results" / "validation.json"
 CODE = ("lib", "planted", "pipeline", "report/scores.py", *(f"steps/{name}" for name in PLAN.names))
-SEEDS, NOISES, SERIES = 20, (0.01, 0.03, 0.1, 0.3), ("additive", "backup by an MLP")
+NOISES, SERIES = (0.01, 0.03, 0.1, 0.3), ("additive", "backup by an MLP")
 OPTIONS = {
     "additive": "",
     "or": "rule=or",
@@ -90,14 +91,14 @@ class Run(NamedTuple):
 
 
 def plan() -> list[Run]:
-    """All models, in order: every option has its first seeds early."""
-    groups = list(OPTIONS)
-    names = [groups[seed % len(groups)] for seed in range(SEEDS)]
+    """All models, in order: every option on a seed that was mended on, then on one that was not."""
     seeds = [
-        Run(name, OPTIONS[name], seed, series=name in SERIES and seed < len(groups)) for seed, name in enumerate(names)
+        Run(name, options, first + index, series=name in SERIES and first == 0)
+        for first in (0, HELD_OUT)
+        for index, (name, options) in enumerate(OPTIONS.items())
     ]
     noisy = [run._replace(noise=noise) for run in seeds if run.series for noise in NOISES]
-    nothing = [Run(kind, f"no_circuit={kind}", seed) for kind in NOTHING for seed in range(2)]
+    nothing = [Run(kind, f"no_circuit={kind}", first) for kind in NOTHING for first in (0, HELD_OUT)]
     return seeds + nothing + noisy
 
 
