@@ -1,7 +1,8 @@
-"""Figures that a reader can touch: their numbers as JSON in the page, drawn by the book's own `assets/interactive.js`.
+"""Figures that a reader can touch: their numbers as JSON in the page, drawn by the book's own scripts.
 
 Nothing is fetched, so that they work from a file, and without a network. Each stands beside its matplotlib twin, which
-paper and readers without scripts have.
+paper and readers without scripts have. A kind of figure has a script of its own in `book/assets`, named in
+`book/_config.yml`; what they share, and the state in the address, is in `interactive.js` there.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from lib.records import atomic
 PAIR_VALUES = 20_000  # most values of single pairs in a page: leading sites have them, as many as that is enough for
 MODULES = ("attn", "mlp")
 ASSETS = Path(__file__).resolve().parent.parent / "book" / "assets"
+SHARED = "interactive.js"  # the script that the others build on
 # A page of its own for a figure: the book's style, in the colours that the browser has for light and dark.
 PAGE = Template("""<!doctype html>
 <html lang="en">
@@ -45,6 +47,14 @@ $script
 """)
 
 
+class Link(NamedTuple):
+    """A view of a site elsewhere in the book; the script shows it where the book has that page."""
+
+    text: str
+    page: str  # 06_retrieval_heads; "" is this page
+    figure: str  # fig-two-hop
+
+
 class SiteEffects(NamedTuple):
     """What one intervention does at every site; `rows` as `report.words.site_rows` makes them."""
 
@@ -60,6 +70,7 @@ def site_map(
     marked: Sequence[str],
     pairs: pd.DataFrame | None = None,
     level: float = 0.95,
+    links: Sequence[Link] = (),
 ) -> HTML:
     """A map of layers x heads and modules, in place of the figure named `twin`, that tells of each site what it does.
 
@@ -77,6 +88,7 @@ def site_map(
         "shown": [one(part, lines, layers) for part in shown],
         "marked": list(marked),
         "level": f"{level:.0%}",
+        "links": list(links),
         **by_pair(pairs, shown[0].rows),
     }
     return embedded("site-map", data, "In the book, this figure answers for every site and every pair.", twin)
@@ -116,9 +128,16 @@ def embedded(kind: str, data: Any, otherwise: str, twin: str) -> HTML:
     return HTML(f'<div class="interactive {kind}" data-twin="{twin}">{script}<p>{otherwise}</p></div>')
 
 
+def scripts() -> list[str]:
+    """The book's scripts, the shared one first."""
+    return [SHARED, *sorted(path.name for path in ASSETS.glob("*.js") if path.name != SHARED)]
+
+
 def save(figure: HTML, path: Path, title: str) -> None:
-    """Write a figure as a page that opens from a file, with the book's script and style in it."""
-    style, script = ((ASSETS / name).read_text(encoding="utf-8") for name in ("superset.css", "interactive.js"))
+    """Write a figure as a page that opens from a file, with the book's scripts and style in it."""
+    style, script = (
+        "".join((ASSETS / name).read_text("utf-8") for name in own) for own in (["superset.css"], scripts())
+    )
     page = PAGE.substitute(title=title, style=style, script=script, figure=figure.data)
     with atomic(path) as file:
         file.write(page.encode())

@@ -10,11 +10,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from lib import safe_yaml
 from lib.hooks import site_name
 from report import interactive
 from report.words import site_rows
 
-SCRIPT = Path(__file__).resolve().parent.parent / "book" / "assets" / "interactive.js"
+CONFIG = Path(__file__).resolve().parent.parent / "book" / "_config.yml"
+SCRIPTS = "".join(f'<script src="{name}"></script>' for name in interactive.scripts())
 
 
 def rows(layers: int, heads: int, seed: int = 0) -> pd.DataFrame:
@@ -74,7 +76,13 @@ def test_a_large_model_with_many_pairs_stays_small_in_the_page():
     html = interactive.site_map("fig", shown, [], in_pairs(leading, 1000)).data
     assert len(html.encode()) < 400_000 and len(data_of(interactive.site_map("fig", shown, []))["effects"]) == 0
     assert len(json.loads(re.search(r">(\{.*?)</script>", html)[1])["effects"]) == interactive.PAIR_VALUES // 1000
-    assert SCRIPT.stat().st_size < 30_000
+
+
+def test_the_book_has_every_script_in_its_place_and_they_stay_small():
+    assert (
+        safe_yaml.parse(CONFIG.read_text(), CONFIG.name)["sphinx"]["config"]["html_js_files"] == interactive.scripts()
+    )
+    assert sum((interactive.ASSETS / name).stat().st_size for name in interactive.scripts()) < 40_000
 
 
 @pytest.fixture(scope="module")
@@ -93,9 +101,9 @@ def page(tmp_path_factory) -> Path:
     head = "<tr><th>claim</th><th>verdict</th></tr>"
     inside = f"<thead>{head}</thead><tbody>{claims}</tbody></table></div>"
     body += f'<div class="sortable"><table>{inside}<div><table class="sortable" id="T_other">{inside}'
-    shutil.copyfile(SCRIPT, folder / SCRIPT.name)
+    shutil.copytree(interactive.ASSETS, folder, dirs_exist_ok=True)
     (folder / "page.html").write_text(
-        f'<!doctype html><meta charset="utf-8"><script src="{SCRIPT.name}"></script>'
+        f'<!doctype html><meta charset="utf-8">{SCRIPTS}'
         f'<figure id="fig"><img alt="twin"><figcaption>Map.</figcaption></figure>{body}',
         encoding="utf-8",
     )
@@ -125,12 +133,46 @@ def test_a_site_is_read_by_keys_and_pinned_in_the_address(page):
     assert start.startswith(f"1.1, attention head of the critical slice: put back, logit_diff rises by {value} logits")
     assert f"[{low}, {high}]" in start and start.endswith("this is significant.") and no_address == ""
     assert below.startswith("1.0, attention head: ") and "not significant" in below and still_none == ""
-    assert pinned == "#site=1.0" and taken_out == "#site=1.0&act=1"
+    assert pinned == "#site=1.0&at=fig" and taken_out == "#site=1.0&at=fig&act=1"
     assert "taken out, logit_diff rises by 0.25 logits (no interval: too few quads)" in out
     assert first["cells"] == 12 and first["name"] == "1.0: −0.25 logits" and first["otherwise"] is None
     assert "Ann and Bo (artist)" in first["pairs"] and "0.10" in first["pairs"]
     assert again["told"][0][0].startswith("2.0, attention head: taken out")
     assert unknown["told"][0][0].startswith("1.1"), "an address of no site shows the first of the slice"
+
+
+def test_one_site_is_pinned_for_all_views_and_goes_along_to_other_pages(page):
+    """A site chosen in one map is lit in the other, in a table of sites, and in the address of the next page."""
+    body = (page / "page.html").read_text(encoding="utf-8")
+    body += re.search(r'<div class="interactive site-map".*?</div>', body, re.S)[0].replace('"fig"', '"other"')
+    body += '<table id="sites"><thead><tr><th>site</th><th>gap</th></tr></thead>'
+    body += "<tbody><tr><td>1.0 at names</td><td>1.0</td></tr><tr><td>11.0</td><td>1.0</td></tr></tbody></table>"
+    body += '<nav><a id="next" href="next.html">next</a><a id="part" href="next.html#part">part</a></nav><p id="other">'
+    (page / "both.html").write_text(body, encoding="utf-8")
+    look = """async window => {
+      const all = what => [...window.document.querySelectorAll(what)];
+      const pinned = () => all('[aria-selected="true"]').map(cell => cell.getAttribute("aria-label").split(":")[0]);
+      const seen = [pinned()];
+      const find = all('.site-map input[type=search]')[1];
+      find.value = "1.0"; find.onchange(); seen.push(pinned());
+      const lit = all("#sites .lit").map(cell => cell.innerText);
+      find.value = "7.7"; find.onchange(); seen.push(pinned());
+      const none = all(".told")[1].innerText;
+      window.location.hash = "site=mlp+2"; await new Promise(done => setTimeout(done, 100)); seen.push(pinned());
+      window.location.hash = "part"; await new Promise(done => setTimeout(done, 100)); seen.push(pinned());
+      const follow = id => {
+        const link = window.document.getElementById(id);
+        link.addEventListener("click", event => event.preventDefault()); link.click();
+        return link.hash;
+      };
+      return {seen, none, lit, next: follow("next"), part: follow("part")};
+    }"""
+    seen = book_checks.looked_at(page, ["both.html", "both.html#site=1.0&at=top"], look)
+    start, again = seen.values()
+    assert start["seen"] == [["1.1", "1.1"], ["1.0", "1.0"], ["1.0", "1.0"], *[["mlp 2", "mlp 2"]] * 2]
+    assert 'no site "7.7" here' in start["none"] and start["lit"] == ["1.0 at names"]
+    assert start["next"] == "#site=mlp+2&at=top" and start["part"] == "#site=mlp+2&at=part"
+    assert again["seen"][0] == ["1.0", "1.0"]
 
 
 def test_a_map_on_a_page_of_its_own_needs_no_other_file(tmp_path):
