@@ -32,11 +32,11 @@ from planted import circuit, truth
 from planted.circuit import AT, SPACES, STEEP, WIDE, WIDTH, Head, Mlp, Part, Read, parts_of
 from planted.effects import truth_of
 from planted.options import Options, fingerprint, parse
-from planted.question import ASKS, CLASSES, LABELS, MIDDLES, NAME, REGIONS, read_tokens
+from planted.question import ASKS, CLASSES, JOINS, LABELS, MIDDLES, NAME, REGIONS, read_tokens
 
 HIDDEN, HEADS, SIZE = 256, 8, 32  # of the residual stream, query heads a layer, dimensions of a head
 EPSILON, THETA = 1e4, 1e12
-FAST, TILTED = (0, 1, 2), 4  # rotary pairs of 1, 0.18 and 0.03 radians a token; of 1e-3
+FAST = (0, 1, 2)  # rotary pairs of 1, 0.18 and 0.03 radians a token
 SLOW = [*range(10, 16), *range(26, 32)]  # dimensions that turn by less than 1e-7 a token
 OFFSET_SCORE = 150.0  # of a fast pair
 
@@ -127,6 +127,7 @@ def embed(model: transformers.LlamaForCausalLM, words: Sequence[str], o: Options
     for text, number in words.get_vocab().items():
         word = text.strip()
         embedding[number, AT["asks"]] = float(word in ASKS)
+        embedding[number, AT["joins"]] = float(word == JOINS)
         embedding[number, AT["middle"]] = float(word in MIDDLES)
         if (token := tokens.get(word)) is not None and token.number >= 0:
             space = {"single": "single", "first": "u", "last": "v"}[token.kind]
@@ -151,9 +152,6 @@ def put_head(attention: torch.nn.Module, part: Head, shared: int) -> None:
     query, key, value = (torch.zeros(SIZE, HIDDEN) for _ in range(3))
     for dim, (asked, known) in zip(SLOW, part.scores, strict=False):
         query[dim], key[dim] = row(asked), row(known)
-    if part.first:  # a pair that turns slowly enough to grow with the distance
-        query[TILTED + SIZE // 2] = -row(part.scores[0][0]) / 4 * 1e3
-        key[TILTED] = row(part.scores[0][1])
     if part.offset is not None:
         for pair in FAST:
             turned = part.offset * THETA ** (-2 * pair / SIZE)

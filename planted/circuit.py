@@ -22,10 +22,19 @@ from planted.question import CLASSES, LABELS, REGIONS
 
 N, C, R = len(LABELS), len(CLASSES), len(REGIONS)
 # Name of a space -> its dimensions. Of every token: `one` (always 1), `start` (the first token), `asks` (an answer is
-# due after it), `middle` (stands after the names), `identity` (random), and what a token of a name says: `u`, `v`,
-# `single`, `own_region`. Written by parts: all others.
-SPACES = {"one": 1, "start": 1, "asks": 1, "middle": 1, "u": N, "v": N, "single": N, "own_region": R}
-SPACES |= {"before": N, "profession": N, "region": R, "known": 1, "passed": N, "passed_region": R, "passing": 1}
+# due after it), `joins` (stands between the names), `middle` (stands after them), `identity` (random), and what a token
+# of a name says: `u`, `v`, `single`, `own_region`. Written by parts: all others.
+SPACES = {"one": 1, "start": 1, "asks": 1, "joins": 1, "middle": 1, "u": N, "v": N, "single": N, "own_region": R}
+SPACES |= {
+    "second": 1,
+    "before": N,
+    "profession": N,
+    "region": R,
+    "known": 1,
+    "passed": N,
+    "passed_region": R,
+    "passing": 1,
+}
 SPACES |= {"retrieved": N, "retrieved_region": R, "superset": C, "region_answer": R, "stand_in": C, "unread": N}
 SPACES |= {"identity": 32}
 WIDE = sum(SPACES.values())
@@ -40,7 +49,7 @@ SHARES = {2: (0.6, 0.4), 3: (0.5, 0.3, 0.2), 4: (0.4, 0.3, 0.2, 0.1)}
 SPLIT = (0.6, 0.4)  # of a class between its two neurons
 MEMBERS = np.repeat(np.eye(C), N // C, axis=0).T  # (classes, professions)
 WIDTH = 256  # neurons of an MLP; the writer takes 156 to 158
-PLACES = ("start", "name_a", "name_b", "between", "last")
+PLACES = ("start", "name_a", "joins", "name_b", "between", "last")
 NAMES = ("name_a", "name_b")
 
 Read = Mapping[str, np.ndarray]  # space -> weights: a linear functional of the residual stream
@@ -55,6 +64,7 @@ class Part:
     layer: int
     position: str  # names, between or last
     share: float = 1.0
+    superset: int = -1  # the class that alone it is for
 
     @property
     def places(self) -> tuple[str, ...]:
@@ -69,7 +79,6 @@ class Head(Part):
     scores: tuple[tuple[Read, Read], ...] = ()
     values: tuple[tuple[str, str, np.ndarray], ...] = ()
     offset: int | None = None
-    first: bool = False  # of the tokens with the highest score, the earliest
     head: int = -1  # in its layer
 
     @cached_property
@@ -155,6 +164,12 @@ def gatherers(layer: int) -> Iterator[Head]:
         yield Head("gather", layer, "names", values=(("u", "before", np.eye(N)),), offset=offset)
 
 
+def order(layer: int) -> Head:
+    """A head that marks what follows the word between the names."""
+    scores = (const(SCORE), flag("joins")), (const(0.5 * SCORE), flag("start"))
+    return Head("order", layer, "names", scores=scores, values=(("joins", "second", np.eye(1)),))
+
+
 def writer(layer: int, placebo: bool) -> Mlp:
     """Professions at the last tokens of names: of first and last token together, or of a single one."""
     half = 2.0  # a gate of 0.5 gives 0.5
@@ -180,13 +195,18 @@ CARRIERS = {
 REGION_OF = {"profession": "region", "passed": "passed_region", "retrieved": "retrieved_region"}
 
 
-def carrier(role: str, layer: int, share: float) -> Head:
-    """A head that carries a share of the sum of the two names' professions, and regions."""
+def carrier(role: str, layer: int, share: float, first: float = 0.5) -> Head:
+    """A head that carries a share of the sum of the two names' professions, and regions. `first`: the part of its
+    attention to the names that the first has."""
     asks, known, source, to, position = CARRIERS[role]
-    size = share if role == "forwarder" else 2 * share  # attention to two names is even
+    scores = attending(asks, known)
+    size = share
+    if role != "forwarder":
+        size = 2 * share  # of a mean
+        scores += ((flag(asks, np.log(1 / first - 1)), flag("second")),) * (first != 0.5)
     values = [(source, to, size * np.eye(N)), (REGION_OF[source], REGION_OF[to], size * np.eye(R))]
     values += [("known", "passing", np.eye(1))] * (role == "collector")
-    return Head(role, layer, position, share, attending(asks, known), tuple(values))
+    return Head(role, layer, position, share, scores=scores, values=tuple(values))
 
 
 def class_gate(c: int, threshold: float = 0.0) -> Read:
@@ -213,11 +233,12 @@ def aggregators(o: Options, mlp_layer: int, head_layer: int, only: int | None) -
         neurons = [n for c in range(C) for n in class_neurons(o.rule, c, mlp * kept[c])]
         for r in range(R):
             neurons.append(Neuron({"retrieved_region": unit(R, r)}, {"region_answer": unit(R, r, mlp / 2)}))
-        yield Mlp("aggregator", mlp_layer, "last", mlp, tuple(neurons))
+        yield Mlp("aggregator", mlp_layer, "last", mlp, neurons=tuple(neurons))
     if mlp < 1:
         values = [("retrieved", "superset", (1 - mlp) / 2 * kept[:, None] * MEMBERS)]
         values.append(("retrieved_region", "region_answer", (1 - mlp) / 2 * np.eye(R)))
-        yield Head("aggregator", head_layer, "last", 1 - mlp, attending("asks", "asks"), tuple(values))
+        scores = attending("asks", "asks")
+        yield Head("aggregator", head_layer, "last", 1 - mlp, scores=scores, values=tuple(values))
 
 
 def routed(role: str, layer: int, classes: Sequence[int]) -> Head:
@@ -229,7 +250,8 @@ def routed(role: str, layer: int, classes: Sequence[int]) -> Head:
         scores, where = ((flag("asks", SCORE), {"profession": theirs}), (const(0.5 * SCORE), flag("start"))), "known"
     else:
         scores, where = (({"retrieved": SCORE / 2 * theirs}, flag("asks")), (const(0.3 * SCORE), flag("start"))), "asks"
-    return Head(role, layer, "last", ROUTED, scores, ((where, "superset", pattern), ("start", "superset", -pattern)))
+    values = (where, "superset", pattern), ("start", "superset", -pattern)
+    return Head(role, layer, "last", ROUTED, scores=scores, values=values)
 
 
 def backup_head(o: Options, layer: int) -> Head:
@@ -240,32 +262,44 @@ def backup_head(o: Options, layer: int) -> Head:
     else:
         scores += [({"superset": unit(C, c, -SCORE)}, {"profession": MEMBERS[c]}) for c in range(C)]
     to = "superset" if o.backup_read == "unembedding" else "stand_in"
-    return Head("backup", layer, "last", o.backup, tuple(scores), (("profession", to, o.backup * MEMBERS),))
+    values = (("profession", to, o.backup * MEMBERS),)
+    return Head("backup", layer, "last", o.backup, scores=tuple(scores), values=values)
 
 
 def relay(role: str, layer: int, space: str, share: float, to: np.ndarray, end: str = "superset") -> Mlp:
     """An MLP that writes what it reads from one space, times a share, into another, a neuron a dimension."""
     neurons = [Neuron({space: unit(SPACES[space], i)}, {end: share * column}) for i, column in enumerate(to.T)]
-    return Mlp(role, layer, "last", share, tuple(neurons))
+    return Mlp(role, layer, "last", share, neurons=tuple(neurons))
 
 
 def decoys(o: Options, stage: Sequence[int], rng: np.random.Generator) -> Iterator[Part]:
     """Parts that have no part in the answer, and the one that works against it."""
     mixed = rng.permutation(np.eye(N))
     if "attends" in o.decoys:
-        yield Head("attends", stage[2], "last", 0, attending("asks", "known"), (("profession", "unread", mixed),))
+        values = (("profession", "unread", mixed),)
+        yield Head("attends", stage[2], "last", 0, scores=attending("asks", "known"), values=values)
     if "large" in o.decoys:
         large = (("profession", "unread", LARGE * mixed),)
-        yield Head("large", stage[3], "last", 0, attending("asks", "known"), large)
+        yield Head("large", stage[3], "last", 0, scores=attending("asks", "known"), values=large)
         yield replace(relay("large", stage[2], "retrieved", LARGE, mixed, "unread"), share=0.0)
     if "negative" in o.decoys:
         yield relay("negative", stage[6], "superset", -NEGATIVE, np.eye(C))
 
 
-def lookup(layer: int) -> Head:
-    """The class of the first name alone, copied to the answer."""
-    values = (("profession", "superset", MEMBERS),)
-    return Head("lookup", layer, "last", 1.0, attending("asks", "known"), values, first=True)
+def lookup(layer: int, name: str) -> Head:
+    """The class of one name alone, copied to the answer."""
+    scores = attending("asks", "known")
+    scores += ((flag("asks", SCORE if name == "second" else -SCORE), flag("second")),)
+    return Head("lookup", layer, "last", scores=scores, values=(("profession", "superset", MEMBERS),))
+
+
+def class_only(o: Options, layer: int, c: int) -> Part:
+    """The half of one class that the aggregators leave out."""
+    if o.class_only_by == "head":
+        values = (("retrieved", "superset", 0.25 * np.eye(C)[:, [c]] * MEMBERS[c]),)
+        scores = attending("asks", "asks")
+        return Head("class_only", layer, "last", 0.5, superset=c, scores=scores, values=values)
+    return Mlp("class_only", layer, "last", 0.5, superset=c, neurons=tuple(class_neurons(o.rule, c, 0.5)))
 
 
 def stages(n_layers: int, rng: np.random.Generator) -> list[int]:
@@ -287,15 +321,15 @@ def parts_of(o: Options) -> tuple[Part, ...]:
     if o.no_circuit in ("constant", "random"):
         return ()
     parts: list[Part] = [*gatherers(stage[0]), writer(stage[0], o.placebo)]
+    parts += [order(stage[0])] * (o.no_circuit == "lookup" or o.first != 0.5)
     if o.no_circuit == "lookup":
-        return placed([*parts, lookup(stage[3])], o, rng)
+        return placed([*parts, lookup(stage[3], o.lookup)], o, rng)
     if o.between:
-        parts += [carrier("collector", stage[1], 1.0), carrier("forwarder", stage[2], o.between)]
-    parts += [carrier("retrieval", stage[2 + number % 2], float(share)) for number, share in enumerate(shares)]
+        parts += [carrier("collector", stage[1], 1.0, o.first), carrier("forwarder", stage[2], o.between)]
+    parts += [carrier("retrieval", stage[2 + number % 2], float(share), o.first) for number, share in enumerate(shares)]
     parts += aggregators(o, stage[3], stage[4], only)
     if only is not None:
-        own = tuple(class_neurons(o.rule, only, 0.5))
-        parts.append(Mlp("class_only", stage[4], "last", 0.5, own))
+        parts.append(class_only(o, stage[4], only))
     parts += [routed("key_routed", stage[3], some)] * ("k" in o.routes)
     parts += [routed("query_routed", stage[4], some)] * ("q" in o.routes)
     parts += decoys(o, stage, rng)
@@ -350,7 +384,7 @@ def start_state(people: Sequence[Person]) -> State:
     """What the embedding says."""
     state = np.zeros((len(PLACES), WIDE))
     state[:, AT["one"]] = 1
-    for place, space in (("start", "start"), ("between", "middle"), ("last", "asks")):
+    for place, space in (("start", "start"), ("joins", "joins"), ("between", "middle"), ("last", "asks")):
         state[PLACES.index(place), AT[space]] = 1
     for place, person in zip(NAMES, people, strict=True):
         for space, values in person.embedded().items():
@@ -376,8 +410,6 @@ def output(part: Part, seen: Mapping[str, State], people: Sequence[Person]) -> S
         else:
             queries, keys = part.score_rows
             score = (keys @ seen["k"][: at + 1].T).T @ (queries @ seen["q"][at])
-            if part.first:
-                score = score - np.arange(at + 1) * SCORE / 4
             weights = np.exp(score - score.max())
             out[at] = part.value_rows @ (weights / weights.sum() @ seen["v"][: at + 1])
     return out

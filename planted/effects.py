@@ -165,13 +165,16 @@ def readable_of(o: Options, parts: Sequence[Part]) -> list[Readable]:
 
 
 def rule_logits(o: Options, parts: Sequence[Part]) -> dict[str, float]:
-    """The logit of a class whose people are both names, one name (either), or none; the mean over classes."""
-    found: dict[str, list[float]] = {"both": [], "one": [], "none": []}
+    """The logit of a class whose people are both names, the first alone, the second, one of them, or none; the mean
+    over classes."""
+    found: dict[str, list[float]] = {"both": [], "first": [], "second": [], "none": []}
     for c, d in permutations(range(len(CLASSES)), 2):
         own, other = people_of(c), people_of(d)
-        for key, people in (("both", own), ("one", (own[0], other[1])), ("one", (other[0], own[1])), ("none", other)):
+        asked = {"both": own, "first": (own[0], other[1]), "second": (other[0], own[1]), "none": other}
+        for key, people in asked.items():
             found[key].append(float(run(parts, people).logits(o.logits)[c]))
-    return {key: float(np.mean(values)) for key, values in found.items()}
+    means = {key: float(np.mean(values)) for key, values in found.items()}
+    return means | {"one": (means["first"] + means["second"]) / 2}
 
 
 def truth_of(
@@ -181,7 +184,7 @@ def truth_of(
     by_length = {length: contrasts_of(o, parts, length) for length in (1, 2, 3)}
     usual = by_length[2]
     gap = over_classes(usual, Contrast.gap)
-    only = [CLASSES[part.neurons[0].superset] for part in parts if part.role == "class_only"]
+    only = [CLASSES[part.superset] for part in parts if part.superset >= 0]
     has = any(part.role == "aggregator" for part in parts)
     return Truth(
         spec=o.spec,

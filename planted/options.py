@@ -46,6 +46,7 @@ class Options(BaseModel):
     rule: Literal["additive", "or", "and"] = Field("additive", description="how two names' classes become one answer")
     retrieval: int = Field(2, ge=2, le=4, description="heads that carry professions from the names to the last token")
     aggregator: Literal["mlp", "head", "both"] = Field("mlp", description="what turns professions into supersets")
+    first: float = Field(0.5, gt=0, lt=1, description="share of the first name in what is carried; 0.5: both alike")
     between: float = Field(0, ge=0, le=0.9, description="share that travels by way of the tokens after the names")
     backup: float = Field(0, ge=0, le=1, description="share of the answer that a backup head restores; 0: none")
     backup_read: Literal["unembedding", "mlp"] = Field("unembedding", description="what reads the backup head")
@@ -57,7 +58,8 @@ class Options(BaseModel):
         description="attends: a head that reads names and writes nothing of use; large: a head and an MLP that write "
         "large vectors nobody reads; negative: an MLP that takes a share of the answer away",
     )
-    class_only: bool = Field(False, description="an MLP without which one class is half as strong, and no other")
+    class_only: bool = Field(False, description="a site without which one class is half as strong, and no other")
+    class_only_by: Literal["mlp", "head"] = Field("mlp", description="what that site is")
     placebo: bool = Field(False, description="an attribute beside the class travels through the same sites")
     routes: Annotated[tuple[Route, ...], BeforeValidator(_several)] = Field(
         ("v",), description="k, q: beside values, a head that depends on names by its keys, on retrieval by its queries"
@@ -67,27 +69,40 @@ class Options(BaseModel):
     no_circuit: Literal["none", "constant", "random", "lookup"] = Field(
         "none",
         description="constant: the same logits for every prompt; random: random weights; lookup: one head copies the "
-        "class of the first name, whatever the second",
+        "class of one name, whatever the other",
     )
+    lookup: Literal["first", "second"] = Field("first", description="which name is looked up")
 
     def model_post_init(self, _: Any) -> None:
         """ValueError for options that contradict each other."""
         if self.no_circuit != "none":
             own = self.model_dump(exclude_defaults=True).keys()
-            if idle := sorted(own - {"seed", "n_layers", "n_kv_heads", "no_circuit", "logits", "noise", "rotated"}):
+            if idle := sorted(
+                own - {"seed", "n_layers", "n_kv_heads", "no_circuit", "lookup", "logits", "noise", "rotated"}
+            ):
                 raise ValueError(f"{idle[0]} is of a circuit, and no_circuit={self.no_circuit} has none; leave one out")
         if self.backup and self.rule == "and":
             raise ValueError("backup contradicts rule=and: it would speak for two names of different classes")
         if self.aggregator != "mlp" and self.rule != "additive":
             raise ValueError(f"aggregator={self.aggregator} contradicts rule={self.rule}: a head only adds")
-        for name in ("backup_read", "backup_wakes"):
-            if not self.backup and getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(f"{name} says how a backup is made, and backup is 0; give it a ratio")
+        if self.first != 0.5 and self.rule != "additive":
+            raise ValueError(f"first={self.first:g} contradicts rule={self.rule}: shares of names are of a sum")
+        if self.class_only_by == "head" and self.rule != "additive":
+            raise ValueError(f"class_only_by=head contradicts rule={self.rule}: a head only adds")
+        self._needs("backup_read", self.backup, "says how a backup is made, and backup is 0; give it a ratio")
+        self._needs("backup_wakes", self.backup, "says how a backup is made, and backup is 0; give it a ratio")
+        self._needs("class_only_by", self.class_only, "says what a site is, and class_only is false; set it")
+        self._needs("lookup", self.no_circuit == "lookup", "says which name no_circuit=lookup reads; ask for that")
         for name in ("decoys", "routes"):
             if len(set(getattr(self, name))) < len(getattr(self, name)):
                 raise ValueError(f"{name} has the same value twice")
         if "v" not in self.routes:
             raise ValueError("routes must hold v: retrieval heads carry professions by their values")
+
+    def _needs(self, name: str, given: Any, wrong: str) -> None:
+        """ValueError where an option is set that says something of another, and that is not given."""
+        if not given and getattr(self, name) != type(self).model_fields[name].default:
+            raise ValueError(f"{name} {wrong}")
 
     @property
     def spec(self) -> str:

@@ -31,6 +31,7 @@ CLASSES = tuple(PROFESSIONS)
 LABELS = tuple(label for labels in PROFESSIONS.values() for label in labels)
 REGIONS = ("north", "south")
 ASKS = ("both", "other", "all")  # words after which an answer is due
+JOINS = "and"  # between the names
 MIDDLES = ("are", "is", "be")  # words between the names and the end through which a second route may go
 LENGTHS = {2: 12, 3: 10, 1: 10}  # names of so many tokens for each profession
 FIRSTS, LASTS = 2, 4  # tokens of each number

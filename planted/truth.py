@@ -17,6 +17,7 @@ FILE = "truth.json"
 # What a site may be. What stands behind a dash has no part in the answer.
 ROLES = {
     "gather": "head that brings a name's first token to its last, one or two tokens back; at the names",
+    "order": "head that marks what follows the word between the names; at the names",
     "writer": "MLP that writes profession (and placebo attribute) at a name's last token; at the names",
     "collector": "head that copies professions to the tokens between; at `between`",
     "forwarder": "head that carries them on from there; at the last token, as are all below",
@@ -24,11 +25,11 @@ ROLES = {
     "key_routed": "head that writes for some classes, known by its keys at the names",
     "query_routed": "head that writes for some classes, known by its query: what retrieval heads wrote",
     "aggregator": "MLP or head that turns professions into supersets by the rule",
-    "class_only": "MLP that does half of it for one class alone",
+    "class_only": "MLP or head that does half of it for one class alone",
     "negative": "MLP that takes a share of the answer away",
     "backup": "head that speaks up only when the answer has not been said",
     "backup_reader": "MLP that turns what the backup wrote into supersets",
-    "lookup": "head that copies the class of the first name, whatever the second (no circuit)",
+    "lookup": "head that copies the class of one name, whatever the other (no circuit)",
     "attends": "decoy - head that attends to names",
     "large": "decoy - head or MLP that writes a large vector",
 }
@@ -109,7 +110,7 @@ class Truth(Strict):
     placebo_attribute: str
     placebo_gap: float
     rule: str | None  # None: there is no circuit
-    rule_logits: dict[str, float]  # logit of a class less that of one nobody has: both names of it, one, none
+    rule_logits: dict[str, float]  # logit of a class of both names, of the first alone, second, one (their mean), none
     sites: tuple[Site, ...]
     paths: tuple[Edge, ...]
     neurons: tuple[Neuron, ...]

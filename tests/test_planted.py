@@ -116,6 +116,7 @@ MORE = [
     "planted:seed=4,backup=0.5,placebo=true,rotated=true",
     "planted:seed=6,routes=v+k+q,aggregator=head",
     "planted:seed=7,no_circuit=lookup",
+    "planted:seed=8,first=0.7,between=0.4,class_only=true,class_only_by=head",
 ]
 
 
@@ -209,6 +210,9 @@ def test_noise_is_as_large_as_asked_and_moves_no_planted_site():
         ("planted:rule=and,backup=0.5", "backup contradicts rule=and"),
         ("planted:rule=or,aggregator=head", "aggregator=head contradicts rule=or"),
         ("planted:backup_read=mlp", "backup is 0; give it a ratio"),
+        ("planted:lookup=second", "lookup says which name no_circuit=lookup reads; ask for that"),
+        ("planted:class_only_by=head", "class_only is false; set it"),
+        ("planted:first=0.7,rule=or", "first=0.7 contradicts rule=or: shares of names are of a sum"),
         ("planted:no_circuit=random,backup=0.5", "backup is of a circuit, and no_circuit=random has none"),
         ("planted:routes=k", "routes must hold v"),
         ("planted:decoys=large+large", "decoys has the same value twice"),
@@ -249,6 +253,27 @@ def test_one_name_of_a_class_says_as_much_as_the_rule_has_it(rule, one):
     o = parse(f"planted:seed=3,rule={rule}")
     said = rule_logits(o, parts_of(o))
     assert [said[key] for key in ("both", "one", "none")] == pytest.approx([10, one, 0], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("spec", "first", "second"),
+    [
+        ("planted:seed=3,first=0.7", 7, 3),
+        ("planted:seed=8,first=0.2,between=0.4,class_only=true,class_only_by=head", 2, 8),
+        ("planted:seed=7,no_circuit=lookup", 10, 0),
+        ("planted:seed=7,no_circuit=lookup,lookup=second", 0, 10),
+    ],
+)
+@pytest.mark.parametrize("length", [1, 3])
+def test_each_name_says_as_much_as_was_planted(spec, first, second, length):
+    """By formula, and of two names of different classes by plain forward passes."""
+    own, (one, other, none) = Hooked(spec), CLASSES[:3]
+    said = rule_logits(own.o, own.parts)
+    assert [said[key] for key in ("first", "second", "both", "none")] == pytest.approx([first, second, 10, 0], abs=1e-4)
+    names = (named(one, length)[0], named(other, length)[0])
+    found, swapped = (own.run(order)[0][[own.answers[c] for c in (one, other, none)]] for order in (names, names[::-1]))
+    moved = found - swapped  # what tokens are preferred by themselves falls out
+    assert moved.tolist() == pytest.approx([first - second, second - first, 0], abs=10 * EXACT)
 
 
 @pytest.mark.parametrize("read", ["unembedding", "mlp"])
