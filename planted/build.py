@@ -1,10 +1,9 @@
 """A planted circuit as a folder that transformers loads: config, weights, tokenizer, and `truth.json` beside them.
 
 1. `tokenizer`: a word is a token, with its leading space; every word of the question is known.
-2. `weights`: the parts of `planted.circuit`, each in its head or neurons, as a `LlamaForCausalLM`. RMSNorm's epsilon is
-   so large that the norm does nothing: x / sqrt(mean(x^2) + EPSILON) * sqrt(EPSILON) is x to 1e-5. The slowest rotary
-   pairs hardly turn, so that scores rest on content; fast ones make a head attend to the token one or two before. A
-   SwiGLU neuron with a steep gate is a ReLU.
+2. `weights`: the parts of `planted.circuit`, each in its head or neurons, laid into an architecture (`planted.shapes`).
+   The slowest rotary pairs hardly turn, so that scores rest on content; fast ones make a head attend to the token one
+   or two before. A neuron with a steep gate is a ReLU.
 3. `folder` makes it once, in the user's cache, under a name that holds the hash of spec, code and question.
 """
 
@@ -28,17 +27,15 @@ from lib import questions
 from lib.locks import Lock
 from lib.records import atomic
 from lib.weights import cache_folder, sha256_of
-from planted import circuit, truth
-from planted.circuit import AT, SPACES, STEEP, WIDE, WIDTH, Head, Mlp, Part, Read, parts_of
+from planted import circuit, shapes, truth
+from planted.circuit import AT, SPACES, WIDE, WIDTH, Head, Mlp, Part, Read, parts_of
 from planted.effects import truth_of
-from planted.options import Options, fingerprint, parse
+from planted.options import HEADS, Options, fingerprint, parse
 from planted.question import ASKS, CLASSES, JOINS, LABELS, MIDDLES, NAME, REGIONS, read_tokens
+from planted.shapes import HIDDEN, SIZE, Layer, Weights
 
-HIDDEN, HEADS, SIZE = 256, 8, 32  # of the residual stream, query heads a layer, dimensions of a head
-EPSILON, THETA = 1e4, 1e12
-FAST = (0, 1, 2)  # rotary pairs of 1, 0.18 and 0.03 radians a token
-SLOW = [*range(10, 16), *range(26, 32)]  # dimensions that turn by less than 1e-7 a token
-OFFSET_SCORE = 150.0  # of a fast pair
+SLOW = [*range(10, 16), *range(26, 32)]  # rotary dimensions that turn by less than 1e-7 a token
+OFFSET_SCORE = 150.0  # of the token at a distance, by each of `shapes.TURNS`
 
 
 # --- the tokenizer ---
@@ -73,53 +70,31 @@ def row(functional: Read) -> Tensor:
     return pad(torch.as_tensor(circuit.row(functional), dtype=torch.float32), (0, HIDDEN - WIDE))
 
 
-def config(o: Options, words: int) -> transformers.LlamaConfig:
-    random = o.no_circuit == "random"
-    return transformers.LlamaConfig(
-        vocab_size=words,
-        hidden_size=HIDDEN,
-        intermediate_size=WIDTH,
-        num_hidden_layers=o.n_layers,
-        num_attention_heads=HEADS,
-        num_key_value_heads=o.n_kv_heads,
-        head_dim=SIZE,
-        rms_norm_eps=1e-6 if random else EPSILON,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e4 if random else THETA},
-        tie_word_embeddings=False,
-        bos_token_id=0,
-        eos_token_id=None,
-        max_position_embeddings=512,
-        initializer_range=0.05,
-    )
-
-
-@torch.no_grad()
-def weights(o: Options) -> tuple[transformers.LlamaForCausalLM, transformers.PreTrainedTokenizerFast, tuple[Part, ...]]:
+def weights(o: Options) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerFast, tuple[Part, ...]]:
     """The model, its tokenizer, and the parts that it was made of."""
     words, parts = tokenizer(), parts_of(o)
     torch.manual_seed(o.seed)
-    model = transformers.LlamaForCausalLM(config(o, len(words))).eval()
+    model = transformers.AutoModelForCausalLM.from_config(shapes.config(o, len(words))).eval()
     if o.no_circuit == "random":
         return model, words, parts
-    draw = torch.Generator().manual_seed(o.seed)
-    for name, weight in model.named_parameters():
-        weight.fill_(EPSILON**0.5 if "norm" in name else 0)
-    embed(model, words, o, draw)
+    draw, laid = torch.Generator().manual_seed(o.seed), Weights(o, len(words))
+    embed(laid, words, o, draw)
     for part in parts:
         if isinstance(part, Head):
-            put_head(model.model.layers[part.layer].self_attn, part, HEADS // o.n_kv_heads)
+            put_head(laid.layers[part.layer], part, o)
         else:
-            put_mlp(model.model.layers[part.layer].mlp, part)
+            put_mlp(laid.layers[part.layer], part)
     if o.noise:
-        add_noise(model, parts, o, draw)
-    if o.rotated:
-        rotate(model, rotation(o.seed))
+        add_noise(laid, parts, o, draw)
+    with torch.no_grad():
+        shapes.install(model, laid, o)
     return model, words, parts
 
 
-def embed(model: transformers.LlamaForCausalLM, words: Sequence[str], o: Options, draw: torch.Generator) -> None:
-    """What tokens say of themselves, and the answers' logits, with a small preference of its own for each."""
-    embedding, unembedding = model.model.embed_tokens.weight, model.lm_head.weight
+def embed(laid: Weights, words: transformers.PreTrainedTokenizerFast, o: Options, draw: torch.Generator) -> None:
+    """What tokens say of themselves, and the answers' logits, with a small preference of its own for each, but under a
+    cap, where no preference would be the same for all prompts."""
+    embedding, unembedding = laid.embedding, laid.unembedding
     tokens = {token.text: token for token in read_tokens()}
     embedding[:, AT["one"]] = 1
     embedding[0, AT["start"]] = 1
@@ -135,50 +110,63 @@ def embed(model: transformers.LlamaForCausalLM, words: Sequence[str], o: Options
             if token.region >= 0:
                 embedding[number, AT["own_region"].start + token.region] = 1
     question = questions.load(NAME)
+    preference = 0.0 if o.shape == "gemma2" else 0.2
     for space, attribute, order in (("superset", "superset", CLASSES), ("region_answer", "region", REGIONS)):
         answers = question.answers[attribute]
         for at, label in enumerate(order):
             number = words.get_vocab()[f" {question.plural(answers[label])}"]
             if o.no_circuit != "constant":
                 unembedding[number, AT[space].start + at] = o.logits
-            unembedding[number, AT["one"]] = 0.2 * torch.randn(1, generator=draw)
+            unembedding[number, AT["one"]] = preference * torch.randn(1, generator=draw)
             if space == "region_answer":  # what is not asked for does not come first
                 unembedding[number, AT["one"]] -= o.logits
 
 
-def put_head(attention: torch.nn.Module, part: Head, shared: int) -> None:
+def put_head(layer: Layer, part: Head, o: Options) -> None:
     """A head's queries, and the keys and values of its group."""
-    own, group = SIZE * part.head, SIZE * (part.head // shared)
+    own, group = SIZE * part.head, SIZE * (part.head * o.groups // HEADS)
     query, key, value = (torch.zeros(SIZE, HIDDEN) for _ in range(3))
     for dim, (asked, known) in zip(SLOW, part.scores, strict=False):
         query[dim], key[dim] = row(asked), row(known)
     if part.offset is not None:
-        for pair in FAST:
-            turned = part.offset * THETA ** (-2 * pair / SIZE)
-            query[pair] = row({"one": np.array([OFFSET_SCORE * np.cos(turned)])})
-            query[pair + SIZE // 2] = row({"one": np.array([-OFFSET_SCORE * np.sin(turned)])})
-            key[pair] = row({"one": np.ones(1)})
+        find_distance(query, key, part.offset, o)
     start, places = 0, {}
     for source in dict.fromkeys(source for source, *_ in part.values):
         places[source] = slice(start, start + SPACES[source])
         value[places[source], AT[source]] = torch.eye(SPACES[source])
         start += SPACES[source]
     for source, space, matrix in part.values:
-        out = attention.o_proj.weight[AT[space], own : own + SIZE]
+        out = layer.out[AT[space], own : own + SIZE]
         out[:, places[source]] += torch.as_tensor(matrix, dtype=torch.float32)
-    attention.q_proj.weight[own : own + SIZE] = query * SIZE**0.5
-    attention.k_proj.weight[group : group + SIZE] = key
-    attention.v_proj.weight[group : group + SIZE] = value
+    layer.query[own : own + SIZE] = query
+    layer.key[group : group + SIZE] = key
+    layer.value[group : group + SIZE] = value
 
 
-def put_mlp(mlp: torch.nn.Module, part: Mlp) -> None:
+def find_distance(query: Tensor, key: Tensor, offset: int, o: Options) -> None:
+    """Scores of 0 for the token so many before, and far less for others: cosines of distances, less their maximum.
+    Rotary positions turn a constant; learned ones are turned here."""
+    size, half = OFFSET_SCORE, SIZE // 2
+    for pair, turns in enumerate(shapes.TURNS):
+        cosine, sine = size * np.cos(offset * turns), size * np.sin(offset * turns)
+        if o.shape == "gpt2":
+            cos, sin = AT["position"].start + pair, AT["position"].start + len(shapes.TURNS) + pair
+            query[pair, [cos, sin]] = torch.tensor([cosine, sine], dtype=torch.float32)
+            query[pair + half, [cos, sin]] = torch.tensor([-sine, cosine], dtype=torch.float32)
+            key[pair, cos] = key[pair + half, sin] = 1
+        else:
+            query[pair, AT["one"]], query[pair + half, AT["one"]] = cosine, -sine
+            key[pair, AT["one"]] = 1
+    query[SLOW[0], AT["one"]], key[SLOW[0], AT["one"]] = -size * len(shapes.TURNS), 1
+
+
+def put_mlp(layer: Layer, part: Mlp) -> None:
     for neuron in part.neurons:
-        mlp.gate_proj.weight[neuron.at] = STEEP * row(neuron.gate)
-        mlp.up_proj.weight[neuron.at] = row({"one": np.array([1 / STEEP])})
-        mlp.down_proj.weight[:, neuron.at] = row(neuron.to)
+        layer.gate[neuron.at] = row(neuron.gate)
+        layer.down[:, neuron.at] = row(neuron.to)
 
 
-def add_noise(model: transformers.LlamaForCausalLM, parts: Sequence[Part], o: Options, draw: torch.Generator) -> None:
+def add_noise(laid: Weights, parts: Sequence[Part], o: Options, draw: torch.Generator) -> None:
     """Every head and neuron without a role writes a vector of about size `noise`, by what it happens to read; so do
     embedding and unembedding, in all dimensions."""
 
@@ -190,41 +178,25 @@ def add_noise(model: transformers.LlamaForCausalLM, parts: Sequence[Part], o: Op
         out[:, : AT["identity"].start] = 0  # noise is about tokens, and about no class: probes would read it
         return out
 
-    shared = HEADS // o.n_kv_heads
-    model.model.embed_tokens.weight += o.noise * random(*model.model.embed_tokens.weight.shape)
-    model.lm_head.weight += o.noise * o.logits * random(*model.lm_head.weight.shape)
-    for number, layer in enumerate(model.model.layers):
+    shared = HEADS // o.groups
+    laid.embedding += o.noise * random(*laid.embedding.shape)
+    laid.unembedding += o.noise * o.logits * random(*laid.unembedding.shape)
+    for number, layer in enumerate(laid.layers):
         own = [part for part in parts if part.layer == number]
         heads = {part.head for part in own if isinstance(part, Head)}
         for head in set(range(HEADS)) - heads:
             at, group = slice(SIZE * head, SIZE * (head + 1)), head // shared
-            layer.self_attn.o_proj.weight[:, at] = o.noise * random(HIDDEN, SIZE)
-            layer.self_attn.q_proj.weight[at] = reading(SIZE, HIDDEN)
+            layer.out[:, at] = o.noise * random(HIDDEN, SIZE)
+            layer.query[at] = reading(SIZE, HIDDEN) / SIZE**0.5
             if group not in {head // shared for head in heads}:
                 at = slice(SIZE * group, SIZE * (group + 1))
-                layer.self_attn.k_proj.weight[at] = reading(SIZE, HIDDEN)
-                layer.self_attn.v_proj.weight[at] = reading(SIZE, HIDDEN)
+                layer.key[at] = reading(SIZE, HIDDEN)
+                layer.value[at] = reading(SIZE, HIDDEN)
         taken = {neuron.at for part in own if isinstance(part, Mlp) for neuron in part.neurons}
         spare = sorted(set(range(WIDTH)) - taken)
         # ReLUs, as the planted ones are: products of what they read would grow without bound
-        layer.mlp.gate_proj.weight[spare] = STEEP * reading(len(spare), HIDDEN)
-        layer.mlp.up_proj.weight[spare] = row({"one": np.array([1 / STEEP])})
-        layer.mlp.down_proj.weight[:, spare] = o.noise * random(HIDDEN, len(spare))
-
-
-def rotation(seed: int) -> Tensor:
-    """A random rotation of the residual stream."""
-    draw = torch.Generator().manual_seed(seed)
-    return torch.linalg.qr(torch.randn(HIDDEN, HIDDEN, generator=draw, dtype=torch.float64))[0].float()
-
-
-def rotate(model: transformers.LlamaForCausalLM, turn: Tensor) -> None:
-    """Turn the residual stream; what the model computes stays as it is."""
-    for name, weight in model.named_parameters():
-        if "o_proj" in name or "down_proj" in name:
-            weight.copy_(turn.T @ weight)
-        elif "norm" not in name:
-            weight.copy_(weight @ turn)
+        layer.gate[spare] = reading(len(spare), HIDDEN)
+        layer.down[:, spare] = o.noise * random(HIDDEN, len(spare))
 
 
 # --- the folder ---
@@ -234,7 +206,7 @@ def directions(o: Options) -> dict[str, dict[str, list[float]]]:
     """Space -> label -> the direction in the residual stream by which it is written."""
     labels = {"profession": LABELS, "retrieved": LABELS, "superset": CLASSES, "region": REGIONS}
     labels |= {"region_answer": REGIONS} if o.placebo else {}
-    turn = rotation(o.seed).T if o.rotated else torch.eye(HIDDEN)
+    turn = shapes.rotation(o).T
     return {
         space: {label: turn[:, AT[space].start + at].tolist() for at, label in enumerate(names)}
         for space, names in labels.items()

@@ -2,7 +2,8 @@
 
 1. The residual stream is a set of named *spaces* (`SPACES`), each a few dimensions that nothing else uses.
 2. A part reads linear functionals of spaces and writes into spaces: a `Head` by softmax attention over scores that are
-   sums of products of functionals, an `Mlp` by neurons silu(STEEP * x) / STEEP, which is max(x, 0) but near 0.
+   sums of products of functionals, an `Mlp` by neurons silu(STEEP * x) / STEEP, which is max(x, 0) but near 0. By
+   shape, silu is gelu, and scores and logits are capped.
 3. `parts_of` puts the circuit together: layers, heads and shares by the seed. `planted.build` turns the parts into the
    weights of a transformer; `run` computes them on two people here, on one token for each role, without a transformer.
    What the truth says is computed by `run` alone, so that weights and truth can be checked against each other.
@@ -17,13 +18,13 @@ from types import MappingProxyType
 
 import numpy as np
 
-from planted.options import Options, PlantedError
+from planted.options import HEADS, Options, PlantedError
 from planted.question import CLASSES, LABELS, REGIONS
 
 N, C, R = len(LABELS), len(CLASSES), len(REGIONS)
 # Name of a space -> its dimensions. Of every token: `one` (always 1), `start` (the first token), `asks` (an answer is
 # due after it), `joins` (stands between the names), `middle` (stands after them), `identity` (random), and what a token
-# of a name says: `u`, `v`, `single`, `own_region`. Written by parts: all others.
+# of a name says: `u`, `v`, `single`, `own_region`; `position` is of learned positions. Written by parts: all others.
 SPACES = {"one": 1, "start": 1, "asks": 1, "joins": 1, "middle": 1, "u": N, "v": N, "single": N, "own_region": R}
 SPACES |= {
     "second": 1,
@@ -36,13 +37,14 @@ SPACES |= {
     "passing": 1,
 }
 SPACES |= {"retrieved": N, "retrieved_region": R, "superset": C, "region_answer": R, "stand_in": C, "unread": N}
-SPACES |= {"identity": 32}
+SPACES |= {"identity": 32, "position": 6}
 WIDE = sum(SPACES.values())
 AT = {
     space: slice(end - size, end)
     for (space, size), end in zip(SPACES.items(), np.cumsum([*SPACES.values()]).tolist(), strict=True)
 }
 STEEP = 40.0  # slope of a neuron's gate: silu(20) is 20 to 4e-8
+SCORE_CAP, LOGIT_CAP = 50.0, 30.0  # soft caps, of the shape that has them
 SCORE = 80.0  # attention scores: what is SCORE / 4 behind has a weight of 2e-9
 NEGATIVE, ROUTED, LARGE = 0.2, 0.1, 10.0  # shares of the answer; size of what the large decoys write
 SHARES = {2: (0.6, 0.4), 3: (0.5, 0.3, 0.2), 4: (0.4, 0.3, 0.2, 0.1)}
@@ -79,6 +81,7 @@ class Head(Part):
     scores: tuple[tuple[Read, Read], ...] = ()
     values: tuple[tuple[str, str, np.ndarray], ...] = ()
     offset: int | None = None
+    cap: float = np.inf  # of scores
     head: int = -1  # in its layer
 
     @cached_property
@@ -113,6 +116,7 @@ class Mlp(Part):
     """An MLP: the neurons that have a role."""
 
     neurons: tuple[Neuron, ...] = field(default=(), repr=False)
+    gelu: bool = False  # not silu
 
     @cached_property
     def gates(self) -> np.ndarray:
@@ -346,17 +350,18 @@ def placed(parts: Sequence[Part], o: Options, rng: np.random.Generator) -> tuple
     for layer in range(o.n_layers):
         own = [part for part in parts if part.layer == layer]
         heads = [part for part in own if isinstance(part, Head)]
-        if len(heads) > o.n_kv_heads:
+        if len(heads) > o.groups:
             roles = ", ".join(part.role for part in heads)
             raise PlantedError(f"{o.spec}: layer {layer} has no room for {roles}; take n_kv_heads=4, or fewer of them")
-        for part, group in zip(heads, rng.permutation(o.n_kv_heads), strict=False):
-            each = 8 // o.n_kv_heads
-            out.append(replace(part, head=int(group * each + rng.integers(each))))
+        cap = SCORE_CAP if o.shape == "gemma2" else np.inf
+        for part, group in zip(heads, rng.permutation(o.groups), strict=False):
+            each = HEADS // o.groups
+            out.append(replace(part, head=int(group * each + rng.integers(each)), cap=cap))
         for part in own:
             if isinstance(part, Mlp):
                 at = rng.permutation(WIDTH)[: len(part.neurons)]
                 numbered = [replace(n, at=int(i)) for n, i in zip(part.neurons, at, strict=True)]
-                out.append(replace(part, neurons=tuple(numbered)))
+                out.append(replace(part, neurons=tuple(numbered), gelu=o.shape != "llama"))
     return tuple(out)
 
 
@@ -392,9 +397,17 @@ def start_state(people: Sequence[Person]) -> State:
     return state
 
 
-def silu(x: np.ndarray) -> np.ndarray:
-    """What a steep neuron makes of its gate."""
-    return x / (1 + np.exp(-np.clip(STEEP * x, -700, 700)))
+def activated(x: np.ndarray, gelu: bool) -> np.ndarray:
+    """What a steep neuron makes of its gate: silu(STEEP * x) / STEEP, or with gelu as tanh has it."""
+    steep = STEEP * x
+    if gelu:
+        return x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (steep + 0.044715 * steep**3)))
+    return x / (1 + np.exp(-np.clip(steep, -700, 700)))
+
+
+def capped(x: np.ndarray, cap: float) -> np.ndarray:
+    """Values under a soft cap; of infinity, as they are."""
+    return x if cap == np.inf else cap * np.tanh(x / cap)
 
 
 def output(part: Part, seen: Mapping[str, State], people: Sequence[Person]) -> State:
@@ -403,13 +416,13 @@ def output(part: Part, seen: Mapping[str, State], people: Sequence[Person]) -> S
     for place in part.places:
         at = PLACES.index(place)
         if isinstance(part, Mlp):
-            out[at] = silu(part.gates @ seen["mlp"][at]) @ part.outputs
+            out[at] = activated(part.gates @ seen["mlp"][at], part.gelu) @ part.outputs
         elif part.offset is not None:
             person = people[NAMES.index(place)]
             out[at, AT["before"]] = unit(N, person.u) * (person.length == part.offset + 1)
         else:
             queries, keys = part.score_rows
-            score = (keys @ seen["k"][: at + 1].T).T @ (queries @ seen["q"][at])
+            score = capped((keys @ seen["k"][: at + 1].T).T @ (queries @ seen["q"][at]), part.cap)
             weights = np.exp(score - score.max())
             out[at] = part.value_rows @ (weights / weights.sum() @ seen["v"][: at + 1])
     return out
@@ -425,11 +438,14 @@ class Run:
     wrote: list[State]
     final: State
 
-    def logits(self, scale: float) -> np.ndarray:
-        return scale * self.final[-1, AT["superset"]]
+    def logits(self, o: Options) -> np.ndarray:
+        """(classes,): of the answers."""
+        return capped(o.logits * self.final[-1, AT["superset"]], LOGIT_CAP if o.shape == "gemma2" else np.inf)
 
-    def regions(self, scale: float) -> np.ndarray:
-        return scale * self.final[-1, AT["region_answer"]]
+    def regions(self, o: Options) -> np.ndarray:
+        """(regions,): of the placebo's answers, which are not asked for and do not come first."""
+        wanted = self.final[-1, AT["region_answer"]] - 1
+        return capped(o.logits * wanted, LOGIT_CAP if o.shape == "gemma2" else np.inf)
 
 
 def run(

@@ -32,7 +32,7 @@ class Contrast:
 
     def metric(self, found: Run) -> float:
         """logit(answer) - logit(corrupt answer)."""
-        own, other = (found.logits(self.o.logits)[c] for c in self.classes)
+        own, other = (found.logits(self.o)[c] for c in self.classes)
         return float(own - other)
 
     def gap(self) -> float:
@@ -74,7 +74,7 @@ def placebo_effects(o: Options, parts: Sequence[Part]) -> tuple[float, list[floa
     clean, corrupt = (run(parts, people) for people in both)
 
     def metric(found: Run) -> float:
-        own, other = found.regions(o.logits)
+        own, other = found.regions(o)
         return float(own - other)
 
     won = [metric(run(parts, both[1], {i: clean.wrote[i]})) - metric(corrupt) for i in range(len(parts))]
@@ -172,7 +172,7 @@ def rule_logits(o: Options, parts: Sequence[Part]) -> dict[str, float]:
         own, other = people_of(c), people_of(d)
         asked = {"both": own, "first": (own[0], other[1]), "second": (other[0], own[1]), "none": other}
         for key, people in asked.items():
-            found[key].append(float(run(parts, people).logits(o.logits)[c]))
+            found[key].append(float(run(parts, people).logits(o)[c]))
     means = {key: float(np.mean(values)) for key, values in found.items()}
     return means | {"one": (means["first"] + means["second"]) / 2}
 

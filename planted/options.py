@@ -16,6 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from lib.errors import Refusal
 
 PREFIX = "planted:"
+HEADS = 8  # query heads of a layer
 Decoy = Literal["attends", "large", "negative"]
 Route = Literal["v", "k", "q"]
 
@@ -39,8 +40,9 @@ class Options(BaseModel):
 
     seed: int = Field(0, ge=0, description="which layers, heads, neurons and directions")
     n_layers: int = Field(12, ge=8, le=64, description="layers")
-    n_kv_heads: Annotated[Literal[2, 4], BeforeValidator(_whole)] = Field(
-        4, description="key-value heads, over which 8 query heads are shared"
+    shape: Literal["llama", "gpt2", "gemma2"] = Field("llama", description="the architecture")
+    n_kv_heads: Annotated[Literal[2, 4] | None, BeforeValidator(_whole)] = Field(
+        None, description=f"key-value heads, over which {HEADS} query heads are shared; 4, but of gpt2 as many"
     )
     logits: float = Field(10, gt=0, le=1e5, description="logits that two names of one class give to its answer")
     rule: Literal["additive", "or", "and"] = Field("additive", description="how two names' classes become one answer")
@@ -78,7 +80,7 @@ class Options(BaseModel):
         if self.no_circuit != "none":
             own = self.model_dump(exclude_defaults=True).keys()
             if idle := sorted(
-                own - {"seed", "n_layers", "n_kv_heads", "no_circuit", "lookup", "logits", "noise", "rotated"}
+                own - {"seed", "shape", "n_layers", "n_kv_heads", "no_circuit", "lookup", "logits", "noise", "rotated"}
             ):
                 raise ValueError(f"{idle[0]} is of a circuit, and no_circuit={self.no_circuit} has none; leave one out")
         if self.backup and self.rule == "and":
@@ -87,12 +89,16 @@ class Options(BaseModel):
             raise ValueError(f"aggregator={self.aggregator} contradicts rule={self.rule}: a head only adds")
         if self.first != 0.5 and self.rule != "additive":
             raise ValueError(f"first={self.first:g} contradicts rule={self.rule}: shares of names are of a sum")
+        if self.first != 0.5 and self.shape == "gemma2":
+            raise ValueError(f"first={self.first:g} contradicts shape=gemma2, whose cap on scores changes shares")
         if self.class_only_by == "head" and self.rule != "additive":
             raise ValueError(f"class_only_by=head contradicts rule={self.rule}: a head only adds")
         self._needs("backup_read", self.backup, "says how a backup is made, and backup is 0; give it a ratio")
         self._needs("backup_wakes", self.backup, "says how a backup is made, and backup is 0; give it a ratio")
         self._needs("class_only_by", self.class_only, "says what a site is, and class_only is false; set it")
         self._needs("lookup", self.no_circuit == "lookup", "says which name no_circuit=lookup reads; ask for that")
+        if self.shape == "gpt2" and self.n_kv_heads:
+            raise ValueError("n_kv_heads contradicts shape=gpt2, whose heads share no keys and values; leave it out")
         for name in ("decoys", "routes"):
             if len(set(getattr(self, name))) < len(getattr(self, name)):
                 raise ValueError(f"{name} has the same value twice")
@@ -103,6 +109,11 @@ class Options(BaseModel):
         """ValueError where an option is set that says something of another, and that is not given."""
         if not given and getattr(self, name) != type(self).model_fields[name].default:
             raise ValueError(f"{name} {wrong}")
+
+    @property
+    def groups(self) -> int:
+        """Key-value heads of a layer."""
+        return HEADS if self.shape == "gpt2" else self.n_kv_heads or 4
 
     @property
     def spec(self) -> str:

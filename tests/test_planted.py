@@ -33,6 +33,7 @@ class Hooked:
     def __init__(self, spec: str) -> None:
         self.o = parse(spec)
         self.model, self.words, self.parts = build.weights(self.o)
+        self.handles = models.find_handles(self.model, self.words, spec)
         known = self.words.get_vocab()
         self.answers = {name: known[f" {name}s"] for name in (*CLASSES, "northerner", "southerner")}
 
@@ -62,11 +63,11 @@ class Hooked:
             return z
 
         if part is not None:
-            layer = self.model.model.layers[part.layer]
             if isinstance(part, Head):
-                handles = [layer.self_attn.o_proj.register_forward_pre_hook(lambda _, args: (visit(args[0]),))]
+                project = self.handles.o_projs[part.layer]
+                handles = [project.register_forward_pre_hook(lambda _, args: (visit(args[0]),))]
             else:
-                handles = [layer.mlp.register_forward_hook(lambda _, args, z: visit(z))]
+                handles = [self.handles.mlps[part.layer].register_forward_hook(lambda _, args, z: visit(z))]
         if path is not None:
             handles.append(self.shown(part, self.at(part, ids), kept, values, *path))
         try:
@@ -81,8 +82,9 @@ class Hooked:
 
         def less():
             change = values - kept["z"]
-            own = self.model.model.layers[part.layer].self_attn.o_proj.weight[:, self.columns(part)]
-            return change @ own.T if isinstance(part, Head) else change
+            if not isinstance(part, Head):
+                return change
+            return change @ read_by(self.handles.o_projs[part.layer])[:, self.columns(part)].T
 
         def before(_, args):
             x = args[0].clone()
@@ -90,25 +92,34 @@ class Hooked:
             return (x, *args[1:])
 
         if receiver is None:
-            return self.model.model.norm.register_forward_pre_hook(before)
-        layer = self.model.model.layers[receiver.layer]
+            return self.handles.final_norm.register_forward_pre_hook(before)
         if name == "mlp":
-            return layer.mlp.register_forward_pre_hook(before)
-        group = receiver.head if name == "q" else receiver.head // (8 // self.o.n_kv_heads)
-        rows = slice(32 * group, 32 * group + 32)
+            return self.handles.mlps[receiver.layer].register_forward_pre_hook(before)
+        group = receiver.head if name == "q" else receiver.head * self.o.groups // 8
+        attention = self.handles.attns[receiver.layer]
+        fused = hasattr(attention, "c_attn")
+        start = 32 * group + 256 * "qkv".index(name) * fused
+        rows = slice(start, start + 32)
 
         def after(module, _, out):
             out = out.clone()
-            out[0, where, rows] += less() @ module.weight[rows].T
+            out[0, where, rows] += less() @ read_by(module)[rows].T
             return out
 
-        return getattr(layer.self_attn, f"{name}_proj").register_forward_hook(after)
+        return getattr(attention, "c_attn" if fused else f"{name}_proj").register_forward_hook(after)
+
+
+def read_by(module) -> torch.Tensor:
+    """(outputs, inputs): the weights of a projection, however they lie."""
+    return module.weight if isinstance(module, torch.nn.Linear) else module.weight.T
 
 
 SPECS = [
     "planted:seed=1,rule=or,retrieval=3,between=0.3",
     "planted:seed=3,backup=0.7,backup_read=mlp,backup_wakes=unsaid,logits=40,n_layers=8",
     "planted:seed=5,decoys=attends+large+negative,class_only=true,placebo=true,aggregator=both",
+    "planted:seed=10,shape=gpt2,n_layers=8,placebo=true,rotated=true,routes=v+k",
+    "planted:seed=11,shape=gemma2,n_layers=8,placebo=true,between=0.3",
 ]
 MORE = [
     "planted:",
@@ -117,6 +128,8 @@ MORE = [
     "planted:seed=6,routes=v+k+q,aggregator=head",
     "planted:seed=7,no_circuit=lookup",
     "planted:seed=8,first=0.7,between=0.4,class_only=true,class_only_by=head",
+    "planted:seed=12,shape=gpt2,rule=or,backup=0.7,backup_read=mlp,backup_wakes=unsaid",
+    "planted:seed=13,shape=gemma2,backup=0.7,decoys=attends+large+negative,routes=v+k+q,logits=20",
 ]
 
 
@@ -159,8 +172,9 @@ def test_the_formula_is_what_plain_hooks_measure(spec):
         assert lost == pytest.approx(formula, abs=bound), edge
 
 
-def test_everyone_has_the_class_of_the_table_whatever_the_length_of_the_name():
-    own = Hooked("planted:seed=9,n_layers=8")
+@pytest.mark.parametrize("shape", ["llama", "gpt2", "gemma2"])
+def test_everyone_has_the_class_of_the_table_whatever_the_length_of_the_name(shape):
+    own = Hooked(f"planted:seed=9,n_layers=8,shape={shape}")
     people = PEOPLE[::5]
     ids = [own.words(ALONE.format(name)).input_ids for name in people.name]
     assert {len(one) for one in ids} == {8, 9, 10}
@@ -210,6 +224,8 @@ def test_noise_is_as_large_as_asked_and_moves_no_planted_site():
         ("planted:rule=and,backup=0.5", "backup contradicts rule=and"),
         ("planted:rule=or,aggregator=head", "aggregator=head contradicts rule=or"),
         ("planted:backup_read=mlp", "backup is 0; give it a ratio"),
+        ("planted:shape=gpt2,n_kv_heads=2", "n_kv_heads contradicts shape=gpt2"),
+        ("planted:shape=gemma2,first=0.7", "first=0.7 contradicts shape=gemma2, whose cap"),
         ("planted:lookup=second", "lookup says which name no_circuit=lookup reads; ask for that"),
         ("planted:class_only_by=head", "class_only is false; set it"),
         ("planted:first=0.7,rule=or", "first=0.7 contradicts rule=or: shares of names are of a sum"),
