@@ -18,6 +18,7 @@ import pandas as pd
 from IPython.display import HTML
 
 from lib.records import atomic
+from report import plots
 
 PAIR_VALUES = 20_000  # most values of single pairs in a page: leading sites have them, as many as that is enough for
 MODULES = ("attn", "mlp")
@@ -119,6 +120,39 @@ def by_pair(pairs: pd.DataFrame | None, rows: pd.DataFrame) -> dict[str, Any]:
     about = pairs.drop_duplicates("pair_id").set_index("pair_id").loc[wide.index]
     listed = about.assign(gap=hundredths(about["gap"]))[["clean", "corrupt", "half", "gap"]].to_numpy().tolist()
     return {"pairs": listed, "effects": {site: hundredths(wide[site]) for site in leading if site in wide}}
+
+
+def circuit_graph(
+    twin: str,
+    lanes: Sequence[tuple[str, Sequence[str]]],
+    edges: pd.DataFrame,
+    quads: int,
+    level: float = 0.95,
+    links: Sequence[Link] = (),
+) -> HTML:
+    """The graph of `plots.circuit_graph` (`twin`), whose threshold is the reader's, and in which a site can be pinned.
+
+    `edges` has `source`, `target`, `estimate` (logits), `low`, `high`, `significant`, and for edges of too few `quads`
+    for an interval `least` and `most`, the range over quads.
+    """
+    places, layers = plots.laid_out(lanes)
+    numbers, tested = {node: number for number, node in enumerate(places)}, bool(edges["low"].notna().any())
+    ends = ("low", "high") if tested else ("least", "most")
+    listed = edges.assign(source=edges["source"].map(numbers), target=edges["target"].map(numbers))
+    listed = listed.assign(**{end: hundredths(edges[end]) for end in ("estimate", *ends)})
+    columns = ["source", "target", "estimate", *ends, *(["significant"] if tested else [])]
+    data = {
+        "lanes": [heading for heading, _ in lanes],
+        "nodes": [[node, *place] for node, place in places.items()],
+        "layers": layers,
+        "edges": listed[columns].astype(object).where(listed[columns].notna(), None).to_numpy().tolist(),
+        "least": round(100 * plots.strongest(edges, plots.EDGES)),
+        "tested": tested,
+        "quads": quads,
+        "level": f"{level:.0%}",
+        "links": list(links),
+    }
+    return embedded("circuit-graph", data, "In the book, this graph shows every path, and those of a site.", twin)
 
 
 def embedded(kind: str, data: Any, otherwise: str, twin: str) -> HTML:

@@ -9,12 +9,14 @@ pyplot; `save` writes it to the results folder, byte for byte the same for the s
 
 from __future__ import annotations
 
+import re
 from base64 import b64encode
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from textwrap import shorten
+from typing import NamedTuple
 
 import matplotlib.figure
 import numpy as np
@@ -49,6 +51,7 @@ COLOURS = {
 Panels = list[tuple[Axes, pd.DataFrame]]
 MARKERS = ("o", "s", "D", "^", "v", "P", "X")
 LONGEST = 24  # letters of a template's text, where it is a label
+EDGES, LABELLED = 24, 10  # edges of a graph that are drawn at first, and those with their effect written beside them
 
 
 class Figure(matplotlib.figure.Figure):
@@ -692,76 +695,116 @@ def rule_points(fitted: pd.DataFrame, rules: Mapping[str, Sequence[float]], ylab
     return figure
 
 
-def two_hop(columns: Sequence[tuple[str, Sequence[str]]], edges: pd.DataFrame, unit: str = "logits") -> Figure:
-    """A path through the model as a graph: columns of nodes from left to right, edges as wide as what they carry.
+class Layout(NamedTuple):
+    """Where the nodes of a graph stand: a lane for each role, the layers from the top."""
 
-    Widths are to scale within a hop (between two columns, or inside one), whose widest edge is written below it: what
-    enters a site at the names goes on along every path, and so is not of the size of what it tells the slice.
+    places: dict[str, tuple[int, int]]  # of each node, its lane and its row
+    layers: list[str]  # of each row; "" before the first and after the last layer, and for another row of one layer
 
-    `columns` are (heading, nodes from the top, in the order in which they compute). `edges` has `source`, `target`,
-    `estimate` and `significant`, and perhaps `low`; an edge that is not significant is grey and dashed, as wide as the
-    others are. Where no edge has an interval, the legend says that none is tested. Edges within a column bulge to the
-    right and run down. A node is labelled by its name up to " at ": a site of two columns is "mlp 23 at names" in
-    one of them.
 
-    Raises ValueError for a node in two columns, and for an edge to or from a node that is in none.
+def laid_out(lanes: Sequence[tuple[str, Sequence[str]]]) -> Layout:
+    """Rows for the nodes of `lanes`: (heading, nodes in the order in which they compute).
+
+    A node is in the layer that its name has ("21.6", "mlp 3 at names"); without one it comes before all layers in the
+    first lane and after them in another. Nodes of one layer share their rows across lanes, and have one each in a lane.
+    Raises ValueError for a node in two lanes.
     """
-    _need("two_hop", edges, "source", "target", "estimate", "significant", interval=False)
-    places: dict[str, tuple[float, float]] = {}
-    for x, (_, nodes) in enumerate(columns):
-        for place, node in enumerate(nodes):
-            if node in places:
-                raise ValueError(
-                    f"two_hop: the node {node!r} is in two columns; call one of them {node + ' at names'!r}"
-                )
-            places[node] = (float(x), place - (len(nodes) - 1) / 2)
-    if lost := ({*edges["source"], *edges["target"]} - set(places)):
-        raise ValueError(f"two_hop: edges name {min(lost)!r}, which is in no column; the nodes are {', '.join(places)}")
-    tall = max(len(nodes) for _, nodes in columns)
-    hops = [
-        (places[source][0], places[target][0]) for source, target in zip(edges["source"], edges["target"], strict=True)
-    ]
-    edges = edges.assign(hop=hops)
-    largest = edges["estimate"].abs().groupby(edges["hop"]).max().to_dict()
+    rows: dict[float, dict[int, list[str]]] = {}
+    for lane, (_, nodes) in enumerate(lanes):
+        for node in nodes:
+            if any(node in own for level in rows.values() for own in level.values()):
+                raise ValueError(f"the node {node!r} is in two lanes; call one of them {node + ' at names'!r}")
+            found = re.search(r"\d+", node)
+            layer = int(found[0]) if found else (-1 if lane == 0 else np.inf)
+            rows.setdefault(layer, {}).setdefault(lane, []).append(node)
+    places, layers = {}, []
+    for layer in sorted(rows):
+        for lane, nodes in rows[layer].items():
+            places |= {node: (lane, len(layers) + index) for index, node in enumerate(nodes)}
+        tall = max(map(len, rows[layer].values()))
+        layers += [str(layer) if 0 <= layer < np.inf else "", *[""] * (tall - 1)]
+    return Layout(places, layers)
 
-    with _canvas((WIDTH, 1.1 + 0.42 * tall)) as (figure, (axes,)):
-        untested = "low" in edges and len(edges) > 0 and edges["low"].isna().all()
-        for row in edges.sort_values("significant").itertuples():
-            width = max(0.4, 12 * abs(row.estimate) / (largest[row.hop] or 1))
+
+def strongest(edges: pd.DataFrame, count: int) -> float:
+    """A threshold in hundredths of a unit, rounded down, that about as many edges reach."""
+    sizes = edges["estimate"].abs().sort_values(ascending=False)
+    return float(np.floor(100 * sizes.iloc[count - 1]) / 100) if len(sizes) > count else 0.0
+
+
+def circuit_graph(lanes: Sequence[tuple[str, Sequence[str]]], edges: pd.DataFrame, unit: str = "logits") -> Figure:
+    """A circuit as a graph: a lane of nodes for each role, layers from the top; the strongest edges, EDGES or so.
+
+    `lanes` as `laid_out` takes them. `edges` has `source`, `target`, `estimate`, `significant`, and perhaps `low`. A
+    line is as wide as the root of its effect, which is written beside the LABELLED widest where there is room. An edge
+    that was tested and is not significant is dashed and grey. A node is labelled by its name up to " at ".
+
+    Raises ValueError for a node in two lanes, and for an edge to or from a node that is in none.
+    """
+    _need("circuit_graph", edges, "source", "target", "estimate", "significant", interval=False)
+    places, layers = laid_out(lanes)
+    if lost := sorted({*edges["source"], *edges["target"]} - set(places)):
+        raise ValueError(
+            f"circuit_graph: edges name {lost[0]!r}, which is in no lane; the nodes are {', '.join(places)}"
+        )
+    least, largest = strongest(edges, EDGES), edges["estimate"].abs().max() or 1
+    shown = edges[edges["estimate"].abs() >= least].sort_values("estimate", key=abs)
+    tested = "low" not in edges or edges["low"].notna().any()
+    with _canvas((WIDTH, 1.0 + 0.27 * len(layers))) as (figure, (axes,)):
+        for row in shown.itertuples():
             line = edge_line(places[row.source], places[row.target])
-            drawn = {"lw": width, "color": BLUE if row.estimate > 0 else VERMILION, "alpha": 0.65, "zorder": 2}
-            if not row.significant:
-                drawn |= {"color": GREY, "ls": (0, (3 / width, 2 / width)), "alpha": 0.45, "zorder": 1}
-            axes.add_patch(PathPatch(line, fill=False, capstyle="butt", **drawn))
+            look = {"lw": max(0.6, 9 * np.sqrt(abs(row.estimate) / largest)), "alpha": 0.55, "zorder": 2}
+            look["color"] = BLUE if row.estimate > 0 else VERMILION
+            if tested and not row.significant:
+                look |= {"color": GREY, "ls": (0, (2.5, 1.5)), "zorder": 1}
+            axes.add_patch(PathPatch(line, fill=False, capstyle="butt", **look))
+        for text, place in edge_labels(shown.tail(LABELLED).iloc[::-1], places):
+            back = {"boxstyle": "round,pad=0.1", "fc": "white", "ec": "none", "alpha": 0.8}
+            axes.text(*place, text, ha="center", va="center", fontsize=7, bbox=back, zorder=3)
         for node, (x, y) in places.items():
-            box = {"boxstyle": "round,pad=0.3", "fc": "white", "ec": BLACK, "lw": 0.8}
-            axes.text(x, y, node.split(" at ")[0], ha="center", va="center", fontsize=9, bbox=box, zorder=4)
-        for x, (heading, _) in enumerate(columns):
-            axes.text(x, -tall / 2 - 0.35, heading, ha="center", va="bottom", fontweight="bold", fontsize=9)
-        for (x, to_x), size in largest.items():
-            inside = "inside: " if x == to_x else ""
-            at = ((x + to_x) / 2, tall / 2 + (0.45 if inside else 0.1))
-            axes.text(*at, f"{inside}widest {size:.2g} {unit}", ha="center", va="top", fontsize=8, color=GREY)
-        for label, colour in (("above zero", BLUE), ("below zero", VERMILION)):
-            axes.plot([], [], label=label, lw=3, color=colour, alpha=0.65)
-        label = "not tested: too few quads" if untested else "not significant"
-        axes.plot([], [], label=label, lw=3, color=GREY, ls=(0, (1, 0.7)), alpha=0.45)
-        axes.set(xlim=(-0.3, len(columns) - 0.7), ylim=(tall / 2 + 0.9, -tall / 2 - 0.9))
+            box = {"boxstyle": "round,pad=0.25", "fc": "white", "ec": BLACK, "lw": 0.8}
+            axes.text(x, y, node.split(" at ")[0], ha="center", va="center", fontsize=8.5, bbox=box, zorder=4)
+        for x, (heading, _) in enumerate(lanes):
+            axes.text(x, -0.8, heading, ha="center", va="bottom", fontweight="bold", fontsize=9)
+        for y, layer in enumerate(layers):
+            axes.text(-0.42, y, f"layer {layer}" * bool(layer), ha="left", va="center", fontsize=8, color=GREY)
+        for label, colour in (("raises logit_diff", BLUE), ("lowers it", VERMILION)):
+            axes.plot([], [], label=label, lw=3, color=colour, alpha=0.55)
+        if tested:
+            axes.plot([], [], label="not significant", lw=3, color=GREY, ls=(0, (1, 0.7)), alpha=0.55)
+        told = f"{len(shown)} of {len(edges)} edges: {least:.2f} {unit} or more, widest {largest:.2f}"
+        axes.plot([], [], " ", label=told)
+        axes.set(xlim=(-0.45, len(lanes) - 0.6), ylim=(len(layers) - 0.4, -1.4))
         axes.set_axis_off()
         add_legend(figure)
     return figure
 
 
 def edge_line(start: tuple[float, float], end: tuple[float, float]) -> Outline:
-    """A bent line between two nodes; within a column it goes around the right, further out the longer."""
+    """A bent line between two nodes; within a lane it goes around the right, further out the longer."""
     (x, y), (to_x, to_y) = start, end
     if x == to_x:
-        out = 0.13 + 0.045 * abs(to_y - y)
-        bends = [(x + 0.12, y), (x + out + 0.12, y), (x + out + 0.12, to_y), (x + 0.12, to_y)]
+        out = x + 0.2 + 0.05 * abs(to_y - y)
+        bends = [(x + 0.12, y), (out, y), (out, to_y), (x + 0.12, to_y)]
     else:
         half = (to_x - x) / 2
         bends = [(x + 0.12, y), (x + half, y), (to_x - half, to_y), (to_x - 0.12, to_y)]
     return Outline(bends, [Outline.MOVETO, *[Outline.CURVE4] * 3])
+
+
+def edge_labels(edges: pd.DataFrame, places: Mapping[str, tuple[int, int]]) -> Iterator[tuple[str, np.ndarray]]:
+    """The effects of edges and where to write them: at the end that fewer of them share, one at each end."""
+    taken = set()
+    for row in edges.itertuples():
+        late = (edges["source"] == row.source).sum() > (edges["target"] == row.target).sum()
+        if (end := row.target if late else row.source) not in taken:
+            taken.add(end)
+            t = 0.82 if late else 0.18
+            line = edge_line(places[row.source], places[row.target]).vertices
+            yield (
+                f"{row.estimate:.2f}".replace("-", "\N{MINUS SIGN}"),
+                line.T @ [(1 - t) ** 3, 3 * t * (1 - t) ** 2, 3 * t**2 * (1 - t), t**3],
+            )
 
 
 def probe_bars(frame: pd.DataFrame, ylabel: str = "right (share of people)") -> Figure:

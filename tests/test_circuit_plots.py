@@ -19,40 +19,63 @@ EDGES = pd.DataFrame(
 )  # fmt: skip
 
 
-def test_two_hop_draws_effects_as_widths():
-    figure = plots.two_hop(COLUMNS, EDGES)
-    axes = figure.axes[0]
-    drawn = {
-        tuple(np.round(p.get_path().vertices[[0, -1]].ravel(), 2)): p for p in axes.patches if isinstance(p, PathPatch)
+def drawn(figure) -> dict:
+    """Lines by where they start and end."""
+    lines = [patch for patch in figure.axes[0].patches if isinstance(patch, PathPatch)]
+    return {tuple(np.round(line.get_path().vertices[[0, -1]].ravel(), 2)): line for line in lines}
+
+
+def test_a_graph_has_lanes_by_role_and_rows_by_layer():
+    lanes = [*COLUMNS[:2], ("slice", ["21.6", "23.4", "mlp 23"]), ("", ["answer"])]
+    places, layers = plots.laid_out(lanes)
+    assert layers == ["", "21", "23", "", ""]
+    assert places == {
+        "names": (0, 0),
+        "21.6": (2, 1),
+        "mlp 23 at names": (1, 2),
+        "23.4": (2, 2),
+        "mlp 23": (2, 3),
+        "answer": (3, 4),
     }
-    first = drawn[0.12, 0, 0.88, 0]
-    second = drawn[1.12, 0, 1.88, -0.5]
-    inside = drawn[2.12, -0.5, 2.12, 0.5]
-    last = drawn[2.12, 0.5, 2.88, 0]
-    assert len(drawn) == 5
-    assert first.get_linewidth() == second.get_linewidth() == inside.get_linewidth() == 12  # the widest of their hops
+    words = [text.get_text() for text in plots.circuit_graph(lanes, EDGES).axes[0].texts]
+    assert words.count("mlp 23") == 2 and {"layer 21", "layer 23", "slice", "answer", "2.00", "−1.00"} <= set(words)
+
+
+def test_a_graph_draws_effects_as_widths():
+    figure = plots.circuit_graph(COLUMNS, EDGES)
+    lines = drawn(figure)
+    first, second, last = lines[0.12, 0, 0.88, 2], lines[1.12, 2, 1.88, 1], lines[2.12, 2, 2.88, 3]
+    inside = lines[2.12, 1, 2.12, 2]
+    assert len(lines) == 5 and first.get_linewidth() == 9
+    assert second.get_linewidth() == pytest.approx(9 * 0.5**0.5) and last.get_linewidth() == pytest.approx(
+        9 * 0.15**0.5
+    )
     assert to_hex(first.get_edgecolor()) == plots.BLUE.lower()
     assert to_hex(second.get_edgecolor()) == plots.VERMILION.lower()
-    assert inside.get_path().vertices[:, 0].max() > 2.2  # around the column
+    assert inside.get_path().vertices[:, 0].max() > 2.2  # around the lane
     assert to_hex(last.get_edgecolor()) == plots.GREY and last.get_linestyle() != "-"
-    assert (last.get_linewidth(), drawn[2.12, -0.5, 2.88, 0].get_linewidth()) == (
-        12,
-        6,
-    )  # not significant, yet to scale
-    words = [text.get_text() for text in axes.texts]
-    assert words.count("mlp 23") == 2 and {"names", "21.6", "answer", "slice"} <= set(words)
-    assert {"widest 2 logits", "widest 1 logits", "inside: widest 0.5 logits"} <= set(words)
     legend = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert legend == ["above zero", "below zero", "not significant"]
-    few = plots.two_hop(COLUMNS, EDGES.assign(significant=False, low=np.nan)).legends[0].get_texts()
-    assert few[2].get_text() == "not tested: too few quads"
+    assert legend[:3] == ["raises logit_diff", "lowers it", "not significant"]
+    few = plots.circuit_graph(COLUMNS, EDGES.assign(significant=False, low=np.nan))
+    assert to_hex(drawn(few)[2.12, 2, 2.88, 3].get_edgecolor()) == plots.BLUE.lower(), (
+        "not tested is not 'not significant'"
+    )
+    assert "not significant" not in [text.get_text() for text in few.legends[0].get_texts()]
 
 
-def test_two_hop_refuses_what_it_cannot_place():
-    with pytest.raises(ValueError, match="edges name '9.9', which is in no column; the nodes are names, mlp 23 at"):
-        plots.two_hop(COLUMNS, EDGES.replace("21.6", "9.9"))
-    with pytest.raises(ValueError, match="the node 'names' is in two columns"):
-        plots.two_hop([*COLUMNS, ("again", ["names"])], EDGES)
+def test_a_graph_of_many_paths_shows_the_strongest():
+    many = pd.concat([EDGES.assign(estimate=EDGES["estimate"] / scale) for scale in range(1, 11)])
+    figure = plots.circuit_graph(COLUMNS, many)
+    count = sum(isinstance(patch, PathPatch) for patch in figure.axes[0].patches)
+    assert plots.EDGES <= count < plots.EDGES + 5
+    assert f"{count} of 50 edges: " in [text.get_text() for text in figure.legends[0].get_texts()][-1]
+
+
+def test_a_graph_refuses_what_it_cannot_place():
+    with pytest.raises(ValueError, match="edges name '9.9', which is in no lane; the nodes are names, 21.6, mlp 23 at"):
+        plots.circuit_graph(COLUMNS, EDGES.replace("21.6", "9.9"))
+    with pytest.raises(ValueError, match="the node 'names' is in two lanes"):
+        plots.circuit_graph([*COLUMNS, ("again", ["names"])], EDGES)
 
 
 def test_probe_bars():

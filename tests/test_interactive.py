@@ -210,3 +210,63 @@ def test_a_table_is_searched_sorted_and_cited(page):
     assert cited["seen"][0] == ["claim 1"] and other["seen"][0] == start, (
         "each table has a place of its own in the address"
     )
+
+
+LANES = [
+    ("names", ["names"]),
+    ("at the names", ["mlp 1 at names"]),
+    ("slice, last token", ["2.1", "mlp 3"]),
+    ("answer", ["answer"]),
+]
+PATHS = pd.DataFrame(
+    [
+        ("names", "mlp 1 at names", 4.0), ("mlp 1 at names", "2.1", 1.0), ("2.1", "mlp 3", -0.25),
+        ("2.1", "answer", 0.5), ("mlp 3", "answer", 0.04),
+    ],
+    columns=["source", "target", "estimate"],
+)  # fmt: skip
+RANGES = PATHS.assign(low=None, high=None, significant=False, least=PATHS["estimate"] - 1, most=PATHS["estimate"] + 1)
+
+
+def test_a_graph_lights_the_paths_of_a_site_and_goes_by_its_threshold(tmp_path):
+    tested = RANGES.assign(low=RANGES["least"], high=RANGES["most"], significant=RANGES["least"] > 0)
+    for name, edges in (("few", RANGES), ("enough", tested)):
+        figure = interactive.circuit_graph(
+            "fig", LANES, edges, 6, links=[interactive.Link("There.", "04_there", "fig")]
+        )
+        interactive.save(figure, tmp_path / f"{name}.html", "A circuit")
+    look = """window => {
+      const all = what => [...window.document.querySelectorAll(what)], one = what => all(what)[0];
+      const table = () => all(".edges tbody tr").map(row => [...row.cells].map(cell => cell.innerText).join(" | "));
+      const seen = () => ({told: one(".told").innerText, table: table(), hash: window.location.hash,
+        lines: all(".edge").length, dim: all(".edge.dim").length, dashed: all(".unsure").length});
+      const start = seen(), node = all(".node").find(part => part.getAttribute("aria-label") === "2.1");
+      node.dispatchEvent(new window.KeyboardEvent("keydown", {key: "Enter", bubbles: true, cancelable: true}));
+      const pinned = seen(), focused = window.document.activeElement.getAttribute("aria-label");
+      const slider = one("[type=range]");
+      slider.value = 50; slider.oninput(); slider.onchange();
+      return {start, pinned, focused, thin: seen(), output: one("output").innerText,
+        width: window.document.documentElement.scrollWidth, head: one(".edges thead").innerText};
+    }"""
+    pages = ["few.html", "enough.html", "few.html#site=9.9", "few.html#site=mlp+1&min=0.9"]
+    few, enough, unknown, cited = book_checks.looked_at(tmp_path, pages, look, width=390).values()
+    assert few["start"] | {"table": 0} == {
+        "told": "No site is pinned.",
+        "table": 0,
+        "hash": "",
+        "lines": 5,
+        "dim": 0,
+        "dashed": 0,
+    }
+    assert (
+        few["start"]["table"][0] == "names | mlp 1 at names | 4.00 | 3.00 to 5.00"
+        and "range over 6 quads" in few["head"]
+    )
+    assert few["pinned"]["told"] == "2.1: of the paths to or from it, 3 measured, 3 at the threshold or above."
+    assert few["pinned"]["dim"] == 2 and few["pinned"]["hash"] == "#site=2.1&at=fig" and few["focused"] == "2.1"
+    assert few["pinned"]["table"][2] == "2.1 | mlp 3 | −0.25 | −1.25 to 0.75"
+    assert few["thin"]["lines"] == 2 and few["thin"]["hash"] == "#site=2.1&at=fig&min=1.00"
+    assert few["output"] == "1.00 logits or more: 2 of 5" and few["width"] <= 390
+    assert enough["start"]["dashed"] == 4 and enough["start"]["table"][0].endswith("| 3.00 to 5.00 | yes")
+    assert unknown["start"]["told"] == "9.9: no path to or from it was measured here."
+    assert cited["start"]["lines"] == 2 and cited["start"]["dim"] == 0, "both are paths of mlp 1"

@@ -17,6 +17,8 @@ const book = (() => {
   const drawn = (tag, attributes = {}, ...inside) =>
     given(document.createElementNS("http://www.w3.org/2000/svg", tag), attributes, inside);
   const labelled = (text, control) => element("label", {}, text + " ", control);
+  /* What may be wider than the screen scrolls in a frame, also by keyboard. */
+  const framed = (label, content) => element("div", { class: "frame", tabindex: 0, role: "region", "aria-label": label }, content);
   /* Numbers come as hundredths. */
   const number = (hundredths) => (Math.abs(hundredths) / 100).toFixed(2);
   const signed = (hundredths) => (hundredths < 0 && number(hundredths) !== "0.00" ? "\u2212" : "") + number(hundredths);
@@ -108,5 +110,5 @@ const book = (() => {
     for (const way of ["click", "auxclick"]) document.addEventListener(way, carry, true);
   };
   document.readyState === "loading" ? addEventListener("DOMContentLoaded", start) : setTimeout(start);
-  return { element, drawn, labelled, number, signed, remember, figure, each, elsewhere };
+  return { element, drawn, labelled, framed, number, signed, remember, figure, each, elsewhere };
 })();

@@ -1,7 +1,7 @@
 /* The map of sites: what each does when it is put back or taken out, and in which pairs (report/interactive.py, site_map). */
 "use strict";
 (() => {
-  const { element, drawn, labelled, number, signed, elsewhere } = book;
+  const { element, drawn, framed, labelled, number, signed, elsewhere } = book;
   const OTHER = { rises: "falls", falls: "rises" };
 
   function siteMap(data, did) {
@@ -46,8 +46,8 @@
     const list = element("tbody"), count = element("summary");
     const head = element("tr", {}, ...["clean prompt", "corrupt prompt", "half", "effect (logits)", "share of its gap"]
       .map((text) => element("th", { scope: "col" }, text)));
-    const pairs = element("details", { class: "pairs" }, count, element("div", { class: "frame" },
-      element("table", {}, element("thead", {}, head), list)));
+    const pairs = element("details", { class: "pairs" }, count,
+      framed("Pairs", element("table", {}, element("thead", {}, head), list)));
 
     function colour() {
       const { estimate, sure, full, verb } = part();

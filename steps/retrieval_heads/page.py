@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from IPython.display import Markdown
+from IPython.display import HTML, Markdown
 from matplotlib.figure import Figure
 
 from lib import effects, stats
@@ -25,7 +25,7 @@ from lib.hooks import Site
 from lib.paths import MLPS
 from pipeline.population import people_of
 from pipeline.step import Step
-from report import plots, site_tables
+from report import interactive, plots, site_tables
 from report.site_tables import picked
 from report.words import (
     ONE_HALF,
@@ -325,8 +325,9 @@ def leaders(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def edges_table(records: pd.DataFrame, params: RetrievalHeads) -> pd.DataFrame:
-    """Edges of the two-hop path, confirmation half: source, target, mean effect (logits), and whether it is other than
-    zero (familywise over all edges at one token, above the model's noise; nothing is claimed of too few quads)."""
+    """Edges of the two-hop path, confirmation half: source, target, mean effect (logits), its range over quads
+    (`least`, `most`), and whether it is other than zero (familywise over all edges at one token, above the model's
+    noise; nothing is claimed of too few quads)."""
     own = reported(records).assign(component=lambda frame: frame["sender"])
     there = np.where(own["position"] == "names", " at names", "")
     own = own.assign(source=effects.named(own) + there, target=own["receivers"])
@@ -335,7 +336,8 @@ def edges_table(records: pd.DataFrame, params: RetrievalHeads) -> pd.DataFrame:
     for _, rows in own.groupby(["position", "mlps"], sort=False):
         matrix = quad_matrix(rows, "effect", ["source", "target"])
         found = matrix.sites.assign(**effects.familywise(matrix.values, params, floor=params.floor))
-        parts.append(found.assign(significant=effects.significant(found, params)))
+        ends = {"least": matrix.values.min(0), "most": matrix.values.max(0)}
+        parts.append(found.assign(significant=effects.significant(found, params), **ends))
     return pd.concat(parts, ignore_index=True)
 
 
@@ -381,11 +383,11 @@ def head_panels(tables: Mapping[str, pd.DataFrame], params: RetrievalHeads) -> d
 
 
 def graph(edges: pd.DataFrame, senders: Sequence[Site], slice_sites: Sequence[Site]) -> tuple[list, pd.DataFrame]:
-    """The columns of the two-hop graph, from the names to the answer, and its edges."""
+    """The lanes of the two-hop graph, from the names to the answer, and its edges."""
     written = [effects.site_name(*site) + " at names" for site in senders if site.layer >= 0]
     own = [effects.site_name(*site) for site in sorted(slice_sites)]
     before = [("names", ["names"]), ("sites at the names", written)] if written else []
-    return [*before, ("slice at the last token", own), ("answer", ["answer"])], edges
+    return [*before, ("slice, last token", own), ("answer", ["answer"])], edges
 
 
 # --- figures ---
@@ -469,7 +471,15 @@ def hops_table(step: Step, m: Measured) -> pd.DataFrame:
 
 def two_hop(step: Step, m: Measured) -> Figure:
     """The path from the names to the answer."""
-    return plots.two_hop(*graph(edges_table(m.edges, step.params), m.senders, m.slice_sites))
+    return plots.circuit_graph(*graph(edges_table(m.edges, step.params), m.senders, m.slice_sites))
+
+
+def circuit_graph(step: Step, m: Measured) -> HTML:
+    """The same, to be asked site by site."""
+    lanes, edges = graph(edges_table(m.edges, step.params), m.senders, m.slice_sites)
+    quads = reported(m.edges)["quad_id"].nunique()
+    links = [interactive.Link("In the map of sites.", step.plan.page("sufficiency"), "fig-sufficiency-heads")]
+    return interactive.circuit_graph("fig-two-hop", lanes, edges, quads, step.params.level, links)
 
 
 # --- sentences ---

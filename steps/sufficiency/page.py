@@ -96,7 +96,11 @@ def site_map(step: Step, m: Measured) -> HTML:
         name = f"taken out ({earlier['ablation']}; step 03)"
         shown.append(interactive.SiteEffects(name, "falls", rows, significant(rows, step.params)))
     members = m.order["site"].head(m.critical.size) if m.critical else ()
-    return interactive.site_map("fig-sufficiency-heads", shown, members, by_pair(step, m), step.params.level)
+    links = [
+        interactive.Link("As the slice grows.", "", "fig-slice"),
+        interactive.Link("Its paths.", step.plan.page("retrieval_heads"), "fig-two-hop"),
+    ]
+    return interactive.site_map("fig-sufficiency-heads", shown, members, by_pair(step, m), step.params.level, links)
 
 
 def by_pair(step: Step, m: Measured) -> pd.DataFrame:
