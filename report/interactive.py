@@ -155,6 +155,51 @@ def circuit_graph(
     return embedded("circuit-graph", data, "In the book, this graph shows every path, and those of a site.", twin)
 
 
+class Growth(NamedTuple):
+    """What was measured of sets of sites, as shares of the gap: `estimate`, `low`, `high` in each table."""
+
+    order: Sequence[str]  # sites, as they are added
+    alone: pd.DataFrame  # each by itself: `site`, `half`
+    curves: pd.DataFrame  # the first of the order, the first two, ...: `n_sites`, `quantity`, `half`
+    sums: pd.DataFrame  # the sum of their single recoveries, by `n_sites`; last half
+    twos: pd.DataFrame  # two together: `site`, `other`; last half
+
+
+def slice_builder(
+    twin: str, growth: Growth, size: int, reached: bool, share: float, links: Sequence[Link] = ()
+) -> HTML:
+    """Sets of sites to be put together by the reader, with what each was measured to do, in place of `twin`.
+
+    The critical slice has the first `size` sites, and has `reached` the `share` of the gap or not.
+    """
+    order = list(growth.order)
+
+    def spans(table: pd.DataFrame) -> list[list[int | None]]:
+        return [list(row) for row in zip(*(hundredths(table[end]) for end in ("estimate", "low", "high")), strict=True)]
+
+    halves = list(dict.fromkeys(growth.curves["half"]))
+    of_half = {half: growth.curves[growth.curves["half"] == half].sort_values("n_sites") for half in halves}
+    alone = {half: own.set_index("site").loc[order] for half, own in growth.alone.groupby("half")}
+    twos = growth.twos.assign(site=growth.twos["site"].map(order.index), other=growth.twos["other"].map(order.index))
+    data = {
+        "order": order,
+        "curves": {
+            half: {name: spans(own[own["quantity"] == name]) for name in ("recovery", "damage")}
+            for half, own in of_half.items()
+        },
+        "alone": {half: spans(alone[half]) for half in halves},
+        "sums": spans(growth.sums.sort_values("n_sites")),
+        "twos": [
+            [*ends, *span] for ends, span in zip(twos[["site", "other"]].values.tolist(), spans(twos), strict=True)
+        ],
+        "size": size,
+        "reached": reached,
+        "share": round(100 * share),
+        "links": list(links),
+    }
+    return embedded("slice-builder", data, "In the book, sets of sites can be put together here.", twin)
+
+
 def embedded(kind: str, data: Any, otherwise: str, twin: str) -> HTML:
     """Data for the script, with what stands there where it does not run."""
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), default=int).replace("<", "\\u003c")

@@ -270,3 +270,66 @@ def test_a_graph_lights_the_paths_of_a_site_and_goes_by_its_threshold(tmp_path):
     assert enough["start"]["dashed"] == 4 and enough["start"]["table"][0].endswith("| 3.00 to 5.00 | yes")
     assert unknown["start"]["told"] == "9.9: no path to or from it was measured here."
     assert cited["start"]["lines"] == 2 and cited["start"]["dim"] == 0, "both are paths of mlp 1"
+
+
+def growth(halves=("discovery", "confirmation")) -> interactive.Growth:
+    """Four sites, whose joint effects are no sums: the first n recover 0.3, 0.5, 0.6, 0.65."""
+
+    def row(value: float, **about) -> dict:
+        return about | {"estimate": value, "low": value - 0.05, "high": value + 0.05}
+
+    order, alone, joint = ["2.1", "mlp 3", "2.0", "0.1"], [0.3, 0.25, 0.2, 0.11], [0.3, 0.5, 0.6, 0.65]
+    singles = [row(value, site=site, half=half) for half in halves for site, value in zip(order, alone, strict=True)]
+    curves = [
+        row(value - less, n_sites=number, quantity=quantity, half=half)
+        for half in halves
+        for quantity, less in (("recovery", 0), ("damage", 0.1))
+        for number, value in enumerate(joint, 1)
+    ]
+    sums = [row(value, n_sites=number) for number, value in enumerate(np.cumsum(alone), 1)]
+    twos = [
+        row(0.42, site="2.1", other="2.0"),
+        row(0.5, site="2.1", other="mlp 3"),
+        row(0.4, site="mlp 3", other="2.0"),
+    ]
+    return interactive.Growth(order, *map(pd.DataFrame, (singles, curves, sums, twos)))
+
+
+def test_a_set_of_sites_says_what_was_measured_of_it_and_what_was_not(tmp_path):
+    figure = interactive.slice_builder("fig", growth(), 3, False, 0.8)
+    interactive.save(figure, tmp_path / "slice.html", "The slice")
+    interactive.save(interactive.slice_builder("fig", growth(["all"]), 3, True, 0.8), tmp_path / "one.html", "")
+    look = """window => {
+      const all = what => [...window.document.querySelectorAll(what)];
+      const seen = [], tell = () => seen.push(all(".told")[0].innerText);
+      const press = text => { all("button").find(part => part.innerText === text).click(); tell(); };
+      tell(); press("Add the next"); press("None"); press("2.0"); press("2.1"); press("0.1"); press("mlp 3");
+      return {seen, hash: window.location.hash, width: window.document.documentElement.scrollWidth,
+        pressed: all(".chip[aria-pressed=true]").length, dots: all("circle").length};
+    }"""
+    pages = ["slice.html", "slice.html#set=mlp+3,0.1&site=9.9", "one.html#set=2"]
+    whole, cited, one = book_checks.looked_at(tmp_path, pages, look, width=390).values()
+    start, four, none, single, two, three, full = whole["seen"]
+    assert start.startswith(
+        "The first 3 sites in order: joint recovery 0.60 [0.55, 0.65], joint damage 0.50 [0.45, 0.55] (conf"
+    )
+    assert "0.55] (discovery half). One by one they recover 0.75 [0.70, 0.80] in all (confirmation half)." in start
+    assert four.startswith("The first 4 sites in order: joint recovery 0.65") and none.startswith(
+        "No site is put back: choose some."
+    )
+    assert (
+        single.startswith("2.0 alone: recovery 0.20 [0.15, 0.25] (confirmation half)")
+        and "damage alone was not" in single
+    )
+    assert two.startswith(
+        "2.1 and 2.0: joint recovery 0.42 [0.37, 0.47] (confirmation half). Their joint damage was not"
+    )
+    assert (
+        three.startswith("2.1, 2.0 and 0.1 together were not measured.") and "2.1 with 2.0 0.42 [0.37, 0.47]." in three
+    )
+    assert "the first 4 sites in order: joint recovery 0.65" in three and "it is not added up" in three
+    assert "0.61" not in three and full.startswith("The first 4 sites"), "2.1, 2.0 and 0.1 recover 0.61 one by one"
+    assert whole["hash"] == "#set=4&site=mlp+3&at=fig" and whole["pressed"] == 4 and whole["dots"] == 2
+    assert whole["width"] <= 390 and cited["seen"][0].startswith("mlp 3 and 0.1 together were not measured.")
+    assert cited["seen"][0].endswith("9.9, pinned, is not among the 4 sites in this order.")
+    assert one["seen"][0].startswith("The first 2 sites in order: joint recovery 0.50") and "half" not in one["seen"][0]

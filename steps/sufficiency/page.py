@@ -157,6 +157,21 @@ def slice_figure(step: Step, m: Measured) -> Figure:
     return plots.slice_curve(m.curves, step.params.slice_share, sites=m.order["site"].tolist())
 
 
+def slice_builder(step: Step, m: Measured) -> HTML:
+    """The same, for sets that a reader puts together, as far as they were measured."""
+    order = m.order["site"].tolist()
+    alone = m.sites[["site", "half"]].assign(**{end: m.sites[f"ratio{end}"] for end in ("", "_low", "_high")})
+    alone = alone.rename(columns={"": "estimate", "_low": "low", "_high": "high"})
+    sums = stability_page.additivity(m, step.params).query("quantity == @stability_page.SUM")
+    growth = interactive.Growth(order, alone, m.curves, sums, stability_page.twos(m, step.params))
+    links = [
+        interactive.Link("In the map of sites.", "", "fig-sufficiency-heads"),
+        interactive.Link("Its paths.", step.plan.page("retrieval_heads"), "fig-two-hop"),
+    ]
+    size, reached = m.critical.size, bool(m.critical.reached)
+    return interactive.slice_builder("fig-slice", growth, size, reached, step.params.slice_share, links)
+
+
 # --- findings ---
 
 

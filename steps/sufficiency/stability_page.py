@@ -145,6 +145,19 @@ def interactions(m: Measured, params: Sufficiency) -> pd.DataFrame | None:
     return out.assign(sure=effects.significant(out, params))
 
 
+def twos(m: Measured, params: Sufficiency) -> pd.DataFrame:
+    """Joint recovery of every two leading sites, as a share of the gap, confirmation half; no rows where none were
+    patched."""
+    if m.couples is None:
+        return pd.DataFrame(columns=["site", "other", "estimate", "low", "high"])
+    names = combinations(m.order["site"].head(params.coupled_sites), 2)
+    sites = dict(enumerate(names))
+    out = effects.curve(reported(m.couples), params, ["site_set"])
+    return out.assign(
+        **{name: [sites[number][at] for number in out["site_set"]] for at, name in enumerate(("site", "other"))}
+    )
+
+
 # --- figures and tables ---
 
 
