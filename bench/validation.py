@@ -63,7 +63,7 @@ LESS: dict[str, Any] = {
     "hydra": {"ablations": ["resample"], "rounds": 1},
     "retrieval_heads": {"one_name_pairs": 0, "edge_pairs": 2, "probe_people": 24},
     "generality": {"templates": ["know_both", "common_both"], "control_prompts": 4, "random_sets": 1},
-    "subspace": {"probe_people": 96, "probe_folds": 2, "permutations": 4, "ranks": [1], "dimensions": [1, 4]}
+    "subspace": {"probe_people": 96, "permutations": 4, "ranks": [1], "dimensions": [1, 4]}
     | {"random_directions": 2, "rotation_steps": 1, "templates": ["know_both"], "steering_pairs": 20}
     | {"earlier_layers": 0, "interchange_steps": 1, "probe_questions": ["many_other"]},
     "neurons": {"sae_features": 16, "sae_active": 4, "sae_prompts": 40, "sae_epochs": 1, "sae_seeds": 2, "budgets": [1]}

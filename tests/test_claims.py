@@ -860,19 +860,27 @@ def test_a_read_out_carries_more_of_the_other_attribute_than_random_heads_do(tmp
     what["sufficiency"]["measured"] = {"beyond_random": False}
     entry = judged(tmp_path, what)["slice_general"]
     assert entry.verdict == NOT_SUPPORTED and "random heads" in entry.reason
-    what["sufficiency"]["measured"] = {"beyond_random": None}  # of a slice of MLPs no random heads are measured
+    what["sufficiency"]["measured"] = {"beyond_random": None}
     entry = judged(tmp_path, what)["slice_general"]
     assert entry.verdict == NOT_TESTABLE and "was not measured" in entry.reason
+    what["sufficiency"]["measured"] = {"beyond_random": False, "beside": "random MLPs"}
+    assert judged(tmp_path, what)["slice_general"].reason.endswith("more of the region than random MLPs do")
 
-    def beyond(own, random):
+    def beyond(own, **random):
         rows = [{"set": name, "group": "all pairs", "attribute": "region", "template": "profession_both"} | ends
-                for name, ends in (("the slice", own), ("random heads", random))]  # fmt: skip
+                for name, ends in (("the slice", own), *random.items())]  # fmt: skip
         params = SimpleNamespace(template="profession_both", topic=QUESTION)
         step = SimpleNamespace(params=params, beside=lambda name: {"specific": rows})
-        return story.beyond_random(step, {})["beyond_random"]
+        return story.beyond_random(step, {})
 
     low, high = ({"placebo_low": at, "placebo_high": at + 0.1} for at in (0.0, 0.5))
-    assert beyond(high, low) and not beyond(low, high) and not beyond(high, {"placebo_low": None, "placebo_high": None})
+    few = {"placebo_low": None, "placebo_high": None}
+    for own, random, said in ((high, low, True), (low, high, False), (high, few, None)):
+        verdicts = [beyond(own, **{name: random}) for name in ("random heads", "random MLPs")]
+        assert [one["beyond_random"] for one in verdicts] == [said, said]
+        assert [one["beside"] for one in verdicts] == ["random heads", "random MLPs"]
+    both = {"random heads": high, "random MLPs": low, "random heads and MLPs": low}
+    assert beyond(high, **both) == {"beyond_random": False, "beside": "random heads"}
 
 
 def test_class_and_region_in_directions_of_their_own_are_said_where_that_is_shown():

@@ -208,10 +208,12 @@ def test_a_site_that_serves_one_class_alone_shows_as_interaction_and_one_that_se
 
 
 def test_single_sites_stand_behind_all_other_sets_some_of_which_may_be_empty():
-    none = page.numbered(SimpleNamespace(circuits=[], random=0))
-    assert none["only"] == none[placebo.RANDOM] == [] and page.behind(none) == 1
+    none = page.numbered(SimpleNamespace(circuits=[], random={}))
+    assert none == {"the slice": [0], "only": []} and page.behind(none) == 1
     own = Circuit("only", "artist", (), (Site(1, "mlp"),), 1)
-    assert page.behind(page.numbered(SimpleNamespace(circuits=[own], random=3))) == 5
+    kinds = {"random heads": 3, "random heads and MLPs": 3}
+    sets = page.numbered(SimpleNamespace(circuits=[own], random=kinds))
+    assert [sets[name] for name in kinds] == [[2, 3, 4], [5, 6, 7]] and page.behind(sets) == 8
 
 
 def test_no_site_is_marked_where_the_quads_are_too_few_for_a_test():
@@ -248,12 +250,12 @@ def test_a_class_is_specific_or_not_by_its_own_two_shares():
     none = joint.assign(site_set=1, logit_diff_after=joint["logit_diff_before"])
     some = [own.assign(site_set=2) for own in (joint, frame)]  # as much as the slice
     joint, frame = pd.concat([joint, none, some[0]]), pd.concat([frame, idle, some[1]])
-    one = placebo_page.specificity(joint, frame, {placebo.SLICE: [0], placebo.RANDOM: [1]}, PARAMS)
-    (told,) = (text for text in placebo_page.sentences(one, PARAMS) if text.startswith("Random heads"))
+    one = placebo_page.specificity(joint, frame, {placebo.SLICE: [0], "random MLPs": [1]}, PARAMS)
+    (told,) = (text for text in placebo_page.sentences(one, PARAMS) if text.startswith("Random MLPs of other layers"))
     assert told.endswith(
         "recover 0.00 [0.00, 0.00] of that gap; divided by their share of the superset gap: not defined."
     )
-    rows = placebo_page.specificity(joint, frame, {placebo.SLICE: [0], placebo.RANDOM: [1, 2]}, PARAMS)
+    rows = placebo_page.specificity(joint, frame, {placebo.SLICE: [0], "random heads": [1, 2]}, PARAMS)
     own = rows[rows["set"] == placebo.SLICE].set_index("group")
     assert own.loc["artist", "quotient_estimate"] == pytest.approx(0.1 / 0.8, abs=0.05)
     assert own["verdict"].to_dict() == {
@@ -267,7 +269,7 @@ def test_a_class_is_specific_or_not_by_its_own_two_shares():
     whole = (every["logit_diff_after"] - every["logit_diff_before"]).sum()
     whole /= (every["logit_diff_clean"] - every["logit_diff_corrupt"]).sum()
     assert own.loc["all pairs", "placebo_estimate"] == pytest.approx(whole)
-    random = rows[rows["set"] == placebo.RANDOM].set_index("group").loc["all pairs"]
+    random = rows[rows["set"] == "random heads"].set_index("group").loc["all pairs"]
     assert random["placebo_estimate"] == pytest.approx(whole / 2)
     alone = rows[rows["set"].str.startswith("random heads, set")]
     assert alone["set"].tolist() == ["random heads, set 1", "random heads, set 2"] and set(alone["group"]) == {
@@ -280,14 +282,14 @@ def test_a_class_is_specific_or_not_by_its_own_two_shares():
     assert f"in the same class is smallest in artist ({least}) and largest in athlete" in text
     assert "the slice is untested in athlete: 20 quads are needed, and there are as few as 6." in text
     assert f"of that gap on average over 2 sets (one by one 0.000 [0.000, 0.000] and {whole:.3f} [" in text
-    every = next(rows[(rows["set"] == placebo.RANDOM) & (rows["group"] == "all pairs")].itertuples())
+    every = next(rows[(rows["set"] == "random heads") & (rows["group"] == "all pairs")].itertuples())
     assert f"divided by their share of the superset gap: {placebo_page.quotient(every)}." in text
     params = PARAMS.model_copy(update={"specific_ratio": 0.5})
     shown = placebo_page.table(rows, params)
     assert shown["placebo less 0.5 x superset"].tolist() == [
         placebo_page.of(row, "beyond") for row in rows.itertuples()
     ]
-    cells = shown[(shown["patched"] == placebo.RANDOM) & (shown["pairs of"] == "all pairs")].iloc[0]
+    cells = shown[(shown["patched"] == "random heads") & (shown["pairs of"] == "all pairs")].iloc[0]
     assert cells["placebo over superset"] == placebo_page.quotient(every) and cells["verdict"] == "not decided"
     assert len(shown) == len(rows) and not shown.isna().any(axis=None) and placebo_page.figure(rows) is not None
 

@@ -201,13 +201,33 @@ def test_matched_names_fit_a_shape_share_a_key_and_are_used_once():
 
 def test_random_heads_are_of_the_same_layers_in_the_same_number_and_outside_the_slice():
     sites = [Site(1, "head", 0), Site(1, "head", 3), Site(2, "head", 1), Site(2, "mlp")]
-    own = SimpleNamespace(rng=lambda _: np.random.default_rng(0), params=SimpleNamespace(random_sets=7), n_heads=4)
+    own = drawing(7)
     sets = controls.named_sets(own, sites)
     assert sets[:2] == [("slice", sites), ("heads", sites[:3])] and len(sets) == 9
     for name, drawn in sets[2:]:
         assert name == "random"
         assert [site.layer for site in drawn] == [1, 1, 2] and not set(drawn) & set(sites)
     assert controls.named_sets(own, [Site(2, "mlp")]) == [("slice", [Site(2, "mlp")])]
+
+
+def drawing(count):
+    """A step that draws `count` random sets in a model of 6 layers with 4 heads."""
+    params = SimpleNamespace(random_sets=count)
+    return SimpleNamespace(rng=lambda _: np.random.default_rng(0), params=params, n_heads=4, n_layers=6)
+
+
+def test_random_sets_are_of_the_kinds_of_the_slice():
+    head, mlp, step = Site(1, "head", 0), Site(2, "mlp"), drawing(20)
+    heads, mlps = controls.random_sets(step, [head]), controls.random_sets(step, [mlp])
+    both = controls.random_sets(step, [head, mlp])
+    assert (list(heads), list(mlps)) == (["random heads"], ["random MLPs"])
+    assert {site for own in mlps["random MLPs"] for site in own} == {Site(layer, "mlp") for layer in (3, 4, 5)}
+    assert list(both) == ["random heads", "random heads and MLPs"] and both["random heads"] == heads["random heads"]
+    assert [own[:1] for own in both["random heads and MLPs"]] == heads["random heads"]
+    assert [own[1:] for own in both["random heads and MLPs"]] == mlps["random MLPs"]
+    late = controls.random_sets(step, [Site(4, "mlp"), Site(5, "mlp")])["random MLPs"]
+    assert set(late) == {(Site(2, "mlp"), Site(3, "mlp"))}, "where no later ones are left: the nearest before"
+    assert controls.random_sets(step, [Site(layer, "mlp") for layer in range(6)]) == {}
 
 
 def test_evidence_is_nothing_on_average_for_people_outside_the_class():

@@ -23,6 +23,7 @@ from pipeline.population import add_tokens, controls_of, people_of
 from pipeline.step import Step
 from pipeline.units import Unit, sweep_units, without_labels
 from steps.generality.grid import pair_options, prompt_options
+from steps.generality.placebo import RANDOM
 
 if TYPE_CHECKING:
     from pipeline.assumed import Case
@@ -111,6 +112,28 @@ def random_heads(step: Step | Case, sites: Sequence[Site]) -> list[tuple[Site, .
             chosen += [free[index] for index in rng.permutation(len(free))[:count]]
         out += [tuple(sorted(chosen))] * bool(chosen)
     return out
+
+
+def random_mlps(step: Step | Case, sites: Sequence[Site]) -> list[tuple[Site, ...]]:
+    """Sets of MLPs outside the slice, as many as the slice has, of the layers from its first MLP on, where as much has
+    come to the last token; where those are too few, of the nearest before as well. No sets where it has no MLPs."""
+    own = [site.layer for site in sites if site.component == "mlp"]
+    rng, others = step.rng("random MLPs"), [layer for layer in range(step.n_layers) if layer not in own]
+    if not own or not others:
+        return []
+    later = sum(layer > min(own) for layer in others)
+    free = sorted(others, key=lambda layer: max(0, min(own) - layer))[: max(later, len(own))]
+    drawn = (sorted(rng.permutation(free)[: len(own)].tolist()) for _ in range(step.params.random_sets))
+    return [tuple(Site(layer, "mlp") for layer in layers) for layers in drawn]
+
+
+def random_sets(step: Step | Case, sites: Sequence[Site]) -> dict[str, list[tuple[Site, ...]]]:
+    """What the slice is held against, by name: random heads where it has heads; where it has MLPs, random sites of all
+    its kinds."""
+    heads, mlps = random_heads(step, sites), random_mlps(step, sites)
+    both = [(*one, *other) for one, other in zip(heads, mlps, strict=False)]
+    sets = dict(zip(RANDOM, (heads, [] if heads else mlps, both), strict=True))
+    return {name: own for name, own in sets.items() if own}
 
 
 def named_sets(step: Step | Case, sites: Sequence[Site]) -> list[tuple[str, list[Site]]]:

@@ -2,7 +2,7 @@
 
 1. `GRID`: pairs of confirmation quads, in the profile's template and in others (`grid`).
 2. `CIRCUITS`: growing sets of circuits that are picked on part of the discovery pairs (`class_circuits`).
-3. `JOINT`: the slice, those circuits, random heads and each site of the slice replaced in every pair of the grid, both
+3. `JOINT`: the slice, those circuits, random sites and each site of the slice replaced in every pair of the grid, both
    ways; `UNSELECTED`: the slice, clean into corrupt, in step 01's pairs before any selection.
 4. `NEEDED`: the slice and the circuits ablated class-neutrally, beside all that such an ablation can take away. (With
    counterfactual values, damage is recovery in mirror pairs, and says nothing of its own.)
@@ -14,7 +14,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -52,7 +52,7 @@ class Generality(OfSlice):
     template_pairs: int = Field(2, ge=1, le=4, description="pairs taken from a confirmation quad, other templates")
     rule_prompts: int = Field(400, ge=1, description="prompts of two random people from which the rule is read")
     control_prompts: int = Field(60, ge=1, description="prompts of each negative control")
-    random_sets: int = Field(5, ge=1, description="sets of random heads ablated")
+    random_sets: int = Field(5, ge=1, description="sets of random sites of each kind beside the slice")
     silence_margin: Share = Field(
         0.2, description="a control is silent if no candidate moves by this share of the ordinary effect"
     )
@@ -209,7 +209,7 @@ def assumed(case: Case) -> Iterator[tuple[Any, ...]]:
     pairs, searched = assumed_grid(case), subsample(case.pairs, case.other("sufficiency").pairs)
     searched, own = case.half(0, searched), [pair for pair in pairs if pair.template == pairs[0].template]
     circuits = assumed_circuits(case, searched)
-    sets, random = picked_sets(case.sites, circuits), controls.random_heads(case, case.sites)
+    sets, random = picked_sets(case.sites, circuits), drawn(controls.random_sets(case, case.sites))
     yield (GRID,)
     yield CIRCUITS, without_labels(searched), circuits
     yield JOINT, pairs, [*sets, *random, *alone(case.sites)]
@@ -242,9 +242,14 @@ STEP = Declaration(
 
 
 def picked_sets(sites: Sequence[Site], circuits: Sequence[Circuit]) -> list[tuple[Site, ...]]:
-    """The slice and the circuits that could be picked. The grid's `site_set` counts them from 0, random heads behind
+    """The slice and the circuits that could be picked. The grid's `site_set` counts them from 0, random sets behind
     them, and behind those each site of the slice."""
     return [tuple(sites), *(circuit.sites for circuit in circuits if circuit.sites)]
+
+
+def drawn(random: Mapping[str, Sequence[tuple[Site, ...]]]) -> list[tuple[Site, ...]]:
+    """Random sets of every kind, one after the other."""
+    return [own for sets in random.values() for own in sets]
 
 
 def alone(sites: Sequence[Site]) -> list[tuple[Site, ...]]:
@@ -273,7 +278,7 @@ class Measured(NamedTuple):
     counts: list[dict[str, Any]]  # for each template, how many could be made, line up, were asked and are left
     slice: list[Site]
     circuits: list[Circuit]
-    random: int  # sets of random heads
+    random: Mapping[str, int]  # random sets, by what is in them (`placebo.RANDOM`)
     joint: pd.DataFrame  # records of `JOINT`, and those of `NEEDED` under the ablation that judges
     judge: str | None  # the class-neutral ablation that judges damage; None where no pair has donors
     unselected: pd.DataFrame  # records of the slice in pairs before any selection; no rows where there are none
@@ -289,14 +294,14 @@ def run(step: Step) -> Measured:
     """Measure, or read what is there."""
     table = step.table(GRID)
     pairs, slice_sites, circuits = step.prompts(table), step.slice(), picked_circuits(step)
-    sets, random = picked_sets(slice_sites, circuits), controls.random_heads(step, slice_sites)
-    joint = step.table(JOINT, pairs, [*sets, *random, *alone(slice_sites)])
+    sets, random = picked_sets(slice_sites, circuits), controls.random_sets(step, slice_sites)
+    joint = step.table(JOINT, pairs, [*sets, *drawn(random), *alone(slice_sites)])
     joint = grid.with_mirrors(joint, grid.mirrors(pairs))
     others = grid.unselected(step)
     unselected = joint.head(0) if not others else step.table(UNSELECTED, others, [tuple(slice_sites)])
     needed, judge = neutral(step, pairs, sets)
     tried = placebo.pairs_of(step)
-    there = step.table(PLACEBO, tried, [*sets, *random]) if tried else joint.head(0)
+    there = step.table(PLACEBO, tried, [*sets, *drawn(random)]) if tried else joint.head(0)
     own = [pair for pair in pairs if pair.template == pairs[0].template]
     sites = grid.with_mirrors(step.table(SITES, own), grid.mirrors(own))
     prompts, changes = ablated_controls(step, own, table, slice_sites)
@@ -305,7 +310,7 @@ def run(step: Step) -> Measured:
         counts=step.metadata(GRID)["templates"],
         slice=slice_sites,
         circuits=circuits,
-        random=len(random),
+        random={name: len(own) for name, own in random.items()},
         joint=joint if needed is None else pd.concat([joint, needed], ignore_index=True),
         judge=judge,
         unselected=unselected,

@@ -89,12 +89,15 @@ def tables(step: Step, m: Measured) -> Tables:
 
 def numbered(m: Measured) -> dict[str, list[int]]:
     """The places of sets in the grid's tables: of the slice, of the circuit picked without each superset (under its
-    name), of the circuits picked on one alone, of random heads."""
+    name), of the circuits picked on one alone, of random sets."""
     picked = [circuit for circuit in m.circuits if circuit.sites]
     out = {placebo.SLICE: [0], "only": []}
     for place, circuit in enumerate(picked, 1):
         out.setdefault(circuit.superset if circuit.kind == "without" else "only", []).append(place)
-    return out | {placebo.RANDOM: [1 + len(picked) + number for number in range(m.random)]}
+    place = 1 + len(picked)
+    for name, count in m.random.items():
+        out[name], place = [*range(place, place + count)], place + count
+    return out
 
 
 def behind(sets: Mapping[str, Sequence[int]]) -> int:

@@ -4,7 +4,7 @@ In a placebo pair all four people are of one superset and differ in another attr
 slice there in the profile's own template. Here the same sets as in the grid are patched, in all of its templates:
 
 1. `prompts`: step 01's placebo pairs of both halves (no site was picked on any of them), template by template.
-2. `units`: the slice, the circuits picked class by class and random heads, clean into corrupt.
+2. `units`: the slice, the circuits picked class by class and random sites, clean into corrupt.
 3. `specificity`: a set's share of the placebo gap beside its share of the superset gap, over all pairs of a template
    and, in the profile's own, in the pairs of one superset: the answer there, and what all four people are here.
 """
@@ -27,7 +27,7 @@ from pipeline.step import Step
 from pipeline.units import Unit, subsample, sweep_units, without_labels
 from steps.generality.grid import pair_options
 
-SLICE, RANDOM = "the slice", "random heads"
+SLICE, RANDOM = "the slice", ("random heads", "random MLPs", "random heads and MLPs")
 ALL = "all pairs"
 
 
@@ -88,9 +88,9 @@ def specificity(
     """Shares of the two gaps (`lib.effects.specific`): a row per attribute, template, group (`ALL` pairs, a superset)
     and set, with its verdict on its own.
 
-    `joint` are the grid's records, `placebo` those of `of_quads`; `sets` gives the places of SLICE, of RANDOM (their
-    mean) and, under a superset's name, of the circuit picked without it. A group without a gap above 0 in either kind
-    of pairs has no row.
+    `joint` are the grid's records, `placebo` those of `of_quads`; `sets` gives the places of SLICE, of each of RANDOM
+    that there is (their mean) and, under a superset's name, of the circuit picked without it. A group without a gap
+    above 0 in either kind of pairs has no row.
     """
     if placebo.empty:
         return pd.DataFrame()
@@ -104,7 +104,7 @@ def specificity(
                 for name in params.topic.supersets
             }
         for group, frames in groups.items():
-            chosen = {SLICE: sets[SLICE], RANDOM: sets.get(RANDOM), "picked without it": sets.get(group)}
+            chosen = {name: sets.get(name) for name in (SLICE, *RANDOM)} | {"picked without it": sets.get(group)}
             for name, places in chosen.items():
                 rows = [frame[frame["site_set"].isin(places or ())] for frame in frames]
                 if not all(effects.gap(each).sum() > 0 for each in rows):

@@ -22,6 +22,7 @@ CAPTION = (
     "template and superset by superset; studentised bootstrap intervals over quads; hollow: fewer than 20 quads; "
     "at the right the quads of either kind."
 )
+LAYERS = dict(zip(RANDOM, ("of the slice's layers", "of other layers", "(MLPs of other layers)"), strict=True))
 NONE = "There are no placebo pairs here: whether the slice is specific in every class and template was not asked."
 
 
@@ -39,14 +40,16 @@ def quotient(row: Any) -> str:
 def specificity(
     joint: pd.DataFrame, frame: pd.DataFrame, sets: Mapping[str, Sequence[int]], params: Shared
 ) -> pd.DataFrame:
-    """`placebo.specificity`; where several sets of random heads were patched, each of them is there alone as well, over
-    all pairs."""
-    table, places = placebo.specificity(joint, frame, sets, params), sets.get(RANDOM) or ()
-    if table.empty or len(places) < 2:
+    """`placebo.specificity`; where several random sets of a kind were patched, each is there alone as well, over all
+    pairs."""
+    table = placebo.specificity(joint, frame, sets, params)
+    several = {name: sets[name] for name in RANDOM if len(sets.get(name) or ()) > 1}
+    if table.empty or not several:
         return table
     whole = joint.assign(own=False)  # no class apart
     parts = [
-        placebo.specificity(whole, frame, {SLICE: [place]}, params).assign(set=f"{RANDOM}, set {number}")
+        placebo.specificity(whole, frame, {SLICE: [place]}, params).assign(set=f"{name}, set {number}")
+        for name, places in several.items()
         for number, place in enumerate(places, 1)
     ]
     every, order = pd.concat([table, *parts], ignore_index=True), ["attribute", "template"]
@@ -88,16 +91,17 @@ def table(rows: pd.DataFrame, params: Shared) -> pd.DataFrame | Markdown:
 
 
 def sentences(rows: pd.DataFrame, params: Shared) -> list[str]:
-    """In which templates and classes the slice is specific, against each attribute; and what random heads do."""
+    """In which templates and classes the slice is specific, against each attribute; and what random sites do."""
     if rows.empty:
         return [NONE]
     out = []
     for attribute, each in rows.groupby("attribute", sort=False):
         for template, there in each.groupby("template", sort=False):
-            own, random = (there[(there["set"] == name) & (there["group"] == ALL)] for name in (SLICE, RANDOM))
+            every = there[there["group"] == ALL]
+            own, random = every[every["set"] == SLICE], every[every["set"].isin(RANDOM)]
             out += [template_sentence(attribute, template, row, params) for row in own.itertuples()]
-            alone = there[there["set"].str.startswith(f"{RANDOM}, set")]
-            out += [random_sentence(row, alone) for row in random.itertuples()]
+            for row in random.itertuples():
+                out.append(random_sentence(row, there[there["set"].str.startswith(f"{row.set}, set")]))
         classes = each[each["group"] != ALL]
         for name in (SLICE, "picked without it"):
             out += class_sentences(attribute, name, classes[classes["set"] == name])
@@ -120,12 +124,12 @@ def template_sentence(attribute: str, template: str, row: Any, params: Shared) -
 
 
 def random_sentence(row: Any, alone: pd.DataFrame) -> str:
-    """What random heads do there, on average and set by set."""
+    """What random sites do there, on average and set by set."""
     each = listed(of(own, "placebo", 3) for own in alone.itertuples())
     mean = f" on average over {len(alone)} sets (one by one {each})" if len(alone) else ""
     return (
-        f"Random heads of the slice's layers recover {of(row, 'placebo')} of that gap{mean}; divided by their share of "
-        f"the superset gap: {quotient(row)}."
+        f"{row.set[0].upper()}{row.set[1:]} {LAYERS[row.set]} recover {of(row, 'placebo')} of that gap{mean}; "
+        f"divided by their share of the superset gap: {quotient(row)}."
     )
 
 

@@ -395,6 +395,8 @@ def judge(
         reason = more_of(claim, n, found, threshold, params, verdict, reason)
         if claim.requires and reason.endswith(claim.requires[1]) and at(found, claim.requires[0], params) is None:
             verdict, reason = NOT_TESTABLE, f"{reason}: that was not measured, or on too few quads"
+        if beside := (found.get("measured") or {}).get("beside"):  # of a slice without heads: other sites
+            reason = reason.replace("random heads", beside)
     told = {"c": claim.centre, "p": 1 - params.level}
     asked = rule.asked.format(t=held_by if threshold is None else f"{threshold:g}", **told)
     there, rows = verdict in (SUPPORTED, NOT_SUPPORTED), None
