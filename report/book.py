@@ -31,7 +31,7 @@ from lib.errors import Refusal
 from lib.questions import Question
 from lib.records import RecordError
 from pipeline import keys, params, units
-from report import robustness, scale, validation
+from report import pairs, robustness, scale, validation
 from report.library import block, contents, library
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -434,6 +434,7 @@ def assemble(sections: params.Sections, profile: str, folders: Folders, root: Pa
         (to / f"{page}.ipynb").write_text(text, encoding="utf-8")
     generated = {
         "index": landing(results, steps, to) | {"quick": notes.get("index", "")} | headed(topic),
+        "pairs": pairs.fields(results, to, topic),
         "scale": scale.fields(root / "bench" / "results", to),
         "validation": validation.fields(root / "bench" / "results", to, results),
         "robustness": robustness.fields(root / "bench" / "results", to),

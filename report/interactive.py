@@ -8,7 +8,7 @@ paper and readers without scripts have. A kind of figure has a script of its own
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from string import Template
 from typing import Any, NamedTuple
@@ -95,6 +95,64 @@ def site_map(
     return embedded("site-map", data, "In the book, this figure answers for every site and every pair.", twin)
 
 
+class Panel(NamedTuple):
+    """Points with intervals over one axis, joined to lines."""
+
+    points: pd.DataFrame  # line, x, estimate, low, high: in the order of the legend
+    xlabel: str
+    ylabel: str
+    unit: str
+    name: str = ""
+    ticks: Sequence[str] = ()  # what whole numbers x stand for, if they are no quantity
+    bare: Mapping[str, Sequence[float]] = {}  # lines without points to be read: their values at 0, 1, ...
+
+
+def curves(twin: str, key: str, panels: Sequence[Panel]) -> HTML:
+    """Curves in place of the figure named `twin` whose points can be read; the one that is pinned stands in the address
+    under `key`."""
+    shown = []
+    for panel in panels:
+        lines = [
+            {"name": name, "points": list(zip(own["x"], *map(hundredths, ends(own)), strict=True))}
+            for name, own in panel.points.groupby("line", sort=False)
+        ]
+        for name, values in panel.bare.items():
+            lines.append({"name": name, "bare": True, "points": list(enumerate(hundredths(pd.Series(values))))})
+        shown.append(
+            panel._asdict() | {"points": None, "bare": None, "ticks": list(panel.ticks) or None, "lines": lines}
+        )
+    return embedded(
+        "curves", {"key": key, "panels": shown}, "In the book, each point of this figure can be read.", twin
+    )
+
+
+class Card(NamedTuple):
+    """What is known of one neuron or feature."""
+
+    name: str
+    gist: str  # beside the name, where the card is folded
+    facts: Mapping[str, str | Sequence[str]]  # by heading; several are listed
+    bars: Mapping[str, pd.DataFrame]  # by heading: name, estimate, low, high
+
+
+def cards(twin: str, key: str, shown: Sequence[Card], otherwise: pd.DataFrame) -> HTML:
+    """Cards to be unfolded, in place of the figure named `twin`, if any; the one chosen stands in the address under
+    `key`. Readers without scripts have the table `otherwise`."""
+    out = []
+    for card in shown:
+        bars = [
+            {"name": name, "rows": list(zip(rows["name"], *map(hundredths, ends(rows)), strict=True))}
+            for name, rows in card.bars.items()
+        ]
+        out.append({"name": card.name, "gist": card.gist, "facts": list(card.facts.items()), "bars": bars})
+    return embedded("cards", {"key": key, "cards": out}, otherwise.to_html(border=0, justify="left"), twin)
+
+
+def ends(rows: pd.DataFrame) -> list[pd.Series]:
+    """Estimates, and the ends of their intervals."""
+    return [rows[name] for name in ("estimate", "low", "high")]
+
+
 def one(part: SiteEffects, lines: Sequence[tuple[str, int]], layers: Sequence[int]) -> dict[str, Any]:
     """The numbers of one intervention, line by line from the top, hundredths of a logit; None where not measured."""
     table = part.rows.assign(significant=part.significant.astype(float)).set_index(["component", "head", "layer"])
@@ -112,13 +170,15 @@ def hundredths(values: pd.Series) -> list[int | None]:
 
 
 def by_pair(pairs: pd.DataFrame | None, rows: pd.DataFrame) -> dict[str, Any]:
-    """What leading sites do in each pair: `pairs` as [clean, corrupt, half, gap], `effects` by site in that order."""
+    """What leading sites do in each pair: `pairs` as [clean, corrupt, half, gap, pair_id], `effects` by site in that
+    order."""
     if pairs is None or not (count := PAIR_VALUES // pairs["pair_id"].nunique()):
         return {"pairs": [], "effects": {}}
     leading = rows.assign(size=rows["estimate"].abs()).nlargest(count, "size")["site"]
     wide = pairs[pairs["site"].isin(leading)].pivot(index="pair_id", columns="site", values="effect")
     about = pairs.drop_duplicates("pair_id").set_index("pair_id").loc[wide.index]
-    listed = about.assign(gap=hundredths(about["gap"]))[["clean", "corrupt", "half", "gap"]].to_numpy().tolist()
+    about = about.assign(gap=hundredths(about["gap"]), pair=about.index)
+    listed = about[["clean", "corrupt", "half", "gap", "pair"]].to_numpy().tolist()
     return {"pairs": listed, "effects": {site: hundredths(wide[site]) for site in leading if site in wide}}
 
 
@@ -201,10 +261,12 @@ def slice_builder(
 
 
 def embedded(kind: str, data: Any, otherwise: str, twin: str) -> HTML:
-    """Data for the script, with what stands there where it does not run."""
+    """Data for the script, with what stands there where it does not run: a sentence, which paper does not need, or
+    HTML."""
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), default=int).replace("<", "\\u003c")
     script = f'<script type="application/json">{text}</script>'
-    return HTML(f'<div class="interactive {kind}" data-twin="{twin}">{script}<p>{otherwise}</p></div>')
+    instead = otherwise if otherwise.startswith("<") else f"<p>{otherwise}</p>"
+    return HTML(f'<div class="interactive {kind}" data-twin="{twin}">{script}{instead}</div>')
 
 
 def scripts() -> list[str]:

@@ -81,11 +81,12 @@ const book = (() => {
     const at = decodeURIComponent(link.hash.slice(1)) || "top";
     link.hash = new URLSearchParams(found ? { site } : { site, at });
   }
-  /* Links to views of a site elsewhere, [text, page, figure] each, as far as this book has the page ("": this one). */
-  const elsewhere = (links, site) => (links || []).flatMap(([text, page, figure]) => {
+  /* Links to views of a site elsewhere, [text, page, figure] each, as far as this book has the page ("": this one);
+     `more` of the state goes along. */
+  const elsewhere = (links, site, more = {}) => (links || []).flatMap(([text, page, figure]) => {
     const there = page ? document.querySelector(`nav a[href*="${page}.html"]`) : location;
     if (!there || !(page || document.getElementById(figure))) return [];
-    const href = there.href.split("#")[0] + "#" + new URLSearchParams({ site, at: figure });
+    const href = there.href.split("#")[0] + "#" + new URLSearchParams({ ...more, site, at: figure });
     return [" ", element("a", { href }, text)];
   });
   let columns = null;

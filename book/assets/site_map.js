@@ -5,14 +5,10 @@
   const OTHER = { rises: "falls", falls: "rises" };
 
   function siteMap(data, did) {
-    const columns = data.layers.length;
-    const names = data.lines.flatMap((line) =>
-      data.layers.map((layer) => (isNaN(line) ? `${line} ${layer}` : `${layer}.${line}`)));
     const kind = (index) => {
-      const line = data.lines[Math.floor(index / columns)];
+      const line = data.lines[Math.floor(index / data.layers.length)];
       return { attn: "attention module", mlp: "MLP" }[line] || "attention head";
     };
-    const first = Math.max(0, names.indexOf(data.marked[0]));
     let act = -1, pinned = -1;
     const part = () => data.shown[act];
 
@@ -21,25 +17,10 @@
       const radio = element("input", { type: "radio", name: "site-map-act", value: index });
       choices.append(element("label", {}, radio, " " + one.name));
     });
-    const grid = element("table", { role: "grid", "aria-label": "Effect of each site on logit_diff: heads and modules by layer" });
-    grid.style.minWidth = `${3.4 + columns * 1.1}rem`;
-    if (data.lines.length > 20) grid.classList.add("dense");
+    const { box: frame, names, pin, colour: paint } = book.grid({ layers: data.layers, lines: data.lines, marked: data.marked,
+      label: "Effect of each site on logit_diff: heads and modules by layer", tell, choose: (index) => choose(index) });
+    const first = Math.max(0, names.indexOf(data.marked[0]));
     const find = element("input", { type: "search", size: 9, placeholder: names[first] });
-    const cells = [];
-    data.lines.forEach((line) => {
-      const row = grid.insertRow();
-      row.append(element("th", { scope: "row" }, line));
-      data.layers.forEach(() => {
-        const cell = element("td", { role: "gridcell", tabindex: -1 });
-        cell.dataset.index = cells.length;
-        if (data.marked.includes(names[cells.length])) cell.classList.add("marked");
-        cells.push(row.appendChild(cell));
-      });
-    });
-    const every = Math.ceil(columns / 10), foot = grid.insertRow();
-    foot.append(element("th", { scope: "row" }, "layer"));
-    data.layers.forEach((layer, index) => foot.append(
-      element("th", { scope: "col", "aria-label": `layer ${layer}` }, index % every ? "" : String(layer))));
     const scale = element("p", { class: "note" });
     const told = element("p", { class: "told", "aria-live": "polite" });
     const dots = drawn("svg", { viewBox: "0 0 440 64", role: "img" });
@@ -51,17 +32,7 @@
 
     function colour() {
       const { estimate, sure, full, verb } = part();
-      cells.forEach((cell, index) => {
-        const value = estimate[index];
-        const strength = value === null ? 0 : Math.min(1, Math.abs(value) / 100 / (full || 1));
-        cell.style.setProperty("--strength", strength.toFixed(3));
-        cell.className = cell.classList.contains("marked") ? "marked" : "";
-        cell.classList.add(value === null ? "unknown" : value < 0 ? "against" : "for");
-        cell.classList.toggle("strong", strength > 0.65);
-        cell.classList.toggle("full", strength > 0.95);
-        cell.textContent = sure[index] ? "\u2022" : "";
-        cell.setAttribute("aria-label", `${names[index]}: ${value === null ? "not measured" : signed(value) + " logits"}`);
-      });
+      paint(estimate, full, sure);
       scale.textContent = `Blue: logit_diff ${verb}; orange: it ${OTHER[verb]}; full colour from ${full.toFixed(2)} logits on. ` +
         `Brackets: ${data.level} intervals that hold for all sites together; a dot: significant by them, and by the test. ` +
         "Framed: the critical slice. Arrow keys move, Enter or a click pins.";
@@ -92,8 +63,11 @@
       const shown = values.map((value, pair) => [value, ...data.pairs[pair]]).filter((row) => row[0] !== null)
         .sort((one, two) => one[0] - two[0]);
       count.textContent = `${names[index]} in each of ${shown.length} pairs, the least effect first`;
-      list.replaceChildren(...shown.map(([value, clean, corrupt, half, gap]) => element("tr", {},
-        ...[clean, corrupt, half, signed(value), gap ? signed((100 * value) / gap) : ""].map((text) => element("td", {}, text)))));
+      list.replaceChildren(...shown.map(([value, clean, corrupt, half, gap, pair]) => {
+        const link = elsewhere([[clean, "pairs", "fig-pairs"]], names[index], { pair }), share = gap ? signed((100 * value) / gap) : "";
+        return element("tr", {}, element("td", {}, ...(link.length ? link : [clean])),
+          ...[corrupt, half, signed(value), share].map((text) => element("td", {}, text)));
+      }));
       const reach = Math.max(1, ...shown.map((row) => Math.ceil(Math.abs(row[0]) / 100)));
       const across = (value) => 172 + (150 * value) / reach;
       dots.replaceChildren();
@@ -120,15 +94,6 @@
       }
     }
 
-    function pin(index) {
-      pinned = index;
-      cells.forEach((cell, at) => {
-        cell.tabIndex = at === index ? 0 : -1;
-        cell.setAttribute("aria-selected", at === index);
-      });
-      tell(index);
-      eachPair(index);
-    }
     const remember = (chosen) => did({ site: names[pinned], act: act ? String(act) : "", ...chosen });
     const choose = (index) => remember({ site: names[index] });
     choices.onchange = (event) => remember({ act: +event.target.value ? event.target.value : "" });
@@ -138,23 +103,8 @@
       else if (find.value) told.textContent = `There is no site "${find.value}" here: heads are called layer.head, as ` +
         `${names[first]}, modules ${names.at(-1)}.`;
     };
-    const at = (event) => event.target.dataset && event.target.dataset.index;
-    grid.onclick = (event) => at(event) && choose(+at(event));
-    for (const kind of ["mouseover", "focusin"]) grid.addEventListener(kind, (event) => at(event) && tell(+at(event)));
-    grid.onmouseleave = () => tell(pinned);
-    grid.onkeydown = (event) => {
-      if (!at(event)) return;
-      const index = +at(event), column = index % columns;
-      const to = { ArrowLeft: column ? index - 1 : index, ArrowRight: column < columns - 1 ? index + 1 : index,
-        ArrowUp: index - columns, ArrowDown: index + columns, Home: index - column, End: index - column + columns - 1 }[event.key];
-      if (event.key === "Enter" || event.key === " ") choose(index);
-      else if (to === undefined) return;
-      else if (cells[to]) cells[to].focus();
-      event.preventDefault();
-    };
-
     const box = element("div", { class: "interactive site-map" }, choices, labelled("Find a site", find),
-      element("div", { class: "frame" }, grid), scale, told, dots, pairs);
+      frame, scale, told, dots, pairs);
     const show = (state) => {
       const index = names.indexOf(state.get("site")), chosen = data.shown[state.get("act")] ? +state.get("act") : 0;
       if (chosen !== act) {
@@ -162,11 +112,9 @@
         choices.querySelectorAll("input")[act].checked = true;
         colour();
       }
-      pin(index < 0 ? first : index);
-      const frame = grid.parentElement, left = cells[pinned].offsetLeft;
-      if (left < frame.scrollLeft + 60 || left > frame.scrollLeft + frame.clientWidth - 20) {
-        frame.scrollLeft = left - frame.clientWidth / 2;
-      }
+      pinned = index < 0 ? first : index;
+      pin(pinned);
+      eachPair(pinned);
     };
     return { box, show, keys: ["site", "act"], knows: (state) => names.includes(state.get("site")) };
   }

@@ -11,7 +11,7 @@ is a number: 1 if the person is in c, else 0 (`number`), or the name's own logit
 3. Rules are compared by their squared error on prompts of people that the fit has not seen.
 4. The verdict is the rule of smallest error among those not significantly worse than `free`, by more than the model's
    noise (squared).
-5. `figure`, `sentences` and `numbers` show and say it.
+5. `figure`, `touched`, `sentences` and `numbers` show and say it.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from IPython.display import HTML
 from jaxtyping import Float, Int
 from matplotlib.figure import Figure
 from scipy.sparse import coo_array
@@ -30,12 +31,14 @@ from scipy.sparse.csgraph import connected_components
 from lib import stats
 from lib.effects import columns
 from lib.stats import DEFAULTS, Interval, Settings
-from report import plots
+from report import interactive, plots
 from report.words import interval, listed, of_row
 
 COLUMNS = ("prompt", "name_a", "name_b", "superset_class", "y", "n_a", "n_b")
 RULES = ("additive", "OR", "AND")
 BASES = {"number": ("n_a", "n_b"), "evidence": ("evidence_a", "evidence_b")}
+SAID = {"number": "the number of names", "evidence": "what each name says alone"}
+AT = {"first slot": 1, "second slot": 1, "two names": 2}  # terms that are shown, at so many names
 
 
 @dataclass(frozen=True)
@@ -232,6 +235,35 @@ def figure(fit: RuleResult | None, people: pd.DataFrame) -> Figure | None:
     return plots.rule_points(fit.fitted, lines(fit, people), "logit above the classes of neither name")
 
 
+def touched(fit: RuleResult | None, people: pd.DataFrame) -> HTML | None:
+    """`figure` to be read point by point, and by how much each rule predicts worse than a free fit, for both bases."""
+    if fit is None:
+        return None
+    steps = fit.fitted[fit.fitted["term"].isin(AT)]
+    steps = steps.assign(line=steps["term"], x=steps["term"].map(AT))
+    worse = fit.errors[fit.errors["rule"].isin(RULES)]
+    worse = worse.assign(line=worse["basis"].map(SAID), x=worse["rule"].map(RULES.index), estimate=worse["worse"])
+    panels = [
+        interactive.Panel(
+            steps,
+            "names in the class",
+            "logit above neither name's classes",
+            "logits",
+            ticks=("none", "one", "two"),
+            bare=lines(fit, people),
+        ),
+        interactive.Panel(
+            worse,
+            "rule",
+            "error above the free fit's",
+            "squared logits more error than a free fit, on people not seen",
+            "How much worse than a free fit each rule predicts, by what is known of a name",
+            RULES,
+        ),
+    ]
+    return interactive.curves("fig-generality-rule", "rule", panels)
+
+
 def sentences(rule: RuleResult | None) -> dict[str, str]:
     """What one and two names add, whether a rule is exact, and which predicts best, by what each sentence is about."""
     if rule is None:
@@ -245,7 +277,7 @@ def sentences(rule: RuleResult | None) -> dict[str, str]:
         "second.",
     }
     for basis, verdict in rule.verdict.items():
-        what = "the number of names" if basis == "number" else "what each name says alone"
+        what = SAID[basis]
         if verdict is None:
             out[basis] = f"By {what}, no rule is decided: {rule.reason}."
             continue

@@ -11,18 +11,20 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from IPython.display import HTML
 from matplotlib.figure import Figure
 from scipy.optimize import linear_sum_assignment
 
 from lib import stats
 from lib.effects import columns, in_halves, is_loss, quad_matrix, reported
 from pipeline.step import Step
-from report import plots
+from report import interactive, plots
 from report.plots import class_matrices
 from report.words import counted, interval, listed
 from steps.neurons.measure import Measured, Neurons
 from steps.neurons.picks import aucs, best_features, class_directions, selective, stacked
 
+CARD_NAMES = 8  # prompts on a card
 KINDS = ("features", "neurons", "directions", "random features", "random directions")
 MATCHED = 0.7  # cosine from which two decoder rows count as one feature (Paulo and Belrose 2025, arXiv 2501.16615)
 CAPTIONS = {
@@ -127,8 +129,6 @@ def map_table(rows: pd.DataFrame, params: Neurons, pairs: pd.DataFrame) -> pd.Da
     the superset's and of other prompts on which it fires, and the names on which it fires most."""
     (_, first), (_, own) = in_halves(rows)[0], in_halves(rows)[-1]
     areas, values = aucs(first, "features"), stacked(own, "features")
-    names = own[["pair_id", "side"]].merge(pairs, on="pair_id", how="left")
-    slots = [[row[f"{row['side']}_{slot}"] for slot in "ab"] for _, row in names.iterrows()]
     out = []
     for superset, feature in best_features(rows).items():
         mine = (own["superset"] == superset).to_numpy()
@@ -140,9 +140,16 @@ def map_table(rows: pd.DataFrame, params: Neurons, pairs: pd.DataFrame) -> pd.Da
             span = columns([auc_interval(own, column, superset, params)])
             row |= {key: value[0] and min(value[0], 1.0) for key, value in span.items()}
             row |= {"fires": (column[mine] > 0).mean(), "fires elsewhere": (column[~mine] > 0).mean()}
-        top = [" and ".join(slots[index]) for index in np.argsort(-column, kind="stable")[:3] if column[index] > 0]
-        out.append(row | {"top pairs of names": "; ".join(dict.fromkeys(top))})
+        out.append(row | {"top pairs of names": "; ".join(top_names(own, column, pairs))})
     return pd.DataFrame(out)
+
+
+def top_names(own: pd.DataFrame, column: np.ndarray, pairs: pd.DataFrame, count: int = 3) -> dict[str, float]:
+    """The names of the prompts on which a feature fires most, of `count` prompts, with its activation there."""
+    first = [index for index in np.argsort(-column, kind="stable")[:count] if column[index] > 0]
+    names = own.iloc[first][["pair_id", "side"]].merge(pairs, on="pair_id", how="left")
+    each = [" and ".join(row[f"{row['side']}_{slot}"] for slot in "ab") for _, row in names.iterrows()]
+    return {name: float(column[first[each.index(name)]]) for name in dict.fromkeys(each)}
 
 
 def cards(found: pd.DataFrame, promoted: pd.DataFrame, candidates: Sequence[str]) -> pd.DataFrame:
@@ -325,6 +332,30 @@ def stable_over_seeds(step: Step, m: Measured) -> pd.DataFrame:
 def cards_table(step: Step, m: Measured) -> pd.DataFrame:
     """What the best features mean."""
     return cards(map_table(m.reads, step.params, step.pairs()), m.promoted, step.params.topic.supersets)
+
+
+def cards_touched(step: Step, m: Measured) -> HTML:
+    """A card for the best feature of each superset."""
+    pairs, own = step.pairs(), in_halves(m.reads)[-1][1]
+    values = stacked(own, "features")
+    shown = []
+    for row in cards_table(step, m).to_dict("records"):
+        column = values[:, row["feature"]]
+        top = top_names(own, column, pairs, CARD_NAMES)
+        means = pd.Series(column).groupby(own["superset"].to_numpy()).mean()
+        on = f"{counted(row['prompts'], 'prompt')} of {counted(row['quads'], 'quad')}"
+        facts = {
+            "area under the ROC curve, discovery half": f"{row['AUC, discovery']:.2f}",
+            f"area under the ROC curve, confirmation half ({on})": row["AUC, confirmation"],
+            "fires on": f"{row['fires']:.0%} of the superset's prompts, {row['fires elsewhere']:.0%} of the others",
+            "promotes": f"{row['promotes']} (of the candidates most: {row['candidate promoted most']})",
+            "prompts on which it fires most": [f"{name} ({value:.2f})" for name, value in top.items()],
+        }
+        mean = pd.DataFrame({"name": means.index, "estimate": means.to_numpy(), "low": None, "high": None})
+        gist = f"feature {row['feature']}, AUC {row['AUC, confirmation']}"
+        bars = {"mean activation, confirmation half": mean}
+        shown.append(interactive.Card(row["superset"], gist, facts, bars))
+    return interactive.cards("", "feature", shown, cards_table(step, m))
 
 
 def budgets_figure(step: Step, m: Measured) -> Figure:

@@ -12,23 +12,26 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from IPython.display import HTML
 from matplotlib import style
 from scipy import stats as tests
 
 from lib import effects, stats
 from lib.effects import in_halves, reported
 from pipeline.step import Step
-from report import plots
+from report import interactive, plots
 from report.plots import BLUE, STYLE, VERMILION, WIDTH, Figure
-from report.words import counted, in_logits, interval, listed
+from report.words import counted, in_logits, interval, listed, of_row
 from steps.neurons.measure import Measured, Neurons
 from steps.neurons.picks import NEURON, Set, means
 
 QUANTITY = {"mean": "damage", "clean": "recovery"}  # damage under a class-neutral ablation: the other is its mirror
+CARD_WORDS = 8  # names and tokens on a card
 HALF = 0.5  # "carry" means more than half of the MLPs' joint effect
 TOLD = [*NEURON, "superset", "discovery", "adjusted", "confirmation", "p", "mean", "mean_others", "picked", "selective"]
 TOLD += ["promoted", "suppressed", "site"]
 CLAIMED = {"quantity": "damage", "n_sites": 10}  # what the claim of page 10 about a few neurons is about
+WRITES = {"up": "most", "down": "least"}
 CAPTIONS = {
     "top": "The neurons of largest effect either way, picked on the discovery half: fall of logit_diff when each "
     "is given its corrupt value in the clean run (negative: it rises, the neuron opposes the answer), both halves; "
@@ -199,22 +202,34 @@ def by_class(activations: pd.DataFrame, cards: pd.DataFrame, params: Neurons) ->
     return pd.DataFrame(rows).explode(["estimate", "low", "high"], ignore_index=True)
 
 
+def card_words(activations: pd.DataFrame, tokens: pd.DataFrame, card: Any, count: int = 3) -> dict[str, list[str]]:
+    """The words of a card: its names of highest and lowest activation, and the tokens that one unit of it writes on
+    most and least. `activations` as of `named_prompts`."""
+    mine = activations[(activations["layer"] == card.layer) & (activations["head"] == card.head)]
+    names = mine.groupby("names")["activation"].mean().sort_values()
+    own = tokens[(tokens["layer"] == card.layer) & (tokens["head"] == card.head) & (tokens["rank"] <= count)]
+    shown = {"highest": names[::-1][:count], "lowest": names[:count]}
+    out = {how: [f"{who} ({value:.2f})" for who, value in part.items()] for how, part in shown.items()}
+    return out | {
+        f"writes {WRITES[end]} on": [f'"{token}"' for token in part["token"]] for end, part in own.groupby("end")
+    }
+
+
+def singled_out(tokens: pd.DataFrame, card: Any) -> dict[str, float]:
+    """The share of the layer's neurons that single out their first word as much, for both ends."""
+    own = tokens[(tokens["layer"] == card.layer) & (tokens["head"] == card.head)]
+    return {f"writes {WRITES[end]} on": float(part["p"].iloc[0]) for end, part in own.groupby("end")}
+
+
 def card_table(activations: pd.DataFrame, tokens: pd.DataFrame, cards: pd.DataFrame, count: int = 3) -> pd.DataFrame:
-    """The words of each card: its names of highest and lowest activation, and the tokens that one unit of it writes on
-    most and least, with the share of the layer's neurons that single one out as much. `activations` as of
-    `named_prompts`."""
+    """`card_words` of each card, with the share of the layer's neurons that single a word out as much."""
     rows = []
     for card in cards.itertuples():
-        mine = activations[(activations["layer"] == card.layer) & (activations["head"] == card.head)]
-        names = mine.groupby("names")["activation"].mean().sort_values()
-        own = tokens[(tokens["layer"] == card.layer) & (tokens["head"] == card.head) & (tokens["rank"] <= count)]
-        said = {
-            end: ", ".join(f'"{token}"' for token in part["token"]) + f" ({part['p'].iloc[0]:.0%})"
-            for end, part in own.groupby("end")
-        }
-        shown = {"highest": names[::-1][:count], "lowest": names[:count]}
-        people = {how: "; ".join(f"{who} ({value:.2f})" for who, value in part.items()) for how, part in shown.items()}
-        rows.append({"neuron": card.site, **people, "writes most on": said["up"], "writes least on": said["down"]})
+        words, shares = card_words(activations, tokens, card, count), singled_out(tokens, card)
+        said = {end: f"{', '.join(words[end])} ({share:.0%})" for end, share in shares.items()}
+        people = {how: "; ".join(words[how]) for how in ("highest", "lowest")}
+        rows.append({"neuron": card.site, **people, "writes most on": said["writes most on"]})
+        rows[-1]["writes least on"] = said["writes least on"]
     return pd.DataFrame(rows).set_index("neuron")
 
 
@@ -299,6 +314,39 @@ def cards(step: Step, m: Measured) -> Figure:
 def words_table(step: Step, m: Measured) -> pd.DataFrame:
     """Names and tokens of the first of the leading neurons."""
     return card_table(named_prompts(m.activations, step.pairs()), m.tokens, m.top.head(step.params.cards))
+
+
+def cards_touched(step: Step, m: Measured) -> HTML:
+    """A card for each of the first of the leading neurons: what it does, for whom it is active, what it writes."""
+    first, prompts = m.top.head(step.params.cards), named_prompts(m.activations, step.pairs())
+    active = by_class(m.activations, first, step.params).rename(columns={"superset": "name"})
+    direct = direct_by_class(m.classes, first)
+    told = selective(m.classes, step.params).set_index("site")
+    lead = singles(m.joint, m.sets, step.params)["counterfactual"]
+    shown = []
+    for card in first.itertuples():
+        facts: dict[str, Any] = {
+            f"fall of logit_diff when it takes its corrupt value, {row.half} half (logits)": of_row(row)
+            for row in lead[lead["site"] == card.site].itertuples()
+        }
+        gist = ""
+        if card.site in told.index:
+            row = told.loc[card.site]
+            gist = f"tells {row['superset']} apart: {row['confirmation']:.2f}"
+            sure = "" if row["selective"] else "not "
+            facts["area under the ROC curve of the superset it tells best"] = (
+                f"{row['superset']}: {row['discovery']:.2f} on the discovery half, {row['confirmation']:.2f} on the "
+                f"confirmation half ({sure}selective)"
+            )
+        words, shares = card_words(prompts, m.tokens, card, CARD_WORDS), singled_out(m.tokens, card)
+        for what, items in words.items():
+            rest = f" (of the layer's neurons {shares[what]:.0%} single one out as much)" if what in shares else ""
+            facts[f"{what}{rest}" if what in shares else f"names of {what} activation"] = items
+        writes = direct.loc[card.site].rename("estimate").rename_axis("name").reset_index().assign(low=None, high=None)
+        bars = {"activation, confirmation half": active[active["site"] == card.site]}
+        bars["what it writes directly on each superset's logit, on that superset's prompts"] = writes
+        shown.append(interactive.Card(card.site, gist, facts, bars))
+    return interactive.cards("fig-neurons-cards", "neuron", shown, words_table(step, m))
 
 
 # --- sentences ---

@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+from IPython.display import HTML
 
 from lib import effects, stats
 from lib.effects import reported
 from lib.tasks import Pair
-from report import plots, site_tables
+from report import interactive, plots, site_tables
 from report.plots import Figure
 from report.words import ONE_HALF, OVER_QUADS, interval, listed
 from steps.subspace.direction_sweeps import PARTS
@@ -250,6 +251,15 @@ def dose_figure(n: Numbers) -> Figure:
     """Dose-response curves, a panel for each kind of prompt."""
     xlabel, ylabel = "dose (multiples of class mean - mean of all classes)", "logit of the class added, less the "
     return lines(n.doses, "dose", "added", xlabel, ylabel + "candidates' mean", panel="kind")
+
+
+def doses_touched(n: Numbers) -> HTML:
+    """`dose_figure` to be read point by point."""
+    panels = [
+        interactive.Panel(own.assign(line=own["added"], x=own["dose"]), "dose", "logit above the mean", "logits", kind)
+        for kind, own in n.doses.groupby("kind", sort=False)
+    ]
+    return interactive.curves("fig-subspace-doses", "dose", panels)
 
 
 def transfer_figure(n: Numbers) -> Figure:
