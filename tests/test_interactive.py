@@ -206,11 +206,35 @@ def test_a_table_is_searched_sorted_and_cited(page):
     start, up, down, order, chosen, counted, found = whole["seen"]
     assert start == ["claim 2", "claim 10", "claim 1"] and up == ["claim 1", "claim 2", "claim 10"]
     assert down == up[::-1] and order == "descending"
-    assert chosen == ["claim 10", "claim 2"] and counted == "2 of 3 shown" and found == ["claim 10"]
+    assert chosen == ["claim 10", "claim 2"] and counted == "2 of 3 found" and found == ["claim 10"]
     assert {"claim.find=CLAIM+10", "claim.sort=-0", "claim.verdict=no"} == {*whole["hash"][1:].split("&")}
     assert cited["seen"][0] == ["claim 1"] and other["seen"][0] == start, (
         "each table has a place of its own in the address"
     )
+
+
+def test_a_long_table_shows_its_first_rows_until_all_are_asked_for(tmp_path):
+    frame = pd.DataFrame({"claim": [f"claim {n}" for n in range(60)]})
+    shutil.copytree(interactive.ASSETS, tmp_path, dirs_exist_ok=True)
+    style = '<link rel="stylesheet" href="superset.css">'
+    body = (
+        f'<div class="sortable">{frame.to_html()}</div><div>{frame.to_html()}</div><div>{frame.head(9).to_html()}</div>'
+    )
+    body = body.replace('class="dataframe"', "", 1)
+    (tmp_path / "page.html").write_text(f'<!doctype html><meta charset="utf-8">{style}{SCRIPTS}{body}')
+    look = """window => {
+      const all = what => [...window.document.querySelectorAll(what)];
+      const shown = () => all("table").map(table => [...table.tBodies[0].rows].filter(row => row.offsetHeight).length);
+      const seen = [shown()];
+      all("input")[0].value = "claim 59"; all("input")[0].oninput(); seen.push(shown()[0]);
+      all("input")[0].value = ""; all("input")[0].oninput();
+      for (const button of all("button.more")) button.click();
+      return {seen: [...seen, shown()], left: all("button.more").filter(button => button.offsetHeight).length};
+    }"""
+    (found,) = book_checks.looked_at(tmp_path, ["page.html"], look).values()
+    (first, long, short), few, whole = found["seen"]
+    assert first == 12 and 5 < long < 30 and short == 9 and few == 1
+    assert whole == [60, 60, 9] and found["left"] == 0
 
 
 LANES = [
