@@ -186,14 +186,17 @@ def circuit_graph(
     twin: str,
     lanes: Sequence[tuple[str, Sequence[str]]],
     edges: pd.DataFrame,
-    quads: int,
     level: float = 0.95,
     links: Sequence[Link] = (),
+    kept: Sequence[str] | None = None,
+    notes: Mapping[str, str] | None = None,
+    hidden: int = 0,
 ) -> HTML:
     """The graph of `plots.circuit_graph` (`twin`), whose threshold is the reader's, and in which a site can be pinned.
 
     `edges` has `source`, `target`, `estimate` (logits), `low`, `high`, `significant`, and for edges of too few `quads`
-    for an interval `least` and `most`, the range over quads.
+    for an interval `least` and `most`, the range over quads. `kept` nodes are those of the circuit, where there are
+    others; `notes` says more of a site; `hidden` nodes of the circuit are not in the graph.
     """
     places, layers = plots.laid_out(lanes)
     numbers, tested = {node: number for number, node in enumerate(places)}, bool(edges["low"].notna().any())
@@ -208,7 +211,10 @@ def circuit_graph(
         "edges": listed[columns].astype(object).where(listed[columns].notna(), None).to_numpy().tolist(),
         "least": round(100 * plots.strongest(edges, plots.EDGES)),
         "tested": tested,
-        "quads": quads,
+        "quads": int(edges["quads"].max()) if len(edges) else 0,
+        "kept": None if kept is None else [numbers[node] for node in kept],
+        "notes": dict(notes or {}),
+        "hidden": hidden,
         "level": f"{level:.0%}",
         "links": list(links),
     }

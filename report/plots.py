@@ -732,22 +732,24 @@ def strongest(edges: pd.DataFrame, count: int) -> float:
     return float(np.floor(100 * sizes.iloc[count - 1]) / 100) if len(sizes) > count else 0.0
 
 
-def circuit_graph(lanes: Sequence[tuple[str, Sequence[str]]], edges: pd.DataFrame, unit: str = "logits") -> Figure:
+def circuit_graph(
+    lanes: Sequence[tuple[str, Sequence[str]]], edges: pd.DataFrame, kept: Sequence[str] | None = None
+) -> Figure:
     """A circuit as a graph: a lane of nodes for each role, layers from the top; the strongest edges, EDGES or so.
 
     `lanes` as `laid_out` takes them. `edges` has `source`, `target`, `estimate`, `significant`, and perhaps `low`. A
     line is as wide as the root of its effect, which is written beside the LABELLED widest where there is room. An edge
-    that was tested and is not significant is dashed and grey. A node is labelled by its name up to " at ".
+    that was tested and is not significant is dashed and grey. A node is labelled by its name up to " at "; those
+    that are not `kept`, where that is given, are pale.
 
     Raises ValueError for a node in two lanes, and for an edge to or from a node that is in none.
     """
-    _need("circuit_graph", edges, "source", "target", "estimate", "significant", interval=False)
     places, layers = laid_out(lanes)
     if lost := sorted({*edges["source"], *edges["target"]} - set(places)):
         raise ValueError(
             f"circuit_graph: edges name {lost[0]!r}, which is in no lane; the nodes are {', '.join(places)}"
         )
-    least, largest = strongest(edges, EDGES), edges["estimate"].abs().max() or 1
+    least, largest = strongest(edges, EDGES), edges["estimate"].abs().max() if len(edges) else 1.0
     shown = edges[edges["estimate"].abs() >= least].sort_values("estimate", key=abs)
     tested = "low" not in edges or edges["low"].notna().any()
     with _canvas((WIDTH, 1.0 + 0.27 * len(layers))) as (figure, (axes,)):
@@ -762,17 +764,19 @@ def circuit_graph(lanes: Sequence[tuple[str, Sequence[str]]], edges: pd.DataFram
             back = {"boxstyle": "round,pad=0.1", "fc": "white", "ec": "none", "alpha": 0.8}
             axes.text(*place, text, ha="center", va="center", fontsize=7, bbox=back, zorder=3)
         for node, (x, y) in places.items():
-            box = {"boxstyle": "round,pad=0.25", "fc": "white", "ec": BLACK, "lw": 0.8}
-            axes.text(x, y, node.split(" at ")[0], ha="center", va="center", fontsize=8.5, bbox=box, zorder=4)
+            colour = BLACK if kept is None or node in kept or not re.search(r"\d", node) else GREY
+            box = {"boxstyle": "round,pad=0.25", "fc": "white", "ec": colour, "lw": 0.8}
+            look = {"ha": "center", "va": "center", "fontsize": 8.5, "color": colour}
+            axes.text(x, y, node.split(" at ")[0], bbox=box, zorder=4, **look)
         for x, (heading, _) in enumerate(lanes):
             axes.text(x, -0.8, heading, ha="center", va="bottom", fontweight="bold", fontsize=9)
         for y, layer in enumerate(layers):
             axes.text(-0.42, y, f"layer {layer}" * bool(layer), ha="left", va="center", fontsize=8, color=GREY)
         for label, colour in (("raises logit_diff", BLUE), ("lowers it", VERMILION)):
             axes.plot([], [], label=label, lw=3, color=colour, alpha=0.55)
-        if tested:
+        if tested and len(edges):
             axes.plot([], [], label="not significant", lw=3, color=GREY, ls=(0, (1, 0.7)), alpha=0.55)
-        told = f"{len(shown)} of {len(edges)} edges: {least:.2f} {unit} or more, widest {largest:.2f}"
+        told = f"{len(shown)} of {len(edges)} paths: {least:.2f} logits or more, widest {largest:.2f}"
         axes.plot([], [], " ", label=told)
         axes.set(xlim=(-0.45, len(lanes) - 0.6), ylim=(len(layers) - 0.4, -1.4))
         axes.set_axis_off()

@@ -68,7 +68,7 @@ def test_a_graph_of_many_paths_shows_the_strongest():
     figure = plots.circuit_graph(COLUMNS, many)
     count = sum(isinstance(patch, PathPatch) for patch in figure.axes[0].patches)
     assert plots.EDGES <= count < plots.EDGES + 5
-    assert f"{count} of 50 edges: " in [text.get_text() for text in figure.legends[0].get_texts()][-1]
+    assert f"{count} of 50 paths: " in [text.get_text() for text in figure.legends[0].get_texts()][-1]
 
 
 def test_a_graph_refuses_what_it_cannot_place():

@@ -13,8 +13,9 @@ from test_sweep import PAIRS
 
 from lib import hooks, records
 from pipeline import params
+from report import plots
 from steps.registry import PLAN
-from steps.story import circuits, everywhere, everywhere_page, measure
+from steps.story import circuits, everywhere, everywhere_page, graph_page, measure
 from steps.story.circuits import Circuit
 
 P = params.validate(PLAN.sections, "story", params.load_profile("smoke") | {"random_sets": 2, "everywhere_limit": 8})
@@ -208,3 +209,34 @@ def test_a_curve_that_never_reaches_the_share_and_no_circuit_are_said(measured):
     few = measured.tested[measured.tested["quad_id"].isin(["q0", "q1"])]
     text = everywhere_page.sentences(everywhere_page.numbers(measured._replace(tested=few), P), P)
     assert "too few quads" in " ".join(text) and "nan" not in " ".join(text)
+
+
+def test_the_graph_has_the_sites_of_both_circuits_and_the_paths_of_step_06():
+    rows = [("names", "mlp 0 at names", 2.0), ("mlp 0 at names", "2.1", 1.0), ("2.1", "answer", 0.5)]
+    edges = pd.DataFrame(rows, columns=["source", "target", "estimate"])
+    everywhere = ["mlp 0 at names", "1.1 at between", "mlp 2 at last", "0.1 at names"]
+    found = graph_page.graph(edges, everywhere, ["mlp 2", "2.0"])
+    assert found.lanes == [
+        ("names", ["names"]),
+        ("at the names", ["0.1 at names", "mlp 0 at names"]),
+        ("after them", ["1.1 at between"]),
+        ("last token", ["2.0", "2.1", "mlp 2"]),
+        ("answer", ["answer"]),
+    ]
+    assert "2.1" not in found.kept and set(found.kept) == {*everywhere[:2], "mlp 2", "0.1 at names", "2.0"}
+    many = graph_page.graph(edges.iloc[:0], [f"{layer}.0 at last" for layer in range(60)], ["7.0"])
+    assert [name for name, _ in many.lanes] == ["last token"], "without paths there are no names and no answer"
+    assert len(many.kept) == graph_page.NODES and many.hidden == 20
+    assert len(plots.circuit_graph(many.lanes, many.edges.assign(significant=False), many.kept).axes[0].texts) > 40
+
+
+def test_a_note_says_in_which_circuit_a_site_is_and_what_its_removal_costs():
+    cost = pd.DataFrame(
+        {"site": ["1.1 at names", "2.0"], "estimate": [0.5, 0.25], "low": [0.4, None], "high": [0.6, None]}
+    )
+    circuits = {"over all tokens": (["1.1 at names", "1.1 at last"], cost), "at the last token": (["2.0", "1.1"], cost)}
+    assert graph_page.notes(circuits) == {
+        "1.1": "in the circuit over all tokens at names (removal costs it 0.50 [0.40, 0.60] logits) and at last ("
+        "removal not tested); in the circuit at the last token (removal not tested)",
+        "2.0": "in the circuit at the last token (removal costs it 0.25 logits)",
+    }

@@ -250,7 +250,9 @@ PATHS = pd.DataFrame(
     ],
     columns=["source", "target", "estimate"],
 )  # fmt: skip
-RANGES = PATHS.assign(low=None, high=None, significant=False, least=PATHS["estimate"] - 1, most=PATHS["estimate"] + 1)
+RANGES = PATHS.assign(
+    low=None, high=None, significant=False, least=PATHS["estimate"] - 1, most=PATHS["estimate"] + 1, quads=6
+)
 
 
 def test_a_graph_lights_the_paths_of_a_site_and_goes_by_its_threshold(tmp_path):
@@ -287,13 +289,13 @@ def test_a_graph_lights_the_paths_of_a_site_and_goes_by_its_threshold(tmp_path):
         few["start"]["table"][0] == "names | mlp 1 at names | 4.00 | 3.00 to 5.00"
         and "range over 6 quads" in few["head"]
     )
-    assert few["pinned"]["told"] == "2.1: of the paths to or from it, 3 measured, 3 at the threshold or above."
+    assert few["pinned"]["told"] == "2.1: Of the paths to or from it, 3 measured, 3 at the threshold or above."
     assert few["pinned"]["dim"] == 2 and few["pinned"]["hash"] == "#site=2.1&at=fig" and few["focused"] == "2.1"
     assert few["pinned"]["table"][2] == "2.1 | mlp 3 | −0.25 | −1.25 to 0.75"
     assert few["thin"]["lines"] == 2 and few["thin"]["hash"] == "#site=2.1&at=fig&min=1.00"
     assert few["output"] == "1.00 logits or more: 2 of 5" and few["width"] <= 390
     assert enough["start"]["dashed"] == 4 and enough["start"]["table"][0].endswith("| 3.00 to 5.00 | yes")
-    assert unknown["start"]["told"] == "9.9: no path to or from it was measured here."
+    assert unknown["start"]["told"] == "9.9: No path to or from it was measured here."
     assert cited["start"]["lines"] == 2 and cited["start"]["dim"] == 0, "both are paths of mlp 1"
 
 

@@ -3,10 +3,11 @@
 "use strict";
 (() => {
   const { element, drawn, framed, number, signed, elsewhere } = book;
-  const ROW = 27, TOP = 34, LISTED = 12, WIDEST = 13, LEAST = 340;
+  const ROW = 27, TOP = 34, LISTED = 12, WIDEST = 13;
 
   function circuitGraph(data, did) {
     const [FROM, TO, EFFECT, LOW, HIGH, SURE] = [0, 1, 2, 3, 4, 5];
+    const narrowest = 84 * Math.max(4, data.lanes.length);
     const site = (node) => data.nodes[node][0].split(" at ")[0];
     const named = (node) => (/\d/.test(site(node)) ? site(node) : "");
     const largest = Math.max(1, ...data.edges.map((edge) => Math.abs(edge[EFFECT])));
@@ -20,9 +21,13 @@
     const head = element("tr", {}, ...["from", "to", "effect (logits)", data.tested ? `${data.level} interval` : `range over ${data.quads} quads`,
       ...(data.tested ? ["significant"] : [])].map((text) => element("th", { scope: "col" }, text)));
     const table = framed("The strongest paths", element("table", { class: "edges" }, caption, element("thead", {}, head), list));
+    const untested = data.edges.length ? `${data.quads} quads are too few for intervals, so that no path is tested. `
+      : "No path between these sites was measured. ";
     const note = element("p", { class: "note" }, "Blue: the path raises logit_diff; orange: it lowers it. A line is as wide as the " +
       `root of its effect. ` + (data.tested ? `Intervals hold for all paths at one token together; dashed: not significant. `
-        : `${data.quads} quads are too few for intervals, so that no path is tested. `) + "A click, tap or Enter pins a site.");
+        : untested) + (data.kept ? "Pale sites are in neither circuit; paths lead to and from those that step 06 followed. " : "") +
+      (data.hidden ? `Of the circuit over all tokens, ${data.hidden} sites further down the order of attribution are not drawn. ` : "") +
+      "A click, tap or Enter pins a site.");
 
     /* The slider moves in squares, so that small thresholds, where most paths are, have room. */
     const toSlider = (threshold) => 100 * Math.sqrt(Math.min(1, threshold / largest));
@@ -37,7 +42,7 @@
       (data.tested ? `, ${edge[SURE] ? "" : "not "}significant` : "");
 
     function place() {
-      width = Math.max(LEAST, frame.clientWidth || 680);
+      width = Math.max(narrowest, frame.clientWidth || 680);
       const height = TOP + data.layers.length * ROW + 6, inner = width - 44 - 84;
       svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
       svg.style.cssText = `width:${width}px;height:${height}px`;
@@ -56,7 +61,7 @@
       svg.replaceChildren();
       marks.length = 0;
       data.layers.forEach((layer, row) => layer && write(2, TOP + 18 + row * ROW, layer, "layer"));
-      write(2, 12, "layer", "layer");
+      write(2, 25, "layer", "layer");
       data.lanes.forEach((heading, lane) => {
         const x = 78 + ((width - 128) * lane) / Math.max(1, data.lanes.length - 1);
         heading.split(", ").forEach((part, at) => write(Math.min(x, width - 34), 12 + 13 * at, part, "lane"));
@@ -75,7 +80,8 @@
       }
       data.nodes.forEach(([name], node) => {
         const [x, y] = places[node], own = named(node);
-        const group = drawn("g", { class: "node", tabindex: 0, role: "button", "aria-label": name },
+        const pale = data.kept && own && !data.kept.includes(node) ? " pale" : "";
+        const group = drawn("g", { class: "node" + pale, tabindex: 0, role: "button", "aria-label": name },
           drawn("rect", { x: x - 27, y: y - 11, width: 54, height: 22, rx: 5 }), drawn("text", { x, y: y + 4, class: "axis" }, site(node)));
         const toggle = () => own && did({ site: own === pinned ? "" : own });
         group.onclick = toggle;
@@ -104,10 +110,11 @@
     function tell() {
       const known = data.nodes.some((_, node) => site(node) === pinned);
       const own = data.edges.filter((edge) => about(edge, pinned)), shown = own.filter((edge) => Math.abs(edge[EFFECT]) >= least);
+      const also = data.notes[pinned] ? ` ${data.notes[pinned]}.` : data.kept && known ? " in neither circuit." : "";
       told.replaceChildren();
       if (pinned === "") told.append("No site is pinned.");
-      else if (!known) told.append(element("strong", {}, pinned), ": no path to or from it was measured here.", ...elsewhere(data.links, pinned));
-      else told.append(element("strong", {}, pinned), `: of the paths to or from it, ${own.length} measured, ` +
+      else if (!known) told.append(element("strong", {}, pinned), `:${also} No path to or from it was measured here.`, ...elsewhere(data.links, pinned));
+      else told.append(element("strong", {}, pinned), `:${also} Of the paths to or from it, ${own.length} measured, ` +
         `${shown.length} at the threshold or above.`, ...elsewhere(data.links, pinned));
     }
     function listEdges() {
@@ -134,7 +141,7 @@
       pinned = state.get("site") || "";
       paint();
     };
-    new ResizeObserver(() => Math.max(LEAST, frame.clientWidth) !== width && paint()).observe(frame);
+    new ResizeObserver(() => Math.max(narrowest, frame.clientWidth) !== width && paint()).observe(frame);
     const box = element("div", { class: "interactive circuit-graph" },
       element("p", {}, element("label", {}, "Show paths of at least ", slider), " ", count), frame, note, told, table);
     const knows = (state) => state.has("min") || data.nodes.some((_, node) => named(node) && named(node) === state.get("site"));

@@ -325,7 +325,7 @@ def leaders(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def edges_table(records: pd.DataFrame, params: RetrievalHeads) -> pd.DataFrame:
-    """Edges of the two-hop path, confirmation half: source, target, mean effect (logits), its range over quads
+    """Edges of the two-hop path, confirmation half: source, target, mean effect (logits), its range over `quads`
     (`least`, `most`), and whether it is other than zero (familywise over all edges at one token, above the model's
     noise; nothing is claimed of too few quads)."""
     own = reported(records).assign(component=lambda frame: frame["sender"])
@@ -336,7 +336,7 @@ def edges_table(records: pd.DataFrame, params: RetrievalHeads) -> pd.DataFrame:
     for _, rows in own.groupby(["position", "mlps"], sort=False):
         matrix = quad_matrix(rows, "effect", ["source", "target"])
         found = matrix.sites.assign(**effects.familywise(matrix.values, params, floor=params.floor))
-        ends = {"least": matrix.values.min(0), "most": matrix.values.max(0)}
+        ends = {"least": matrix.values.min(0), "most": matrix.values.max(0), "quads": len(matrix.quads)}
         parts.append(found.assign(significant=effects.significant(found, params), **ends))
     return pd.concat(parts, ignore_index=True)
 
@@ -477,9 +477,8 @@ def two_hop(step: Step, m: Measured) -> Figure:
 def circuit_graph(step: Step, m: Measured) -> HTML:
     """The same, to be asked site by site."""
     lanes, edges = graph(edges_table(m.edges, step.params), m.senders, m.slice_sites)
-    quads = reported(m.edges)["quad_id"].nunique()
     links = [interactive.Link("In the map of sites.", step.plan.page("sufficiency"), "fig-sufficiency-heads")]
-    return interactive.circuit_graph("fig-two-hop", lanes, edges, quads, step.params.level, links)
+    return interactive.circuit_graph("fig-two-hop", lanes, edges, step.params.level, links)
 
 
 # --- sentences ---
@@ -831,6 +830,7 @@ def findings(step: Step, m: Measured) -> dict[str, Any]:
         if found["two_stages"] is None and not found["retrieval_heads"]
         else any_head(tests),
         "one_stage": {"why": why} if found["one_stage"] is None else everything.iloc[0].to_dict(),
+        "edges": edges_table(m.edges, p).to_dict("records"),
         "senders": {role: leaders(table).to_dict("records") for role, table in m.routes.items()},
         "sentences": sentences,
         "headline": [routed[0], *conclusions],
