@@ -31,7 +31,7 @@ from planted import circuit, shapes, truth
 from planted.circuit import AT, SPACES, WIDE, WIDTH, Head, Mlp, Part, Read, parts_of
 from planted.effects import truth_of
 from planted.options import HEADS, Options, fingerprint, parse
-from planted.question import ASKS, CLASSES, JOINS, LABELS, MIDDLES, NAME, REGIONS, read_tokens
+from planted.question import ASKS, CLASSES, JOINS, LABELS, MIDDLES, NAME, ODD, REGIONS, codes, read_tokens
 from planted.shapes import HIDDEN, SIZE, Layer, Weights
 
 SLOW = [*range(10, 16), *range(26, 32)]  # rotary dimensions that turn by less than 1e-7 a token
@@ -96,12 +96,14 @@ def embed(laid: Weights, words: transformers.PreTrainedTokenizerFast, o: Options
     cap, where no preference would be the same for all prompts."""
     embedding, unembedding = laid.embedding, laid.unembedding
     tokens = {token.text: token for token in read_tokens()}
+    begins = {word: torch.as_tensor(code, dtype=torch.float32) for word, code in codes().items()}
     embedding[:, AT["one"]] = 1
     embedding[0, AT["start"]] = 1
     embedding[:, AT["identity"]] = 0.3 * torch.randn(len(embedding), SPACES["identity"], generator=draw)
     for text, number in words.get_vocab().items():
         word = text.strip()
-        embedding[number, AT["asks"]] = float(word in ASKS)
+        embedding[number, AT["asks"]] = float(word in (*ASKS, ODD))
+        embedding[number, AT["odd"]] = float(word == ODD)
         embedding[number, AT["joins"]] = float(word == JOINS)
         embedding[number, AT["middle"]] = float(word in MIDDLES)
         if (token := tokens.get(word)) is not None and token.number >= 0:
@@ -109,6 +111,10 @@ def embed(laid: Weights, words: transformers.PreTrainedTokenizerFast, o: Options
             embedding[number, AT[space].start + token.number] = 1
             if token.region >= 0:
                 embedding[number, AT["own_region"].start + token.region] = 1
+            if word in begins:
+                embedding[number, AT[f"{token.kind}_code"]] = begins[word]
+                if o.task == "odd_one_out" and text.startswith(" "):
+                    unembedding[number, AT["answer_code"]] = o.logits / 3 * begins[word]
     question = questions.load(NAME)
     preference = 0.0 if o.shape == "gemma2" else 0.2
     for space, attribute, order in (("superset", "superset", CLASSES), ("region_answer", "region", REGIONS)):

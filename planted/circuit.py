@@ -19,12 +19,13 @@ from types import MappingProxyType
 import numpy as np
 
 from planted.options import HEADS, Options, PlantedError
-from planted.question import CLASSES, LABELS, REGIONS
+from planted.question import CLASSES, CODE, LABELS, REGIONS, digits
 
 N, C, R = len(LABELS), len(CLASSES), len(REGIONS)
 # Name of a space -> its dimensions. Of every token: `one` (always 1), `start` (the first token), `asks` (an answer is
 # due after it), `joins` (stands between the names), `middle` (stands after them), `identity` (random), and what a token
-# of a name says: `u`, `v`, `single`, `own_region`; `position` is of learned positions. Written by parts: all others.
+# of a name says: `u`, `v`, `single`, `own_region`, and its code as an answer, `first_code`, `single_code`; `odd`: the
+# odd one is asked for; `position` is of learned positions. Written by parts: all others.
 SPACES = {"one": 1, "start": 1, "asks": 1, "joins": 1, "middle": 1, "u": N, "v": N, "single": N, "own_region": R}
 SPACES |= {
     "second": 1,
@@ -37,6 +38,7 @@ SPACES |= {
     "passing": 1,
 }
 SPACES |= {"retrieved": N, "retrieved_region": R, "superset": C, "region_answer": R, "stand_in": C, "unread": N}
+SPACES |= {"odd": 1, "first_code": CODE, "single_code": CODE, "code": CODE, "answer_code": CODE, "odd_class": C}
 SPACES |= {"identity": 32, "position": 6}
 WIDE = sum(SPACES.values())
 AT = {
@@ -50,9 +52,9 @@ NEGATIVE, ROUTED, LARGE = 0.2, 0.1, 10.0  # shares of the answer; size of what t
 SHARES = {2: (0.6, 0.4), 3: (0.5, 0.3, 0.2), 4: (0.4, 0.3, 0.2, 0.1)}
 SPLIT = (0.6, 0.4)  # of a class between its two neurons
 MEMBERS = np.repeat(np.eye(C), N // C, axis=0).T  # (classes, professions)
-WIDTH = 256  # neurons of an MLP; the writer takes 156 to 158
-PLACES = ("start", "name_a", "joins", "name_b", "between", "last")
-NAMES = ("name_a", "name_b")
+WIDTH = 256  # neurons of an MLP; the writer takes 174 to 176
+PLACES = ("start", "name_a", "joins", "name_b", "name_c", "between", "last")
+NAMES = ("name_a", "name_b", "name_c")
 
 Read = Mapping[str, np.ndarray]  # space -> weights: a linear functional of the residual stream
 State = np.ndarray  # (places, dimensions of all spaces): the residual stream, or what a part adds to it
@@ -163,9 +165,10 @@ def attending(asks: str, known: str, start: float = 0.5) -> tuple[tuple[Read, Re
 
 
 def gatherers(layer: int) -> Iterator[Head]:
-    """Heads that copy the number of a first token to one and two tokens later."""
+    """Heads that copy the number of a first token, and its code, to one and two tokens later."""
     for offset in (1, 2):
-        yield Head("gather", layer, "names", values=(("u", "before", np.eye(N)),), offset=offset)
+        values = ("u", "before", np.eye(N)), ("first_code", "code", np.eye(CODE))
+        yield Head("gather", layer, "names", values=values, offset=offset)
 
 
 def order(layer: int) -> Head:
@@ -175,7 +178,7 @@ def order(layer: int) -> Head:
 
 
 def writer(layer: int, placebo: bool) -> Mlp:
-    """Professions at the last tokens of names: of first and last token together, or of a single one."""
+    """Professions at the last tokens of names: of first and last token together, or of a single one, and its code."""
     half = 2.0  # a gate of 0.5 gives 0.5
     known = {"known": np.array([half])}
     neurons = []
@@ -185,6 +188,8 @@ def writer(layer: int, placebo: bool) -> Mlp:
             neurons.append(Neuron(gate, {"profession": unit(N, (u + v) % N, half), **known}))
     for p in range(N):
         neurons.append(Neuron({"single": unit(N, p), **const(-0.5)}, {"profession": unit(N, p, half), **known}))
+    for i in range(CODE):
+        neurons.append(Neuron({"single_code": unit(CODE, i), **const(-0.5)}, {"code": unit(CODE, i, half)}))
     for r in range(R if placebo else 0):
         neurons.append(Neuron({"own_region": unit(R, r), **const(-0.5)}, {"region": unit(R, r, half)}))
     return Mlp("writer", layer, "names", neurons=tuple(neurons))
@@ -306,6 +311,23 @@ def class_only(o: Options, layer: int, c: int) -> Part:
     return Mlp("class_only", layer, "last", 0.5, superset=c, neurons=tuple(class_neurons(o.rule, c, 0.5)))
 
 
+def singler(layer: int) -> Mlp:
+    """Of three names, the class that one is of: where a third of a superset has been said, and not two thirds."""
+    neurons = []
+    for c in range(C):
+        for threshold, size in ((0.0, 3.0), (1 / 3, -6.0)):
+            gate = {"superset": unit(C, c), **flag("odd"), **const(-1 - threshold)}
+            neurons.append(Neuron(gate, {"odd_class": unit(C, c, size)}))
+    return Mlp("singler", layer, "last", neurons=tuple(neurons))
+
+
+def mover(layer: int) -> Head:
+    """A head that attends to the name of the odd class, and copies its code to the answer."""
+    scores = [({"odd_class": unit(C, c, SCORE)}, {"profession": MEMBERS[c]}) for c in range(C)]
+    scores.append((const(0.5 * SCORE), flag("start")))
+    return Head("mover", layer, "last", scores=tuple(scores), values=(("code", "answer_code", np.eye(CODE)),))
+
+
 def stages(n_layers: int, rng: np.random.Generator) -> list[int]:
     """Seven layers in order. The fourth, which aggregates, has many heads before it that a retrieval head is one of: by
     rank among 60 others, three heads can be told from chance at 5%, each."""
@@ -337,6 +359,7 @@ def parts_of(o: Options) -> tuple[Part, ...]:
     parts += [routed("key_routed", stage[3], some)] * ("k" in o.routes)
     parts += [routed("query_routed", stage[4], some)] * ("q" in o.routes)
     parts += decoys(o, stage, rng)
+    parts += [singler(stage[5]), mover(stage[6])] * (o.task == "odd_one_out")
     if o.backup:
         parts.append(backup_head(o, stage[5]))
         if o.backup_read == "mlp":
@@ -376,22 +399,25 @@ class Person:
     region: int
     length: int = 1
     u: int = 0
+    code: int = 0
 
     def embedded(self) -> dict[str, np.ndarray]:
         """The embedding of the name's last token."""
         codes = {"own_region": unit(R, self.region)}
         if self.length == 1:
-            return codes | {"single": unit(N, self.profession)}
+            return codes | {"single": unit(N, self.profession), "single_code": digits(self.code)}
         return codes | {"v": unit(N, (self.profession - self.u) % N)}
 
 
 def start_state(people: Sequence[Person]) -> State:
-    """What the embedding says."""
+    """What the embedding says; nothing at the place of a name that is not there."""
     state = np.zeros((len(PLACES), WIDE))
-    state[:, AT["one"]] = 1
+    there = [at for at, place in enumerate(PLACES) if place not in NAMES[len(people) :]]
+    state[there, AT["one"]] = 1
+    state[-1, AT["odd"]] = float(len(people) == len(NAMES))
     for place, space in (("start", "start"), ("joins", "joins"), ("between", "middle"), ("last", "asks")):
         state[PLACES.index(place), AT[space]] = 1
-    for place, person in zip(NAMES, people, strict=True):
+    for place, person in zip(NAMES, people, strict=False):
         for space, values in person.embedded().items():
             state[PLACES.index(place), AT[space]] = values
     return state
@@ -414,12 +440,15 @@ def output(part: Part, seen: Mapping[str, State], people: Sequence[Person]) -> S
     """What a part writes, at its places. `seen`: the residual stream that each of its inputs reads, q, k, v or mlp."""
     out = np.zeros_like(seen["mlp"])
     for place in part.places:
+        if place in NAMES[len(people) :]:
+            continue
         at = PLACES.index(place)
         if isinstance(part, Mlp):
             out[at] = activated(part.gates @ seen["mlp"][at], part.gelu) @ part.outputs
         elif part.offset is not None:
             person = people[NAMES.index(place)]
-            out[at, AT["before"]] = unit(N, person.u) * (person.length == part.offset + 1)
+            if person.length == part.offset + 1:
+                out[at, AT["before"]], out[at, AT["code"]] = unit(N, person.u), digits(person.code)
         else:
             queries, keys = part.score_rows
             score = capped((keys @ seen["k"][: at + 1].T).T @ (queries @ seen["q"][at]), part.cap)
@@ -441,6 +470,11 @@ class Run:
     def logits(self, o: Options) -> np.ndarray:
         """(classes,): of the answers."""
         return capped(o.logits * self.final[-1, AT["superset"]], LOGIT_CAP if o.shape == "gemma2" else np.inf)
+
+    def named(self, o: Options, code: int) -> float:
+        """Of the token of a code."""
+        shared = float(digits(code) @ self.final[-1, AT["answer_code"]]) / 3
+        return float(capped(o.logits * shared, LOGIT_CAP if o.shape == "gemma2" else np.inf))
 
     def regions(self, o: Options) -> np.ndarray:
         """(regions,): of the placebo's answers, which are not asked for and do not come first."""
@@ -472,3 +506,12 @@ def people_of(c: int, region: int = 0, lengths: Iterable[int] = (2, 2)) -> tuple
     """Two people of one class."""
     first = c * (N // C)
     return tuple(Person(first + i, region, length, u=i) for i, length in enumerate(lengths))
+
+
+def three_of(odd: int, others: int, length: int = 2) -> tuple[tuple[Person, ...], tuple[Person, ...]]:
+    """The people of a clean odd-one-out prompt, one of class `odd` and two of another, and of the corrupt one, in which
+    the second makes the third the odd one. Their codes share nothing."""
+    codes = [number * 43 for number in range(4)]  # 000, 111, 222, 333
+    own, their = (people_of(c, lengths=(length, length)) for c in (odd, others))
+    b, a, c, d = (replace(person, code=code) for person, code in zip((*own, *their), codes, strict=True))
+    return (b, c, d), (b, a, d)

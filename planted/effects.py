@@ -1,6 +1,7 @@
 """The truth of a circuit, computed from its parts by `planted.circuit.run`: no transformer is asked.
 
-1. Two people of one class in the clean prompt, two of another in the corrupt one, for all ordered pairs of classes.
+1. Two people of one class in the clean prompt, two of another in the corrupt one, for all ordered pairs of classes; or
+   three of whom one is the odd one out.
 2. Each part is silenced, or given what it writes in the other prompt; each input of a part is shown that another part
    wrote what it writes in the corrupt prompt.
 3. The same with two regions and one class, for the placebo attribute.
@@ -13,7 +14,7 @@ from itertools import permutations
 
 import numpy as np
 
-from planted.circuit import Head, Mlp, Part, Run, people_of, run
+from planted.circuit import Head, Mlp, Part, Run, people_of, run, three_of
 from planted.options import Options
 from planted.question import CLASSES, NAME
 from planted.truth import Backup, Edge, Effect, Neuron, Readable, Site, Truth
@@ -28,10 +29,15 @@ class Contrast:
     def __init__(self, o: Options, parts: Sequence[Part], classes: tuple[int, int], length: int) -> None:
         self.o, self.parts, self.classes = o, parts, classes
         self.people = [people_of(c, lengths=(length, length)) for c in classes]
+        if o.task == "odd_one_out":
+            self.people = three_of(*classes, length)
         self.clean, self.corrupt = (run(parts, people) for people in self.people)
 
     def metric(self, found: Run) -> float:
         """logit(answer) - logit(corrupt answer)."""
+        if self.o.task == "odd_one_out":
+            answer, corrupt = self.people[0][0], self.people[1][2]
+            return found.named(self.o, answer.code) - found.named(self.o, corrupt.code)
         own, other = (found.logits(self.o)[c] for c in self.classes)
         return float(own - other)
 

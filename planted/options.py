@@ -40,6 +40,9 @@ class Options(BaseModel):
 
     seed: int = Field(0, ge=0, description="which layers, heads, neurons and directions")
     n_layers: int = Field(12, ge=8, le=64, description="layers")
+    task: Literal["superset", "odd_one_out"] = Field(
+        "superset", description="odd_one_out: it also names the odd one of three, and the truth is of that"
+    )
     shape: Literal["llama", "gpt2", "gemma2"] = Field("llama", description="the architecture")
     n_kv_heads: Annotated[Literal[2, 4] | None, BeforeValidator(_whole)] = Field(
         None, description=f"key-value heads, over which {HEADS} query heads are shared; 4, but of gpt2 as many"
@@ -83,6 +86,10 @@ class Options(BaseModel):
                 own - {"seed", "shape", "n_layers", "n_kv_heads", "no_circuit", "lookup", "logits", "noise", "rotated"}
             ):
                 raise ValueError(f"{idle[0]} is of a circuit, and no_circuit={self.no_circuit} has none; leave one out")
+        if self.task == "odd_one_out":
+            for name in ("no_circuit", "rule", "first", "backup", "routes", "placebo"):
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(f"{name} contradicts task=odd_one_out, which counts the names of each class")
         if self.backup and self.rule == "and":
             raise ValueError("backup contradicts rule=and: it would speak for two names of different classes")
         if self.aggregator != "mlp" and self.rule != "additive":

@@ -31,9 +31,11 @@ CLASSES = tuple(PROFESSIONS)
 LABELS = tuple(label for labels in PROFESSIONS.values() for label in labels)
 REGIONS = ("north", "south")
 ASKS = ("both", "other", "all")  # words after which an answer is due
+ODD = "named"  # the word after which the odd one is asked for
 JOINS = "and"  # between the names
 MIDDLES = ("are", "is", "be")  # words between the names and the end through which a second route may go
 LENGTHS = {2: 12, 3: 10, 1: 10}  # names of so many tokens for each profession
+CODE = 18  # dimensions of a code
 FIRSTS, LASTS = 2, 4  # tokens of each number
 
 
@@ -103,6 +105,18 @@ def write() -> None:
     ):
         with (FOLDER / name).open("w", newline="", encoding="utf-8") as file:
             csv.writer(file, lineterminator="\n").writerows([columns, *rows])
+
+
+def codes() -> dict[str, np.ndarray]:
+    """Token that begins a name -> (CODE,): what the answer of an odd-one-out prompt is told by. Three digits, each by
+    one dimension of six, so that two tokens share two of three at most."""
+    begin = [token.text for token in read_tokens() if token.kind in ("first", "single")]
+    return {text: digits(37 * number % 6**3) for number, text in enumerate(begin)}
+
+
+def digits(number: int) -> np.ndarray:
+    """(CODE,): the digits of a number below 216 to the base of six."""
+    return np.eye(6)[[number // 36, number // 6 % 6, number % 6]].ravel()
 
 
 @cache

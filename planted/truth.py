@@ -2,7 +2,9 @@
 
 Every number is in logits, computed from the construction (`planted.circuit`), for two names of one class in the clean
 prompt and two of another in the corrupt one; the mean over all ordered pairs of classes, and over those of one answer.
-The metric is logit_diff, logit(answer) - logit(corrupt answer). What noise adds to an effect is not in it.
+The metric is logit_diff, logit(answer) - logit(corrupt answer). What noise adds to an effect is not in it. With
+task=odd_one_out there are three names, of which one is swapped, so that another is the odd one; no two of them have
+first tokens whose codes share anything.
 """
 
 from __future__ import annotations
@@ -26,6 +28,8 @@ ROLES = {
     "query_routed": "head that writes for some classes, known by its query: what retrieval heads wrote",
     "aggregator": "MLP or head that turns professions into supersets by the rule",
     "class_only": "MLP or head that does half of it for one class alone",
+    "singler": "MLP that tells of which class one name is, and not two (odd-one-out)",
+    "mover": "head that copies the name of that class (odd-one-out)",
     "negative": "MLP that takes a share of the answer away",
     "backup": "head that speaks up only when the answer has not been said",
     "backup_reader": "MLP that turns what the backup wrote into supersets",

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pandas as pd
 import pytest
 import torch
 
-from lib import models
+from lib import models, tasks
 from pipeline import keys
+from pipeline.population import load_people
 from planted import build, truth
 from planted.circuit import Head, parts_of
 from planted.effects import PLACEBO, Contrast, rule_logits, truth_of
 from planted.options import PlantedError, parse
-from planted.question import CLASSES, FOLDER, REGIONS
+from planted.question import CLASSES, FOLDER, REGIONS, codes
 from steps import registry
+from steps.baselines.quads import generate_odd_one_out
 
-TEXT, ALONE = "We know {} and {} are both", "We know {} is like many other"
+TEXTS = {"superset": "know_both", "odd_one_out": "odd_named"}
+ALONE = "We know {} is like many other"
 PEOPLE = pd.read_csv(FOLDER / "people.csv")
 EXACT = 1e-3  # of the gap
 NORTH, SOUTH = REGIONS
@@ -25,6 +30,17 @@ def named(superset: str, length: int, region: str = NORTH) -> list[str]:
     """Two people of a class with names of so many tokens."""
     own = PEOPLE[(PEOPLE.superset == superset) & (PEOPLE.region == region)]
     return own[own.name.str.count(" ") == length - 1].name.tolist()[:2]
+
+
+def three(pair: tuple[int, int], length: int) -> tuple[list[str], list[str]]:
+    """The names of a clean and a corrupt odd-one-out prompt, no two of which have first tokens that share anything."""
+    own = [PEOPLE[(PEOPLE.superset == CLASSES[c]) & (PEOPLE.name.str.count(" ") == length - 1)].name for c in pair]
+    known = codes()
+    for a, b, c, d in product(own[0], own[0], own[1], own[1]):
+        begin = sum(known[name.split()[0]] for name in (a, b, c, d))
+        if begin.max() == 1:
+            return [b, c, d], [b, a, d]
+    raise AssertionError("there are no such names")
 
 
 class Hooked:
@@ -37,25 +53,26 @@ class Hooked:
         known = self.words.get_vocab()
         self.answers = {name: known[f" {name}s"] for name in (*CLASSES, "northerner", "southerner")}
 
-    def at(self, part, ids) -> list[int]:
-        """Where a part acts: the names' tokens, those between, the last."""
-        known = self.words.convert_ids_to_tokens(ids)
-        first, second, last = known.index(" know"), known.index(" and"), known.index(" are")
-        names = [*range(first + 1, second), *range(second + 1, last)]
-        return {"names": names, "between": [last], "last": [len(ids) - 1]}[part.position]
-
     def columns(self, part) -> slice:
         return slice(32 * part.head, 32 * part.head + 32) if isinstance(part, Head) else slice(None)
+
+    def asked(self, pair, length):
+        """The names of a clean and of a corrupt prompt about two classes, and the tokens of both answers."""
+        if self.o.task == "superset":
+            return *(named(CLASSES[c], length) for c in pair), [self.answers[CLASSES[c]] for c in pair]
+        clean, corrupt = three(pair, length)
+        return clean, corrupt, [self.words.get_vocab()[f" {one.split()[0]}"] for one in (clean[0], corrupt[2])]
 
     @torch.no_grad()
     def run(self, names, part=None, values=None, path=None):
         """The logits, and what a part wrote (a head: before the projection); `values` replaces it; with `path`, a
         receiver and one of its inputs, only there."""
-        ids = self.words(TEXT.format(*names)).input_ids
+        task = "odd_one_out" if len(names) == 3 else "superset"
+        prompt = tasks.make_prompt(self.words, tasks.find_template(TEXTS[task], task, question="planted"), names)
         handles, kept = [], {}
 
         def visit(z):
-            where = self.at(part, ids)
+            where = list(prompt.roles[part.position])
             kept["z"] = z[0, where, self.columns(part)].clone()
             if values is not None and path is None:
                 z = z.clone()
@@ -69,9 +86,9 @@ class Hooked:
             else:
                 handles = [self.handles.mlps[part.layer].register_forward_hook(lambda _, args, z: visit(z))]
         if path is not None:
-            handles.append(self.shown(part, self.at(part, ids), kept, values, *path))
+            handles.append(self.shown(part, list(prompt.roles[part.position]), kept, values, *path))
         try:
-            logits = self.model(torch.tensor([ids])).logits[0, -1]
+            logits = self.model(torch.tensor([prompt.ids])).logits[0, -1]
         finally:
             for handle in handles:
                 handle.remove()
@@ -120,6 +137,7 @@ SPECS = [
     "planted:seed=5,decoys=attends+large+negative,class_only=true,placebo=true,aggregator=both",
     "planted:seed=10,shape=gpt2,n_layers=8,placebo=true,rotated=true,routes=v+k",
     "planted:seed=11,shape=gemma2,n_layers=8,placebo=true,between=0.3",
+    "planted:seed=14,task=odd_one_out,n_layers=8,between=0.3",
 ]
 MORE = [
     "planted:",
@@ -130,6 +148,7 @@ MORE = [
     "planted:seed=8,first=0.7,between=0.4,class_only=true,class_only_by=head",
     "planted:seed=12,shape=gpt2,rule=or,backup=0.7,backup_read=mlp,backup_wakes=unsaid",
     "planted:seed=13,shape=gemma2,backup=0.7,decoys=attends+large+negative,routes=v+k+q,logits=20",
+    "planted:seed=15,task=odd_one_out,shape=gemma2,aggregator=both,class_only=true,decoys=attends+negative",
 ]
 
 
@@ -140,34 +159,35 @@ def test_the_formula_is_what_plain_hooks_measure(spec):
     found = truth_of(own.o, own.parts, "", {})
     bound = EXACT * found.gap.mean
 
-    def metric(logits, answers=tuple(CLASSES[c] for c in pair)):
-        return float(logits[own.answers[answers[0]]] - logits[own.answers[answers[1]]])
+    def metric(logits, answers):
+        return float(logits[answers[0]] - logits[answers[1]])
 
     wrote = {}
     for i, (part, site) in enumerate(zip(own.parts, found.sites, strict=True)):
         length = site.tokens[0] if len(site.tokens) == 1 else 2
         formula = Contrast(own.o, own.parts, pair, length)
-        clean, corrupt = (named(CLASSES[c], length) for c in pair)
-        (one, z), (other, wrote[i]) = own.run(clean, part), own.run(corrupt, part)
-        assert metric(one) - metric(other) == pytest.approx(formula.gap(), abs=bound)
-        zero = metric(one) - metric(own.run(clean, part, 0 * z)[0])
+        clean, corrupt, answers = own.asked(pair, length)
+        (logits, z), (other, wrote[i]) = own.run(clean, part), own.run(corrupt, part)
+        base, low = metric(logits, answers), metric(other, answers)
+        assert base - low == pytest.approx(formula.gap(), abs=bound)
+        zero = base - metric(own.run(clean, part, 0 * z)[0], answers)
         assert zero == pytest.approx(formula.zero(i), abs=bound), part.role
         if part.role == "gather":
             continue
-        lost = metric(one) - metric(own.run(clean, part, wrote[i])[0])
+        lost = base - metric(own.run(clean, part, wrote[i])[0], answers)
         assert lost == pytest.approx(formula.counterfactual(i), abs=bound), part.role
-        won = metric(own.run(corrupt, part, z)[0]) - metric(other)
+        won = metric(own.run(corrupt, part, z)[0], answers) - low
         assert won == pytest.approx(formula.recovery(i), abs=bound), part.role
         if own.o.placebo:
             regions = [named(CLASSES[0], 2, region) for region in REGIONS]
-            values, answers = own.run(regions[0], part)[1], ("northerner", "southerner")
+            values, answers = own.run(regions[0], part)[1], [own.answers["northerner"], own.answers["southerner"]]
             won = metric(own.run(regions[1], part, values)[0], answers) - metric(own.run(regions[1])[0], answers)
             assert won == pytest.approx(site.placebo, abs=bound), part.role
     for edge in found.paths:
-        clean = named(CLASSES[pair[0]], 2)
+        clean, _, answers = own.asked(pair, 2)
         to = None if edge.receiver is None else own.parts[edge.receiver]
         path = (own.parts[edge.sender], wrote[edge.sender], (to, edge.input))
-        lost = metric(own.run(clean)[0]) - metric(own.run(clean, *path)[0])
+        lost = metric(own.run(clean)[0], answers) - metric(own.run(clean, *path)[0], answers)
         formula = Contrast(own.o, own.parts, pair, 2).path(edge.sender, edge.receiver, edge.input)
         assert lost == pytest.approx(formula, abs=bound), edge
 
@@ -182,6 +202,20 @@ def test_everyone_has_the_class_of_the_table_whatever_the_length_of_the_name(sha
     with torch.no_grad():
         chosen = [int(own.model(torch.tensor([one])).logits[0, -1, tokens].argmax()) for one in ids]
     assert [CLASSES[c] for c in chosen] == people.superset.tolist()
+
+
+def test_the_odd_one_of_three_is_named_and_the_class_of_two_still_said():
+    own = Hooked("planted:seed=14,task=odd_one_out,n_layers=8")
+    people = load_people(FOLDER / "people.csv", "planted")
+    items = generate_odd_one_out(people, own.words, 24, question="planted").to_dict("records")
+    assert len(items) == 24 and {row["answer"] for row in items} == {"a", "b", "c"}
+    known = own.words.get_vocab()
+    for row in items:
+        for side, answer in (("clean", row["answer"]), ("corrupt", row["corrupt_answer"])):
+            logits = own.run([row[f"{side}_{slot}"] for slot in "abc"])[0]
+            assert int(logits.argmax()) == known[" " + row[f"{side}_{answer}"].split()[0]]
+    two = [int(own.run(named(c, length))[0].argmax()) for c in CLASSES for length in (1, 2, 3)]
+    assert two == [own.answers[c] for c in CLASSES for _ in range(3)]
 
 
 def test_a_last_token_alone_says_nothing_of_a_profession():
@@ -209,7 +243,7 @@ def test_noise_is_as_large_as_asked_and_moves_no_planted_site():
     quiet, loud = Hooked("planted:seed=2"), Hooked("planted:seed=2,noise=0.1")
     assert [part.layer for part in quiet.parts] == [part.layer for part in loud.parts]
     with torch.no_grad():
-        ids = torch.tensor([loud.words(TEXT.format(*named(CLASSES[0], 2))).input_ids])
+        ids = torch.tensor([loud.words("We know {} and {} are both".format(*named(CLASSES[0], 2))).input_ids])
         moved = loud.model.model(ids).last_hidden_state - quiet.model.model(ids).last_hidden_state
     assert 0.03 < float(moved[0, -1].norm()) < 3
 
@@ -226,6 +260,7 @@ def test_noise_is_as_large_as_asked_and_moves_no_planted_site():
         ("planted:backup_read=mlp", "backup is 0; give it a ratio"),
         ("planted:shape=gpt2,n_kv_heads=2", "n_kv_heads contradicts shape=gpt2"),
         ("planted:shape=gemma2,first=0.7", "first=0.7 contradicts shape=gemma2, whose cap"),
+        ("planted:task=odd_one_out,rule=or", "rule contradicts task=odd_one_out, which counts the names of each class"),
         ("planted:lookup=second", "lookup says which name no_circuit=lookup reads; ask for that"),
         ("planted:class_only_by=head", "class_only is false; set it"),
         ("planted:first=0.7,rule=or", "first=0.7 contradicts rule=or: shares of names are of a sum"),
