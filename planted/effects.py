@@ -53,6 +53,12 @@ class Contrast:
     def recovery(self, part: int) -> float:
         return self.metric(run(self.parts, self.people[1], {part: self.clean.wrote[part]})) - self.metric(self.corrupt)
 
+    def arrived(self, layer: int) -> float:
+        """What the clean residual stream at the last token, put in after a layer, wins back."""
+        own = enumerate(self.parts)
+        edits = {i: self.clean.wrote[i] for i, part in own if part.position == "last" and part.layer <= layer}
+        return self.metric(run(self.parts, self.people[1], edits)) - self.metric(self.corrupt)
+
     def path(self, sender: int, receiver: int | None, seen_by: str) -> float:
         other = self.corrupt.wrote[sender]
         if receiver is None:
@@ -203,6 +209,10 @@ def truth_of(
         placebo_gap=placebo_effects(o, parts)[0],
         rule=o.rule if has else None,
         rule_logits=rule_logits(o, parts),
+        arrived=tuple(
+            over_classes(usual, lambda contrast, layer=layer: contrast.arrived(layer)).mean
+            for layer in range(o.n_layers)
+        ),
         sites=sites_of(o, parts, by_length),
         paths=edges_of(parts, usual, gap.mean),
         neurons=neurons_of(parts),

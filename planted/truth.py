@@ -115,6 +115,7 @@ class Truth(Strict):
     placebo_gap: float
     rule: str | None  # None: there is no circuit
     rule_logits: dict[str, float]  # logit of a class of both names, of the first alone, second, one (their mean), none
+    arrived: tuple[float, ...]  # by layer: logits that the clean residual stream at the last token wins back after it
     sites: tuple[Site, ...]
     paths: tuple[Edge, ...]
     neurons: tuple[Neuron, ...]

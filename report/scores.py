@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -115,21 +116,15 @@ def of_roles(truth: Truth, *roles: str) -> list[Finding]:
     return [site for site in truth["sites"] if site["role"] in roles]
 
 
-def arriving_layers(truth: Truth) -> Wanted | None:
-    """The fewest layers whose heads bring 80% to the last token; where heads' parts do not add up, none is named."""
-    if truth["rule"] != "additive":
-        return None
-    rises: dict[int, float] = {}
-    for site in of_roles(truth, "retrieval", "forwarder", "key_routed", "query_routed", "lookup"):
-        rises[site["layer"]] = rises.get(site["layer"], 0) + gain(site)
-    must, reached, whole = set(), 0.0, sum(rises.values())
-    for layer in sorted(rises, key=rises.get, reverse=True):
-        if reached < ARRIVED * whole:
-            must.add(f"layer {layer}")
-            reached += rises[layer]
-    # behind its layer what is put back is no longer answered by a backup, which is a rise, too
-    may = rises.keys() | {site["layer"] for site in of_roles(truth, "backup")}
-    return Wanted(must, {f"layer {layer}" for layer in may} - must)
+def arriving_layers(truth: Truth) -> Wanted:
+    """The fewest layers after which what the last token's residual stream holds rises by 80% in all; a layer that tips
+    the scale within `SHARE` of that may be named. (A rise is also what a backup no longer answers behind its layer.)"""
+    curve = truth["arrived"]
+    rises = {f"layer {layer}": value - before for layer, (before, value) in enumerate(pairwise([0.0, *curve]))}
+    order = sorted(rises, key=rises.get, reverse=True)
+    reached = np.cumsum([rises[layer] for layer in order]) / curve[-1]
+    must, most = ({*order[: int(np.argmax(reached >= ARRIVED + by)) + 1]} for by in (-SHARE, SHARE))
+    return Wanted(must, most - must)
 
 
 def judging(found: Finding) -> str:
@@ -138,18 +133,39 @@ def judging(found: Finding) -> str:
     return rows[0]["ablation"]
 
 
-def planted_backups(truth: Truth, judge: str) -> Wanted:
-    """The backup, and the MLP that reads it, where it speaks under the ablation that judges."""
-    backup = truth["backup"]
-    if backup is None:
-        return Wanted(set())
-    names = {name_of(truth["sites"][index]) for index in (backup["site"], backup["reader"]) if index is not None}
-    return Wanted(names) if judge in backup["ablations"] else Wanted(set(), names)
+def slice_of(found: Found) -> set[str]:
+    """The critical slice of step 04."""
+    return {row["site"] for row in found["sufficiency"].get("critical_slice", ())}
 
 
-def planted_ratio(truth: Truth, judge: str) -> float:
+def backup_sites(truth: Truth) -> list[str]:
+    """The backup, and the MLP that reads it."""
+    backup = truth["backup"] or {}
+    return [name_of(truth["sites"][backup[key]]) for key in ("site", "reader") if backup.get(key) is not None]
+
+
+def planted_backups(truth: Truth, found: Found) -> Wanted | None:
+    """The backup, and the MLP that reads it, where it speaks under the ablation that judges; None where the slice holds
+    one of them: what is ablated with the slice stands in for nothing."""
+    names = set(backup_sites(truth))
+    if names & slice_of(found):
+        return None
+    return Wanted(names) if planted_ratio(truth, found) else Wanted(set(), names)
+
+
+def planted_ratio(truth: Truth, found: Found) -> float | None:
+    """The share that the backup restores; None as of `planted_backups`."""
     backup = truth["backup"]
-    return float(backup["ratio"]) if backup and judge in backup["ablations"] else 0.0
+    if slice_of(found).intersection(backup_sites(truth)):
+        return None
+    return float(backup["ratio"]) if backup and judging(found["hydra"]) in backup["ablations"] else 0.0
+
+
+def planted_inside(truth: Truth, found: Found) -> Wanted | None:
+    """Which member of the slice stands in for others: the backup, or the MLP that reads it where that alone is a member
+    (beside it, one of the two is enough); None where neither is."""
+    members = [name for name in backup_sites(truth) if name in slice_of(found)]
+    return Wanted({*members[:1]}, set(members)) if members else None
 
 
 def planted_routes(truth: Truth, found: Finding) -> Wanted | None:
@@ -233,12 +249,12 @@ def planted_specificity(truth: Truth) -> Wanted | None:
 def planted_claims(truth: Truth, found: Found) -> Wanted:
     """The verdicts of the claims that the construction decides."""
     shares, backed = {name_of(site): gain(site) / truth["gap"]["mean"] for site in at_last(truth)}, truth["backup"]
-    slice_sites = {row["site"] for row in found["sufficiency"].get("critical_slice", ())}
+    slice_sites = slice_of(found)
     readers = {name_of(site) for site in of_roles(truth, "retrieval", "key_routed")}
     whole = {name_of(site) for site in of_roles(truth, "aggregator")}
     classes = planted_classes(truth, found["generality"])
     best, general, rule = max(shares.values(), default=0), planted_specificity(truth), truth["rule"]
-    ratio = planted_ratio(truth, judging(found["hydra"]))
+    ratio = planted_ratio(truth, found)
     true: dict[str, bool | None] = dict.fromkeys(ALWAYS, True)
     true |= {
         "single_suffices": None if abs(best - 0.5) < 0.1 else best > 0.5,
@@ -247,8 +263,8 @@ def planted_claims(truth: Truth, found: Found) -> Wanted:
         "slice_general": general and general.must == {"general"},
         "retrieval_heads": None if readers - slice_sites else False,
         # an MLP that takes a share of the answer away takes less of what is left: that is repair, too
-        "no_repair": None if of_roles(truth, "negative") else ratio <= REPAIR,
-        "no_backup": ratio <= REPAIR,
+        "no_repair": None if ratio is None or of_roles(truth, "negative") else ratio <= REPAIR,
+        "no_backup": None if ratio is None else ratio <= REPAIR,
         "class_specific": classes and bool(classes.must),
         "either_name": rule != "and",
         "rule_and": rule == "and",
@@ -294,6 +310,11 @@ def between(found: Finding) -> set[str]:
 
 def backups(found: Finding) -> set[str]:
     return {row["site"] for row in found["backups"] if row["stands_in"]}
+
+
+def inside(found: Finding) -> set[str]:
+    """Members of the slice that stand in for others."""
+    return {row["site"] for row in found["inside"] if row["backup"] and row["stands_in"]}
 
 
 def retrieval_heads(found: Finding) -> set[str]:
@@ -398,8 +419,9 @@ METHODS: dict[str, tuple[str, Callable[[Truth, Found], Wanted | float | None], C
     "necessity": ("necessity", lambda t, f: by_size(t, loss), sites_found),
     "sufficiency": ("sufficiency", lambda t, f: by_size(t, gain), sites_found),
     "specificity": ("sufficiency", lambda t, f: planted_specificity(t), specificity),
-    "backups": ("hydra", lambda t, f: planted_backups(t, judging(f["hydra"])), backups),
-    "backups, ratio": ("hydra", lambda t, f: planted_ratio(t, judging(f["hydra"])), backup_ratio),
+    "backups": ("hydra", planted_backups, backups),
+    "backups, ratio": ("hydra", planted_ratio, backup_ratio),
+    "backups in the slice": ("hydra", planted_inside, inside),
     "retrieval heads": ("retrieval_heads", lambda t, f: planted_readers(t), retrieval_heads),
     "routes": ("retrieval_heads", lambda t, f: planted_routes(t, f["retrieval_heads"]), routes),
     "class-specific sites": ("generality", lambda t, f: planted_classes(t, f["generality"]), class_specific),

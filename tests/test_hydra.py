@@ -359,7 +359,9 @@ def test_without_a_backup_none_is_found_and_the_bound_is_small(tmp_path):
     bounds = page.missed(only, step.params)
     assert {bound["component"] for bound in bounds} == {"head", "mlp"}
     assert all(0 <= bound["share"] < 1e-3 for bound in bounds)
-    assert page.ending([only], step.params).startswith("No site at the last token passes both tests of a backup. The ")
+    assert page.ending([only], step.params).startswith(
+        "No site at the last token outside the slice passes both tests of a"
+    )
     assert not page.compensation(only.frame, step.params)["above_noise"].any()
 
 
@@ -424,14 +426,38 @@ def test_a_table_without_a_rise_gives_its_bound():
     assert mlp["logits"] == own.loc[own["site"] == "mlp 5", "high"].item() < 0
     assert head["share"] == pytest.approx(head["logits"] / 2, rel=0.2)
     assert page.ending([once], P).startswith(
-        "No site at the last token passes both tests of a backup. The search could have missed a head whose cost "
-        f"rises by up to {head['logits']:.2g} logits ({head['site']}; {head['share']:.0%} of what ablating the slice "
-        "costs) or an MLP whose cost rises by up to the model's noise (0.001 logits): upper ends"
+        "No site at the last token outside the slice passes both tests of a backup. The search could have missed a "
+        f"head whose cost rises by up to {head['logits']:.2g} logits ({head['site']}; {head['share']:.0%} of what "
+        "ablating the slice costs) or an MLP whose cost rises by up to the model's noise (0.001 logits): upper ends"
     )
     assert (
         "`zero`). Once that is gone, 0 of them cost more than alone, significantly on"
         in page.backup_sentences([once], P)[0]
     )
+
+
+def test_a_member_of_the_slice_that_stands_in_for_those_before_it_is_found():
+    """MLP 4 costs 2 logits, as head 3.0 and it do together, until head 6.1 answers for 1.5 of them; the first member is
+    asked for nothing."""
+    sites = [Site(6, "head", 1), Site(4, "mlp"), Site(3, "head", 0), Site(6, "mlp")]
+    assert measure.in_order(sites) == [sites[2], sites[1], sites[0], sites[3]]
+    rng, rows = np.random.default_rng(0), []
+    for quad in range(60):
+        for site_set, cost in enumerate((0.4, 0.5, 2.0, 2.0, 0.4, 0.5, 0.0, 0.3)):
+            about = {"half": effects.HALVES[quad % 2], "quad_id": f"q{quad}", "direction": "noise"}
+            about |= {"site_set": site_set, "logit_diff_before": 0.0}
+            rows.append(about | {"logit_diff_after": -cost - rng.normal(0, 0.02)})
+    first = round_of(costs(rise=0.0))._replace(sites=sites)
+    step = SimpleNamespace(params=P, table=lambda *_: pd.DataFrame(rows))
+    tests = measure.inside(step, first).set_index("site")
+    assert tests["backup"].to_dict() == {"mlp 4": False, "6.1": True, "mlp 6": False} and tests.loc["6.1", "stands_in"]
+    assert tests["estimate"].tolist() == pytest.approx([-0.4, 1.5, -0.3], abs=0.03)
+    assert tests.loc["6.1", "ratio_estimate"] == pytest.approx(1.5 / 2, abs=0.02)
+    told = page.inside_sentences(tests.reset_index())
+    assert told[0].endswith("in the model: 6.1 stands in for them, inside the slice.") and len(told) == 2
+    assert told[1].startswith("6.1 costs -0.0") and "it makes up for 0.75 [" in told[1]
+    assert "none stands in for them" in page.inside_sentences(tests.reset_index().iloc[[0]])[0]
+    assert measure.inside(step, first._replace(sites=sites[:1])).empty and page.inside_sentences(pd.DataFrame()) == []
 
 
 def test_of_a_slice_that_costs_nothing_no_share_is_given():

@@ -94,6 +94,23 @@ class Hooked:
                 handle.remove()
         return logits, kept.get("z")
 
+    @torch.no_grad()
+    def arrived(self, clean, corrupt, layer):
+        """The logits of a corrupt prompt whose last token's residual stream after a layer is the clean prompt's."""
+        block, kept = self.handles.blocks[layer], []
+
+        def keep(module, args, out):
+            kept.append((out[0] if isinstance(out, tuple) else out)[0, -1].clone())
+
+        def put(module, args, out):
+            (out[0] if isinstance(out, tuple) else out)[0, -1] = kept[0]
+
+        for names, visit in ((clean, keep), (corrupt, put)):
+            handle = block.register_forward_hook(visit)
+            logits = self.run(names)[0]
+            handle.remove()
+        return logits
+
     def shown(self, part, where, kept, values, receiver, name):
         """A hook by which one input of a receiver alone sees what a part would have written."""
 
@@ -183,6 +200,11 @@ def test_the_formula_is_what_plain_hooks_measure(spec):
             values, answers = own.run(regions[0], part)[1], [own.answers["northerner"], own.answers["southerner"]]
             won = metric(own.run(regions[1], part, values)[0], answers) - metric(own.run(regions[1])[0], answers)
             assert won == pytest.approx(site.placebo, abs=bound), part.role
+    clean, corrupt = (named(CLASSES[c], 2) for c in pair)
+    formula = Contrast(own.o, own.parts, pair, 2)
+    for layer in {part.layer for part in own.parts}:
+        won = metric(own.arrived(clean, corrupt, layer)) - metric(own.run(corrupt)[0])
+        assert won == pytest.approx(formula.arrived(layer), abs=bound), layer
     for edge in found.paths:
         clean, _, answers = own.asked(pair, 2)
         to = None if edge.receiver is None else own.parts[edge.receiver]

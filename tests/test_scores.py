@@ -27,6 +27,7 @@ def site(layer: int, head: int | None, role: str, share: float, position: str = 
 TRUTH = {
     "gap": {"mean": 10.0, "by_answer": EVEN},
     "rule": "additive",
+    "arrived": [0.0, 0.0, 0.0, 6.0, 8.5, 8.5, 10.0],
     "placebo_gap": 5.0,
     "options": {"aggregator": "mlp"},
     "sites": [
@@ -112,7 +113,7 @@ def scored(found: dict, truth: dict = TRUTH) -> dict[str, scores.Score]:
 def test_findings_that_are_the_truth_are_right():
     own = scored(found())
     assert {name for name, score in own.items() if not score.right} == set()
-    assert set(own) == set(scores.METHODS) - {"circuit"}, "where there is a backup there are two circuits"
+    assert set(own) == set(scores.METHODS) - {"circuit", "backups in the slice"}, "with a backup there are two circuits"
     assert own["backups, ratio"].error == pytest.approx(0.0004)
     assert scored(found(), TRUTH | {"backup": None})["circuit"].wanted == ["3.2", "4.5", "mlp 5"]
 
@@ -176,8 +177,28 @@ def test_a_model_without_a_circuit_has_false_positives_alone():
 def test_a_backup_that_sleeps_is_not_asked_for():
     truth = copy.deepcopy(TRUTH)
     truth["backup"]["ablations"] = ["zero"]
-    asked = scores.planted_backups(truth, "resample")
-    assert asked.must == set() and asked.may == {"6.0"} and scores.planted_ratio(truth, "resample") == 0
+    asked = scores.planted_backups(truth, found())
+    assert asked.must == set() and asked.may == {"6.0"} and scores.planted_ratio(truth, found()) == 0
+
+
+def test_a_backup_that_is_a_member_of_the_slice_is_asked_for_inside_it():
+    own = found()
+    own["sufficiency"]["critical_slice"].append({"site": "6.0"})
+    own["hydra"] |= {"backups": [], "inside": [{"site": "6.0", "backup": True, "stands_in": True}]}
+    asked = scored(own)
+    assert not {"backups", "backups, ratio"} & set(asked) and asked["backups in the slice"].right
+    assert not {"no_backup: not supported", "no_repair: not supported"} & set(asked["claims"].wanted)
+    own["hydra"]["inside"][0]["stands_in"] = False
+    assert scored(own)["backups in the slice"].recall == 0
+    assert "backups in the slice" not in scored(found())
+
+
+def test_critical_layers_are_those_of_the_largest_rises():
+    assert scores.arriving_layers({"arrived": [0, 6.0, 6.5, 6.5, 10.0]}) == scores.Wanted({"layer 1", "layer 4"})
+    edge = scores.arriving_layers({"arrived": [0, 5.0, 7.9, 10.0]})  # of 79% a little noise makes 80%
+    assert edge == scores.Wanted({"layer 1", "layer 2"}, {"layer 3"})
+    over = scores.arriving_layers({"arrived": [0, 9.0, 12.0, 10.0]})  # a site that takes away comes last
+    assert over.must == {"layer 1"}
 
 
 def test_the_cosine_is_of_the_planted_supersets(tmp_path):

@@ -7,7 +7,9 @@
 3. `candidates` are picked by their rise on the discovery half; `joint_tests` asks on the confirmation half whether the
    slice and a candidate together cost more than the two apart, which is the rise: then the candidate is a backup.
 4. The slice is widened by its backups, and the next round begins, until nothing rises or `rounds` is reached.
-5. `NEEDED`: the slice as it was, ablated class-neutrally, beside all that such an ablation can take away.
+5. `INSIDE`: does one member of the slice stand in for those before it? (A backup may be a member: replaced beside the
+   others, it no longer speaks against them.)
+6. `NEEDED`: the slice as it was, ablated class-neutrally, beside all that such an ablation can take away.
 """
 
 from __future__ import annotations
@@ -108,6 +110,19 @@ def rise_units(step: Step | Case, ablation: str, sites: Sequence[Site]) -> list[
     return sweep_units("rise", without_labels(pairs), step.prompts(), **how)
 
 
+def in_order(sites: Sequence[Site]) -> list[Site]:
+    """The sites as the model computes them."""
+    return sorted(sites, key=lambda site: (site.layer, site.component == "mlp", site.head))
+
+
+def inside_units(step: Step | Case, ablation: str, sites: Sequence[Site]) -> list[Unit]:
+    """The slice's first member in the model's order, the first two, ..., and each alone, ablated in every pair."""
+    pairs, order = subsample(step.prompts(), step.params.pairs), in_order(sites)
+    sets = [*(tuple(order[: size + 1]) for size in range(len(order))), *((site,) for site in order)]
+    how = {"role": "last", "ablations": [ablation], "site_sets": sets}
+    return sweep_units("inside", without_labels(pairs), step.prompts(), **how)
+
+
 def needed_units(step: Step | Case, sites: Sequence[Site]) -> list[Unit]:
     """The slice and, as the ceiling, the whole final residual stream: ablated class-neutrally, and counterfactually."""
     pairs, whole = subsample(step.prompts(), step.params.pairs), Site(step.n_layers - 1, "resid")
@@ -117,6 +132,7 @@ def needed_units(step: Step | Case, sites: Sequence[Site]) -> list[Unit]:
 
 SPLITS = Table("hydra", split_units, splitter, split_cost, schema=splits.SCHEMA)
 RISES = Table("joint", rise_units, swept, of_sweep, records.SET_SCHEMA, (*EFFECTS, "site_set"))
+INSIDE = Table("inside", inside_units, swept, of_sweep, records.SET_SCHEMA, (*EFFECTS, "site_set"))
 NEEDED = Table("needed", needed_units, swept, of_sweep, records.SET_SCHEMA, (*ANALYSED, "site_set"))
 
 
@@ -141,6 +157,8 @@ def assumed(case: Case) -> Iterator[tuple[Any, ...]]:
         yield numbered(SPLITS, number), slices_of(case, sites, number)
         if splits.later_sites(sites, case.n_layers, case.n_heads):
             yield numbered(RISES, number), lead, sites
+    if len(sites) > 1:
+        yield INSIDE, lead, sites
     yield NEEDED, sites
 
 
@@ -169,8 +187,8 @@ def lead_of(frame: pd.DataFrame, params: Hydra) -> str:
 class Costs(NamedTuple):
     """What ablations cost in logit_diff (logits), by quad: positive where the answer loses."""
 
-    whole: Float[np.ndarray, " quads"]  # the slice
-    gone: Float[np.ndarray, "quads later"]  # each later site, once the slice is gone
+    whole: Float[np.ndarray, "quads later"]  # what is gone before each later site: the slice
+    gone: Float[np.ndarray, "quads later"]  # each later site, once that is gone
     alone: Float[np.ndarray, "quads later"]  # each later site, in the intact run
 
 
@@ -178,7 +196,14 @@ def costs_of(records: pd.DataFrame) -> Costs:
     """The costs in one half's records of `RISES`."""
     matrix = quad_matrix(records, "effect", ["site_set"]).values
     together, alone = np.split(matrix[:, 1:], 2, axis=1)
-    return Costs(matrix[:, 0], together - matrix[:, :1], alone)
+    whole = np.broadcast_to(matrix[:, :1], alone.shape)
+    return Costs(whole, together - whole, alone)
+
+
+def inside_of(records: pd.DataFrame) -> Costs:
+    """The costs in one half's records of `INSIDE`: of each member but the first, the members before it being gone."""
+    together, alone = np.split(quad_matrix(records, "effect", ["site_set"]).values, 2, axis=1)
+    return Costs(together[:, :-1], np.diff(together), alone[:, 1:])
 
 
 def rises(costs: pd.DataFrame, later: Sequence[Site], params: Hydra) -> pd.DataFrame:
@@ -213,7 +238,12 @@ def sites_of(table: pd.DataFrame) -> list[Site]:
     return [Site(*site) for site in table[SITE].itertuples(index=False)]
 
 
-def joint_tests(costs: pd.DataFrame, rising: pd.DataFrame, params: Hydra) -> pd.DataFrame:
+def joint_tests(
+    costs: pd.DataFrame,
+    rising: pd.DataFrame,
+    params: Hydra,
+    read: Callable[[pd.DataFrame], Costs] = costs_of,
+) -> pd.DataFrame:
     """What slice + candidate costs beyond the two apart (logits), on the confirmation half, familywise over candidates.
 
     `backup` where the whole interval is above the floor. It is the candidate's cost once the slice is gone (`gone`)
@@ -222,14 +252,14 @@ def joint_tests(costs: pd.DataFrame, rising: pd.DataFrame, params: Hydra) -> pd.
     makes up for of what the slice would cost were the candidate silent all along, (the two together) - `alone`. NaN
     where that is no loss.
     """
-    own, at = costs_of(reported(costs)), rising["place"].to_numpy()
+    own, at = read(reported(costs)), rising["place"].to_numpy()
     gone, alone, spans = own.gone[:, at], own.alone[:, at], {}
     for name, values in {"": gone - alone, "gone_": gone, "alone_": alone}.items():
         spans |= columns(stats.simultaneous(values, params), name)
     out = rising[["site", *SITE]].assign(**spans)
     above = {"backup": "low", "stands_in": "gone_low"}
     out = out.assign(**{name: out[end].astype(float) > params.floor for name, end in above.items()})
-    unaided = own.whole[:, None] + gone - alone
+    unaided = own.whole[:, at] + gone - alone
     none = stats.Interval(float("nan"), None, None, params.level, len(unaided), "no loss")
     ratios = [
         stats.ratio_intervals(rise, lost, params)[0] if is_loss(lost, params) else none
@@ -257,6 +287,18 @@ def run(step: Step) -> list[Round]:
         rounds.append(Round(sites, frame, costs, risen, tests))
         sites = [*sites, *backups_of(tests)]
     return rounds
+
+
+def inside(step: Step, first: Round) -> pd.DataFrame:
+    """`joint_tests` of each member of the slice but its first, against the members before it. No site was picked by
+    this, so the confirmation half alone decides, familywise over the members."""
+    order = in_order(first.sites)
+    if len(order) < 2:
+        return pd.DataFrame()
+    records = step.table(INSIDE, lead_of(first.frame, step.params), order)
+    members = pd.DataFrame(order[1:], columns=SITE)
+    members = members.assign(site=named(members), place=range(len(members)))
+    return joint_tests(records, members, step.params, inside_of)
 
 
 def needed(step: Step) -> pd.DataFrame:

@@ -181,7 +181,7 @@ def missed(last: Round, params: Hydra) -> list[dict]:
     own = own[~own["site"].isin(names)].dropna(subset="high").astype({"high": float})
     if own.empty:
         return []
-    damage = costs_of(reported(last.costs)).whole
+    damage = costs_of(reported(last.costs)).whole[:, 0]
     loss = damage.mean() if effects.is_loss(damage, params) else None
     tops = [rows.loc[rows["high"].idxmax()] for _, rows in own.groupby("component")]
     return [
@@ -378,8 +378,12 @@ def stand_in(row: Any, which: str) -> str:
         return f"{text}its cost rises, but is not shown to be above the noise, so it does not stand in for the slice."
     if np.isnan(row.ratio_estimate):
         return f"{text}it stands in for the slice."
-    share = interval(row.ratio_estimate, row.ratio_low, row.ratio_high)
-    return f"{text}it stands in for the slice, and makes up for {share} of what {which} would cost without it."
+    return f"{text}it stands in for the slice, and makes up for {share_of(row)} of what {which} would cost without it."
+
+
+def share_of(row: Any) -> str:
+    """A tested site's compensation, with its interval."""
+    return interval(row.ratio_estimate, row.ratio_low, row.ratio_high)
 
 
 def rising_by(rises: pd.DataFrame, params: Hydra) -> str:
@@ -406,7 +410,7 @@ def ending(rounds: Sequence[Round], params: Hydra) -> str:
     if not bounds:
         return f"Backups by both tests: {listed(names)}. There are too few quads to confirm one, or to rule one out."
     if not names:
-        text = "No site at the last token passes both tests of a backup."
+        text = "No site at the last token outside the slice passes both tests of a backup."
     else:
         stopped = len(candidates(last.rises, params)) and last.tests.empty
         text = f"Backups by both tests: {listed(names)}; "
@@ -487,7 +491,32 @@ def necessity_sentences(table: pd.DataFrame) -> list[str]:
     )
 
 
-def findings(step: Step, rounds: Sequence[Round], needed: pd.DataFrame) -> dict[str, Any]:
+def inside_sentences(tests: pd.DataFrame) -> list[str]:
+    """Which members of the slice stand in for others."""
+    if tests.empty:
+        return []
+    lead = "Each member of the slice was ablated alone, and together with those before it in the model"
+    if tests["low"].isna().any():
+        return [f"{lead}: there are too few quads to test whether one costs more once those are gone."]
+    own = tests[tests["stands_in"] & tests["backup"]]
+    if own.empty:
+        most = tests["estimate"].max()
+        return [f"{lead}: none stands in for them (the largest rise of a cost is {most:.3f} logits)."]
+    return [
+        f"{lead}: {listed(own['site'])} {'stands' if len(own) == 1 else 'stand'} in for them, inside the slice."
+    ] + [
+        f"{row.site} costs {row.alone_estimate:.3f} logits alone and "
+        f"{interval(row.gone_estimate, row.gone_low, row.gone_high, 3)} once the members before it are gone"
+        + (
+            "."
+            if np.isnan(row.ratio_estimate)
+            else f": it makes up for {share_of(row)} of what they would cost without."
+        )
+        for row in own.itertuples()
+    ]
+
+
+def findings(step: Step, rounds: Sequence[Round], needed: pd.DataFrame, inside: pd.DataFrame) -> dict[str, Any]:
     """The findings of step 05."""
     params, first, last = step.params, rounds[0], rounds[-1]
     split, ratios = split_table(first.frame, params), compensation(first.frame, params)
@@ -496,6 +525,7 @@ def findings(step: Step, rounds: Sequence[Round], needed: pd.DataFrame) -> dict[
     residual = max(changes(one.frame)["residual"].abs().max() for one in rounds)
     taken = necessity(needed, params)
     needed_told = necessity_sentences(taken)
+    within = inside_sentences(inside)
     end, compared = ending(rounds, params), split_sentences(split, ratios, spread, params)
     sentences = [
         f"The slice ({listed(effects.site_name(*site) for site in first.sites)}) was ablated as a whole at `last`; "
@@ -506,6 +536,7 @@ def findings(step: Step, rounds: Sequence[Round], needed: pd.DataFrame) -> dict[
         *compared,
         *control_sentences(split, params),
         *backup_sentences(rounds, params),
+        *within,
         end,
     ]
     backups = [
@@ -518,6 +549,7 @@ def findings(step: Step, rounds: Sequence[Round], needed: pd.DataFrame) -> dict[
         "task": params.task,
         "able": True,
         "backups": backups,
+        "inside": inside.to_dict("records"),
         "needed": taken.to_dict("records"),
         "widened_slice": [{"site": effects.site_name(*site), **site._asdict()} for site in last.sites],
         "compensation": reported(ratios).to_dict("records"),
@@ -528,7 +560,7 @@ def findings(step: Step, rounds: Sequence[Round], needed: pd.DataFrame) -> dict[
         "largest_residual": residual,
         "sentences": sentences,
         "headline": [
-            end,
+            " ".join([end, *within[: len(within) > 1]]),
             needed_told[0],
             compared[0].partition(" In the ")[0],
         ],  # without the spread over single pairs
