@@ -51,6 +51,10 @@ OPTIONS = {
     "routes": "routes=v+k+q",
     "head": "aggregator=head",
     "turned": "rotated=true",
+    "GPT-2": "shape=gpt2",
+    "Gemma 2": "shape=gemma2",
+    "unequal names": "first=0.7",
+    "class only, a head": "class_only=true,class_only_by=head",
 }
 QUADS = 24  # in each half, of which some fall out: intervals take 20
 LESS: dict[str, Any] = {
@@ -71,7 +75,7 @@ LESS: dict[str, Any] = {
     "story": {"search_pairs": 8, "everywhere_limit": 4, "random_sets": 2, "subsets": 2, "attribution_pairs": 2},
 }
 """What is taken less of than in the profile, so that all models take half an hour."""
-NAMED = {"routes": "retrieval_heads", "class only": "generality"}
+NAMED = {"routes": "retrieval_heads", "class only": "generality", "class only, a head": "generality"}
 """Steps that are given all planted sites at the last token as their slice: step 04 stops at 80% of the answer."""
 
 
@@ -98,7 +102,7 @@ def plan() -> list[Run]:
         for index, (name, options) in enumerate(OPTIONS.items())
     ]
     noisy = [run._replace(noise=noise) for run in seeds if run.series for noise in NOISES]
-    nothing = [Run(kind, f"no_circuit={kind}", first) for kind in NOTHING for first in (0, HELD_OUT)]
+    nothing = [Run(kind, options, first) for kind, options in NOTHING.items() for first in (0, HELD_OUT)]
     return seeds + nothing + noisy
 
 

@@ -22,7 +22,9 @@ from report.words import listed
 
 COMMANDS = {"validation": "make validation", "planted_faults": "python -m bench.planted_faults"}
 HELD_OUT = 100  # seeds from here on were first run when nothing was to be mended any more
-NOTHING = ("constant", "random", "lookup")  # models of no circuit
+# Models of no circuit: what they are called, and their options.
+NOTHING = {kind: f"no_circuit={kind}" for kind in ("constant", "random", "lookup")}
+NOTHING |= {"lookup of the second": "no_circuit=lookup,lookup=second"}
 PLAIN = "–"
 
 Found = Mapping[str, Any]
