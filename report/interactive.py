@@ -49,11 +49,21 @@ $script
 
 
 class Link(NamedTuple):
-    """A view of a site elsewhere in the book; the script shows it where the book has that page."""
+    """A view of a site in the book; the script shows it where the book has that page, or it is on the same one."""
 
     text: str
-    page: str  # 06_retrieval_heads; "" is this page
+    page: str  # 06_retrieval_heads
     figure: str  # fig-two-hop
+
+
+# The views of a site, in the order in which one leads to the next.
+VIEWS = (
+    Link("In the map of sites.", "04_sufficiency", "fig-sufficiency-heads"),
+    Link("As the slice grows.", "04_sufficiency", "fig-slice"),
+    Link("Its paths.", "06_retrieval_heads", "fig-two-hop"),
+    Link("In the circuits.", "10_story", "fig-circuit-graph"),
+    Link("In single pairs.", "pairs", "fig-pairs"),
+)
 
 
 class SiteEffects(NamedTuple):
@@ -71,7 +81,6 @@ def site_map(
     marked: Sequence[str],
     pairs: pd.DataFrame | None = None,
     level: float = 0.95,
-    links: Sequence[Link] = (),
 ) -> HTML:
     """A map of layers x heads and modules, in place of the figure named `twin`, that tells of each site what it does.
 
@@ -89,7 +98,7 @@ def site_map(
         "shown": [one(part, lines, layers) for part in shown],
         "marked": list(marked),
         "level": f"{level:.0%}",
-        "links": list(links),
+        "links": others(twin),
         **by_pair(pairs, shown[0].rows),
     }
     return embedded("site-map", data, "In the book, this figure answers for every site and every pair.", twin)
@@ -153,6 +162,11 @@ def ends(rows: pd.DataFrame) -> list[pd.Series]:
     return [rows[name] for name in ("estimate", "low", "high")]
 
 
+def others(figure: str) -> list[Link]:
+    """The views of a site but for that of one figure."""
+    return [view for view in VIEWS if view.figure != figure]
+
+
 def one(part: SiteEffects, lines: Sequence[tuple[str, int]], layers: Sequence[int]) -> dict[str, Any]:
     """The numbers of one intervention, line by line from the top, hundredths of a logit; None where not measured."""
     table = part.rows.assign(significant=part.significant.astype(float)).set_index(["component", "head", "layer"])
@@ -187,7 +201,6 @@ def circuit_graph(
     lanes: Sequence[tuple[str, Sequence[str]]],
     edges: pd.DataFrame,
     level: float = 0.95,
-    links: Sequence[Link] = (),
     kept: Sequence[str] | None = None,
     notes: Mapping[str, str] | None = None,
     hidden: int = 0,
@@ -216,7 +229,7 @@ def circuit_graph(
         "notes": dict(notes or {}),
         "hidden": hidden,
         "level": f"{level:.0%}",
-        "links": list(links),
+        "links": others(twin),
     }
     return embedded("circuit-graph", data, "In the book, this graph shows every path, and those of a site.", twin)
 
@@ -231,9 +244,7 @@ class Growth(NamedTuple):
     twos: pd.DataFrame  # two together: `site`, `other`; last half
 
 
-def slice_builder(
-    twin: str, growth: Growth, size: int, reached: bool, share: float, links: Sequence[Link] = ()
-) -> HTML:
+def slice_builder(twin: str, growth: Growth, size: int, reached: bool, share: float) -> HTML:
     """Sets of sites to be put together by the reader, with what each was measured to do, in place of `twin`.
 
     The critical slice has the first `size` sites, and has `reached` the `share` of the gap or not.
@@ -261,7 +272,7 @@ def slice_builder(
         "size": size,
         "reached": reached,
         "share": round(100 * share),
-        "links": list(links),
+        "links": others(twin),
     }
     return embedded("slice-builder", data, "In the book, sets of sites can be put together here.", twin)
 

@@ -224,7 +224,7 @@ def numbers(own: Tables, kept: pd.DataFrame) -> dict[str, Any]:
         values = own.logits.reindex(kept.index)
         lists = {run: [in_hundredths(row) for row in values[run]] for run in values}
         out["logits"] = {"names": list(own.candidates), **lists}
-    out["links"] = [interactive.Link("See it over all pairs.", "04_sufficiency", "fig-sufficiency-heads")]
+    out["links"] = interactive.others("fig-pairs")
     return out | {"curves": curves(own.curves, kept), "map": of_sites(own.sites, kept), "looks": looks(own.looks, kept)}
 
 

@@ -304,11 +304,18 @@ def test_a_printed_page_holds_what_is_folded_on_the_screen(built, tmp_path):
 def test_the_search_finds_a_site(built):
     search = """async window => {
       while (!/Search finished/.test(window.document.body.innerText)) await new Promise(done => setTimeout(done, 50));
-      return {found: [...window.document.querySelectorAll("#search-results li a")].map(link => link.innerText)};
+      const at = window.document.querySelector("#map-link");
+      const links = [...window.document.querySelectorAll("#search-results li a")];
+      links[0].addEventListener("click", event => event.preventDefault());
+      links[0].click();
+      return {found: links.map(link => link.innerText), first: links[0].hash, map: at && at.href};
     }"""
     pages = [f"search.html?q={site}" for site in ("21.6", "mlp 3")]
     for query, seen in book_checks.looked_at(built, pages, search).items():
         assert {"A step", "Coarse sweep"} <= set(seen["found"][: len(STEPS)]), query
+        site = query.partition("q=")[2].replace(" ", "+")
+        assert seen["first"] == f"#site={site}", "what is found opens at the site"
+        assert seen["map"].endswith(f"/executed/04_sufficiency.html#site={site}")
 
 
 def test_sites_that_findings_single_out():

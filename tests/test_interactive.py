@@ -15,7 +15,8 @@ from lib.hooks import site_name
 from report import interactive
 from report.words import site_rows
 
-CONFIG = Path(__file__).resolve().parent.parent / "book" / "_config.yml"
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG = ROOT / "book" / "_config.yml"
 SCRIPTS = "".join(f'<script src="{name}"></script>' for name in interactive.scripts())
 
 
@@ -84,6 +85,14 @@ def test_the_book_has_every_script_in_its_place_and_they_stay_small():
         safe_yaml.parse(CONFIG.read_text(), CONFIG.name)["sphinx"]["config"]["html_js_files"] == interactive.scripts()
     )
     assert sum((interactive.ASSETS / name).stat().st_size for name in interactive.scripts()) < 80_000
+
+
+def test_the_views_of_a_site_that_figures_link_to_are_there():
+    for view in interactive.VIEWS[:-1]:
+        cells = json.loads((ROOT / "notebooks" / f"{view.page}.ipynb").read_text(encoding="utf-8"))["cells"]
+        assert view.figure in [cell["metadata"].get("mystnb", {}).get("figure", {}).get("name") for cell in cells]
+    last = interactive.VIEWS[-1]
+    assert (ROOT / "book" / f"{last.page}.md").is_file() and last not in interactive.others(last.figure)
 
 
 @pytest.fixture(scope="module")
@@ -258,9 +267,7 @@ RANGES = PATHS.assign(
 def test_a_graph_lights_the_paths_of_a_site_and_goes_by_its_threshold(tmp_path):
     tested = RANGES.assign(low=RANGES["least"], high=RANGES["most"], significant=RANGES["least"] > 0)
     for name, edges in (("few", RANGES), ("enough", tested)):
-        figure = interactive.circuit_graph(
-            "fig", LANES, edges, 6, links=[interactive.Link("There.", "04_there", "fig")]
-        )
+        figure = interactive.circuit_graph("fig", LANES, edges)
         interactive.save(figure, tmp_path / f"{name}.html", "A circuit")
     look = """window => {
       const all = what => [...window.document.querySelectorAll(what)], one = what => all(what)[0];
@@ -294,7 +301,11 @@ def test_a_graph_lights_the_paths_of_a_site_and_goes_by_its_threshold(tmp_path):
     assert few["pinned"]["table"][2] == "2.1 | mlp 3 | −0.25 | −1.25 to 0.75"
     assert few["thin"]["lines"] == 2 and few["thin"]["hash"] == "#site=2.1&at=fig&min=1.00"
     assert few["output"] == "1.00 logits or more: 2 of 5" and few["width"] <= 390
-    assert enough["start"]["dashed"] == 4 and enough["start"]["table"][0].endswith("| 3.00 to 5.00 | yes")
+    assert (
+        "95% interval" in enough["head"]
+        and enough["start"]["dashed"] == 4
+        and enough["start"]["table"][0].endswith("| 3.00 to 5.00 | yes")
+    )
     assert unknown["start"]["told"] == "9.9: No path to or from it was measured here."
     assert cited["start"]["lines"] == 2 and cited["start"]["dim"] == 0, "both are paths of mlp 1"
 

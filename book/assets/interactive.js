@@ -81,13 +81,23 @@ const book = (() => {
     const at = decodeURIComponent(link.hash.slice(1)) || "top";
     link.hash = new URLSearchParams(found ? { site } : { site, at });
   }
-  /* Links to views of a site elsewhere, [text, page, figure] each, as far as this book has the page ("": this one);
-     `more` of the state goes along. */
+  /* Links to other views of a site, [text, page, figure] each, as far as this page or this book has them; `more` of the
+     state goes along. */
+  const linked = (page) => document.querySelector(`nav a[href*="${page}.html"]`);
   const elsewhere = (links, site, more = {}) => (links || []).flatMap(([text, page, figure]) => {
-    const there = page ? document.querySelector(`nav a[href*="${page}.html"]`) : location;
-    if (!there || !(page || document.getElementById(figure))) return [];
+    const there = document.getElementById(figure) ? location : linked(page);
+    if (!there) return [];
     const href = there.href.split("#")[0] + "#" + new URLSearchParams({ ...more, site, at: figure });
     return [" ", element("a", { href }, text)];
+  });
+  /* Whoever searches for a site finds it, also where no page singles it out. */
+  each("#search-results", (place) => {
+    const map = asked() && linked("_sufficiency");
+    if (map) {
+      const href = map.href.split("#")[0] + "#" + new URLSearchParams({ site: asked() });
+      place.before(element("p", {}, element("a", { href, id: "map-link" }, `Site ${asked()} in the map of all sites`)));
+    }
+    return { box: place, keys: [], show: () => {}, knows: () => false };
   });
   let columns = null;
   function light(site) {

@@ -477,8 +477,7 @@ def two_hop(step: Step, m: Measured) -> Figure:
 def circuit_graph(step: Step, m: Measured) -> HTML:
     """The same, to be asked site by site."""
     lanes, edges = graph(edges_table(m.edges, step.params), m.senders, m.slice_sites)
-    links = [interactive.Link("In the map of sites.", step.plan.page("sufficiency"), "fig-sufficiency-heads")]
-    return interactive.circuit_graph("fig-two-hop", lanes, edges, step.params.level, links)
+    return interactive.circuit_graph("fig-two-hop", lanes, edges, step.params.level)
 
 
 # --- sentences ---

@@ -93,9 +93,5 @@ def to_touch(step: Step, m: Measured | None) -> HTML | None:
     """The same, to be asked site by site."""
     if m is None or not (found := of_step(step, m)).lanes:
         return None
-    links = [
-        interactive.Link("In the map of sites.", step.plan.page("sufficiency"), "fig-sufficiency-heads"),
-        interactive.Link("Its paths.", step.plan.page("retrieval_heads"), "fig-two-hop"),
-    ]
     about = {"kept": found.kept, "notes": found.notes, "hidden": found.hidden}
-    return interactive.circuit_graph("fig-circuit-graph", found.lanes, found.edges, step.params.level, links, **about)
+    return interactive.circuit_graph("fig-circuit-graph", found.lanes, found.edges, step.params.level, **about)

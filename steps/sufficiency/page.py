@@ -96,11 +96,7 @@ def site_map(step: Step, m: Measured) -> HTML:
         name = f"taken out ({earlier['ablation']}; step 03)"
         shown.append(interactive.SiteEffects(name, "falls", rows, significant(rows, step.params)))
     members = m.order["site"].head(m.critical.size) if m.critical else ()
-    links = [
-        interactive.Link("As the slice grows.", "", "fig-slice"),
-        interactive.Link("Its paths.", step.plan.page("retrieval_heads"), "fig-two-hop"),
-    ]
-    return interactive.site_map("fig-sufficiency-heads", shown, members, by_pair(step, m), step.params.level, links)
+    return interactive.site_map("fig-sufficiency-heads", shown, members, by_pair(step, m), step.params.level)
 
 
 def by_pair(step: Step, m: Measured) -> pd.DataFrame:
@@ -164,12 +160,8 @@ def slice_builder(step: Step, m: Measured) -> HTML:
     alone = alone.rename(columns={"": "estimate", "_low": "low", "_high": "high"})
     sums = stability_page.additivity(m, step.params).query("quantity == @stability_page.SUM")
     growth = interactive.Growth(order, alone, m.curves, sums, stability_page.twos(m, step.params))
-    links = [
-        interactive.Link("In the map of sites.", "", "fig-sufficiency-heads"),
-        interactive.Link("Its paths.", step.plan.page("retrieval_heads"), "fig-two-hop"),
-    ]
     size, reached = m.critical.size, bool(m.critical.reached)
-    return interactive.slice_builder("fig-slice", growth, size, reached, step.params.slice_share, links)
+    return interactive.slice_builder("fig-slice", growth, size, reached, step.params.slice_share)
 
 
 # --- findings ---
