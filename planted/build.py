@@ -29,7 +29,7 @@ from lib.records import atomic
 from lib.weights import cache_folder, sha256_of
 from planted import circuit, shapes, truth
 from planted.circuit import AT, SPACES, WIDE, WIDTH, Head, Mlp, Part, Read, parts_of
-from planted.effects import truth_of
+from planted.effects import means_at_last, truth_of
 from planted.options import HEADS, Options, fingerprint, parse
 from planted.question import ASKS, CLASSES, JOINS, LABELS, MIDDLES, NAME, ODD, REGIONS, codes, read_tokens
 from planted.shapes import HIDDEN, SIZE, Layer, Weights
@@ -208,12 +208,16 @@ def add_noise(laid: Weights, parts: Sequence[Part], o: Options, draw: torch.Gene
 # --- the folder ---
 
 
-def directions(o: Options) -> dict[str, dict[str, list[float]]]:
-    """Space -> label -> the direction in the residual stream by which it is written."""
+def directions(o: Options, parts: Sequence[Part]) -> dict[str, dict[str, list[float]]]:
+    """Space -> label -> the direction in the residual stream by which it is written; under "at last", class by class,
+    the mean of all that is at the last token in the end."""
     labels = {"profession": LABELS, "retrieved": LABELS, "superset": CLASSES, "region": REGIONS}
     labels |= {"region_answer": REGIONS} if o.placebo else {}
     turn = shapes.rotation(o).T
-    return {
+    means = {
+        label: (turn[:, :WIDE] @ torch.from_numpy(own).float()).tolist() for label, own in means_at_last(parts).items()
+    }
+    return {"at last": means} | {
         space: {label: turn[:, AT[space].start + at].tolist() for at, label in enumerate(names)}
         for space, names in labels.items()
     }
@@ -225,7 +229,7 @@ def write(o: Options, to: Path) -> truth.Truth:
     transformers.logging.disable_progress_bar()
     model.save_pretrained(to)
     words.save_pretrained(to)
-    found = truth_of(o, parts, sha256_of(to / "model.safetensors"), directions(o))
+    found = truth_of(o, parts, sha256_of(to / "model.safetensors"), directions(o, parts))
     (to / truth.FILE).write_text(found.model_dump_json(indent=1), encoding="utf-8")
     return found
 

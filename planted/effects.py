@@ -10,11 +10,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import permutations
+from itertools import permutations, product
 
 import numpy as np
 
-from planted.circuit import Head, Mlp, Part, Run, people_of, run, three_of
+from planted.circuit import C, Head, Mlp, N, Part, Person, Run, people_of, run, three_of
 from planted.options import Options
 from planted.question import CLASSES, NAME
 from planted.truth import Backup, Edge, Effect, Neuron, Readable, Site, Truth
@@ -187,6 +187,17 @@ def rule_logits(o: Options, parts: Sequence[Part]) -> dict[str, float]:
             found[key].append(float(run(parts, people).logits(o)[c]))
     means = {key: float(np.mean(values)) for key, values in found.items()}
     return means | {"one": (means["first"] + means["second"]) / 2}
+
+
+def means_at_last(parts: Sequence[Part]) -> dict[str, np.ndarray]:
+    """Class -> all that a prompt of two people of it has at the last token in the end, over all spaces; the mean over
+    the ordered pairs of its professions."""
+    out = {}
+    for c, label in enumerate(CLASSES):
+        everyone = product(range(c * N // C, (c + 1) * N // C), repeat=2)
+        people = ((Person(a, 0, length=2, u=0), Person(b, 0, length=2, u=1)) for a, b in everyone)
+        out[label] = np.mean([run(parts, both).final[-1] for both in people], axis=0)
+    return out
 
 
 def truth_of(

@@ -121,7 +121,9 @@ class Truth(Strict):
     neurons: tuple[Neuron, ...]
     backup: Backup | None
     readable: tuple[Readable, ...]
-    directions: dict[str, dict[str, list[float]]]  # professions, retrieved, supersets, ...: label -> residual vector
+    directions: dict[
+        str, dict[str, list[float]]
+    ]  # profession, superset, "at last" (means), ...: label -> residual vector
     class_only: str | None  # the class of the `class_only` site
 
     def of(self, *roles: str) -> list[Site]:

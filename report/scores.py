@@ -9,8 +9,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from itertools import pairwise
+from collections.abc import Callable, Iterable, Mapping
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,8 +24,8 @@ SHARE = 0.02
 """Share of the gap from which a site's effect is one to be found, and one that counts as found."""
 READ = 0.99
 """Balanced accuracy from which a probe reads what it was asked without error."""
-TOLERANCE, TOLERANCES = 1e-3, {"direction, effect": 0.05, "direction, cosine": 0.01}
-"""How far a number may be from the planted one; those of the directions are of class means over the people asked."""
+TOLERANCE, TOLERANCES = 1e-3, {"direction, effect": 0.03, "direction, cosine": 0.01}
+"""How far a number may be from the planted one; those of the directions are of means over the people asked."""
 LEVEL = 0.05
 RULES = {"additive": "additive", "or": "OR", "and": "AND"}
 ARRIVED, REPAIR = 0.8, 0.1
@@ -231,11 +231,16 @@ def planted_neurons(truth: Truth, found: Finding) -> Wanted | None:
 
 
 def planted_effect(truth: Truth, found: Finding) -> float | None:
-    """1 where the layer after which directions were patched lies behind every aggregator: then the difference between
-    two supersets is all there is. Before it, professions are there and no superset."""
+    """What the direction that was fitted must bring back (`carried`), where the layer after which it was patched lies
+    behind every aggregator. Before it, professions are there and no superset."""
     last = ("aggregator", "class_only", "negative", "backup", "backup_reader")
     written = [site["layer"] for site in of_roles(truth, *last)]
-    return 1.0 if written and found["directions"]["layer"] >= max(written) else None
+    return found["carried"] if written and found["directions"]["layer"] >= max(written) else None
+
+
+def planted_cosine(truth: Truth, found: Finding) -> float | None:
+    """1, where `planted_effect` is asked for."""
+    return None if planted_effect(truth, found) is None else 1.0
 
 
 def planted_specificity(truth: Truth) -> Wanted | None:
@@ -429,7 +434,7 @@ METHODS: dict[str, tuple[str, Callable[[Truth, Found], Wanted | float | None], C
     "probes, without error": ("subspace", lambda t, f: planted_probes(t, f["subspace"]), probes_read),
     "probes, above chance": ("subspace", lambda t, f: planted_probes(t, f["subspace"]), probes_above_chance),
     "direction, effect": ("subspace", lambda t, f: planted_effect(t, f["subspace"]), direction_effect),
-    "direction, cosine": ("subspace", lambda t, f: planted_effect(t, f["subspace"]), lambda found: found["cosine"]),
+    "direction, cosine": ("subspace", lambda t, f: planted_cosine(t, f["subspace"]), lambda found: found["cosine"]),
     "neurons": ("neurons", lambda t, f: planted_neurons(t, f["neurons"]), neurons),
     "circuit": ("story", lambda t, f: planted_circuit(t), circuit),
     "claims": ("claims", planted_claims, verdicts),
@@ -480,7 +485,8 @@ def load(results: Path) -> tuple[Truth, dict[str, Any]]:
     if (results / "claims.json").is_file():
         found["claims"] = read_json(results / "claims.json")
     if able(found.get("subspace", {"able": False})):
-        found["subspace"]["cosine"] = cosine(truth, found["subspace"], results)
+        means = class_means(found["subspace"], results)
+        found["subspace"] |= {"cosine": cosine(truth, means), "carried": carried(truth, means)}
     return truth, found
 
 
@@ -490,14 +496,33 @@ def sliced(found: Found, record: Finding) -> list[str]:
     return record["parameters"].get("slice_sites") or own
 
 
-def cosine(truth: Truth, found: Finding, results: Path) -> float:
-    """The lowest cosine, over pairs of classes, between the difference of two class means after the layer of step 08
-    and the planted one: both within the span of the planted supersets, because the residual stream holds professions
-    beside them."""
+def class_means(found: Finding, results: Path) -> dict[str, np.ndarray]:
+    """The class means of step 08, after its layer."""
     means = records.read(results / "subspace.class_means.parquet")
-    own = means[means["layer"] == found["directions"]["layer"]].drop_duplicates("class_name").set_index("class_name")
-    planted = np.array([truth["directions"]["superset"][name] for name in own.index])
-    basis = np.linalg.qr(planted.T)[0]
-    given, wanted = np.stack(own["vector"]) @ basis, planted @ basis
-    pairs = [(a[i] - a[j] for a in (given, wanted)) for i in range(len(own)) for j in range(i)]
+    own = means[means["layer"] == found["directions"]["layer"]].drop_duplicates("class_name")
+    return dict(zip(own["class_name"], own["vector"], strict=True))
+
+
+def differences(vectors: Mapping[str, Any], names: Iterable[str]) -> list[np.ndarray]:
+    """Between every two of these names' vectors."""
+    return [np.asarray(vectors[a]) - np.asarray(vectors[b]) for a, b in combinations(names, 2)]
+
+
+def cosine(truth: Truth, means: Mapping[str, np.ndarray]) -> float:
+    """The lowest cosine, over pairs of classes, between the difference of two class means and the planted one: both
+    within the span of the planted supersets, because the residual stream holds professions beside them."""
+    planted = truth["directions"]["superset"]
+    basis = np.linalg.qr(np.array([planted[name] for name in means]).T)[0]
+    both = zip(differences(means, means), differences(planted, means), strict=True)
+    pairs = [(a @ basis, b @ basis) for a, b in both]
     return min(float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b))) for a, b in pairs)
+
+
+def carried(truth: Truth, means: Mapping[str, np.ndarray]) -> float:
+    """The share of the gap that the differences of these class means bring back, by geometry; the mean over pairs of
+    classes. Between prompts that differ by d on average, what lies along a fitted direction f is f (f d) / (f f), of
+    which the answers read what lies along their supersets, s. All of d would be 1; means of few prompts are blurred by
+    the professions that these happen to have, and by noise, and bring less."""
+    planted, there = truth["directions"]["superset"], truth["directions"]["at last"]
+    each = zip(*(differences(vectors, means) for vectors in (means, planted, there)), strict=True)
+    return float(np.mean([(s @ f) * (f @ d) / ((f @ f) * (s @ d)) for f, s, d in each]))

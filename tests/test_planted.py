@@ -200,10 +200,10 @@ def test_the_formula_is_what_plain_hooks_measure(spec):
             values, answers = own.run(regions[0], part)[1], [own.answers["northerner"], own.answers["southerner"]]
             won = metric(own.run(regions[1], part, values)[0], answers) - metric(own.run(regions[1])[0], answers)
             assert won == pytest.approx(site.placebo, abs=bound), part.role
-    clean, corrupt = (named(CLASSES[c], 2) for c in pair)
-    formula = Contrast(own.o, own.parts, pair, 2)
+    clean, corrupt, answers = own.asked(pair, 2)
+    formula, low = Contrast(own.o, own.parts, pair, 2), metric(own.run(corrupt)[0], answers)
     for layer in {part.layer for part in own.parts}:
-        won = metric(own.arrived(clean, corrupt, layer)) - metric(own.run(corrupt)[0])
+        won = metric(own.arrived(clean, corrupt, layer), answers) - low
         assert won == pytest.approx(formula.arrived(layer), abs=bound), layer
     for edge in found.paths:
         clean, _, answers = own.asked(pair, 2)
@@ -257,7 +257,7 @@ def test_an_aggregator_writes_along_the_directions_of_the_truth():
     own = Hooked("planted:seed=4,rotated=true")
     part = next(part for part in own.parts if part.role == "aggregator")
     written = own.run(named(CLASSES[2], 3), part)[1][0]
-    direction = torch.tensor(build.directions(own.o)["superset"][CLASSES[2]])
+    direction = torch.tensor(build.directions(own.o, own.parts)["superset"][CLASSES[2]])
     assert torch.cosine_similarity(written, direction, dim=0) > 1 - 1e-5
 
 

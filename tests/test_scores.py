@@ -90,6 +90,7 @@ def found() -> dict:
             },
             "directions": {"layer": 6, "by_number": [{"method": "class difference", "k": 1, "estimate": 0.99}]},
             "cosine": 0.999,
+            "carried": 0.98,
         },
         "neurons": {"neurons": {"significant": {"mean": {"neuron 5.3": 1, "neuron 5.8": 1}}}},
         "story": {"circuit": {"members": [{"site": s, "matters": True} for s in ("3.2", "4.5", "mlp 5")]}},
@@ -205,10 +206,19 @@ def test_the_cosine_is_of_the_planted_supersets(tmp_path):
     vectors = {"artist": [2.0, 0.0, 5.0], "writer": [0.0, 2.0, -5.0]}
     frame = pd.DataFrame({"layer": 6, "class_name": list(vectors), "vector": list(vectors.values())})
     records.write(tmp_path / "subspace.class_means.parquet", frame, {}, schema=None)
-    layer = {"directions": {"layer": 6}}
-    assert scores.cosine(TRUTH, layer, tmp_path) == pytest.approx(1)
+    means = scores.class_means({"directions": {"layer": 6}}, tmp_path)
+    assert scores.cosine(TRUTH, means) == pytest.approx(1)
     turned = TRUTH | {"directions": {"superset": {"artist": [1.0, 0, 0], "writer": [1.0, -1.0, 0]}}}
-    assert scores.cosine(turned, layer, tmp_path) == pytest.approx(-np.sqrt(0.5))
+    assert scores.cosine(turned, means) == pytest.approx(-np.sqrt(0.5))
+
+
+def test_a_direction_of_blurred_means_brings_less_than_the_planted_one():
+    there = {"artist": [1.0, 0.0, 2.0], "writer": [0.0, 1.0, 0.0]}
+    truth = TRUTH | {"directions": {"superset": DIRECTIONS, "at last": there}}
+    exact = {name: np.array(own) for name, own in there.items()}
+    assert scores.carried(truth, exact) == pytest.approx(1)
+    blurred = exact | {"artist": np.array([1.0, 0.0, 3.0])}  # f = (1, -1, 3), d = (1, -1, 2), s = (1, -1, 0)
+    assert scores.carried(truth, blurred) == pytest.approx(2 * 8 / (11 * 2))
 
 
 def test_routes_are_asked_of_the_slices_heads_alone():
