@@ -2,7 +2,7 @@
 "use strict";
 (() => {
   const { element, drawn, signed } = book;
-  const WIDE = 440, HIGH = 190, LEFT = 44, RIGHT = 432, TOP = 8, BOTTOM = 150;
+  const WIDE = 440, HIGH = 190, LEFT = 34, RIGHT = 432, TOP = 8, BOTTOM = 150;
   const SHAPES = [ // markers around 0, 0: who does not see a colour sees a shape
     "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0 -8 0", "M-3.5-3.5h7v7h-7z", "M0-5L5 0L0 5L-5 0z", "M0-5L4.5 3.5h-9z", "M0 5L4.5-3.5h-9z",
     "M-1.5-4.5h3v3h3v3h-3v3h-3v-3h-3v-3h3z", "M-4-4L4 4M4-4L-4 4",
@@ -39,11 +39,10 @@
       svg.append(drawn("line", { x1: LEFT, x2: RIGHT, y1: y, y2: y, class: "level" }));
       write(RIGHT, y < TOP + 16 ? y + 13 : y - 4, level.name, "end");
     }
-    const marks = ticks ? ticks.map((text, at) => [at, text]) : rounded(left, right).map((x) => [x, minus(x)]);
+    const own = [...new Set(xs)], few = own.length < 9 ? own : rounded(left, right);
+    const marks = ticks ? ticks.map((text, at) => [at, text]) : few.map((x) => [x, minus(x)]);
     for (const [x, text] of marks) write(across(x), BOTTOM + 14, text, "axis");
     write((LEFT + RIGHT) / 2, HIGH - 8, xlabel, "axis");
-    const high = drawn("text", { transform: `translate(11 ${(TOP + BOTTOM) / 2}) rotate(-90)`, class: "axis" }, ylabel);
-    svg.append(high);
 
     const points = [];
     const read = lines.filter((line) => !line.bare), apart = ticks ? 0.4 / Math.max(3, read.length) : 0;
@@ -121,7 +120,7 @@
       look(pinned);
       return !!pinned;
     };
-    return { box: element("div", {}, svg, legend), pin };
+    return { box: element("div", {}, element("p", { class: "note" }, ylabel), svg, legend), legend, pin };
   }
 
   /* An estimate in words: hundredths to text, with its interval. */
@@ -138,6 +137,8 @@
     };
     const parts = data.panels.map((panel, number) => plot({ ...panel, label: panel.name || panel.ylabel, tell: tell(panel),
       choose: (line, point) => did({ [data.key]: `${number},${point[0]},${line.name}` }) }));
+    const named = (panel) => JSON.stringify(panel.lines.map((line) => line.name));
+    data.panels.slice(1).forEach((panel, at) => named(panel) === named(data.panels[at]) && parts[at].legend.remove());
     const shown = data.panels.flatMap((panel, number) =>
       [...(panel.name ? [element("p", { class: "panel" }, panel.name)] : []), parts[number].box]);
     const box = element("div", { class: "interactive curves" }, ...shown, told);

@@ -104,7 +104,7 @@
       const at = (layer) => Math.max(0, data.curves.layers.indexOf(layer));
       told.textContent = book.HOW;
       const drawing = book.plot({ lines, label: `Change of logit_diff by layer, ${listed(now.names[0])}`, xlabel: "layer",
-        ylabel: `logit_diff ${verb} by`, level: { name: "the gap", y: now.gap },
+        ylabel: `logit_diff ${verb} by (logits)`, level: { name: "the gap", y: now.gap },
         tell: (line, point) => told.replaceChildren(`${line.name}, layer ${data.curves.layers[at(point[0])]}: logit_diff ${verb} by `,
           element("strong", {}, `${signed(point[1])} logits`), now.gap ? `, ${signed((100 * point[1]) / now.gap)} of the gap.` : "."),
         choose: () => {} });

@@ -247,7 +247,7 @@ def touched(fit: RuleResult | None, people: pd.DataFrame) -> HTML | None:
         interactive.Panel(
             steps,
             "names in the class",
-            "logit above neither name's classes",
+            "logit above the classes of neither name",
             "logits",
             ticks=("none", "one", "two"),
             bare=lines(fit, people),
@@ -255,7 +255,7 @@ def touched(fit: RuleResult | None, people: pd.DataFrame) -> HTML | None:
         interactive.Panel(
             worse,
             "rule",
-            "error above the free fit's",
+            "squared error above that of the free fit (squared logits)",
             "squared logits more error than a free fit, on people not seen",
             "How much worse than a free fit each rule predicts, by what is known of a name",
             RULES,

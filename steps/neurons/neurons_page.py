@@ -26,7 +26,7 @@ from steps.neurons.measure import Measured, Neurons
 from steps.neurons.picks import NEURON, Set, means
 
 QUANTITY = {"mean": "damage", "clean": "recovery"}  # damage under a class-neutral ablation: the other is its mirror
-CARD_WORDS = 8  # names and tokens on a card
+CARD_WORDS = 5  # names and tokens on a card
 HALF = 0.5  # "carry" means more than half of the MLPs' joint effect
 TOLD = [*NEURON, "superset", "discovery", "adjusted", "confirmation", "p", "mean", "mean_others", "picked", "selective"]
 TOLD += ["promoted", "suppressed", "site"]
@@ -209,7 +209,7 @@ def card_words(activations: pd.DataFrame, tokens: pd.DataFrame, card: Any, count
     names = mine.groupby("names")["activation"].mean().sort_values()
     own = tokens[(tokens["layer"] == card.layer) & (tokens["head"] == card.head) & (tokens["rank"] <= count)]
     shown = {"highest": names[::-1][:count], "lowest": names[:count]}
-    out = {how: [f"{who} ({value:.2f})" for who, value in part.items()] for how, part in shown.items()}
+    out = {how: [f"{who} ({round(value, 2) + 0.0:.2f})" for who, value in part.items()] for how, part in shown.items()}
     return out | {
         f"writes {WRITES[end]} on": [f'"{token}"' for token in part["token"]] for end, part in own.groupby("end")
     }
@@ -325,9 +325,11 @@ def cards_touched(step: Step, m: Measured) -> HTML:
     lead = singles(m.joint, m.sets, step.params)["counterfactual"]
     shown = []
     for card in first.itertuples():
+        fall = lead[lead["site"] == card.site]
         facts: dict[str, Any] = {
-            f"fall of logit_diff when it takes its corrupt value, {row.half} half (logits)": of_row(row)
-            for row in lead[lead["site"] == card.site].itertuples()
+            "fall of logit_diff when it takes its corrupt value (logits)": [
+                f"{row.half} half: {of_row(row)}" for row in fall.itertuples()
+            ]
         }
         gist = ""
         if card.site in told.index:
@@ -339,9 +341,9 @@ def cards_touched(step: Step, m: Measured) -> HTML:
                 f"confirmation half ({sure}selective)"
             )
         words, shares = card_words(prompts, m.tokens, card, CARD_WORDS), singled_out(m.tokens, card)
-        for what, items in words.items():
-            rest = f" (of the layer's neurons {shares[what]:.0%} single one out as much)" if what in shares else ""
-            facts[f"{what}{rest}" if what in shares else f"names of {what} activation"] = items
+        facts |= {f"names of {how} activation": words[how] for how in ("highest", "lowest")}
+        for what, share in sorted(shares.items(), reverse=True):  # most before least
+            facts[what] = f"{', '.join(words[what])} (of the layer's neurons, {share:.0%} single one out as much)"
         writes = direct.loc[card.site].rename("estimate").rename_axis("name").reset_index().assign(low=None, high=None)
         bars = {"activation, confirmation half": active[active["site"] == card.site]}
         bars["what it writes directly on each superset's logit, on that superset's prompts"] = writes

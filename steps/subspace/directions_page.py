@@ -256,7 +256,13 @@ def dose_figure(n: Numbers) -> Figure:
 def doses_touched(n: Numbers) -> HTML:
     """`dose_figure` to be read point by point."""
     panels = [
-        interactive.Panel(own.assign(line=own["added"], x=own["dose"]), "dose", "logit above the mean", "logits", kind)
+        interactive.Panel(
+            own.assign(line=own["added"], x=own["dose"]),
+            "dose",
+            "logit of the class added, above the candidates' mean",
+            "logits",
+            kind,
+        )
         for kind, own in n.doses.groupby("kind", sort=False)
     ]
     return interactive.curves("fig-subspace-doses", "dose", panels)
