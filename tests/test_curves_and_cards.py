@@ -102,8 +102,8 @@ def test_a_card_is_found_unfolded_and_cited(page):
       const find = all("input")[0];
       if (!find) return {...seen, text: window.document.body.innerText};
       find.value = "writer"; find.dispatchEvent(new window.Event("input"));
-      seen.found = all(".card").filter(card => !card.hidden).map(card => card.querySelector("strong").innerText);
-      all(".card:not([hidden]) summary")[0].click();
+      seen.found = all(".about").filter(card => !card.hidden).map(card => card.querySelector("strong").innerText);
+      all(".about:not([hidden]) summary")[0].click();
       await later();
       return {...seen, open: open(), hash: window.location.hash, width: window.document.documentElement.scrollWidth};
     }"""

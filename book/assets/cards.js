@@ -24,7 +24,7 @@
     const find = element("input", { type: "search", size: 14 }), count = element("output");
     const each = data.cards.map((card) => {
       const inside = element("div", {}, ...card.bars.map(bars), element("dl", {}, ...card.facts.flatMap(fact)));
-      const box = element("details", { class: "card" }, element("summary", {}, element("strong", {}, card.name), ` ${card.gist}`), inside);
+      const box = element("details", { class: "about" }, element("summary", {}, element("strong", {}, card.name), ` ${card.gist}`), inside);
       box.querySelector("summary").onclick = () => did({ [data.key]: box.open ? "" : card.name });
       return { ...card, box, text: box.textContent.toLowerCase() };
     });
