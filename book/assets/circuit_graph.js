@@ -41,12 +41,13 @@
         : `(${signed(edge[LOW])} to ${signed(edge[HIGH])} over ${data.quads} quads)`) +
       (data.tested ? `, ${edge[SURE] ? "" : "not "}significant` : "");
 
+    const across = (lane) => 78 + ((width - 128) * lane) / Math.max(1, data.lanes.length - 1);
     function place() {
       width = Math.max(narrowest, frame.clientWidth || 680);
-      const height = TOP + data.layers.length * ROW + 6, inner = width - 44 - 84;
+      const height = TOP + data.layers.length * ROW + 6;
       svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
       svg.style.cssText = `width:${width}px;height:${height}px`;
-      return data.nodes.map(([, lane, row]) => [44 + 34 + (inner * lane) / Math.max(1, data.lanes.length - 1), TOP + 14 + row * ROW]);
+      return data.nodes.map(([, lane, row]) => [across(lane), TOP + 14 + row * ROW]);
     }
     function line([x, y], [u, v]) {
       if (x !== u) return `M${x + 28} ${y}C${(x + u) / 2} ${y} ${(x + u) / 2} ${v} ${u - 28} ${v}`;
@@ -63,8 +64,7 @@
       data.layers.forEach((layer, row) => layer && write(2, TOP + 18 + row * ROW, layer, "layer"));
       write(2, 25, "layer", "layer");
       data.lanes.forEach((heading, lane) => {
-        const x = 78 + ((width - 128) * lane) / Math.max(1, data.lanes.length - 1);
-        heading.split(", ").forEach((part, at) => write(Math.min(x, width - 34), 12 + 13 * at, part, "lane"));
+        heading.split(", ").forEach((part, at) => write(across(lane), 12 + 13 * at, part, "lane"));
       });
       const shown = data.edges.filter((edge) => Math.abs(edge[EFFECT]) >= least)
         .sort((one, two) => Math.abs(one[EFFECT]) - Math.abs(two[EFFECT]));
@@ -81,7 +81,7 @@
       data.nodes.forEach(([name], node) => {
         const [x, y] = places[node], own = named(node);
         const pale = data.kept && own && !data.kept.includes(node) ? " pale" : "";
-        const group = drawn("g", { class: "node" + pale, tabindex: 0, role: "button", "aria-label": name },
+        const group = drawn("g", { class: "node" + pale, tabindex: 0, role: own ? "button" : "img", "aria-label": name },
           drawn("rect", { x: x - 27, y: y - 11, width: 54, height: 22, rx: 5 }), drawn("text", { x, y: y + 4, class: "axis" }, site(node)));
         const toggle = () => own && did({ site: own === pinned ? "" : own });
         group.onclick = toggle;
@@ -104,7 +104,7 @@
         const near = about(of, which);
         part.classList.toggle("dim", known && !near && part.classList.contains("edge"));
         part.classList.toggle("on", known && near);
-        if (part.classList.contains("node")) part.setAttribute("aria-pressed", pinned !== "" && about(of, pinned));
+        if (part.getAttribute("role") === "button") part.setAttribute("aria-pressed", pinned !== "" && about(of, pinned));
       }
     }
     function tell() {
@@ -129,6 +129,7 @@
     function paint() {
       draw();
       const shown = data.edges.filter((edge) => Math.abs(edge[EFFECT]) >= least).length;
+      slider.setAttribute("aria-valuetext", `${number(least)} logits`);
       count.textContent = `${number(least)} logits or more: ${shown} of ${data.edges.length}`;
       light(pinned);
       tell();

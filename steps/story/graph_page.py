@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import pandas as pd
-from IPython.display import HTML
+from IPython.display import HTML, Markdown
 from matplotlib.figure import Figure
 
 from pipeline.step import Step
@@ -82,10 +82,12 @@ def of_step(step: Step, m: Measured) -> Graph:
     return graph(edges, everywhere, last)._replace(notes=notes(circuits))
 
 
-def figure(step: Step, m: Measured | None) -> Figure | None:
-    """The sites of both circuits, and the strongest paths; None where no circuit was searched for."""
-    if m is None or not (found := of_step(step, m)).lanes:
+def figure(step: Step, m: Measured | None) -> Figure | Markdown | None:
+    """The sites of both circuits, and the strongest paths; None where the model does not do the task."""
+    if m is None:
         return None
+    if not (found := of_step(step, m)).lanes:
+        return Markdown("Neither circuit was found, and no path was measured: there is nothing to draw.")
     return plots.circuit_graph(found.lanes, found.edges, found.kept)
 
 
