@@ -72,129 +72,148 @@ def test_a_margin_must_be_positive(margin):
 
 
 def sides(seed: int, quads: int = 60, sites: int = 6, planted: float = 0.0, names: str = "ABCD", loud: float = 1.0):
-    """Quads of two sides: effects, gaps, classes, quads. Sites have one profile in all classes, but for `planted` more
-    of the first site in class A; class A's noise is `loud` times the others'."""
+    """Quads of two sides: effects, gaps, meetings, quads. Sites have one profile in all classes, but for `planted` more
+    of class A's part of the gap at the first site; class A's noise is `loud` times the others'."""
     rng = np.random.default_rng([seed, 17])
-    label = np.array([rng.choice(len(names), 2, replace=False) for _ in range(quads)]).ravel()
-    gaps = rng.gamma(8, 1, 2 * quads) * (1 + label)  # classes differ in scale
+    label = np.array([rng.choice(len(names), 2, replace=False) for _ in range(quads)])
+    label = np.stack([label, label[:, ::-1]], axis=1).reshape(-1, 2)
+    gaps = np.repeat(rng.gamma(8, 1, quads), 2) * (2 + label.sum(1))  # classes differ in scale
     profile = np.tile(np.linspace(0.5, 0, sites), (2 * quads, 1))
-    profile[label == 0, 0] += planted
+    profile[:, 0] += planted * (label == 0).any(1) / 2
     noise = rng.standard_t(5, (2 * quads, sites)) + np.repeat(rng.normal(size=(quads, sites)), 2, axis=0)
-    effects = gaps[:, None] * (profile + 0.1 * noise * np.where(label == 0, loud, 1)[:, None])
+    effects = gaps[:, None] * (profile + 0.1 * noise * np.where(label[:, 0] == 0, loud, 1)[:, None])
     return effects, gaps, np.array(list(names))[label], np.repeat(np.arange(quads), 2)
 
 
+def exact(planted: float = 0.0, answer: float = 0.0, common: float = 0.0):
+    """24 quads in which four classes meet equally often, and sites of next to no noise: 1 has `planted` more of class
+    A's part of the gap and 2 as much less; 3 has `answer` more of a pair that A answers, and as much less of one that A
+    does not; 4 does more where A meets B and where C meets D, and no class more than another; `common`: all of A."""
+    pairs = [(a, b) for a in range(4) for b in range(a)]
+    label = np.array([ends for n in range(24) for ends in (pairs[n % 6], pairs[n % 6][::-1])])
+    has, wins = (label == 0).any(1), (label[:, 0] == 0) * 1.0 - (label[:, 1] == 0)
+    shares = np.array([0.6, 0.0, 1.0, 0.4, 0.7]) + np.outer(has, common + planted * np.array([0, 1, -1, 0, 0])) / 2
+    shares += np.outer(wins, answer * np.eye(5)[3]) + np.outer(np.isin(label.sum(1), (1, 5)), 0.1 * np.eye(5)[4])
+    shares += 1e-6 * np.random.default_rng(0).normal(size=shares.shape)
+    return 20 * shares, np.full(48, 20.0), np.array(list("ABCD"))[label], np.repeat(np.arange(24), 2)
+
+
+@pytest.mark.parametrize("planted", [0.5, 0.2])
+def test_a_part_of_one_class_is_found_though_every_quad_of_it_is_alike(planted):
+    result = class_tests.interaction(*exact(planted), Settings(flips=500))
+    assert result.p[1] == result.p[2] == result.p_overall == 1 / 500
+    assert (result.p[[0, 3, 4]] > 0.5).all()  # what the others do is not theirs because one class has more
+    off = result.shares.loc["A"] - result.shares.loc["B"]
+    assert off.tolist() == pytest.approx([0, planted, -planted, 0, 0], abs=1e-4)
+
+
+def test_a_site_that_acts_for_the_answer_alone_is_found_and_what_all_do_alike_is_no_interaction():
+    result = class_tests.interaction(*exact(answer=0.1), Settings(flips=500))
+    assert result.p[3] == 1 / 500 and (np.delete(result.p, 3) > 0.5).all()
+    assert result.shares[3].tolist() == pytest.approx([0.55, 0.35, 0.35, 0.35], abs=0.001)
+    alike = class_tests.interaction(*exact(common=0.5), Settings(flips=500))
+    assert alike.p_overall > 0.5 and alike.p.min() == 1 / 500  # yet each site's share of the gap does differ
+
+
+@pytest.mark.parametrize("least", [class_tests.LEAST, 0.0])
+def test_shares_that_are_next_to_alike_are_alike(least, monkeypatch):
+    """A site with 0.04 more of one class, surely: less than counts."""
+    monkeypatch.setattr(class_tests, "LEAST", least)
+    result = class_tests.interaction(*exact(0.04), Settings(flips=200))
+    assert result.p[1] == (1 if least else 1 / 200)
+
+
 def test_a_planted_interaction_is_found_at_its_site():
-    result = class_tests.interaction(*sides(0, planted=0.25), permutations=500)
-    assert result.p_overall == result.p[0] == 1 / 500
-    assert result.statistic.argmax() == 0
-    assert result.ratios.loc["A", 0] - result.ratios.loc["B", 0] == pytest.approx(0.25, abs=0.08)
+    result = class_tests.interaction(*sides(0, planted=0.5), Settings(flips=500))
+    assert result.p_overall == result.p[0] == 1 / 500 and result.p[1:].min() > 0.05
+    assert result.shares.loc["A", 0] - result.shares.loc["B", 0] == pytest.approx(0.5, abs=0.15)
 
 
-def test_ratios_are_ratios_of_sums():
-    effects, gaps, classes, quads = sides(1)
-    result = class_tests.interaction(effects, gaps, classes, quads, permutations=1)
-    for name in "ABCD":
-        own = classes == name
-        np.testing.assert_allclose(result.ratios.loc[name], effects[own].sum(0) / gaps[own].sum())
-    assert result.p_overall == 1 and (result.p == 1).all()  # the identity alone
+def test_the_regression_written_out():
+    """Shares and errors of the sums: weights of the gaps, and errors half of equal spread, half HC2."""
+    effects, gaps, meetings, quads = sides(2, sites=1)
+    [sums, _] = class_tests._halves(effects, gaps, class_tests._ends(meetings, "ABCD"), quads)
+    order = np.arange(60)[None]
+    shares, errors = sums.fitted(order, np.ones(order.shape))
+    x = np.array([[name in own for name in "ABCD"] for own in meetings[::2].tolist()]) / 2
+    gap, change = gaps[::2] * 2, effects[::2, 0] + effects[1::2, 0]
+    scale = x @ ((x.T @ gap) / x.sum(0))
+    gap, change = gap / scale, change / scale
+    bread = np.linalg.inv(x.T @ np.diag(gap) @ x)
+    own = bread @ x.T @ change
+    left, hat = change - gap * (x @ own), gap * np.diag(x @ bread @ x.T)
+    spread = (left**2 / (1 - hat) + (left**2).sum() / 56) / 2
+    np.testing.assert_allclose(shares[0, 0], own)
+    np.testing.assert_allclose(errors[0, 0], bread @ x.T @ np.diag(spread) @ x @ bread, rtol=1e-5)
+    across = np.array([[1, -1, 0, 0], [0, 1, -1, 0], [0, 0, 1, -1]])
+    wald = across @ own @ np.linalg.inv(across @ errors[0, 0] @ across.T) @ across @ own
+    np.testing.assert_allclose(class_tests._wald(shares, errors)[0, 0], wald)
 
 
-def test_the_statistic_written_out():
-    effects, gaps, classes, quads = sides(2)
-    got = class_tests.interaction(effects, gaps, classes, quads, permutations=1).statistic
-    centred = effects - effects.mean(1, keepdims=True)
-    ratio, error = [], []
-    for name in "ABCD":
-        own, gap = centred[classes == name], gaps[classes == name]
-        ratio.append(own.sum(0) / gap.sum())
-        residual = own - np.outer(gap, ratio[-1])
-        error.append(np.sqrt((residual**2).sum(0) * len(gap) / (len(gap) - 1)) / gap.sum())
-    weight = 1 / np.array(error) ** 2
-    middle = np.average(ratio, axis=0, weights=weight)
-    np.testing.assert_allclose(got, (weight * (np.array(ratio) - middle) ** 2).sum(0))
-
-
-def test_a_class_that_is_stronger_by_a_constant_makes_no_interaction():
-    effects, gaps, classes, quads = sides(3)
-    shifted = effects + 0.3 * gaps[:, None] * (classes == "B")[:, None]
-    before, after = (class_tests.interaction(x, gaps, classes, quads, permutations=300) for x in (effects, shifted))
-    np.testing.assert_allclose(after.statistic, before.statistic)
-    assert after.p_overall == before.p_overall > 0.05
-    doubled = class_tests.interaction(
-        effects * np.where(classes == "C", 2, 1)[:, None], gaps * np.where(classes == "C", 2, 1), classes, quads, 300
+def test_a_class_of_larger_logits_makes_no_interaction():
+    effects, gaps, meetings, quads = sides(3)
+    larger = np.where((meetings == "C").any(1), 2, 1)
+    before, after = (
+        class_tests.interaction(effects * size[:, None], gaps * size, meetings, quads, Settings(flips=300))
+        for size in (np.ones(len(gaps)), larger)
     )
-    np.testing.assert_allclose(doubled.statistic, before.statistic)
-    np.testing.assert_allclose(doubled.p, before.p)
+    assert before.p_overall > 0.05 and after.p_overall > 0.05
+    np.testing.assert_allclose(after.shares, before.shares, atol=0.05)
 
 
 @pytest.mark.parametrize("loud", [1.0, 2.0])
-def test_interaction_holds_its_level(loud):
-    """200 simulations: the standard error of a rate of 5% is 1.5%."""
-    results = [class_tests.interaction(*sides(seed, loud=loud), permutations=99, seed=seed) for seed in range(200)]
+def test_interaction_holds_its_level(loud, monkeypatch):
+    """200 simulations of 24 quads, with nothing that is too little to count: the standard error of 5% is 1.5%."""
+    monkeypatch.setattr(class_tests, "LEAST", 0.0)
+    results = [
+        class_tests.interaction(*sides(seed, 24, 4, loud=loud), Settings(flips=99, seed=seed)) for seed in range(200)
+    ]
     for rate in (np.mean([r.p.min() <= 0.05 for r in results]), np.mean([r.p_overall <= 0.05 for r in results])):
         assert rate <= 0.05 + 3 * 0.0154
     assert 0.4 < np.mean([r.p_overall for r in results]) < 0.6
 
 
-def test_labels_move_in_whole_quads():
-    """Quads keep two sides of two classes, and each set of classes stays as frequent as it was."""
-    label = np.array([0, 1, 0, 1, 0, 2, 1, 2, 0, 2, 1])
-    cluster = np.array([0, 0, 1, 1, 2, 2, 3, 3, 4, 5, 5])  # quad 4 has one side
-    chunks = np.vstack(list(class_tests._labels(label, cluster, 200, 1, 0)))
-    assert (chunks[0] == label).all() and len(np.unique(chunks, axis=0)) > 20
-    sets = sorted(tuple(sorted(label[cluster == quad])) for quad in range(6))
-    for row in chunks:
-        assert sorted(tuple(sorted(row[cluster == quad])) for quad in range(6)) == sets
-    assert len(np.unique(chunks[:, 0])) == 3  # sides change places: two classes in all quads can still be permuted
+def test_the_resolution_is_found_nine_times_in_ten():
+    least = np.median(
+        [class_tests.interaction(*sides(seed, 40, 3), Settings(flips=99)).resolution for seed in range(20)]
+    )
+    found = [class_tests.interaction(*sides(seed, 40, 3, planted=least), Settings(flips=99)).p[0] for seed in range(60)]
+    assert np.mean(np.array(found) <= 0.05) > 0.8
 
 
-def test_two_classes_that_share_every_quad_can_be_told_apart():
-    result = class_tests.interaction(*sides(4, planted=0.25, names="AB"), permutations=200)
+def test_quads_exchange_their_meetings_those_of_both_ways_among_themselves():
+    draws = list(class_tests._orders(5, 3, 1, Settings(flips=200)))
+    order, ways = (np.concatenate(parts) for parts in zip(*draws, strict=True))
+    assert order.shape == ways.shape == (200, 5) and (order[0] == np.arange(5)).all() and (ways[0] == 1).all()
+    assert (np.sort(order[:, :3]) == np.arange(3)).all() and (np.sort(order[:, 3:]) == [3, 4]).all()
+    assert len(np.unique(order, axis=0)) == 12 and set(ways.ravel()) == {-1, 1}
+
+
+def test_two_classes_that_share_every_quad_cannot_be_told_apart():
+    with pytest.raises(ValueError, match="how the classes meet leaves their shares open"):
+        class_tests.interaction(*sides(4, names="AB"))
+
+
+def test_quads_of_one_side_count_for_the_sums():
+    effects, gaps, meetings, quads = (part[::2] for part in sides(0, planted=0.8))
+    result = class_tests.interaction(effects, gaps, meetings, quads, Settings(flips=200))
     assert result.p[0] == 1 / 200
 
 
 def test_chunks_do_not_show_and_a_seed_decides(monkeypatch):
-    whole = class_tests.interaction(*sides(5), permutations=100, seed=3)
-    assert (whole.p != class_tests.interaction(*sides(5), permutations=100, seed=4).p).any()
+    whole = class_tests.interaction(*sides(5), Settings(flips=100, seed=3))
+    assert (whole.p != class_tests.interaction(*sides(5), Settings(flips=100, seed=4)).p).any()
     monkeypatch.setattr(stats, "CHUNK", 5_000)
-    pieces = class_tests.interaction(*sides(5), permutations=100, seed=3)
+    pieces = class_tests.interaction(*sides(5), Settings(flips=100, seed=3))
     np.testing.assert_array_equal(whole.p, pieces.p)
 
 
-def test_a_small_class_is_shown_but_not_tested():
-    effects, gaps, classes, quads = sides(6)
-    classes = np.where((classes == "D") & (np.cumsum(classes == "D") > 4), "E", classes)
-    result = class_tests.interaction(effects, gaps, classes, quads, permutations=50)
-    without = classes != "D"
-    alone = class_tests.interaction(effects[without], gaps[without], classes[without], quads[without], 1)
-    np.testing.assert_allclose(result.statistic, alone.statistic)
-    assert (classes == "D").sum() == 4 and "D" in result.ratios.index
-    with pytest.raises(ValueError, match="2 classes with 10 units.*A 3"):
-        class_tests.interaction(effects[:6], gaps[:6], list("ABABAB"), quads[:6])
-
-
-def test_a_silent_site_is_not_significant():
-    effects, gaps, classes, quads = sides(7, sites=3)
-    level = np.hstack([effects, np.zeros((120, 1))])
-    level[:, 3] = level[:, :3].mean(1)  # after centring, 0 in every unit
-    result = class_tests.interaction(level, gaps, classes, quads, permutations=50)
-    assert result.statistic[3] == pytest.approx(0, abs=1e-6) and np.isfinite(result.statistic).all()
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda e, g, c, q: (e, g, c, np.zeros(len(q))), "two units of one class"),
-        (lambda e, g, c, q: (e, -g, c, q), "do not add up to more than 0"),
-        (lambda e, g, c, q: (e, g[:-1], c, q), "a gap, a class and a cluster per unit"),
-        (lambda e, g, c, q: (e, g, c, q, 0), "permutations must be at least 1; got 0"),
-        (lambda e, g, c, q: (e * np.nan, g, c, q), "NaN"),
-    ],
-)
-def test_bad_units_are_refused(change, message):
-    with pytest.raises(ValueError, match=message):
-        class_tests.interaction(*change(*sides(8)))
+def test_units_that_do_not_fit_are_refused():
+    effects, gaps, meetings, quads = sides(6)
+    with pytest.raises(ValueError, match="a gap, two classes and a cluster per unit"):
+        class_tests.interaction(effects, gaps[:-1], meetings, quads)
+    with pytest.raises(ValueError, match="gap does not exceed 0"):
+        class_tests.interaction(effects, np.where(quads == 0, -1.0, gaps), meetings, quads)
 
 
 # --- agreement between classes

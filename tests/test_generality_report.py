@@ -196,13 +196,15 @@ def test_a_site_that_serves_one_class_alone_shows_as_interaction_and_one_that_se
     first = sites.iloc[0]
     assert (first["site"], first["most"], first["sure"]) == ("0.0", "artist", True)
     assert sites["sure"].sum() == 1
+    alike = page.with_pairs(frame[frame["head"] > 0], grid)
+    assert (test := page.interaction(alike, every, PARAMS)[0]).p_overall > 0.05
+    with pytest.MonkeyPatch.context() as patch:  # what would have been missed is not denied
+        patch.setattr(page, "COARSE", test.resolution / 2)
+        test, _, why = page.interaction(alike, every, PARAMS)
+        assert test is None and why.startswith("in 60 quads, a superset that has 0.2") and why.endswith("about 240")
     few = made_grid(1)
     test, _, why = page.interaction(page.with_pairs(frame[frame["pair_id"].isin(few["pair_id"])], few), every, PARAMS)
-    assert test is None and why.startswith("it takes two supersets that are each in 10 quads or more, and the best")
-    counted = [page.untestable(names, list("abcdefghijkl"[: len(names)]), np.ones(len(names))) for names in (
-        ["artist"] * 10 + ["writer"] * 2, ["artist"] * 10)]  # fmt: skip
-    assert counted[0].endswith("or more, and the best covered are artist in 10 and writer in 2")
-    assert counted[1].endswith("or more, and there is one alone, artist in 10")
+    assert test is None and why.startswith("it takes three supersets that are each in 10 quads or more, and the best")
     test, _, why = page.interaction(page.with_pairs(frame, grid), [Site(0, "head", 0), Site(5, "mlp")], PARAMS)
     assert test is None and "fewer than two sites" in why
 
@@ -217,14 +219,21 @@ def test_single_sites_stand_behind_all_other_sets_some_of_which_may_be_empty():
 
 
 def test_no_site_is_marked_where_the_quads_are_too_few_for_a_test():
-    quads = [f"q{n}" for n in range(10)]
-    assert (
-        page.untestable(["artist"] * 10 + ["writer"] * 10, quads * 2, np.ones(20))
-        == "10 quads are too few (20 are needed)"
+    def said(each: int, *meetings: str) -> str:
+        rows = [(f"q{n}", *meeting.split()) for n, meeting in enumerate(meetings * each)]
+        names = ["quad_id", "answer", "corrupt_answer"]
+        frame = page.well_covered(pd.DataFrame(rows, columns=names).set_index(names))
+        return page.untestable(frame.index)
+
+    three = ("artist writer", "artist athlete", "athlete writer")
+    assert said(7, *three) == "" == said(9, *three, "scientist writer")  # the rare one stays out
+    assert said(6, *three) == "18 quads are too few (20 are needed)"
+    assert said(4, *three).endswith("the best covered are artist in 8, athlete in 8 and writer in 8")
+    assert said(20, "artist writer") == (
+        "artist and writer meet so that what a site does for one cannot be told from what it does for another"
     )
-    assert page.untestable(["artist"] * 10 + ["writer"] * 10, [*quads, *map(str.upper, quads)], np.ones(20)) == ""
-    assert "artist answers have no gap above zero" in page.untestable(
-        ["artist", "writer"], ["a", "b"], np.array([-1, 1])
+    assert page.untestable(pd.MultiIndex.from_arrays([[]] * 3, names=["quad_id", "answer", "corrupt_answer"])) == (
+        "no pair has a gap above zero to take shares of"
     )
 
 
@@ -504,7 +513,7 @@ def test_whether_the_sites_share_the_work_alike_is_in_the_headline_once(p, every
     wanted = page.EVERY if every else page.NOT_EVERY
     monkeypatch.setattr(page, "decide", lambda *_: decided._replace(verdict=wanted))
     sites = pd.DataFrame({"site": ["a", "b"], "sure": [True, False]})
-    test = None if p is None else SimpleNamespace(p_overall=p)
+    test = None if p is None else SimpleNamespace(p_overall=p, resolution=0.3)
     tables = tables._replace(interaction=(test, sites, "why"))
     found = page.numbers(STEP, MEASURED, tables)
     told = [text for text in found["headline"] if "class x site interaction" in text]
@@ -572,7 +581,7 @@ def test_every_sentence_is_made_and_every_figure_drawn_however_little_there_is(q
     for quantity, said in words.items():  # the number in the sentence is the table's
         row = tables.groups[(tables.groups["kind"] == "all") & (tables.groups["quantity"] == quantity)].iloc[0]
         assert said.format(of_row(row)) in text
-    assert {page.EVERY: "as a whole carries every", page.NOT_EVERY: "not shown", page.UNTESTABLE: ""}[
+    assert {page.EVERY: "as a whole carries every", page.NOT_EVERY: "not all that is asked", page.UNTESTABLE: ""}[
         found["verdict"]
     ] in text
     assert ("cannot be tested here. No interval of damage" in text) == (quads == 1)

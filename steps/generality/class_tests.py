@@ -2,10 +2,9 @@
 
 1. `equivalence`: two one-sided t tests per column; a control is silent if every candidate's passes.
    `equivalence_power`: how probable that is at this size where there is nothing.
-2. `interaction`: does a site's share of the effect differ between classes? A unit is one side of a quad, its class the
-   answer there. Each unit's effects are centred over sites, so that a class in which everything is stronger makes no
-   interaction; each class gets its ratio of sums; a site's statistic is the spread of its classes' ratios around their
-   precision-weighted mean (Welch 1951); and the labels of whole quads change places.
+2. `interaction`: does a site's share of the gap differ between classes? Both classes of a pair have a part in its gap,
+   so effects are regressed on the classes that meet in a quad; a site's statistic is Wald's, of the differences between
+   its classes' shares; and whole quads exchange their classes.
 3. `between_classes`: do two classes rank the sites alike, and as alike as two halves of one class do?
 """
 
@@ -14,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations_with_replacement
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -25,7 +25,10 @@ from lib import stats
 from lib.stats import DEFAULTS, Settings
 from report.site_tables import spearman
 
-MINIMUM_UNITS = 10  # units of a class that takes part in the test of interaction
+MINIMUM_QUADS = 10  # quads of a class that takes part in the test of interaction
+LEAST = 0.05  # shares of classes that lie no farther apart than this count as the same
+ROUNDING = 1e-4  # share of the gap: an error smaller than this is none to divide by
+POWER = 0.9  # with which the test finds a class that lies off all others by its resolution
 SPLITS = 100  # random halves behind each agreement of halves
 
 
@@ -71,127 +74,174 @@ def equivalence_power(
 class Interaction:
     """A test of class x site interaction."""
 
-    ratios: pd.DataFrame  # class x site: sum(effects) / sum(gaps), all classes
-    statistic: Float[np.ndarray, " sites"]  # of the classes with MINIMUM_UNITS units or more
-    p: Float[np.ndarray, " sites"]  # familywise over sites (max-T); the smallest is 1 / permutations
-    p_overall: float  # of the sum of the statistics over sites
+    shares: pd.DataFrame  # class x site: the site's share of the class's part of the gap, where that is the answer
+    p: Float[np.ndarray, " sites"]  # familywise over sites (max-T); the smallest is 1 / flips
+    p_overall: float  # familywise, of effects less their mean over sites
+    resolution: float  # by how much one class's share must lie off all others' to be found at any site (`POWER`)
 
 
 def interaction(
     effects: Float[np.ndarray, "units sites"],
     gaps: ArrayLike,
-    classes: Sequence[str],
+    meetings: Sequence[tuple[str, str]],
     clusters: Sequence,
-    permutations: int = 2_000,
-    seed: int = 0,
+    settings: Settings = DEFAULTS,
 ) -> Interaction:
-    """Permutation test of "the sites' ratios of sums differ between classes by no more than a constant per class".
+    """Permutation test of "a site's share of the gap is the same in all classes, up to `LEAST`".
 
-    A unit is what one cluster (quad) has of one class: its summed effects (one per site) and its summed gap. The ratio
-    is effect per unit of gap. Sites that do nothing pull a class's mean over sites towards 0, so give it the sites of
-    a circuit rather than every site.
+    A unit is what one cluster (quad) has of one answer and one corrupt answer, its `meetings`: its summed effects (one
+    per site) and its summed gap. A site that writes the logit of one class moves logit_diff wherever that class is the
+    answer or the corrupt answer. So a pair's gap is taken as half its answer's and half its corrupt answer's, and a
+    site does gap / 2 x (a[answer] + b[corrupt answer]). (a + b) / 2 is read from the sums of the clusters, (a - b) / 2
+    from the differences in those that have their two classes both ways round.
 
-    Clusters with equally many units exchange their sets of labels, and the units of a cluster exchange labels among
-    themselves, so what a quad's two sides share stays with them. Gaps are first scaled to mean 1 per class, and ratios,
-    errors and weights are computed anew each time: by permutation, a test of plain means is off where classes differ in
-    spread and size, the studentised statistic is right in the limit (Pauly, Brunner and Konietschke 2015). The p values
-    of sites are single-step (Westfall and Young 1993). By `bench/coverage.py`, the nominal 5% is 4 to 7% over a
-    circuit's sites where classes differ in size or spread, 8 to 11% where effects are lognormal as well; over all 300
-    sites of a real model, most of them silent but for a few quads, it was 37 to 70%.
+    1. Gaps are scaled to mean 1 per class. The regressions' errors are the mean of those of equal spread and of HC2
+       (MacKinnon and White 1985), which with ten quads a class are small by chance.
+    2. The statistic is Wald's, of the differences between the classes' shares; the observed ones are first drawn
+       together by `LEAST`, so that what is less than that does not count.
+    3. Clusters exchange their meetings (those both ways round among themselves, and their ways), and all is computed
+       anew; `settings.flips` counts the observed meetings. By permutation, the studentised statistic is right in the
+       limit where classes differ in spread, too (DiCiccio and Romano 2017).
 
-    ValueError for shapes that do not match, a cluster with two units of one class, gaps of a class that do not add up
-    to more than 0, and fewer than 2 classes with MINIMUM_UNITS units.
+    The p values of sites are single-step (Westfall and Young 1993) over sites, sums and differences. `p_overall` is the
+    least of them where effects are centred over sites: a class in which every site does more by a constant has no part
+    in it.
+
+    ValueError for shapes that do not match, clusters whose gap does not exceed 0, and classes whose shares the meetings
+    leave open (`determined`).
     """
     values, gap = stats._matrix(effects, "effects"), np.asarray(gaps, dtype=float)
-    names, label = np.unique(np.asarray(classes, dtype=str), return_inverse=True)
-    cluster = pd.factorize(np.asarray(clusters))[0]
-    _check_units(values, gap, label, cluster, permutations)
-    onehot = np.eye(len(names))[label]
-    units, totals = onehot.sum(0), onehot.T @ gap
-    if not (totals > 0).all():
-        raise ValueError(f"the gaps of {', '.join(names[~(totals > 0)])} do not add up to more than 0: no ratio")
-    ratios = pd.DataFrame((onehot.T @ values) / totals[:, None], index=pd.Index(names, name="class"))
-    enough = units >= MINIMUM_UNITS
-    if enough.sum() < 2:
-        counts = ", ".join(f"{name} {count:.0f}" for name, count in zip(names, units, strict=True))
-        raise ValueError(f"an interaction needs 2 classes with {MINIMUM_UNITS} units or more; got {counts}")
-    used = enough[label]
-    scale = (totals / units)[label[used]]
-    centred = (values - values.mean(1, keepdims=True))[used] / scale[:, None]
-    kept = np.searchsorted(np.flatnonzero(enough), label[used])
-    drawn = _labels(kept, cluster[used], permutations, centred.shape[1], seed)
-    return Interaction(ratios, *_permuted(centred, gap[used] / scale, drawn))
+    if not len(values) == gap.size == len(meetings) == len(clusters) or gap.ndim != 1:
+        raise ValueError(f"need a gap, two classes and a cluster per unit; got {values.shape}, {gap.shape}")
+    if settings.flips < 1:
+        raise ValueError(f"flips must be at least 1; got {settings.flips}")
+    if not determined(meetings, clusters):
+        raise ValueError("how the classes meet leaves their shares open")
+    names, sites = sorted({name for meeting in meetings for name in meeting}), values.shape[1]
+    both = np.hstack([values, values - values.mean(1, keepdims=True)])
+    halves = _halves(both, gap, _ends(meetings, names), pd.factorize(np.asarray(clusters))[0])
+    drawn, first = [], None
+    for order, ways in _orders(len(halves[0].gaps), len(halves[-1].gaps), 2 * sites * len(names), settings):
+        fits = [half.fitted(order, signs) for half, signs in zip(halves, (np.ones(order.shape), ways), strict=False)]
+        first = first or [(shares[0], errors[0]) for shares, errors in fits]
+        drawn.append(np.stack([_wald(*fit) for fit in fits], axis=1))
+    drawn = np.concatenate(drawn)  # draws x halves x columns
+    drawn[0] = [_wald(_drawn_together(shares), errors) for shares, errors in first]
+    own, centred = (_familywise(drawn[..., part]) for part in (slice(sites), slice(sites, None)))
+    shares = pd.DataFrame(sum(shares[:sites] for shares, _ in first).T, pd.Index(names, name="class"))
+    least = _resolution(first[0][1][:sites], drawn[1:, :, :sites], settings.level)
+    return Interaction(shares, own, float(centred.min()), least)
 
 
-def _check_units(
-    values: np.ndarray, gap: np.ndarray, label: np.ndarray, cluster: np.ndarray, permutations: int
-) -> None:
-    """ValueError where the units do not fit together."""
-    if not len(values) == gap.size == len(label) == len(cluster) or gap.ndim != 1:
-        raise ValueError(f"need a gap, a class and a cluster per unit; got {gap.shape}, {len(label)}, {len(cluster)}")
-    if len(set(zip(cluster, label, strict=True))) < len(label):
-        raise ValueError("a cluster has two units of one class; add up their effects and gaps first")
-    if permutations < 1:
-        raise ValueError(f"permutations must be at least 1; got {permutations}")
+def determined(meetings: Sequence[tuple[str, str]], clusters: Sequence) -> bool:
+    """Whether the classes that meet in clusters tell their shares apart. It takes three that meet each other: of two
+    that always meet, what a site does for one cannot be told from what it does for the other."""
+    names = sorted({name for meeting in meetings for name in meeting})
+    sums = pd.DataFrame(sum(_ends(meetings, names))).groupby(np.asarray(clusters)).sum()
+    return bool(np.linalg.matrix_rank(sums) == len(names))
 
 
-def _permuted(
-    effects: Float[np.ndarray, "units sites"],
-    gaps: Float[np.ndarray, " units"],
-    labels: Iterator[Int[np.ndarray, "chunk units"]],
-) -> tuple[Float[np.ndarray, " sites"], Float[np.ndarray, " sites"], float]:
-    """The observed statistic (of the first labels), its familywise p, and the p of its sum over sites."""
-    floor = stats.ZERO * (effects**2).sum(0) / len(effects) ** 2
-    observed, largest, total, count = None, 0, 0, 0
-    for chunk in labels:
-        spread = _spread(np.eye(chunk.max() + 1)[chunk].swapaxes(1, 2), effects, gaps, floor)
-        observed = spread[0] if observed is None else observed
-        # what is equal up to rounding counts as reaching the observed value: the identity must count itself
-        reached = observed * (1 - 1e-9)
-        largest = largest + len(chunk) - np.searchsorted(np.sort(spread.max(1)), reached)
-        total += int((spread.sum(1) >= reached.sum()).sum())
-        count += len(chunk)
-    return observed, largest / count, total / count
+def _ends(meetings: Sequence[tuple[str, str]], names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """(units, classes): which class is the answer, and which the corrupt answer."""
+    answers, others = zip(*meetings, strict=True)
+    return tuple(np.eye(len(names))[[names.index(name) for name in side]] for side in (answers, others))
 
 
-def _labels(
-    label: Int[np.ndarray, " units"], cluster: Int[np.ndarray, " units"], total: int, sites: int, seed: int
-) -> Iterator[Int[np.ndarray, "chunk units"]]:
-    """Labels as observed, then permuted: clusters of one size exchange sets of labels, in random order within each."""
-    rng = np.random.default_rng(seed)
-    order = np.argsort(cluster, kind="stable")
-    sizes = np.bincount(cluster)[cluster[order]]
-    blocks = [order[sizes == size].reshape(-1, size) for size in np.unique(sizes)]
-    step = max(1, stats.CHUNK // ((int(label.max()) + 1) * max(len(label), sites)))
-    for start in range(0, total, step):
-        out = np.tile(label, (min(step, total - start), 1))
-        for row in out[start == 0 :]:
-            for block in blocks:
-                row[block] = rng.permuted(label[rng.permutation(block)], axis=1)
-        yield out
+class _Half(NamedTuple):
+    """Sums of clusters, or differences between their two ways: effects are gaps x design @ shares, plus errors."""
+
+    effects: Float[np.ndarray, "clusters columns"]
+    gaps: Float[np.ndarray, " clusters"]
+    design: Float[np.ndarray, "clusters classes"]
+    basis: Float[np.ndarray, "classes parameters"]  # of the shares that such a design can tell
+
+    def fitted(
+        self, order: Int[np.ndarray, "draws clusters"], ways: Float[np.ndarray, "draws clusters"]
+    ) -> tuple[Float[np.ndarray, "draws columns classes"], Float[np.ndarray, "draws columns classes classes"]]:
+        """The classes' shares and their covariances, each cluster having another's design."""
+        n = len(self.gaps)
+        x = (self.design @ self.basis)[order[:, :n]] * ways[:, :n, None]
+        turned = x.swapaxes(1, 2)
+        inverse = np.linalg.inv((turned * self.gaps) @ x)
+        estimate = inverse @ (turned @ self.effects)
+        left = self.effects - self.gaps[:, None] * (x @ estimate)
+        leverage = np.minimum(self.gaps * ((x @ inverse) * x).sum(2), 1 - 1e-9)[..., None]
+        pooled = (left**2).sum(1, keepdims=True) / (n - x.shape[2])
+        squares = (left**2 / (1 - leverage) + pooled) / 2 + (ROUNDING * self.gaps[:, None]) ** 2
+        products = (x[..., :, None] * x[..., None, :]).reshape(*x.shape[:2], -1)
+        middle = (squares.swapaxes(1, 2) @ products).reshape(len(x), -1, *inverse.shape[1:])
+        side = self.basis @ inverse[:, None]
+        return (self.basis @ estimate).swapaxes(1, 2), side @ middle @ side.swapaxes(2, 3)
 
 
-def _spread(
-    member: Float[np.ndarray, "chunk classes units"],
-    effects: Float[np.ndarray, "units sites"],
-    gaps: Float[np.ndarray, " units"],
-    floor: Float[np.ndarray, " sites"],
-) -> Float[np.ndarray, "chunk sites"]:
-    """Sum over classes of (ratio - weighted mean of ratios)^2 / error^2, the weights being 1 / error^2.
+def _halves(
+    values: np.ndarray, gap: np.ndarray, ends: tuple[np.ndarray, np.ndarray], cluster: np.ndarray
+) -> list[_Half]:
+    """The sums, and the differences where they are enough; clusters that have both ways round lead the others."""
+    answer, other = ends
+    pairs = [units for number in range(cluster.max() + 1) if len(units := np.flatnonzero(cluster == number)) == 2]
+    pairs = np.array([own for own in pairs if (answer[own] == other[own[::-1]]).all() and (gap[own] > 0).all()], int)
+    one, two = pairs.reshape(-1, 2).T
+    rest = np.setdiff1d(cluster, cluster[one])
+    member = (np.concatenate([cluster[one], rest])[:, None] == cluster).astype(float)
+    total = member @ gap
+    if not (total > 0).all():
+        raise ValueError("a cluster's gap does not exceed 0: there are no shares of it")
+    design = member @ (gap[:, None] * (answer + other) / 2) / total[:, None]
+    scale = design @ (design.T @ total / design.sum(0))
+    sums = _Half(member @ values / scale[:, None], total / scale, design, np.eye(design.shape[1]))
+    turned, basis = (answer[one] - answer[two]) / 2, _contrasts(design.shape[1]).T
+    if stats.too_few(len(one)) or np.linalg.matrix_rank(turned) < basis.shape[1]:
+        return [sums]
+    size = sums.gaps[: len(one)]
+    apart = (values[one] / gap[one, None] - values[two] / gap[two, None]) / 2 * size[:, None]
+    return [sums, _Half(apart, size, turned, basis)]
 
-    A class without spread at a site (an error below `floor`) has no weight there; a relabelled class whose gaps do not
-    add up to more than 0 counts as infinitely far out.
-    """
-    n, total = member.sum(2)[..., None], (member @ gaps)[..., None]
-    total = np.where(total > 0, total, np.nan)
-    ratio = (member @ effects) / total
-    squares = member @ effects**2 + ratio * (
-        ratio * (member @ gaps**2)[..., None] - 2 * (member @ (effects.T * gaps).T)
-    )
-    variance = squares / total**2 * (n / (n - 1))
-    weight = np.divide(1.0, variance, out=np.zeros_like(variance), where=~(variance <= floor))
-    middle = (weight * ratio).sum(1, keepdims=True) / np.maximum(weight.sum(1, keepdims=True), 1e-300)
-    return np.nan_to_num((weight * (ratio - middle) ** 2).sum(1), nan=np.inf)
+
+def _orders(n: int, mirrored: int, width: int, settings: Settings) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Whose meetings each cluster has, and which way round: as observed, then exchanged, the first `mirrored` apart."""
+    rng = np.random.default_rng(settings.seed)
+    blocks = [np.tile(np.arange(*ends), (settings.flips, 1)) for ends in ((mirrored,), (mirrored, n))]
+    order = np.hstack([rng.permuted(block, axis=1) for block in blocks])
+    ways = rng.choice([-1.0, 1.0], size=order.shape)
+    order[0], ways[0] = np.arange(n), 1.0
+    step = max(1, stats.CHUNK // (n * width))
+    for start in range(0, settings.flips, step):
+        yield order[start : start + step], ways[start : start + step]
+
+
+def _contrasts(classes: int) -> Float[np.ndarray, "contrasts classes"]:
+    """Orthonormal differences between classes."""
+    return np.linalg.svd(np.ones((1, classes)))[2][1:]
+
+
+def _wald(shares: Float[np.ndarray, "*any classes"], errors: Float[np.ndarray, "*any classes classes"]) -> np.ndarray:
+    """Wald's statistic of the differences between classes."""
+    across = _contrasts(shares.shape[-1])
+    apart = (shares @ across.T)[..., None]
+    return (apart * np.linalg.solve(across @ errors @ across.T, apart)).sum((-2, -1))
+
+
+def _drawn_together(shares: Float[np.ndarray, "*any classes"]) -> np.ndarray:
+    """Shares by half of `LEAST` nearer to the middle of the largest and the smallest, or in it."""
+    apart = shares - (shares.max(-1, keepdims=True) + shares.min(-1, keepdims=True)) / 2
+    return np.sign(apart) * np.maximum(np.abs(apart) - LEAST / 2, 0)
+
+
+def _familywise(drawn: Float[np.ndarray, "draws halves sites"]) -> Float[np.ndarray, " sites"]:
+    """The share of draws whose largest statistic reaches a site's in the first draw, the larger of its two.
+
+    What is equal up to rounding counts as reached: the first must count itself."""
+    return (drawn.max((1, 2))[:, None] >= drawn[0].max(0) * (1 - 1e-9)).mean(0)
+
+
+def _resolution(errors: Float[np.ndarray, "sites classes classes"], drawn: np.ndarray, level: float) -> float:
+    """See `Interaction`: the statistic that counts as large, and the power's normal quantile, in a class's errors."""
+    across = _contrasts(errors.shape[-1])
+    information = np.einsum("kc,skl,lc->sc", across, np.linalg.inv(across @ errors @ across.T), across)
+    limit = np.quantile(drawn.max((1, 2)), level) if len(drawn) else np.inf
+    least = (np.sqrt(limit) + reference.norm.ppf(POWER)) / np.sqrt(information.min())
+    return float(least + LEAST)
 
 
 def between_classes(

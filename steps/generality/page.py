@@ -27,7 +27,7 @@ from report import plots, site_tables
 from report.words import about_model, finished, listed, of_row, of_rows, shown, with_ends
 from steps.generality import class_tests, controls_page, name_rule, placebo, placebo_page
 from steps.generality.class_circuits import Circuit
-from steps.generality.class_tests import MINIMUM_UNITS, Interaction
+from steps.generality.class_tests import Interaction
 from steps.generality.measure import WHOLE, Measured
 from steps.generality.name_rule import RuleResult
 
@@ -50,6 +50,7 @@ SHARE = "joint effect (share of the gap, or of the ceiling)"
 JUDGED, MIRRORED = ("damage", "recovery"), "counterfactual damage"
 EVERY, NOT_EVERY, UNTESTABLE = "every superset", "not shown for every superset", "not testable here"
 UNSELECTED = "before any selection"
+COARSE = 0.5  # a class that has so much more of a site than others, the test of interaction must be able to find
 SELECTIONS = ("selection", "answers", "matching")  # kinds of groups that say how pairs were selected
 
 
@@ -198,40 +199,71 @@ def interaction(
 ) -> tuple[Interaction | None, pd.DataFrame, str]:
     """The test of class x site interaction over the slice's sites; its sites' `p`; why there is none, else "".
 
-    Only these: hundreds of sites whose effects are next to nothing, but for a few quads, break the test's level.
+    Only these: hundreds of sites whose effects are next to nothing, but for a few quads, break the test's level. A test
+    that finds nothing, and would have missed a class that has `COARSE` more or less of a site, is none.
     """
     frame = frame[pd.MultiIndex.from_frame(frame[SITE]).isin([tuple(site) for site in slice_sites])]
     if len(frame.groupby(SITE)) < 2:
         return None, pd.DataFrame(), "fewer than two sites of the slice were swept one by one"
-    change, gap = (class_matrices(frame, params.topic.supersets, value, "sum") for value in ("effect", "gap"))
-    names = [name for name, matrix in change.items() for _ in matrix.quads]
-    values, gaps = (np.vstack([matrix.values for matrix in each.values()]) for each in (change, gap))
-    quads = np.concatenate([matrix.quads for matrix in change.values()])
-    if why := untestable(names, quads, gaps[:, 0]):
+    keys, noise = ["quad_id", "answer", "corrupt_answer"], frame[frame["direction"] == "noise"]
+    noise = noise.assign(effect=effects.effect(noise), gap=effects.gap(noise))
+    sums = noise.groupby([*keys, *SITE])[["effect", "gap"]].sum().unstack(SITE)
+    sums = well_covered(sums[sums["gap"].iloc[:, 0].groupby(level="quad_id").transform("sum") > 0])
+    if why := untestable(sums.index):
         return None, pd.DataFrame(), why
-    test = class_tests.interaction(values, gaps[:, 0], names, quads, params.flips, params.seed)
-    sites = next(iter(change.values())).sites
-    ratios, sure = test.ratios.to_numpy(), test.p <= 1 - params.level
-    table = sites.assign(site=effects.named(sites), p=test.p, sure=sure, spread=np.ptp(ratios, axis=0))
-    table["most"] = test.ratios.index[ratios.argmax(0)]
+    quads, *meetings = (sums.index.get_level_values(key) for key in keys)
+    test = class_tests.interaction(
+        sums["effect"].to_numpy(), sums["gap"].iloc[:, 0], list(zip(*meetings, strict=True)), quads, params
+    )
+    sites = sums["effect"].columns.to_frame(index=False)
+    shares, sure = test.shares.to_numpy(), test.p <= 1 - params.level
+    if not sure.any() and test.p_overall > 1 - params.level and test.resolution > COARSE:
+        times, used = (test.resolution / COARSE) ** 2, quads.nunique()
+        why = (
+            f"in {used} quads, a superset that has {COARSE:g} more or less of a site than the others could be missed; "
+            f"it would take about {used * times:.0f}"
+        )
+        return None, pd.DataFrame(), why
+    table = sites.assign(site=effects.named(sites), p=test.p, sure=sure, spread=np.ptp(shares, axis=0))
+    table["most"] = test.shares.index[shares.argmax(0)]
     return test, table.sort_values(["sure", "spread"], ascending=False), ""
 
 
-def untestable(names: Sequence[str], quads: Sequence[str], gaps: np.ndarray) -> str:
-    """Why sites' shares cannot be compared between supersets, in words; "" if they can.
+def well_covered(units: pd.DataFrame) -> pd.DataFrame:
+    """The units of quads whose supersets are all in `class_tests.MINIMUM_QUADS` of them; all where none is."""
+    left = units
+    while len(left):
+        few = [name for name, count in quads_in(left.index).items() if count < class_tests.MINIMUM_QUADS]
+        if not few:
+            return left
+        ends = left.index.to_frame()[["answer", "corrupt_answer"]].isin(few).any(axis=1)
+        left = left[~ends.groupby(level="quad_id").transform("any")]
+    return units
 
-    A superset takes part with `class_tests.MINIMUM_UNITS` quads, and those of all that do must be enough for a test.
-    """
-    units = pd.DataFrame({"superset": names, "quad": quads, "gap": gaps})
-    if not (total := units.groupby("superset")["gap"].sum()).gt(0).all():
-        return f"the pairs that {listed(total.index[total <= 0])} answers have no gap above zero to take shares of"
-    counts = units["superset"].value_counts()
-    enough = counts.index[counts >= MINIMUM_UNITS]
-    if len(enough) < 2:
-        own = listed(f"{name} in {count}" for name, count in counts.head(2).items())
-        there = f"the best covered are {own}" if len(counts) > 1 else f"there is one alone, {own}"
-        return f"it takes two supersets that are each in {MINIMUM_UNITS} quads or more, and {there}"
-    used = units.loc[units["superset"].isin(enough), "quad"].nunique()
+
+def quads_in(units: pd.MultiIndex) -> pd.Series:
+    """In how many quads each superset is, most first."""
+    table = units.to_frame(index=False)
+    ends = pd.concat([table[["quad_id", end]].set_axis(["quad_id", "superset"], axis=1)
+                      for end in ("answer", "corrupt_answer")])  # fmt: skip
+    return ends.drop_duplicates()["superset"].value_counts()
+
+
+def untestable(units: pd.MultiIndex) -> str:
+    """Why sites' shares cannot be compared between supersets, in words; "" if they can. `units` are quads by answer and
+    corrupt answer."""
+    counts, least = quads_in(units), class_tests.MINIMUM_QUADS
+    if counts.empty:
+        return "no pair has a gap above zero to take shares of"
+    if (counts < least).any():
+        there = listed(f"{name} in {count}" for name, count in counts.head(3).items())
+        return f"it takes three supersets that are each in {least} quads or more, and the best covered are {there}"
+    quads, *meetings = (units.get_level_values(key) for key in ("quad_id", "answer", "corrupt_answer"))
+    if not class_tests.determined(list(zip(*meetings, strict=True)), quads):
+        return (
+            f"{listed(counts.index)} meet so that what a site does for one cannot be told from what it does for another"
+        )
+    used = quads.nunique()
     return f"{used} quads are too few ({stats.MINIMUM_CLUSTERS} are needed)" if stats.too_few(used) else ""
 
 
@@ -525,8 +557,9 @@ def alike_sentence(t: Tables, params: Shared) -> list[str]:
     alike = "do not share the work" if shares_differ(t, params) else "are not shown to share the work otherwise than"
     return [
         f"The slice's {len(sites)} sites {alike} alike in all supersets (class x site interaction, labels of whole "
-        f"quads permuted: p = {test.p_overall:.4f} on these pairs; page 10 judges the claim that they differ, on fresh "
-        "people where it has some)."
+        f"quads permuted: p = {test.p_overall:.4f} on these pairs, which would show nine times in ten a superset whose "
+        f"share of a site lies {test.resolution:.2f} off the others'; page 10 judges the claim that they differ, on "
+        "fresh people where it has some)."
     ]
 
 
