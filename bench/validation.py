@@ -59,7 +59,6 @@ OPTIONS = {
 QUADS = 24  # in each half, of which some fall out: intervals take 20
 LESS: dict[str, Any] = {
     "resamples": 500,
-    "flips": 500,
     "baselines": {"templates": ["know_both"], "quads_per_half": QUADS, "pairs_per_quad": 1, "accuracy_pairs": 40},
     "coarse_sweep": {"roles": ["names", "between", "last"], "pairs": 40, "name_pairs": 40, "lens_pairs": 1},
     "necessity": {"components": ["mlp", "head"], "ablations": ["resample", "counterfactual"], "name_roles": []},
@@ -75,7 +74,11 @@ LESS: dict[str, Any] = {
     "story": {"search_pairs": 8, "everywhere_limit": 4, "random_sets": 2, "subsets": 2, "attribution_pairs": 2},
 }
 """What is taken less of than in the profile, so that all models take half an hour."""
-NAMED = {"routes": "retrieval_heads", "class only": "generality", "class only, a head": "generality"}
+NAMED = {
+    "routes": ("retrieval_heads",),
+    "class only": ("generality", "neurons"),
+    "class only, a head": ("generality", "neurons"),
+}
 """Steps that are given all planted sites at the last token as their slice: step 04 stops at 80% of the answer."""
 
 
@@ -112,7 +115,8 @@ def parameters(run: Run, results: str) -> dict[str, Any]:
     given |= {key: given.get(key, {}) | less if isinstance(less, dict) else less for key, less in LESS.items()}
     if run.group in NAMED:
         planted = truth.read(build.folder(run.spec)).model_dump(mode="json")
-        given[NAMED[run.group]] |= {"slice_sites": [scores.name_of(site) for site in scores.at_last(planted)]}
+        for step in NAMED[run.group]:
+            given[step] |= {"slice_sites": [scores.name_of(site) for site in scores.at_last(planted)]}
     return given | {"model": run.spec, "seed": run.seed, "results_dir": results}
 
 

@@ -158,7 +158,7 @@ def test_nothing_large_is_committed():
     assert not {name: size for name, size in sizes.items() if size > MAX_BYTES}
 
 
-NAME = r"(?:Mc|De|Kr)?[A-Z][a-z]+(?:-[A-Z][a-z]+)?"
+NAME = r"(?:Mac|Mc|De|Di|Kr)?[A-Z][a-z]+(?:-[A-Z][a-z]+)?"
 CITED = re.compile(rf"\b({NAME}|nostalgebraist)((?:, {NAME})* and {NAME}| et al\.)?,? \(?((?:19|20)\d\d)\b")
 MONTHS = ("November", "Article")  # words before a year that name nobody
 
