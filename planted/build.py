@@ -13,6 +13,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -29,11 +30,12 @@ from lib.records import atomic
 from lib.weights import cache_folder, sha256_of
 from planted import circuit, shapes, truth
 from planted.circuit import AT, SPACES, WIDE, WIDTH, Head, Mlp, Part, Read, parts_of
-from planted.effects import means_at_last, truth_of
+from planted.effects import by_names, means_at_last, truth_of
 from planted.options import HEADS, Options, fingerprint, parse
-from planted.question import ASKS, CLASSES, JOINS, LABELS, MIDDLES, NAME, ODD, REGIONS, codes, read_tokens
+from planted.question import ASKS, CLASSES, JOINS, LABELS, MIDDLES, NAME, ODD, REGIONS, codes, make, read_tokens
 from planted.shapes import HIDDEN, SIZE, Layer, Weights
 
+ASKED = 24  # prompts of each two classes, by which noise is measured
 SLOW = [*range(10, 16), *range(26, 32)]  # rotary dimensions that turn by less than 1e-7 a token
 OFFSET_SCORE = 150.0  # of the token at a distance, by each of `shapes.TURNS`
 
@@ -223,6 +225,28 @@ def directions(o: Options, parts: Sequence[Part]) -> dict[str, dict[str, list[fl
     }
 
 
+@torch.no_grad()
+def answers(model: transformers.PreTrainedModel, words: transformers.PreTrainedTokenizerFast, o: Options) -> np.ndarray:
+    """(classes, classes, classes): the mean logits of all classes where the first name is of one and the second of
+    another, by plain forward passes on names drawn from the table."""
+    question, rng = questions.load(NAME), np.random.default_rng(o.seed)
+    text = question.texts[question.defaults["templates"][0]].text
+    of = [[person.name for person in make()[1] if person.superset == c] for c in range(len(CLASSES))]
+    asked: dict[int, list[tuple[int, int, list[int]]]] = {}
+    for c, d in product(range(len(CLASSES)), repeat=2):
+        for _ in range(ASKED):
+            first, second = rng.choice(of[c]), rng.choice(of[d])
+            ids = words(text.format(a=first, b=second)).input_ids
+            asked.setdefault(len(ids), []).append((c, d, ids))
+    tokens = [words.get_vocab()[f" {question.plural(question.answers['superset'][name])}"] for name in CLASSES]
+    total = np.zeros((len(CLASSES),) * 3)
+    for own in asked.values():
+        logits = model(input_ids=torch.tensor([ids for *_, ids in own])).logits[:, -1, tokens]
+        for (c, d, _), said in zip(own, logits.numpy(), strict=True):
+            total[c, d] += said / ASKED
+    return total
+
+
 def write(o: Options, to: Path) -> truth.Truth:
     """Make the model, with its truth, in a folder."""
     model, words, parts = weights(o)
@@ -230,6 +254,9 @@ def write(o: Options, to: Path) -> truth.Truth:
     model.save_pretrained(to)
     words.save_pretrained(to)
     found = truth_of(o, parts, sha256_of(to / "model.safetensors"), directions(o, parts))
+    if o.noise:
+        said = answers(model, words, o)
+        found = found.model_copy(update={"rule_logits": by_names(lambda c, d: said[c, d])})
     (to / truth.FILE).write_text(found.model_dump_json(indent=1), encoding="utf-8")
     return found
 

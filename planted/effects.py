@@ -176,17 +176,21 @@ def readable_of(o: Options, parts: Sequence[Part]) -> list[Readable]:
     return out + [Readable(what=what, position="last", tokens=None, first=at_last) for what in whats]
 
 
+def by_names(say: Callable[[int, int], np.ndarray]) -> dict[str, float]:
+    """The logit of a class, less the mean of the classes of neither name, where the first name alone is of it, the
+    second, or both; the mean over classes. `say`: the classes' logits by the first name's class and the second's."""
+    found: dict[str, list[float]] = {"first": [], "second": [], "both": []}
+    for c, d in product(range(len(CLASSES)), repeat=2):
+        logits = say(c, d)
+        above = logits - np.delete(logits, [c, d]).mean()
+        for key, own in (("both", c),) if c == d else (("first", c), ("second", d)):
+            found[key].append(float(above[own]))
+    return {key: float(np.mean(values)) for key, values in found.items()}
+
+
 def rule_logits(o: Options, parts: Sequence[Part]) -> dict[str, float]:
-    """The logit of a class whose people are both names, the first alone, the second, one of them, or none; the mean
-    over classes."""
-    found: dict[str, list[float]] = {"both": [], "first": [], "second": [], "none": []}
-    for c, d in permutations(range(len(CLASSES)), 2):
-        own, other = people_of(c), people_of(d)
-        asked = {"both": own, "first": (own[0], other[1]), "second": (other[0], own[1]), "none": other}
-        for key, people in asked.items():
-            found[key].append(float(run(parts, people).logits(o)[c]))
-    means = {key: float(np.mean(values)) for key, values in found.items()}
-    return means | {"one": (means["first"] + means["second"]) / 2}
+    """`by_names`, by the construction."""
+    return by_names(lambda c, d: run(parts, (people_of(c)[0], people_of(d)[1])).logits(o))
 
 
 def means_at_last(parts: Sequence[Part]) -> dict[str, np.ndarray]:

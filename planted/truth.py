@@ -2,7 +2,9 @@
 
 Every number is in logits, computed from the construction (`planted.circuit`), for two names of one class in the clean
 prompt and two of another in the corrupt one; the mean over all ordered pairs of classes, and over those of one answer.
-The metric is logit_diff, logit(answer) - logit(corrupt answer). What noise adds to an effect is not in it. With
+The metric is logit_diff, logit(answer) - logit(corrupt answer). What noise adds to an effect is not in it, but in
+`rule_logits`: they are of two names that may be of different classes, and where there is noise, of the weights
+themselves, because little of it can wake a backup that one name leaves asleep by a narrow margin. With
 task=odd_one_out there are three names, of which one is swapped, so that another is the odd one; no two of them have
 first tokens whose codes share anything.
 """
@@ -114,7 +116,7 @@ class Truth(Strict):
     placebo_attribute: str
     placebo_gap: float
     rule: str | None  # None: there is no circuit
-    rule_logits: dict[str, float]  # logit of a class of both names, of the first alone, second, one (their mean), none
+    rule_logits: dict[str, float]  # of a class above those of neither name: first alone of it, second, both
     arrived: tuple[float, ...]  # by layer: logits that the clean residual stream at the last token wins back after it
     sites: tuple[Site, ...]
     paths: tuple[Edge, ...]

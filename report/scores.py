@@ -28,6 +28,9 @@ TOLERANCE, TOLERANCES = 1e-3, {"direction, effect": 0.03, "direction, cosine": 0
 """How far a number may be from the planted one; those of the directions are of means over the people asked."""
 LEVEL = 0.05
 RULES = {"additive": "additive", "or": "OR", "and": "AND"}
+ONE_NAME, STEP = (0.05, 0.2), (0.1, 0.3)
+"""Shares of the other name that surely count for nothing, and surely count; and how far the step of a second name may
+be from a rule's (times that of one name) to be surely of it, and not to be. What lies between is left open."""
 ARRIVED, REPAIR = 0.8, 0.1
 """As in the profile: of the critical layers, and of the claims about repair."""
 ALWAYS = ("task_done", "critical_layers", "slice_sufficient")
@@ -251,6 +254,59 @@ def planted_specificity(truth: Truth) -> Wanted | None:
     return Wanted({"general" if share > SHARE else "specific"})
 
 
+class NameSteps(NamedTuple):
+    """What two names do, by the truth."""
+
+    read: str  # the name that does more
+    share: float  # what the other does, alone and beside it, over what that one does
+    one: float  # logits that one name adds on average
+    ratio: float | None  # the second name's step over the first's; None where one adds nothing
+
+    @property
+    def one_alone(self) -> bool | None:
+        """Whether the answer is read off one name; None where the other does little."""
+        return None if ONE_NAME[0] <= self.share < ONE_NAME[1] else self.share < ONE_NAME[0]
+
+    def follows(self, step: float) -> bool | None:
+        """Whether a second name's step is the rule's: 1 additive, 0 OR."""
+        if self.ratio is None or self.one_alone is not False:
+            return None
+        away = abs(self.ratio - step)
+        return None if STEP[0] <= away <= STEP[1] else away < STEP[0]
+
+
+def name_steps(truth: Truth) -> NameSteps:
+    """Read from the logits that one name in either slot, and two, add to their class."""
+    first, second, both = (truth["rule_logits"][key] for key in ("first", "second", "both"))
+    sizes = {"first": (first + both - second) / 2, "second": (second + both - first) / 2}
+    read, less = sorted(sizes, key=sizes.get, reverse=True)
+    one = (first + second) / 2
+    ratio = (both - one) / one if one > SHARE * both else None
+    return NameSteps(read, sizes[less] / sizes[read], one, ratio)
+
+
+def planted_rule(truth: Truth) -> Wanted:
+    """The rule that the model follows, noise included; what one name alone gives away is no rule."""
+    names = name_steps(truth)
+    if names.one_alone is not False:
+        own = {f"{names.read} name"}
+        return Wanted(own) if names.one_alone else Wanted(set(), {*own, RULES.get(truth["rule"], "neither")})
+    if names.ratio is None:
+        return Wanted({RULES["and"]})
+    near, step = ("additive", 1.0) if names.ratio > 0.5 else ("OR", 0.0)
+    said = names.follows(step)
+    return Wanted(set(), {near, "neither"}) if said is None else Wanted({near if said else "neither"})
+
+
+def rule_claims(truth: Truth) -> tuple[dict[str, bool | None], set[str]]:
+    """What is true of the claims on two names, and verdicts beside: none is supported where one name alone is read."""
+    names, claims = name_steps(truth), ("either_name", "rule_or", "rule_additive", "rule_and")
+    if names.one_alone is not False:
+        return dict.fromkeys(claims), {f"{name}: not supported" for name in claims}
+    alone = names.ratio is not None
+    return dict(zip(claims, (alone, names.follows(0), names.follows(1), not alone), strict=True)), set()
+
+
 def planted_claims(truth: Truth, found: Found) -> Wanted:
     """The verdicts of the claims that the construction decides."""
     shares, backed = {name_of(site): gain(site) / truth["gap"]["mean"] for site in at_last(truth)}, truth["backup"]
@@ -258,7 +314,8 @@ def planted_claims(truth: Truth, found: Found) -> Wanted:
     readers = {name_of(site) for site in of_roles(truth, "retrieval", "key_routed")}
     whole = {name_of(site) for site in of_roles(truth, "aggregator")}
     classes = planted_classes(truth, found["generality"])
-    best, general, rule = max(shares.values(), default=0), planted_specificity(truth), truth["rule"]
+    best, general = max(shares.values(), default=0), planted_specificity(truth)
+    of_names, beside = rule_claims(truth)
     ratio = planted_ratio(truth, found)
     true: dict[str, bool | None] = dict.fromkeys(ALWAYS, True)
     true |= {
@@ -271,10 +328,7 @@ def planted_claims(truth: Truth, found: Found) -> Wanted:
         "no_repair": None if ratio is None or of_roles(truth, "negative") else ratio <= REPAIR,
         "no_backup": None if ratio is None else ratio <= REPAIR,
         "class_specific": classes and bool(classes.must),
-        "either_name": rule != "and",
-        "rule_and": rule == "and",
-        # of AND one name alone adds nothing, and what both add has no ratio to it
-        **{f"rule_{name}": None if rule == "and" else rule == name for name in ("or", "additive")},
+        **of_names,
         **dict.fromkeys(("values_carry", "mlps_at_names"), True if readers & slice_sites else None),
         "one_direction": True if whole & slice_sites else None,
     }
@@ -282,8 +336,9 @@ def planted_claims(truth: Truth, found: Found) -> Wanted:
         true |= dict.fromkeys(UNBACKED, True)
     words = {True: "supported", False: "not supported"}
     must = {f"{name}: {words[said]}" for name, said in true.items() if said is not None}
-    decided = {name for name, said in true.items() if said is not None}
-    return Wanted(must, {said for said in verdicts(found["claims"]) if said.partition(":")[0] not in decided})
+    decided = {name for name, said in true.items() if said is not None} | {said.partition(":")[0] for said in beside}
+    left = {said for said in verdicts(found["claims"]) if said.partition(":")[0] not in decided}
+    return Wanted(must, left | beside)
 
 
 # --- what the steps found --------------------------------------------------------------------------------------------
@@ -407,10 +462,6 @@ def verdicts(found: Finding) -> set[str]:
 
 
 # --- side by side ----------------------------------------------------------------------------------------------------
-
-
-def planted_rule(truth: Truth) -> Wanted | None:
-    return Wanted({RULES[truth["rule"]]}) if truth["rule"] else None
 
 
 def backup_ratio(found: Finding) -> float:

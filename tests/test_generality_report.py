@@ -476,7 +476,7 @@ def test_a_leader_that_falls_in_every_prompt_shows_although_no_name_does():
 def test_rule_lines_are_the_least_squares_fits_to_the_two_steps():
     fitted = pd.DataFrame({"term": ["one name", "two names"], "estimate": [1.0, 3.0]})
     asked = pd.DataFrame({"n_a": [1] * 6 + [0] * 4, "n_b": [1] * 2 + [0] * 8})  # two names twice, one name four times
-    lines = name_rule.lines(SimpleNamespace(fitted=fitted), asked)
+    lines = name_rule.lines(SimpleNamespace(fitted=fitted, names=SimpleNamespace(count="both")), asked)
     x, y = np.array([1] * 4 + [2] * 2), np.array([1.0] * 4 + [3.0] * 2)
     assert lines["additive"][1] == pytest.approx((x * y).sum() / (x**2).sum())
     assert lines["OR"] == pytest.approx([0, y.mean(), y.mean()]) and lines["AND"] == [0, 0, 3.0]
@@ -652,16 +652,20 @@ def test_the_rule_is_said_with_its_numbers():
         ((0.5, 0.3, 0.7), "neither additive (1) nor OR (0) is exact; OR (0) lies 0.3 outside it; in predicting people"),
         ((0.7, 0.4, 0.966), "by itself, neither additive (1) nor OR (0) is exact; additive (1) lies 0.034 outside it;"),
         ((0.7, 0.4, 1.0), "leaves room for additive (1)."),
+        ((5e-4, 4e-4, 6e-4), "leaves room for OR (0)."),  # by less than the model's own noise
         ((0.5, None, None), "not testable"),
     ):
         span = SimpleNamespace(**dict(zip(("estimate", "low", "high"), ratio, strict=True)))
-        result = SimpleNamespace(ratio=span, reason="few", fitting={"number": ("additive", "AND")})
+        result = SimpleNamespace(
+            ratio=span, reason="few", fitting={"number": ("additive", "AND")}, names=fit.names, noise=1e-3
+        )
         assert said in name_rule.exact_sentence(result)
         assert ("a free fit is not shown to be better than additive." in name_rule.exact_sentence(result)) == (
             "outside" in said
         )
-    result = SimpleNamespace(ratio=SimpleNamespace(estimate=0.5, low=0.3, high=0.7), fitting={"number": ()})
+    span = SimpleNamespace(estimate=0.5, low=0.3, high=0.7)
+    result = SimpleNamespace(ratio=span, fitting={"number": ()}, names=fit.names, noise=1e-3)
     assert name_rule.exact_sentence(result).endswith("outside it.")
-    assert "cannot be said" in name_rule.exact_sentence(SimpleNamespace(ratio=None))
+    assert "cannot be said" in name_rule.exact_sentence(SimpleNamespace(ratio=None, names=fit.names, noise=1e-3))
     assert name_rule.lines(fit, pd.DataFrame(rows))["additive"][2] == pytest.approx(4, abs=0.1)
     assert name_rule.figure(fit, pd.DataFrame(rows)) is not None

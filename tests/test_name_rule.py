@@ -9,6 +9,10 @@ from steps.generality import name_rule
 
 CLASSES = ("artist", "athlete", "politician", "scientist", "writer")
 STEPS = {"additive": (1.0, 2.0), "OR": (1.0, 1.0), "AND": (0.0, 1.0), "none": (0.0, 0.0), "neither": (1.0, 4.0)}
+ONE = (1, 2)
+# one name in the first slot, two, prompts, noise, one name in the second slot
+UNEVEN = {"additive": (1, 2.6, 200, 0.6, 1.6), "OR": (2, 2, 200, 0.6, 0.8), "neither": (1, 5.6, 200, 0.6, 1.6)}
+SLOTS = ("first", "second")
 
 
 def prompts(
@@ -16,12 +20,12 @@ def prompts(
     two: float,
     count: int = 200,
     noise: float = 0.6,
-    slots: float = 0.0,
+    second: float | None = None,
     seed: int = 0,
     people: int | None = None,
 ) -> pd.DataFrame:
-    """Prompts of two people of random classes; a class gains `one` or `two` logits for one or two names, the second
-    slot `slots` more. Without `people`, nobody is in two prompts."""
+    """Prompts of two people of random classes; a class gains `one` or `two` logits for one or two names, `second` for
+    the second alone. Without `people`, nobody is in two prompts."""
     rng = np.random.default_rng(seed)
     own = rng.integers(len(CLASSES), size=(count, 2))
     who = np.arange(2 * count).reshape(count, 2) if people is None else rng.integers(people, size=(count, 2))
@@ -29,7 +33,8 @@ def prompts(
     rows = []
     for number in range(count):
         n = np.stack([np.arange(len(CLASSES)) == own[number, slot] for slot in (0, 1)]).astype(int)
-        logits = prior + np.choose(n.sum(0), [0, one, two]) + slots * n[1] + noise * rng.normal(size=len(CLASSES))
+        gains = [0, one, one if second is None else second, two]
+        logits = prior + np.choose(n[0] + 2 * n[1], gains) + noise * rng.normal(size=len(CLASSES))
         logits += 10 * rng.normal()  # what is common to all logits means nothing
         y = logits - logits[n.sum(0) == 0].mean()
         for index, name in enumerate(CLASSES):
@@ -77,12 +82,47 @@ def test_without_noise_the_steps_are_exact():
 
 
 def test_slots_are_told_apart():
-    same, other = (name_rule.compare(prompts(1, 2, slots=slots), Settings(resamples=500)) for slots in (0.0, 0.6))
+    same, other = (name_rule.compare(prompts(*steps), Settings(resamples=500)) for steps in (ONE, UNEVEN["additive"]))
     contrast = [result.fitted.set_index("term").loc["second slot - first"] for result in (same, other)]
-    assert contrast[0]["low"] < 0 < contrast[0]["high"]
-    assert 0 < contrast[1]["low"] < 0.6 < contrast[1]["high"]
+    assert contrast[0]["low"] < 0 < contrast[0]["high"] and not same.names.uneven
+    assert 0 < contrast[1]["low"] < 0.6 < contrast[1]["high"] and other.names.uneven
+    assert (other.names.lesser, other.names.count) == ("first", "both")
     errors = other.errors.set_index("rule")
-    assert errors.loc["additive by slot", "high"] < 0  # better than `free`, which has one slope for both slots
+    assert errors.loc["additive", "low"] > 0 >= errors.loc["additive by slot", "low"]  # which has a slope for each
+    assert "they count unequally" in name_rule.sentences(other)["slots"]
+    assert "with a weight for each name: of" in name_rule.sentences(other)["number"]
+
+
+@pytest.mark.parametrize("truth", UNEVEN)
+def test_the_rule_of_names_that_count_unequally_is_picked(truth):
+    for seed in range(3):
+        result = name_rule.compare(prompts(*UNEVEN[truth], seed=seed), Settings(resamples=500))
+        assert result.verdict == {"number": truth} and result.names.uneven
+
+
+@pytest.mark.parametrize(
+    ("steps", "read", "unread"), [((2, 2, 200, 0.3, 0), *SLOTS), ((0, 2, 200, 0.3, 2), *SLOTS[::-1])]
+)
+def test_an_answer_read_off_one_name_is_no_rule_of_two(steps, read, unread):
+    """Averaged over which name is of the class, it adds up: one name half of what two do."""
+    for seed in range(3):
+        frame = prompts(*steps, seed=seed)
+        result = name_rule.compare(frame, Settings(resamples=500))
+        assert result.verdict == {"number": f"{read} name"} and result.ratio is None
+        said = name_rule.sentences(result)
+        assert f"read off the {read} name alone: what the {unread} does is " in said["ratio"]
+        assert not any("additive" in text for text in said.values())
+        found = name_rule.numbers(result)
+        assert found["ratio"]["why"] == next(row["why"] for row in found["fitted"] if row["term"] == "one name")
+        assert name_rule.figure(result, frame) is not None
+
+
+def test_where_it_is_open_whether_both_names_count_there_is_no_verdict():
+    result = name_rule.compare(prompts(2, 2.3, 60, 1.0, 0.3), Settings(resamples=500))
+    assert result.names.share.low < name_rule.LEAST < result.names.share.high
+    assert result.verdict == {"number": None} and result.ratio is None and "second does is" in result.reason
+    assert "whether both names count is open" in name_rule.sentences(result)["ratio"]
+    assert all("why" not in row for row in name_rule.numbers(result)["fitted"])  # what one name adds is still told
 
 
 def test_a_group_is_whoever_is_linked_by_people():

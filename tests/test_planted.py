@@ -13,7 +13,7 @@ from pipeline import keys
 from pipeline.population import load_people
 from planted import build, truth
 from planted.circuit import Head, parts_of
-from planted.effects import PLACEBO, Contrast, rule_logits, truth_of
+from planted.effects import PLACEBO, Contrast, by_names, rule_logits, truth_of
 from planted.options import PlantedError, parse
 from planted.question import CLASSES, FOLDER, REGIONS, codes
 from steps import registry
@@ -324,8 +324,23 @@ def test_the_folder_holds_the_truth_of_its_own_weights_alone(tmp_path, monkeypat
 @pytest.mark.parametrize(("rule", "one"), [("additive", 5), ("or", 10), ("and", 0)])
 def test_one_name_of_a_class_says_as_much_as_the_rule_has_it(rule, one):
     o = parse(f"planted:seed=3,rule={rule}")
-    said = rule_logits(o, parts_of(o))
-    assert [said[key] for key in ("both", "one", "none")] == pytest.approx([10, one, 0], abs=1e-5)
+    said = {"first": one, "second": one, "both": 10}
+    assert rule_logits(o, parts_of(o)) == pytest.approx(said, abs=1e-5)
+
+
+def test_names_add_up_in_the_weights_as_in_the_construction_unless_noise_wakes_a_backup(monkeypatch):
+    def measured(o):
+        said = build.answers(*build.weights(o)[:2], o)
+        return by_names(lambda c, d: said[c, d])
+
+    monkeypatch.setattr(build, "ASKED", 3)
+    o = parse("planted:seed=5,routes=v+k+q,n_layers=10")
+    # the answers' own preferences do not fall out: each class is above the others of its prompt
+    assert measured(o) == pytest.approx(rule_logits(o, parts_of(o)), abs=1e-2)
+    noisy = parse("planted:seed=5,backup=0.7,backup_read=mlp,backup_wakes=unsaid,noise=0.1")
+    assert rule_logits(noisy, parts_of(noisy)) == pytest.approx({"first": 5, "second": 5, "both": 10}, abs=1e-3)
+    said = measured(noisy)
+    assert said["both"] == pytest.approx(10, abs=0.5) and said["first"] + said["second"] > 12
 
 
 @pytest.mark.parametrize(
@@ -342,7 +357,7 @@ def test_each_name_says_as_much_as_was_planted(spec, first, second, length):
     """By formula, and of two names of different classes by plain forward passes."""
     own, (one, other, none) = Hooked(spec), CLASSES[:3]
     said = rule_logits(own.o, own.parts)
-    assert [said[key] for key in ("first", "second", "both", "none")] == pytest.approx([first, second, 10, 0], abs=1e-4)
+    assert said == pytest.approx({"first": first, "second": second, "both": 10}, abs=1e-4)
     names = (named(one, length)[0], named(other, length)[0])
     found, swapped = (own.run(order)[0][[own.answers[c] for c in (one, other, none)]] for order in (names, names[::-1]))
     moved = found - swapped  # what tokens are preferred by themselves falls out

@@ -28,6 +28,7 @@ TRUTH = {
     "gap": {"mean": 10.0, "by_answer": EVEN},
     "rule": "additive",
     "arrived": [0.0, 0.0, 0.0, 6.0, 8.5, 8.5, 10.0],
+    "rule_logits": {"first": 5.0, "second": 5.0, "both": 10.0},
     "placebo_gap": 5.0,
     "options": {"aggregator": "mlp"},
     "sites": [
@@ -230,6 +231,43 @@ def test_routes_are_asked_of_the_slices_heads_alone():
     assert scores.planted_routes(truth, {"slice": ["3.2", "4.5"]}).must == {"k", "v"}
     assert scores.planted_routes(truth, {"slice": ["3.2"]}).must == {"v"}
     assert scores.sliced(own, {"parameters": {"slice_sites": ["4.5"]}}) == ["4.5"]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "both", "rule", "additive"),
+    [
+        (5, 5, 10, {"additive"}, "supported"),
+        (7, 3, 10, {"additive"}, "supported"),
+        (6.3, 6.2, 10, {"neither"}, "not supported"),
+        (5.5, 5.5, 10, {"additive", "neither"}, None),
+        (10, 10, 10, {"OR"}, "not supported"),
+        (0, 0, 10, {"AND"}, None),
+        (10, 0, 10, {"first name"}, "not supported"),
+        (0, 10, 10, {"second name"}, "not supported"),
+    ],
+)
+def test_the_rule_is_what_the_weights_do_with_names(first, second, both, rule, additive):
+    """Whatever was planted: noise may wake a backup in prompts of two classes."""
+    truth = TRUTH | {"rule_logits": {"first": first, "second": second, "both": both}}
+    wanted = scores.planted_rule(truth)
+    assert wanted.must | wanted.may == rule and (len(rule) == 1) == bool(wanted.must)
+    claims = scores.planted_claims(truth, found())
+    said = {said for said in claims.must if said.startswith("rule_additive")}
+    if scores.name_steps(truth).one_alone:
+        assert not said and f"rule_additive: {additive}" in claims.may
+    else:
+        assert said == ({f"rule_additive: {additive}"} if additive else set())
+
+
+def test_no_claim_on_two_names_is_supported_where_one_is_read():
+    truth = TRUTH | {"rule_logits": {"first": 10.0, "second": 0.0, "both": 10.0}}
+    own = found()
+    own["generality"]["rule"]["verdict"]["number"] = "first name"
+    rows = [row for row in own["claims"]["claims"] if row["id"] not in ("either_name", "rule_additive")]
+    for verdict, right in (("not testable here", True), ("not supported", True), ("supported", False)):
+        said = [*rows, {"id": "rule_additive", "verdict": verdict}]
+        mine = scored(own | {"claims": {"claims": said}}, truth)
+        assert mine["claims"].right == right and mine["rule"].right
 
 
 def test_a_site_that_serves_one_class_is_class_specific():
