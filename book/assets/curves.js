@@ -11,7 +11,7 @@
   /* Round numbers between two ends, some four of them. */
   function rounded(low, high) {
     const rough = (high - low) / 4 || 1, size = 10 ** Math.floor(Math.log10(rough));
-    const step = size * [1, 2, 5, 10].find((times) => times * size >= rough);
+    const step = size * [1, 2, 2.5, 5, 10].find((times) => times * size >= rough);
     const first = Math.ceil(low / step - 1e-9), count = Math.floor(high / step + 1e-9) - first;
     return [...Array(count + 1).keys()].map((at) => +((first + at) * step).toPrecision(6));
   }
@@ -37,7 +37,6 @@
     if (level) {
       const y = down(level.y);
       svg.append(drawn("line", { x1: LEFT, x2: RIGHT, y1: y, y2: y, class: "level" }));
-      write(RIGHT, y < TOP + 16 ? y + 13 : y - 4, level.name, "end");
     }
     const own = [...new Set(xs)], few = own.length < 9 ? own : rounded(left, right);
     const marks = ticks ? ticks.map((text, at) => [at, text]) : few.map((x) => [x, minus(x)]);
@@ -67,13 +66,12 @@
       svg.append(group);
       return group;
     });
-    const legend = element("ul", { class: "legend" }, ...lines.map((line, index) => {
-      const sample = drawn("svg", { viewBox: "-12 -7 24 14", class: "sample", "aria-hidden": "true" },
-        drawn("g", { class: named(line, index) },
+    const sample = (part) => drawn("svg", { viewBox: "-12 -7 24 14", class: "sample", "aria-hidden": "true" }, part);
+    const legend = element("ul", { class: "legend" }, ...lines.map((line, index) => element("li", {},
+      sample(drawn("g", { class: named(line, index) },
           ...(ticks && !line.bare ? [] : [drawn("path", { d: "M-11 0H11", class: "way" })]),
-          ...(line.bare ? [] : [drawn("path", { d: SHAPES[index % 7], class: "mark" })])));
-      return element("li", {}, sample, line.name);
-    }));
+          ...(line.bare ? [] : [drawn("path", { d: SHAPES[index % 7], class: "mark" })]))), line.name)),
+      ...(level ? [element("li", {}, sample(drawn("line", { x1: -11, x2: 11, y1: 0, y2: 0, class: "level" })), level.name)] : []));
 
     let pinned = null;
     const look = (one) => {

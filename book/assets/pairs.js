@@ -17,7 +17,11 @@
       text: `${listed(clean)} (${answer}) against ${listed(corrupt)} (${other})` }));
     const find = element("input", { type: "search", size: 18 }), count = element("output");
     const select = element("select", { size: 5, "aria-label": "Pairs of prompts" });
-    let now = pairs[0], site = "", act = "denoise";
+    /* Where no pair is asked for: the first of those of which most was measured. */
+    const known = ({ at }) => [data.curves, data.map, data.looks].reduce((sum, part) =>
+      sum + ((part && part.values[at]) || []).filter((value) => value !== null).length, 0);
+    const first = pairs.reduce((best, pair) => (known(pair) > known(best) ? pair : best), pairs[0]);
+    let now = first, site = "", act = "denoise";
 
     /* What a part shows, or why it shows nothing. */
     const place = (title) => {
@@ -85,10 +89,12 @@
     function curves() {
       const own = data.curves && data.curves.values[now.at];
       if (!own) return layers.say("Step 02 has not swept the layers in this pair.");
-      const size = data.curves.layers.length, lines = [];
+      const size = data.curves.layers.length, lines = [], none = [];
       data.curves.shown.forEach(([direction, position], curve) => {
         const points = data.curves.layers.map((layer, at) => [layer, own[curve * size + at]]);
-        if (direction === act && points.some((point) => point[1] !== null)) lines.push({ name: role(position), points });
+        if (direction !== act) return;
+        if (points.some((point) => point[1] !== null)) lines.push({ name: role(position), points });
+        else none.push(role(position));
       });
       const radios = element("fieldset", {}, element("legend", {}, "The residual stream after each layer is"));
       for (const direction of new Set(data.curves.shown.map((curve) => curve[0]))) {
@@ -109,8 +115,9 @@
           element("strong", {}, `${signed(point[1])} logits`), now.gap ? `, ${signed((100 * point[1]) / now.gap)} of the gap.` : "."),
         choose: () => {} });
       const left = data.curves.left.filter((curve) => curve[0] === act).map((curve) => role(curve[1]));
-      layers.put(radios, drawing.box, told, ...(left.length ? [element("p", { class: "note" },
-        `The page has no room for ${listed(left)}: coarse_sweep.parquet has them.`)] : []));
+      const notes = [[none, "Not swept in this pair: ", "."], [left, "The page has no room for ", ": coarse_sweep.parquet has them."]];
+      layers.put(radios, drawing.box, told, ...notes.filter(([those]) => those.length)
+        .map(([those, before, after]) => element("p", { class: "note" }, before + listed(those) + after)));
     }
 
     const about = element("p", { class: "told short", "aria-live": "polite" });
@@ -165,7 +172,7 @@
     const box = element("div", { class: "interactive pair-explorer" }, element("div", { class: "controls" },
       labelled("Find a name", find), count), select, ...[prompt, answers, layers, sites, looks].map((part) => part.box));
     const show = (state) => {
-      now = pairs.find((pair) => pair.id === state.get("pair")) || pairs[0];
+      now = pairs.find((pair) => pair.id === state.get("pair")) || first;
       site = state.get("site") || "";
       act = state.get("act") === "1" ? "noise" : "denoise";
       fill();
