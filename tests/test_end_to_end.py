@@ -1,6 +1,7 @@
 """The whole line with the profile `smoke`: make, papermill, Jupyter Book and a browser, in a copy of the tree."""
 
 import json
+import re
 from pathlib import Path
 
 import book_checks
@@ -20,8 +21,8 @@ def test_the_book_is_whole_and_asks_nothing_of_the_network(smoke_tree, tmp_path)
     assert book_checks.outside_urls(html) == []
     installed = str(Path(pytest.__file__).parents[1])
     assert book_checks.machine_paths(html, str(smoke_tree), str(Path.home()), installed) == []
-    pages = [html / "index.html", *sorted(html.glob("executed/*.html"))]
-    assert len(pages) == 1 + len(NOTEBOOKS)
+    pages = [html / "index.html", html / "pairs.html", *sorted(html.glob("executed/*.html"))]
+    assert len(pages) == 2 + len(NOTEBOOKS)
     for page in pages:
         assert book_checks.requests_made(page) == [], page.name
 
@@ -40,6 +41,23 @@ def test_every_finding_stands_on_its_page_and_the_undoable_task_is_named(smoke_t
     assert baselines["able"]["superset"]["able"] is True
     assert baselines["able"]["odd_one_out"]["able"] is False
     assert "cannot do `odd_one_out`" in " ".join(baselines["sentences"])
+
+
+def test_the_page_on_single_pairs_has_the_numbers_of_the_tables(smoke_tree):
+    html = (smoke_tree / "build/smoke/book/_build/html/pairs.html").read_text()
+    data = json.loads(re.search(r'pair-explorer"[^>]*><script type="application/json">(.*?)</script>', html, re.S)[1])
+    table = pd.read_parquet(smoke_tree / "results/smoke/sufficiency.parquet").query("position == 'last'")
+    pair = table["pair_id"].iloc[0]
+    at = [row[0] for row in data["pairs"]].index(pair)
+    own = table[(table["pair_id"] == pair) & (table["component"] == "mlp")].set_index("layer")
+    grid, size = data["map"], len(data["map"]["layers"])
+    rows = grid["lines"].index("mlp") * size + np.arange(size)
+    shown = np.array(grid["values"][at])[[grid["places"].index(row) for row in rows]]
+    change = 100 * (own["logit_diff_after"] - own["logit_diff_before"]).loc[grid["layers"]]
+    np.testing.assert_allclose(shown, change, atol=0.51)
+    assert all(data[part]["values"][at] for part in ("curves", "looks")) and data["logits"]["clean"][at]
+    words = data["words"]["own"][at]["clean"]
+    assert ["".join(tokens).strip() for tokens in words] == data["pairs"][at][4]
 
 
 def test_directions_of_the_book_agree_with_each_other_and_with_the_coarse_sweep(smoke_tree):
