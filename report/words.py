@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -42,7 +43,50 @@ def listed(words: Iterable[object]) -> str:
 
 def counted(number: int, thing: str) -> str:
     """A number of things: 1 head, 2 heads."""
-    return f"{number} {thing}{'s' * (number != 1)}"
+    return f"{number} {thing}{'s' * int(number != 1)}"
+
+
+def is_are(number: int) -> str:
+    """The verb of so many things."""
+    return "is" if number == 1 else "are"
+
+
+def have(number: int) -> str:
+    """What so many things do that have something."""
+    return "has" if number == 1 else "have"
+
+
+def capital(text: str) -> str:
+    """A text as a sentence begins: its first letter large, the others as they are; a site keeps its own name."""
+    return text if re.match(r"(mlp|attn|resid|neuron) \d", text) else text[:1].upper() + text[1:]
+
+
+def sites(names: Iterable[str], most: int | None = None) -> str:
+    """Sites as a sentence names them, in their order: a head's number never stands bare, lest it be read as an effect.
+
+    "head 21.6", "heads 21.6 and 7.0", "mlp 8 and head 21.6"; "no site" for nothing; beyond `most`, how many more.
+    """
+    names = list(names)
+    shown, heads = names[:most], [name for name in names if name[:1].isdigit()]
+    more = [f"{len(names) - len(shown)} more"] * (len(names) > len(shown))
+    if not names:
+        return "no site"
+    if len(shown) > 1 and len(heads) == len(names):
+        return f"heads {listed(shown + more)}"
+    return listed([f"head {name}" if name in heads else name for name in shown] + more)
+
+
+def extremes(rows: pd.DataFrame, name: str) -> str:
+    """The lowest and the highest estimate of some rows: "0.60 [0.50, 0.70] (one) to 0.90 [0.80, 1.00] (other)"."""
+    known = rows.dropna(subset="estimate").sort_values("estimate", kind="stable")
+    each = [f"{of_row(row)} ({getattr(row, name)})" for row in known.iloc[[0, -1][: len(known)]].itertuples()]
+    return " to ".join(each) or "not measured"
+
+
+def tabled(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A small table in Markdown, for three numbers or more; it stands among sentences as a paragraph of its own."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(str(cell) for cell in line)} |" for line in lines)
 
 
 def number_word(number: int) -> str:
@@ -163,9 +207,10 @@ def joined(step: Step, parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def top_sites(table: pd.DataFrame, count: int) -> str:
-    """The leading sites, picked on discovery, with their confirmation effects in logits."""
-    top = reported(picked(table, count))
-    return listed(f"{row.site} ({interval(row.estimate, row.low, row.high)})" for row in top.itertuples())
+    """The site that leads, picked on discovery, with its confirmation effect in logits, and the next in their order."""
+    first, *others = reported(picked(table, count)).itertuples()
+    next_ones = f", before {sites(row.site for row in others)}" * bool(others)
+    return f"{sites([first.site])} ({of_row(first)}){next_ones}"
 
 
 def top_sites_sentence(table: pd.DataFrame, params: Shared, count: int, what: str) -> str:
@@ -175,39 +220,41 @@ def top_sites_sentence(table: pd.DataFrame, params: Shared, count: int, what: st
     found, others = len(sure), top.loc[~top["site"].isin(sure), "site"]
     change = "fall" if "damage" in what else "rise"
     many = (
-        f"Of {counted(table['site'].nunique(), 'site')}, {found} {'is' if found == 1 else 'are'} significant "
-        f"familywise in both halves with a {change} above the model's noise ({params.floor:g} logits)."
+        f"{found} of {counted(table['site'].nunique(), 'site')} {is_are(found)} significant familywise in both halves, "
+        f"with a {change} above the model's noise ({params.floor:g} logits)."
     )
+    least = ""
     if len(others):
-        which = "none is" if len(others) == len(top) else f"{listed(others)} {'is' if len(others) == 1 else 'are'} not"
-        many += f" Of these {count}, {which}."
+        least = " Not significant of these: " + ("all." if len(others) == len(top) else f"{sites(others)}.")
     if table["low"].isna().any():
         many = f"There are too few quads to say of any of the {table['site'].nunique()} sites that it is significant."
+        least = ""
     unit = in_logits(top, f"familywise {params.level:.0%} intervals")
     return (
-        f"The {count} sites of largest {what} on the discovery half are, with the {change} of logit_diff that each "
-        f"brings on the confirmation half ({unit}): {top_sites(table, count)}. {many}"
+        f"{many} Of largest {what} on the discovery half is {top_sites(table, count)}; in brackets the {change} of "
+        f"logit_diff that it brings on the confirmation half ({unit}).{least}"
         + ONE_HALF
         * (table["half"].nunique() == 1)
     )
 
 
 def heads_or_mlps(table: pd.DataFrame, params: Shared, what: str) -> str:
-    """How the confirmed sites divide into heads, MLPs and whole attention modules, and the largest of them on the
-    discovery half; of all sites where there are too few quads to confirm any."""
+    """How the confirmed sites divide into heads, MLPs and whole attention modules, and the largest head and MLP of them
+    on the discovery half; of all sites where there are too few quads to confirm any."""
     sure, few = effects.confirmed(table, params), table["low"].isna().any()
     counts = {name: int((sure["component"] == component).sum()) for name, component in KINDS.items()}
     asked = table if few else table[table["site"].isin(sure["site"])]
     best = []
-    for name, component in KINDS.items():
-        if (asked["component"] == component).any():
-            row = reported(picked(asked[asked["component"] == component], 1)).iloc[0]
+    for name in ("head", "MLP"):
+        if (asked["component"] == KINDS[name]).any():
+            row = reported(picked(asked[asked["component"] == KINDS[name]], 1)).iloc[0]
             share = interval(row["ratio"], row["ratio_low"], row["ratio_high"])
-            best.append(f"{row['site']} among {name}s ({share} of the gap)")
-    lead = f"Significant in both halves are {listed(counted(count, name) for name, count in counts.items())}"
+            best.append(f"{sites([row['site']])} among {name}s ({share} of the gap)")
+    each = [f"{number_word(count)} {name}{'s' * (count != 1)}" for name, count in counts.items()]
+    lead = f"Significant in both halves are {listed(each)}"
     if not best:
         return f"{lead}."
-    numbers = "the numbers are the confirmation half's"
+    numbers = "in brackets what the confirmation half gives"
     largest = f"largest {what} on the discovery half is that of {listed(best)}; {numbers}."
     return f"The {largest}" if few else f"{lead}. Of these, the {largest}"
 

@@ -125,35 +125,35 @@ def test_a_task_is_done_above_chance_and_the_profiles_own_with_enough_pairs():
         good=("one_name", "profession_is", 0.6, True),
     )
     can = page.abilities(accuracy, pd.DataFrame({"pair_id": ["a", "b", "c"]}), PARAMS)
-    value = "0.50 [0.25, 0.75] on 40 prompts of template `profession_both`, chance 0.20"
+    value = "0.50 [0.25, 0.75] (40 prompts of template `profession_both`) against a chance of 0.20"
     assert can == {
         "superset": {
             "able": True,
             "above": True,
-            "why": f"accuracy {value}; 3 pairs, whose quads have a gap of the right sign",
+            "why": f"accuracy {value}. 3 pairs are left, whose quads have a gap of the right sign",
         },
         "odd_one_out": {
             "able": False,
             "above": False,
-            "why": "accuracy 0.40 [0.25, 0.75] on 40 prompts of template `odd_one_out`, chance 0.20: not above chance "
-            "with 90% confidence",
+            "why": "accuracy 0.40 [0.25, 0.75] (40 prompts of template `odd_one_out`) against a chance of 0.20: not "
+            "above chance with 90% confidence",
         },
         "one_name": {
             "able": True,
             "above": True,
-            "why": "accuracy 0.60 [0.25, 0.75] on 40 prompts of template `profession_is`, chance 0.20",
+            "why": "accuracy 0.60 [0.25, 0.75] (40 prompts of template `profession_is`) against a chance of 0.20",
         },
     }
     few = page.abilities(accuracy, pd.DataFrame({"pair_id": ["a", "b"]}), PARAMS)["superset"]
     left = "fewer than the 3 asked for (min_pairs): give more people, or a smaller min_pairs"
-    why = f"accuracy {value}; 2 pairs, whose quads have a gap of the right sign, {left}"
+    why = f"accuracy {value}. 2 pairs are left, whose quads have a gap of the right sign, {left}"
     assert few == {"able": False, "above": True, "why": why}
     assert page.verdicts({"superset": few}) == {
         "superset": f"The model can do, but has too few pairs for, `superset`: {why}."
     }
     none = page.abilities(accuracy, None, PARAMS)["superset"]
     assert none["able"] is False and none["why"].endswith(
-        f"; 0 pairs, whose quads have a gap of the right sign, {left}"
+        f". 0 pairs are left, whose quads have a gap of the right sign, {left}"
     )
     wrong = page.abilities(accuracy.assign(above=False), pd.DataFrame({"pair_id": ["a"] * 9}), PARAMS)["superset"]
     assert wrong["able"] is False and "pairs with a gap" not in wrong["why"]
@@ -206,12 +206,9 @@ def test_the_place_of_the_right_word_is_in_the_whole_vocabulary():
     first = table[(table["scoring"] == "first word") & (table["superset"] == "all")].iloc[0]
     assert first["estimate"] == pytest.approx(1 / 3)
     said = page.ability_sentences(table, QUESTION)
-    assert "comes first in 0.33 of these prompts; its place is 7 in the median" in said["vocabulary"]
-    assert (
-        "the five words together have 5% of the probability: so what it says next is most often another"
-        in said["vocabulary"]
-    )
-    assert "artists 1.00 and 1.00" in said["classes"]
+    assert "comes first in 0.33 of these prompts, so what it says next is most often another" in said["vocabulary"]
+    assert "Its place is 7 in the median, and the five words together have 5% of the prob" in said["vocabulary"]
+    assert "comes first in 1.00 (artists)" in said["classes"]
 
 
 def pairs_with(gaps: list[float], **more: object) -> pd.DataFrame:
@@ -235,10 +232,12 @@ def test_the_gap_is_told_for_every_way_of_selecting():
     assert table["quads"].tolist() == [2, 3, 1, 2, 1]
     assert table.loc["before any selection", "right"] == 0.5 and table.loc["kept", "solved"] == pytest.approx(1 / 3)
     left, gap, unselected, matched = page.pair_sentences(m, table.reset_index(), QUESTION)
-    assert left.startswith("3 pairs in 2 discovery quads and 1 confirmation quads are left")
-    assert "Of the 3 quads, 1 are solved" in gap and "their gap is 6.00 logits" in gap
-    assert unselected.startswith("Of 2 quads of people drawn before any selection, 50% have a gap above zero")
-    assert matched.startswith("In 2 of the 3 quads") and "in 1 in gender" in matched
+    assert left.startswith("3 pairs (2 discovery quads and 1 confirmation quad) are left")
+    assert "1 of 3 quads is solved" in gap and "The gap of these is 6.00 logits" in gap
+    assert unselected.startswith(
+        "Before any selection, the gap is 1.00 logits on average (2 quads), and it is above zero in 50%"
+    )
+    assert matched.startswith("In 2 of 3 quads") and "in 1 in gender" in matched
 
 
 def test_pairs_kept_for_their_gap_do_not_show_that_there_is_one():
@@ -254,7 +253,7 @@ def test_pairs_kept_for_their_gap_do_not_show_that_there_is_one():
     by_chance = able([-3.0, 3.2] * 20)
     assert by_chance["superset"]["able"] is False
     why = "quads that were not selected by it, 0.10 [-0.70, 0.90] logits, is not surely above the model's noise (0.001)"
-    assert by_chance["superset"]["why"].endswith(f"; but the gap between clean and corrupt prompts of 40 {why}")
+    assert by_chance["superset"]["why"].endswith(f". But the gap between clean and corrupt prompts of 40 {why}")
     assert page.verdicts(by_chance)["superset"].startswith("The model cannot do `superset`: accuracy 0.31")
     assert able([1.0, 3.2] * 20)["superset"]["able"] is True
     assert able([1.0, 3.2])["superset"]["able"] is True, "too few quads for an interval: the estimate decides"
@@ -288,10 +287,10 @@ def test_what_step_01_says(tmp_path):
     lead, five, classes, vocabulary, spoken, other, left, gap = found["sentences"]
     assert lead.startswith("The model can do `superset`: ") and other.startswith("The model can do `one_name`: ")
     assert spoken == (
-        'Its own first words on `profession_both` are " the" (50%), " actors" (25%) and " a" (25%). Single-token '
-        "profession labels have 10% of the probability."
+        'Its own first word on `profession_both` is " the" (50% of prompts) or " actors" (25% of prompts). '
+        "Single-token profession labels have 10% of the probability."
     )
-    assert "differs by 0.20 nats at most" in left and "0 are solved" in gap and "nan" not in gap
+    assert "differ in fame by more than 0.20 nats" in left and "0 of 3 quads are solved" in gap and "nan" not in gap
     assert found["headline"] == [lead, five, vocabulary, other] and found["pairs"] == 3
     assert found["model"] == {"name": "m", "n_layers": 2} and found["drops"] == [{"filter": "x"}]
     assert found["able"]["superset"]["able"] is True and found["accuracy"][0]["estimate"] == 0.75
@@ -307,7 +306,8 @@ def test_the_placebo_gap_is_that_of_every_kept_pair_each_quad_counting_once():
     placebo = pd.DataFrame(quads).assign(attribute="region", half="discovery")
     made = SimpleNamespace(about_placebo=[{"attribute": "region", "why": ""}], placebo=placebo)
     (said,) = page.placebo_sentences(made)
-    assert "of the right sign in 2 (2 discovery), 2.50 logits on average; 1 are dropped" in said
+    assert "of the right sign in 2 of 3 (2 discovery quads); the others are dropped" in said
+    assert "It is 2.50 logits on average" in said
 
 
 def test_what_the_model_says_by_itself_in_a_table():

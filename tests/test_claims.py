@@ -358,12 +358,10 @@ def test_verdicts_hold_for_all_tested_claims_together(tmp_path):
     assert all(entry.p is not None and entry.check is None for entry in tested)
     said = story.tally(list(own.values()))
     checks = [entry for entry in own.values() if entry.check]
-    assert (
-        f"corrected for the {len(tested)} that have a p value" in said
-        and f"{len(checks)} checks are not counted" in said
-    )
     counted = sum(entry.verdict == SUPPORTED for entry in own.values() if not entry.check)
-    assert f"p value, {counted} supported" in said and f"(each alone: {counted + 1} supported" in said
+    assert said.startswith(f"{counted} of the {len(own) - len(checks)} claims of the plan are supported, and ")
+    assert f"people {counted} are supported once corrected for each other, and {counted + 1} each by itself" in said
+    assert f"{len(checks)} checks are not counted" in said
 
 
 def test_few_ledgers_support_a_claim_that_only_touches_its_threshold():
@@ -602,7 +600,9 @@ def test_fresh_people_decide_what_was_set_after(tmp_path, monkeypatch):
     entries = claims.ledger(found(), PLAN, own)
     assert "in another way" not in fresh.confirm(entries, own)
     counted = sum(entry.verdict == SUPPORTED for entry in decided)
-    assert f"Of those supported, {counted} are confirmed on fresh people" in story.tally(entries)
+    assert f"Of those supported, {counted} {'is' if counted == 1 else 'are'} confirmed on fresh people" in story.tally(
+        entries
+    )
     page = story.table([entry for entry in entries if not entry.check]).to_html()
     assert "on fresh people" in page and "not supported<br>0.30 [0.25, 0.35]" in page
     assert "on fresh people" not in story.table(list(judged(tmp_path).values())).to_html()
@@ -749,17 +749,18 @@ def test_the_circuit_in_three_sentences_by_the_verdicts(tmp_path):
     )
     assert "heads there" not in names  # of two that answer one question, the one that is supported speaks
     assert (
-        "the slice (5.3 and mlp 7) at the last token, put into the other prompt's run, brings the answer back (0.80 ["
-        in road
+        "the slice (head 5.3 and mlp 7) at the last token, put into the other prompt's run, brings the answer back ("
+        "0.80 [" in road
     )
     assert road.startswith("**From the names to the last token**:\n\n- part of") and road.count("\n- ") == 4
-    assert "at the last token 1 sites that were searched for keep most of the task when" in after
+    assert "at the last token a circuit of 1 site, searched for, keeps most of the task when" in after
     assert (
-        "of 2 heads and MLPs of 20 (1 at the names and 1 at the last token), keeps most of it when all else is" in after
+        "of 2 of 20 heads and MLPs (one at the names and one at the last token), keeps most of it when all else is"
+        in after
     )
     # the slice carries the placebo's gap as well: that is what is said, and not that it is about supersets
     assert (
-        "as a whole the slice is an attribute read-out, and its 2 sites together move the names' region, too (0.50 "
+        "as a whole the slice is an attribute read-out, and moves the names' region, too (0.50 "
         "[0.40, 0.60] of the region gap, 0.80 [0.70, 0.90] times its share of the superset gap)" in road
     )
     assert "little of the names' region" not in road
@@ -780,14 +781,14 @@ def test_the_circuit_in_three_sentences_by_the_verdicts(tmp_path):
     assert shown_alone in story.outline(alone, what)[0]
     here = [entry.model_copy(update={"here": SUPPORTED}) for entry in alone]
     assert "it is not supported (it holds, also corrected) that MLPs there" in story.outline(here, what)[0]
-    assert "not testable here is whether the slice (5.3 and mlp 7) at the last token, put" in road
+    assert "not testable here is whether the slice (head 5.3 and mlp 7) at the last token, put" in road
     assert "brings the answer back (0.99; too few quads: an interval needs" in road
     assert "tokens between, laid down in layers 4 and 5 (0.20 [0.15, 0.25] of the gap; it overlaps with" in road
     assert "at the names, at the last token and on the way to it, reaches them by their values (0.70 [" in road
     what["coarse_sweep"]["between"]["fills"] = []
     assert "at the tokens between (0.20 [" in story.outline([*judged(tmp_path, what).values()], what)[1]
     unable = [entry.model_copy(update={"estimate": None}) for entry in judged(tmp_path, what).values()]
-    assert "not testable here is whether the slice (5.3 and mlp 7)" in story.outline(unable, what)[1]
+    assert "not testable here is whether the slice (head 5.3 and mlp 7)" in story.outline(unable, what)[1]
     unasked = {"verdict": NOT_TESTABLE, "estimate": None, "reason": "No placebo pairs are left here."}
     apart = ("slice_general", "slice_specific")
     entries = [entry.model_copy(update=unasked if entry.id in apart else {}) for entry in unable]
@@ -802,14 +803,17 @@ def test_the_circuit_in_three_sentences_by_the_verdicts(tmp_path):
         text.startswith("Not testable here is whether the slice is about") for text in story.sentence(entries, what)
     )
     said = story.outline(entries, what)[1].split("\n- ")[-1]
-    assert said.startswith("not testable here is whether as a whole the slice is an attribute read-out, and its ")
-    assert said.endswith("move the names' region, too (No placebo pairs are left here).") and ":" not in said
+    assert said.startswith("not testable here is whether as a whole the slice is an attribute read-out, and ")
+    assert said.endswith("moves the names' region, too (No placebo pairs are left here).") and ":" not in said
 
 
 def test_what_leads_the_report_follows_the_verdicts(tmp_path):
     entries = list(judged(tmp_path).values())
     said, refused = story.answer(entries, found()), story.not_so(entries, found())
-    assert said.startswith("Put into the run of other names, 2 heads and MLPs at") and "attribute read-out" in said
+    assert (
+        said.startswith("Put into the run of other names, one head and one MLP at the last token bring most")
+        and "attribute read-out" in said
+    )
     assert said.endswith("names' region, the one other attribute asked about, as well (exploratory).")
     before = [entry.model_copy(update={"tier": claims.HALF}) for entry in entries]
     assert story.answer(before, found()).endswith("the one other attribute asked about, as well.")
@@ -822,9 +826,9 @@ def test_what_leads_the_report_follows_the_verdicts(tmp_path):
         return story.answer(list(judged(tmp_path, what).values()), what)
 
     assert with_quotient(0.2).endswith(
-        "region, the one other attribute asked about, they carry much less (exploratory)."
+        "and of the names' region, the one other attribute asked about, much less (exploratory)."
     )
-    assert with_quotient(0.5).endswith("read out whatever the names differ in, is not decided here.")
+    assert with_quotient(0.5).endswith("or about whatever the names differ in, is not decided here.")
     what = found()
     what["sufficiency"]["slice_restores"]["restores"] = False
     what["sufficiency"]["joint"][1] = few(0.9, quantity="damage")
@@ -904,8 +908,11 @@ def part(site, verdict, value):
 def test_of_single_sites_that_is_named_which_moves_most_of_the_other_attribute():
     rows = [part("its heads", "specific", 0.1), part("1.0", "general", 0.3), part("mlp 7", "general", 0.4)]
     said = sentences.by_parts([*rows, part("2.0", "open", 0.9)])
-    assert "its heads by themselves 0.10 [0.05, 0.15] (0.50 [0.45, 0.55]; specific) and mlp 7 alone 0.40" in said
-    assert said.endswith("; not specific)") and "1.0" not in said and "2.0" not in said
+    assert said.startswith(
+        ";\n- its heads by themselves move 0.10 [0.05, 0.15] of the region gap, along paths that were"
+    )
+    assert "0.50 [0.45, 0.55] of the superset gap: specific;\n- mlp 7 alone moves 0.40" in said
+    assert said.endswith(": not specific") and "1.0" not in said and "2.0" not in said
 
 
 def test_parts_of_the_slice_without_a_verdict_are_not_named():
@@ -913,8 +920,10 @@ def test_parts_of_the_slice_without_a_verdict_are_not_named():
     assert sentences.by_parts(rows) == sentences.by_parts([]) == ""
     rows += [part("its MLPs", "open", 0.2)]
     said = sentences.by_parts(rows)
-    assert said.startswith(";\n- moved of the region gap, along paths that were not measured, and in brackets of the")
-    assert said.endswith(" superset gap: its MLPs by themselves 0.20 [0.15, 0.25] (0.50 [0.45, 0.55]; not decided)")
+    assert said.startswith(
+        ";\n- its MLPs by themselves move 0.20 [0.15, 0.25] of the region gap, along paths that were"
+    )
+    assert said.endswith("0.50 [0.45, 0.55] of the superset gap: not decided") and "its heads" not in said
     rows = [{"choice": "kept", "direction": "denoise", "attribute": name, "verdict": "specific"} for name in "ab"]
     ends = {f"quotient_{end}": value for end, value in (("estimate", 0.3), ("low", 0.2), ("high", 0.4))}
     said = ";\n- against b it is specific to supersets (0.30 [0.20, 0.40] times its share of the superset gap)"
@@ -930,7 +939,7 @@ def test_parts_of_the_slice_without_a_verdict_are_not_named():
             "embedding",
         ),
         ({"mlp": ["mlp 0"], "embedding": False, "halves": 1}, "; all paths counted, mlp 0 is significant by itself"),
-        ({"mlp": []}, "; by itself none is significant in both halves, but the embedding is"),
+        ({"mlp": []}, "; by itself no such sender is significant in both halves, but the embedding is"),
         ({"few": True}, "; which of them lead cannot be tested, of too few quads"),
         ({"why": "nothing was followed"}, ""),
     ],
@@ -942,15 +951,15 @@ def test_who_leads_at_the_names_is_said_of_what_is_significant(changed, said):
 
 def test_of_many_who_lead_at_the_names_the_first_are_named():
     about = found()["retrieval_heads"]["measured"]["leading"] | {"head": [f"1.{head}" for head in range(6)]}
-    assert "; all paths counted, 1.0, 1.1, 1.2, 1.3 and 2 more are" in sentences.leading(about, "head")
+    assert "; all paths counted, heads 1.0, 1.1, 1.2, 1.3 and 2 more are" in sentences.leading(about, "head")
 
 
 def test_what_pruning_cost_the_circuit_over_all_tokens_is_said():
     curve = [span(value, nodes=nodes) for nodes, value in ((40, 0.2), (160, 0.9), (1200, 1.0))]
     about = {"size": 82, "grown": 130, "nodes": 1200, "curve": curve}
     about |= {"faithfulness": span(0.6), "faithfulness_discovery": span(0.8)}
-    said = "; the first 160 by attribution (it was pruned from the first 130) keep 0.90 [0.85, 0.95]"
-    fitted = ", and on the discovery half it keeps 0.80 [0.75, 0.85] itself: pruning seems to have fitted that half"
+    said = ";\n- the first 160 by attribution, before pruning, keep 0.90 [0.85, 0.95]"
+    fitted = ";\n- on the discovery half it keeps 0.80 [0.75, 0.85] itself: pruning seems to have fitted that half"
     assert sentences.unpruned(about) == said + fitted
     assert sentences.unpruned(about | {"faithfulness_discovery": span(0.6)}) == said
     assert sentences.unpruned(about | {"faithfulness": span(0.87)}) == said

@@ -292,10 +292,11 @@ def test_what_the_dormant_part_does_is_said_beside_what_beats_random():
     parts = [("rotation, 1", 0.6, 0.55, 0.65), ("class means, 2", 0.1, 0.0, 0.2), ("rotation, 4", 0.6, 0.5, 0.7)]
     parts = pd.DataFrame(parts, columns=["name", "share", "share_low", "share_high"]).assign(part="outside")
     said = directions_page.dormant_sentence(parts, ["rotation, 1", "class means, 2", "rotation, 4"])
-    assert said.endswith("does most of it for rotation, 1 (0.60 [0.55, 0.65] of it): to that extent an illusion.")
+    assert said.startswith(" But for rotation, 1, the dormant part") and said.count("But for") == 1
+    assert said.endswith("does most of it (0.60 [0.55, 0.65]): to that extent it is an illusion.")
     assert directions_page.dormant_sentence(parts, ["class means, 2", "rotation, 4"]) == ""
     dormant = part(30, **{"class difference|1|outside": 0.7})[2][-1]
-    assert dormant.endswith(": to that extent an illusion.") and "of it for class difference, 1 (0." in dormant
+    assert dormant.endswith(": to that extent it is an illusion.") and "But for class difference, 1, the" in dormant
     none = dict.fromkeys(("share_low", "share_high"), np.nan)  # few quads
     assert directions_page.dormant_sentence(parts.assign(**none), ["rotation, 1"]) == ""
 

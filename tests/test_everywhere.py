@@ -163,11 +163,12 @@ def test_the_numbers_tables_and_sentences_of_a_known_circuit(measured):
     assert kept == {"slice": [0.9, 0.3, 0.7], "last": [1.0, 0.4, 0.6], "everywhere": [1.0, 1.0, 0.0]}
     assert found["over_random"]["low"] > 0 and found["random"]["estimate"] < 0.7
     text = " ".join(everywhere_page.sentences(found, P))
-    assert "5 nodes of 20" in text and "1 at the names, 1 at the tokens after the names and 3 at the last token" in text
-    assert "it keeps 1.00 [1.00, 1.00], the circuit at the last token 0.40" in text and "nan" not in text
+    assert "5 of 20 nodes" in text and "one at the names, one at the tokens after the names and three at the" in text
+    assert "| it | 1.00 [1.00, 1.00] | " in text and "| the circuit at the last token | 0.40" in text
+    assert "nan" not in text
     pruned = " ".join(everywhere_page.sentences(found | {"grown": 8}, P))
-    assert "Pruning: the first 10 by attribution (it was pruned from the first 8) keep 1.00 [" in pruned
-    assert "Pruning" not in text
+    assert "The first 10 by attribution, before pruning, keep 1.00 [" in pruned
+    assert "before pruning" not in text
     step, m = SimpleNamespace(params=P), SimpleNamespace(everywhere=measured)
     joint = everywhere_page.joint_table(step, m)
     assert joint.columns.tolist() == [

@@ -229,9 +229,9 @@ def patches(better, quads=30):
 @pytest.mark.parametrize(
     "better,wanted",
     [
-        (1, "SAE features do more than neurons or directions at some budget, and less at none here"),
+        (1, "SAE features do more than neurons or directions at some budget, and never less here"),
         (0, "SAE features are not shown to do more or less than neurons or directions at any budget here"),
-        (-1, "SAE features do less than neurons or directions at some budget, and more at none here"),
+        (-1, "SAE features do less than neurons or directions at some budget, and never more here"),
     ],
 )
 def test_the_verdict_follows_the_numbers(better, wanted):
@@ -246,11 +246,11 @@ def test_the_verdict_follows_the_numbers(better, wanted):
     assert row["estimate"] == pytest.approx(better, abs=0.1) and row["low"] < better < row["high"]
     *_, against, beyond, verdict = features_page.effect_sentences(table, gaps, PARAMS, 2)
     assert wanted in verdict
-    assert ("more than neurons at a budget of 3;" in against) == (better == 1) and "[" not in against
-    assert beyond.startswith("There are 2 class directions: beyond a budget of 2,")
+    assert ("- more than neurons at a budget of 3\n" in against) == (better == 1) and "[" not in against
+    assert beyond.startswith("There are 2 class directions: beyond a budget of as many,")
     said = features_page.effect_sentences(table, gaps, PARAMS, 2)[0]
-    assert "; of 3: " in said and said.count("directions (all 2 that there are)") == 1
-    assert "all " not in features_page.effect_sentences(table, gaps, PARAMS, 3)[0].partition("All")[0]
+    assert "| at a budget of 3 |" in said and said.count("directions (there are 2)") == 1
+    assert "there are" not in features_page.effect_sentences(table, gaps, PARAMS, 3)[0]
     assert len(features_page.budget_curves(table).axes) == 1
 
 
@@ -269,12 +269,13 @@ def test_the_best_features_are_said_with_their_prompts_and_few_quads_have_no_int
     for quads, there in ((30, 14), (80, 40)):
         found = features_page.map_table(reads(quads), PARAMS, pairs)
         said = features_page.map_sentences(reads(quads), found, PARAMS)[-1]
-        assert f"{there} prompts of {there} quads; best neuron " in said
+        assert f"| {there} | {there} |" in said
         halves = [picks.aucs(part, "neurons") for _, part in effects.in_halves(reads(quads))]
         best = halves[-1].loc[halves[0]["artist"].idxmax(), "artist"]
-        assert f"; best neuron {best:.2f})" in said.partition("scientist")[0]
+        assert f"| {best:.2f} |" in said.partition("| scientist")[0]
         assert ("no interval where the superset is in fewer than 20 quads" in said) == (there < 20) == ("[" not in said)
-    assert "neuron" not in features_page.map_sentences(reads(80).drop(columns="neurons"), found, PARAMS)[-1]
+    bare = features_page.map_sentences(reads(80).drop(columns="neurons"), found, PARAMS)[-1]
+    assert "neuron" not in bare.lower()
 
 
 def test_too_few_quads_and_a_site_without_effect_are_said():

@@ -114,12 +114,15 @@ def test_too_few_quads_say_neither_yes_nor_no():
     one = {"size": 2, "estimate": 1.0, "low": np.nan, "high": np.nan}
     one |= {f"minus_{end}": 0.5 if end == "estimate" else np.nan for end in ("estimate", "low", "high")}
     said = circuits_page.at_size_sentence([one | {"order": "circuit"}, one | {"order": "random"}])
-    assert said.endswith(". There are too few quads to say whether the search is ahead at this size.")
+    assert said.partition("\n\n")[0].endswith(
+        ". There are too few quads to say whether the search is ahead at this size."
+    )
     parts = pd.DataFrame(
         {"name": ["x"], "part": ["outside"], "share": [0.9], "share_low": [None], "share_high": [None]}
     )
     directions = pd.DataFrame({"method": ["probe"], "k": [1], "variance": [1.0], "between": [0.5]})
-    assert "x: 0.90 (too few quads to say which is mostly dormant)" in directions_page.split_sentence(parts, directions)
+    said = directions_page.split_sentence(parts, directions)
+    assert said.startswith("There are too few quads to say which is mostly dormant.") and "| x | 0.90 |" in said
     entries = [SimpleNamespace(id="slice_sufficient", verdict=sentences.NOT_TESTABLE)]
     told = "Whether a few heads and MLPs at the last token bring the answer over is not testable here."
     assert sentences.answer(entries, {}) == told

@@ -260,9 +260,10 @@ def test_a_planted_backup_is_found_and_confirmed(planted):
     ratio = page.compensation(once.frame, P).query("later == 'MLPs' and half == 'confirmation'").iloc[0]
     assert 0.3 < ratio["low"] <= ratio["estimate"] <= ratio["high"] < 1
     text = " ".join(page.backup_sentences([once], P))
-    assert "mlp 2 passes both tests of a backup" in text and "it stands in for the slice" in text
+    assert "mlp 2 stands in for the slice: it makes up for" in text
     rise = interval(first["estimate"], first["low"], first["high"], 3)
-    assert page.ending([once], P).startswith(f"Backups by both tests: mlp 2 (its cost rises by {rise} logits); ")
+    assert f"the rise is {rise}." in text
+    assert page.ending([once], P).startswith("mlp 2 stands in for the slice when it is gone. The limit of rounds (")
     shown = page.tests_table([once, once])
     assert shown["round"].tolist() == [0] * len(tests) + [1] * len(tests)
     assert shown["backup"].iloc[0] == "yes" and shown["once the slice is gone"].iloc[0].startswith(
@@ -348,8 +349,8 @@ def test_a_head_that_stands_in_is_found_whoever_reads_it(tmp_path, ratio, read):
     assert all(bound["share"] < 1e-3 for bound in page.missed(rounds[1], step.params))
     share = interval(*[found[f"ratio_{end}"] for end in page.ENDS])
     told = " ".join(page.backup_sentences(rounds, step.params))
-    assert f"it stands in for the slice, and makes up for {share} of what the slice would cost without it." in told
-    assert page.ending(rounds, step.params).startswith("Backups by both tests: 2.1 (its cost rises by ")
+    assert f"2.1 stands in for the slice: it makes up for {share} of what the slice would cost without it." in told
+    assert page.ending(rounds, step.params).startswith("Head 2.1 stands in for the slice when it is gone. No further")
 
 
 def test_without_a_backup_none_is_found_and_the_bound_is_small(tmp_path):
@@ -360,7 +361,7 @@ def test_without_a_backup_none_is_found_and_the_bound_is_small(tmp_path):
     assert {bound["component"] for bound in bounds} == {"head", "mlp"}
     assert all(0 <= bound["share"] < 1e-3 for bound in bounds)
     assert page.ending([only], step.params).startswith(
-        "No site at the last token outside the slice passes both tests of a"
+        "No site at the last token outside the slice is shown to stand in for it. By "
     )
     assert not page.compensation(only.frame, step.params)["above_noise"].any()
 
@@ -426,12 +427,13 @@ def test_a_table_without_a_rise_gives_its_bound():
     assert mlp["logits"] == own.loc[own["site"] == "mlp 5", "high"].item() < 0
     assert head["share"] == pytest.approx(head["logits"] / 2, rel=0.2)
     assert page.ending([once], P).startswith(
-        "No site at the last token outside the slice passes both tests of a backup. The search could have missed a "
-        f"head whose cost rises by up to {head['logits']:.2g} logits ({head['site']}; {head['share']:.0%} of what "
-        "ablating the slice costs) or an MLP whose cost rises by up to the model's noise (0.001 logits): upper ends"
+        "No site at the last token outside the slice is shown to stand in for it. By the upper ends of intervals that "
+        f"hold for all later sites, the search could have missed a head whose cost rises by up to {head['logits']:.2g} "
+        f"logits (head {head['site']}; {head['share']:.0%} of what ablating the slice costs). It could have missed an "
+        "MLP whose cost rises by up to the model's noise (0.001 logits), too."
     )
     assert (
-        "`zero`). Once that is gone, 0 of them cost more than alone, significantly on"
+        "`zero`), 0 of the 12 later sites cost more than when ablated alone, significantly on"
         in page.backup_sentences([once], P)[0]
     )
 
@@ -454,9 +456,9 @@ def test_a_member_of_the_slice_that_stands_in_for_those_before_it_is_found():
     assert tests["estimate"].tolist() == pytest.approx([-0.4, 1.5, -0.3], abs=0.03)
     assert tests.loc["6.1", "ratio_estimate"] == pytest.approx(1.5 / 2, abs=0.02)
     told = page.inside_sentences(tests.reset_index())
-    assert told[0].endswith("in the model: 6.1 stands in for them, inside the slice.") and len(told) == 2
-    assert told[1].startswith("6.1 costs -0.0") and "it makes up for 0.75 [" in told[1]
-    assert "none stands in for them" in page.inside_sentences(tests.reset_index().iloc[[0]])[0]
+    assert told[0].startswith("Head 6.1 stands in for other members, inside the slice.") and len(told) == 2
+    assert told[1].startswith("Head 6.1 costs ") and "and -0.0" in told[1] and "It makes up for 0.75 [" in told[1]
+    assert "No member stands in for others." in page.inside_sentences(tests.reset_index().iloc[[0]])[0]
     assert measure.inside(step, first._replace(sites=sites[:1])).empty and page.inside_sentences(pd.DataFrame()) == []
 
 
@@ -591,7 +593,7 @@ def test_below_twenty_quads_no_site_is_said_to_rise_or_to_be_no_backup():
     (text,) = page.backup_sentences([once], P)
     assert (
         "significant" not in text
-        and " gone, 1 of them costs more than alone, on the discovery half by the test" in text
+        and " 1 of the 12 later sites costs more than when ablated alone, on the discovery half by the test" in text
     )
     largest = once.tests["estimate"].max()
     assert "its 16 quads are too few for an interval" in text and f"estimate there is {largest:.3f} logits" in text
@@ -662,9 +664,10 @@ def test_the_first_class_neutral_ablation_judges_the_slice():
     assert taken["estimate"].to_dict() == pytest.approx({"mean": 0.6, "resample": 0.5, "counterfactual": 0.9})
     assert taken["judges"].to_dict() == {"mean": False, "resample": True, "counterfactual": False}
     said = page.necessity_sentences(taken.reset_index())
-    assert "0.50 [0.50, 0.50] under `resample` (0.20 [0.20, 0.20] of 0.40 [0.40, 0.40] of the gap)" in said[0]
+    assert "(`resample`), the slice takes away 0.50 [0.50, 0.50] of what the whole" in said[0]
+    assert "In shares of the gap that is 0.20 [0.20, 0.20], against 0.40 [0.40, 0.40]." in said[0]
     assert "This is over 24 pairs of 24 quads; page 07 gives it over its own pairs" in said[0]
-    assert "0.60 [0.60, 0.60] under `mean`" in said[1] and "`resample`" not in said[1]
+    assert "| `mean` | 0.60 [0.60, 0.60] | 0.30" in said[1] and "`resample`" not in said[1]
     alone = page.necessity(needed({"counterfactual": 0.9}, {"counterfactual": 1.0}), P)
     assert not alone["judges"].any() and "is not testable" in page.necessity_sentences(alone)[0]
     none = page.necessity(needed(falls, {"mean": -0.1, "resample": 0.4, "counterfactual": 1.0}), P)

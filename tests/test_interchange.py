@@ -186,7 +186,7 @@ def test_a_model_that_adds_evidence_is_right_and_one_that_does_not_move_is_right
     assert gains.loc[(interchange.MEANS, interchange_page.NOTHING), "estimate"] == pytest.approx(0.5)
     assert gains.loc[(interchange.RANDOM, interchange_page.NOTHING), "estimate"] == 0
     text = " ".join(interchange_page.sentences(n))
-    assert "With nothing swapped that answer comes in 24 of 48 cases of 24 quads" in text
+    assert "With nothing swapped it comes in 24 of 48 cases (24 quads)" in text
     assert "not shown: random, equal norm" in text and "single draw" not in text
     lucky = n.gains.assign(low=n.gains["low"].mask(n.gains["basis"] == interchange.RANDOM, 0.01))
     assert "The random subspace is a single draw" in interchange_page.gain_words(lucky)

@@ -197,7 +197,7 @@ def test_neurons_are_picked_on_discovery_by_size_either_way():
         assert not taken & set(one.sites) and [site.layer for site in one.sites] == [0, 1][: one.n_sites]
     text, numbers = neurons_page.scope_sentences(frame, chosen)
     assert numbers["kept"] == pytest.approx((0.3 + 0.4 - 0.2) / 1.6) and "keep 31% of it" in text[1]
-    assert "help on discovery reach +0.20 logits, half of it after 1 of 2" in text[2]
+    assert "help on discovery reach +0.20 logits in sum, half of it after 1 of 2" in text[2]
     drawn = neurons_page.concentration(frame).axes[0].lines
     assert drawn[0].get_ydata()[-1] == pytest.approx(0.4 - 0.2) and drawn[1].get_ydata()[-1] == pytest.approx(-0.3)
 
@@ -255,7 +255,7 @@ def test_shares_of_the_mlps_effect_and_whether_a_few_carry_it():
     assert f"On the confirmation half they make up {each}, more than half there, too" in said
     small = neurons_page.shares(replaced(SETS, COST | {("helping", 2): 0.9}), SETS, P)
     assert "not shown to be more than half" in neurons_page.few(picking, small)  # no other size is tried in its place
-    assert "no number of them that was tried (1 and 2)" in neurons_page.few(small, carried)
+    assert "no number of them that was tried, up to 2," in neurons_page.few(small, carried)
     random = neurons_page.shares(replaced(SETS, COST | {("random", 2): 1.6}), SETS, P)
     assert "is not supported" in neurons_page.few(random, random)
     first = table["half"] == HALVES[0]
@@ -267,8 +267,9 @@ def test_shares_of_the_mlps_effect_and_whether_a_few_carry_it():
     first, second = (
         words.interval(*damage.loc[key, ["estimate", "low", "high"]]) for key in (("helping", 2), ("random", 2))
     )
-    assert f"joint damage of {damage['mlps'].iloc[0]:.2f}" in text and f"{first} (2)" in text
-    assert f"2 random neurons that write as much: {second}." in text
+    assert f"joint damage of {damage['mlps'].iloc[0]:.2f}" in text
+    assert f"| that help the answer on discovery, together | 2 | {first} |" in text
+    assert f"| random ones that write as much, together | 2 | {second} |" in text
     assert neurons_page.shares(replaced(SETS, COST | {("MLPs", 1): -1.0}), SETS, P).empty
 
 
@@ -308,10 +309,9 @@ def test_top_neurons_are_significant_in_both_halves_with_one_sign():
     assert list(tables) == ["counterfactual", "mean", "clean"] and all(len(own) == 6 for own in tables.values())
     assert neurons_page.significant(tables["clean"], P).to_dict() == {"neuron 1.0": 1.0, "neuron 1.1": -1.0}
     text, _ = neurons_page.top_sentences(tables, table, P)
-    assert "neuron 1.0 (0.5" in text[0] and "1 that helps and 1 that opposes under the mean" in text[1]
-    assert "logit_diff falls by" in text[0] and "negative: it rises" in text[0]
-    assert "neuron 1.2 (-0.5" in text[0], "its corrupt value raises logit_diff"
-    assert neurons_page.both_ways(pd.Series(dtype=float)) == "none"
+    assert "is neuron 1.0: where" in text[0] and "one that helps and one that opposes, under the mean" in text[1]
+    assert "logit_diff falls by 0.5" in text[0] and "Next come neuron 1.2" in text[0]
+    assert neurons_page.both_ways(pd.Series(dtype=float)) == "no neurons"
 
 
 def classes_of(areas: np.ndarray, weights: np.ndarray, n: int = 40) -> pd.DataFrame:

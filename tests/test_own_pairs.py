@@ -391,7 +391,7 @@ def test_step_01_counts_gaps_and_names_the_line_of_a_wrong_sign(asked):
     assert "7 of the 8 given pairs have a gap of the right sign" in found["able"]["superset"]["why"]
     text = " ".join(found["sentences"])
     halves = pairs.groupby("half")["quad_id"].nunique()
-    assert f"`mine.csv` gives 8 pairs in {halves['discovery']} discovery quads and" in text
+    assert f"`mine.csv` gives 8 pairs ({halves['discovery']} discovery quads and" in text
     assert pairs["quad_id"].nunique() == 7, "a pair and its mirror share names"
     assert "The gap has the wrong sign in line 10 of the file" in text
     assert "names are those of `mine.csv`" in text and "drawn before" not in text

@@ -237,12 +237,12 @@ def test_low_rank_can_be_found_and_can_fail(rank, low, tiny):
     assert verdict["rank needed"] == 1 if low else verdict["rank needed"] > 2
     said = probes_page.rank_sentence(verdict, ranks)
     needed = int(verdict["rank needed"])
-    assert "of the ranks tried (1, 2 and 4), " in said and f"{needed} is the first that keeps 90%" in said
+    assert f"needs rank {needed}, the first of the ranks tried that keeps 90%" in said
     mark = verdict["chance"] + 0.9 * (verdict["accuracy"] - verdict["chance"])
     lower = ranks[(ranks["labels"] == "true") & (ranks["rank"] < needed) & (ranks["high"] >= mark)]
     assert ("by their intervals, may" in said) == bool(len(lower)) and "low rank" not in said
     wide = ranks.assign(high=1.0)
-    assert ("by their intervals, may 1" in probes_page.rank_sentence(verdict, wide)) is not low
+    assert ("by their intervals, may rank 1" in probes_page.rank_sentence(verdict, wide)) is not low
     ends = probes_page.ends(means, ("pair", "superset", "last"), 3)
     assert sum(own["share"] for own in ends) == pytest.approx(1) and (ends[0]["share"] > 0.9) is low
     nothing = activations(np.random.default_rng(1).permutation(one.codes[0]), rank, width=32)
@@ -333,7 +333,7 @@ def test_a_probe_is_set_against_the_better_baseline_prompt_by_prompt(separable):
     assert own["beyond_low"] < own["beyond"] < own["beyond_high"] and own["beyond_low"] > 0
     said = " ".join(probes_page.accuracy_sentences(curve, [3]))
     assert (
-        "above the better baseline (letters), each layer's interval by itself, after 1 of 1 layers (the first is"
+        "above the better baseline (letters), each layer's interval by itself, after 1 of 1 layers (from layer 3 to"
         in said
     )
     perfect = probes_page.curves(table, scores.assign(score=1.0), P)
@@ -349,7 +349,8 @@ def test_clusters_follow_supersets_only_if_they_do():
     assert (
         found["rand"] == 1
         and found["p"] < 0.01
-        and "They agree with the supersets more than chance" in probes_page.cluster_sentence(found, "x")
+        and "Clusters of the x means agree with the supersets more than chance"
+        in probes_page.cluster_sentence(found, "x")
     )
     mixed = probes_page.clusters(grouped.set_axis(rng.permutation(professions)), superset_of, 500, 0)
     assert mixed["p"] > 0.05 and "not shown to agree" in probes_page.cluster_sentence(mixed, "x")
@@ -359,7 +360,7 @@ def test_selectivity_is_no_sum_that_roundings_could_spoil():
     row = {"target": "superset", "kind": "pair", "position": "last", "layer": 3, "true": 0.592, "control": 0.5655}
     table = pd.DataFrame([row | {"estimate": 0.0265, "low": -0.01, "high": 0.06}, row | {"layer": 4}])
     (said,) = probes_page.selectivity_sentence(table, 3)
-    assert said.endswith("`last` 0.592 and 0.566, 0.026 [-0.010, 0.060] apart (not shown to be above 0).")
+    assert said.endswith("`last` | 0.592 | 0.566 | 0.026 [-0.010, 0.060] (not shown to be above 0) |")
     assert "=" not in said
 
 

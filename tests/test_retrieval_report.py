@@ -173,8 +173,8 @@ def test_a_head_is_a_retrieval_head_only_if_it_passes_all_four_tests():
     found = page.verdicts(tests, m, pd.Series({"low": 0.7}), span(1.0, 0.5, 1.5), P)
     assert found["retrieval_heads"] == {"names": ["9.1"]} and found["two_stages"] and found["mlps_at_the_names"]
     said = page.verdict_sentences(found, tests)[0]
-    assert "9.1 at `names`, of 2 heads" in said
-    assert said.endswith("supported (p = 0.017 when corrected for all 2 heads of all roles).")
+    assert "head 9.1 at `names` of the 2 heads put to them" in said
+    assert said.endswith("supported (p = 0.017, corrected for all heads of all roles).")
     like_others = tables({GOOD: 1.0, BLIND: 0.012})[page.TESTS[1]]  # above zero, as half of the others are
     for test, verdict in ((page.TESTS[1], page.SUPPORTED), (page.TESTS[2], page.NOT_SUPPORTED)):
         both = page.four_tests(named(GOOD, BLIND), tables({GOOD: 1.0, BLIND: 1.0}) | {test: like_others}, P)
@@ -194,7 +194,11 @@ def test_a_head_is_a_retrieval_head_only_if_it_passes_all_four_tests():
     assert [str(size) for size in table["ranked among"]] == ["120", "120"]
     assert table["smallest p"].tolist() == pytest.approx([2 / 121] * 2)
     said = page.test_sentences(both)
-    assert f"of 2: path 2, writes the class 1 (output tells the class 2, {page.TESTS[2]} 1), attends" in said[0]
+    assert (
+        said[0].startswith("How many of the 2 heads outside the slice pass each test.")
+        and "| path | 2 | 0 |" in said[0]
+    )
+    assert f"| writes the class | 1 | 0 |\n| output tells the class | 2 | 0 |\n| {page.TESTS[2]} | 1 | 0 |" in said[0]
     assert "ranked among 120 other heads; the smallest p" in said[1] and "of a role, is 0.017." in said[1]
     shown = page.shown_tests(tests)
     assert len(shown) == 2 * 7 and shown["verdict"].str.contains("supported").sum() == 2 * 5
@@ -227,7 +231,7 @@ def test_nine_quads_are_not_testable_in_findings_sentences_and_verdicts():
     assert "9 quads, 20 needed" in page.senders_sentence(route, "names", P)
     m = measured(heads={"names": []}, routes={"slice at names": route})
     assert "not testable with 9 quads, 20 are needed" in page.ablation_sentences(m, P)[0]
-    assert "pass each test, of 1: path 0 (1 not testable)" in page.test_sentences(tests)[0]
+    assert "| path | 0 | 1 |" in page.test_sentences(tests)[0]
     assert set(page.passes(tests)[[*page.NUMBERED.values()]].iloc[0]) == {"9 quads, 20 needed"}
     enough = measured(heads={"names": []}, routes={"slice at names": tables({GOOD: 1.0})["path"]})
     assert page.verdicts(tests[:0], enough, None, span(1.0, 0.5, 1.5), P)["two_stages"] is False
@@ -305,11 +309,15 @@ def test_the_slices_own_heads_face_all_four_tests(missed):
     tests = page.four_tests(named(own, other), given, P).assign(role="last", inside=True)
     found = page.verdicts(tests, measured(), pd.Series({"low": 0.7}), span(-1.0, -2.0, -0.5), P)
     assert found["slice_heads_that_retrieve"] == ["21.6"]
-    assert "by themselves pass the same four tests: 21.6, of 2." in page.verdict_sentences(found, tests)[1]
+    assert (
+        "Of the slice's 2 heads, head 21.6 by itself passes the same four tests."
+        in page.verdict_sentences(found, tests)[1]
+    )
     failed = next(test for test, parts in page.FOUR.items() if missed in parts)
     held = [test for test in page.FOUR if test != failed]
-    assert page.test_sentences(tests)[0].endswith(
-        f"Passed by each: 21.6 all four; 27.1 {', '.join(held[:2])} and {held[2]}."
+    assert (
+        f"Which head passes which: head 21.6: all four; head 27.1: {' and '.join(held)}."
+        in page.test_sentences(tests)[0]
     )
 
 
@@ -319,7 +327,7 @@ def test_what_path_patching_finds_beside_what_the_last_token_reads():
     read, every = read.assign(low=np.nan, high=np.nan), pd.DataFrame([{"estimate": 0.7, "low": 0.6, "high": 0.8}])
     (said,) = hops_page.both_hops(read, every)
     assert "The 0.70 [0.60, 0.80] that path patching" in said
-    assert "by itself reads 0.60, and" in said and "the 0.10 that the last token reads at `between`" in said
+    assert "by itself reads 0.60." in said and "the 0.10 that the last token reads at `between`" in said
     assert hops_page.both_hops(read, every[:0]) == [] and hops_page.both_hops(read[:1], every) == []
 
 
@@ -381,12 +389,13 @@ def test_the_leading_senders_are_said_with_what_is_significant():
     assert page.leaders(turned)["site"].tolist() == ["embedding", "mlp 0", "10.6"]  # as discovery picks them
     assert page.leaders(turned)["estimate"].tolist() == [-3.0, -2.0, -0.5]  # as confirmation has them
     assert page.senders_sentence(turned, "names", P, 2).startswith(
-        "At `names`, the senders of largest path effect into the slice on the discovery half, of 4, are, in that order "
-        "and with what the confirmation half gives, embedding (-3.00 [0.10, 9.00]) and mlp 0 (-2.00 "
+        "At `names`, of 4 senders, the largest path effect into the slice on the discovery half is that of embedding "
+        "(-3.00 [0.10, 9.00]), before mlp 0; in brackets what the confirmation half gives"
     )
     assert page.senders_sentence(table, "names", P, 2).endswith(
-        "embedding (3.00 [0.10, 9.00]) and mlp 0 (2.00 [0.10, 9.00]) (logits, familywise intervals); significant in "
-        "both halves are the embedding, 1 heads and 0 MLPs, of 3 that were followed to the other half."
+        "embedding (3.00 [0.10, 9.00]), before mlp 0; in brackets what the confirmation half gives (logits, familywise "
+        "intervals). Significant in both halves are the embedding, one head and no MLPs, of 3 that were followed to "
+        "the other half."
     )
 
 
@@ -412,7 +421,7 @@ def test_a_probe_must_tell_more_than_what_is_known_without_the_model():
     said = page.probe_sentence(measured(outputs=plain), "names", P)
     assert "10 of 10 heads better than chance, in both halves. So many meet this" in said
     said = page.probe_sentence(measured(outputs=known), "names", P)
-    assert "1 of 10 heads better than the people's metadata do (0.20 above chance), in both halves." in said
+    assert "1 of 10 heads better than the people's metadata do (these are 0.20 above chance), in both halves." in said
     assert "too few quads" in page.probe_sentence(measured(outputs=outputs_of(9)), "names", P)
 
 

@@ -96,7 +96,7 @@ def test_the_critical_size_is_drawn_again_along_the_measured_order():
     assert stability_page.reach((2, 6), 5) == "at 2 to more than 5 sites"
     assert stability_page.reach((6, 6), 5) == "not within the 5 sites measured"
     never = stability_page.findings(m, PARAMS.model_copy(update={"slice_share": 0.99}))["sentences"][0]
-    assert "both curves reach 99% not within the 5 sites measured in the middle 90% of draws" in never
+    assert "the share that the profile asks for not within the 5 sites measured in the middle 90% of draws" in never
 
 
 def test_without_a_slice_the_page_says_so_and_so_do_those_that_are_about_it(tmp_path, monkeypatch):
@@ -144,7 +144,7 @@ def test_too_few_quads_say_so():
     said = stability_page.findings(m, PARAMS)
     assert "too few quads to test whether there is an edge" in said["curve"]
     assert said["sentences"][0].startswith("There are too few discovery quads (19)")
-    assert "too few quads to say more" in said["sentences"][1] and "too few quads (19)" in said["sentences"][2]
+    assert "too few quads allow to say more" in said["sentences"][1] and "too few quads (19)" in said["sentences"][2]
     assert stability_page.table(m, PARAMS)["rank in bootstraps"].tolist() == ["too few quads"] * 5
     assert set(stability_page.interactions_table(m, PARAMS)["significant"]) == {"too few quads"}
 
@@ -159,7 +159,7 @@ def test_joint_recovery_stands_beside_the_sum_of_single_ones():
         assert sums["joint less sum", n] == pytest.approx(-0.01 * (n - 1))
         assert sums["still to come", n] == pytest.approx((second.sum() - 0.4 - joint) / 10)
     said = stability_page.findings(measured(), PARAMS)["sentences"][1]
-    assert "the difference is -0.02 [-0.02, -0.02]: they are sub-additive" in said
+    assert "leading sites are sub-additive" in said and "one by one, that is -0.02 [-0.02, -0.02]." in said
     more = measured(joint=pd.DataFrame(together(EFFECTS[:, [0, 1, 2, 4, 3]], "confirmation", less=-0.1)))
     by = {name: rows.set_index("n_sites") for name, rows in stability_page.additivity(more, PARAMS).groupby("quantity")}
     assert "super-additive" in stability_page.additivity_sentence(more, by, PARAMS)
@@ -167,12 +167,14 @@ def test_joint_recovery_stands_beside_the_sum_of_single_ones():
 
 def test_a_curve_that_rises_beyond_the_slice_has_no_edge_there():
     m = measured()
-    assert "there is no edge at 3" in stability_page.findings(m, PARAMS)["curve"]
+    assert "But there is no edge at 3" in stability_page.findings(m, PARAMS)["curve"]
     flat = m.joint.assign(logit_diff_after=m.joint["logit_diff_after"].where(m.joint["site_set"] < 3, 5.0))
     last = flat[flat["site_set"] == 2].set_index(["quad_id", "direction"])["logit_diff_after"]
     keys = pd.MultiIndex.from_frame(flat[["quad_id", "direction"]])
     flat["logit_diff_after"] = np.where(flat["site_set"] >= 2, last.reindex(keys), flat["logit_diff_after"])
-    assert "that it goes on rising is not shown" in stability_page.findings(m._replace(joint=flat), PARAMS)["curve"]
+    assert (
+        "That the curve goes on rising is not shown" in stability_page.findings(m._replace(joint=flat), PARAMS)["curve"]
+    )
     whole = m._replace(critical=m.critical._replace(size=5))
     assert "No more were measured" in stability_page.findings(whole, PARAMS)["curve"]
 
@@ -183,8 +185,9 @@ def test_interactions_are_what_two_do_beyond_each_alone():
     assert found["estimate"].tolist() == pytest.approx(list(COUPLES.values()))
     assert found["sure"].tolist() == [True, False, True]
     said = stability_page.interactions_sentence(found)
-    assert "Of the 3 twos among them, 2 interact significantly" in said
-    assert "1 recover less together than one by one, 1 more" in said and "0.0 with 0.1 -0.500 [-0.500, -0.500]" in said
+    assert "2 of the 3 twos among them interact significantly" in said
+    assert "1 of the 2 recover less together than one by one" in said
+    assert "that of head 0.0 with head 0.1, is -0.500 [-0.500, -0.500] logits" in said
     assert stability_page.interactions(measured(couples=None), PARAMS) is None
     shown = stability_page.interactions_table(measured(), PARAMS)
     assert sorted(shown["significant"]) == ["no", "yes", "yes"]

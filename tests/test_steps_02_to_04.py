@@ -211,13 +211,14 @@ def test_what_is_said_of_the_tokens_between():
     found, said = coarse_page.through_between(both, 0.6)
     assert (found["at"], found["fills"], found["empties"]) == (2, (2,), (3,)), "0.2 of 0.3 is enough of it"
     assert said[0].startswith(
-        "The account after layer 2, where `between` carries most (picked on the discovery half): "
+        "The tokens between the names and the last one carry most after layer 2 (picked on the discovery half). There "
+        "each role alone brings back (20 quads, confirmation half):\n\n| role"
     )
-    assert "`between` 0.25 [0.25, 0.25], `last` 0.40" in said[0] and "is 0.10 [0.10, 0.10]" in said[0]
-    assert said[0].endswith("(20 quads, confirmation half).")
+    assert "| `between` | 0.25 [0.25, 0.25] |\n| `last` | 0.40" in said[0]
+    assert said[0].endswith("| brought back by no role alone | 0.10 [0.10, 0.10] |")
     assert said[1] == (
-        "`between` fills in layers 2 (0.05 [0.05, 0.05]) and empties in 3 (-0.20 [-0.20, -0.20]), where `last` gains "
-        "3 (0.55 [0.55, 0.55]) of the gap."
+        "In shares of the gap, `between` fills in layer 2 (by 0.05 [0.05, 0.05]) and empties in layer 3 (by -0.20 "
+        "[-0.20, -0.20]). There `last` gains, in layer 3 (by 0.55 [0.55, 0.55])."
     )
     few = effects.by_half(table(rows), lambda half: coarse_page.account(half[half["quad_id"].str[-2:] < "05"], PARAMS))
     assert "too few quads to test" in coarse_page.through_between(few, 0.6)[1][-1]
@@ -762,15 +763,15 @@ def test_what_step_02_says(tmp_path):
     assert found["critical_layers"] == (1, 2) and found["critical_rises"] == pytest.approx((0.4, 0.5))
     assert found["critical_share_confirmation"] == pytest.approx(0.6 + 0.2)
     assert found["first_flip_layer"] == {"denoise": 1, "noise": None}
-    sample = "(1 pairs of 1 quads, confirmation half)"
+    sample = "(1 pair of 1 quad, confirmation half)"
     assert found["sentences"] == [
         f"At `last` the estimate of recovery crosses one half upwards after layer 2 (picked on the discovery half): "
         f"1.00 there {sample}.",
         f"At `names` the estimate of recovery crosses one half downwards after layer 2 (picked on the discovery half): "
         f"0.00 there {sample}.",
-        "The critical layers, the fewest whose rises of the denoise curve at `last` make up 80% of it on the "
-        "discovery half, are 1 (+0.40) and 2 (+0.50); together 90% of the curve.",
-        "On the confirmation half the same layers make up 80%.",
+        "The critical layers are 1 and 2: the fewest whose rises of the denoise curve at `last` make up 80% of it on "
+        "the discovery half; the largest rise is that of layer 2.",
+        "Together they make up 90% of the curve there, and 80% of it on the confirmation half.",
         "Replacing the residual stream at `last` (denoise): looked for and read on the same pairs, layer 1 is the "
         "first that gives the clean answer in at least 50% of the pairs that the model answers rightly.",
         "Replacing the residual stream at `last` (noise): no layer takes the clean answer away in at least 50% of the "
@@ -779,7 +780,7 @@ def test_what_step_02_says(tmp_path):
         "The hypothesis of the profile, layer 0, is not among them.",
     ]
     assert found["sentences"][-4].startswith(
-        "Whether at the last token of a name the person's profession ranks better where it is right"
+        "Whether a person's profession ranks better at the person's own name than at the other name"
     )
     assert found["headline"] == [found["sentences"][i] for i in (2, 1, 0)]
     last = told_of_02(table(rows), tmp_path, aggregator_layer=2)["sentences"][-1]
@@ -833,29 +834,29 @@ def test_leading_sites_are_picked_on_discovery_and_told_on_confirmation():
     own = effects.both_halves(table(rows), PARAMS)
     said = words.top_sites_sentence(own, PARAMS, 2, "damage")
     assert said == (
-        "The 2 sites of largest damage on the discovery half are, with the fall of logit_diff that each brings on the "
-        "confirmation half (logits, familywise 90% intervals): 0.1 (-1.00 [-1.00, -1.00]) and mlp 0 (2.50 [2.50, "
-        "2.50]). Of 3 sites, 2 are significant familywise in both halves with a fall above the model's noise (0.001 "
-        "logits). Of these 2, 0.1 is not."
+        "2 of 3 sites are significant familywise in both halves, with a fall above the model's noise (0.001 logits). "
+        "Of largest damage on the discovery half is head 0.1 (-1.00 [-1.00, -1.00]), before mlp 0; in brackets the "
+        "fall of logit_diff that it brings on the confirmation half (logits, familywise 90% intervals). Not "
+        "significant of these: head 0.1."
     )
     rise = words.top_sites_sentence(own, PARAMS, 2, "recovery")
-    assert "with the rise of logit_diff that each" in rise and "with a rise above the model's noise" in rise
-    assert words.top_sites_sentence(own.assign(p=1.0), PARAMS, 2, "damage").endswith(" Of these 2, none is.")
+    assert "the rise of logit_diff that it brings" in rise and "with a rise above the model's noise" in rise
+    assert words.top_sites_sentence(own.assign(p=1.0), PARAMS, 2, "damage").endswith(" Not significant of these: all.")
     alone = words.top_sites_sentence(own[own["half"] == "discovery"], PARAMS, 1, "damage")
     assert alone.endswith("picked and reported on the same data.")
     few = words.top_sites_sentence(own.assign(low=np.nan), PARAMS, 1, "damage")
-    assert "half (logits; fewer than 20 quads: no intervals): 0.1 (-1.00). " in few
-    assert words.top_sites(own, 1) == "0.1 (-1.00 [-1.00, -1.00])"
+    assert "is head 0.1 (-1.00); in brackets" in few and "half (logits; fewer than 20 quads: no intervals)." in few
+    assert words.top_sites(own, 1) == "head 0.1 (-1.00 [-1.00, -1.00])"
     assert words.heads_or_mlps(own, PARAMS, "damage") == (
-        "Significant in both halves are 1 head, 1 MLP and 0 attention modules. Of these, the largest damage on the "
-        "discovery half is that of 0.0 among heads (1.00 [1.00, 1.00] of the gap) and mlp 0 among MLPs (0.62 [0.62, "
-        "0.62] of the gap); the numbers are the confirmation half's."
+        "Significant in both halves are one head, one MLP and no attention modules. Of these, the largest damage on "
+        "the discovery half is that of head 0.0 among heads (1.00 [1.00, 1.00] of the gap) and mlp 0 among MLPs (0.62 "
+        "[0.62, 0.62] of the gap); in brackets what the confirmation half gives."
     ), "0.1, the largest on discovery, is not significant on confirmation"
-    assert "The largest damage on the discovery half is that of 0.1 among heads (" in words.heads_or_mlps(
+    assert "The largest damage on the discovery half is that of head 0.1 among heads (" in words.heads_or_mlps(
         own.assign(low=np.nan), PARAMS, "damage"
     )
     none = words.heads_or_mlps(own.assign(p=1.0), PARAMS, "damage")
-    assert none == "Significant in both halves are 0 heads, 0 MLPs and 0 attention modules."
+    assert none == "Significant in both halves are no heads, no MLPs and no attention modules."
     handed = words.site_rows(own)
     assert [row["site"] for row in handed] == ["0.0", "0.1", "mlp 0"]
     assert handed[0] | {"p": 0, "low": 0, "high": 0, "ratio_low": 0, "ratio_high": 0} == {
@@ -887,25 +888,25 @@ def test_what_step_03_says(tmp_path):
         "20 pairs of 20 quads."
     )
     assert "zero damage" in said[1]
-    assert "mlp 0 (3.00 [3.00, 3.00]), 0.1 (2.00 [2.00, 2.00]), 0.0 (1.00" in said[1]
+    assert "mlp 0 (3.00 [3.00, 3.00]), before head 0.1, head 0.0 and attn 0;" in said[1]
     assert said[3] == (
-        "`counterfactual` noise in a pair is denoise in its mirror pair (in 20 pairs whose mirror was swept, too, the "
-        "two effects of the residual stream at `last` after layer 0 correlate at 0.97); no class-neutral ablation "
-        "could be run in both halves, so necessity is not judged here: what follows is about `zero`."
+        "No class-neutral ablation could be run in both halves, so necessity is not judged here: what follows is about "
+        "`zero`. `counterfactual` noise in a pair is denoise in its mirror pair. The two effects of the residual "
+        "stream at `last` after layer 0 correlate at 0.97, without an interval (20 pairs whose mirror was swept, too)."
     )
     assert said[4].startswith(
-        "The ceiling of each ablation, what it does to the whole residual stream of the last layer at `last`, is 0.75 "
-        "[0.75, 0.75] under `zero` and 1.00 (no interval: 19 clusters"
+        "The ceiling of the ablation, what `zero` does to the whole residual stream of the last layer at `last`, is "
+        "0.75 [0.75, 0.75] of the gap"
     )
     assert said[5].endswith(
-        "own ceiling (confirmation half, each interval by itself): under `zero` mlp 0 1.00 [1.00, 1.00], 0.1 0.67 "
-        "[0.67, 0.67], 0.0 0.33 [0.33, 0.33] and attn 0 0.17 [0.17, 0.17]; under `mean` mlp 0 0.25, "
-        "0.1 0.50, 0.0 0.75 and attn 0 0.12."
+        "| mlp 0 | 1.00 [1.00, 1.00] | 0.25 |\n| 0.1 | 0.67 [0.67, 0.67] | 0.50 |\n"
+        "| 0.0 | 0.33 [0.33, 0.33] | 0.75 |\n| attn 0 | 0.17 [0.17, 0.17] | 0.12 |"
     )
+    assert "| ceiling (share of the gap) | 0.75 [0.75, 0.75] | 1.00 (no interval: 19 clusters" in said[5]
     assert said[6].startswith("Over sites, effects rank as under `zero` with a Spearman correlation of 0.20")
     assert said[7] == (
-        "Under `mean`, the largest damage on the discovery half is that of 0.0 (3.00), 0.1 (2.00) and mlp 0 (1.00), in "
-        "that order (the numbers: confirmation half, logits; fewer than 20 quads: no intervals)."
+        "Under `mean`, the largest damage on the discovery half is that of head 0.0 (3.00), before head 0.1 and mlp 0; "
+        "in brackets what the confirmation half gives (logits; fewer than 20 quads: no intervals)."
     )
     assert said[8].startswith("`mean` is there for 19 of 40 pairs: the others lack donors")
     alone = frame[(frame["position"] != "between") | (frame["component"] == "attn")]
@@ -994,36 +995,37 @@ def test_what_step_04_says(tmp_path):
     assert [row["estimate"] for row in good["joint"]] == pytest.approx([0.9, 0.85])
     said = good["sentences"]
     assert said[0] == (
-        "Single sites that restore the answer on their own: 0.0; 0.0, first in order of discovery recovery, recovers "
-        "0.75 [0.75, 0.75] of the gap."
+        "Single sites that restore the answer on their own: head 0.0. Head 0.0, first in order of discovery recovery, "
+        "recovers 0.75 [0.75, 0.75] of the gap."
     )
     assert said[3] == (
-        "Heads and MLPs put into the corrupt run together, in order of discovery recovery, bring back, as shares of "
-        "the gap on the confirmation half: 0.90 [0.90, 0.90] at 2 sites and 0.95 [0.95, 0.95] at 3 sites. From 2 to 3 "
-        "it rises by 0.05 [0.05, 0.05]: there is no edge at 2. What is called the critical slice is cut off where the "
-        "share that the profile asks for (80%) is reached."
+        "Heads and MLPs put into the corrupt run together, in order of discovery recovery, bring back 0.90 [0.90, "
+        "0.90] of the gap with the first 2 (confirmation half). But there is no edge at 2: from there to all that "
+        "were measured (3 sites) the curve rises by 0.05 [0.05, 0.05]. What is called the critical slice is cut off "
+        "where the share that the profile asks for (80%) is reached."
     )
     assert said[4] == (
         "The critical slice, heads and MLPs added in order of discovery recovery, has 2 sites and reaches 80% in both "
-        "on the discovery half: 0.0 and mlp 0."
+        "on the discovery half: head 0.0 and mlp 0."
     )
     assert said[5] == (
         "On the confirmation half its joint recovery is 0.90 [0.90, 0.90] of the gap and its joint counterfactual "
         "damage 0.85 [0.85, 0.85]."
     )
-    assert said[6].startswith("With the slice's clean values the clean answer comes first in 20 of the 20 confirmation")
-    assert said[6].endswith("whatever its interval), it restores the answer.")
-    assert "the same 2 sites come first in 100% of draws" in said[7] and "the slice has 2 in the order of" in said[7]
-    assert "recover 0.95 [0.95, 0.95] of the gap together, and one by one 1.12 [1.12, 1.12] in all" in said[8]
+    assert said[6].startswith("The slice as a whole restores the answer: with its clean values the clean answer comes ")
+    assert "first in 20 of the 20 confirmation" in said[6]
+    assert "The slice's sites come first again in 100% of bootstraps" in said[7] and ", 2 of the first 2 are" in said[7]
+    assert "Together they recover 0.95 [0.95, 0.95] of the gap" in said[8]
     assert good["headline"] == [said[0], *said[3:8]] and said[9] == sufficiency_page.placebo_page.NONE
     assert [figure["file"] for figure in good["figures"]] == [
         f"figures/step-{name}.png" for name in ("slice", "ranks", "ranked")
     ]
     short = found(slice_share=0.99, restores_recovery=0.8)["sentences"]
-    assert short[0].startswith("No single head or MLP restores the answer on its own; 0.0, first in order")
-    assert "does not reach 99% in both on the discovery half (recovery 0.95, damage 0.90)" in short[4]
+    assert short[0].startswith("No single head or MLP restores the answer on its own. Head 0.0, first in order")
+    assert "does not reach 99% in both on the discovery half: " in short[4]
+    assert "There its recovery is 0.95 and its damage 0.90 (no intervals)." in short[4]
     one = found(slice_share=0.5)["sentences"]
-    assert one[4].endswith("has 1 site and reaches 50% in both on the discovery half: 0.0.")
+    assert one[4].endswith("has 1 site and reaches 50% in both on the discovery half: head 0.0.")
 
 
 def test_a_question_that_was_not_asked_has_an_answer():
@@ -1047,10 +1049,10 @@ def test_the_slices_order_is_told_apart_from_that_of_the_leading_sites():
     order = sufficiency_measure.slice_order(own, 24)
     critical = effects.CriticalSlice(2, 0.9, 0.9, True)
     made = sufficiency_measure.Measured(frame, own, order, frame, frame, critical)
-    assert sufficiency_page.two_orders(made).endswith("they part at place 1: 0.0 by share, mlp 0 by logits.")
+    assert sufficiency_page.two_orders(made).endswith("place 1: head 0.0 by share, mlp 0 by logits.")
     assert sufficiency_page.alone_sentence(made, []) == (
-        "There are too few quads to say of a single head or MLP that it restores the answer on its own; 0.0, first in "
-        "order of discovery recovery, recovers 0.62 of the gap."
+        "There are too few quads to say of a single head or MLP that it restores the answer on its own. Head 0.0, "
+        "first in order of discovery recovery, recovers 0.62 of the gap."
     )
 
 

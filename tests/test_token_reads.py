@@ -131,9 +131,10 @@ def test_shares_add_up_to_one_and_sentences_name_who_reads_between():
     assert shares.loc[shares["position"] == "remainder", "reader"].tolist() == [hops.SLICE]
     said = hops_page.sentences(shares)
     alike = "with those that share their keys and values"
-    assert said[0].startswith(f"At the last token the slice's heads, {alike}, read 0.50 [0.50, 0.50] at `names`, 0.25")
-    assert said[1].startswith(f"Of the slice's heads, {alike}, 27.1 reads most at `between`: 0.25 [")
+    assert said[0].startswith(f"What the slice's heads, {alike}, read at the last token: 0.25 [")
+    assert "| `names` | 0.50 [0.50, 0.50] |\n| `between` | 0.25" in said[0]
+    assert said[1].startswith(f"Of the slice's heads, {alike}, head 27.1 reads most at `between`: 0.25 [")
     assert said[1].endswith("picked and reported on the same pairs).")
     assert len(hops_page.sentences(shares.assign(low=-0.1))) == len(said) - 1, "most of what may be nothing"
     assert hops_page.table(shares).columns.tolist() == ["reader", "names", "between", "rest", "remainder"]
-    assert "0.50 at `names`" in hops_page.sentences(hops_page.shares(read_records(4), SETTINGS))[0]  # no interval
+    assert "| `names` | 0.50 |" in hops_page.sentences(hops_page.shares(read_records(4), SETTINGS))[0]  # no interval

@@ -18,10 +18,11 @@ from pipeline.params import Shared
 from pipeline.population import people_of
 from pipeline.step import Step
 from report import plots
-from report.words import about_model, finished, interval, listed, number_word, of_row
+from report.words import about_model, counted, extremes, finished, have, interval, is_are, listed, number_word, of_row
 from steps.baselines.measure import Measured, accuracies
 
 DRAWN = "drawn before any selection"
+SOLVED = "kept and solved"
 CAPTIONS = {
     "accuracy": f"Accuracy per template among the candidates, on people {DRAWN}; Wilson intervals. Dashed: "
     "chance, bar by bar.",
@@ -202,12 +203,12 @@ def placebo_sentences(m: Measured) -> list[str]:
         by_quad = m.placebo[m.placebo["attribute"] == about["attribute"]].groupby("quad_id")
         quads = by_quad[["kept", "half"]].first().assign(gap=by_quad["gap"].mean())
         kept = quads[quads["kept"]]
-        halves = listed(f"{count} {half}" for half, count in kept["half"].value_counts().sort_index().items())
         out.append(
-            f"Placebo: {len(quads)} quads of people of one superset who differ in {about['attribute']}, none in a "
-            "quad of the task. The gap between that attribute's answers is above the noise and of the right sign in "
-            f"{len(kept)} ({halves}), {kept['gap'].mean():.2f} logits on average; {len(quads) - len(kept)} are "
-            "dropped, and stay in the file."
+            f"Placebo: {counted(len(quads), 'quad')} of people of one superset differ in {about['attribute']}; they "
+            "share no person with a quad of the task. The gap between that attribute's answers is above the noise and "
+            f"of the right sign in {len(kept)} of {len(quads)} ({listed(halves(kept.reset_index()))}); the others are "
+            f"dropped, and stay in the file. It is {kept['gap'].mean():.2f} logits on average (no interval: it "
+            "decides nothing)."
         )
     return out
 
@@ -246,22 +247,22 @@ def abilities(accuracy: pd.DataFrame, pairs: pd.DataFrame | None, params: Shared
     for row in accuracy.itertuples():
         if row.task == params.task and row.template != params.template:
             continue
-        value = interval(row.estimate, row.low, row.high)
+        value = f"{interval(row.estimate, row.low, row.high)} ({row.prompts} prompts of template `{row.template}`)"
         other = params.pairs_file is not None and (row.task == "odd_one_out") != (params.task == "odd_one_out")
         whose = " (not of the given pairs, whose names do not fit it)" * other
-        why = f"accuracy {value} on {row.prompts} prompts of template `{row.template}`{whose}, chance {row.chance:.2f}"
+        why = f"accuracy {value}{whose} against a chance of {row.chance:.2f}"
         able, why = row.above, why if row.above else f"{why}: not above chance with {params.level:.0%} confidence"
         if able and row.task == params.task and flat:
-            able, why = False, f"{why}; but {flat}"
+            able, why = False, f"{why}. But {flat}"
         elif row.task == params.task and row.above:
             count = 0 if pairs is None else len(pairs)
-            what = f"{count} pairs, whose quads have a gap of the right sign"
+            what = f"{count} pairs are left, whose quads have a gap of the right sign"
             if pairs is not None and "kept" in pairs:
                 count = int(pairs["kept"].sum())
                 what = f"{count} of the {len(pairs)} given pairs have a gap of the right sign"
             able = count >= params.min_pairs
             few = f", fewer than the {params.min_pairs} asked for (min_pairs): give more people, or a smaller min_pairs"
-            why += f"; {what}" + ("" if able else few)
+            why += f". {what}" + ("" if able else few)
         known = out.get(row.task)
         if known is None or (able and not known["able"]):
             above = bool(row.above and not (flat and row.task == params.task))
@@ -275,24 +276,29 @@ def ability_sentences(table: pd.DataFrame, topic: Question, given: str = "") -> 
     raw, centred, first = (rows["all", name] for name in ("raw", "centred", "first word"))
     names = [name for name in table["superset"].unique() if name != "all"]
     five = number_word(len(topic.supersets))
-    classes = [
-        f"{topic.plural(name)} {of_row(rows[name, 'raw'])} and {of_row(rows[name, 'centred'])}" for name in names
-    ]
+    classes = pd.DataFrame([rows[name, "raw"] for name in names]).assign(name=[topic.plural(name) for name in names])
     whose = f"names are those of `{given}`" if given else f"names were {DRAWN}"
+    prompts = f"{raw.prompts} prompts, whose {whose}"
     says = (
         f"so what it says next is most often another word, and what is measured here is which of the {five} it prefers"
         if first.estimate < 0.5
         else "so the right word is what it says next most often"
     )
     return {
-        "five words": f"Among the {five} words the right one comes first in {of_row(raw)} of {raw.prompts} prompts "
-        f"whose {whose}, and in {of_row(centred)} once each word's mean over people is "
-        f"taken off (chance {1 / len(topic.supersets):.2f}).",
-        "classes": f"Class by class, raw and centred: {listed(classes)}.",
-        "vocabulary": f"In the whole vocabulary the right word comes first in {of_row(first)} of these prompts; its "
-        f"place is {raw.place:g} in the median, and the {five} words together have {raw.candidate_probability:.0%} of "
-        f"the probability: {says}.",
+        "five words": f"Among the {five} words the right one comes first in {of_row(raw)} "
+        f"({prompts}), against {1 / len(topic.supersets):.2f} by chance. Each word's mean over people taken off, it "
+        f"comes first in {of_row(centred)}.",
+        "classes": f"Class by class, the right word comes first in {extremes(classes, 'name')}; the table has every "
+        "class.",
+        "vocabulary": f"In the whole vocabulary the right word comes first in {of_row(first)} of these prompts, "
+        f"{says}. Its place is {raw.place:g} in the median, and the {five} words together have "
+        f"{raw.candidate_probability:.0%} of the probability.",
     }
+
+
+def halves(pairs: pd.DataFrame) -> list[str]:
+    """How many quads each half has: "24 discovery quads"."""
+    return [counted(own["quad_id"].nunique(), f"{half} quad") for half, own in effects.in_halves(pairs)]
 
 
 def places(rows: pd.DataFrame) -> str:
@@ -305,16 +311,16 @@ def places(rows: pd.DataFrame) -> str:
 def given_sentences(m: Measured, table: pd.DataFrame) -> list[str]:
     """How many given pairs there are, how many the model answers, and which have a gap of the wrong sign."""
     pairs, gap = m.pairs, table.set_index("pairs of")
-    sizes = [f"{own['quad_id'].nunique()} {half} quads" for half, own in effects.in_halves(pairs)]
+    sizes = halves(pairs)
     by_name = data.clusters(pairs)
-    solved = int((pairs["kept"] & pairs["solved"]).sum())
+    kept, solved = int(pairs["kept"].sum()), int((pairs["kept"] & pairs["solved"]).sum())
     out = [
-        f"`{m.given}` gives {len(pairs)} pairs in {listed(sizes)}: pairs of one quad_id or, where the file has none, "
-        "pairs that share a name are one quad, which counts once in every interval and test. All of them are asked "
-        "about here, and none is taken out of what later steps sweep.",
-        f"{int(pairs['kept'].sum())} pairs have a gap, the clean less the corrupt logit_diff, above the model's noise; "
-        f"{solved} of these are solved: the right word comes first in the clean prompt, and not in the corrupt one. "
-        f"The gap is {of_row(gap.loc['given'])} logits on average.",
+        f"`{m.given}` gives {counted(len(pairs), 'pair')} ({listed(sizes)}). Pairs of one quad_id or, where the file "
+        "has no such column, pairs that share a name are one quad, which counts once in every interval and test. All "
+        "of them are asked about here, and later steps sweep them all.",
+        f"{counted(kept, 'pair')} {have(kept)} a gap, the clean less the corrupt logit_diff, above the model's noise. "
+        f"{solved} of these {is_are(solved)} solved: the right word comes first in the clean prompt, and not in the "
+        f"corrupt one. The gap is {of_row(gap.loc['given'])} logits on average.",
     ]
     wrong = pairs[~pairs["kept"] & (pairs["gap"] < 0)]
     if len(wrong):
@@ -334,33 +340,34 @@ def pair_sentences(m: Measured, table: pd.DataFrame, topic: Question) -> list[st
         return []
     if m.given:
         return given_sentences(m, table)
-    sizes = [f"{own['quad_id'].nunique()} {half} quads" for half, own in effects.in_halves(m.pairs)]
+    count = len(m.pairs)
     left = (
-        f"{len(m.pairs)} pairs in {listed(sizes)} are left: "
-        "every quad's gap, the clean less the corrupt logit_diff, is above the model's noise."
+        f"{counted(count, 'pair')} ({listed(halves(m.pairs))}) {is_are(count)} left: every quad's gap, the clean less "
+        "the corrupt logit_diff, is above the model's noise."
     )
     if "fame_clean" in m.pairs:
         apart = (m.pairs["fame_clean"] - m.pairs["fame_corrupt"]).abs().max()
-        left += f" The fame of the two sides of a pair differs by {apart:.2f} nats at most."
+        left += f" No pair's two sides differ in fame by more than {apart:.2f} nats."
     rows, count = table.set_index("pairs of"), table.set_index("pairs of")["quads"]
+    solved = count["kept and solved"]
     gaps = [
-        f"Their gap is {of_row(rows.loc['kept'])} logits on average. Of the {count['kept']} quads, "
-        f"{count['kept and solved']} are solved: every pair has the right word first of all candidates in the clean "
-        "prompt, and not in the corrupt one"
-        + (f"; their gap is {of_row(rows.loc['kept and solved'])} logits." if count["kept and solved"] else ".")
+        f"Their gap is {of_row(rows.loc['kept'])} logits on average. {solved} of {counted(count['kept'], 'quad')} "
+        f"{is_are(solved)} solved: every pair has the right word first of all candidates in the clean prompt, and not "
+        f"in the corrupt one.{f' The gap of these is {of_row(rows.loc[SOLVED])} logits.' * bool(solved)}"
     ]
     if "before any selection" in rows.index:
         before = rows.loc["before any selection"]
         gaps += [
-            f"Of {count['before any selection']} quads of people drawn before any selection, {before.right:.0%} have a "
-            f"gap above zero, and it is {of_row(before)} logits on average. The people of the pairs that are kept are, "
-            "beside that, known to the model by the name alone, and matched in fame.",
+            f"Before any selection, the gap is {of_row(before)} logits on average "
+            f"({counted(count['before any selection'], 'quad')}), and it is above zero in {before.right:.0%} of quads. "
+            "The people of the pairs that are kept are, beside that, known to the model by the name alone, and matched "
+            "in fame.",
         ]
     if "kept and matched" in rows.index:
-        also = f", and in {count[alike_too(topic)]} in {listed(topic.match_also)} as well" * bool(topic.match_also)
+        also = f", in {count[alike_too(topic)]} in {listed(topic.match_also)} as well" * bool(topic.match_also)
         gaps.append(
-            f"In {count['kept and matched']} of the {count['kept']} quads the people who are swapped for each other "
-            f"agree in {listed(topic.match)}{also}; the gap of the matched quads is "
+            f"In {count['kept and matched']} of {counted(count['kept'], 'quad')} the people who are swapped for each "
+            f"other agree in {listed(topic.match)}{also}. The gap of the matched quads is "
             f"{of_row(rows.loc['kept and matched'])} logits."
         )
     return [left, *gaps]
@@ -379,9 +386,9 @@ def findings(step: Step, m: Measured) -> dict[str, Any]:
     able = abilities(m.accuracy, m.pairs, params, no_gap(m, kept, params))
     said = verdicts(able)
     own = m.records[(m.records["task"] == params.task) & (m.records["template"] == params.template)]
-    first = own["top_token"].value_counts(normalize=True).head(5)
-    words = listed(f'"{token}" ({share:.0%})' for token, share in first.items())
-    spoken = [f"Its own first words on `{params.template}` are {words}."]
+    first = own["top_token"].value_counts(normalize=True).head(2)
+    words = " or ".join(f'"{token}" ({share:.0%} of prompts)' for token, share in first.items())
+    spoken = [f"Its own first word on `{params.template}` is {words}."]
     known = {} if answers.empty else ability_sentences(answers, params.topic, m.given)
     if own["label_probability"].notna().any():
         spoken[0] += f" Single-token profession labels have {own['label_probability'].mean():.0%} of the probability."

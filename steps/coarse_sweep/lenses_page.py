@@ -19,7 +19,7 @@ from lib import effects, stats
 from lib.effects import columns, reported
 from lib.stats import Settings
 from report import plots
-from report.words import interval
+from report.words import capital, interval
 from steps.coarse_sweep.lenses import LENS, PATCHSCOPE, SIDES
 
 NOT_TESTABLE = "not testable"
@@ -142,12 +142,11 @@ def sentences(words: pd.DataFrame, settings: Settings) -> list[str]:
     """From which layer on the profession ranks better at the names where it is right, and the superset at the last
     token; and the controls."""
     table, empty = where_read(compared(words, settings), typical(words, settings), settings), controls(words)
-    where = "ranks better where it is right than where it is wrong"
-    what = f"at the last token of a name the person's profession {where} (at the other person of the"
+    what = "a person's profession ranks better at the person's own name than at the other name of the"
     asked = table[table["read"] == PROFESSION.about]
-    said = told(asked, f"{what} prompt, who is of the same superset)", empty[empty["word"] == PROFESSION.word])
+    said = told(asked, f"{what} prompt (of the same superset)", empty[empty["word"] == PROFESSION.word])
     said = said or [unread(words)]
-    what = f"at `last` the superset's word {where} (in the pair's other prompt)"
+    what = "at `last` the superset's word ranks better in its own prompt than in the pair's other one"
     empty = empty[empty["word"] == AT_LAST.word]
     said += told(table[table["read"] == AT_LAST.about], what, empty)
     plain = empty.loc[empty["source"] == "none", "rank"]
@@ -183,17 +182,21 @@ def told(rows: pd.DataFrame, what: str, empty: pd.DataFrame) -> list[str]:
 
     def first(row: pd.Series) -> str:
         layer = row["first after layer"]
-        return "after no layer" if layer == "none" else f"first after layer {layer}, at rank {row['rank after it']}"
+        return "after no layer" if layer == "none" else f"first after layer {layer}"
 
     most = scope["most after layer"]
     random = empty.loc[(empty["source"] == "random") & (empty["layer"] == most), "rank"]
-    beside = "".join(f" (with a random direction put in after that layer: {rank:.0f})" for rank in random)
+    beside = "".join(
+        f" With a random direction put in after that layer it ranks at {rank:.0f} (geometric mean, no interval)."
+        for rank in random
+    )
     return [
-        f"{what[0].upper()}{what[1:]}: by the patchscope {first(scope)}, by the logit lens {first(lens)} (familywise "
-        f"over layers; {scope['quads']} quads, confirmation half; rank 1 is the top of the vocabulary).",
+        f"{capital(what)}: by the patchscope {first(scope)}, by the logit lens {first(lens)} (familywise over layers, "
+        f"{scope['quads']} quads).",
         f"By the patchscope this rises most at layer {scope['rises most at layer']} and is largest after layer "
-        f"{most} (picked on the same pairs): there the word ranks {scope['times better than where wrong']} times "
-        f"better where it is right than where it is wrong, at {scope['rank there']}{beside}.",
+        f"{most} (picked on the same pairs). There the word ranks {scope['times better than where wrong']} times "
+        f"better where it is right than where it is wrong, at {scope['rank there']} from the top of the vocabulary."
+        f"{beside}",
     ]
 
 

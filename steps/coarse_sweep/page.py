@@ -23,7 +23,7 @@ from pipeline.params import Shared
 from pipeline.step import Step
 from report import plots
 from report.site_tables import answered
-from report.words import OVER_QUADS, about_model, finished, interval, listed, of_row
+from report.words import OVER_QUADS, about_model, counted, finished, interval, listed, of_row, tabled
 from steps.coarse_sweep import lenses_page
 from steps.coarse_sweep.measure import Measured, fewest_layers
 
@@ -122,11 +122,13 @@ def through_between(table: pd.DataFrame, share: float) -> tuple[dict[str, Any], 
     at = int(curve.idxmax())
     parts = own.xs(at, level="layer")
     sample = f"{parts['quads'].iloc[0]} quads, {reported(table)['half'].iloc[0]} half"
-    shares = listed(f"`{name}` {of_row(row)}" for name, row in parts.iterrows() if name != REMAINDER)
+    shares = [(f"`{name}`", of_row(row)) for name, row in parts.iterrows() if name != REMAINDER]
     text = (
-        f"The account after layer {at}, where `between` carries most (picked on the {first['half'].iloc[0]} half): "
-        f"{shares} of the gap, each alone; the remainder, which none of these brings back alone, is "
-        f"{of_row(parts.loc[REMAINDER])} ({sample})."
+        f"The tokens between the names and the last one carry most after layer {at} (picked on the "
+        f"{first['half'].iloc[0]} half). There each role alone brings back ({sample}):\n\n"
+        + tabled(
+            ("role", "share of the gap"), [*shares, ("brought back by no role alone", of_row(parts.loc[REMAINDER]))]
+        )
     )
     found = {"at": at, "parts": parts.reset_index().to_dict("records")}
     held = parts.loc["between"]
@@ -135,17 +137,21 @@ def through_between(table: pd.DataFrame, share: float) -> tuple[dict[str, Any], 
         return found, [text, f"What `between` carries there: {why} above zero."]
 
     def moved(layers: tuple[int, ...], role: str) -> str:
-        rises = own.loc[role].loc[list(layers), [f"rise_{end}" for end in ("estimate", "low", "high")]]
-        return listed(f"{layer} ({interval(*rise)})" for layer, rise in zip(layers, rises.to_numpy(), strict=True))
+        rises = own.loc[role].loc[list(layers), [f"rise_{end}" for end in ("estimate", "low", "high")]].to_numpy()
+        most = int(np.argmax(np.abs(rises[:, 0].astype(float))))
+        of = f"most in layer {layers[most]}, " * (len(layers) > 1)
+        return f"{'layers' if len(layers) > 1 else 'layer'} {listed(layers)} ({of}by {interval(*rises[most])})"
 
     fills = fewest_layers(curve.loc[:at], share).layers
     found |= {"fills": fills}
-    lines = [f"`between` fills in layers {moved(fills, 'between')}"]
+    lines = [f"`between` fills in {moved(fills, 'between')}"]
     if curve.loc[at:].iloc[-1] < curve.loc[at]:
         empties = fewest_layers(curve.loc[at] - curve.loc[at:], share).layers
         found |= {"empties": empties}
-        lines += [f"empties in {moved(empties, 'between')}, where `last` gains {moved(empties, 'last')}"]
-    return found, [text, f"{' and '.join(lines)} of the gap."]
+        lines += [f"empties in {moved(empties, 'between')}"]
+        gains = f" There `last` gains, in {moved(empties, 'last')}."
+        return found, [text, f"In shares of the gap, {' and '.join(lines)}.{gains}"]
+    return found, [text, f"In shares of the gap, {' and '.join(lines)}."]
 
 
 def mirrors(pairs: pd.DataFrame) -> dict[str, str]:
@@ -202,12 +208,13 @@ def outside_sentence(table: pd.DataFrame) -> str:
     strong = table[table["attention_window5"] > 0.5]
     here = table["residual here"].diff()
     return (
-        f"Elsewhere (activation patching of a fine-tuned Llama-3.3-70B on long bi-association prompts, seven pairs; "
-        f"github.com/giordanorogers/mechinterp) the residual stream at `last` rises most at layer {most['layer']:.0f} "
-        f"({rises.max():+.2f}, to {most['residual']:.2f}); windows of five layers' attention reach "
-        f"{strong['attention_window5'].max():.2f} around layers {strong['layer'].min()} to {strong['layer'].max()}, of "
-        f"their MLPs {strong['mlp_window5'].max():.2f} there. In this run the largest rise is at layer "
-        f"{table.loc[here.idxmax(), 'layer']:.0f} ({here.max():+.2f})."
+        f"Elsewhere the residual stream at `last` rises most at layer {most['layer']:.0f} ({rises.max():+.2f}, to "
+        f"{most['residual']:.2f}; no intervals were published). That was activation patching of a fine-tuned "
+        "Llama-3.3-70B on long bi-association prompts, seven pairs; github.com/giordanorogers/mechinterp. Windows of "
+        f"five layers' attention reach {strong['attention_window5'].max():.2f} there around layers "
+        f"{strong['layer'].min()} to {strong['layer'].max()}, and of their MLPs {strong['mlp_window5'].max():.2f} (no "
+        f"intervals). In this run the largest rise is at layer {table.loc[here.idxmax(), 'layer']:.0f} "
+        f"({here.max():+.2f}, a difference of two estimates, without an interval)."
     )
 
 
@@ -248,7 +255,8 @@ def moves_of(m: Measured, confirmation: pd.DataFrame) -> dict[str, str]:
             continue
         layer, row = crossing(m.curves, position)
         rows = denoise[denoise["position"] == position]
-        sample = f"{rows['pair_id'].nunique()} pairs of {rows['quad_id'].nunique()} quads, confirmation half"
+        pairs, quads = (rows[f"{name}_id"].nunique() for name in ("pair", "quad"))
+        sample = f"{counted(pairs, 'pair')} of {counted(quads, 'quad')}, confirmation half"
         picked_on = in_halves(m.curves)[0][0]
         way = "upwards" if position == "last" else "downwards"
         lead = f"At `{position}` the estimate of recovery"
@@ -270,14 +278,15 @@ def findings(step: Step, m: Measured) -> dict[str, Any]:
     params, confirmation = step.params, reported(m.records)
     moves = moves_of(m, confirmation)
     sentences = list(moves.values())
-    rises = [f"{layer} ({rise:+.2f})" for layer, rise in zip(m.critical.layers, m.critical.rises, strict=True)]
+    several, most = len(m.critical.layers) > 1, m.critical.layers[int(np.argmax(m.critical.rises))]
     critical_text = (
-        f"The critical layers, the fewest whose rises of the denoise curve at `last` make up "
-        f"{params.critical_share:.0%} of it on the discovery half, are {listed(rises)}; "
-        f"together {m.critical.share:.0%} of the curve."
+        f"{'Layers' if several else 'Layer'} {listed(m.critical.layers)} {'are' if several else 'is'} critical: the "
+        f"fewest whose rises of the denoise curve at `last` make up {params.critical_share:.0%} of it on the discovery "
+        f"half" + f"; the largest rise is that of layer {most}" * several + "."
     )
     confirmed_rises = rises_of(m.curves, m.critical.layers)
-    sentences += [critical_text, f"On the confirmation half the same layers make up {confirmed_rises:.0%}."]
+    share = f"{m.critical.share:.0%} of the curve there, and {confirmed_rises:.0%} of it on the confirmation half"
+    sentences += [critical_text, f"{'Together they make' if several else 'It makes'} up {share}."]
     headline = [critical_text, *(moves[role] for role in ("names", "swapped", "last") if role in moves)]
     figures = {"curves": curves_figure(m)}
     flips = {

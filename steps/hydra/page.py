@@ -20,7 +20,19 @@ from lib.batches import NEUTRAL
 from lib.effects import columns, in_halves, reported
 from pipeline.step import Step
 from report import plots
-from report.words import OVER_QUADS, TOO_FEW, about_model, counted, finished, interval, listed, of_row
+from report.words import (
+    OVER_QUADS,
+    TOO_FEW,
+    about_model,
+    capital,
+    counted,
+    finished,
+    interval,
+    number_word,
+    of_row,
+    sites,
+    tabled,
+)
 from steps.hydra.measure import Hydra, Round, backups_of, candidates, costs_of, lead_of
 
 LATER = {"heads and MLPs": ["heads", "mlps"], "heads": ["heads"], "MLPs": ["mlps"]}
@@ -36,8 +48,8 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 KINDS = {"head": "a head", "mlp": "an MLP"}
 CAPTIONS = {
     "split": "What ablating the critical slice at the last token does to logit_diff, and its parts: the slice's own "
-    "direct effect, later heads, later MLPs and the final norm's scale; beside it random slices of the same make-up "
-    f"(their mean); {OVER_QUADS}. A later site's bar above zero is repair.",
+    "direct effect, later heads, later MLPs and the final norm's scale. Beside it random slices of the same make-up "
+    f"(their mean). {capital(OVER_QUADS)}. A later site's bar above zero is repair.",
     "rises": "Later sites whose ablation costs more, or less, once the slice is gone than in the intact run, with both "
     "halves and intervals that hold for all later sites together. First, with a star, those that rise significantly on "
     "the discovery half, then those of largest change there either way. To the right: the site matters more without "
@@ -259,9 +271,8 @@ def split_sentences(split: pd.DataFrame, ratios: pd.DataFrame, spread: Sequence[
     for ablation, rows in split[split["slice"] == "slice"].groupby("ablation", sort=False):
         part = {row.part: shown(row) for row in rows.itertuples()}
         text = (
-            f"Ablating the slice (`{ablation}`) changes logit_diff by {part['total']} logits: the slice's own direct "
-            f"effect by {part['direct']}, later heads by {part['heads']}, later MLPs by {part['mlps']}, the final "
-            f"norm's scale by {part['scale']}."
+            f"Ablating the slice (`{ablation}`) changes logit_diff by {part['total']} logits, of which the slice's own "
+            f"direct effect is {part['direct']}."
         )
         own = reported(ratios)
         own = {row.later: row for row in own[own["ablation"] == ablation].itertuples()}
@@ -273,16 +284,17 @@ def split_sentences(split: pd.DataFrame, ratios: pd.DataFrame, spread: Sequence[
             )
             continue
         text += (
-            f" The compensation ratio is {shown(whole)} (heads {shown(own['heads'])}, MLPs {shown(own['MLPs'])}): "
-            f"{verdict(whole)}{apart(whole, own)}."
+            f" {capital(verdict(whole))}{apart(whole, own)}: the compensation ratio is {shown(whole)}. By themselves, "
+            f"later heads have {shown(own['heads'])} and later MLPs {shown(own['MLPs'])}."
         )
         for rows in (entry for entry in spread if entry["ablation"] == ablation):
             q = rows["quantiles"]
             text += (
-                f" In the {counted(rows['pairs'], 'pair')} whose slice loses more than {params.direct_floor:g} logits "
-                f"of its direct effect, the median ratio is {q['0.50']:.2f} and the middle 90% {q['0.05']:.2f} to "
-                f"{q['0.95']:.2f}; later sites make up for part of the loss or more in {share(rows['repaired'])} of "
-                f"them and for more than was lost in {share(rows['overshot'])}."
+                f" In single pairs whose slice loses more than {params.direct_floor:g} logits of its direct effect "
+                f"({counted(rows['pairs'], 'pair')}), the median ratio is {q['0.50']:.2f}, without an interval. The "
+                f"middle of these pairs runs from {q['0.05']:.2f} to {q['0.95']:.2f} (5% lie below, 5% above). Later "
+                f"sites make up for part of the loss or more in {share(rows['repaired'])} of them, and for more than "
+                f"was lost in {share(rows['overshot'])}."
             )
         out.append(text)
     return out
@@ -295,7 +307,7 @@ def verdict(ratio: Any) -> str:
     return {
         -1: "later sites, which read the slice, lose as well; on the whole they repair nothing",
         0: "neither repair nor loss by later sites together is shown",
-        1: f"later sites make up for {ratio.estimate:.0%} of what the slice itself loses",
+        1: "later sites make up for part of what the slice itself loses",
     }[signed(ratio)]
 
 
@@ -325,18 +337,18 @@ def backup_sentences(rounds: Sequence[Round], params: Hydra) -> list[str]:
     """Round by round: which sites rise, and which of them are backups."""
     out = []
     for number, own in enumerate(rounds):
-        which = "the slice" if number == 0 else f"the slice widened {number} time{'s' * (number > 1)}"
+        which = "the slice" if number == 0 else f"the slice widened {number_word(number)} time{'s' * (number > 1)}"
         if own.rises.empty:
             out.append(f"No head or MLP comes after {which}: nothing could stand in for it.")
             continue
         count, rising = own.rises["site"].nunique(), candidates(own.rises, params)
         text = (
-            f"Each of {counted(count, 'later site')} was ablated alone, and together with {which} "
-            f"({counted(len(own.sites), 'site')}; `{lead_of(own.frame, params)}`). Once that is gone, {len(rising)} of "
-            f"them {'costs' if len(rising) == 1 else 'cost'} more than alone, {rising_by(own.rises, params)}"
+            f"Once {which} is gone ({counted(len(own.sites), 'site')}; `{lead_of(own.frame, params)}`), {len(rising)} "
+            f"of the {counted(count, 'later site')} {'costs' if len(rising) == 1 else 'cost'} more than when ablated "
+            f"alone, {rising_by(own.rises, params)}"
         )
         if len(rising) and own.tests.empty:
-            out.append(f"{text}; the limit of rounds ({params.rounds}) was reached, so none was tested further.")
+            out.append(f"{text}. The limit of rounds ({params.rounds}) was reached, so nothing was tested further.")
         elif rising.empty:
             out.append(f"{text}.")
         elif own.tests["low"].isna().any():
@@ -347,11 +359,12 @@ def backup_sentences(rounds: Sequence[Round], params: Hydra) -> list[str]:
             )
         else:
             sure = own.tests["backup"]
-            each = [f"{row.site} ({rise_of(row)})" for row in own.tests[sure].itertuples()]
-            most = f"; at most {own.tests.loc[~sure, 'estimate'].max():.3f} among the others" if not sure.all() else ""
+            held = own.tests.loc[sure, "site"].tolist()
             out.append(
-                f"{text}. Of the largest rises ({len(own.tests)}) those that cost more together than apart on the "
-                f"confirmation half, too (logits, familywise intervals above that noise), are: {listed(each)}{most}."
+                f"{text}. Of these, the {counted(len(own.tests), 'site')} of largest rise "
+                f"{'was' if len(own.tests) == 1 else 'were'} tested. {capital(sites(held))} "
+                f"{'costs' if len(held) < 2 else 'cost'} more together than apart on the confirmation half, too "
+                "(familywise intervals above that noise)."
             )
             out += [stand_in(row, which) for row in own.tests[sure].itertuples()]
     return out
@@ -368,17 +381,19 @@ def stand_in(row: Any, which: str) -> str:
         interval(row.alone_estimate, None, None, 3),
         interval(row.gone_estimate, row.gone_low, row.gone_high, 3),
     )
+    name = capital(sites([row.site]))
     text = (
-        f"{row.site} passes both tests of a backup: its own ablation costs {alone} logits alone and "
-        f"{gone} once {which} is gone: "
+        f"Its own ablation costs {gone} logits once {which} is gone, and {alone} when nothing else is (no interval). "
+        f"The rise is {rise_of(row)}."
     )
     if row.gone_high is not None and row.gone_high < 0:
-        return f"{text}it works against the answer, less so without the slice, and does not stand in for it."
+        return f"{name} works against the answer, less so without the slice: it does not stand in for it. {text}"
     if not row.stands_in:
-        return f"{text}its cost rises, but is not shown to be above the noise, so it does not stand in for the slice."
+        return f"{name} is not shown to stand in for the slice: its cost rises, but not surely above the noise. {text}"
     if np.isnan(row.ratio_estimate):
-        return f"{text}it stands in for the slice."
-    return f"{text}it stands in for the slice, and makes up for {share_of(row)} of what {which} would cost without it."
+        return f"{name} stands in for the slice. {text}"
+    saves = f"it makes up for {share_of(row)} of what {which} would cost without it"
+    return f"{name} stands in for the slice: {saves}. {text}"
 
 
 def share_of(row: Any) -> str:
@@ -400,30 +415,37 @@ def rising_by(rises: pd.DataFrame, params: Hydra) -> str:
 
 def ending(rounds: Sequence[Round], params: Hydra) -> str:
     """What the search for backups comes to, and how large a backup it could have missed."""
-    last, stands_in = rounds[-1], any(one.tests["stands_in"].any() for one in rounds if len(one.tests))
-    found = [one.tests[one.tests["backup"]] for one in rounds if len(one.tests)]
-    names = [f"{row.site} (its cost rises by {rise_of(row)} logits)" for tests in found for row in tests.itertuples()]
+    last = rounds[-1]
+    rows = [row for one in rounds if len(one.tests) for row in one.tests[one.tests["backup"]].itertuples()]
+    text, bounds = backups_in_words(rows), missed(last, params)
     if last.rises.empty:
-        left = "no other site comes after the slice, so none could stand in for it"
-        return f"Backups by both tests: {listed(names)}; {left}."
-    bounds = missed(last, params)
+        return f"{text} No other site comes after the slice, so none could stand in for it."
     if not bounds:
-        return f"Backups by both tests: {listed(names)}. There are too few quads to confirm one, or to rule one out."
-    if not names:
-        text = "No site at the last token outside the slice passes both tests of a backup."
-    else:
+        return f"{text} There are too few quads to confirm a backup, or to rule one out."
+    if rows:
         stopped = len(candidates(last.rises, params)) and last.tests.empty
-        text = f"Backups by both tests: {listed(names)}; "
-        text += f"the limit of rounds ({params.rounds}) was reached." if stopped else "no further one after widening."
-        text += "" if stands_in else " None of them is shown to stand in for the slice."
+        text += f" The limit of rounds ({params.rounds}) was reached." if stopped else " No further one after widening."
     if bounds[0]["share"] is None:
         text += (
             " Ablating the slice does not surely cost more than the model's noise, so there is little to stand in for."
         )
-    what = " or ".join(
-        f"{KINDS[bound['component']]} whose cost rises by up to {size_of(bound, params)}" for bound in bounds
-    )
-    return f"{text} The search could have missed {what}: upper ends of intervals that hold for all later sites."
+    first, *others = (f"{KINDS[one['component']]} whose cost rises by up to {size_of(one, params)}" for one in bounds)
+    text += f" By the upper ends of intervals that hold for all later sites, the search could have missed {first}."
+    return text + "".join(f" It could have missed {other}, too." for other in others)
+
+
+def backups_in_words(rows: Sequence[Any]) -> str:
+    """Which sites stand in for the slice, and which only cost more once it is gone."""
+    backups, others = ([row.site for row in rows if bool(row.stands_in) == own] for own in (True, False))
+    text = "No site at the last token outside the slice is shown to stand in for it."
+    if backups:
+        text = (
+            f"{capital(sites(backups))} {'stand' if len(backups) > 1 else 'stands'} in for the slice when it is gone."
+        )
+    if others:
+        does = "cost more once it is gone, but do" if len(others) > 1 else "costs more once it is gone, but does"
+        text += f" {capital(sites(others))} {does} not stand in for it."
+    return text
 
 
 def size_of(bound: Mapping[str, Any], params: Hydra) -> str:
@@ -431,7 +453,7 @@ def size_of(bound: Mapping[str, Any], params: Hydra) -> str:
     if bound["logits"] <= params.floor:
         return f"the model's noise ({params.floor:g} logits)"
     share = "" if bound["share"] is None else f"; {bound['share']:.0%} of what ablating the slice costs"
-    return f"{bound['logits']:.2g} logits ({bound['site']}{share})"
+    return f"{bound['logits']:.2g} logits ({sites([bound['site']])}{share})"
 
 
 def control_sentences(split: pd.DataFrame, params: Hydra) -> list[str]:
@@ -444,11 +466,10 @@ def control_sentences(split: pd.DataFrame, params: Hydra) -> list[str]:
             few = pd.isna(own["total"].low) or pd.isna(real["high"])
             apart = "there are too few quads to test that" if few else "that is not shown"
             apart = "so it is" if not few and own["total"].low - real["high"] > params.floor else apart
-            each = [f"{WORDS[part]} {shown(row)}" for part, row in own.items() if part not in ("total", "direct")]
             out.append(
-                f"Control (`{ablation}`): random slices of the same make-up change logit_diff by {shown(own['total'])} "
-                f"logits (their own direct effect {shown(own['direct'])}, {listed(each)}). Expected was clearly less "
-                f"than the slice: {apart}."
+                f"Control (`{ablation}`): of random slices of the same make-up, clearly less was expected than of the "
+                f"slice, and {apart}. They change logit_diff by {shown(own['total'])} logits, of which their own "
+                f"direct effect is {shown(own['direct'])}."
             )
     return out
 
@@ -475,20 +496,18 @@ def necessity(frame: pd.DataFrame, params: Hydra) -> pd.DataFrame:
 def necessity_sentences(table: pd.DataFrame) -> list[str]:
     """Whether the slice is needed: as the judging ablation has it, and as the others have it."""
 
-    def taken(row: Any) -> str:
-        return f"{of_row(row)} under `{row.ablation}` ({row.damage} of {row.ceiling} of the gap)"
-
     judge, others = (list(table[table["judges"] == wanted].itertuples()) for wanted in (True, False))
     told = [
-        f"Ablated as a whole by values that take no side, the slice takes away {taken(row)} of what the whole final "
-        f"residual stream does. This is over {counted(row.pairs, 'pair')} of {counted(row.quads, 'quad')}; page 07 "
-        "gives it over its own pairs, as a rule more of each quad."
+        f"Ablated as a whole by values that take no side (`{row.ablation}`), the slice takes away {of_row(row)} of "
+        f"what the whole final residual stream does. In shares of the gap that is {row.damage}, against {row.ceiling}. "
+        f"This is over {counted(row.pairs, 'pair')} of {counted(row.quads, 'quad')}; page 07 gives it over its own "
+        "pairs, as a rule more of each quad."
         for row in judge
     ] or ["Whether the slice is needed is not testable: no class-neutral ablation has a ceiling above zero here."]
-    each = listed(taken(row) for row in others)
-    return told + (
-        [f"Its share of the ceiling is {each}; `counterfactual` is recovery in mirror pairs."] * bool(others)
-    )
+    cells = [(f"`{row.ablation}`", of_row(row), row.damage, row.ceiling) for row in others]
+    columns = ("ablation", "share of the ceiling", "slice (share of the gap)", "ceiling (share of the gap)")
+    lead = "Under the other ablations it takes away as follows; `counterfactual` is recovery in mirror pairs."
+    return told + [f"{lead}\n\n{tabled(columns, cells)}"] * bool(cells)
 
 
 def inside_sentences(tests: pd.DataFrame) -> list[str]:
@@ -501,17 +520,17 @@ def inside_sentences(tests: pd.DataFrame) -> list[str]:
     own = tests[tests["stands_in"] & tests["backup"]]
     if own.empty:
         most = tests["estimate"].max()
-        return [f"{lead}: none stands in for them (the largest rise of a cost is {most:.3f} logits)."]
-    return [
-        f"{lead}: {listed(own['site'])} {'stands' if len(own) == 1 else 'stand'} in for them, inside the slice."
-    ] + [
-        f"{row.site} costs {row.alone_estimate:.3f} logits alone and "
-        f"{interval(row.gone_estimate, row.gone_low, row.gone_high, 3)} once the members before it are gone"
-        + (
-            "."
-            if np.isnan(row.ratio_estimate)
-            else f": it makes up for {share_of(row)} of what they would cost without."
-        )
+        return [
+            f"No member stands in for others. {lead}: the largest rise of a cost is {most:.3f} logits (no interval)."
+        ]
+    held = (
+        f"{capital(sites(own['site']))} {'stands' if len(own) == 1 else 'stand'} in for other members, inside the slice"
+    )
+    return [f"{held}. {lead}."] + [
+        f"{capital(sites([row.site]))} costs {interval(row.gone_estimate, row.gone_low, row.gone_high, 3)} logits once "
+        f"the members before it are gone, and {row.alone_estimate:.3f} alone (no interval)."
+        + f" It makes up for {share_of(row)} of what they would cost without."
+        * (not np.isnan(row.ratio_estimate))
         for row in own.itertuples()
     ]
 
@@ -528,10 +547,10 @@ def findings(step: Step, rounds: Sequence[Round], needed: pd.DataFrame, inside: 
     within = inside_sentences(inside)
     end, compared = ending(rounds, params), split_sentences(split, ratios, spread, params)
     sentences = [
-        f"The slice ({listed(effects.site_name(*site) for site in first.sites)}) was ablated as a whole at `last`; "
-        f"what follows is about {own['pair_id'].nunique()} pairs of {own['quad_id'].nunique()} quads of the "
-        f"{own['half'].iloc[0]} half. In every pair the parts add up to the total change: the largest residual is "
-        f"{residual:.1e} logits.",
+        f"The slice ({sites(effects.site_name(*site) for site in first.sites)}) was ablated as a whole at `last`; what "
+        f"follows is about {counted(own['pair_id'].nunique(), 'pair')} of {counted(own['quad_id'].nunique(), 'quad')} "
+        f"of the {own['half'].iloc[0]} half. In every pair the parts add up to the total change: the largest residual "
+        f"is {residual:.1e} logits.",
         *needed_told,
         *compared,
         *control_sentences(split, params),
@@ -562,7 +581,7 @@ def findings(step: Step, rounds: Sequence[Round], needed: pd.DataFrame, inside: 
         "headline": [
             " ".join([end, *within[: len(within) > 1]]),
             needed_told[0],
-            compared[0].partition(" In the ")[0],
+            compared[0].partition(" In single pairs")[0],
         ],  # without the spread over single pairs
     }
     figures = {"split": split_figure(step, rounds)}

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -23,13 +23,15 @@ from report import plots, site_tables
 from report.words import (
     OVER_QUADS,
     about_model,
+    counted,
+    extremes,
     finished,
     heads_or_mlps,
     in_logits,
     listed,
     of_row,
-    of_rows,
     site_rows,
+    tabled,
     top_sites,
     top_sites_sentence,
 )
@@ -131,11 +133,13 @@ def answer_and_foil(step: Step, m: Measured) -> Figure:
 # --- findings ---
 
 
-def shares_sentence(shares: pd.DataFrame, m: Measured, kind: str, count: int) -> str:
-    """The leading sites under one kind of ablation as shares of its ceiling."""
-    order = list(dict.fromkeys(site_tables.picked(m.sites[m.lead], count)["site"]))
-    rows = shares[shares["ablation"] == kind].set_index("site", drop=False).loc[order]
-    return f"under `{kind}` {of_rows(rows, 'site')}"
+def shares_table(shares: pd.DataFrame, limits: Mapping[str, Interval], m: Measured, kinds: Sequence[str]) -> str:
+    """The ceiling of each kind of ablation, and what the leading sites take of it."""
+    order = list(dict.fromkeys(site_tables.picked(m.sites[m.lead], 4)["site"]))
+    cells = {(row.site, row.ablation): of_row(row) for row in shares.itertuples()}
+    ceilings = ("ceiling (share of the gap)", *(str(limits[kind]) for kind in kinds))
+    rows = [(site, *(cells.get((site, kind), "not measured") for kind in kinds)) for site in order]
+    return tabled(("share of the ceiling", *(f"`{kind}`" for kind in kinds)), [ceilings, *rows])
 
 
 def ceiling_sentences(step: Step, m: Measured) -> tuple[dict[str, str], dict[str, Interval]]:
@@ -143,19 +147,17 @@ def ceiling_sentences(step: Step, m: Measured) -> tuple[dict[str, str], dict[str
     limits = damages(at_ceiling(m.records, step.n_layers), step.params)
     shares = of_ceiling(m.records, step.n_layers, step.params)
     told = {"mirror": mirror_sentence(step, m)}
-    told["ceiling"] = (
-        "The ceiling of each ablation, what it does to the whole residual stream of the last layer at `last`, is "
-        + listed(f"{limit} under `{kind}`" for kind, limit in limits.items())
-        + " of the gap between clean and corrupt. It is no bound: a part can take away more, where "
-        "the rest stands against it."
-    )
+    if m.lead in limits:
+        told["ceiling"] = (
+            f"The ceiling of the ablation, what `{m.lead}` does to the whole residual stream of the last layer at "
+            f"`last`, is {limits[m.lead]} of the gap between clean and corrupt. It is no bound: a part can take away "
+            "more, where the rest stands against it."
+        )
     there = [kind for kind in m.sites if kind in {*shares["ablation"]}]
     if there:
         told["sites"] = (
-            f"The leading sites under `{m.lead}` on the discovery half, each as a share of its ablation's own ceiling "
-            "(confirmation half, each interval by itself): "
-            + "; ".join(shares_sentence(shares, m, kind, 4) for kind in there)
-            + "."
+            f"The leading sites under `{m.lead}` on the discovery half take away, under each ablation, as a share of "
+            "its own ceiling (confirmation half, each interval by itself):\n\n" + shares_table(shares, limits, m, there)
         )
     if left := [f"`{kind}`" for kind in limits if kind not in there]:
         told["no ceiling"] = (
@@ -168,18 +170,18 @@ def mirror_sentence(step: Step, m: Measured) -> str:
     """Why counterfactual values do not judge necessity, and which ablation does."""
     seen = (step.beside("coarse_sweep") or {}).get("mirror")
     number = (
-        f" (in {seen['pairs']} pairs whose mirror was swept, too, the two effects of the residual stream at `last` "
-        f"after layer {seen['layer']} correlate at {seen['correlation']:.2f})"
+        f" The two effects of the residual stream at `last` after layer {seen['layer']} correlate at "
+        f"{seen['correlation']:.2f}, without an interval ({seen['pairs']} pairs whose mirror was swept, too)."
         if seen and seen["correlation"] is not None and "pairs" in seen
         else ""
     )
     judged = (
-        f"necessity is judged under `{m.lead}`, whose values carry neither answer of the pair"
+        f"Necessity is judged under `{m.lead}`, whose values carry neither answer of the pair"
         if m.lead in NEUTRAL
-        else "no class-neutral ablation could be run in both halves, so necessity is not judged here: what follows is "
+        else "No class-neutral ablation could be run in both halves, so necessity is not judged here: what follows is "
         f"about `{m.lead}`"
     )
-    return f"`counterfactual` noise in a pair is denoise in its mirror pair{number}; {judged}."
+    return f"{judged}. `counterfactual` noise in a pair is denoise in its mirror pair.{number}"
 
 
 def donor_sentences(m: Measured, asked: Sequence[str]) -> list[str]:
@@ -197,8 +199,8 @@ def leaders_sentence(kind: str, table: pd.DataFrame, params: Shared) -> str:
     """The leading sites under another kind of ablation."""
     unit = in_logits(table, f"familywise {params.level:.0%} intervals")
     return (
-        f"Under `{kind}`, the largest damage on the discovery half is that of {top_sites(table, 3)}, in that order "
-        f"(the numbers: confirmation half, {unit})."
+        f"Under `{kind}`, the largest damage on the discovery half is that of {top_sites(table, 3)}; in brackets what "
+        f"the confirmation half gives ({unit})."
     )
 
 
@@ -208,16 +210,19 @@ def findings(step: Step, m: Measured) -> dict[str, Any]:
     lead, sites, confirmation = m.lead, m.sites[m.lead], reported(m.records)
     agree = agreement(m.records, list(m.sites), params)
     by_role = modules_of(m, params)
-    sample = f"{confirmation['pair_id'].nunique()} pairs of {confirmation['quad_id'].nunique()} quads"
+    pairs, quads = (confirmation[f"{name}_id"].nunique() for name in ("pair", "quad"))
+    sample = f"{counted(pairs, 'pair')} of {counted(quads, 'quad')}"
     told, limits = ceiling_sentences(step, m)
+    ends = ("estimate", "low", "high")
+    ranks = pd.DataFrame(
+        [{"kind": f"`{kind}`"} | {end: getattr(value, end) for end in ends} for kind, value in agree.items()]
+    )
     leading = [top_sites_sentence(sites, params, 6, f"{lead} damage"), heads_or_mlps(sites, params, "damage")]
     sentences = [
         f"Each site at `last` was ablated in the clean run, {step.layers_from}; the confirmation half has {sample}.",
         *leading,
         *told.values(),
-        f"Over sites, effects rank as under `{lead}` with a Spearman correlation of "
-        + listed(f"{value} under `{kind}`" for kind, value in agree.items())
-        + "."
+        f"Over sites, effects rank as under `{lead}` with a Spearman correlation of {extremes(ranks, 'kind')}."
         if agree
         else f"Only `{lead}` was run.",
         *[leaders_sentence(kind, own, params) for kind, own in m.sites.items() if kind != lead],
@@ -240,6 +245,6 @@ def findings(step: Step, m: Measured) -> dict[str, Any]:
         "agreement": agree,
         "ceilings": limits,
         "sentences": sentences,
-        "headline": [*leading, told["ceiling"]],
+        "headline": [*leading, *([told["ceiling"]] if "ceiling" in told else [])],
     }
     return finished(step, found, {"ranked": ranked(m), "layers": modules(step, m)}, CAPTIONS)

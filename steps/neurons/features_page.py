@@ -20,7 +20,7 @@ from lib.effects import columns, in_halves, is_loss, quad_matrix, reported
 from pipeline.step import Step
 from report import interactive, plots
 from report.plots import class_matrices
-from report.words import counted, interval, listed
+from report.words import counted, interval, is_are, listed, number_word, tabled
 from steps.neurons.measure import Measured, Neurons
 from steps.neurons.picks import aucs, best_features, class_directions, selective, stacked
 
@@ -30,7 +30,7 @@ MATCHED = 0.7  # cosine from which two decoder rows count as one feature (Paulo 
 CAPTIONS = {
     "feature-budgets": "What SAE features, neurons and class directions recover and damage when the most effective of "
     "them are patched together, as a share of patching the whole site, beside random features and directions of the "
-    "same norm as the features' change; confirmation half, studentised bootstrap intervals over quads. Dashed: all "
+    "same norm as the features' change. Confirmation half, studentised bootstrap intervals over quads. Dashed: all "
     "features.",
 }
 
@@ -198,29 +198,29 @@ def part_of(table: pd.DataFrame, quantity: str, kind: str, k: int = 0) -> pd.Ser
 def sae_sentences(sae: pd.DataFrame, stable: pd.DataFrame, params: Neurons) -> list[str]:
     """How the autoencoders are, and how alike."""
     row, mean = sae.iloc[0], sae.mean(numeric_only=True)
-    what = f"{len(sae)} SAEs of {row['features']} features were trained from different seeds"
+    what = f"SAEs of {row['features']} features ({len(sae)}) were trained from different seeds"
     what = f"The published SAE `{params.sae_file}` ({row['features']} features) was read" if params.sae_file else what
     out = [
-        f"{what} at {row['site']}, on {row['samples']} activations. On {row['held_samples']} held-out ones (prompts of "
-        f"the confirmation half) the variance explained is {mean['explained']:.2f} ({mean['explained_last']:.2f} at "
-        f"`last`; {mean['explained_train']:.2f} in training), {mean['l0']:.1f} features fire on average (L0), and "
-        f"{mean['dead']:.0%} never do. First tokens were left out: their mean norm is {row['first_norm']:.0f}, that of "
-        f"the others {row['norm']:.0f}."
+        f"{what} at {row['site']}, on {row['samples']:,} activations. On held-out ones ({row['held_samples']:,} "
+        f"prompts of the confirmation half) {mean['l0']:.1f} features fire on average (L0), and {mean['dead']:.0%} "
+        f"never do. The variance explained is {mean['explained']:.2f} there and {mean['explained_train']:.2f} in "
+        f"training (means over seeds, no intervals). At `last` it is {mean['explained_last']:.2f} (no interval). First "
+        f"tokens were left out: their mean norm is {row['first_norm']:.0f}, that of the others {row['norm']:.0f}."
     ]
     if stable.empty:
         return [*out, "Stability over seeds cannot be measured on a single SAE."]
     own = stable.set_index("features")
     alive = own.loc["alive"]
-    text = (
-        f"Between two seeds, a feature's decoder row has a largest cosine of {alive['cosine']:.2f} on average, and "
-        f"{alive['matched']:.0%} of the features are matched one to one at {MATCHED:g} or more (shuffled rows: "
-        f"{own.loc['shuffled', 'cosine']:.2f} and {own.loc['shuffled', 'matched']:.0%})"
-    )
-    if "class-selective" in own.index:
-        some = own.loc["class-selective"]
-        text += f"; for the {some['count']:.0f} class-selective ones {some['cosine']:.2f} and {some['matched']:.0%}"
-    verdict = "most features come back" if alive["matched"] >= 0.5 else "most features belong to their seed"
-    return [*out, f"{text}: {verdict}."]
+    verdict = "Most features come back" if alive["matched"] >= 0.5 else "Most features belong to their seed"
+    names = {"alive": "all that fire", "class-selective": "class-selective", "shuffled": "shuffled rows"}
+    rows = [
+        (name, f"{own.loc[key, 'cosine']:.2f}", f"{own.loc[key, 'matched']:.0%}")
+        for key, name in names.items()
+        if key in own.index
+    ]
+    columns = ("features", "largest cosine, on average", f"matched one to one at {MATCHED:g} or more")
+    text = f"{verdict}: what a feature's decoder row finds in another seed's (counted, no intervals)."
+    return [*out, f"{text}\n\n{tabled(columns, rows)}"]
 
 
 def map_sentences(rows: pd.DataFrame, found: pd.DataFrame, params: Neurons) -> list[str]:
@@ -230,21 +230,28 @@ def map_sentences(rows: pd.DataFrame, found: pd.DataFrame, params: Neurons) -> l
         if kind in rows:
             own = selective(rows, kind, params)
             again, total = int((own["confirmation"] >= params.sae_selective).sum()), len(rows[kind].iloc[0])
-            parts.append(f"{len(own)} of {total} {kind} on discovery, {again} of them again on confirmation")
+            parts.append(
+                f" {len(own)} of {total} {kind} {is_are(len(own))} selective on discovery, and {again} of them again "
+                "on confirmation."
+            )
     neurons = best_neurons(rows)
     best = [
-        f"{r.superset}: {r.feature} ({interval(r.estimate, r.low, r.high)}, {counted(r.n, 'prompt')} of "
-        f"{counted(r.quads, 'quad')}{neurons.get(r.superset, '')})"
+        (r.superset, r.feature, interval(r.estimate, r.low, r.high), r.n, r.quads)
+        + ((neurons[r.superset],) if r.superset in neurons else ())
         for r in found.rename(columns={"n quads": "quads"}).itertuples()
     ]
     few = found["low"].isna().any()
     why = f" There is no interval where the superset is in fewer than {stats.MINIMUM_CLUSTERS} quads." * bool(few)
-    said = ", ".join(best) or "none"
-    beside = ", beside it that of the best of the site's single neurons, picked alike" * bool(neurons)
+    columns = ("superset", "feature", "AUC", "prompts", "quads", *["best neuron's AUC"] * bool(neurons))
+    beside = ", beside it the best of the site's single neurons, picked alike" * bool(neurons)
+    of_each = "No superset is in both halves, so no feature is said to be the best of one."
+    if best:
+        of_each = f"The best feature of each superset by discovery, with its AUC on confirmation{beside}.{why}"
+        of_each += f"\n\n{tabled(columns, best)}"
     return [
-        f"Selective for a superset (AUC of at least {params.sae_selective:g}, one against the rest, at `last`) are "
-        f"{'; '.join(parts)}.",
-        f"The best feature of each superset by discovery, with its AUC on confirmation{beside}: {said}.{why}",
+        f"Selective for a superset is called an AUC of at least {params.sae_selective:g}, one against the rest, at "
+        f"`last`.{''.join(parts)}",
+        of_each,
     ]
 
 
@@ -254,7 +261,7 @@ def best_neurons(rows: pd.DataFrame) -> dict[str, str]:
     if "neurons" not in rows:
         return {}
     first, last = (aucs(part, "neurons") for part in (in_halves(rows)[0][1], in_halves(rows)[-1][1]))
-    return {name: f"; best neuron {last[name][first[name].idxmax()]:.2f}" for name in first if name in last}
+    return {name: f"{last[name][first[name].idxmax()]:.2f}" for name in first if name in last}
 
 
 def effect_sentences(table: pd.DataFrame, gaps: pd.DataFrame, params: Neurons, directions: int) -> list[str]:
@@ -264,15 +271,20 @@ def effect_sentences(table: pd.DataFrame, gaps: pd.DataFrame, params: Neurons, d
     for quantity, own in table.groupby("quantity", sort=False):
         whole = part_of(own, quantity, "whole")
         text = interval(whole["logits_estimate"], whole["logits_low"], whole["logits_high"])
-        each = []
-        for k in dict.fromkeys((min(params.budgets), max(params.budgets))):
-            shares = [(kind, part_of(own, quantity, kind, k)) for kind in KINDS if kind in set(own["kind"])]
-            names = {"directions": f"directions (all {directions} that there are)"} if k > directions else {}
-            each.append(f"{k}: " + ", ".join(f"{names.get(kind, kind)} {shown(row)}" for kind, row in shares))
+        budgets = list(dict.fromkeys((min(params.budgets), max(params.budgets))))
+        each = [
+            (
+                f"directions (there are {directions})" if kind == "directions" and max(budgets) > directions else kind,
+                *(shown(part_of(own, quantity, kind, k)) for k in budgets),
+            )
+            for kind in KINDS
+            if kind in set(own["kind"])
+        ]
         rest, error = (shown(part_of(own, quantity, kind)) for kind in ("reconstruction", "error"))
         out.append(
-            f"Patching the whole site gives a {quantity} of {text} logits. Shares of it at a budget of "
-            f"{'; of '.join(each)}. All features together: {rest}; the error that they leave: {error}."
+            f"Patching the whole site gives a {quantity} of {text} logits. Of it all features together make up {rest}, "
+            f"and the error that they leave {error}.\n\n"
+            + tabled(("share of it", *(f"at a budget of {k}" for k in budgets)), each)
         )
         for other, part in gaps[gaps["quantity"] == quantity].groupby("other", sort=False):
             low, high = part["low"].astype(float), part["high"].astype(float)
@@ -285,11 +297,11 @@ def effect_sentences(table: pd.DataFrame, gaps: pd.DataFrame, params: Neurons, d
     if not verdicts:
         return [*out, "There are too few quads to compare SAE features with neurons and directions."]
     for quantity in dict.fromkeys(table["quantity"]):
-        said = "; ".join(text for which, text, *_ in verdicts if which == quantity)
-        out.append(f"In {quantity}, SAE features do {said} (familywise over kinds and budgets).")
+        said = "\n".join(f"- {text}" for which, text, *_ in verdicts if which == quantity)
+        out.append(f"In {quantity}, SAE features do, familywise over kinds and budgets:\n\n{said}")
     if max(params.budgets) > directions:
         out.append(
-            f"There are {directions} class directions: beyond a budget of {directions}, features stand against all of "
+            f"There are {directions} class directions: beyond a budget of as many, features stand against all of "
             "them, not against as many as there are features."
         )
     return [*out, rivals_sentence(verdicts)]
@@ -299,9 +311,9 @@ def rivals_sentence(verdicts: Sequence[tuple]) -> str:
     """Whether features do more or less than neurons and directions at any budget; `verdicts` end in the other kind, and
     whether features do more and less than it."""
     words = {
-        (True, False): "do more than {} at some budget, and less at none",
+        (True, False): "do more than {} at some budget, and never less",
         (True, True): "do more than {} in some comparisons, and less in others",
-        (False, True): "do less than {} at some budget, and more at none",
+        (False, True): "do less than {} at some budget, and never more",
         (False, False): "are not shown to do more or less than {} at any budget",
     }
     kinds: dict[tuple[bool, bool], list[str]] = {}
@@ -314,6 +326,8 @@ def rivals_sentence(verdicts: Sequence[tuple]) -> str:
 
 def at_budgets(sizes: Sequence[int]) -> str:
     """At which budgets, in words."""
+    if len(sizes) > 2:
+        return f"at {number_word(len(sizes))} budgets, of {sizes[0]} to {sizes[-1]}"
     return f"at a budget of {sizes[0]}" if len(sizes) == 1 else f"at budgets of {listed(sizes)}"
 
 

@@ -21,7 +21,7 @@ from lib.effects import in_halves, reported
 from pipeline.step import Step
 from report import interactive, plots
 from report.plots import BLUE, STYLE, VERMILION, WIDTH, Figure
-from report.words import counted, in_logits, interval, listed, of_row
+from report.words import counted, in_logits, interval, is_are, listed, number_word, of_row, tabled
 from steps.neurons.measure import Measured, Neurons
 from steps.neurons.picks import NEURON, Set, means
 
@@ -34,8 +34,8 @@ CLAIMED = {"quantity": "damage", "n_sites": 10}  # what the claim of page 10 abo
 WRITES = {"up": "most", "down": "least"}
 CAPTIONS = {
     "top": "The neurons of largest effect either way, picked on the discovery half: fall of logit_diff when each "
-    "is given its corrupt value in the clean run (negative: it rises, the neuron opposes the answer), both halves; "
-    "intervals hold for all of the top neurons together.",
+    "is given its corrupt value in the clean run (negative: it rises, the neuron opposes the answer), both halves. "
+    "Intervals hold for all of the top neurons together.",
     "joint": "Joint effect of the top neurons as a share of that of the same layers' whole MLPs, beside the sum of "
     "their single effects and random neurons of the same layers that write as much; confirmation half, "
     "studentised bootstrap intervals over quads.",
@@ -359,19 +359,22 @@ def share_sentence(table: pd.DataFrame, quantity: str) -> str:
     own = table[table["quantity"] == quantity]
     rows = {(row.kind, row.n_sites): interval(row.estimate, row.low, row.high) for row in own.itertuples()}
     how = " (replaced by means, which take no side)" if quantity == "damage" else ""
-    text = f"The whole MLPs of these layers have a joint {quantity} of {own['mlps'].iloc[0]:.2f} logits{how}."
+    text = (
+        f"The whole MLPs of these layers have a joint {quantity} of {own['mlps'].iloc[0]:.2f} logits{how}; it is the "
+    )
+    text += "unit of the shares below, and has no interval of its own."
+    cells: list[tuple[object, ...]] = []
     for kind, does in (("helping", "help"), ("opposing", "oppose")):
         sizes = [n for name, n in rows if name == kind]
         if not sizes:
             continue
-        each = listed(f"{rows[kind, n]} ({n})" for n in sizes if n in (1, 10, max(sizes)))
-        text += (
-            f" Those that {does} the answer on discovery make up this share of it, replaced together: {each}; "
-            f"the single effects of the {max(sizes)} add up to {rows[f'{kind}, summed', max(sizes)]}."
-        )
+        own_sizes = [n for n in sizes if n in (1, 10, max(sizes))]
+        cells += [(f"that {does} the answer on discovery, together", n, rows[kind, n]) for n in own_sizes]
+        added = rows[f"{kind}, summed", max(sizes)]
+        cells.append((f"that {does} the answer on discovery, single effects added up", max(sizes), added))
         if kind == "helping" and ("random", max(sizes)) in rows:
-            text += f" {max(sizes)} random neurons that write as much: {rows['random', max(sizes)]}."
-    return text
+            cells.append(("random ones that write as much, together", max(sizes), rows["random", max(sizes)]))
+    return f"{text}\n\n{tabled(('neurons', 'how many', 'share of it'), cells)}" if cells else text
 
 
 def enough(table: pd.DataFrame) -> pd.Series:
@@ -391,21 +394,21 @@ def few(picking: pd.DataFrame, table: pd.DataFrame) -> str:
     reached, held = enough(picking), enough(table)
     size = int(reached.index[reached].min()) if reached.any() else int(reached.index.max())
     there = both[1][both[1]["n_sites"] == size]
-    each = listed(f"{interval(row.estimate, row.low, row.high)} of the {row.quantity}" for row in there.itertuples())
+    each = listed(f"{of_row(row)} of the {row.quantity}" for row in there.itertuples())
     each += "" if len(there) == len(QUANTITY) else " (in the other direction the MLPs have no effect to carry)"
     if not reached.any():
         return (
-            f"That a few neurons carry the MLPs' effect is not supported: on the discovery half no number of them that "
-            f"was tried ({listed(reached.index)}) is shown to make up more than half of it in both directions; on the "
-            f"confirmation half the {size} that help make up {each}."
+            "That a few neurons carry the MLPs' effect is not supported: on the discovery half no number of them that "
+            f"was tried, up to {size}, is shown to make up more than half of it in both directions. On the "
+            f"confirmation half those that help make up {each}."
         )
     more = "more than half there, too, and more than" if held.get(size, False) else "not shown to be more than half and"
     more += "" if held.get(size, False) else " more than"
     return (
-        f"On the discovery half {size} neurons are the fewest, of the numbers tried ({listed(reached.index)}), that "
-        f"surely carry more than half of what the MLPs do together. On the confirmation half they make up {each}, "
-        f"{more} random neurons that write as much. These are shares of a net effect, which neurons that oppose the "
-        "answer have already lowered."
+        f"On the discovery half {counted(size, 'neuron')} {is_are(size)} the fewest, of the numbers tried, that surely "
+        "carry more than half of what the MLPs do together. On the confirmation half they make up "
+        f"{each}, {more} random neurons that write as much. These are shares of a net effect, which neurons that "
+        "oppose the answer have already lowered."
     )
 
 
@@ -413,8 +416,8 @@ def claimed(table: pd.DataFrame) -> str:
     """The number that page 10 judges, which is another than that of `few`; "" where it was not measured."""
     own = table[(table["kind"] == "helping") & (table[list(CLAIMED)] == pd.Series(CLAIMED)).all(axis=1)]
     return "".join(
-        f" (Here sets of every size are asked in both directions; the claim of page 10 is about {row.quantity} alone, "
-        f"by the {row.n_sites} that help most on discovery: {interval(row.estimate, row.low, row.high)}.)"
+        f" Here sets of every size are asked in both directions; the claim of page 10 is about {row.quantity} alone, "
+        f"by the {row.n_sites} that help most on discovery: {of_row(row)}."
         for row in own.itertuples()
     )
 
@@ -423,7 +426,7 @@ def asked(frame: pd.DataFrame, chosen: pd.DataFrame) -> str:
     """From how many neurons, and on how many quads, those were picked that are asked."""
     half, first = in_halves(frame)[0]
     return (
-        f" The {len(chosen)} asked were picked from {len(frame[NEURON].drop_duplicates()):,} on "
+        f" Those asked were picked, {len(chosen)} of {len(frame[NEURON].drop_duplicates()):,}, on "
         f"{counted(first['quad_id'].nunique(), f'{half} quad')}: others, missed there, may do more."
     )
 
@@ -432,14 +435,13 @@ def scope_sentences(frame: pd.DataFrame, chosen: pd.DataFrame) -> tuple[list[str
     """What was swept, and how far the effects of single neurons repeat in the other half."""
     halves = [means(part) for _, part in in_halves(frame)]
     both = halves[0].merge(halves[-1], on=NEURON, suffixes=("", "_last"))
-    quads = [f"{part['quad_id'].nunique()} {half} quads" for half, part in in_halves(frame)]
+    quads = [counted(part["quad_id"].nunique(), f"{half} quad") for half, part in in_halves(frame)]
     layers = sorted(frame["layer"].unique())
     numbers = {"neurons": len(both), "layers": [int(layer) for layer in layers], "pairs": frame["pair_id"].nunique()}
     sentences = [
         f"Each of the {len(both):,} neurons of layer{'s' * (len(layers) > 1)} {listed(layers)} was replaced at `last` "
-        f"in {numbers['pairs']} pairs ({listed(quads)}), its "
-        "corrupt value into the clean run and its clean value into the corrupt run: "
-        f"{len(frame):,} runs, each of which proved its edit."
+        f"by its corrupt value in the clean run, and by its clean value in the corrupt run. These are {len(frame):,} "
+        f"runs in {counted(numbers['pairs'], 'pair')} ({listed(quads)}), each of which proved its edit."
     ]
     if len(quads) > 1:
         numbers["replication"] = float(tests.spearmanr(both["effect"], both["effect_last"]).statistic)
@@ -447,17 +449,20 @@ def scope_sentences(frame: pd.DataFrame, chosen: pd.DataFrame) -> tuple[list[str
         kept = (np.sign(picked["effect"]) * picked["effect_last"]).sum() / picked["effect"].abs().sum()
         numbers["kept"] = float(kept)
         sentences.append(
-            f"Over all of them the mean effects in the two halves have a Spearman correlation of "
-            f"{numbers['replication']:.2f}; the {len(picked)} of largest discovery effect, either way, keep {kept:.0%} "
-            "of it, signs counted, in the quads they were not picked on."
+            f"The {counted(len(picked), 'neuron')} of largest discovery effect, either way, keep {kept:.0%} of it, "
+            "signs counted, in the quads they were not picked on. Over all neurons the mean effects in the two halves "
+            f"have a Spearman correlation of {numbers['replication']:.2f} (no interval: a layer's neurons are no "
+            "independent draws)."
         )
         totals = {does: total for does, total in added_up(frame).items() if len(total) and total[-1] != 0}
-        each = [
-            f"those of the neurons that {does} on discovery reach {total[-1]:+.2f} logits, half of it after "
-            f"{1 + int(np.argmax(total / total[-1] >= HALF)):,} of {len(total):,}"
+        each = "".join(
+            f" Those of the neurons that {does} on discovery reach {total[-1]:+.2f} logits in sum, half of it after "
+            f"{1 + int(np.argmax(total / total[-1] >= HALF)):,} of {len(total):,} neurons."
             for does, total in totals.items()
-        ]
-        sentences.append(f"Added up in the order of the discovery effects, confirmation effects: {'; '.join(each)}.")
+        )
+        sentences.append(
+            f"The confirmation effects were added up in the order of the discovery effects (sums, no intervals).{each}"
+        )
     return sentences, numbers
 
 
@@ -465,7 +470,9 @@ def top_sentences(tables: dict[str, pd.DataFrame], table: pd.DataFrame, params: 
     """The top neurons in more pairs: their effects, and how many are significant in both halves, by ablation."""
     lead, last = tables["counterfactual"], reported(table)
     own = reported(lead).sort_values("rank")
-    each = listed(f"{row.site} ({interval(row.estimate, row.low, row.high)})" for row in own.head(6).itertuples())
+    first, *others = own.head(6).itertuples()
+    pairs, quads = (last[f"{name}_id"].nunique() for name in ("pair", "quad"))
+    sample = f"{counted(pairs, 'pair')} of {counted(quads, 'quad')}, {last['half'].iloc[0]} half"
     counts = {kind: significant(rows, params) for kind, rows in tables.items()}
     words = {
         "counterfactual": "their corrupt value",
@@ -473,12 +480,13 @@ def top_sentences(tables: dict[str, pd.DataFrame], table: pd.DataFrame, params: 
         "mean": "the mean",
     }
     sentences = [
-        f"In {last['pair_id'].nunique()} pairs of {last['quad_id'].nunique()} {last['half'].iloc[0]} quads each of "
-        f"the first {min(6, len(own))}, picked on discovery, is replaced by its corrupt value: logit_diff falls by "
-        f"({in_logits(own, f'familywise intervals over the {len(own)}')}; negative: it rises, the neuron opposes the "
-        f"answer) {each}.",
-        f"Of the {len(own)} neurons of largest effect on discovery, significant familywise in each half with one sign "
-        f"are {listed(f'{both_ways(sign)} under {words[kind]}' for kind, sign in counts.items())}."
+        f"The neuron of largest effect, picked on discovery, is {first.site}: where its corrupt value replaces it, "
+        f"logit_diff falls by {of_row(first)} ({in_logits(own, 'familywise intervals')}; {sample})."
+        + f" Next come {listed(row.site for row in others)}."
+        * bool(others),
+        "Of the neurons of largest effect on discovery, significant familywise with the same sign in each half are"
+        + ";".join(f" {both_ways(sign)}, under {words[kind]}" for kind, sign in counts.items())
+        + "."
         if lead["low"].notna().all()
         else f"There are too few quads to say of any of the {len(own)} neurons that it is significant.",
     ]
@@ -488,8 +496,8 @@ def top_sentences(tables: dict[str, pd.DataFrame], table: pd.DataFrame, params: 
 def both_ways(sign: pd.Series) -> str:
     """How many neurons of `significant` help the answer and how many oppose it."""
     counts = {"help": int((sign > 0).sum()), "oppose": int((sign < 0).sum())}
-    each = (f"{number} that {does}{'s' * (number == 1)}" for does, number in counts.items() if number)
-    return " and ".join(each) or "none"
+    each = (f"{number_word(number)} that {does}{'s' * (number == 1)}" for does, number in counts.items() if number)
+    return " and ".join(each) or "no neurons"
 
 
 def direct_sentence(frame: pd.DataFrame, chosen: pd.DataFrame) -> str:
@@ -497,13 +505,14 @@ def direct_sentence(frame: pd.DataFrame, chosen: pd.DataFrame) -> str:
     last = reported(frame)
     own = means(last).merge(chosen[NEURON], on=NEURON)
     each = [
-        f"{layer} ({counted(len(rows), 'neuron')}): {rows['direct'].sum():+.2f} of {rows['effect'].sum():+.2f}"
+        (layer, len(rows), f"{rows['direct'].sum():+.2f}", f"{rows['effect'].sum():+.2f}")
         for layer, rows in own.groupby("layer")
     ]
     return (
         "What the top neurons write directly on logit_diff, without what later layers make of it, and their whole "
-        f"effect, added up by layer (logits, positive: for the answer; {last['quad_id'].nunique()} "
-        f"{last['half'].iloc[0]} quads): {listed(each)}."
+        "effect: sums by layer, without intervals (logits, positive: for the answer; "
+        f"{counted(last['quad_id'].nunique(), 'quad')}, {last['half'].iloc[0]} half).\n\n"
+        + tabled(("layer", "neurons", "written directly", "whole effect"), each)
     )
 
 
@@ -523,12 +532,14 @@ def class_sentence(told: pd.DataFrame, chance: pd.DataFrame, chosen: pd.DataFram
     most = ", so many that this singles none out" if numbers["selective"] > len(told) / 2 else ""
     return (
         f"By its activation at `last`, {numbers['selective']:,} of {len(told):,} neurons tell a superset from the "
-        f"others{most} (significant over neurons and supersets on discovery, again on confirmation with the same side; "
-        f"{numbers['selective_chance']:,} by chance, when each half's labels are dealt out anew), of the "
-        f"{len(own)} top ones {numbers['top_selective']}; "
-        f"the area's median distance from 0.5 is {numbers['area']:.2f} over all and {numbers['top_area']:.2f} over the "
-        f"top ones. Of the {numbers['higher']} top neurons that are higher for their superset, {numbers['promoted']} "
-        f"raise its own logit most, of all supersets, and {numbers['suppressed']} lower it most.",
+        f"others{most}; dealing out each half's labels anew gives {numbers['selective_chance']:,}. That is counted "
+        "where a neuron is significant over neurons and supersets on discovery, and again on confirmation with the "
+        f"same side. It is so of {numbers['top_selective']} of the {counted(len(own), 'top neuron')}. The area's "
+        f"median distance from one half is {numbers['area']:.2f} over all neurons and {numbers['top_area']:.2f} over "
+        f"the top ones (medians, no intervals). Higher for their superset {is_are(numbers['higher'])} "
+        f"{counted(numbers['higher'], 'top neuron')}, of which {numbers['promoted']} "
+        f"{'raises' if numbers['promoted'] == 1 else 'raise'} its own logit most, of all supersets. It is lowered most "
+        f"by {numbers['suppressed']}.",
         numbers,
     )
 
@@ -550,12 +561,15 @@ def card_sentence(
         return "No superset is in both halves, so that none is said of single neurons."
     effect = reported(lead).set_index("site")
     each = [
-        f"{site}, {'higher' if row.mean > row.mean_others else 'lower'} for {plural(row.superset)} ({row.mean:.2f} "
-        f"against {row.mean_others:.2f}), {helps(effect.loc[site])} and writes most on "
-        f"{words.loc[site, 'writes most on']}, least on {words.loc[site, 'writes least on']}"
+        f"{site} {helps(effect.loc[site])}; it is {'higher' if row.mean > row.mean_others else 'lower'} for "
+        f"{plural(row.superset)}. It writes most on {words.loc[site, 'writes most on']}, and least on "
+        f"{words.loc[site, 'writes least on']}."
         for site, row in zip(rows.index, rows.itertuples(), strict=True)
     ]
-    return "; ".join(each) + ". (In brackets: how many of the layer's neurons single out a word as much.)"
+    return (
+        "\n\n".join(each)
+        + "\n\nIn brackets behind the words: how many of the layer's neurons single out a word as much."
+    )
 
 
 def part(step: Step, m: Measured) -> dict[str, Any]:

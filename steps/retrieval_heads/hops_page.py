@@ -7,7 +7,7 @@ import pandas as pd
 from lib import stats
 from lib.effects import columns, quad_matrix, reported
 from lib.stats import Settings
-from report.words import listed, of_row
+from report.words import of_row, sites, tabled
 from steps.retrieval_heads.hops import EVERY, ROLES, SLICE
 
 REMAINDER = "remainder"
@@ -48,11 +48,12 @@ def sentences(shares: pd.DataFrame) -> list[str]:
     for reader, what in LEFT.items():
         own = shares[shares["reader"] == reader].set_index("position")
         if len(own):
-            parts = listed(f"{of_row(row)} at `{role}`" for role, row in own.drop(REMAINDER).iterrows())
-            whose = "heads of all layers read" if reader == EVERY else f"the slice's heads, {SHARING}, read"
+            rows = [(f"`{role}`", of_row(row)) for role, row in own.drop(REMAINDER).iterrows()]
+            whose = "heads of all layers" if reader == EVERY else f"the slice's heads, {SHARING},"
             out.append(
-                f"At the last token {whose} {parts} of the gap; {of_row(own.loc[REMAINDER])} {what} "
-                f"({own['quads'].iloc[0]} quads, confirmation half)."
+                f"What {whose} read at the last token: {of_row(own.loc[REMAINDER])} {what} "
+                f"({own['quads'].iloc[0]} quads, confirmation half).\n\n"
+                + tabled(("read at", "share of the gap"), rows)
             )
     there = shares[(shares["position"] == "between") & ~shares["reader"].isin([EVERY, SLICE])]
     if len(there):
@@ -60,7 +61,7 @@ def sentences(shares: pd.DataFrame) -> list[str]:
         if pd.notna(row["low"]) and row["low"] > 0:
             verb = "share" if "+" in row["reader"] else "reads"
             out.append(
-                f"Of the slice's heads, {SHARING}, {listed(row['reader'].split(' + '))} {verb} most at `between`: "
+                f"Of the slice's heads, {SHARING}, {sites(row['reader'].split(' + '))} {verb} most at `between`: "
                 f"{of_row(row)} of the gap (the largest of these estimates, picked and reported on the same pairs)."
             )
     return out
@@ -74,7 +75,7 @@ def both_hops(shares: pd.DataFrame, everything: pd.DataFrame) -> list[str]:
         return []
     return [
         f"The {of_row(everything.iloc[0])} that path patching at the names finds goes both ways. It replaces keys and "
-        "values there for every token that reads them: for the last token, which by itself reads "
-        f"{of_row(own.loc['names'])}, and for those before it, so that it counts the part that these heads lay down of "
-        f"the {of_row(own.loc['between'])} that the last token reads at `between`."
+        f"values there for the last token, which by itself reads {of_row(own.loc['names'])}. It also does for the "
+        "tokens before it, so that it counts the part that these heads lay down of the "
+        f"{of_row(own.loc['between'])} that the last token reads at `between`."
     ]

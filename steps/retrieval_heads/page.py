@@ -35,7 +35,11 @@ from report.words import (
     in_logits,
     interval,
     listed,
+    number_word,
+    of_row,
     shown,
+    sites,
+    tabled,
     top_sites,
     with_ends,
 )
@@ -181,11 +185,11 @@ def margins(m: Measured, role: str, params: RetrievalHeads) -> pd.DataFrame:
         return pd.DataFrame(columns=[*EMPTY, "kind", "ablation"])
     own = reported(own)
     matrix = quad_matrix(own, "margin_effect", ["site_set"])
-    kinds, sites = zip(*(m.sets[role][index] for index in matrix.sites["site_set"]), strict=True)
+    kinds, sets = zip(*(m.sets[role][index] for index in matrix.sites["site_set"]), strict=True)
     spans = effects.columns(stats.mean_intervals(matrix.values, params))
     return pd.DataFrame(spans).assign(
         kind=kinds,
-        site=[listed(effects.site_name(*site) for site in together) for together in sites],
+        site=[listed(effects.site_name(*site) for site in together) for together in sets],
         ablation=own["ablation"].iloc[0],
         quads=len(matrix.quads),
     )
@@ -195,7 +199,7 @@ def flips(records: pd.DataFrame, params: RetrievalHeads) -> str:
     """How many of the answers that were right an ablation flips, with the share's interval over quads; one half."""
     right = records[records["metric_before"] > 0]  # the others have no answer to flip
     if right.empty:
-        return "none of the answers, for none was right"
+        return "no answer, for every one was wrong already"
     units = (right["metric_after"] < 0).groupby(right["quad_id"]).agg(["sum", "count"])
     span = stats.proportion_interval(units["sum"], units["count"], params)
     share = interval(span.estimate, span.low, span.high)
@@ -500,11 +504,11 @@ def probe_sentences(table: pd.DataFrame, probes: pd.DataFrame) -> list[str]:
     out = []
     for template, own in table.groupby("template", sort=False):
         each = [
-            f"{row.label} {'(centred) ' * row.centred}{interval(row.estimate, row.low, row.high)} "
-            f"(chance {row.chance:.2f}, {row.people} people)"
+            (f"{row.label}{', centred' * row.centred}", of_row(row), f"{row.chance:.2f}", row.people)
             for row in own.itertuples()
         ]
-        out.append(f'After "{template}" the right label comes first: {listed(each)}.')
+        columns = ("label", "comes first", "chance", "people")
+        out.append(f'How often the right label comes first after "{template}":\n\n{tabled(columns, each)}')
     if probes["profession"].equals(probes["superset"]):  # the question has no finer labels
         return out
     parts = probes.drop_duplicates("profession").groupby("scored")["profession"].apply(sorted)
@@ -521,27 +525,23 @@ def share_of(table: pd.DataFrame, senders: str, receivers: str, mlps: str) -> st
     return interval(own["estimate"], own["low"], own["high"])
 
 
-def kinds(table: pd.DataFrame, where: str, mlps: str) -> str:
-    """The shares of MLPs, heads and the embedding, those of them that there are."""
-    names = {"MLPs": "MLPs", "heads": "heads", "embedding": "the embedding"}
-    there = {kind: name for kind, name in names.items() if kind in {*table["senders"]}}
-    return listed(f"{name} {share_of(table, kind, where, mlps)}" for kind, name in there.items())
-
-
 def kinds_sentences(table: pd.DataFrame, parts: pd.DataFrame, where: str) -> list[str]:
     """What each kind of sites wrote: as shares of what all carry together (`written`), and of the gap (`shares`)."""
-    out, given = [], "read there" if where == READ else "given there"
+    given, shares = "read there" if where == READ else "given there", {"the whole gap": table}
     if {"frozen", "recomputed"} <= {*parts.get("mlps", ())}:
-        out.append(
-            f"Shares of what is {given} that are written directly (other MLPs frozen): "
-            f"{kinds(parts, where, 'frozen')}; with the MLPs that listen recomputed, "
-            f"{kinds(parts, where, 'recomputed')}. The latter overlap, for what heads and the embedding write reaches "
-            "the slice through MLPs, too."
-        )
+        shares = {f"what is {given}": parts} | shares
+    names = {"MLPs": "MLPs", "heads": "heads", "embedding": "the embedding"}
+    there = {kind: name for kind, name in names.items() if kind in {*table["senders"]}}
+    how = {"frozen": "directly", "recomputed": "with MLPs that listen"}
+    columns = ["written by", *(f"{way}, of {whole}" for whole in shares for way in how.values())]
+    rows = [
+        (name, *(share_of(own, kind, where, mlps) for own in shares.values() for mlps in how))
+        for kind, name in there.items()
+    ]
     return [
-        *out,
-        f"The same as shares of the whole gap between clean and corrupt: directly {kinds(table, where, 'frozen')}; "
-        f"with the MLPs that listen recomputed, {kinds(table, where, 'recomputed')}.",
+        f"Who wrote what is {given}, directly (other MLPs frozen) and with the MLPs that listen recomputed. The latter "
+        "shares overlap, for what heads and the embedding write reaches the slice through MLPs, too.\n\n"
+        + tabled(columns, rows)
     ]
 
 
@@ -555,7 +555,7 @@ def route_sentences(
         alone = {kind: share_of(table, "everything", f"{kind} at names", "recomputed") for kind in ("v", "k")}
         whole = (
             f"Replacing all that the slice's heads read at the names' tokens takes away {every} of the gap between "
-            f"clean and corrupt; their values alone {alone['v']}, their keys alone {alone['k']}"
+            f"clean and corrupt. Their values alone take away {alone['v']}, their keys alone {alone['k']}"
         )
     more = "more than" if gap.low is not None and gap.low > floor else "not significantly more than"
     more = "less than" if gap.high is not None and gap.high < -floor else more
@@ -584,9 +584,10 @@ def ablation_sentences(m: Measured, params: RetrievalHeads) -> list[str]:
         row = margins(m, role, params).query("kind == 'together'").iloc[0]
         together = [kind for kind, _ in m.sets[role]].index("together")
         own = reported(m.ablation[(m.ablation["position"] == role) & (m.ablation["site_set"] == together)])
+        which = sites(effects.site_name(*site) for site in m.sets[role][together][1])
         out.append(
-            f"Ablating only the paths into the slice of {row['site']} at `{role}` ({row['ablation']}) lowers the "
-            f"margin by {interval(row['estimate'], row['low'], row['high'])} logits and flips {flips(own, params)}."
+            f"Ablating only the paths into the slice of {which} at `{role}` ({row['ablation']}) lowers the margin by "
+            f"{of_row(row)} logits. It flips {flips(own, params)}."
         )
     return out
 
@@ -646,7 +647,7 @@ def verdicts(
 
 def verdict_sentences(found: dict, tests: pd.DataFrame, reads: pd.Series | None = None) -> list[str]:
     """The verdicts in words; `reads` as `verdicts` takes it."""
-    heads = [f"{listed(sites)} at `{role}`" for role, sites in found["retrieval_heads"].items()]
+    heads = [f"{sites(own)} at `{role}`" for role, own in found["retrieval_heads"].items()] or ["no head"]
     each, some = passing(outside_of(tests)), any_head(tests)
     open_ones = [f"{site} at `{role}`" for (site, role), said in each.items() if said == NOT_TESTABLE]
     inside = tests.loc[tests["inside"].astype(bool), "site"].nunique()
@@ -654,14 +655,19 @@ def verdict_sentences(found: dict, tests: pd.DataFrame, reads: pd.Series | None 
     why = f"{NOT_TESTABLE} here (too few quads, or the slice has no heads)"
     more = {True: "shown", False: "not shown", None: why}
     there = "" if reads is None else f" ({with_ends(reads)}, with what they pass on at the tokens between)"
-    p = f" (p = {some['p']:.2g} when corrected for all {some['heads']} heads of all roles)" * bool(heads)
+    p = f" (p = {some['p']:.2g}, corrected for all heads of all roles)" * bool(found["retrieval_heads"])
+    inside_heads = found["slice_heads_that_retrieve"]
+    by_themselves = f"Of the slice's {counted(inside, 'head')}, {sites(inside_heads)} by "
+    by_themselves += f"{'itself passes' if len(inside_heads) == 1 else 'themselves pass'} the same four tests."
+    if not inside_heads:
+        by_themselves = "No head of the slice passes the same four tests by itself."
+    put = counted(some["heads"], "head")
     return [
-        f"Retrieval heads outside the slice, by all four tests: {listed(heads)}, of {some['heads']} heads put to them"
-        + f" ({NOT_TESTABLE} at this size: {listed(open_ones)})" * bool(open_ones)
+        f"Retrieval heads outside the slice, by all four tests: {listed(heads)} of the {put} put to them"
+        + f" ({NOT_TESTABLE} at this size: {sites(open_ones)})" * bool(open_ones)
         + f". Two stages, names to retrieval heads to slice: {answers[found['two_stages']]}{p}.",
         f"One stage, the slice's own heads together reading over half of the gap at the names{there}, and one of them "
-        f"at least passing all four tests: {answers[found['one_stage']]}. Heads of the slice that by themselves pass "
-        f"the same four tests: {listed(found['slice_heads_that_retrieve'])}, of {inside}.",
+        f"at least passing all four tests: {answers[found['one_stage']]}. {by_themselves}",
         "That MLPs at the names write directly more of what the slice reads there than heads do is "
         f"{more[found['mlps_at_the_names']]}. How much of it each writes, page 10 judges.",
     ]
@@ -673,17 +679,17 @@ def heads_tests(tests: pd.DataFrame) -> str:
     out = []
     for site, role in dict.fromkeys(zip(tests["site"], tests["role"], strict=True)):
         held = [test for test, said in by_test.items() if said[site, role] == SUPPORTED]
-        out.append(f"{site} {'all four' if len(held) == len(FOUR) else listed(held)}")
+        passed = "all four" if len(held) == len(FOUR) else " and ".join(held) or "no test"
+        out.append(f"{sites([site])}: {passed}")
     return "; ".join(out)
 
 
-def passed_by(tests: pd.DataFrame, test: str) -> str:
-    """How many heads pass one of the four tests; of one of two parts, also each part."""
+def passed_by(tests: pd.DataFrame, test: str) -> list[tuple[str, int, int]]:
+    """How many heads pass one of the four tests, and of how many it is not testable; of one of two parts, each part."""
     parts = FOUR.get(test, (test,))
     said = [*passing(tests, parts).values()]
-    words = [passed_by(tests, part) for part in parts] if len(parts) > 1 else []
-    words += [f"{said.count(NOT_TESTABLE)} {NOT_TESTABLE}"] * (NOT_TESTABLE in said)
-    return f"{test} {said.count(SUPPORTED)}" + f" ({', '.join(words)})" * bool(words)
+    rows = [(test, said.count(SUPPORTED), said.count(NOT_TESTABLE))]
+    return rows + [row for part in parts if len(parts) > 1 for row in passed_by(tests, part)]
 
 
 def test_sentences(tests: pd.DataFrame) -> list[str]:
@@ -694,9 +700,12 @@ def test_sentences(tests: pd.DataFrame) -> list[str]:
         count = own.groupby(["site", "role"]).ngroups
         if not count:
             continue
-        each = [passed_by(own, test) for test in FOUR]
-        which = f" Passed by each: {heads_tests(own)}." * inside
-        out.append(f"Heads {words} that pass each test, of {count}: {listed(each)}.{which}")
+        each = [row for test in FOUR for row in passed_by(own, test)]
+        which = f" Which head passes which: {heads_tests(own)}." * inside
+        columns = ("test", "passed by", NOT_TESTABLE)
+        out.append(
+            f"How many of the {counted(count, 'head')} {words} pass each test.{which}\n\n{tabled(columns, each)}"
+        )
         if len(null := own["null"].dropna().astype(int)):
             least, most, family = null.min(), null.max(), "of the slice" if inside else "of a role"
             out.append(
@@ -713,8 +722,8 @@ def named_sentences(m: Measured, params: RetrievalHeads) -> list[str]:
         return []
     tests = named_tests(m, params)
     return [
-        f"Of the {counted(len(m.named), 'head')} that the profile names, tested at `names` as a family of their own: "
-        f"{heads_tests(tests)}. The smallest p that a rank can give them, after the correction, is "
+        f"The {counted(len(m.named), 'head')} that the profile names, tested at `names` as a family of their own, pass "
+        f"as follows: {heads_tests(tests)}. The smallest p that a rank can give them, after the correction, is "
         f"{tests['smallest'].max():.2g}."
     ]
 
@@ -726,7 +735,7 @@ def probe_sentence(m: Measured, role: str, params: RetrievalHeads) -> str:
         return f"What a probe tells from heads' outputs at `{role}` is {NOT_TESTABLE}: too few quads."
     sure, of, against = effects.confirmed(told, params), told["site"].nunique(), CHANCE
     if best != CHANCE:
-        against = f"the people's {best} do ({reported(known)['told'].mean():.2f} above chance)"
+        against = f"the people's {best} do (these are {reported(known)['told'].mean():.2f} above chance)"
     said = (
         f"At `{role}`, a held-out linear probe tells the class from the outputs of {len(sure)} of {of} heads better "
         f"than {against}, in both halves."
@@ -738,20 +747,19 @@ def senders_sentence(table: pd.DataFrame, role: str, params: RetrievalHeads, cou
     """The leading senders of a route."""
     leading = reported(picked(table, count))
     sure = effects.confirmed(table, params)
-    sites = {"head": "heads", "attn": "attention modules", "mlp": "MLPs"}
-    there = {kind: word for kind, word in sites.items() if kind in {*table["component"]}}
-    kinds = [f"{(sure['component'] == kind).sum()} {word}" for kind, word in there.items()]
-    kinds = ["the embedding"] * (not sure["component"].isin(list(sites)).all()) + kinds
+    words = {"head": "head", "attn": "attention module", "mlp": "MLP"}
+    there = {kind: word for kind, word in words.items() if kind in {*table["component"]}}
+    counts = {word: int((sure["component"] == kind).sum()) for kind, word in there.items()}
+    kinds = [f"{number_word(count)} {word}{'s' * (count != 1)}" for word, count in counts.items()]
+    kinds = ["the embedding"] * (not sure["component"].isin(list(words)).all()) + kinds
     asked, few = reported(table)["site"].nunique(), int(reported(table)["quads"].min())
-    told = f"significant in both halves are {listed(kinds)}, of {asked} that were followed to the other half"
+    told = f"Significant in both halves are {listed(kinds)}, of {asked} that were followed to the other half"
     if few < stats.MINIMUM_CLUSTERS:
-        told = f"whether they are significant is {NOT_TESTABLE} ({few} quads, {stats.MINIMUM_CLUSTERS} needed)"
+        told = f"Whether they are significant is {NOT_TESTABLE} ({few} quads, {stats.MINIMUM_CLUSTERS} needed)"
     return (
-        f"At `{role}`, the senders of largest path effect into the slice on the discovery half, of "
-        f"{table['site'].nunique()}, are, in that order and with what the confirmation half gives, "
-        f"{top_sites(table, count)} ({in_logits(leading, 'familywise intervals')}); {told}."
-        + ONE_HALF
-        * (table["half"].nunique() == 1)
+        f"At `{role}`, of {counted(table['site'].nunique(), 'sender')}, the largest path effect into the slice on the "
+        f"discovery half is that of {top_sites(table, count)}; in brackets what the confirmation half gives "
+        f"({in_logits(leading, 'familywise intervals')}). {told}." + ONE_HALF * (table["half"].nunique() == 1)
     )
 
 
@@ -759,11 +767,14 @@ def attention_sentence(looks: Mapping[str, pd.DataFrame], slice_sites: Sequence[
     """How the slice's heads attend from the last token."""
     table = reported(looks["last"]).set_index("site")
     heads = [effects.site_name(*site) for site in slice_sites if site.component == "head"]
-    each = [f"{head} {table.loc[head, 'share']:.0%}" for head in heads if head in table.index]
+    each = sorted((table.loc[head, "share"], head) for head in heads if head in table.index)
     even = (table["share"] - table["estimate"]).mean()
+    if not each:
+        return "No head of the slice attends from the last token: it has none in this table."
+    ends = [f"{share:.0%} ({sites([head])})" for share, head in (each if len(each) == 1 else (each[0], each[-1]))]
     return (
-        f"From the last token the slice's heads pay to the names' tokens {listed(each)} of their attention (an even "
-        f"spread would give {even:.0%})."
+        f"From the last token the slice's heads pay {' to '.join(ends)} of their attention to the names' tokens; an "
+        f"even spread would give {even:.0%}."
     )
 
 

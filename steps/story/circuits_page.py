@@ -26,7 +26,7 @@ from lib.effects import columns, familywise, in_halves, is_loss, named, reported
 from lib.hooks import site_name
 from pipeline.step import Step
 from report import plots, site_tables
-from report.words import interval, listed, with_ends
+from report.words import capital, counted, is_are, listed, number_word, of_row, sites, tabled, with_ends
 from steps.story import measure
 from steps.story.measure import Everywhere, Measured, Story
 
@@ -342,32 +342,33 @@ def verdict(row: Mapping[str, Any], above: float | None = None, below: float | N
 def tested_sentences(found: Mapping[str, Any], params: Story, where: str) -> list[str]:
     """Whether a circuit is faithful, necessary, minimal and complete; what is resampled `where` the words say."""
     weak, worst, failing = found["weakest"], found["incompleteness"], found["failing"]
-    named = listed(failing) if len(failing) < NAMED else f"{len(failing)} of {len(found['members'])}"
-    named = "there are too few quads to say" if weak["low"] is None or np.isnan(weak["low"]) else named
+    named = sites(failing) if len(failing) < NAMED else f"{len(failing)} of {len(found['members'])} members"
+    named = (
+        f"Not shown to cost more than zero (familywise): {named}" if failing else "Every one is shown to cost something"
+    )
+    few = weak["low"] is None or np.isnan(weak["low"])
+    named = "There are too few quads to say which costs more than zero" if few else named
     some = len(found["members"]) < found["size"]
-    which = f"members, the last of {found['size']} in their order," if some else "members"
+    which = f" (of the last {len(found['members'])} in their order)" if some else ""
     out = [
-        f"Faithfulness on the confirmation half, when all else {where} is resampled, is "
-        f"{with_ends(found['faithfulness'])} ({found['quads']} quads), on the discovery half "
-        f"{with_ends(found['faithfulness_discovery'])}; with all else from the corrupt prompt "
+        f"Faithfulness, that it keeps {params.faithful_share:g} or more when all else {where} is resampled, is "
+        f"{verdict(found['faithfulness'], above=params.faithful_share)}: {with_ends(found['faithfulness'])} on the "
+        f"confirmation half ({found['quads']} quads). On the discovery half it is "
+        f"{with_ends(found['faithfulness_discovery'])}, with all else from the corrupt prompt "
         f"{with_ends(found['faithfulness_counterfactual'])}. The answer leads the candidates in "
-        f"{with_ends(found['leads'])} of the pairs, in the model itself in {with_ends(found['leads_untouched'])}. It "
-        f"keeps {params.faithful_share:g} or more: "
-        f"{verdict(found['faithfulness'], above=params.faithful_share)}.",
-        f"Necessity: with the circuit resampled and all else intact the model keeps {with_ends(found['necessity'])}. "
-        f"Less than half is left: {verdict(found['necessity'], below=0.5)}.",
-        f"Minimality: of {len(found['members'])} {which} removed one by one, {weak['site']} costs least: "
-        f"{with_ends(weak, 3)} logits ({weak['share']:.2f} of what the model has). Those whose cost is not shown to be "
-        "above zero "
-        f"(familywise): {named}.",
+        f"{with_ends(found['leads'])} of the pairs, in the model itself in {with_ends(found['leads_untouched'])}.",
+        "Necessity, that less than half is left with the circuit resampled and all else intact, is "
+        f"{verdict(found['necessity'], below=0.5)}: the model keeps {with_ends(found['necessity'])}.",
+        f"Minimality: {named}. Removed one by one{which}, {sites([weak['site']])} costs least: {with_ends(weak, 3)} "
+        f"logits, {weak['share']:.0%} of what the model has.",
     ]
     if worst["subsets"]:
-        sites = f"; K = {listed(worst['worst'])}" if len(worst["worst"]) < NAMED else ""
+        without = f"; K = {sites(worst['worst'])}" if len(worst["worst"]) < NAMED else ""
         nothing = ": nothing is set against nothing, so this shows no completeness" if worst["model"] < LEFT else ""
         out.append(
-            f"Completeness: over {worst['subsets']} random subsets K, the circuit without K and the model without K "
-            f"are at most {with_ends(worst)} apart (share of what the model has{sites}). Without them the model itself "
-            f"keeps at most {worst['model']:.2f}{nothing}."
+            f"Completeness: the circuit without K and the model without K are at most {with_ends(worst)} apart, over "
+            f"{worst['subsets']} random subsets K (share of what the model has{without}). Without them the model "
+            f"itself keeps at most {worst['model']:.2f} (the largest of several estimates, no interval){nothing}."
         )
     return out
 
@@ -379,28 +380,28 @@ def circuit_sentences(found: Mapping[str, Any], params: Story) -> list[str]:
     kind = {"resample": "another prompt's values", "counterfactual": "the corrupt prompt's values"}[found["ablation"]]
     less = "" if found["reached"] else f", which is less than the {params.faithful_share:g} asked for"
     spare = found["grown"] - found["size"]
+    pruned = f"{capital(number_word(spare))} more {'was' if spare == 1 else 'were'} pruned"
     out = [
-        f"The circuit at the last token, in the order in which its sites joined: {listed(found['sites'])}. It has "
-        f"{found['size']} sites ({f'{spare} were pruned' if spare else 'none was spare'}). On the pairs that it was "
-        f"searched on it keeps {found['searched']:.2f} of what the model has when everything else there has {kind}"
-        f"{less}.",
+        f"The circuit at the last token has {counted(found['size'], 'site')}, in the order in which they joined: "
+        f"{sites(found['sites'])}. {pruned}. On the pairs that it was searched on it keeps {found['searched']:.2f} of "
+        f"what the model has when everything else there has {kind}{less} (no interval: they were picked on these "
+        "pairs).",
         *tested_sentences(found, params, "at the last token"),
     ]
     table, over = {row["order"]: row for row in found["areas"]}, found["overlap"]
     circuit = table.pop("circuit", None)
     if circuit is not None:
-        each = [
-            f"{ORDERS[order]} {with_ends(row)} (less by {with_ends(row, prefix='minus_')})"
-            for order, row in table.items()
-        ]
+        each = [(ORDERS[order], with_ends(row), with_ends(row, prefix="minus_")) for order, row in table.items()]
         out.append(
-            "Area under faithfulness at the last token against size, up to the size that was grown: "
-            f"{with_ends(circuit)}; sites in other orders: {'; '.join(each)}."
+            "Area under faithfulness at the last token against size, up to the size that was grown; sites in other "
+            "orders beside those of the search.\n\n"
+            + tabled(("order", "area", "less by"), [("the search", with_ends(circuit), ""), *each])
         )
         out.append(at_size_sentence(found["at_size"]))
     out.append(
-        f"Of the critical slice of step 04, {listed(over['sites'])} are in the circuit ({over['jaccard']:.0%} of the "
-        "sites in either). Both were picked by effect on the same half, so that they overlap is no second finding."
+        f"Of the critical slice of step 04, {sites(over['sites'])} {is_are(len(over['sites']))} in the circuit "
+        f"({over['jaccard']:.0%} of the sites in either). Both were picked by effect on the same half, so that they "
+        "overlap is no second finding."
     )
     return out
 
@@ -409,10 +410,7 @@ def at_size_sentence(rows: Sequence[Mapping[str, Any]]) -> str:
     """What as many sites keep in every order as the search took."""
     own = next(row for row in rows if row["order"] == "circuit")
     others = [row for row in rows if row["order"] != "circuit"]
-    each = [
-        f"{ORDERS[row['order']]} {with_ends(row)} (the search less it: {with_ends(row, prefix='minus_')})"
-        for row in others
-    ]
+    each = [(ORDERS[row["order"]], with_ends(row), with_ends(row, prefix="minus_")) for row in others]
     kinds: dict[str, list[str]] = {"ahead of": [], "behind": [], "not shown to differ from": []}
     for row in others:
         ends = (row["minus_low"], row["minus_high"])
@@ -420,33 +418,35 @@ def at_size_sentence(rows: Sequence[Mapping[str, Any]]) -> str:
         kind = "ahead of" if low > 0 else "behind" if high < 0 else "not shown to differ from"
         kinds[kind].append(ORDERS[row["order"]])
     said = listed(f"{kind} {listed(names)}" for kind, names in kinds.items() if names)
-    so = f". At this size the search is {said} (each interval by itself)" if others else ""
+    so = f" At this size the search is {said} (each interval by itself)." if others else ""
     if pd.isna(own["low"]):
-        so = ". There are too few quads to say whether the search is ahead at this size" * bool(others)
-    return f"Of {own['size']} sites, as many as were grown, the search's keep {with_ends(own)}; {'; '.join(each)}{so}."
+        so = " There are too few quads to say whether the search is ahead at this size." * bool(others)
+    table = tabled(("order", "keeps", "the search less it"), each)
+    return (
+        f"Of {counted(own['size'], 'site')}, as many as were grown, the search's keep {with_ends(own)}.{so}"
+        + f"\n\n{table}" * bool(each)
+    )
 
 
 def attribution_sentences(table: pd.DataFrame, costs: pd.DataFrame, pairs: int) -> list[str]:
     """How much of the exact ranking attribution finds, at what cost."""
-    out = []
+    rows = []
     for row in table.itertuples():
         unsigned = row.signs is None or np.isnan(row.signs)
-        signs = "" if unsigned else f", the right sign in {row.signs:.0%} of the top 20"
-        exact = "the sizes of the exact effects, as it has no sign" if unsigned else "the exact effects"
-        out.append(
-            f"{METHODS[row.method]} for {row.nodes} ({pairs} pairs): Spearman "
-            f"{interval(row.estimate, row.low, row.high)}, Kendall {row.kendall:.2f} with {exact}; it finds "
-            f"{row.top10:.0%} of the exact top 10 and {row.top20:.0%} of the top 20{signs}; of the exact top 10, its "
-            f"top 20 missed: {listed(row.missed)}."
-        )
+        ranks = (of_row(row), f"{row.kendall:.2f}", f"{row.top10:.0%}", f"{row.top20:.0%}")
+        signs = "no sign" if unsigned else f"{row.signs:.0%}"
+        rows.append((f"{METHODS[row.method]} for {row.nodes}", *ranks, signs, ", ".join(row.missed) or "none"))
+    columns = ("method", "Spearman", "Kendall", "finds of the top 10", "finds of the top 20")
+    columns += ("right sign in the top 20", "of the top 10, its top 20 missed")
     cheap = costs.set_index("method")
-    out.append(
-        f"Beside the two plain runs, AtP takes {cheap.loc['atp', 'token_layers']:.0f} tokens x layers a pair, GradDrop "
-        f"{cheap.loc['grad_drop', 'token_layers']:.0f}, the exact sweep {cheap.loc['exact', 'token_layers']:.0f}: "
-        f"{cheap.loc['atp', 'ratio']:.0f} times as much as AtP, and {cheap.loc['atp', 'with_runs']:.1f} times with the "
-        "plain runs that both need."
-    )
-    return out
+    steps = cheap["token_layers"]
+    return [
+        f"How attribution ranks the nodes beside their exact effects ({counted(pairs, 'pair')}; a method without a "
+        f"sign is set against the sizes).\n\n{tabled(columns, rows)}",
+        f"The exact sweep takes {cheap.loc['atp', 'ratio']:.0f} times as much as AtP beside the two plain runs, and "
+        f"{cheap.loc['atp', 'with_runs']:.1f} times with these, which both need. In tokens x layers a pair, AtP takes "
+        f"{steps['atp']:.0f} and the exact sweep {steps['exact']:.0f}. GradDrop takes {steps['grad_drop']:.0f}.",
+    ]
 
 
 # --- what is handed on --------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from lib.effects import familywise
 from pipeline.step import Step
 from report import plots
-from report.words import listed, with_ends
+from report.words import capital, listed, number_word, tabled, with_ends
 from steps.story import measure
 from steps.story.circuits_page import (
     by_order,
@@ -32,7 +32,7 @@ from steps.story.circuits_page import (
     tested_sentences,
 )
 from steps.story.measure import Everywhere, Measured, Story, at_roles
-from steps.story.sentences import ROLES, by_construction, unpruned
+from steps.story.sentences import ITEM, ROLES, by_construction, unpruned
 
 SETS = {"slice": "slice (step 04)", "last": "circuit at the last token", "everywhere": "circuit over all tokens"}
 TESTS = {
@@ -163,27 +163,25 @@ def sentences(found: Mapping[str, Any], params: Story) -> list[str]:
     cut += "has on the pairs that were searched"
     cut += "" if found["reached"] else f", less than the {params.faithful_share:g} asked for, and no more were tried"
     sets, parts = found["sets"], found["roles"]
-    first = listed(f"{row['nodes']} keep {with_ends(row)}" for row in found["curve"] if row["estimate"] > 0.1)
-    many = listed(f"{row['nodes']} at {ROLES[row['role']]}" for row in parts)
-    without = listed(
-        f"{by_construction(row) if row['role'] == 'last' else with_ends(row)} (at {ROLES[row['role']]})"
-        for row in parts
-    )
+    first = [(row["nodes"], with_ends(row)) for row in found["curve"] if row["estimate"] > 0.1]
+    many = listed(f"{number_word(row['nodes'])} at {ROLES[row['role']]}" for row in parts)
+    without = [(ROLES[row["role"]], by_construction(row) if row["role"] == "last" else with_ends(row)) for row in parts]
+    names = {"everywhere": "it", "last": "the circuit at the last token", "slice": "the slice of step 04"}
+    alone = {name: with_ends if name == "everywhere" else by_construction for name in names}
+    tests = [(names[name], alone[name](sets[name]["alone"]), with_ends(sets[name]["there"])) for name in names]
+    tested = ("", "all else resampled at every token", "all else resampled at the last token alone")
     return [
-        f"The circuit over all tokens has {found['size']} nodes of {found['nodes']}, a node being a head or MLP at a "
-        f"role: {many}. {cut}; {spare} of them were pruned.",
-        f"The curve goes on to all nodes; on the confirmation half, of the first by attribution {first} of what the "
-        "model has.",
-        *([f"Pruning: {pruned.removeprefix('; ')}."] if (pruned := unpruned(found)) else []),
+        f"The circuit over all tokens has {found['size']} of {found['nodes']} nodes, a node being a head or MLP at a "
+        f"role ({many}). {cut} (no interval: they were picked on these pairs). Of them, {number_word(spare)} "
+        f"{'was' if spare == 1 else 'were'} pruned.",
+        "The curve goes on to all nodes; what the first by attribution keep on the confirmation half:\n\n"
+        + tabled(("nodes", "share of what the model has"), first),
+        *([f"{capital(pruned.removeprefix(ITEM).replace(ITEM, '; '))}."] if (pruned := unpruned(found)) else []),
         *tested_sentences(found, params, "at every token"),
         f"As many random nodes at each role keep {with_ends(found['random'])}, {with_ends(found['over_random'])} less. "
-        f"Without its nodes at one role the circuit keeps {without}. With such random nodes resampled instead, and all "
-        f"else intact, the model keeps {with_ends(found['without_random'])}.",
-        f"Under one test, all else resampled at every token, it keeps {with_ends(sets['everywhere']['alone'])}, the "
-        f"circuit at the last token {by_construction(sets['last']['alone'])}, the slice of step 04 "
-        f"{by_construction(sets['slice']['alone'])}. With all else resampled at the last token alone, its nodes there "
-        f"keep {with_ends(sets['everywhere']['there'])}, the circuit at the last token "
-        f"{with_ends(sets['last']['there'])}, the slice {with_ends(sets['slice']['there'])}.",
+        f"With such random nodes resampled instead, and all else intact, the model keeps "
+        f"{with_ends(found['without_random'])}.\n\n" + tabled(("without its nodes at", "the circuit keeps"), without),
+        f"What each set keeps under the same tests:\n\n{tabled(tested, tests)}",
     ]
 
 

@@ -30,7 +30,7 @@ from pipeline import keys
 from pipeline.params import Shared, load_profile
 from pipeline.step import Step, plain
 from report import plots
-from report.words import joined, listed, not_done
+from report.words import is_are, joined, listed, not_done, sites
 from steps.story import circuits_page, claims, everywhere_page, fresh
 from steps.story.claims import CLAIMS, EXPLORATORY, NOT_SUPPORTED, SUPPORTED, VERDICTS, Entry
 from steps.story.measure import Measured, Story
@@ -414,21 +414,23 @@ def tally(entries: Sequence[Entry]) -> str:
     """How many claims have which verdict, corrected and alone, and what kind of evidence the supported ones have."""
     own, checks = ([entry for entry in entries if (entry.check is None) == claim] for claim in (True, False))
 
-    def counted(words: Sequence[str], kinds: Sequence[str]) -> str:
-        return listed(f"{words.count(kind)} {kind}" for kind in kinds)
+    def of(verdicts: Sequence[str]) -> list[int]:
+        return [verdicts.count(verdict) for verdict in VERDICTS]
 
     kinds = [entry.tier for entry in own if entry.verdict == SUPPORTED]
     confirmed, half, after = (kinds.count(kind) for kind in (claims.FRESH, claims.HALF, EXPLORATORY))
+    supported, against, untestable, untested = of([entry.verdict for entry in own])
+    overruled = sum(entry.here != entry.verdict for entry in own)
+    here, alone = ([getattr(entry, name) for entry in own].count(SUPPORTED) for name in ("here", "alone"))
     return (
-        f"The {len(own)} claims of the plan: {counted([entry.verdict for entry in own], VERDICTS)}. On this book's own "
-        f"people, corrected for the {sum(e.p_holm is not None for e in own)} that have a p value, "
-        f"{counted([entry.here for entry in own], VERDICTS[:2])} (each alone: "
-        f"{counted([entry.alone for entry in own], VERDICTS[:2])}); fresh people, corrected by themselves, overrule "
-        f"{sum(entry.here != entry.verdict for entry in own) or 'none'} of these. Of those supported, "
-        f"{confirmed} are confirmed on fresh people and {half} on the confirmation half by a threshold set "
-        f"before; {after} are exploratory. {len(checks)} checks are not counted, because little is learned from "
-        f"them either way (the table says why): "
-        f"{counted([entry.verdict for entry in checks], VERDICTS)}."
+        f"{supported} of the {len(own)} claims of the plan {is_are(supported)} supported, and {against} "
+        f"{is_are(against)} not. {untestable} {is_are(untestable)} not testable here, and {untested} "
+        f"{'was' if untested == 1 else 'were'} not tested. Of those supported, {confirmed or 'no claim'} "
+        f"{is_are(confirmed or 1)} confirmed on fresh people, and {half or 'no claim'} on the confirmation half by a "
+        f"threshold set before. The others ({after}) are exploratory. On this book's own people {here} {is_are(here)} "
+        f"supported once corrected for each other, and {alone} each by itself. Fresh people, corrected by themselves, "
+        f"overrule {overruled or 'no verdict'} of these. {len(checks)} checks are not counted, because little is "
+        "learned from them either way (the table says why)."
     )
 
 
@@ -460,9 +462,10 @@ def overlap_sentence(found: Mapping[str, Any] | None) -> str:
     if found is None or "why" in found:
         return f"Overlap with published heads: not applicable, {(found or {'why': 'no circuit was searched'})['why']}."
     return (
-        f"{found['estimate']} of the {found['heads']} heads of the circuit at the last token are among the "
-        f"{found['published']} published filter heads ({listed(found['shared'])}); {found['expected']:.2f} would be by "
-        f"chance among {found['total']} heads (hypergeometric, p = {found['p']:.2g})."
+        f"{found['estimate']} of the {found['heads']} heads of the circuit at the last token "
+        f"{is_are(found['estimate'])} among the {found['published']} published filter heads: {sites(found['shared'])}. "
+        f"By chance {found['expected']:.2f} would be, among {found['total']} heads (hypergeometric, p = "
+        f"{found['p']:.2g})."
     )
 
 

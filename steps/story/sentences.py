@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from report.words import SPECIFICITY, counted, listed, with_ends
+from report.words import SPECIFICITY, counted, listed, number_word, sites, with_ends
 from steps.story import claims
 from steps.story.claims import (
     ANSWERS,
@@ -35,6 +35,7 @@ ROLES = {"names": "the names", "rest": "the tokens between the names", "between"
 ROLES |= {"last": "the last token"}
 ITEM = ";\n- "  # between the clauses of a sentence of the outline
 LEADING = 4  # senders at the names that are named, at most
+SHORT = 16  # words of a reason that still stand in brackets; longer ones are a clause of their own
 
 # Why some checks are none of the claims, where pairs were given (`pairs_file`) and not made by step 01.
 GIVEN = {
@@ -56,22 +57,31 @@ def site_names(found: Mapping[str, Any]) -> dict[str, str]:
         "slice": names,
         "slice_heads": [name for name in names if name[0].isdigit()],
         "circuit": circuit.get("sites", ()),
-        "layers": coarse.get("critical_layers", ()),
     }
-    roles = listed(f"{row['nodes']} at {ROLES[row['role']]}" for row in over_all.get("roles", ()))
-    nodes = f"{over_all.get('size', 0)} heads and MLPs of {over_all.get('nodes', 0)} ({roles})"
+    roles = listed(f"{number_word(row['nodes'])} at {ROLES[row['role']]}" for row in over_all.get("roles", ()))
+    nodes = f"{over_all.get('size', 0)} of {over_all.get('nodes', 0)} heads and MLPs ({roles})"
     largest, fills = str(coarse.get("measured", {}).get("layer", "")), coarse.get("between", {}).get("fills", ())
     laid_down = f", laid down in layer{'s' * (len(fills) > 1)} {listed(fills)}" if fills else ""
-    own = {"largest": largest, "size": str(len(names)), "fills": laid_down, "everywhere": nodes}
+    own = {"largest": largest, "fills": laid_down, "everywhere": nodes}
+    own |= {"parts": of_kinds(names), "bring": "brings" if len(names) == 1 else "bring"}
     own |= {f"name_{kind}s": leading(retrieval.get("measured", {}).get("leading"), kind) for kind in ("head", "mlp")}
     own |= {"by_parts": by_parts(step["sufficiency"].get("specific_parts", ())), "unpruned": unpruned(over_all)}
     own |= {"directions_layer": str(step["subspace"].get("directions", {}).get("layer", ""))}
-    own |= {"circuit_size": str(circuit.get("size", 0)), "circuit_region": of_region(circuit.get("placebo", ()))}
+    own |= {"circuit_size": counted(circuit.get("size", 0), "site")}
+    own |= {"circuit_region": of_region(circuit.get("placebo", ()))}
     own |= {"by_directions": by_directions(step["subspace"])}
     rows = [row for row in step["sufficiency"].get("specific", ()) if kept_denoised(row) and "why" not in row]
     own |= {"others": beside_the_first(rows), "moved": of_its_gap(rows)}
     own |= {"alone": ", the one other attribute asked about," * (len({row["attribute"] for row in rows}) == 1)}
-    return {name: listed(sites) for name, sites in lists.items()} | own
+    own["layers"] = listed(coarse.get("critical_layers", ()))
+    return {name: sites(each) for name, each in lists.items()} | own
+
+
+def of_kinds(names: Sequence[str]) -> str:
+    """How many heads and MLPs there are among sites: "two heads and one MLP"."""
+    heads = sum(name[0].isdigit() for name in names)
+    counts = {"head": heads, "MLP": len(names) - heads}
+    return listed(f"{number_word(count)} {kind}{'s' * (count != 1)}" for kind, count in counts.items() if count)
 
 
 def by_parts(parts: Sequence[Mapping[str, Any]]) -> str:
@@ -81,15 +91,12 @@ def by_parts(parts: Sequence[Mapping[str, Any]]) -> str:
     groups = [row for row in rows if row["site"] in ("its heads", "its MLPs")]
     single = [row for row in rows if row not in groups and row["verdict"] == "general"]
     single = sorted(single, key=lambda row: -row["placebo_estimate"])[:1]
-    said = [
-        f"{row['site']} {'alone' if row in single else 'by themselves'} {with_ends(row, prefix='placebo_')} "
-        f"({with_ends(row)}; {SPECIFICITY[row['verdict']]})"
+    return "".join(
+        f"{ITEM}{sites([row['site']])} {'alone moves' if row in single else 'by themselves move'} "
+        f"{with_ends(row, prefix='placebo_')} of the {row['attribute']} gap, along paths that were not measured, and "
+        f"{with_ends(row)} of the superset gap: {SPECIFICITY[row['verdict']]}"
         for row in groups + single
-    ]
-    if not said:
-        return ""
-    gap = f"{parts[0]['attribute']} gap, along paths that were not measured, and in brackets of the superset gap"
-    return f"{ITEM}moved of the {gap}: {listed(said)}"
+    )
 
 
 def kept_denoised(row: Mapping[str, Any]) -> bool:
@@ -121,9 +128,9 @@ def unpruned(found: Mapping[str, Any]) -> str:
     if not curve or found["size"] == found["grown"]:
         return ""
     row, kept, searched = curve[0], found["faithfulness"], found["faithfulness_discovery"]
-    said = f"; the first {row['nodes']} by attribution (it was pruned from the first {found['grown']}) keep "
+    said = f"{ITEM}the first {row['nodes']} by attribution, before pruning, keep "
     fitted = row["low"] is not None and row["low"] > kept["estimate"] and searched["estimate"] > kept["estimate"]
-    more = f", and on the discovery half it keeps {with_ends(searched)} itself: pruning seems to have fitted that half"
+    more = f"{ITEM}on the discovery half it keeps {with_ends(searched)} itself: pruning seems to have fitted that half"
     return said + with_ends(row) + more * fitted
 
 
@@ -131,8 +138,8 @@ def of_region(rows: Sequence[Mapping[str, Any]]) -> str:
     """How much the circuit keeps of each attribute's gap, over what it keeps of the superset gap, all else having the
     corrupt prompt's values; "" where nobody asked."""
     each = listed(f"{with_ends(row, prefix='quotient_')} times as much of the {row['attribute']} gap" for row in rows)
-    there = "with the corrupt prompt's values there instead, they keep"
-    return f"; {there} {each} as of the superset gap" if rows else ""
+    there = "with the corrupt prompt's values there instead, it keeps"
+    return f"{ITEM}{there} {each} as of the superset gap" if rows else ""
 
 
 def by_directions(subspace: Mapping[str, Any]) -> str:
@@ -142,8 +149,8 @@ def by_directions(subspace: Mapping[str, Any]) -> str:
     own = [row for row in placebo if row["method"] == "class difference"][:1]
     return "".join(
         f"{ITEM}the superset's direction is not the {row['attribute']}'s: after layer {layer} that between a pair's "
-        "two supersets carries "
-        f"{with_ends(row)} of the superset gap and {with_ends(row, prefix='placebo_')} of the {row['attribute']} gap"
+        f"two supersets carries {with_ends(row)} of the superset gap and {with_ends(row, prefix='placebo_')} of the "
+        f"{row['attribute']} gap"
         for row in own
         if row["verdict"] == "specific"
     )
@@ -158,11 +165,10 @@ def leading(found: Mapping[str, Any] | None, kind: str) -> str:
         return "; which of them lead cannot be tested, of too few quads"
     names, halves = found[kind], " in both halves" * (found["halves"] > 1)
     if not names:
-        return f"; by itself none is significant{halves}" + ", but the embedding is" * found["embedding"]
-    shown = [*names[:LEADING], *[f"{len(names) - LEADING} more"] * (len(names) > LEADING)]
+        return f"; by itself no such sender is significant{halves}" + ", but the embedding is" * found["embedding"]
     are, own = ("are", "themselves") if len(names) > 1 else ("is", "itself")
     also = ", and so is the embedding" * found["embedding"]
-    return f"; all paths counted, {listed(shown)} {are} significant by {own}{halves}{also}"
+    return f"; all paths counted, {sites(names, LEADING)} {are} significant by {own}{halves}{also}"
 
 
 def rank(entry: Entry) -> str:
@@ -247,13 +253,13 @@ def outline(entries: Sequence[Entry], found: Mapping[str, Any]) -> list[str]:
     """What the circuit is, in three sentences: who writes at the names, who carries it on, what follows and what else
     the slice carries; their clauses as a list. Of claims that answer one question, those that are supported speak,
     else all."""
-    sites, by_claim = site_names(found), {entry.id: entry for entry in entries}
+    own, by_claim = site_names(found), {entry.id: entry for entry in entries}
     out = []
     for part in OUTLINE:
         clauses = []
         for texts in part.clauses:
             held = [claim for claim in texts if by_claim[claim].verdict == SUPPORTED]
-            clauses += [clause(by_claim[claim], texts[claim], sites) for claim in held or texts]
+            clauses += [clause(by_claim[claim], texts[claim], own) for claim in held or texts]
         start = "\n\n- " if len(clauses) > 1 else " "
         out.append(f"**{part.about}**:{start}" + ITEM.join(clauses) + ".")
     return out
@@ -288,7 +294,7 @@ def nearly(entry: Entry) -> str:
     return f" ({standing(entry)})" if holds else ""
 
 
-def clause(entry: Entry, text: str, sites: Mapping[str, str]) -> str:
+def clause(entry: Entry, text: str, own: Mapping[str, str]) -> str:
     """One clause with its number, worded by the verdict."""
     said, before = value(entry), ""
     if entry.verdict == NOT_SUPPORTED:
@@ -301,19 +307,21 @@ def clause(entry: Entry, text: str, sites: Mapping[str, str]) -> str:
         before = f"{entry.verdict} is whether "
         _, _, why = entry.reason.partition("; ")
         known = entry.verdict == NOT_TESTABLE and entry.estimate is not None
+        if known and len(why.split()) > SHORT:
+            return f"{before}{with_number(text, said, own)}{ITEM}why this is not testable: {why}"
         said = "; ".join(filter(None, (said, why))) if known else entry.reason.removesuffix(".")
-    return before + with_number(text, said, sites)
+    return before + with_number(text, said, own)
 
 
-def with_number(text: str, number: str, sites: Mapping[str, str]) -> str:
+def with_number(text: str, number: str, own: Mapping[str, str]) -> str:
     """A text of data/claims.yaml with its sites and its number, in brackets at the end if it has no place for it."""
-    return (text if "{value}" in text else text + " ({value})").format(**sites, value=number)
+    return (text if "{value}" in text else text + " ({value})").format(**own, value=number)
 
 
 def sentence(entries: Sequence[Entry], found: Mapping[str, Any]) -> list[str]:
     """The plan's sentence for this model: first the chain of what is supported, with this book's numbers, and then what
     is not, link by link."""
-    sites = site_names(found)
+    own = site_names(found)
     by_claim = {entry.id: entry for entry in entries}
     words = {
         NOT_SUPPORTED: "The evidence does not support that",
@@ -324,15 +332,15 @@ def sentence(entries: Sequence[Entry], found: Mapping[str, Any]) -> list[str]:
     for link in LINKS:
         entry = by_claim[link.claim]
         if entry.verdict == SUPPORTED:
-            chain.append(with_number(link.here, ranked(entry), sites))
+            chain.append(with_number(link.here, ranked(entry), own))
             holds = True
             continue
         others = {name: text for name, text in link.instead.items() if by_claim[name].verdict == SUPPORTED}
-        each = [with_number(text, ranked(by_claim[name]), sites) for name, text in others.items()]
+        each = [with_number(text, ranked(by_claim[name]), own) for name, text in others.items()]
         chain.append(" and ".join(each) or f"[{entry.verdict}: {link.plan}]")
         holds = holds or bool(others)
-        instead = f"; instead {listed(each)}" if others else ""
-        open_links[entry.verdict].append(f"{words[entry.verdict]} {link.plan} ({because(entry, found)}){instead}.")
+        instead = "".join(f" Instead, {text}." for text in each)
+        open_links[entry.verdict].append(f"{words[entry.verdict]} {link.plan} ({because(entry, found)}).{instead}")
     whole = f"The names → {' → '.join(chain)} → the answer."
     if not holds:
         whole = "No link of the plan's chain from the names to the answer is supported here."

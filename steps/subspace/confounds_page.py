@@ -8,7 +8,7 @@ import pandas as pd
 from IPython.display import Markdown
 
 from lib import effects
-from report.words import interval, listed, of_row
+from report.words import interval, listed, of_row, tabled
 from steps.subspace.confounds import DEALT_OUT, MEAN, TOGETHER
 from steps.subspace.direction_sweeps import PARTS
 from steps.subspace.directions_page import last_half
@@ -101,10 +101,10 @@ def of(row: Any, prefix: str) -> str:
     return interval(*ends) if pd.notna(getattr(row, f"{prefix}_estimate")) else "nothing to compare with"
 
 
-def with_point(share: float, highest: float) -> str:
+def with_point(share: float, highest: float) -> tuple[str, str]:
     """A share and what spans dealt out anew stay below, with a third digit where two would not tell them apart."""
     digits = 2 + (f"{share:.2f}" == f"{highest:.2f}")
-    return f"{share:.{digits}f} ({highest:.{digits}f})"
+    return f"{share:.{digits}f}", f"{highest:.{digits}f}"
 
 
 def beyond_sentence(shares: pd.DataFrame, level: float) -> str:
@@ -113,14 +113,14 @@ def beyond_sentence(shares: pd.DataFrame, level: float) -> str:
     own = shares[shares["name"] != MEAN]
     far = own[own["share"] > own["highest"]].sort_values("p", kind="stable")
     each = [
-        f"{row.name_} along {'all together' if row.attribute == TOGETHER else row.attribute} "
-        f"{with_point(row.share, row.highest)}"
+        f"{row.name_} along {'all together' if row.attribute == TOGETHER else row.attribute}"
         for row in far.rename(columns={"name": "name_"}).head(NAMED).itertuples()
     ]
-    which = f": {listed(each)}{', ...' * (len(far) > NAMED)}" if each else ""
+    which = f" The furthest: {listed(each)}." if each else ""
     return (
-        f"Direction by direction and attribute by attribute, each by itself, {len(far)} of {len(own)} shares exceed "
-        f"their {level:.0%} point ({len(own) * (1 - level):.2g} would on average by chance){which}."
+        f"Direction by direction and attribute by attribute, each by itself, {len(far)} of {len(own)} shares "
+        f"{'exceeds its' if len(far) == 1 else 'exceed their'} {level:.0%} point, where {len(own) * (1 - level):.2g} "
+        f"would on average by chance.{which}"
     )
 
 
@@ -131,29 +131,33 @@ def attribute_sentences(n: Numbers, layer: int, level: float) -> list[str]:
     each_alone = [name for name in mean.index if name != TOGETHER]
     if not each_alone:
         return ["Nothing is known of the people beside their classes: what else lies in the directions was not asked."]
-    alone = listed(f"{name} {with_point(*mean.loc[name, ['share', 'highest']])}" for name in each_alone)
+    alone = "".join(
+        f" Along {name} alone it is {share}, where by chance the {level:.0%} point is {point}."
+        for name in each_alone
+        for share, point in [with_point(*mean.loc[name, ["share", "highest"]])]
+    )
     rest = each[each["name"].str.endswith("the rest")].sort_values("share", ascending=False)
     more = "more" if every["p"] <= 1 - level else "not surely more"
     ends = [rest.iloc[place] for place in (0, -1)]
     most, least = (f"{end['name'].removesuffix(' against the rest')} ({end['share']:.2f})" for end in ends)
     first = (
         f"Within a class, the people's {listed(each_alone)} move the activation at `last` after layer {layer} "
-        f"along a span of {every['k']} dimensions (fitted on {every['prompts']} couples of people). Of the squared "
-        f"length of the difference between two classes' means {every['share']:.2f} lies in it (mean over all pairs of "
-        f"classes), {more} than in spans of attributes dealt out anew within classes: {every['by_chance']:.2f} on "
-        f"average, at most {every['highest']:.2f} in {level:.0%} of them (p = {every['p']:.2g}). Of one attribute "
-        f"alone, with that {level:.0%} point: {alone}. Of the directions of one class against the rest, most lies "
-        f"there of {most}, least of {least}. {beyond_sentence(n.shares, level)}"
+        f"along a span of {every['k']} dimensions (fitted on {every['prompts']} couples of people). In it lies "
+        f"{every['share']:.2f} of the squared length of the difference between two classes' means (mean over all pairs "
+        f"of classes), {more} than by chance (p = {every['p']:.2g}). By chance, in spans of attributes dealt out anew "
+        f"within classes, it is {every['by_chance']:.2f} on average, and the {level:.0%} point is "
+        f"{every['highest']:.2f}.{alone} Of the directions of one class against the rest, most lies there of {most}, "
+        f"least of {least} (no intervals). {beyond_sentence(n.shares, level)}"
     )
     if f"{TOGETHER} inside" not in by.index:
         return [first]
     inside, outside = (value(by.loc[f"{TOGETHER} {part}"]) for part in PARTS)
-    dealt = " and ".join(value(by.loc[f"{DEALT_OUT} {part}"]) for part in PARTS)
+    dealt = [value(by.loc[f"{DEALT_OUT} {part}"]) for part in PARTS]
     return [
         first,
-        f"Of the class difference's change, the part along {listed(each_alone)} alone recovers {inside} of "
-        f"the gap, the rest of it {outside}, all of it {value(by.loc[''])}; with the attributes dealt out anew the "
-        f"two parts recover {dealt}.",
+        f"Of the class difference's change, the part along {listed(each_alone)} alone recovers {inside} of the gap, "
+        f"and the rest of it {outside}. All of it recovers {value(by.loc[''])}. With the attributes dealt out anew the "
+        f"part along them recovers {dealt[0]}, and the rest {dealt[1]}.",
     ]
 
 
@@ -167,20 +171,24 @@ def placebo_sentence(rows: pd.DataFrame, attribute: str, layer: int) -> str:
     one, own = by[ONE[0]], by[f"{attribute} difference"]
     less = {"specific": "surely less", "general": "surely more", "open": "not surely less"}
 
-    def both(method: str) -> str:
-        row = by[method]
-        verdict = f", {less[row.verdict]}" if row.verdict else ""
-        return f"{of(row, 'placebo')} against {of_row(row)} ({of(row, 'quotient')} times as much{verdict})"
-
+    what = {
+        ONE[0]: "one direction, between two supersets",
+        "class means": "all directions that the supersets' means span",
+        own.method: f"the direction between the two classes of {attribute}, fitted on other placebo pairs",
+        "random": "a random direction, its change as long as the class difference's",
+        "whole": "everything there",
+    }
+    cells = [
+        (name, of(by[method], "placebo"), of_row(by[method]), of(by[method], "quotient"))
+        for method, name in what.items()
+    ]
+    verdict = f", {less[one.verdict]}," if one.verdict else ""
+    columns = ("patched", f"of the {attribute} gap", "of the superset gap", "times as much")
     return (
-        f"Placebo: in pairs whose four people are of one superset and differ in {attribute} ({one.placebo_quads} "
-        f"quads), one direction between their superset and another (mean over the others), patched after layer "
-        f"{layer}, recovers this share of the gap between that attribute's answers, against the share of the superset "
-        f"gap by the pair's own class difference ({one.quads} quads): {both(ONE[0])}. All directions that the "
-        f"supersets' means span: {both('class means')}. The direction between the two classes of {attribute}, fitted "
-        f"on other placebo pairs: {of(own, 'placebo')} against {of_row(own)}. A random direction, its change as long "
-        f"as the class difference's: {of(by['random'], 'placebo')} against {of_row(by['random'])}. Everything there: "
-        f"{of(by['whole'], 'placebo')} against {of_row(by['whole'])}."
+        f"Placebo: where all four people are of one superset and differ in {attribute}, the superset's direction does "
+        f"{of(one, 'quotient')} times as much{verdict} as in the task's pairs. It is the direction between the "
+        f"people's superset and another (mean over the others), patched after layer {layer} ({one.placebo_quads} "
+        f"placebo quads and {one.quads} quads).\n\n{tabled(columns, cells)}"
     )
 
 

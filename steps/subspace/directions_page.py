@@ -17,10 +17,11 @@ from IPython.display import HTML
 
 from lib import effects, stats
 from lib.effects import reported
+from lib.stats import MINIMUM_CLUSTERS
 from lib.tasks import Pair
 from report import interactive, plots, site_tables
 from report.plots import Figure
-from report.words import ONE_HALF, OVER_QUADS, interval, listed
+from report.words import ONE_HALF, OVER_QUADS, counted, extremes, interval, listed, tabled
 from steps.subspace.direction_sweeps import PARTS
 from steps.subspace.measure import ONE, Measured, Subspace, parsed, ratios, sums, with_share
 
@@ -294,7 +295,7 @@ def layer_sentences(table: pd.DataFrame, layer: int, params: Subspace) -> list[s
     """Where along the slice one direction carries the class, and whether it does in the slice as a whole."""
     own = effects.reported(table)
     one, whole = (own[own["method"] == name].set_index("layer") for name in (ONE[0], "whole"))
-    each = [f"{at} {value(row)} ({row['share']:.0%})" for at, row in one.iterrows() if at >= 0]
+    each = [(f"{at}", value(row), f"{row['share']:.0%}") for at, row in one.iterrows() if at >= 0]
     first = table[(table["half"] == table["half"].iloc[0]) & (table["method"] == ONE[0])].set_index("layer")["estimate"]
     reached = first[layer] >= params.slice_share
     share = f"{params.slice_share:.0%} on the discovery half"
@@ -304,11 +305,11 @@ def layer_sentences(table: pd.DataFrame, layer: int, params: Subspace) -> list[s
     more = " (more than everything they write: the rest may work against the answer, but was not patched by itself)"
     more = more if pd.notna(low) and low > high else ""
     return [
-        f"One direction, from the mean of the pair's corrupt class to that of its clean class, patched in the residual "
-        f"stream at `last` alone, recovers of the gap after layer {listed(each)}; in brackets, as a share of what the "
-        f"whole residual stream does there. What follows is about layer {layer}, {why}.",
-        f"In all sites of the slice together, that component alone recovers {value(one.loc[-1])}{more}, everything "
-        f"they write {value(whole.loc[-1])}, and a random direction with a change of equal norm {value(random)}.",
+        "One direction, from the mean of the pair's corrupt class to that of its clean class, was patched in the "
+        f"residual stream at `last` alone. What follows is about layer {layer}, {why}.\n\n"
+        + tabled(("after layer", "recovers of the gap", "share of the whole residual stream's"), each),
+        f"In all sites of the slice together, that component alone recovers {value(one.loc[-1])}, and everything they "
+        f"write {value(whole.loc[-1])}{more}. A random direction with a change of equal norm recovers {value(random)}.",
     ]
 
 
@@ -320,11 +321,11 @@ def number_sentences(n: Numbers, params: Subspace) -> list[str]:
     verdict = verdict if n.restores is None else "suffices" if n.restores else "is not shown to suffice"
     out = [
         f"For each two supersets one direction, their own, {verdict}: the difference of their means recovers "
-        f"{value(one)} of the gap, {one['share']:.0%} of the whole residual stream's {value(every)}, and puts the "
-        f"clean answer on top in {n.leads[0]} of the {n.leads[1]} pairs that are answered rightly (asked for: a lower "
-        f"end above {params.restores_recovery} and {params.restores_share:.0%} of the pairs).{shared(numbers)}"
+        f"{value(one)} of the gap, where the whole residual stream recovers {value(every)}. It puts the clean answer "
+        f"on top in {n.leads[0]} of the {n.leads[1]} pairs that are answered rightly. Asked for were a lower end above "
+        f"{params.restores_recovery} and {params.restores_share:.0%} of the pairs.{shared(numbers)}"
     ]
-    words = []
+    rows = []
     for method in ("class means", "probe", "profession means", "rotation"):
         own = numbers[numbers["method"] == method].sort_values("k")
         if own.empty:
@@ -332,24 +333,26 @@ def number_sentences(n: Numbers, params: Subspace) -> list[str]:
         enough = own[own["share"] >= params.slice_share]
         if len(enough):
             asked = f"; asked for {listed(own['k'])}" * (method == "rotation")  # it is learned for few numbers
-            words.append(f"{enough['k'].iloc[0]} of the {method} ({value(enough.iloc[0])}{asked})")
+            rows.append((method, f"{enough['k'].iloc[0]}{asked}", value(enough.iloc[0])))
         else:
-            words.append(f"no number of the {method} (at most {value(own.loc[own['estimate'].idxmax()])})")
+            rows.append((method, "no number tried", f"at most {value(own.loc[own['estimate'].idxmax()])}"))
+    most = numbers.loc[numbers["method"] == "class means", "k"].max()
     out.append(
-        f"Directions shared by all pairs reach {params.slice_share:.0%} of the whole residual stream's recovery with "
-        f"{listed(words)}; the class means span at most {numbers.loc[numbers['method'] == 'class means', 'k'].max()}."
+        f"So many directions shared by all pairs reach {params.slice_share:.0%} of the whole residual stream's "
+        f"recovery (the class means span at most {most}):\n\n"
+        + tabled(("of the", "directions", "recover of the gap"), rows)
     )
     if paired["low"].isna().any():
         return [*out, "There are too few quads to say whether directions beat random ones of equal norm."]
     beats = paired["low"] > 0
     shown = paired[~paired["method"].str.endswith("the rest")]
     shown = shown.loc[shown.groupby("method", sort=False)["k"].idxmax()]
-    each = [f"{name} by {value(row)}" for name, (_, row) in zip(called(shown), shown.iterrows(), strict=True)]
+    named = shown.assign(name=called(shown))
     weak = called(paired[~beats])
     out.append(
         ("Every method beats" if beats.all() else "Directions do not always beat")
-        + f" random subspaces of as many dimensions whose change has the same norm (paired by quads, share of "
-        f"the gap): {listed(each)}."
+        + " random subspaces of as many dimensions whose change has the same norm: paired by quads, they recover more "
+        f"by {extremes(named, 'name')} of the gap."
         + ("" if beats.all() else f" Not better than random: {listed(weak)}.")
         + dormant_sentence(n.parts, called(paired[beats]))
     )
@@ -365,9 +368,11 @@ def mostly_dormant(parts: pd.DataFrame) -> pd.DataFrame:
 def dormant_sentence(parts: pd.DataFrame, names: Sequence[str]) -> str:
     """Which of the methods named owe most of it to the dormant part; "" where none is shown to."""
     rows = mostly_dormant(parts)
-    each = [f"{row['name']} ({value(row, 'share')} of it)" for _, row in rows[rows["name"].isin(names)].iterrows()]
     does = "the dormant part alone, outside what the model's own activations span, does most of it"
-    return f" But {does} for {listed(each)}: to that extent an illusion." if each else ""
+    return "".join(
+        f" But for {row['name']}, {does} ({value(row, 'share')}): to that extent it is an illusion."
+        for _, row in rows[rows["name"].isin(names)].iterrows()
+    )
 
 
 def shared(numbers: pd.DataFrame) -> str:
@@ -379,55 +384,62 @@ def shared(numbers: pd.DataFrame) -> str:
 def class_sentence(single: pd.DataFrame, params: Subspace) -> str:
     """The direction of one class against the rest, in pairs with and without the class: does it fix the output?"""
     own, other = single[single["there"]], single[~single["there"]]
-    each = [f"{row['class_name']} {value(row)}" for _, row in own.iterrows()]
-    without = f"; in pairs without it, at most {other['estimate'].abs().max():.2f} either way" if len(other) else ""
+    few = f" (fewer than {MINIMUM_CLUSTERS} quads of some: no intervals)" * bool(own["low"].isna().any())
+    without = (
+        f" In pairs without the class it recovers at most {other['estimate'].abs().max():.2f}, either way (the largest "
+        "of several estimates, no interval)."
+    ) * bool(len(other))
     text = (
-        f"The direction of one class against the rest, in pairs with it on a side, recovers: {listed(each)}{without}."
+        "The direction of one class against the rest, in pairs with it on a side, recovers "
+        f"{extremes(own, 'class_name')} of the gap{few}.{without}"
     )
     if own["low"].isna().any():
         return text
-    enough = own.loc[own["low"].astype(float) > params.restores_recovery, "class_name"]
-    return f"{text} By itself it recovers more than {params.restores_recovery} (lower end) for {listed(enough)}."
+    enough = own.loc[own["low"].astype(float) > params.restores_recovery, "class_name"].tolist()
+    return f"{text} The lower end exceeds {params.restores_recovery} for {listed(enough) if enough else 'no class'}."
 
 
 def split_sentence(parts: pd.DataFrame, directions: pd.DataFrame) -> str:
     """How much runs through the dormant part, and how much the activations vary along each direction."""
     count, outside = (directions["method"] == "component").sum(), parts[parts["part"] == "outside"]
-    each = [f"{row['name']}: {value(row, 'share')}" for _, row in outside.iterrows()]
-    mostly = listed(mostly_dormant(parts)["name"])
-    verdict = f"shown to be mostly dormant, and to that extent an illusion: {mostly}"
-    verdict = "too few quads to say which is mostly dormant" if outside["share_low"].isna().all() else verdict
+    each = [(row["name"], value(row, "share")) for _, row in outside.iterrows()]
+    mostly = mostly_dormant(parts)["name"].tolist()
+    verdict = "No change is shown to be mostly dormant"
+    if mostly:
+        verdict = f"Shown to be mostly dormant, and to that extent an illusion: {listed(mostly)}"
+    verdict = "There are too few quads to say which is mostly dormant" if outside["share_low"].isna().all() else verdict
     vary, own = [], directions[directions["method"].isin(["class means", "rotation", "probe"])]
     for (method, k), rows in own.groupby(["method", "k"], sort=False):
-        vary.append(
-            f"{method}, {k or len(rows)}: {rows['variance'].median():.0f} times ({rows['between'].median():.0%})"
-        )
+        cells = (f"{rows['variance'].median():.0f} times", f"{rows['between'].median():.0%}")
+        vary.append((f"{method}, {k or len(rows)}", *cells))
     return (
-        f"The dormant part of a change, outside the span of the {count} principal components that hold 95% of the "
-        f"variance of the model's own activations, has by itself this share of the whole change's effect: "
-        f"{listed(each)} ({verdict}). The activations' variance along the directions, over that along random ones (in "
-        f"brackets, the share of it that lies between classes; medians), is {listed(vary)}."
+        f"{verdict}. The dormant part of a change lies outside the span of the {count} principal components that hold "
+        "95% of the variance of the model's own activations:\n\n"
+        + tabled(("change", "share of its effect that the dormant part has by itself"), each)
+        + "\n\nAlong the directions, the activations' variance over that along random ones, and how much of it lies "
+        "between classes (medians):\n\n" + tabled(("directions", "variance", "between classes"), vary)
     )
 
 
 def steering_sentence(n: Numbers) -> str:
     """Dose and response, for each kind of prompt."""
-    out, curves = [], n.doses
+    out, cells, curves = [], [], n.doses
     for kind, rows in n.slopes.groupby("kind", sort=False):
         real, random = rows[rows["added"] != "random"], rows[rows["added"] == "random"].iloc[0]
         own, lead = curves[curves["kind"] == kind], real["added"].iloc[0]
         means = own[own["added"] != "random"].pivot(index="dose", columns="added", values="estimate")
         rising = int((means.diff().iloc[1:] > 0).all().sum())
         ends = own[own["added"] == lead].sort_values("dose")[["dose", "top"]].to_numpy()[[0, -1]]
-        each = [f"{row['added']} {value(row)}" for _, row in real.iterrows()]
+        cells.append((f"{kind} ({counted(rows['prompts'].iloc[0], 'prompt')})", extremes(real, "added"), value(random)))
         out.append(
-            f"{kind} ({rows['prompts'].iloc[0]} prompts): {listed(each)} (random: {value(random)}), with every dose "
-            f"higher than the one before on average for {rising} of {len(real)} classes; the {lead} leads in "
-            f"{ends[0, 1]:.0%} of them at dose {ends[0, 0]:g} and in {ends[1, 1]:.0%} at {ends[1, 0]:g}"
+            f" With {kind} prompts every dose is higher than the one before on average for {rising} of {len(real)} "
+            f"classes. At a dose of {ends[0, 0]:g} the {lead} leads in {ends[0, 1]:.0%} of them, and at a dose of "
+            f"{ends[1, 0]:g} in {ends[1, 1]:.0%}."
         )
+    columns = ("prompts", "lowest and highest class", "random")
     return (
-        "Steering: one dose of a class's direction adds to the class's logit, less the candidates' mean, this many "
-        f"logits (random: directions as long as the first class's): {'; '.join(out)}."
+        "Steering: so many logits does one dose of a class's direction add to the class's logit, less the candidates' "
+        f"mean (random: directions as long as the first class's).{''.join(out)}\n\n{tabled(columns, cells)}"
     )
 
 
@@ -436,13 +448,17 @@ def transfer_sentence(table: pd.DataFrame) -> str:
     each = []
     for target, rows in table[table["k"] == 1].groupby("target", sort=False):
         own = rows.loc[rows["source"] == target, "recovery"].iloc[0]
-        words = [
-            f"`{row['source']}` {value(row)}" for _, row in rows.iterrows() if row["source"] not in (target, "random")
+        asked = f"`{target}` ({counted(rows['pairs'].iloc[0], 'pair')}, own recovery {own:.2f})"
+        each += [
+            (asked, f"`{row['source']}`", value(row))
+            for _, row in rows.iterrows()
+            if row["source"] not in (target, "random")
         ]
         chance = rows.loc[rows["source"] == "random", "estimate"]
-        words += [f"random ones {chance.iloc[0]:.2f}"] if len(chance) else []
-        each.append(f"in `{target}` ({rows['pairs'].iloc[0]} pairs, own recovery {own:.2f}): {listed(words)}")
-    return f"One direction fitted on other prompts does this share of what the own one does: {'; '.join(each)}."
+        each += [(asked, "random ones", f"{chance.iloc[0]:.2f}")] if len(chance) else []
+    return "Directions fitted on other prompts, one at a time, as a share of what the own one does:\n\n" + tabled(
+        ("asked in", "fitted on", "share"), each
+    )
 
 
 def sentences(m: Measured, n: Numbers, params: Subspace) -> tuple[list[str], list[str]]:
@@ -451,8 +467,9 @@ def sentences(m: Measured, n: Numbers, params: Subspace) -> tuple[list[str], lis
     about = m.directions[(m.directions["layer"] == m.layer) & (m.directions["method"] == "class means")].iloc[0]
     half = "discovery" if own["half"].iloc[0] != about["half"] else "only"
     first = (
-        f"Directions were fitted on {about['prompts']} prompts of the {half} half and are reported on "
-        f"{own['pair_id'].nunique()} pairs of {own['quad_id'].nunique()} quads of the {own['half'].iloc[0]} half."
+        f"Directions were fitted on {counted(about['prompts'], 'prompt')} of the {half} half and are reported on the "
+        f"{own['half'].iloc[0]} half ({counted(own['pair_id'].nunique(), 'pair')} of "
+        f"{counted(own['quad_id'].nunique(), 'quad')})."
     )
     number = number_sentences(n, params)
     out = [

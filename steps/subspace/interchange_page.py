@@ -18,7 +18,7 @@ from lib import stats
 from lib.effects import columns
 from report import plots
 from report.plots import Figure
-from report.words import interval, listed, of_row
+from report.words import extremes, listed, of_row, tabled
 from steps.subspace.interchange import LEARNED, MEANS, RANDOM, WHOLE
 from steps.subspace.measure import Measured, Subspace
 
@@ -152,39 +152,38 @@ def sentences(n: Numbers) -> list[str]:
         "Interchange interventions ask whether the answer is the one that a causal model predicts: the evidence of "
         "the two names' classes is added up, and the class with most of it is the answer. A base prompt of two classes "
         "is a tie, of which it predicts nothing; with one name's class swapped for the other's, it predicts the class "
-        f"that both names then have. With nothing swapped that answer comes in "
-        f"{still['estimate'] * still['cases']:.0f} of {still['cases']:.0f} cases of {still['quads']:.0f} quads (both "
-        "names are swapped in turn, so that at most half can be right whatever word the model prefers), and when the "
-        f"class is really named twice, in a share of {of_row(own.loc[('last', 'centred', 'other', WHOLE, last)])}: "
-        "first of the candidates, each word's mean over the base prompts taken off."
+        "that both names then have. When the class is really named twice, that answer comes in a share of "
+        f"{of_row(own.loc[('last', 'centred', 'other', WHOLE, last)])} of cases: first of the candidates, each word's "
+        "mean over the base prompts taken off. With nothing swapped it comes in "
+        f"{still['estimate'] * still['cases']:.0f} of {still['cases']:.0f} cases ({still['quads']:.0f} quads); as both "
+        "names are swapped in turn, at most half can be right whatever word the model prefers."
     ]
     for where, layer in n.at.items():
         here = own.loc[where, "centred", "other"]
-        each = [f"{SHOWN[basis]} {of_row(here.loc[basis, layer])}" for basis in SHOWN if (basis, layer) in here.index]
+        each = [(SHOWN[basis], of_row(here.loc[basis, layer])) for basis in SHOWN if (basis, layer) in here.index]
         raw = of_row(own.loc[where, "raw", "other", MEANS, layer])
         more = n.gains[n.gains["where"] == where]
         out.append(
             f"With one name's class {PANELS[where]} after layer {layer}, the predicted answer comes in this share of "
-            f"cases: {listed(each)} (class means, raw: {raw}). {gain_words(more)}"
+            f"cases (class means, raw: {raw}). {gain_words(more)}\n\n{tabled(('swapped', 'predicted answer'), each)}"
         )
     return [*out, unneeded(n)]
 
 
 def unneeded(n: Numbers) -> str:
     """How often the answer moves without need."""
-    moved, own = [], n.accuracies[(n.accuracies["scoring"] == "centred") & (n.accuracies["kind"] == "same")]
+    moved, own = pd.DataFrame(), n.accuracies[(n.accuracies["scoring"] == "centred") & (n.accuracies["kind"] == "same")]
     for where, layer in n.at.items():
-        here = own[(own["where"] == where) & (own["layer"] == layer)].set_index("basis")
-        each = [f"{SHOWN[basis]} {of_row(here.loc[basis])}" for basis in SHOWN if basis in here.index]
-        moved += [f"{PANELS[where]} {listed(each)}"] * bool(each)
-    if not moved:
+        here = own[(own["where"] == where) & (own["layer"] == layer) & own["basis"].isin([*SHOWN])]
+        moved = pd.concat([moved, here.assign(what=here["basis"].map(SHOWN) + f" {PANELS[where]}")])
+    if moved.empty:
         return (
             "No prompt lines up whose source's name is of the class that was there before: how often the answer moves "
             "without need was not asked."
         )
     return (
-        "Where the source's name is of the class that was there before, the causal model leaves the answer as it was; "
-        f"it moves all the same in this share of cases: {'; '.join(moved)}."
+        "Where the source's name is of the class that was there before, the causal model leaves the answer as it was. "
+        f"It moves all the same in a share of {extremes(moved, 'what')} of cases; the table has them all."
     )
 
 
@@ -194,17 +193,14 @@ def gain_words(more: pd.DataFrame) -> str:
         return "There are too few quads to say what is more often right than nothing swapped."
     out = []
     for against, rows in more.groupby("against", sort=False):
-        each = [
-            f"{SHOWN[row.basis]} by {interval(row.estimate, row.low, row.high)}"
-            for row in rows.itertuples()
-            if row.low > 0
-        ]
+        sure = rows[rows["low"] > 0]
+        by = extremes(sure.assign(what=sure["basis"].map(SHOWN)), "what")
         random = "the one random subspace drawn, its change as long as the class means'"
         than = "nothing swapped" if against == NOTHING else random
         lucky = against == NOTHING and bool((rows["basis"].eq(RANDOM) & (rows["low"] > 0)).any())
         not_so = [SHOWN[row.basis] for row in rows.itertuples() if not row.low > 0]
         out.append(
-            f"More often right than {than}: {listed(each)}"
+            (f"More often right than {than}: by {by}" if len(sure) else f"Nothing is more often right than {than}")
             + (f"; not shown: {listed(not_so)}" if not_so else "")
             + "."
             + " The random subspace is a single draw: a change of that length does some of it by itself." * lucky

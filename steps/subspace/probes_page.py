@@ -23,7 +23,7 @@ from lib.effects import columns
 from pipeline.population import people_of
 from pipeline.step import Step
 from report.plots import BLACK, BLUE, GREY, WIDTH, Figure, _canvas, add_legend, draw_points, layer_curve
-from report.words import counted, interval, listed
+from report.words import counted, interval, is_are, listed, tabled
 from steps.subspace.measure import Measured, Subspace
 from steps.subspace.probes import WHOLE
 
@@ -354,25 +354,24 @@ def layers_beyond(own: pd.DataFrame) -> str:
     """After which layers the accuracy is above that of the better baseline, each by its own interval."""
     layers = sorted(own.loc[own["beyond_low"].astype(float) > 0, "layer"])
     if own["beyond_low"].isna().any():
-        return "too few were asked to say where it is above the better baseline"
-    where = f" (the first is {layers[0]}, the last {layers[-1]})" if layers else ""
+        return "asked of too few to say where it is above the better baseline"
+    where = f" (from layer {layers[0]} to layer {layers[-1]})" if layers else ""
     better = f"the better baseline ({own['baseline'].iloc[0]})"
     return f"above {better}, each layer's interval by itself, after {len(layers)} of {len(own)} layers{where}"
 
 
 def baseline_sentence(table: pd.DataFrame, null: pd.DataFrame, permutations: int) -> str:
     """What is read without the model, and what permuted labels give."""
-    each = []
+    each, names = [], list(dict.fromkeys(table["baseline"]))
     for key, own in table.groupby(ASKED, sort=False):
         top = null.loc[(null[ASKED] == list(key)).all(axis=1), "threshold"].max()
-        said = listed(f"{row['baseline']} {shown(row)}" for _, row in own.iterrows())
-        each.append(f"{key[1]} from {key[0]} prompts: {said}, permuted labels at most {top:.2f}")
+        by = {row["baseline"]: shown(row) for _, row in own.iterrows()}
+        each.append((f"{key[1]} from {key[0]} prompts", *(by.get(name, "") for name in names), f"{top:.2f}"))
     return (
-        "Two baselines see nothing of the model and are fitted and tested on the probes' own folds: the people's "
-        "attributes beside the class (metadata), and the n-grams of their names' letters (letters). Their balanced "
-        f"accuracy, and the highest at any layer under any of {permutations} permutations of the labels: "
-        f"{'; '.join(each)}. Probes are set against the better of the two, prompt by prompt; each interval holds by "
-        "itself."
+        "Probes are set against the better of two baselines that see nothing of the model: the people's attributes "
+        "beside the class (metadata), and the n-grams of their names' letters (letters). They are fitted and tested on "
+        "the probes' own folds. Their balanced accuracy, each interval by itself, and the highest that permuted labels "
+        f"reach at any layer ({permutations} permutations):\n\n" + tabled(("", *names, "permuted labels"), each)
     )
 
 
@@ -382,15 +381,22 @@ def accuracy_sentences(curve: pd.DataFrame, layers: Sequence[int]) -> list[str]:
     for key, own in curve[curve["own"]].groupby(CURVE, sort=False):
         best, at = own.loc[own["estimate"].idxmax()], own.set_index("layer").sort_index()
         slices = [
-            f"{shown(at.loc[layer])} at layer {layer} ({beyond(at.loc[layer])} beyond the baseline)"
-            for layer in dict.fromkeys((min(layers), max(layers)))
+            f"At layer {layer}, where the slice {where}, it is {shown(at.loc[layer])}, {beyond(at.loc[layer])} beyond "
+            "the baseline."
+            for layer, where in spans(layers).items()
         ]
         out.append(
-            f"{key[1].capitalize()} from {key[0]} prompts at `{key[2]}`, people not seen: balanced accuracy "
-            f"{shown(at.iloc[0])} at layer {at.index[0]}, highest after layer {best['layer']} ({shown(best)}), and "
-            f"{listed(slices)}, where the slice begins and ends; {layers_beyond(own)}."
+            f"{key[1].capitalize()} from {key[0]} prompts at `{key[2]}`, of people not seen, is {layers_beyond(own)}. "
+            f"The balanced accuracy is {shown(at.iloc[0])} at layer {at.index[0]} and highest after layer "
+            f"{best['layer']} ({shown(best)}). {' '.join(slices)}"
         )
     return out
+
+
+def spans(layers: Sequence[int]) -> dict[int, str]:
+    """What the slice does at its first and at its last layer."""
+    first, last = min(layers), max(layers)
+    return {first: "lies"} if first == last else {first: "begins", last: "ends"}
 
 
 def beyond(row: pd.Series) -> str:
@@ -402,14 +408,19 @@ def selectivity_sentence(table: pd.DataFrame, layer: int) -> list[str]:
     """Task, control and selectivity at the slice's layer."""
     rows = table[table["layer"] == layer]
     each = [
-        f"{row['target']} from {row['kind']} prompts at `{row['position']}` {row['true']:.3f} and "
-        f"{row['control']:.3f}, {interval(row['estimate'], row['low'], row['high'], 3)} apart"
-        + ("" if row["low"] is None or np.isnan(row["low"]) or row["low"] > 0 else " (not shown to be above 0)")
+        (
+            f"{row['target']} from {row['kind']} prompts at `{row['position']}`",
+            f"{row['true']:.3f}",
+            f"{row['control']:.3f}",
+            interval(row["estimate"], row["low"], row["high"], 3)
+            + ("" if row["low"] is None or np.isnan(row["low"]) or row["low"] > 0 else " (not shown to be above 0)"),
+        )
         for _, row in rows.iterrows()
     ]
     return [
-        f"Selectivity after layer {layer}, with every person on both sides of the folds (accuracy on the task and on "
-        f"random labels per person, and how far the first is above the second): {'; '.join(each)}."
+        f"Selectivity after layer {layer}, with every person on both sides of the folds: how far the accuracy on the "
+        "task is above that on random labels, one per person.\n\n"
+        + tabled(("", "accuracy", "on random labels", "selectivity"), each)
     ] * bool(each)
 
 
@@ -424,47 +435,59 @@ def rank_sentence(one: pd.Series, ranks: pd.DataFrame) -> str:
     mark = one["chance"] + ENOUGH * (one["accuracy"] - one["chance"])
     lower = tried[tried.index < one["rank needed"]]
     alike = lower.index[lower["high"].astype(float) >= mark]
-    unsure = f" (so, by their intervals, may {listed(alike)})" if len(alike) else ""
+    unsure = f" (so, by their intervals, may rank {listed(alike)})" if len(alike) else ""
     return (
-        f"The map to {where}: of the ranks tried ({listed(tried.index)}), {one['rank needed']} is the first that keeps "
-        f"{ENOUGH:.0%} of the accuracy above chance{unsure}: {one['accuracy']:.2f} at the cap, {one['at rank 1']:.2f} "
-        f"for a single direction, chance {one['chance']:.2f}. The class means' effective rank is "
-        f"{one['effective rank']:.1f}, at least {one['permuted effective rank']:.1f} under permuted labels; "
-        f"half the cap's directions hold {one['explained']:.0%} of their variance, at most "
-        f"{one['permuted explained']:.0%} under permuted labels."
+        f"The map to {where} needs rank {one['rank needed']}, the first of the ranks tried that keeps {ENOUGH:.0%} of "
+        f"the accuracy above chance{unsure}. The accuracy is {one['accuracy']:.2f} at the cap and "
+        f"{one['at rank 1']:.2f} for a single direction, where chance is {one['chance']:.2f} (the figure has the "
+        f"intervals). The class means' effective rank is {one['effective rank']:.1f}, at least "
+        f"{one['permuted effective rank']:.1f} under permuted labels. Half the cap's directions hold "
+        f"{one['explained']:.0%} of their variance, at most {one['permuted explained']:.0%} under permuted labels."
     )
 
 
 def direction_sentence(found: Sequence[dict], target: str) -> str:
-    each = [
-        f"{own['direction']} ({own['share']:.0%} of the class means' variance) from {own['low']} (near the words "
-        f"{own['low_words']}) to {own['high']} ({own['high_words']})"
+    rows = [
+        (
+            own["direction"],
+            f"{own['share']:.0%}",
+            f"{own['low']} ({own['low_words']})",
+            f"{own['high']} ({own['high_words']})",
+        )
         for own in found
     ]
-    return f"The leading directions of the {target} means run (nearest words untested): {'; '.join(each)}."
+    columns = ("direction", "share of the class means' variance", "from (nearest words)", "to (nearest words)")
+    return f"The leading directions of the {target} means; the nearest words are untested.\n\n{tabled(columns, rows)}"
 
 
 def cluster_sentence(found: dict, target: str) -> str:
     groups = "; ".join(listed(group) for group in found["groups"])
     alike = "agree" if found["p"] <= 0.05 else "are not shown to agree"
     return (
-        f"Clusters of the {target} means: {groups}. They {alike} with the supersets more than chance (adjusted Rand "
-        f"index {found['rand']:.2f} of 1, p = {found['p']:.2g} by permutation)."
+        f"Clusters of the {target} means {alike} with the supersets more than chance: the adjusted Rand index is "
+        f"{found['rand']:.2f} of 1 (p = {found['p']:.2g} by permutation). They are: {groups}."
     )
 
 
 def transfer_sentence(table: pd.DataFrame, layer: int) -> list[str]:
     """How probes do on prompts that they were not trained on."""
     each = [
-        f"{row['target']} at `{row['position']}` from `{row['trained']}` to `{row['template']}` {shown(row)} "
-        f"(beside {row['own probe']:.2f}; {beyond(row)} beyond the baseline)"
+        (
+            f"{row['target']} at `{row['position']}`",
+            f"`{row['trained']}`",
+            f"`{row['template']}`",
+            shown(row),
+            beyond(row),
+            f"{row['own probe']:.2f}",
+        )
         for _, row in table.iterrows()
     ]
     good = int((table["beyond_low"].astype(float) > 0).sum())
+    columns = ("", "fitted on", "asked in", "accuracy", "beyond the baseline", "own probe")
     return [
-        f"Probes moved to other prompts about other people, after layer {layer} (beside the accuracy that {HOME}): "
-        f"{listed(each)}. {good} of {len(table)} are above the better baseline of the people asked about, each by "
-        "itself."
+        f"{good} of {len(table)} probes, moved to other prompts about other people after layer {layer}, "
+        f"{is_are(good)} above the better baseline of the people asked about, each by itself. The last column is the "
+        f"accuracy that {HOME}.\n\n{tabled(columns, each)}"
     ] * bool(each)
 
 
@@ -514,7 +537,7 @@ def prompts_read(frame: pd.DataFrame, given: bool) -> str:
     """How many prompts of which kind were read; `given`: of a `pairs_file`, of which nothing is taken out."""
     sizes, out = frame[frame["labels"] == "true"].groupby("kind")[["unit", "item"]].nunique(), []
     if "pair" in sizes.index:
-        count = f"{sizes.loc['pair', 'item']} pair prompts of {sizes.loc['pair', 'unit']} quads"
+        count = f"{sizes.loc['pair', 'item']} pair prompts ({counted(sizes.loc['pair', 'unit'], 'quad')})"
         if given:
             out.append(
                 f"{count} (those that share a name count as one), whose people were taken from the `pairs_file` "
@@ -522,7 +545,7 @@ def prompts_read(frame: pd.DataFrame, given: bool) -> str:
             )
         else:
             out.append(
-                f"{count}, whose people the model tells apart by selection (an accuracy near 1 at the last token of "
+                f"{count}, whose people the model tells apart by selection (an accuracy near one at the last token of "
                 "the last layers is built in),"
             )
     if "one-name" in sizes.index:

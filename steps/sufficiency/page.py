@@ -16,12 +16,15 @@ from pipeline.step import Step
 from report import interactive, plots, site_tables
 from report.words import (
     about_model,
+    capital,
+    counted,
     ends_here,
     finished,
     heads_or_mlps,
     interval,
     listed,
     site_rows,
+    sites,
     top_sites_sentence,
 )
 from steps.sufficiency import measure, placebo_page, stability_page
@@ -230,13 +233,14 @@ def alone_sentence(m: Measured, restoring: Sequence[str]) -> str:
     single = reported(m.sites[m.sites["component"].isin(["head", "mlp"])])
     first = single[single["site"] == m.order["site"].iloc[0]].iloc[0]
     if restoring:
-        which = f"Single sites that restore the answer on their own: {listed(restoring)}"
+        which = f"Single sites that restore the answer on their own: {sites(restoring)}"
     elif single["ratio_low"].isna().all():
         which = "There are too few quads to say of a single head or MLP that it restores the answer on its own"
     else:
         which = "No single head or MLP restores the answer on its own"
     share = interval(first["ratio"], first["ratio_low"], first["ratio_high"])
-    return f"{which}; {first['site']}, first in order of discovery recovery, recovers {share} of the gap."
+    leader = capital(sites([first["site"]]))
+    return f"{which}. {leader}, first in order of discovery recovery, recovers {share} of the gap."
 
 
 def two_orders(m: Measured) -> str:
@@ -250,26 +254,25 @@ def two_orders(m: Measured) -> str:
     return (
         " This order goes by the share of the gap, sums over pairs; single sites are ranked by their rise in logits, "
         "mean over quads. The two are alike where every quad has as many pairs; here they part at place "
-        f"{place + 1}: {shares[place]} by share, {logits[place]} by logits."
+        f"{place + 1}: {sites([shares[place]])} by share, {sites([logits[place]])} by logits."
     )
 
 
 def restores_sentence(together: Mapping[str, Any], share: float) -> str:
     """Whether the slice as a whole restores the answer."""
     words = {
-        True: "it restores the answer",
-        False: "it does not restore the answer",
-        None: "too few quads leave it open",
+        True: "The slice as a whole restores the answer",
+        False: "The slice as a whole does not restore the answer",
+        None: "Too few quads leave open whether the slice as a whole restores the answer",
     }
     if together["share"] is None:
         return (
             "No confirmation pair is answered rightly without a patch, so there is no answer for the slice to restore."
         )
     return (
-        f"With the slice's clean values the clean answer comes first in {together['back']} of the {together['pairs']} "
-        "confirmation pairs whose clean prompt is answered rightly, and whose corrupt prompt otherwise: by the "
-        f"definition that single sites have to meet (a share of {share:g} among them, whatever its interval), "
-        f"{words[together['restores']]}."
+        f"{words[together['restores']]}: with its clean values the clean answer comes first in {together['back']} of "
+        f"the {together['pairs']} confirmation pairs whose clean prompt is answered rightly, and whose corrupt prompt "
+        f"otherwise. By definition, as for single sites, a share of {share:g} is asked for, whatever its interval."
     )
 
 
@@ -280,12 +283,13 @@ def slice_sentences(m: Measured, held: pd.DataFrame, params: Shared) -> list[str
     reached = (
         f"reaches {params.slice_share:.0%} in both on the discovery half"
         if critical.reached
-        else f"does not reach {params.slice_share:.0%} in both on the discovery half "
-        f"(recovery {critical.recovery:.2f}, damage {critical.damage:.2f})"
+        else f"does not reach {params.slice_share:.0%} in both on the discovery half"
     )
+    least = f" There its recovery is {critical.recovery:.2f} and its damage {critical.damage:.2f} (no intervals)."
+    least *= not critical.reached
     return [
-        f"The critical slice, heads and MLPs added in order of discovery recovery, has {critical.size} "
-        f"{'site' if critical.size == 1 else 'sites'} and {reached}: {listed(members)}.{two_orders(m)}",
+        "The critical slice, heads and MLPs added in order of discovery recovery, has "
+        f"{counted(critical.size, 'site')} and {reached}: {sites(members)}.{least}{two_orders(m)}",
         f"On the confirmation half its joint recovery is {joint['recovery']} of the gap and its joint counterfactual "
         f"damage {joint['damage']}.",
     ]

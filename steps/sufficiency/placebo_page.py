@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from lib.stats import MINIMUM_CLUSTERS
 from pipeline.params import Shared
 from report import plots
-from report.words import SPECIFICITY, TOO_FEW, interval, listed, of_row
+from report.words import SPECIFICITY, TOO_FEW, counted, extremes, interval, of_row, sites
 from steps.sufficiency.placebo import SLICE, TASK, Specificity
 
 CAPTION = (
@@ -117,41 +117,49 @@ def slice_sentence(attribute: str, rows: pd.DataFrame, params: Shared) -> str:
     quads = min(kept.quads, kept.placebo_quads)
     verdict = what.get(kept.verdict, f"there are too few quads to test it ({quads}; {MINIMUM_CLUSTERS} are needed)")
     noise = of(by["kept", "noise"], "quotient")
-    rest = "all placebo quads, whatever the sign of their gap, there is no gap of which it could be a share"
+    rest = "Over all placebo quads, whatever the sign of their gap, there is no gap of which it could be a share"
     if every is not None:
-        rest = f"all {every.placebo_quads} placebo quads, whatever the sign of their gap, {of(every, 'quotient')}"
+        rest = f"Over all {counted(every.placebo_quads, 'placebo quad')}, whatever the sign of their gap, it is "
+        rest += f"{of(every, 'quotient')} times as much"
     return (
-        f"Placebo: where all four people are of one superset and differ in {attribute}, the slice recovers "
-        f"{of(kept, 'placebo')} of the gap between that attribute's answers ({kept.placebo_quads} quads), against "
-        f"{of_row(kept)} of the superset gap ({kept.quads} quads): {of(kept, 'quotient')} times as much ({asked}). So "
-        f"{verdict}. With the slice's corrupt values in the clean run it is {noise} times as much, and in {rest}."
+        f"Placebo: {verdict}. Where all four people are of one superset and differ in {attribute}, the slice "
+        f"recovers {of(kept, 'placebo')} of that attribute's gap ({counted(kept.placebo_quads, 'quad')}), against "
+        f"{of_row(kept)} of the superset gap ({counted(kept.quads, 'quad')}). That is {of(kept, 'quotient')} times as "
+        f"much ({asked}). With the slice's corrupt values in the clean run it is {noise} times as much. {rest}."
     )
 
 
 def sites_sentence(m: Specificity, attribute: str, params: Shared) -> str:
     """Which parts of the slice, and which sites, are specific, and which are not."""
     rows = m.parts[m.parts["attribute"] == attribute]
-    parts = [
-        f"{row.site} {of(row, 'placebo')} of the {attribute} gap against {of_row(row)} of the superset gap"
+    together = "".join(
+        f"Of the slice, {row.site} together recover {of(row, 'placebo')} of the {attribute} gap, against {of_row(row)} "
+        "of the superset gap. "
         for row in rows[rows["site"].str.startswith("its ")].itertuples()
-    ]
-    together = f"Together, the slice's parts recover: {listed(parts)}. " if parts else ""
+    )
     if rows["verdict"].isna().all():
         return f"{together}Site by site there are too few quads to test which are specific."
     groups = {name: rows.loc[rows["verdict"] == name, "site"].tolist() for name in ("specific", "general", "open")}
-    factor = f"{params.specific_ratio:g} times"
+    said = {
+        "specific": f"specific to supersets against {attribute}",
+        "general": "not specific",
+        "open": "not decided",
+    }
+    each = "; ".join(f"{said[name]}: {sites(own, 8)}" for name, own in groups.items() if own)
     return (
-        f"{together}Familywise over these and the single sites, less than {factor} as large a share of the {attribute} "
-        f"gap as of the superset gap is carried by {listed(groups['specific'])}, more by {listed(groups['general'])}; "
-        f"{listed(groups['open'])} {'is' if len(groups['open']) == 1 else 'are'} not decided."
+        f"{together}Familywise over these and the single sites, {each}. Specific is what carries less than "
+        f"{params.specific_ratio:g} times as large a share of the {attribute} gap as of the superset gap."
     )
 
 
 def classes_sentence(m: Specificity, attribute: str) -> str:
     """The slice's share of the placebo gap, superset by superset."""
-    rows = m.classes[m.classes["attribute"] == attribute].itertuples()
-    each = [f"{row.shared} {of_row(row)} ({row.quads} quads)" for row in rows]
-    return f"By the superset of the four people the slice's share of the {attribute} gap is: {listed(each)}."
+    rows = m.classes[m.classes["attribute"] == attribute]
+    few = f"; with fewer than {MINIMUM_CLUSTERS} quads there is no interval" * bool(rows["low"].isna().any())
+    return (
+        f"By the superset of the four people the slice's share of the {attribute} gap is {extremes(rows, 'shared')} "
+        f"({counted(int(rows['quads'].min()), 'quad')} at least in each{few})."
+    )
 
 
 def moved_sentence(m: Specificity, attribute: str) -> str:
@@ -160,11 +168,8 @@ def moved_sentence(m: Specificity, attribute: str) -> str:
     own, there, placebo = at.get((TASK, TASK)), at.get((TASK, attribute)), at.get((attribute, TASK))
     if own is None or there is None or placebo is None:
         return f"The answers of {attribute} are not single tokens here."
-    vocabulary = [at[kind, "whole vocabulary"] for kind in (TASK, attribute)]
-    shares = [f"{row.estimate:.2f} of {row.whole_estimate:.2f}" for row in vocabulary]
     return (
-        f"Patched in the task's pairs, the slice moves the supersets' logits by {of_row(own)} against each other and "
-        f"those of {attribute} by {of_row(there)} (root mean square, logits; all there is moves them by "
-        f"{of(there, 'whole')}); patched in the placebo pairs it moves the supersets' by {of_row(placebo)}. Of the "
-        f"whole vocabulary's change it makes {shares[0]} nats in the task's pairs and {shares[1]} in the placebo's."
+        f"In the task's pairs, the slice moves the supersets' logits by {of_row(own)} against each other, and those of "
+        f"{attribute} by {of_row(there)} (root mean square, logits). In the placebo pairs it moves the supersets' by "
+        f"{of_row(placebo)}. The table has what all there is moves beside these, and the whole vocabulary."
     )

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from lib import effects, stats
 from lib.effects import SITE, columns, in_halves, named, quad_matrix, reported
 from report import plots
-from report.words import counted, interval, listed, of_row
+from report.words import capital, counted, interval, is_are, of_row, sites
 from steps.sufficiency.measure import Measured, Sufficiency
 
 HALF = "confirmation half"
@@ -237,40 +237,42 @@ def findings(m: Measured, params: Sufficiency) -> dict[str, Any]:
 def curve_sentence(m: Measured, by: dict[str, pd.DataFrame], params: Sufficiency) -> str:
     """What the growing set recovers as it grows, and whether it has an edge where the slice is cut off."""
     size, last = m.critical.size, len(m.order)
-    sizes = sorted({size, (size + last) // 2, last})
-    steps = listed(f"{of_row(by[JOINT].loc[n])} at {counted(n, 'site')}" for n in sizes)
     told = (
-        "Heads and MLPs put into the corrupt run together, in order of discovery recovery, bring back, as shares of "
-        f"the gap on the confirmation half: {steps}."
+        "Heads and MLPs put into the corrupt run together, in order of discovery recovery, bring back "
+        f"{of_row(by[JOINT].loc[size])} of the gap with the first {size} ({HALF})."
     )
     if size == last:
         return f"{told} No more were measured, so whether the curve has an edge there is not known."
     more = by[LEFT].loc[size]
-    rises = f" From {size} to {last} it rises by {of_row(more)}: "
+    rises = f"from there to all that were measured ({counted(last, 'site')}) the curve rises by {of_row(more)}"
     if pd.isna(more["low"]):
-        return f"{told}{rises}there are too few quads to test whether there is an edge at {size}."
+        return f"{told} There are too few quads to test whether there is an edge at {size}: {rises}."
     if more["low"] > 0:
         return (
-            f"{told}{rises}there is no edge at {size}. What is called the critical slice is cut off where the share "
-            f"that the profile asks for ({params.slice_share:.0%}) is reached."
+            f"{told} But there is no edge at {size}: {rises}. What is called the critical slice is cut off where the "
+            f"share that the profile asks for ({params.slice_share:.0%}) is reached."
         )
-    return f"{told}{rises}that it goes on rising is not shown."
+    return f"{told} That the curve goes on rising is not shown: {rises}."
 
 
 def stability_sentence(m: Measured, found: Stability, params: Sufficiency) -> str:
     """How often the same sites come back."""
-    size, others = m.critical.size, [f"{one.shared} in the order of {where(one)}" for one in found.others]
-    told = f" Of the first {counted(size, 'site')}, the slice has {listed(others)}." if others else ""
+    size = m.critical.size
+    told = "".join(
+        f" In the order of {where(one)}, {one.shared} of the first {size} {is_are(one.shared)} the slice's."
+        for one in found.others
+    )
     if np.isnan(found.same):
         return f"There are too few discovery quads ({found.quads}) to say how often the same sites come back.{told}"
     sure = found.sites.head(size)
     sure = sure.loc[sure["included"] >= params.level, "site"].tolist()
+    always = f"{capital(sites(sure))} {is_are(len(sure))}" if sure else "No site is"
+    many = f", and {found.kept:.1f} of the {size} on average" * (size > 1)
     return (
-        f"The order rests on {found.quads} discovery quads: drawn again (bootstrap), the same {size} sites come first "
-        f"in {found.same:.0%} of draws, and {found.kept:.1f} of the {size} on average; among the first {size} in at "
-        f"least {params.level:.0%} {'is' if len(sure) == 1 else 'are'} {listed(sure)}. Along the order that was "
-        f"measured, both curves reach {params.slice_share:.0%} {reach(found.sizes, len(m.order))} in the middle "
-        f"{params.level:.0%} of draws.{told}"
+        f"The slice's {'site comes' if size == 1 else 'sites come'} first again in {found.same:.0%} of bootstraps of "
+        f"the discovery quads ({counted(found.quads, 'quad')}){many}. {always} among the first {size} in at least "
+        f"{params.level:.0%} of them. Along the order that was measured, both curves reach the share that the profile "
+        f"asks for {reach(found.sizes, len(m.order))} in the middle {params.level:.0%} of draws.{told}"
     )
 
 
@@ -279,6 +281,8 @@ def reach(sizes: tuple[float, float], measured: int) -> str:
     low, high = sizes
     if low > measured:
         return f"not within the {counted(measured, 'site')} measured"
+    if low == high:
+        return f"at {counted(int(low), 'site')}"
     return f"at {low:.0f} to " + (f"more than {measured} sites" if high > measured else f"{high:.0f} sites")
 
 
@@ -292,16 +296,17 @@ def additivity_sentence(m: Measured, by: dict[str, pd.DataFrame], params: Suffic
     """Whether the leading sites recover more or less together than one by one."""
     count = min(params.coupled_sites, len(m.order))
     beyond = by[BEYOND].loc[count]
-    verdict = "they are neither shown to be sub-additive nor super-additive"
+    who = f"The {counted(count, 'leading site')} {is_are(count)}"
+    verdict = f"{who} neither shown to be sub-additive nor super-additive"
     if pd.isna(beyond["low"]):
-        verdict = "there are too few quads to say more"
+        verdict = f"Of how the {counted(count, 'leading site')} add up, too few quads allow to say more"
     elif beyond["high"] < 0:
-        verdict = "they are sub-additive: part of what one carries, others carry as well or pass on"
+        verdict = f"{who} sub-additive: part of what one carries, others carry as well or pass on"
     elif beyond["low"] > 0:
-        verdict = "they are super-additive: part of what they do, they do only together"
+        verdict = f"{who} super-additive: part of what they do, they do only together"
     return (
-        f"The {counted(count, 'leading site')} recover {of_row(by[JOINT].loc[count])} of the gap together, and one by "
-        f"one {of_row(by[SUM].loc[count])} in all; the difference is {of_row(beyond)}: {verdict}."
+        f"{verdict}. Together they recover {of_row(by[JOINT].loc[count])} of the gap; less what they recover one by "
+        f"one, that is {of_row(beyond)}."
     )
 
 
@@ -310,11 +315,10 @@ def interactions_sentence(twos: pd.DataFrame) -> str:
     if twos["low"].isna().all():
         return f"Two by two, there are too few quads ({twos['quads'].iloc[0]}) to test which of them interact."
     sure = twos[twos["sure"]]
-    less, more = sure[sure["estimate"] < 0], sure[sure["estimate"] > 0]
-    most = twos.loc[twos["estimate"].abs().nlargest(3).index]
-    each = [f"{row.site} with {row.other} {interval(row.estimate, row.low, row.high, 3)}" for row in most.itertuples()]
+    less, most = (sure["estimate"] < 0).sum(), twos.loc[twos["estimate"].abs().idxmax()]
+    share = f"; {less} of the {len(sure)} recover less together than one by one" * bool(len(sure))
     return (
-        f"Of the {len(twos)} twos among them, {len(sure)} interact significantly (familywise, above the model's "
-        f"noise): {len(less)} recover less together than one by one, {len(more)} more. The largest interactions are, "
-        f"in logits: {listed(each)}."
+        f"{len(sure)} of the {len(twos)} twos among them {'interacts' if len(sure) == 1 else 'interact'} significantly "
+        f"(familywise, above the model's noise){share}. The largest interaction, that of {sites([most['site']])} with "
+        f"{sites([most['other']])}, is {interval(most['estimate'], most['low'], most['high'], 3)} logits."
     )
