@@ -38,17 +38,23 @@ def test_curves_hold_their_points_with_intervals_and_their_lines_without():
     assert first["ticks"] is None and second["ticks"] == ["OR", "AND"] and second["name"] == "How much worse"
 
 
-def test_the_rule_is_shown_for_both_bases():
+@pytest.mark.parametrize("uneven", [False, True])
+def test_the_rule_is_shown_for_both_bases(uneven):
     people = pd.DataFrame({"n_a": [1, 1, 0], "n_b": [0, 1, 0]})
     terms = pd.DataFrame({"term": ["one name", "first slot", "second slot", "two names"], "estimate": [2, 2.5, 1.5, 4]})
     terms = terms.assign(low=1.0, high=5.0)
-    rules = [(basis, rule) for basis in name_rule.BASES for rule in ("none", *name_rule.RULES, "free")]
-    errors = pd.DataFrame(rules, columns=["basis", "rule"]).assign(worse=np.arange(10) / 10, low=0, high=1, error=1)
-    fit = name_rule.RuleResult(errors, {}, {}, terms, None, 3, 3, 2)
+    rules = ("none", "additive", "OR", "AND", "additive by slot", "OR by slot", "free")
+    errors = pd.DataFrame([(basis, rule) for basis in name_rule.BASES for rule in rules], columns=["basis", "rule"])
+    errors = errors.assign(worse=np.arange(14) / 10, low=0, high=1, error=1)
+    names = name_rule.Names("second", None, uneven)
+    fit = name_rule.RuleResult(errors, {}, {}, terms, None, names, 0.1, 3, 3, 2)
     steps, worse = data_of(name_rule.touched(fit, people))["panels"]
     assert [line["name"] for line in steps["lines"]] == ["first slot", "second slot", "two names", *name_rule.RULES]
     assert [line["points"][0][:2] for line in steps["lines"][:3]] == [[1, 250], [1, 150], [2, 400]]
-    assert [[point[1] for point in line["points"]] for line in worse["lines"]] == [[10, 20, 30], [60, 70, 80]]
+    assert worse["ticks"] == (["additive by slot", "OR by slot", "AND"] if uneven else ["additive", "OR", "AND"])
+    (first, second) = ({x: y for x, y, *_ in line["points"]} for line in worse["lines"])
+    assert [first[x] for x in range(3)] == ([40, 50, 30] if uneven else [10, 20, 30])
+    assert [second[x] for x in range(3)] == ([110, 120, 100] if uneven else [80, 90, 100])
     assert name_rule.touched(None, people) is None
 
 

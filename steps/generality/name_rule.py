@@ -331,7 +331,7 @@ def touched(fit: RuleResult | None, people: pd.DataFrame) -> HTML | None:
             "squared error above that of the free fit (squared logits)",
             "squared logits more error than a free fit, on people not seen",
             "How much worse than a free fit each rule predicts, by what is known of a name",
-            RULES,
+            tuple(fit.names.rules),
         ),
     ]
     return interactive.curves("fig-generality-rule", "rule", panels)
