@@ -31,6 +31,8 @@ RULES = {"additive": "additive", "or": "OR", "and": "AND"}
 ONE_NAME, STEP = (0.05, 0.2), (0.1, 0.3)
 """Shares of the other name that surely count for nothing, and surely count; and how far the step of a second name may
 be from a rule's (times that of one name) to be surely of it, and not to be. What lies between is left open."""
+LEFT = 0.1
+"""Share of the answer that sites outside a complete circuit may do."""
 ARRIVED, REPAIR = 0.8, 0.1
 """As in the profile: of the critical layers, and of the claims about repair."""
 ALWAYS = ("task_done", "critical_layers", "slice_sufficient")
@@ -307,6 +309,16 @@ def rule_claims(truth: Truth) -> tuple[dict[str, bool | None], set[str]]:
     return dict(zip(claims, (alone, names.follows(0), names.follows(1), not alone), strict=True)), set()
 
 
+def planted_complete(truth: Truth, found: Finding) -> bool | None:
+    """Whether the circuit that was found leaves nothing behind. None of a single site, which has no parts to go
+    without; and where planted sites outside it do more than `LEFT`: the search stops at a share of the answer, and in
+    the model these go on when others are gone."""
+    members = {row["site"] for row in (found.get("circuit") or {}).get("members", ())}
+    outside = [site for site in at_last(truth) if name_of(site) not in members]
+    left = sum(abs(site["necessity"]["counterfactual"]["mean"]) for site in outside) / truth["gap"]["mean"]
+    return True if len(members) > 1 and left < LEFT else None
+
+
 def planted_claims(truth: Truth, found: Found) -> Wanted:
     """The verdicts of the claims that the construction decides."""
     shares, backed = {name_of(site): gain(site) / truth["gap"]["mean"] for site in at_last(truth)}, truth["backup"]
@@ -333,7 +345,7 @@ def planted_claims(truth: Truth, found: Found) -> Wanted:
         "one_direction": True if whole & slice_sites else None,
     }
     if backed is None:
-        true |= dict.fromkeys(UNBACKED, True)
+        true |= dict.fromkeys(UNBACKED, True) | {"circuit_complete": planted_complete(truth, found["story"])}
     words = {True: "supported", False: "not supported"}
     must = {f"{name}: {words[said]}" for name, said in true.items() if said is not None}
     decided = {name for name, said in true.items() if said is not None} | {said.partition(":")[0] for said in beside}

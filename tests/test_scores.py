@@ -233,6 +233,16 @@ def test_routes_are_asked_of_the_slices_heads_alone():
     assert scores.sliced(own, {"parameters": {"slice_sites": ["4.5"]}}) == ["4.5"]
 
 
+def test_a_circuit_that_leaves_planted_sites_to_the_model_need_not_be_complete():
+    truth = TRUTH | {"backup": None}
+
+    def wanted(*members: str) -> bool:
+        own = found() | {"story": {"circuit": {"members": [{"site": name} for name in members]}}}
+        return "circuit_complete: supported" in scores.planted_claims(truth, own).must
+
+    assert wanted("3.2", "4.5", "mlp 5") and not wanted("3.2", "mlp 5") and not wanted("mlp 5")
+
+
 @pytest.mark.parametrize(
     ("first", "second", "both", "rule", "additive"),
     [
