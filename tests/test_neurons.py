@@ -202,6 +202,19 @@ def test_neurons_are_picked_on_discovery_by_size_either_way():
     assert drawn[0].get_ydata()[-1] == pytest.approx(0.4 - 0.2) and drawn[1].get_ydata()[-1] == pytest.approx(-0.3)
 
 
+def test_mlps_that_were_not_asked_about_are_named():
+    sites = [
+        {"site": site, "component": site.split()[0], "layer": layer, "ratio": ratio, "low": low, "p": 0.01}
+        for site, layer, ratio, low in (
+            ("mlp 8", 8, 0.9, 1.0), ("mlp 9", 9, 0.125, 0.2), ("mlp 3", 3, 0.05, 0.1), ("mlp 4", 4, 0.2, -0.1),
+            ("head 9.1", 9, 0.5, 1.0), ("mlp 5", 5, 0.5, None),
+        )
+    ]  # fmt: skip
+    [said] = neurons_page.others_sentence(sites, [8], P)
+    assert "2 other MLPs that alone surely recover a share" in said and "mlp 9 (0.12 over all supersets" in said
+    assert neurons_page.others_sentence(sites, [3, 8, 9], P) == []
+
+
 def test_random_neurons_write_as_much():
     written = np.tile(np.linspace(0, 1, 100), 2)
     frame = made({"discovery": np.eye(200)[20] + np.eye(200)[180] / 2}, quads=2, written=written)

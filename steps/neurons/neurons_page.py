@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -431,6 +431,20 @@ def asked(frame: pd.DataFrame, chosen: pd.DataFrame) -> str:
     )
 
 
+def others_sentence(sites: Sequence[Mapping[str, Any]], layers: Sequence[int], params: Neurons) -> list[str]:
+    """Which MLPs outside the layers do something, by step 04's `sites`: the slice ends before all is in it."""
+    surely = (row for row in sites if row["low"] is not None and row["low"] > 0 and row["p"] <= 1 - params.level)
+    others = [row for row in surely if row["component"] == "mlp" and row["layer"] not in layers]
+    if not others:
+        return []
+    most, one = max(others, key=lambda row: row["ratio"]), len(others) == 1
+    return [
+        f"Not asked about are the neurons of {counted(len(others), 'other MLP')} that alone surely "
+        f"recover{'s' * one} a share of the gap on page 04, most of all {most['site']} ({most['ratio']:.2f} over all "
+        "supersets; of a single one it may be more)."
+    ]
+
+
 def scope_sentences(frame: pd.DataFrame, chosen: pd.DataFrame) -> tuple[list[str], dict]:
     """What was swept, and how far the effects of single neurons repeat in the other half."""
     halves = [means(part) for _, part in in_halves(frame)]
@@ -577,6 +591,7 @@ def part(step: Step, m: Measured) -> dict[str, Any]:
     params, alone = step.params, singles(m.joint, m.sets, step.params)
     carried = shares(m.joint, m.sets, params)
     scope, numbers = scope_sentences(m.neurons, m.top)
+    scope += others_sentence((step.find("sufficiency") or {}).get("sites", ()), numbers["layers"], params)
     leading, sure = top_sentences(alone, m.joint, params)
     joint = [share_sentence(carried, q) for q in carried.get("quantity", pd.Series(dtype=str)).unique()]
     apart, chance = (selective(m.classes, params, column) for column in ("auc", "auc_chance"))
