@@ -297,6 +297,8 @@ def planted_rule(truth: Truth) -> Wanted:
         return Wanted({RULES["and"]})
     near, step = ("additive", 1.0) if names.ratio > 0.5 else ("OR", 0.0)
     said = names.follows(step)
+    if said and not truth["options"].get("noise"):  # exact numbers: a cap on logits, too, makes a sum less than a sum
+        said = abs(names.ratio - step) <= TOLERANCE
     return Wanted(set(), {near, "neither"}) if said is None else Wanted({near if said else "neither"})
 
 

@@ -249,6 +249,7 @@ def test_a_circuit_that_leaves_planted_sites_to_the_model_need_not_be_complete()
         (5, 5, 10, {"additive"}, "supported"),
         (7, 3, 10, {"additive"}, "supported"),
         (6.3, 6.2, 10, {"neither"}, "not supported"),
+        (5, 5, 9.7, {"neither"}, "supported"),  # as a soft cap has it: nearly a sum, and surely none
         (5.5, 5.5, 10, {"additive", "neither"}, None),
         (10, 10, 10, {"OR"}, "not supported"),
         (0, 0, 10, {"AND"}, None),
