@@ -35,6 +35,8 @@ LEFT = 0.1
 """Share of the answer that sites outside a complete circuit may do."""
 ARRIVED, REPAIR = 0.8, 0.1
 """As in the profile: of the critical layers, and of the claims about repair."""
+ROUTES = {"k": "names", "v": "names", "q": "last"}
+"""Inputs of heads, and where they are read."""
 ALWAYS = ("task_done", "critical_layers", "slice_sufficient")
 ALWAYS += ("profession_at_names", "superset_at_last", "few_directions", "beats_random", "steering")
 UNBACKED = ("slice_necessary", "general_templates")
@@ -174,16 +176,16 @@ def planted_inside(truth: Truth, found: Found) -> Wanted | None:
 
 
 def planted_routes(truth: Truth, found: Finding) -> Wanted | None:
-    """Inputs k and v at the names through which the slice's heads are given a share of the gap; None where the slice
-    has no heads, so that nobody asked."""
-    sums, heads = {"k": 0.0, "v": 0.0}, {name for name in found["slice"] if not name.startswith("mlp")}
+    """The inputs (`ROUTES`) through which the slice's heads are given a share of the gap; None where the slice has no
+    heads, so that nobody asked. Where an input works against the answer, as that of a backup, it may be named."""
+    sums, heads = dict.fromkeys(ROUTES, 0.0), {name for name in found["slice"] if not name.startswith("mlp")}
     if not heads:
         return None
     for edge in truth["paths"]:
         receiver = None if edge["receiver"] is None else name_of(truth["sites"][edge["receiver"]])
-        if receiver in heads and edge["input"] in sums and truth["sites"][edge["sender"]]["position"] == "names":
+        if receiver in heads and ROUTES.get(edge["input"]) == truth["sites"][edge["sender"]]["position"]:
             sums[edge["input"]] += edge["noise"]["mean"] / truth["gap"]["mean"]
-    must = {kind for kind, share in sums.items() if abs(share) > 2 * SHARE}
+    must = {kind for kind, share in sums.items() if share > 2 * SHARE}
     return Wanted(must, {kind for kind, share in sums.items() if share} - must)
 
 
@@ -401,12 +403,10 @@ def retrieval_heads(found: Finding) -> set[str]:
 
 
 def routes(found: Finding) -> set[str]:
-    """By which inputs of its heads (k or v) the slice is given what it reads at the names."""
+    """By which inputs of its heads (`ROUTES`) the slice is given what it reads."""
     rows = [row for row in found["carried"] if row["senders"] == "everything" and row["mlps"] == "recomputed"]
-    alone = {row["receivers"].removesuffix(" at names"): row for row in rows}
-    return {
-        kind for kind in ("k", "v") if kind in alone and alone[kind]["low"] is not None and alone[kind]["low"] > SHARE
-    }
+    low = {row["receivers"]: row["low"] for row in rows}
+    return {kind for kind, role in ROUTES.items() if (low.get(f"{kind} at {role}") or 0) > SHARE}
 
 
 def direction_effect(found: Finding) -> float | None:

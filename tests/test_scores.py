@@ -227,6 +227,13 @@ def test_routes_are_asked_of_the_slices_heads_alone():
     own["retrieval_heads"]["slice"] = ["mlp 5"]
     assert "routes" not in scored(own)
     truth = copy.deepcopy(TRUTH)
+    truth["sites"].append(site(5, 1, "query_routed", 0.1))
+    query = {"sender": 1, "receiver": 6, "input": "q", "noise": {"mean": 1.0}}
+    asked = scores.planted_routes(truth | {"paths": [query]}, {"slice": ["5.1"]})
+    against = scores.planted_routes(truth | {"paths": [query | {"noise": {"mean": -1.0}}]}, {"slice": ["5.1"]})
+    assert asked == scores.Wanted({"q"}) and against == scores.Wanted(set(), {"q"})
+    row = {"senders": "everything", "mlps": "recomputed", "receivers": "q at last", "low": 0.05}
+    assert scores.routes({"carried": [row]}) == {"q"} and scores.routes({"carried": [row | {"low": None}]}) == set()
     truth["paths"][1]["input"] = "k"
     assert scores.planted_routes(truth, {"slice": ["3.2", "4.5"]}).must == {"k", "v"}
     assert scores.planted_routes(truth, {"slice": ["3.2"]}).must == {"v"}

@@ -552,10 +552,12 @@ def route_sentences(
     every = share_of(table, "everything", where, "recomputed")
     whole = f"Replacing all that the slice's MLPs are given at the last token takes away {every} of the gap"
     if where == READ:
-        alone = {kind: share_of(table, "everything", f"{kind} at names", "recomputed") for kind in ("v", "k")}
+        inputs = ("v at names", "k at names", "q at last")
+        values, keys, queries = (share_of(table, "everything", one, "recomputed") for one in inputs)
         whole = (
             f"Replacing all that the slice's heads read at the names' tokens takes away {every} of the gap between "
-            f"clean and corrupt. Their values alone take away {alone['v']}, their keys alone {alone['k']}"
+            f"clean and corrupt. Their values alone take away {values}, their keys alone {keys}. What their queries are "
+            f"given at the last token, replaced alone, takes away {queries}"
         )
     more = "more than" if gap.low is not None and gap.low > floor else "not significantly more than"
     more = "less than" if gap.high is not None and gap.high < -floor else more

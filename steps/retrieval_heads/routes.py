@@ -25,6 +25,7 @@ LAST = {"q": "last", "k": "last", "v": "last", "mlp": "last"}
 INSIDE = {"q": "names", "k": "names", "v": "names", "mlp": "names"}
 ANSWER = {"final": "last"}
 READS = {"k and v": NAMES, "v": {"v": "names"}, "k": {"k": "names"}}
+QUERIES = {"q": "last"}
 GROUPS = ("everything", "embedding", "MLPs", "heads")
 
 
@@ -78,15 +79,16 @@ def modules(into: Sequence[Site]) -> list[tuple[Site, ...]]:
 
 
 def group_units(pairs: Sequence[Pair], slice_sites: Sequence[Site], n_heads: int) -> list[Unit]:
-    """GROUPS into the slice's heads at the names: keys and values together and apart, and together with MLPs frozen.
-    Into the MLPs' inputs at the last token where the slice has no heads."""
+    """GROUPS into the slice's heads at the names: keys and values together and apart, and together with MLPs frozen;
+    everything into their queries at the last token. Into the MLPs' inputs there where the slice has no heads."""
     into = heads_of(slice_sites)
     sets = [own for own in groups(into or slice_sites, n_heads) if own]
     if not into:
         label = "MLP inputs at last"
         return [unit for mlps in MLPS for unit in paths(label, pairs, slice_sites, LAST, mlps, sets)]
     how = [("recomputed", kind) for kind in READS] + [("frozen", "k and v")]
-    return [unit for mlps, kind in how for unit in paths(f"{kind} at names", pairs, into, READS[kind], mlps, sets)]
+    units = [unit for mlps, kind in how for unit in paths(f"{kind} at names", pairs, into, READS[kind], mlps, sets)]
+    return units + paths("q at last", pairs, into, QUERIES, "recomputed", sets[:1])
 
 
 def edge_units(pairs: Sequence[Pair], senders: Sequence[Site], slice_sites: Sequence[Site], mlps: str) -> list[Unit]:
