@@ -556,8 +556,8 @@ def route_sentences(
         values, keys, queries = (share_of(table, "everything", one, "recomputed") for one in inputs)
         whole = (
             f"Replacing all that the slice's heads read at the names' tokens takes away {every} of the gap between "
-            f"clean and corrupt. Their values alone take away {values}, their keys alone {keys}. What their queries are "
-            f"given at the last token, replaced alone, takes away {queries}"
+            f"clean and corrupt. Their values alone take away {values}, their keys alone {keys}. What their queries "
+            f"are given at the last token, replaced alone, takes away {queries}"
         )
     more = "more than" if gap.low is not None and gap.low > floor else "not significantly more than"
     more = "less than" if gap.high is not None and gap.high < -floor else more
