@@ -56,7 +56,7 @@ export JUPYTER_PREFER_ENV_PATH := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help env book plan pairs lab test test-long browser bench bench-peers validation wheels lint format clean conda-ready
+.PHONY: help env book pdf plan pairs lab test test-long browser bench bench-peers validation wheels lint format clean conda-ready
 
 help: ## list the targets
 	@echo "make <target> [PROFILE=$(PROFILE)]"
@@ -77,6 +77,10 @@ env: $(READY) ## make .venv, and nothing else
 
 book: $(READY) ## sweep what has to be swept, execute the notebooks, build the book, print its path
 	@$(PY) -m steps run
+
+pdf: $(READY) ## the same, printed to one file, build/PROFILE/book.pdf; wants Chromium
+	@$(PY) -m steps run
+	@$(PY) -m report.pdf build/$(PROFILE)/book build/$(PROFILE)/book.pdf
 
 plan: $(READY) ## what the profile costs, step by step, before it is run; DEVICE="NVIDIA H100 80GB": on that card
 	@$(PY) -m steps.plan

@@ -20,23 +20,22 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from string import Template
 from typing import Any
-from urllib.parse import quote_plus
 
 from lib import questions
 from lib.errors import Refusal
 from lib.questions import Question
 from lib.records import RecordError
 from pipeline import keys, params, units
-from report import pairs, robustness, scale, validation
+from report import front, glossary, pairs, robustness, scale, shed, shell, validation
 from report.library import block, contents, library
 
 ROOT = Path(__file__).resolve().parent.parent
+GLOSSARY = "glossary.yaml"
 PACKAGES = ("lib", "report")  # those whose modules have a page each
-WORDED = ("index", "how_to_read")  # pages whose prose is about the question
+WORDED = ("index.md", "how_to_read.md", GLOSSARY)  # what is about the question, and put into its words
 
 # What of a profile may be a file or folder of one's own.
 LOCAL = ("model", "tokenizer", "adapter", "question", "pairs_file", "people_file")
@@ -120,8 +119,8 @@ def indexed(found: Mapping[str, Any]) -> str:
     return f"```{{index}} {', '.join(f'!{site}' for site in sites)}\n```" if sites else ""
 
 
-def clean_notebook(path: Path, step: str, note: str = "") -> str:
-    """The executed notebook as JSON text for the book, without papermill's metadata and what was written to stderr:
+def clean_notebook(path: Path, step: str, note: str = "") -> dict[str, Any]:
+    """The executed notebook for the book, without papermill's metadata and what was written to stderr:
     they hold times and this machine's paths. `note` goes under its title.
 
     Jupyter Book renders a failed or half-run notebook without a warning, so both are BookErrors here.
@@ -151,7 +150,7 @@ def clean_notebook(path: Path, step: str, note: str = "") -> str:
             raise BookError(f"step {step} stopped before cell {number} of {path}: run the step again")
     for key in ("papermill", "widgets"):
         notebook.get("metadata", {}).pop(key, None)
-    return json.dumps(notebook, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+    return notebook
 
 
 def asked(results: Path, step: str) -> Question:
@@ -159,19 +158,9 @@ def asked(results: Path, step: str) -> Question:
     return questions.load(read_json(results, step, "run").get("parameters", {}).get("question", questions.DEFAULT))
 
 
-def headed(topic: Question) -> dict[str, str]:
-    """The question at the head of the landing page, and what it calls the gaps that are compared there."""
-    gaps = (
-        f" That of two supersets is the *superset gap*; between names of one superset that differ in {topic.placebo}, "
-        f"whose prompts are read by words for that, it is the *{topic.placebo} gap*."
-    )
-    return {"title": topic.title, "introduction": topic.introduction, "gaps": gaps * bool(topic.placebo)}
-
-
-def reworded(text: str, topic: Question) -> str:
-    """A notebook, as JSON text, in the question's words: its prose, captions, and the texts and tables it shows."""
-    notebook = json.loads(text)
-    for cell in notebook["cells"]:
+def reworded(notebook: dict[str, Any], topic: Question) -> str:
+    """A notebook as JSON text, in the question's words: its prose, captions, and the texts and tables it shows."""
+    for cell in notebook["cells"] if topic.words else ():
         if cell["cell_type"] == "markdown":
             cell["source"] = topic.reworded("".join(cell["source"]))
         for part in (cell["metadata"].get("mystnb", {}).get(name, {}) for name in ("figure", "image")):
@@ -182,12 +171,12 @@ def reworded(text: str, topic: Question) -> str:
                 if kind in shown:
                     parts = re.split(r"(<[^>]*>)", "".join(shown[kind]))
                     shown[kind] = "".join(part if part.startswith("<") else topic.reworded(part) for part in parts)
-    return json.dumps(notebook, indent=1, sort_keys=True, ensure_ascii=False) + "\n" if topic.words else text
+    return json.dumps(notebook, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
 
 
 def landing(results: Path, steps: Mapping[str, str], to: Path) -> dict[str, str]:
-    """Fields of `index.md` from the findings. Copies the one figure it shows, of the claims, to `to/figures/`: those of
-    the steps stand on their pages.
+    """Fields of `index.md` from the findings. Copies the one figure it shows, of the last step, to `to/figures/`: those
+    of the steps stand on their pages.
 
     A findings file has `model` {name, n_layers, ...}, `task`, `able`, `sentences` (MyST) and `figures`
     [{file, caption}], `file` relative to the results folder. `headline`, if there, stands in for `sentences` here.
@@ -196,83 +185,38 @@ def landing(results: Path, steps: Mapping[str, str], to: Path) -> dict[str, str]
     models = {step: found["model"]["name"] for step, found in findings.items()}
     if len(set(models.values())) > 1:
         raise BookError(f"{results} mixes models {models}: run the steps of one profile into one results folder")
-    answer = []
-    *others, last = list(steps)[1:]  # the last step concludes, so it leads
-    for step in (last, *others):
-        found = findings[step]
-        link, said = f"[{title(step)}]({steps[step]}.ipynb)", sentences(step, found)
-        answer.append(item(link, said) if answer else f"{link}: {' '.join(said)}")
-    model = findings[next(iter(findings))]["model"]
+    first, *others = steps
+    *others, last = others  # the last step concludes, so it leads
+    answer = [
+        item(f"[{title(step)}]({steps[step]}.ipynb)", sentences(step, findings[step])) for step in (last, *others)
+    ]
+    model = findings[first]["model"]
     facts = {key: value for key, value in model.items() if key != "name"}
-    able = [" ".join(sentences(step, found)) for step, found in findings.items() if step == next(iter(steps))]
     rows = [
         f"| [{title(step)}]({page}.ipynb) | `{findings[step].get('task', '')}` | "
         f"{'measured' if findings[step].get('able', True) else 'not measured: the model cannot do this task'} |"
         for step, page in steps.items()
     ]
+    runs = {step: read_json(results, step, "run") for step in steps}
     return {
         "model": short(model["name"]),
-        **outline(findings[last].get("outline", {})),
+        **front.head(findings[last].get("outline", {})),
+        **front.times(runs, first, "sufficiency"),
         "answer": "\n\n".join(answer),
-        "slice": in_map(findings.get("sufficiency", {}).get("critical_slice", ()), steps.get("sufficiency", "")),
-        "claims": verdicts(results),
+        "slice": front.in_map(findings.get("sufficiency", {}).get("critical_slice", ()), steps.get("sufficiency", "")),
+        "claims": front.verdicts(results),
         "figure": "\n\n".join(figure_block(results, to, last, own) for own in findings[last].get("figures", ())[:1]),
-        "able": "\n\n".join(able),
+        "able": " ".join(sentences(first, findings[first])),
+        "tried": front.tried(findings[first]),
         "measured": table(facts, head=("model", code(model["name"]))),
         "pages": "\n".join(["| page | task | this model |", "| --- | --- | --- |", *rows]),
     }
 
 
-def in_map(sites: Sequence[Mapping[str, Any]], page: str) -> str:
-    """The sites of the slice, each as a link to the view of it on the page with the map of sites; "" where none is."""
-    links = [f'<a href="{page}.html#site={quote_plus(site["site"])}">{site["site"]}</a>' for site in sites]
-    return f" Those of the slice: {', '.join(links)}." if links else ""
-
-
-def outline(found: Mapping[str, Any]) -> dict[str, str]:
-    """What the last step concludes, for the landing page's head: in short, in three sentences, and what it is not."""
-    refused = f"**What it is not.** {found['not']}" if found.get("not") else ""
-    short = f"**{found['answer']}**" if found.get("answer") else ""
-    return {"short": short, "outline": "\n\n".join(found.get("sentences", ())), "not": refused}
-
-
-def verdicts(results: Path) -> str:
-    """The claims ledger of step 10 (claims.json; no rows where it is not there) as MyST tables that the
-    book's script makes sortable: claims, then checks."""
-    path = results / "claims.json"
-    ledger = units.read_json(path) if path.is_file() else {"claims": []}
-    columns = {"verdict": "verdict", "alone": "alone", "tier": "evidence", "reason": "why"}
-    if any(claim.get("fresh") for claim in ledger["claims"]):
-        columns["fresh"] = "on fresh people"
-    parts = [ledger["fresh"]] if ledger.get("fresh") else []
-
-    def cell(value: Any) -> str:
-        text = f"{value['verdict']}: {value['reason']}" if isinstance(value, Mapping) else value or ""
-        return text.replace("|", "\\|")
-
-    for check in (False, True):
-        own = [claim for claim in ledger["claims"] if (claim["check"] is not None) == check]
-        rows = [["check" if check else "claim", *columns.values(), "under it"], ["---"] * (2 + len(columns))]
-        names = (f"*{claim['id'].replace('_', ' ')}*: {cell(claim['claim'])}" for claim in own)  # as the figure has it
-        for name, claim in zip(names, own, strict=True):
-            rows.append([name, *(cell(claim.get(key)) for key in columns), under(claim)])
-        lines = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-        parts.append(f":::{{container}} sortable\n{lines}\n:::")
-    return "\n\n".join(parts)
-
-
-def under(claim: Mapping[str, Any]) -> str:
-    """What a claim of the ledger rests on, for a cell of a table: its figure, and its table's rows, folded."""
-    figure, rows = claim.get("figure"), claim.get("rows")
-    parts = [f'<a href="{escape(figure.replace(".ipynb", ".html"))}">figure</a>'] if figure else []
-    if rows:
-        which = code(f"{rows['file']}: {rows['filter']}")
-        parts.append(f"<details><summary>rows</summary> {which}</details>")
-    return " ".join(parts)
-
-
 def short(model: str) -> str:
     """A model's name for headings: a hub id as it is, else the file's or folder's own name without the way to it."""
+    if model.startswith("planted:"):  # its options are with its facts
+        return "a planted model"
     return Path(model).name if model.startswith(("package:", "config:", ".", "/")) else model
 
 
@@ -418,46 +362,63 @@ class Folders:
 
 def assemble(sections: params.Sections, profile: str, folders: Folders, root: Path = ROOT) -> None:
     """Write the complete sources of a profile's book to `folders.to`. `sections` are the plan's."""
-    source, results, to = folders.source, folders.results, folders.to
-    steps = pages(source)
+    results, to = folders.results, folders.to
+    steps = pages(folders.source)
     notes = quick_notes(sections, results, steps)
     topic = asked(results, next(iter(steps)))
-    heads = [f"{notes.get(step, '')}\n\n{indexed(read_json(results, step, 'findings'))}".strip() for step in steps]
-    notebooks = {
-        page: reworded(clean_notebook(folders.executed / f"{Path(page).name}.ipynb", step, note), topic)
-        for (step, page), note in zip(steps.items(), heads, strict=True)
-    }
+    notebooks = step_pages(folders, steps, notes, topic)
+    able = read_json(results, list(steps)[-1], "findings").get("able", True) is not False
     shutil.rmtree(to, ignore_errors=True)
-    shutil.copytree(source, to, ignore=shutil.ignore_patterns("_build", ".*", "executed"))
+    shutil.copytree(folders.source, to, ignore=shutil.ignore_patterns("_build", ".*", "executed"))
+    (to / ("unable.md" if able else "index.md")).unlink()
+    if not able:
+        (to / "unable.md").rename(to / "index.md")
     (to / "executed").mkdir()
     for page, text in notebooks.items():
         (to / f"{page}.ipynb").write_text(text, encoding="utf-8")
-    generated = {
-        "index": landing(results, steps, to) | {"quick": notes.get("index", "")} | headed(topic),
-        "pairs": pairs.fields(results, to, topic),
-        "scale": scale.fields(root / "bench" / "results", to),
-        "validation": validation.fields(root / "bench" / "results", to, results),
-        "robustness": robustness.fields(root / "bench" / "results", to),
-        "reproducibility": {
-            "profile": profile,
-            "needed": needed(profile, root),
-            "runs": reproducibility(results, steps),
-        },
-        "api": {name: contents(root / name) for name in PACKAGES},
-    }
-    for name, fields in generated.items():
+    toc = params.read_yaml(to / "_toc.yml")
+    listed = [toc["root"], *(entry["file"] for part in toc["parts"] for entry in part["chapters"])]
+    if unknown := [page for page in listed if not list(to.glob(f"{page}.*"))]:
+        raise BookError(f"{folders.source / '_toc.yml'} names pages that do not exist: {', '.join(unknown)}")
+    about = {"profile": profile, "title": topic.title, "introduction": topic.introduction}
+    about |= {"quick": notes.get("index", ""), "needed": needed(profile, root)}
+    for name, fields in generated(folders, steps, topic, root).items():
         page = to / f"{name}.md"
-        page.write_text(Template(page.read_text(encoding="utf-8")).substitute(fields), encoding="utf-8")
+        page.write_text(Template(page.read_text(encoding="utf-8")).substitute(about | fields), encoding="utf-8")
     (to / "api").mkdir()
     for name, page in {name: page for package in PACKAGES for name, page in library(root / package).items()}.items():
         (to / "api" / f"{name}.md").write_text(page, encoding="utf-8")
-    for page in (to / f"{name}.md" for name in WORDED if (to / f"{name}.md").is_file()):
+    for page in (to / name for name in WORDED if (to / name).is_file()):
         page.write_text(topic.reworded(page.read_text(encoding="utf-8")), encoding="utf-8")
-    toc = params.read_yaml(to / "_toc.yml")
-    listed = [toc["root"], *(entry["file"] for part in toc["parts"] for entry in part["chapters"])]
-    unknown = [page for page in listed if not list(to.glob(f"{page}.*"))]
-    if unknown:
-        raise BookError(f"{source / '_toc.yml'} names pages that do not exist: {', '.join(unknown)}")
+
+
+def step_pages(folders: Folders, steps: Mapping[str, str], notes: Mapping[str, str], topic: Question) -> dict[str, str]:
+    """The executed notebook of every step with what stands around it, by page, as JSON text."""
+    claims, out = front.ledger_of(folders.results)["claims"], {}
+    for step, page in steps.items():
+        run, name = read_json(folders.results, step, "run"), Path(page).name
+        note = f"{notes.get(step, '')}\n\n{indexed(read_json(folders.results, step, 'findings'))}".strip()
+        notebook = clean_notebook(folders.executed / f"{name}.ipynb", step, note)
+        time = front.minutes(float(run.get("seconds") or 0))
+        out[page] = reworded(notebook | {"cells": shell.around(notebook["cells"], name, run, claims, time)}, topic)
+    return out
+
+
+def generated(folders: Folders, steps: Mapping[str, str], topic: Question, root: Path) -> dict[str, dict[str, str]]:
+    """The fields of every page that has some, by page."""
+    results, to, measured = folders.results, folders.to, root / "bench" / "results"
+    commit = str(read_json(results, next(iter(steps)), "run").get("commit", ""))
+    return {
+        "index": landing(results, steps, to),
+        "how_to_read": {"glossary": glossary.listing(glossary.load(to / GLOSSARY))},
+        "cite": {"commit": commit[:7]},
+        "pairs": pairs.fields(results, to, topic),
+        "scale": scale.fields(measured, to),
+        "validation": validation.fields(measured, to, results),
+        "robustness": robustness.fields(measured, to),
+        "reproducibility": {"runs": reproducibility(results, steps)},
+        "api": {name: contents(root / name) for name in PACKAGES},
+    }
 
 
 def build(folder: Path) -> Path:
@@ -471,20 +432,8 @@ def build(folder: Path) -> Path:
     if done.returncode or not index.is_file():
         said = [line for line in log.splitlines() if re.search(r"WARNING|ERROR|Error\b", line)]
         raise BookError(f"jupyter-book stopped (all it said is in {folder / 'build.log'}):\n" + "\n".join(said[:40]))
-    shed(index.parent)
+    shed.shed(index.parent)
+    terms = glossary.load(folder / GLOSSARY)
+    for page in index.parent.rglob("*.html"):
+        page.write_text(glossary.explained(page.read_text(encoding="utf-8"), terms), encoding="utf-8")
     return index
-
-
-def shed(html: Path) -> None:
-    """Take out of a built book what its theme brings and no reader needs: templates, which are no pages; maps for
-    who debugs its scripts; a script that draws the icons which its fonts draw as well. Buttons are called what they
-    show, for who hears them, and one that shows an icon alone what it does."""
-    for unneeded in ("*webpack-macros.html", "**/*.map", "scripts/fontawesome.js*"):
-        for path in (html / "_static").glob(unneeded):
-            path.unlink()
-    for page in html.rglob("*.html"):
-        text = re.sub(r"<script [^>]*fontawesome\.js[^>]*></script>", "", page.read_text(encoding="utf-8"))
-        text = re.sub(r'(<(?:summary|button)[^>]*) aria-label="(?:Toggle hidden content|Search)"', r"\1", text)
-        text = text.replace('<div role="list" class="citation-list">', '<div class="citation-list">')  # it has no items
-        text = re.sub(r'<summary(?=><span class="toctree-toggle")', '<summary aria-label="Pages under this one"', text)
-        page.write_text(text, encoding="utf-8")

@@ -115,6 +115,38 @@ def layer_curve(
     return figure
 
 
+def labelled_curves(frame: pd.DataFrame, ylabel: str, marked: Sequence[int] = ()) -> Figure:
+    """Two effects along the layers, each named where it is highest; for readers who know neither words nor figures.
+
+    Columns: `layer`, `position` (the names), `estimate`, `low`, `high`. `marked` layers are shaded and named.
+    """
+    _need("labelled_curves", frame, "layer", "position")
+    with _canvas((WIDTH, 3.1)) as (figure, (axes,)):
+        for layer in marked:
+            axes.axvspan(layer - 0.5, layer + 0.5, color=PALE, zorder=0, lw=0)
+        for (name, line), colour in zip(frame.groupby("position", sort=True), (BLUE, PURPLE), strict=False):
+            line = line.sort_values("layer")
+            axes.fill_between(line["layer"], *_ends(line), color=colour, alpha=0.18, lw=0)
+            axes.plot(line["layer"], line["estimate"], color=colour, lw=2)
+            first = line["estimate"].iloc[0] > line["estimate"].iloc[-1]
+            at = line.iloc[0 if first else -1]
+            place = {
+                "ha": "left" if first else "right",
+                "va": "bottom",
+                "xytext": (0, 6),
+                "textcoords": "offset points",
+            }
+            axes.annotate(
+                name, (at["layer"], at["estimate"]), color=colour, weight="bold", annotation_clip=False, **place
+            )
+        zero_line(axes)
+        axes.set(
+            ylabel=ylabel, ylim=(min(-0.05, frame["estimate"].min() - 0.1), max(1.15, frame["estimate"].max() + 0.15))
+        )
+        _layers(axes, frame["layer"])
+    return figure
+
+
 def heat_map(
     matrix: Float[np.ndarray, "layers heads"] | Mapping[str, Float[np.ndarray, "layers heads"]],
     label: str,

@@ -2,20 +2,29 @@
 
 The first two read the files; `requests_made` opens a page in headless Chromium and reads the browser's own network
 log, so that scripts count too. Plain links (`<a href>`) to the outside are a reader's choice and are allowed.
+
+`python tests/book_checks.py build/<profile>/book/_build/html [--axe axe.min.js]` prints a table of the pages: what each
+weighs with all it loads, how long it takes to load, what it asks of the network, errors in the console, and by how much
+it is wider than screens of 390, 768 and 1440 pixels. With axe-core's script (npm pack axe-core), its violations, too.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
+
+import websocket
 
 # Attributes whose address a browser fetches without being asked. Of links, those whose `rel` it acts upon.
 LOADED = {"src", "poster", "data", "background", "srcset", "imagesrcset", "xlink:href"}
@@ -135,6 +144,26 @@ def missing_local_files(html_root: Path) -> list[str]:
     return missing
 
 
+def weight(page: Path) -> int:
+    """Bytes of a page and of every local file that a browser loads with it: scripts, style sheets and their fonts,
+    figures."""
+    counted: dict[Path, int] = {}
+
+    def add(path: Path) -> None:
+        if path in counted or not path.is_file():
+            return
+        counted[path] = path.stat().st_size
+        text = path.read_text(encoding="utf-8", errors="replace") if path.suffix in (".html", ".css") else ""
+        loaded = _css_addresses(text) if path.suffix == ".css" else _Page(text).loaded if text else []
+        for url in loaded:
+            parts = urlsplit(url)
+            if parts.path and not parts.scheme and not parts.netloc:
+                add((path.parent / unquote(parts.path)).resolve())
+
+    add(page.resolve())
+    return sum(counted.values())
+
+
 def machine_paths(html_root: Path, *needles: str | Path) -> list[str]:
     """Files of the book (pages, scripts, notebooks) that hold one of the texts, such as the repository's path."""
     wanted = [str(needle).encode() for needle in needles]
@@ -146,14 +175,21 @@ def machine_paths(html_root: Path, *needles: str | Path) -> list[str]:
 
 
 def requests_made(html_file: Path) -> list[str]:
-    """Addresses outside the book that headless Chromium asked for while it showed the page, in order.
+    """Addresses outside the book that headless Chromium asked for while it showed the page, in order."""
+    return opened(html_file)[0]
+
+
+def opened(html_file: Path) -> tuple[list[str], list[str]]:
+    """Addresses outside the book that headless Chromium asked for while it showed the page, and errors of its console.
 
     Taken from the browser's network log: requests with an initiator are the page's, those without ("not an origin") are
     the browser's own. No name is resolved, so nothing leaves the machine; the requests are logged all the same.
     """
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         log, shown = Path(folder) / "net.json", Path(folder) / "shown.png"
-        _chromium(html_file, folder, f"--log-net-log={log}", f"--screenshot={shown}")
+        said: list[str] = []
+        options = (f"--log-net-log={log}", f"--screenshot={shown}", "--enable-logging=stderr")
+        _chromium(html_file, folder, *options, said=said)
         if not shown.is_file():
             raise RuntimeError(f"Chromium did not show {html_file}")
         recorded = json.loads(log.read_text(encoding="utf-8"))
@@ -162,7 +198,8 @@ def requests_made(html_file: Path) -> list[str]:
         event["params"] for event in recorded["events"] if event["type"] == started and "url" in event.get("params", {})
     ]
     urls = [params["url"] for params in asked if params.get("initiator", "not an origin") != "not an origin"]
-    return list(dict.fromkeys(url for url in urls if _is_outside(url)))
+    errors = re.findall(r'CONSOLE[^"]*"((?:Uncaught|[^"]*(?i:error|failed))[^"]*)"', "".join(said))
+    return list(dict.fromkeys(url for url in urls if _is_outside(url))), errors
 
 
 def looked_at(html_root: Path, pages: Sequence[str], look: str, width: int = 1280, dark: bool = False) -> dict:
@@ -264,11 +301,135 @@ def browser() -> str | None:
     return shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
-def _chromium(html_file: Path, folder: str, *options: str) -> str:
+def shown_at(address: str) -> str:
+    """The HTML of a page of this machine's own server, as it is once its scripts have run."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        return _chromium(address, folder, "--dump-dom", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1")
+
+
+def tapped(html_file: Path, selectors: Sequence[str], look: str) -> list[Any]:
+    """What a JavaScript expression `look` gives on a phone's screen after a finger has tapped on each of the elements
+    in turn: real touches, by the browser's own protocol. RuntimeError for an element that is not there."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        options = [option for option in CHROMIUM if not option.startswith("--virtual")]
+        command = [browser(), *options, "--remote-debugging-port=0", f"--user-data-dir={folder}/profile", "about:blank"]
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+        try:
+            listening = (re.search(r"ws://\S+", line) for line in process.stderr)
+            tab = _Tab(next(filter(None, listening))[0])
+            return tab.tapped(html_file.resolve().as_uri(), selectors, look)
+        finally:
+            process.terminate()
+            process.wait()
+
+
+class _Tab:
+    """A page of a running Chromium, told what to do over its protocol."""
+
+    def __init__(self, address: str) -> None:
+        self.socket, self.number, self.session = websocket.create_connection(address, suppress_origin=True), 0, {}
+        target = self.ask("Target.createTarget", url="about:blank")["targetId"]
+        self.session = {"sessionId": self.ask("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]}
+
+    def ask(self, method: str, **params: Any) -> dict[str, Any]:
+        self.number += 1
+        self.socket.send(json.dumps({"id": self.number, "method": method, "params": params} | self.session))
+        while (answer := json.loads(self.socket.recv())).get("id") != self.number:
+            pass
+        if "error" in answer:
+            raise RuntimeError(f"{method}: {answer['error']}")
+        return answer["result"]
+
+    def value(self, expression: str) -> Any:
+        got = self.ask("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        if "exceptionDetails" in got:
+            raise RuntimeError(got["exceptionDetails"].get("exception", {}).get("description", str(got)))
+        return got["result"].get("value")
+
+    def tapped(self, address: str, selectors: Sequence[str], look: str) -> list[Any]:
+        self.ask("Emulation.setDeviceMetricsOverride", width=390, height=844, deviceScaleFactor=1, mobile=True)
+        self.ask("Emulation.setTouchEmulationEnabled", enabled=True)
+        self.ask("Page.enable")
+        self.ask("Page.navigate", url=address)
+        loaded = 'new Promise(done => document.readyState === "complete" ? done() : addEventListener("load", done))'
+        while self.value("location.href") != address:
+            time.sleep(0.05)
+        self.value(loaded)
+        seen = []
+        for selector in selectors:
+            part = f"document.querySelector({json.dumps(selector)})"
+            self.value(f'{part}.scrollIntoView({{block: "center", behavior: "instant"}})')
+            box = self.value(
+                f"(({{x, y, width, height}}) => [x + width / 2, y + height / 2])({part}.getBoundingClientRect())"
+            )
+            self.ask("Input.dispatchTouchEvent", type="touchStart", touchPoints=[{"x": box[0], "y": box[1]}])
+            self.ask("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
+            self.value("new Promise(done => setTimeout(done, 400))")  # a tap becomes a click a little later
+            seen.append(self.value(look))
+        return seen
+
+
+def _chromium(html_file: Path | str, folder: str, *options: str, said: list[str] | None = None) -> str:
     if browser() is None:
         raise RuntimeError("Chromium is missing: run `make browser`")
-    command = [browser(), *CHROMIUM, f"--user-data-dir={folder}/profile", *options, html_file.resolve().as_uri()]
+    command = [browser(), *CHROMIUM, f"--user-data-dir={folder}/profile", *options]
+    command.append(html_file if isinstance(html_file, str) else html_file.resolve().as_uri())
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     if done.returncode:
         raise RuntimeError(f"Chromium left with {done.returncode} on {html_file}: {done.stderr[-500:]}")
+    if said is not None:
+        said.append(done.stderr)
     return done.stdout
+
+
+# How long a page took to load, and how much wider than its window it is with all unfolded.
+MEASURED = """async window => {
+  const load = window.performance.getEntriesByType("navigation")[0];
+  for (const part of window.document.querySelectorAll("details")) part.open = true;
+  const wider = Math.max(0, window.document.documentElement.scrollWidth - window.innerWidth);
+  return {ms: Math.round(load.duration), wider};
+}"""
+# What axe-core finds, rule by rule, with how many places and of what impact.
+AXE = """async window => {
+  window.eval(SOURCE);
+  const found = await window.axe.run(window.document, {resultTypes: ["violations"]});
+  return {found: found.violations.map(one => [one.impact, one.id, one.nodes.length])};
+}"""
+WIDTHS = (390, 768, 1440)
+TOGETHER = 4  # pages that one start of the browser looks at
+
+
+def in_turn(html_root: Path, pages: Sequence[str], look: str, width: int, dark: bool = False) -> dict:
+    """`looked_at`, a few pages at a time."""
+    parts = [pages[at : at + TOGETHER] for at in range(0, len(pages), TOGETHER)]
+    return {page: seen for part in parts for page, seen in looked_at(html_root, part, look, width, dark).items()}
+
+
+def table(html_root: Path, axe: Path | None = None) -> str:
+    """What the browser says of every page but those of single modules, as a Markdown table."""
+    found = (str(path.relative_to(html_root)) for path in sorted(html_root.rglob("*.html")))
+    pages = [page for page in found if not page.startswith(("api/", "_", "genindex"))]
+    seen = {width: in_turn(html_root, pages, MEASURED, width) for width in WIDTHS}
+    source = json.dumps(axe.read_text(encoding="utf-8")).replace("</", "<\\/") if axe else ""
+    looks = ((1280, False), (390, True)) if axe else ()
+    axed = [in_turn(html_root, pages, AXE.replace("SOURCE", source), *look) for look in looks]
+    head = ["page", "kB", "ms", "asked outside", "console", *(f"wider at {width}" for width in WIDTHS)]
+    lines = [[*head, *(["axe: serious or worse", "axe: less"] if axe else [])]]
+    lines.append(["---"] * len(lines[0]))
+    for page in pages:
+        outside, errors = opened(html_root / page)
+        wide = [seen[width][page]["wider"] for width in WIDTHS]
+        row = [page, weight(html_root / page) // 1000, seen[WIDTHS[-1]][page]["ms"], len(outside), len(errors), *wide]
+        rules = {(impact, name) for one in axed for impact, name, _ in one[page]["found"]}
+        grave = sorted(name for impact, name in rules if impact in ("serious", "critical"))
+        mild = sorted(name for impact, name in rules if impact not in ("serious", "critical"))
+        lines.append([*row, *([", ".join(grave) or 0, ", ".join(mild) or 0] if axe else [])])
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("html", type=Path, help="the folder of a built book's pages")
+    parser.add_argument("--axe", type=Path, help="axe-core's script, axe.min.js")
+    options = parser.parse_args()
+    print(table(options.html, options.axe))

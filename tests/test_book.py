@@ -4,19 +4,19 @@ import json
 import re
 import shutil
 import subprocess
+import threading
+from functools import partial
 from html import unescape
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import SimpleNamespace
 
 import book_checks
 import nbformat
 import papermill
 import pytest
-from professions import QUESTION
 
-from lib import questions
 from pipeline import keys, params
-from report import book, library, plots
+from report import book, glossary, library, pdf, plots, shed, shell
 from steps.registry import PLAN
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -113,6 +113,14 @@ def test_a_browser_tells_what_it_asked_for(tmp_path):
 
 # The builder
 
+ROW = {"about": "When", "words": "Layers 1 | 2 do", "number": "0.81 [0.73, 0.89]", "sample": "48 pairs in 24 quads"}
+ROW |= {"sure": "exploratory", "figure": "executed/02_coarse_sweep.ipynb#fig-curve", "claim": "critical_layers"}
+OUTLINE = {
+    "answer": "A few do.", "spoken": "**What it is not: its speech.**", "tally": "Of 2 claims 1 is supported.",
+    "rows": [ROW],
+    "sentences": ["**There**: a head."], "not": "Not supported: a link.",
+}  # fmt: skip
+
 
 def notebook(*cells: dict) -> nbformat.NotebookNode:
     made = nbformat.v4.new_notebook(cells=list(cells))
@@ -174,6 +182,7 @@ def made(tmp_path_factory):
             "figures": [{"file": file, "caption": f"Curve of {step} in `resid` {{here}}."}],
             "critical_slice": [{"site": "21.6"}, {"site": "mlp 3"}],
         }  # fmt: skip
+        findings |= {"outline": OUTLINE} if step == "story" else {}
         run = {
             "step": step, "commit": "0123abc", "device": "cpu", "seconds": 1.23456789,
             "parameters": {"seed": 0, "layers": "all" if number else "auto", "pairs_file": None, "a": "x|`y`"},
@@ -226,7 +235,6 @@ def test_the_book_loads_nothing_from_outside(built, made):
 
 def test_landing_page(built):
     words = text(built / "index.html")
-    assert "The answer, for Tiny-Model" in words and "The answer, step by step" in words
     for number in (number for number, step in enumerate(STEPS) if step != "sufficiency"):
         assert f"Sentence {number} with {0.25 * number:.2f}" in words
     assert "Sufficiency: This model cannot do the task superset, so nothing was measured." in words
@@ -240,14 +248,35 @@ def test_landing_page(built):
     assert html.count('class="sortable docutils') == 2 and 'href="executed/02_coarse_sweep.html#fig-curve"' in html
     assert html.index(f"Sentence {list(STEPS).index('story')} ") < html.index("Sentence 1 ")
     assert '<a href="executed/04_sufficiency.html#site=mlp+3">mlp 3</a>' in html
-    assert html.index("plan’s claims") < html.index("_images/story-curve.png") < html.index("It is <em>one</em> layer")
     assert 'alt="Curve of story in resid here."' in html and "coarse_sweep-curve" not in html
 
 
-def test_the_landing_page_says_what_gaps_its_question_has():
-    assert "*superset gap*" in book.headed(QUESTION)["gaps"] and "*region gap*" in book.headed(QUESTION)["gaps"]
-    assert "*language gap*" in book.headed(questions.load("cities"))["gaps"]
-    assert book.headed(SimpleNamespace(title="", introduction="", placebo=""))["gaps"] == ""
+def test_the_landing_page_leads_with_question_answer_and_rows_before_anything_is_folded(built):
+    html = re.search(r"<article.*?<details", (built / "index.html").read_text(), re.S)[0]
+    said = ["Where do two names", "The answer, for Tiny-Model", "<strong>A few do.</strong>", "Of 2 claims 1 is"]
+    said += [
+        "What it is not: its speech",
+        "_images/story-curve",
+        "Layers 1 | 2 do",
+        "<strong>0.81 [0.73, 0.89]</strong>; 48 pairs",
+    ]
+    places = [html.find(words) for words in said]
+    assert places == sorted(places) and -1 not in places
+    tips = re.sub(r'<span role="tooltip".*?</span>', "", html)
+    assert len(re.sub(r"<[^>]+>", " ", tips).split()) < 400, "what leads is short, the model's own sentences apart"
+
+
+def test_a_model_that_cannot_do_the_task_has_a_first_page_of_its_own(copy):
+    for step in STEPS:
+        path = copy / "results" / f"{step}.findings.json"
+        found = json.loads(path.read_text()) | {"able": step == "baselines"}
+        row = {"task": "superset", "template": "both", "estimate": 0.21, "low": 0.1, "high": 0.3, "chance": 0.2}
+        path.write_text(json.dumps(found | {"accuracy": [row | {"prompts": 60}]}))
+    book.assemble(PLAN.sections, "made", folders(copy))
+    landing = (copy / "book" / "index.md").read_text()
+    assert "it does not do the task" in landing and "| 0.21 [0.10, 0.30] | 0.20 | 60 |" in landing
+    assert "Sentence 0" in landing and "The answer, for" not in landing and "PROFILE=made" in landing
+    assert not (copy / "book" / "unable.md").exists()
 
 
 def test_executed_notebook_page(built, made):
@@ -257,7 +286,7 @@ def test_executed_notebook_page(built, made):
     assert re.search(r"It rises, see Fig\. \d+\.", words) and "Recovery by layer." in words
     assert 'alt="two points"' in html
     source = (made / "book" / "executed" / "02_coarse_sweep.ipynb").read_text()
-    assert '"papermill"' not in source and source.count("hide-input") == 4  # parameters, figure, table
+    assert '"papermill"' not in source and source.count("hide-input") == 3  # setup, figure, table
 
 
 def test_reproducibility_page(built):
@@ -373,9 +402,7 @@ def test_a_quick_profile_says_on_every_page_what_it_leaves_out(copy, built):
     said = f"other roles swept, counterfactual only: none instead of {roles}"
     assert params.left_out(PLAN.sections, "necessity", own.model_dump(mode="json")) == [said]
     landing = (copy / "book" / "index.md").read_text()
-    assert landing.index("The full report: `make book PROFILE=smollm2-135m`") < landing.index(
-        "## The answer, step by step"
-    )
+    assert landing.index("The full report: `make book PROFILE=smollm2-135m`") < landing.index("## How sure is that?")
 
 
 def test_a_profile_of_another_model_or_other_pairs_is_no_quick_form(copy):
@@ -421,6 +448,106 @@ def test_the_quick_profile_differs_from_the_full_one_in_sizes_alone():
     )
     assert quick["story"]["claims"] == full["story"]["claims"]
     assert min(quick["baselines"]["quads_per_half"], quick["necessity"]["pairs"] // 2) >= 20
+
+
+# What a reader does with it
+
+
+def test_a_page_with_all_it_loads_is_light(built):
+    heaviest = max(built.rglob("*.html"), key=book_checks.weight)
+    assert book_checks.weight(heaviest) < 900_000, heaviest
+    assert book_checks.weight(built / "index.html") > 300_000, "style sheets and figures count"
+    assert not [path for path in built.rglob("*") if path.suffix in (".png", ".ttf", ".woff2")]
+
+
+def test_style_sheets_lose_the_rules_that_no_page_asks_for():
+    css = """@import "a.css"; .used, .unused > a { x: 1 } .unused:hover { x: 2 } p:not(.unused) { x: 3 }
+        @media (a) { .unused { x: 4 } } @media (b) { #used .used { x: 5 } } @keyframes k { to { x: 6 } }"""
+    left = "".join(shed.pruned(css, {"used"}).split())
+    assert left == '@import"a.css";.used{x:1}p:not(.unused){x:3}@media(b){#used.used{x:5}}@keyframesk{to{x:6}}'
+
+
+def test_a_word_is_explained_where_it_is_first_used():
+    terms = [
+        glossary.Term("site", ("site", "sites"), "A <place>."),
+        glossary.Term("last token", ("last token",), "End."),
+    ]
+    page = "<article><h1>Sites</h1><p>site-map <a>sites</a> <code>site</code> Two <em>sites</em>, a site.</p>"
+    page += "<p>the last token<br>of a site</p></article><p>site</p>"
+    said = glossary.explained(page, terms)
+    assert re.findall(r"<dfn[^>]*>(.*?)</dfn>", said) == ["sites", "last token"]
+    assert '<em><span class="term"><dfn tabindex="0" aria-describedby="term-site">' in said
+    assert '<span role="tooltip" id="term-site">A &lt;place&gt;.</span>' in said
+    assert re.sub(r'<span role="tooltip".*?</span>|</?dfn.*?>|<span class="term">|</span>', "", said) == page
+
+
+def test_a_meaning_is_shown_by_pointer_keyboard_and_finger_and_leaves_the_page_its_width(built):
+    look = """async window => {
+      const word = window.document.querySelector(".term dfn"), tip = word.nextElementSibling, seen = [];
+      const shown = () => window.getComputedStyle(tip).visibility;
+      seen.push(shown());
+      word.focus(); seen.push(shown());
+      const box = tip.getBoundingClientRect();
+      word.blur(); seen.push(shown());
+      const named = word.getAttribute("aria-describedby") === tip.id;
+      return {seen, inside: box.left >= 0 && box.right <= window.innerWidth, named};
+    }"""
+    (seen,) = book_checks.looked_at(built, ["index.html"], look, width=390).values()
+    assert seen == {"seen": ["hidden", "visible", "hidden"], "inside": True, "named": True}
+
+
+def test_what_stands_around_a_steps_cells():
+    def code(source, **metadata):
+        return {"cell_type": "code", "source": source, "outputs": [source], "metadata": metadata}
+
+    prose = {"cell_type": "markdown", "source": "# A step", "metadata": {}}
+    figure = code("draw()", mystnb={"figure": {"name": "fig-a", "caption": "A."}})
+    setup = [code("pairs = None  # how many | what\nseed = 0  # chance", tags=["parameters"]), code("begin()")]
+    run = {"commit": "0123456789", "tables": {"t": {}, "t.more": {}}, "parameters": {"profile": "mine", "pairs": 7}}
+    claim = {"figure": "executed/03_x.ipynb#fig-a", "rows": {"file": "t.parquet", "filter": "a == `b`"}}
+    cells = shell.around([prose, *setup, prose, figure], "03_x", run, [claim], "5 minutes")
+    assert [cell["cell_type"] for cell in cells] == ["markdown", "code", "markdown", "code", "markdown", "markdown"]
+    assert cells[1]["source"].endswith("# chance\n\nbegin()") and len(cells[1]["outputs"]) == 2
+    assert "Step 03, from `t.parquet` where `a == b`, commit `0123456`;" in cells[4]["source"]
+    assert "-f params/mine.yaml" in cells[5]["source"] and "-p pairs 7" in cells[5]["source"]
+    assert "took 5 minutes" in cells[5]["source"] and "| `pairs` | `7` | how many \\| what |" in cells[5]["source"]
+    assert "from `t.parquet`, `t.more.parquet`, commit" in shell.source_of("fig-b", "03_x", run, [claim])
+
+
+def test_the_book_is_printed_to_one_file_whose_links_lead_to_its_pages(built, tmp_path, monkeypatch, capsys):
+    book_folder = built.parent.parent
+    whole = pdf.together(book_folder)
+    ids = set(re.findall(r'\bid="([^"]*)"', whole))
+    links = set(re.findall(r'href="#([^"]*)"', whole))
+    assert {"executed/02_coarse_sweep", "executed/02_coarse_sweep.fig-curve"} <= links & ids and links <= ids
+    assert "<script" not in whole and not re.search(r'src="(?!file:|data:)', whole)
+    assert pdf.main([str(book_folder), str(tmp_path / "book.pdf")]) == 0
+    printed = (tmp_path / "book.pdf").read_bytes()
+    assert printed.startswith(b"%PDF") and len(re.findall(rb"/Type\s*/Page\b", printed)) > len(STEPS)
+    assert pdf.main([str(tmp_path), str(tmp_path / "no.pdf")]) == 1 and "run make book first" in capsys.readouterr().err
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert pdf.main([str(book_folder), str(tmp_path / "no.pdf")]) == 1
+    assert "there is none on the PATH" in capsys.readouterr().err and not (tmp_path / "no.pdf").exists()
+
+
+def test_a_page_served_over_http_does_what_it_does_from_a_file(built):
+    handler = partial(SimpleHTTPRequestHandler, directory=str(built))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        shown = book_checks.shown_at(f"http://127.0.0.1:{server.server_port}/index.html#claim.verdict=not+supported")
+        server.shutdown()
+    assert "1 of 1 shown" in shown and re.search(r"<details[^>]* open", shown), (
+        "a cited view opens what it is folded in"
+    )
+
+
+def test_a_finger_reads_a_meaning_and_sorts_the_claims(built):
+    tip = 'getComputedStyle(document.querySelector(".term [role=tooltip]")).visibility'
+    order = 'document.querySelector(".sortable th").getAttribute("aria-sort")'
+    taps = [".term dfn", "#all-claims summary, details:has(.sortable) summary", ".sortable th button"]
+    read, unfolded, sorted_ = book_checks.tapped(built / "index.html", taps, f"[{tip}, {order}, location.hash]")
+    assert read == ["visible", None, ""] and unfolded[0] == "hidden" and sorted_[1] == "ascending"
+    assert sorted_[2].startswith("#claim.sort=")
 
 
 # What stops it
@@ -545,7 +672,7 @@ def test_a_figure_without_a_text_for_who_does_not_see_it_has_its_caption(tmp_pat
         cells.append({"cell_type": "code", "metadata": about, "source": "", "outputs": [], "execution_count": 1})
     path = tmp_path / "page.ipynb"
     path.write_text(json.dumps({"cells": cells, "metadata": {}, "nbformat": 4, "nbformat_minor": 5}))
-    made = json.loads(book.clean_notebook(path, "page"))["cells"]
+    made = book.clean_notebook(path, "page")["cells"]
     assert [cell["metadata"].get("mystnb", {}).get("image") for cell in made] == [
         {"alt": "Two."},
         {"alt": "points"},

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from lib import records, stats
 from pipeline import keys, params, units
 from pipeline import step as steps
-from report import book
+from report import front
 from steps.__main__ import Build, main
 from steps.registry import PLAN
 from steps.story import circuits_page, claims, fresh, measure, sentences
@@ -609,8 +609,9 @@ def test_fresh_people_decide_what_was_set_after(tmp_path, monkeypatch):
     whole, *rest = story.sentence(entries, found())
     share = "of the recovery curve at `last`"
     untold = "exploratory, not testable on fresh people"
-    assert f"together bring most of the answer to the last token (0.90 of it; {untold})" in whole.replace(
-        " [0.85, 0.95]", ""
+    assert (
+        f"together bring most of the answer to the last token (0.90 of the whole rise at the last token; {untold})"
+        in whole.replace(" [0.85, 0.95]", "")
     )
     assert "layer 5 alone" not in whole
     assert any(f"the superset (on fresh people 0.30 [0.25, 0.35] {share}; asked for" in text for text in rest)
@@ -623,7 +624,7 @@ def test_fresh_people_decide_what_was_set_after(tmp_path, monkeypatch):
     document = json.loads(json.dumps(story.document(entries, [], own, said)))
     jsonschema.validate(document, json.loads((ROOT / "data/claims.schema.json").read_text(encoding="utf-8")))
     units.write_json(tmp_path / "book" / "claims.json", document)
-    landing = book.verdicts(tmp_path / "book")
+    landing = front.verdicts(tmp_path / "book")
     assert landing.startswith("Of the ") and "| evidence | why | on fresh people |" in landing
     assert "| not supported: 0.30 [0.25, 0.35]; asked for: lower end of the interval above 0.5" in landing
 
@@ -744,7 +745,8 @@ def test_the_circuit_in_three_sentences_by_the_verdicts(tmp_path):
     names, road, after = story.outline(entries, found())
     assert (
         names.startswith("**At the names**: MLPs there write directly most")
-        and "(0.60 [0.55, 0.65] of it); all paths counted, mlp 0 and mlp 2 are significant by themselves in both"
+        and "(0.60 [0.55, 0.65] of what the slice's heads read at the names); all paths counted, "
+        "mlp 0 and mlp 2 are significant by themselves in both"
         in names
     )
     assert "heads there" not in names  # of two that answer one question, the one that is supported speaks
@@ -773,7 +775,10 @@ def test_the_circuit_in_three_sentences_by_the_verdicts(tmp_path):
     )
     what["retrieval_heads"]["written"] = [span(0.1, senders=senders, mlps="frozen") for senders in ("heads", "MLPs")]
     names = story.outline(list(judged(tmp_path, what).values()), what)[0]
-    assert "it is not supported that MLPs there" in names and "(0.10 [0.05, 0.15] of it; asked for" in names
+    assert (
+        "it is not supported that MLPs there" in names
+        and "(0.10 [0.05, 0.15] of what the slice's heads read at the names; asked for" in names
+    )
     what["sufficiency"]["joint"] = [few(0.99, quantity="recovery"), few(0.99, quantity="damage")]
     road = story.outline(list(judged(tmp_path, what).values()), what)[1]
     alone = [entry.model_copy(update={"alone": SUPPORTED}) for entry in judged(tmp_path, what).values()]

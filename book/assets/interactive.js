@@ -47,6 +47,7 @@ const book = (() => {
   const open = () => {
     const at = state.get("at"), view = views.find((one) => (at ? one.id === at : one.knows(state)));
     const place = view ? view.box : at && document.getElementById(at);
+    for (let part = place; part; part = part.parentElement) if (part.tagName === "DETAILS") part.open = true;
     if (place) place.scrollIntoView();
   };
 

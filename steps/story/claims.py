@@ -162,11 +162,20 @@ class Part(Strict):
     clauses: list[dict[str, str]]
 
 
+class Row(Strict):
+    """A row of the first page: words by claim, for the first that is supported, and for one that is not."""
+
+    about: str
+    supported: dict[str, str]
+    otherwise: dict[str, str]
+
+
 _READ = read_yaml(FILE)
 CAME = {name: Came.model_validate(came) for name, came in _READ["came"].items()}
 CLAIMS = tuple(Claim.model_validate(claim) for claim in _READ["claims"])
 ANSWERS = tuple(Answer.model_validate(answer) for answer in _READ["answer"])
 OUTLINE = tuple(Part.model_validate(part) for part in _READ["outline"])
+FIRST = tuple(Row.model_validate(row) for row in _READ["first"])
 LINKS = tuple(Link.model_validate(link) for link in _READ["sentence"])
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import html
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,7 +32,7 @@ from pipeline.params import Shared, load_profile
 from pipeline.step import Step, plain
 from report import plots
 from report.words import is_are, joined, listed, not_done, sites
-from steps.story import circuits_page, claims, everywhere_page, fresh
+from steps.story import circuits_page, claims, everywhere_page, fresh, front
 from steps.story.claims import CLAIMS, EXPLORATORY, NOT_SUPPORTED, SUPPORTED, VERDICTS, Entry
 from steps.story.measure import Measured, Story
 from steps.story.sentences import GIVEN, answer, basis, not_so, outline, sentence, standing
@@ -434,6 +435,15 @@ def tally(entries: Sequence[Entry]) -> str:
     )
 
 
+def short_tally(entries: Sequence[Entry]) -> str:
+    """How many claims have which verdict."""
+    words = [entry.verdict for entry in entries]
+    kinds = [entry.tier for entry in entries if entry.verdict == SUPPORTED]
+    after = f" ({kinds.count(EXPLORATORY)} of them exploratory)" if EXPLORATORY in kinds else ""
+    parts = [f"{words.count(kind)} are {kind}{after * (kind == SUPPORTED)}" for kind in VERDICTS if kind in words]
+    return f"Of the {len(words)} claims of the plan {listed(parts)}."
+
+
 def kinds_of_evidence(params: Story) -> dict[str, str]:
     """`claims.TIERS`; where what had been seen was of another model, question or pairs, *exploratory* says that."""
     default = load_profile(Shared.model_fields["profile"].default)
@@ -499,6 +509,16 @@ def findings(step: Step, judged: Judged) -> dict[str, Any]:
     if judged.circuit is None:
         return step.write_findings(not_done(step))
     found, figure = judged.found, forest(judged.claims)
+    first = front.figure(step, found, partial(stored, step))
+    figures = {"first": first["figure"]} if first else {}
+    leads = {
+        "answer": judged.answer,
+        "spoken": front.spoken(found["baselines"]),
+        "rows": front.rows(step, judged.entries, found, partial(stored, step)),
+        "tally": short_tally(judged.claims),
+        "sentences": judged.outline,
+        "not": judged.not_so,
+    }
     ledger = {
         "sentences": [
             judged.answer,
@@ -508,9 +528,9 @@ def findings(step: Step, judged: Judged) -> dict[str, Any]:
             overlap_sentence(found[step.name]["overlap"]),
         ],
         "headline": [*judged.sentence[:1], tally(judged.entries)],
-        "outline": {"answer": judged.answer, "sentences": judged.outline, "not": judged.not_so},
-        "figures": {"claims": figure} if figure else {},
-        "captions": CAPTIONS,
+        "outline": leads,
+        "figures": figures | ({"claims": figure} if figure else {}),
+        "captions": CAPTIONS | ({"first": first["caption"]} if first else {}),
         "verdicts": {entry.id: entry.verdict for entry in judged.entries},
         "measured": {name: found[name]["measured"] for name in MEASURED if "measured" in (found[name] or {})},
     }
