@@ -2,7 +2,7 @@
 
 1. The pages of the table of contents become one (`together`): their articles, with names and links of the whole.
    The library's module pages are left out; they are for who reads code.
-2. Chromium prints it. Figures are the ones for paper, what is folded is unfolded, and nothing is asked of the network.
+2. Chromium prints it. Figures are those for paper; what is folded is unfolded, but for the code above them.
 """
 
 from __future__ import annotations
@@ -77,6 +77,7 @@ def article(name: str, page: str, html: Path, names: set[str]) -> str:
     """A page's article for the whole: its names begin with the page's, and links to other pages lead there."""
     found = re.search(r"<article[^>]*>(.*?)</article>", page, re.S)
     body = re.sub(r"<script\b.*?</script>", "", found[1] if found else "", flags=re.S)
+    body = re.sub(r'<details class="[^"]*\bhide\b.*?</details>', "", body, flags=re.S)  # the code above a figure
     folder = (html / name).parent
 
     def place(of: str, anchor: str) -> str:

@@ -157,7 +157,8 @@ def weight(page: Path) -> int:
         loaded = _css_addresses(text) if path.suffix == ".css" else _Page(text).loaded if text else []
         for url in loaded:
             parts = urlsplit(url)
-            if parts.path and not parts.scheme and not parts.netloc:
+            fallback = parts.path.endswith(".ttf")  # of a font that is there in a smaller format, which comes first
+            if parts.path and not fallback and not parts.scheme and not parts.netloc:
                 add((path.parent / unquote(parts.path)).resolve())
 
     add(page.resolve())

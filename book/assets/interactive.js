@@ -111,6 +111,12 @@ const book = (() => {
     for (const cell of columns) cell.classList.toggle("lit", !!site && SITE.exec(cell.textContent.trim())[1] === site);
   }
 
+  /* What scrolls sideways, such as a wide table on a phone, can be reached and scrolled by keyboard. */
+  const reachable = () => {
+    for (const part of document.querySelectorAll(".bd-article figure, .bd-article div, .bd-article pre, .bd-article span"))
+      if (part.scrollWidth > part.clientWidth && /auto|scroll/.test(getComputedStyle(part).overflowX)) part.tabIndex = 0;
+  };
+
   const start = () => {
     read();
     for (const [selector, make] of makers) document.querySelectorAll(selector).forEach((place) => {
@@ -118,6 +124,9 @@ const book = (() => {
     });
     tell();
     open();
+    reachable();
+    addEventListener("resize", reachable);
+    addEventListener("toggle", reachable, true);
     addEventListener("hashchange", () => { read(); tell(); open(); });
     for (const way of ["click", "auxclick"]) document.addEventListener(way, carry, true);
   };
