@@ -19,6 +19,7 @@ from report import front
 from steps.__main__ import Build, main
 from steps.registry import PLAN
 from steps.story import circuits_page, claims, fresh, measure, sentences
+from steps.story import front as first_page
 from steps.story import page as story
 from steps.story.claims import CLAIMS, LINKS, NOT_SUPPORTED, NOT_TESTABLE, NOT_TESTED, SUPPORTED
 
@@ -1220,3 +1221,35 @@ def test_checks_of_given_pairs_do_not_say_how_pairs_are_made(tmp_path):
     assert {name for name in made if made[name] != given[name]} == set(sentences.GIVEN)
     assert made["fame_matched"] == "pairs are matched in fame when they are made" and "kept" not in str(given)
     assert {name for name in made if made[name]} == {name for name in given if given[name]}
+
+
+def test_the_first_pages_rows_say_what_the_verdicts_say(tmp_path):
+    entries = {entry.id: entry for entry in judged(tmp_path).values()}
+    table = pd.DataFrame({"pair_id": ["p0", "p1", "p1", "p2"], "quad_id": ["q0", "q0", "q0", "q1"], "position": "last"})
+    table = table.assign(direction="denoise", half=["confirmation"] * 3 + ["discovery"])
+    tables = {"coarse_sweep": table}
+    read = {row["about"]: row for row in first_page.rows(list(entries.values()), found(), tables.get)}
+    assert list(read) == ["When", "Which parts", "Not one part", "What they read", "How names add up", "Surprise"]
+    when = read["When"]
+    assert (
+        when["number"] == "0.90 [0.85, 0.95] of the whole rise at the last token" and when["claim"] == "critical_layers"
+    )
+    assert when["sample"] == "2 pairs in 1 quad" and when["figure"] == "executed/02_coarse_sweep.ipynb#fig-coarse"
+    assert when["words"].startswith("What layers ") and when["sure"].endswith("exploratory")
+    assert read["Which parts"]["sample"] == "", "its table is not there"
+    entries["critical_layers"].verdict = NOT_SUPPORTED
+    entries["slice_sufficient"].verdict, entries["slice_sufficient"].reason = NOT_TESTABLE, "too few {quads}"
+    read = {row["about"]: row for row in first_page.rows(list(entries.values()), found(), tables.get)}
+    assert "are not shown to bring" in read["When"]["words"] and read["When"]["number"]
+    assert read["Which parts"]["words"].startswith("Not testable here: The critical slice is jointly sufficient")
+    assert read["Which parts"]["words"].endswith("(too few {quads}).") and read["Which parts"]["number"] == ""
+
+
+def test_the_first_page_says_whether_the_word_is_what_the_model_would_say():
+    row = {"superset": "all", "scoring": "raw", "place": 7.0, "probability": 0.034}
+    first = {"superset": "all", "scoring": "first word", "estimate": 0.1, "low": 0.05, "high": 0.2, "prompts": 60}
+    said = first_page.spoken({"ability": [row, first, row | {"superset": "artist", "place": 1.0}]})
+    assert said.startswith("**What it is not: the model's speech.** It is a leaning")
+    assert "first in 0.10 [0.05, 0.20] of 60 prompts; its place in the median is 7, its probability 3.4%" in said
+    assert "more than a leaning" in first_page.spoken({"ability": [row | {"place": 1.0}, first]})
+    assert first_page.spoken({"ability": [row]}) == first_page.spoken(None) == ""

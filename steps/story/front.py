@@ -31,7 +31,7 @@ CAPTION = (
 Read = Callable[..., pd.DataFrame | None]  # a step's stored table by its name, None where it is not there
 
 
-def rows(step: Step, entries: Sequence[Entry], found: Mapping[str, Any], read: Read) -> list[dict[str, str]]:
+def rows(entries: Sequence[Entry], found: Mapping[str, Any], read: Read) -> list[dict[str, str]]:
     """Each row: `about`, `words`, `number` with its interval and unit, `sample`, `sure` (verdict and kind of evidence),
     `figure`, `claim`; empty texts where nothing was measured."""
     by_claim, sites = {entry.id: entry for entry in entries}, site_names(found)
@@ -100,6 +100,6 @@ def figure(step: Step, found: Mapping[str, Any], read: Read) -> dict[str, Any]:
     bands = f"bands: {step.params.level:.0%} intervals over {curves['quads'].iloc[0]} quads"
     caption = CAPTION.format(bands="no intervals: too few quads" if curves["low"].isna().any() else bands)
     drawn = plots.labelled_curves(
-        curves, "moved, share of the gap", (found.get("coarse_sweep") or {})["critical_layers"]
+        curves, "moved, share of the gap", (found.get("coarse_sweep") or {}).get("critical_layers", ())
     )
     return {"figure": drawn, "caption": caption}

@@ -511,10 +511,11 @@ def findings(step: Step, judged: Judged) -> dict[str, Any]:
     found, figure = judged.found, forest(judged.claims)
     first = front.figure(step, found, partial(stored, step))
     figures = {"first": first["figure"]} if first else {}
+    rows = front.rows(judged.entries, found, partial(stored, step))
     leads = {
         "answer": judged.answer,
         "spoken": front.spoken(found["baselines"]),
-        "rows": front.rows(step, judged.entries, found, partial(stored, step)),
+        "rows": [row | {"words": claims.of_question(row["words"], step.params.topic)} for row in rows],
         "tally": short_tally(judged.claims),
         "sentences": judged.outline,
         "not": judged.not_so,
