@@ -253,16 +253,21 @@ def looked_at(html_root: Path, pages: Sequence[str], look: str, width: int = 128
 FAULTS = """window => {
   const all = what => [...window.document.querySelectorAll(what)];
   all("details").forEach(part => part.open = true);
-  const parsed = text => (text.match(/[\\d.]+/g) || [0, 0, 0, 0]).map(Number), faint = [];
+  const parsed = text => (text.match(/[\\d.]+/g) || [0, 0, 0, 0])  // color() counts to 1, rgb() to 255
+    .map((part, at) => part * (at < 3 && text.startsWith("color(") ? 255 : 1));
+  const faint = [];
   const luminance = colour => colour.slice(0, 3).map(c => c / 255)
     .map(c => c <= .03928 ? c / 12.92 : ((c + .055) / 1.055) ** 2.4)
     .reduce((sum, c, i) => sum + c * [.2126, .7152, .0722][i], 0);
-  const under = part => {
+  const under = part => {  // what is seen through is mixed with what lies below, in the end white
+    const layers = [];
     for (; part; part = part.parentElement) {
-      const colour = parsed(window.getComputedStyle(part).backgroundColor);
-      if (colour.length < 4 || colour[3] > .5) return luminance(colour);
+      const [red, green, blue, alpha = 1] = parsed(window.getComputedStyle(part).backgroundColor);
+      layers.push([[red, green, blue], alpha]);
+      if (alpha === 1) break;
     }
-    return 1;
+    const mixed = (below, [colour, alpha]) => colour.map((part, at) => alpha * part + (1 - alpha) * below[at]);
+    return luminance(layers.reduceRight(mixed, [255, 255, 255]));
   };
   const texts = window.document.createTreeWalker(all(".bd-article-container")[0], NodeFilter.SHOW_TEXT);
   while (texts.nextNode()) {
@@ -273,7 +278,7 @@ FAULTS = """window => {
   }
   const wider = Math.max(0, window.document.documentElement.scrollWidth - window.innerWidth);
   const misnamed = all("button, summary, [role=button]")
-    .map(part => [part.innerText.split("\\n")[0].trim(), part.getAttribute("aria-label")])
+    .map(part => [(part.innerText ?? part.textContent).split("\\n")[0].trim(), part.getAttribute("aria-label")])
     .filter(([shown, name]) => shown && name && !name.toLowerCase().includes(shown.toLowerCase()));
   const undrawn = all("i.fa-solid").filter(i => window.getComputedStyle(i, ":before").content.length != 3).length;
   return {wider, faint, misnamed, undrawn};

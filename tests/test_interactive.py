@@ -175,14 +175,14 @@ def test_one_site_is_pinned_for_all_views_and_goes_along_to_other_pages(page):
         link.addEventListener("click", event => event.preventDefault()); link.click();
         return link.hash;
       };
-      return {seen, none, lit, next: follow("next"), part: follow("part")};
+      return {seen, none, lit, reached: all("figure")[0].tabIndex, next: follow("next"), part: follow("part")};
     }"""
-    seen = book_checks.looked_at(page, ["both.html", "both.html#site=1.0&at=top"], look)
+    seen = book_checks.looked_at(page, ["both.html", "both.html#site=1.0&at=top"], look, width=390)
     start, again = seen.values()
     assert start["seen"] == [["1.1", "1.1"], ["1.0", "1.0"], ["1.0", "1.0"], *[["mlp 2", "mlp 2"]] * 2]
     assert 'no site "7.7" here' in start["none"] and start["lit"] == ["1.0 at names"]
     assert start["next"] == "#site=mlp+2&at=top" and start["part"] == "#site=mlp+2&at=part"
-    assert again["seen"][0] == ["1.0", "1.0"]
+    assert again["seen"][0] == ["1.0", "1.0"] and start["reached"] == 0, "a figure scrolls by keyboard on a phone"
 
 
 def test_a_map_on_a_page_of_its_own_needs_no_other_file(tmp_path):

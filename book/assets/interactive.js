@@ -128,6 +128,8 @@ const book = (() => {
     addEventListener("resize", reachable);
     addEventListener("toggle", reachable, true);
     addEventListener("hashchange", () => { read(); tell(); open(); });
+    // figures scroll on a phone (superset.css), also by keyboard
+    if (matchMedia("(max-width: 600px)").matches) document.querySelectorAll("figure").forEach((part) => { part.tabIndex = 0; });
     for (const way of ["click", "auxclick"]) document.addEventListener(way, carry, true);
   };
   document.readyState === "loading" ? addEventListener("DOMContentLoaded", start) : setTimeout(start);
