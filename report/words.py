@@ -232,9 +232,7 @@ def top_sites_sentence(table: pd.DataFrame, params: Shared, count: int, what: st
     unit = in_logits(top, f"familywise {params.level:.0%} intervals")
     return (
         f"{many} Of largest {what} on the discovery half is {top_sites(table, count)}; in brackets the {change} of "
-        f"logit_diff that it brings on the confirmation half ({unit}).{least}"
-        + ONE_HALF
-        * (table["half"].nunique() == 1)
+        f"logit_diff on the confirmation half ({unit}).{least}" + ONE_HALF * (table["half"].nunique() == 1)
     )
 
 

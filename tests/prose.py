@@ -1,7 +1,7 @@
 """Which generated sentences break the style of the report: `python -m tests.prose RESULTS [BOOK]`.
 
 1. `said` gathers what steps say: sentences, headlines, the outline and captions of `RESULTS/*.findings.json`, and, of a
-   built book (`BOOK/html`), what cells show as text.
+   built book (a folder that holds `_build/html`), what cells show as text.
 2. `sentences_of` takes a text apart into sentences; tables, code and formulas are left aside.
 3. `RULES` are the rules, each a function from a sentence to what breaks it ("" where nothing does).
 4. Each sentence that breaks a rule is printed, and a table of counts. Exit status: 0 none, 1 some.
@@ -25,7 +25,7 @@ from typing import NamedTuple
 MOST_NUMBERS, MOST_WORDS = 2, 40
 NUMBER = r"[-+−]?\d[\d,]*(?:\.\d+)?(?:e-?\d+)?%?"
 SITE = r"(?:\d+\.\d+|(?:mlp|attn|resid) \d+)"
-NAMED = r"(?:heads?|neurons?|feature|mlp|attn|resid|layers?|steps?|pages?|rounds?|place|rank|step)"
+NAMED = r"(?:heads?|neurons?|feature|mlp|attn|resid|[Ll]ayers?|steps?|pages?|rounds?|place|rank|step)"
 # What holds digits and is no number of its own, from the longest pattern to the shortest.
 NAMES = (
     rf"\b{NAMED} \d+(?:\.\d+)*(?:(?:, | and | or | to |, and )(?:{NAMED} )?\d+(?:\.\d+)*(?![\d.%]| \[))*",
@@ -175,7 +175,7 @@ def of_findings(results: Path) -> Iterator[tuple[str, str]]:
 
 def of_pages(book: Path) -> Iterator[tuple[str, str]]:
     """(page, text) of the paragraphs, items and captions that the cells of a built book's pages show."""
-    for path in sorted((book / "html" / "executed").glob("*.html")):
+    for path in sorted(book.rglob("_build/html/executed/*.html")):
         page = path.read_text(encoding="utf-8")
         article = re.search(r"<article.*?</article>", page, re.S)
         for output in re.findall(

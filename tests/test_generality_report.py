@@ -262,7 +262,7 @@ def test_a_class_is_specific_or_not_by_its_own_two_shares():
     one = placebo_page.specificity(joint, frame, {placebo.SLICE: [0], "random MLPs": [1]}, PARAMS)
     (told,) = (text for text in placebo_page.sentences(one, PARAMS) if text.startswith("Random MLPs of other layers"))
     assert told.endswith(
-        "recover 0.00 [0.00, 0.00] of that gap; divided by their share of the superset gap: not defined."
+        "recover 0.00 [0.00, 0.00] of that gap. Divided by their share of the superset gap: not defined."
     )
     rows = placebo_page.specificity(joint, frame, {placebo.SLICE: [0], "random heads": [1, 2]}, PARAMS)
     own = rows[rows["set"] == placebo.SLICE].set_index("group")
@@ -292,7 +292,7 @@ def test_a_class_is_specific_or_not_by_its_own_two_shares():
     assert "the slice is untested in athlete: 20 quads are needed, and there are as few as 6." in text
     assert f"of that gap on average over 2 sets (one by one 0.000 [0.000, 0.000] and {whole:.3f} [" in text
     every = next(rows[(rows["set"] == "random heads") & (rows["group"] == "all pairs")].itertuples())
-    assert f"divided by their share of the superset gap: {placebo_page.quotient(every)}." in text
+    assert f"Divided by their share of the superset gap: {placebo_page.quotient(every)}." in text
     params = PARAMS.model_copy(update={"specific_ratio": 0.5})
     shown = placebo_page.table(rows, params)
     assert shown["placebo less 0.5 x superset"].tolist() == [
@@ -388,15 +388,15 @@ def test_the_primary_scoring_is_named_and_so_is_how_many_others_agree():
         for text in said
     )
     assert controls_page.headline(verdicts, 0.2) == [
-        "Controls as expected by the primary scoring (centred under `mean`), each by itself, and in brackets how many "
-        "other scorings come to the same verdict: things (0 of 1), shuffled labels (0 of 1) and random heads (1 of 1); "
-        "not, or not decided: none. Page 10 judges them with all other claims."
+        "Controls by the primary scoring (centred under `mean`), each by itself, as expected: things, shuffled labels "
+        "and random heads. Of their 3 other scorings, 1 comes to the same verdict. Page 10 judges them with all other "
+        "claims."
     ]
     assert controls_page.headline(verdicts.head(0), 0.2) == []
     unsure = pd.DataFrame({"verdict": ["silent", "undecided", "silent"], "p": [0.01, 0.077, 0.02]})
     unsure = unsure.assign(scoring=["centred", "raw", "centred"], ablation=["mean", "mean", "zero"])
     assert controls_page.agreeing(unsure) == (
-        "of 2 other scorings 1 agrees (raw under `mean` undecided, p = 0.077; centred under `zero` silent)"
+        "of 2 other scorings 1 agrees (raw under `mean` undecided; centred under `zero` silent)"
     )
     assert controls_page.agreeing(unsure.head(1)) == "no other scoring was made"
 
@@ -416,11 +416,11 @@ def test_a_scoring_that_is_blind_to_the_slices_own_heads_does_not_count():
     )
     (things,) = (text for text in said if text.startswith("Control things"))
     assert things.endswith("no other scoring was made.")
-    assert "things (0 of 0)" in controls_page.headline(every, 0.2)[0]
+    assert "Of their 1 other scoring, 1 comes to the same" in controls_page.headline(every, 0.2)[0]
     (random,) = (text for text in said if text.startswith("Control random heads"))
     assert "of 1 other scoring 1 agrees (raw under `mean` silent)" in random
     power = verdicts.set_index("control").loc["things", "power"].iloc[0]
-    assert f"(were there nothing, silence would have been shown with probability {power:.2f})" in things
+    assert f"Were there nothing, silence would have been shown with a probability of {power:.0%}." in things
 
 
 def test_too_few_prompts_decide_nothing():
@@ -488,7 +488,7 @@ def test_pairs_before_any_selection_stand_beside_the_ends():
     rows = [both | {"group": group, "estimate": share, "low": None, "high": None, "quads": quads}
             for group, share, quads in shares]  # fmt: skip
     assert (
-        "By how pairs were selected, joint recovery runs from 0.70 (solved) to 0.90 (not solved); in pairs before any "
+        "By how pairs were selected, joint recovery runs from 0.70 (solved) to 0.90 (not solved). In pairs before any "
         "selection it is 0.80 (60 quads)."
     ) in page.group_sentences(pd.DataFrame(rows), "t")
 
@@ -572,7 +572,7 @@ def test_every_sentence_is_made_and_every_figure_drawn_however_little_there_is(q
     tables = made_tables(quads)
     found = page.numbers(STEP, MEASURED, tables)
     text = " ".join(found["sentences"])
-    assert not re.search(r"\bnan\b", text) and "0 in 0 quads have a gap" in text and "tokens differ" in text
+    assert not re.search(r"\bnan\b", text) and "0 of the 0 asked have a gap" in text and "tokens differ" in text
     words = {
         "damage": "takes away {} of what",
         "recovery": "recover {} of",
@@ -585,7 +585,7 @@ def test_every_sentence_is_made_and_every_figure_drawn_however_little_there_is(q
         found["verdict"]
     ] in text
     assert ("cannot be tested here. No interval of damage" in text) == (quads == 1)
-    assert "Page 05 has 0.90 [0.80, 1.00], over 3 pairs of 2 quads: fewer or other pairs" in text
+    assert "Page 05 has 0.90 [0.80, 1.00] (3 pairs of 2 quads): fewer or other pairs" in text
     assert "Page 05" not in " ".join(page.needed_sentences(tables.groups, "mean", {"needed": [EARLIER]}))
     lowest = tables.groups.query("kind == 'superset' and quantity == 'recovery'").sort_values("estimate").iloc[0]
     assert f"By superset, joint recovery runs from {of_row(lowest)} ({lowest['group']}) to " in text

@@ -836,11 +836,11 @@ def test_leading_sites_are_picked_on_discovery_and_told_on_confirmation():
     assert said == (
         "2 of 3 sites are significant familywise in both halves, with a fall above the model's noise (0.001 logits). "
         "Of largest damage on the discovery half is head 0.1 (-1.00 [-1.00, -1.00]), before mlp 0; in brackets the "
-        "fall of logit_diff that it brings on the confirmation half (logits, familywise 90% intervals). Not "
+        "fall of logit_diff on the confirmation half (logits, familywise 90% intervals). Not "
         "significant of these: head 0.1."
     )
     rise = words.top_sites_sentence(own, PARAMS, 2, "recovery")
-    assert "the rise of logit_diff that it brings" in rise and "with a rise above the model's noise" in rise
+    assert "the rise of logit_diff on the" in rise and "with a rise above the model's noise" in rise
     assert words.top_sites_sentence(own.assign(p=1.0), PARAMS, 2, "damage").endswith(" Not significant of these: all.")
     alone = words.top_sites_sentence(own[own["half"] == "discovery"], PARAMS, 1, "damage")
     assert alone.endswith("picked and reported on the same data.")

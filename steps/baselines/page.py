@@ -277,6 +277,7 @@ def ability_sentences(table: pd.DataFrame, topic: Question, given: str = "") -> 
     names = [name for name in table["superset"].unique() if name != "all"]
     five = number_word(len(topic.supersets))
     classes = pd.DataFrame([rows[name, "raw"] for name in names]).assign(name=[topic.plural(name) for name in names])
+    few = " (too few prompts of some for an interval)" * bool(classes["low"].isna().any())
     whose = f"names are those of `{given}`" if given else f"names were {DRAWN}"
     prompts = f"{raw.prompts} prompts, whose {whose}"
     says = (
@@ -289,7 +290,7 @@ def ability_sentences(table: pd.DataFrame, topic: Question, given: str = "") -> 
         f"({prompts}), against {1 / len(topic.supersets):.2f} by chance. Each word's mean over people taken off, it "
         f"comes first in {of_row(centred)}.",
         "classes": f"Class by class, the right word comes first in {extremes(classes, 'name')}; the table has every "
-        "class.",
+        f"class{few}.",
         "vocabulary": f"In the whole vocabulary the right word comes first in {of_row(first)} of these prompts, "
         f"{says}. Its place is {raw.place:g} in the median, and the {five} words together have "
         f"{raw.candidate_probability:.0%} of the probability.",

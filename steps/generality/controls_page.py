@@ -202,16 +202,20 @@ def headline(verdicts: pd.DataFrame, margin: float) -> list[str]:
     """Which controls came out as expected, by the scoring and ablation that decide, and how many other scorings agree;
     nothing if none was run."""
     said: dict[bool, list[str]] = {True: [], False: []}
+    same, others = 0, 0
     parts = dict(list(without_blind(verdicts, margin)[0].groupby("control"))) if len(verdicts) else {}
     for control in (name for name in EXPECTATIONS if name in parts):
         own = parts[control]
-        said[bool(own["met"].iloc[0])].append(f"{control} ({same_verdict(own)} of {len(own) - 1})")
+        said[bool(own["met"].iloc[0])].append(control)
+        same, others = same + same_verdict(own), others + len(own) - 1
     if not any(said.values()):
         return []
+    names = {True: "as expected", False: "not as expected, or not decided"}
+    each = "; ".join(f"{names[met]}: {listed(controls)}" for met, controls in said.items() if controls)
     return [
-        f"Controls as expected by the primary scoring ({named(verdicts.iloc[0])}), each by itself, and in brackets how "
-        f"many other scorings come to the same verdict: {listed(said[True])}; not, or not decided: "
-        f"{listed(said[False])}. Page 10 judges them with all other claims."
+        f"Controls by the primary scoring ({named(verdicts.iloc[0])}), each by itself, {each}. Of their "
+        f"{counted(others, 'other scoring')}, {same} {'comes' if same == 1 else 'come'} to the same verdict. Page 10 "
+        "judges them with all other claims."
     ]
 
 
@@ -246,11 +250,7 @@ def agreeing(own: pd.DataFrame) -> str:
     same, others = same_verdict(own), own.iloc[1:]
     if others.empty:
         return "no other scoring was made"
-    each = [
-        f"{named(row)} {row['verdict']}"
-        + (f", p = {row['p']:.3f}" if row["verdict"] == "undecided" and pd.notna(row["p"]) else "")
-        for _, row in others.iterrows()
-    ]
+    each = [f"{named(row)} {row['verdict']}" for _, row in others.iterrows()]
     agree = "agrees" if same == 1 else "agree"
     return f"of {counted(len(others), 'other scoring')} {same} {agree} ({'; '.join(each)})"
 
@@ -263,7 +263,7 @@ def sentences(verdicts: pd.DataFrame, candidates: pd.DataFrame, leaders: pd.Data
     ablation, fall = verdicts[["ablation", "fall"]].iloc[0]
     out = [
         f"Ablated by `{ablation}`, the slice takes {fall:.2f} logits from the ordinary answer, against the candidates' "
-        f"mean; the margin of silence is {margin:.0%} of that, {margin * fall:.2f}. This scoring, "
+        f"mean (the scale of what follows, no interval). The margin of silence is {margin:.0%} of that. This scoring, "
         f"{named(verdicts.iloc[0])}, is the primary one: verdicts, figure and claims go by it."
     ]
     verdicts, uncounted = without_blind(verdicts, margin)
@@ -280,12 +280,13 @@ def sentences(verdicts: pd.DataFrame, candidates: pd.DataFrame, leaders: pd.Data
         power = (
             ""
             if pd.isna(first["power"])
-            else f" (were there nothing, silence would have been shown with probability {first['power']:.2f})"
+            else f" Were there nothing, silence would have been shown with a probability of {first['power']:.0%}."
         )
         far = rows.loc[rows["estimate"].abs().idxmax()]
         out.append(
-            f"Control {control} ({first['prompts']} prompts{few}; expected: {expected}): {first['verdict']}{power}, "
-            f"expectation {good}; the largest change is that of {far['candidate']}, {of_row(far)} logits; "
+            f"Control {control} ({first['prompts']} prompts{few}): {first['verdict']}, the expectation {good}. "
+            f"Expected "
+            f"was: {expected}.{power} The largest change is that of {far['candidate']}, {of_row(far)} logits; "
             f"{agreeing(own)}."
         )
     others = leaders[leaders["control"] != "ordinary"].sort_values("estimate")

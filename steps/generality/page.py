@@ -23,8 +23,8 @@ from lib.effects import SITE, quad_matrix, site_name
 from lib.questions import Question
 from pipeline.params import Shared
 from pipeline.step import Step
-from report import plots, site_tables
-from report.words import about_model, finished, listed, of_row, of_rows, shown, with_ends
+from report import plots, site_tables, words
+from report.words import about_model, finished, listed, of_row, shown, with_ends
 from steps.generality import class_tests, controls_page, name_rule, placebo, placebo_page
 from steps.generality.class_circuits import Circuit
 from steps.generality.class_tests import Interaction
@@ -33,8 +33,8 @@ from steps.generality.name_rule import RuleResult
 
 CAPTIONS = {
     "forest": "Joint recovery of the critical slice by group of pairs (share of the gap), its damage under a "
-    "class-neutral ablation (share of what the whole final residual stream takes away), and its counterfactual damage; "
-    "studentised bootstrap intervals over quads; hollow: fewer than 20 quads; at the right the number of quads, in "
+    "class-neutral ablation (share of what the whole final residual stream takes away), and its counterfactual damage. "
+    "Studentised bootstrap intervals over quads; hollow: fewer than 20 quads. At the right the number of quads, in "
     "the order of the legend where it differs. Dashed: the floor of the verdict.",
     "left-out": "Circuits picked on the discovery pairs without a superset, tested on the confirmation pairs that this "
     "superset answers, beside the slice; intervals over quads. Dashed: the floor of the verdict.",
@@ -433,6 +433,12 @@ def ends(rows: pd.DataFrame, name: str = "group") -> str:
     return f"from {' to '.join(each)}" if len(each) > 1 else "".join(each) or "not measured"
 
 
+def few(rows: pd.DataFrame) -> str:
+    """Why some estimates of these rows have no interval, where that is so."""
+    without = bool(rows["low"].isna().any())
+    return f" (no interval where there are fewer than {stats.MINIMUM_CLUSTERS} quads)" * without
+
+
 def of_kind(groups: pd.DataFrame, kind: str, quantity: str = "recovery") -> pd.DataFrame:
     """One quantity of the groups of one kind."""
     return groups[(groups["kind"] == kind) & (groups["quantity"] == quantity)]
@@ -443,8 +449,10 @@ def grid_sentences(counts: Sequence[Mapping[str, Any]], groups: pd.DataFrame, gi
     first, *others = counts
     professions, supersets = (of_kind(groups, kind) for kind in ("profession", "supersets"))
     out = [
-        f"The grid has {first['left']} pairs of {first['quads']} quads in `{first['template']}`, with "
-        f"{len(professions)} professions and {len(supersets)} ordered pairs of supersets."
+        f"The grid has {words.counted(first['left'], 'pair')} ({words.counted(first['quads'], 'quad')}) in "
+        f"`{first['template']}`. "
+        f"There are {words.counted(len(professions), 'profession')} and {len(supersets)} ordered couples of supersets "
+        f"in it."
     ]
     if given and first["possible"] == given:
         fewer = f", of which {first['left']} are taken, as `pairs` asks for" if first["left"] < given else ""
@@ -461,8 +469,9 @@ def grid_sentences(counts: Sequence[Mapping[str, Any]], groups: pd.DataFrame, gi
         why = f" (the first that does not: {count['why']})" if count["why"] else ""
         out.append(
             f"In `{count['template']}`, never used for picking, {count['aligned']} of {count['possible']} pairs line "
-            f"up token by token{why}; of {count['asked']} asked, {count['left']} in {count['quads']} quads have a gap "
-            "of the right sign and are used."
+            f"up token by token{why}. {count['left']} of the {count['asked']} asked have a gap of the right sign and "
+            f"are "
+            f"used ({words.counted(count['quads'], 'quad')})."
         )
     return out
 
@@ -476,13 +485,13 @@ def needed_sentences(groups: pd.DataFrame, judge: str | None, earlier: Mapping[s
     if judge is not None:
         lost = (
             f"Ablated by `{judge}`, which favours neither class of a pair, it takes away {of_row(rows['damage'])} of "
-            f"what the whole final residual stream takes away so ({rows['damage'].pairs} pairs of "
-            f"{rows['damage'].quads} quads): its damage."
+            f"what the whole final residual stream takes away so, its damage ({rows['damage'].pairs} pairs of "
+            f"{rows['damage'].quads} quads)."
         )
         there = [row for row in (earlier or {}).get("needed", ()) if row["ablation"] == judge and "pairs" in row]
         lost += "".join(
-            f" Page 05 has {with_ends(row)}, over {row['pairs']} pairs of {row['quads']} quads: fewer or other pairs, "
-            "and another share."
+            f" Page 05 has {with_ends(row)} ({row['pairs']} pairs of {row['quads']} quads): fewer or other pairs, and "
+            "another share."
             for row in there
         )
     return [
@@ -495,24 +504,27 @@ def needed_sentences(groups: pd.DataFrame, judge: str | None, earlier: Mapping[s
 
 def group_sentences(groups: pd.DataFrame, template: str) -> list[str]:
     """The slice by superset, profession, template, order of the names: the lowest and the highest."""
-    out = [f"By superset, joint {name} runs {ends(of_kind(groups, 'superset', name))}." for name in JUDGED]
+    supersets = {name: of_kind(groups, "superset", name) for name in JUDGED}
+    out = [f"By superset, joint {name} runs {ends(rows)}{few(rows)}." for name, rows in supersets.items()]
     chosen = groups[groups["kind"].isin(SELECTIONS) & (groups["quantity"] == "recovery")]
     before = chosen[chosen["group"] == UNSELECTED].itertuples()
-    each = "".join(f"; in pairs {row.group} it is {of_row(row)} ({row.quads} quads)" for row in before)
-    out += [f"By how pairs were selected, joint recovery runs {ends(chosen)}{each}."] * bool(len(chosen))
+    each = "".join(f" In pairs {row.group} it is {of_row(row)} ({words.counted(row.quads, 'quad')})." for row in before)
+    out += [f"By how pairs were selected, joint recovery runs {ends(chosen)}.{each}"] * bool(len(chosen))
     others = groups[(groups["kind"] == "template") & (groups["group"] != template)]
     for name, rows in others.groupby("group", sort=False):
         out.append(f"In `{name}`, jointly, its {quantities(rows)} ({quads_of(rows)}).")
     for kind in ("two names", "order"):
         rows = of_kind(groups, kind)
         if len(rows) > 1:
-            out.append(f"Joint recovery by {kind}: {of_rows(rows, 'group')}.")
+            out.append(f"By {kind}, joint recovery runs {ends(rows)}{few(rows)}.")
     rows = of_kind(groups, "profession")
     sure = rows[rows["low"].notna()]
     if len(rows):
         out.append(
-            f"{len(rows) - len(sure)} of {len(rows)} professions are in fewer than 20 quads: estimates without interval"
-            + (f"; of the {len(sure)} with more, joint recovery {ends(sure)}." if len(sure) else ".")
+            f"{len(rows) - len(sure)} of {len(rows)} professions are in fewer than {stats.MINIMUM_CLUSTERS} quads: "
+            f"estimates "
+            "without interval."
+            + (f" Of the {len(sure)} with more, joint recovery runs {ends(sure)}." if len(sure) else "")
         )
     return out
 
@@ -535,13 +547,13 @@ def same_sites_sentences(t: Tables, params: Shared) -> list[str]:
         out += [
             f"Ranked by counterfactual damage, the heads of two supersets correlate (Spearman) {ends(two, 'both')}.",
             f"Between halves of two supersets the mean correlation is {between['halves'].mean():.2f}, between halves "
-            f"of one superset {within['halves'].mean():.2f}: the most that noise leaves.",
+            f"of one superset {within['halves'].mean():.2f}: the most that noise leaves (means, no intervals).",
         ]
     test, sites, why = t.interaction
     if test is None:
         return [*out, f"Whether the slice's sites share the work alike in all supersets was not tested: {why}."]
     sure = sites[sites["sure"]]
-    lead = f", most of all {sure['site'].iloc[0]}" if len(sure) else ""
+    lead = f", most of all {words.sites([sure['site'].iloc[0]])}" if len(sure) else ""
     return [
         *out,
         *alike_sentence(t, params),
@@ -556,10 +568,11 @@ def alike_sentence(t: Tables, params: Shared) -> list[str]:
         return []
     alike = "do not share the work" if shares_differ(t, params) else "are not shown to share the work otherwise than"
     return [
-        f"The slice's {len(sites)} sites {alike} alike in all supersets (class x site interaction, labels of whole "
-        f"quads permuted: p = {test.p_overall:.4f} on these pairs, which would show nine times in ten a superset whose "
-        f"share of a site lies {test.resolution:.2f} off the others'; page 10 judges the claim that they differ, on "
-        "fresh people where it has some)."
+        f"The slice's {words.counted(len(sites), 'site')} {alike} alike in all supersets (class x site interaction, "
+        f"labels of "
+        f"whole quads permuted, p = {test.p_overall:.4f}). These pairs would show, nine times in ten, a superset whose "
+        f"share of a site lies {test.resolution:.2f} off the others' (a bound, no estimate); page 10 judges the claim "
+        "that they differ, on fresh people where it has some."
     ]
 
 
@@ -577,24 +590,26 @@ def circuit_sentences(circuits: pd.DataFrame) -> list[str]:
     picked, none = held_out[held_out["size"] > 0], held_out.loc[held_out["size"] == 0, "superset"].unique()
     out = [
         "Picked on the discovery pairs without a superset and tested on the confirmation pairs that it answers, "
-        f"circuits have joint {name} {ends(picked[picked['quantity'] == name], 'superset')}."
-        for name in JUDGED * bool(len(picked))
+        f"circuits have joint {name} {ends(rows, 'superset')}{few(rows)}."
+        for name, rows in picked.groupby("quantity")
+        if name in JUDGED
     ]
     out += [f"Without {listed(none)} no circuit could be picked."] * bool(len(none))
     alike = picked.loc[picked["overlap"] == 1, "superset"].unique()
     out += [
-        f"Picked without {listed(alike)}, the circuit is the slice itself (overlap 1.00): there its numbers are the "
-        "slice's, and no second test."
+        f"Picked without {listed(alike)}, the circuit is the slice itself: there its numbers are the slice's, and no "
+        "second test."
     ] * bool(len(alike))
     own = circuits[(circuits["kind"] == "only") & (circuits["quantity"] == "recovery") & (circuits["size"] > 0)]
     shared = own.sort_values("overlap").iloc[[0, -1][: len(own)]]
     each = " to ".join(
-        f"{row.overlap:.2f} ({row.superset}, {row.size} sites{', the slice itself' * (row.overlap == 1)})"
+        f"{row.overlap:.0%} ({row.superset}, "
+        f"{words.counted(row.size, 'site')}{', the slice itself' * (row.overlap == 1)})"
         for row in shared.itertuples()
     )
-    return out + [
-        f"Circuits picked on one superset alone share with the slice, of the sites in either, {each}."
-    ] * bool(len(own))
+    return out + [f"Circuits picked on one superset alone share with the slice {each} of the sites in either."] * bool(
+        len(own)
+    )
 
 
 def verdict_sentence(verdict: Verdict, t: Tables, params: Shared) -> str:
@@ -612,7 +627,7 @@ def verdict_sentence(verdict: Verdict, t: Tables, params: Shared) -> str:
         fails = listed(f"{row.circuit} in {row.superset} ({row.quantity})" for row in verdict.failing.itertuples())
         return (
             f"Verdict: not all that is asked of a general slice is shown. The lower end does not exceed {floor} for "
-            f"{fails}{alone}; the weakest is {of_row(weakest)}.{few}"
+            f"{fails}{alone}. The weakest is {of_row(weakest)}.{few}"
         )
     shares = ""
     if shares_differ(t, params):

@@ -110,16 +110,16 @@ def sentences(rows: pd.DataFrame, params: Shared) -> list[str]:
 
 def template_sentence(attribute: str, template: str, row: Any, params: Shared) -> str:
     """The slice's two shares in one template, and what follows."""
-    asked = f"(surely less than {params.specific_ratio:g} was asked for)"
     what = {
-        "specific": f"it is specific to supersets there {asked}",
-        "general": f"it is not specific to supersets there {asked}, it reads out {attribute} as well",
-        "open": f"whether it is specific there is not decided {asked}",
+        "specific": "the slice is specific to supersets",
+        "general": f"the slice is not specific to supersets, it reads out {attribute} as well",
+        "open": "whether the slice is specific is not decided",
     }
-    verdict = what.get(row.verdict, f"{min(row.quads, row.placebo_quads)} quads are too few to test it")
+    verdict = what.get(row.verdict, f"{min(row.quads, row.placebo_quads)} quads are too few to test the slice")
     return (
-        f"In `{template}` the slice recovers {of(row, 'placebo')} of the {attribute} gap ({row.placebo_quads} placebo "
-        f"quads), {of(row, 'quotient')} times its share of the superset gap ({row.quads} quads): {verdict}."
+        f"In `{template}` {verdict}. It recovers {of(row, 'placebo')} of the {attribute} gap ({row.placebo_quads} "
+        f"placebo quads). That is {of(row, 'quotient')} times its share of the superset gap ({row.quads} quads), where "
+        f"surely less than {params.specific_ratio:g} was asked for."
     )
 
 
@@ -128,8 +128,8 @@ def random_sentence(row: Any, alone: pd.DataFrame) -> str:
     each = listed(of(own, "placebo", 3) for own in alone.itertuples())
     mean = f" on average over {len(alone)} sets (one by one {each})" if len(alone) else ""
     return (
-        f"{row.set[0].upper()}{row.set[1:]} {LAYERS[row.set]} recover {of(row, 'placebo')} of that gap{mean}; "
-        f"divided by their share of the superset gap: {quotient(row)}."
+        f"{row.set[0].upper()}{row.set[1:]} {LAYERS[row.set]} recover {of(row, 'placebo')} of that gap{mean}. "
+        f"Divided by their share of the superset gap: {quotient(row)}."
     )
 
 

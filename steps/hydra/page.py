@@ -291,8 +291,8 @@ def split_sentences(split: pd.DataFrame, ratios: pd.DataFrame, spread: Sequence[
             q = rows["quantiles"]
             text += (
                 f" In single pairs whose slice loses more than {params.direct_floor:g} logits of its direct effect "
-                f"({counted(rows['pairs'], 'pair')}), the median ratio is {q['0.50']:.2f}, without an interval. The "
-                f"middle of these pairs runs from {q['0.05']:.2f} to {q['0.95']:.2f} (5% lie below, 5% above). Later "
+                f"({counted(rows['pairs'], 'pair')}), the median ratio is {q['0.50']:.2f}, without an interval. Nine "
+                f"in ten of these pairs lie from {q['0.05']:.2f} to {q['0.95']:.2f} (quantiles, no intervals). Later "
                 f"sites make up for part of the loss or more in {share(rows['repaired'])} of them, and for more than "
                 f"was lost in {share(rows['overshot'])}."
             )

@@ -20,7 +20,7 @@ from lib.effects import columns, in_halves, is_loss, quad_matrix, reported
 from pipeline.step import Step
 from report import interactive, plots
 from report.plots import class_matrices
-from report.words import counted, interval, is_are, listed, number_word, tabled
+from report.words import capital, counted, interval, is_are, listed, number_word, tabled
 from steps.neurons.measure import Measured, Neurons
 from steps.neurons.picks import aucs, best_features, class_directions, selective, stacked
 
@@ -198,7 +198,7 @@ def part_of(table: pd.DataFrame, quantity: str, kind: str, k: int = 0) -> pd.Ser
 def sae_sentences(sae: pd.DataFrame, stable: pd.DataFrame, params: Neurons) -> list[str]:
     """How the autoencoders are, and how alike."""
     row, mean = sae.iloc[0], sae.mean(numeric_only=True)
-    what = f"SAEs of {row['features']} features ({len(sae)}) were trained from different seeds"
+    what = f"{capital(number_word(len(sae)))} SAEs of {row['features']} features were trained from different seeds"
     what = f"The published SAE `{params.sae_file}` ({row['features']} features) was read" if params.sae_file else what
     out = [
         f"{what} at {row['site']}, on {row['samples']:,} activations. On held-out ones ({row['held_samples']:,} "

@@ -37,7 +37,7 @@ CAPTIONS = {
     "is given its corrupt value in the clean run (negative: it rises, the neuron opposes the answer), both halves. "
     "Intervals hold for all of the top neurons together.",
     "joint": "Joint effect of the top neurons as a share of that of the same layers' whole MLPs, beside the sum of "
-    "their single effects and random neurons of the same layers that write as much; confirmation half, "
+    "their single effects and random neurons of the same layers that write as much. Confirmation half, "
     "studentised bootstrap intervals over quads.",
 }
 
@@ -498,7 +498,7 @@ def top_sentences(tables: dict[str, pd.DataFrame], table: pd.DataFrame, params: 
         f"logit_diff falls by {of_row(first)} ({in_logits(own, 'familywise intervals')}; {sample})."
         + f" Next come {listed(row.site for row in others)}."
         * bool(others),
-        "Of the neurons of largest effect on discovery, significant familywise with the same sign in each half are"
+        "Of the leading neurons, significant familywise with the same sign in both halves are"
         + ";".join(f" {both_ways(sign)}, under {words[kind]}" for kind, sign in counts.items())
         + "."
         if lead["low"].notna().all()

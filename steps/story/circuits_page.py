@@ -285,9 +285,10 @@ def placebo_sentences(found: Sequence[Mapping[str, Any]]) -> list[str]:
     """Whether the circuit is about supersets."""
     return [
         f"Placebo: in pairs of one superset whose names differ in {row['attribute']}, the circuit at the "
-        f"last token keeps {with_ends(row)} of the gap between that attribute's answers, all else there from the "
-        f"corrupt prompt ({row['quads']} quads), {with_ends(row, prefix='quotient_')} "
-        "times as much as of the superset gap."
+        f"last token keeps {with_ends(row)} of the gap between that attribute's answers ({row['quads']} quads). That "
+        f"is "
+        f"{with_ends(row, prefix='quotient_')} times as much as of the superset gap, all else there from the corrupt "
+        "prompt."
         for row in found
     ]
 

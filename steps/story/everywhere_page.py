@@ -42,8 +42,8 @@ TESTS = {
 }
 CAPTION = (
     "Faithfulness against the number of nodes (a head or MLP at a role) that are kept when all else is resampled at "
-    "every token: in the order of attribution, at random with as many at each role, and the circuit after pruning; "
-    "below, how many of the first nodes by attribution are at each role. Confirmation half, studentised bootstrap "
+    "every token: in the order of attribution, at random with as many at each role, and the circuit after pruning. "
+    "Below, how many of the first nodes by attribution are at each role. Confirmation half, studentised bootstrap "
     "intervals over quads; dashed: the share asked for."
 )
 

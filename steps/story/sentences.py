@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from report.words import SPECIFICITY, counted, listed, number_word, sites, with_ends
+from report.words import SPECIFICITY, capital, counted, listed, number_word, sites, with_ends
 from steps.story import claims
 from steps.story.claims import (
     ANSWERS,
@@ -340,7 +340,9 @@ def sentence(entries: Sequence[Entry], found: Mapping[str, Any]) -> list[str]:
         chain.append(" and ".join(each) or f"[{entry.verdict}: {link.plan}]")
         holds = holds or bool(others)
         instead = "".join(f" Instead, {text}." for text in each)
-        open_links[entry.verdict].append(f"{words[entry.verdict]} {link.plan} ({because(entry, found)}).{instead}")
+        number, asked, rest = because(entry, found).partition("; asked for")
+        rest = "".join(f" {capital(part)}." for part in (asked + rest).removeprefix("; ").split("; ") if part)
+        open_links[entry.verdict].append(f"{words[entry.verdict]} {link.plan} ({number}).{rest}{instead}")
     whole = f"The names → {' → '.join(chain)} → the answer."
     if not holds:
         whole = "No link of the plan's chain from the names to the answer is supported here."

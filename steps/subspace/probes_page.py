@@ -546,7 +546,7 @@ def prompts_read(frame: pd.DataFrame, given: bool) -> str:
         else:
             out.append(
                 f"{count}, whose people the model tells apart by selection (an accuracy near one at the last token of "
-                "the last layers is built in),"
+                "late layers is built in),"
             )
     if "one-name" in sizes.index:
         out.append(f"from one-name prompts about {sizes.loc['one-name', 'item']} other people, unselected")
