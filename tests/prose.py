@@ -25,7 +25,7 @@ from typing import NamedTuple
 MOST_NUMBERS, MOST_WORDS = 2, 40
 NUMBER = r"[-+−]?\d[\d,]*(?:\.\d+)?(?:e-?\d+)?%?"
 SITE = r"(?:\d+\.\d+|(?:mlp|attn|resid) \d+)"
-NAMED = r"(?:heads?|neurons?|feature|mlp|attn|resid|[Ll]ayers?|steps?|pages?|rounds?|place|rank|step)"
+NAMED = r"(?:[Hh]eads?|neurons?|feature|mlp|attn|resid|[Ll]ayers?|steps?|pages?|rounds?|place|rank|step)"
 # What holds digits and is no number of its own, from the longest pattern to the shortest.
 NAMES = (
     rf"\b{NAMED} \d+(?:\.\d+)*(?:(?:, | and | or | to |, and )(?:{NAMED} )?\d+(?:\.\d+)*(?![\d.%]| \[))*",

@@ -162,7 +162,7 @@ def test_what_comes_later(tiny):
     table = measure.rises(pd.DataFrame(), [], P)
     assert table.empty and measure.candidates(table, P).empty
     only = measure.Round([Site(2, "mlp")], last, pd.DataFrame(), table, table)
-    assert "no other site comes after the slice" in page.ending([only], P)
+    assert "No other site comes after the slice" in page.ending([only], P)
     assert "No head or MLP comes after the slice" in page.backup_sentences([only], P)[0]
 
 
@@ -262,8 +262,8 @@ def test_a_planted_backup_is_found_and_confirmed(planted):
     text = " ".join(page.backup_sentences([once], P))
     assert "mlp 2 stands in for the slice: it makes up for" in text
     rise = interval(first["estimate"], first["low"], first["high"], 3)
-    assert f"the rise is {rise}." in text
-    assert page.ending([once], P).startswith("mlp 2 stands in for the slice when it is gone. The limit of rounds (")
+    assert f"The rise is {rise}." in text
+    assert page.ending([once], P).startswith("mlp 2 stands in for the slice when it is gone. ")
     shown = page.tests_table([once, once])
     assert shown["round"].tolist() == [0] * len(tests) + [1] * len(tests)
     assert shown["backup"].iloc[0] == "yes" and shown["once the slice is gone"].iloc[0].startswith(

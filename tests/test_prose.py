@@ -37,8 +37,8 @@ def test_a_sentence_in_style_is_let_through(sentence):
 
 
 def test_tables_items_and_chains_are_read_apart():
-    text = "The parts, each alone:\n\n| part | share |\n| --- | --- |\n| a | 0.1 |\n\n**So**:\n\n- one holds;\n- mlp 8 "
-    "too."
+    table = "| part | share |\n| --- | --- |\n| a | 0.1 |"
+    text = f"The parts, each alone:\n\n{table}\n\n**So**:\n\n- one holds;\n- mlp 8 too."
     assert prose.sentences_of(text) == ["The parts, each alone:", "So:", "one holds;", "mlp 8 too."]
     assert len(prose.sentences_of("The names → layer 6 does (0.60 [0.50, 0.70]) → the answer.")) == 3
 
