@@ -105,7 +105,8 @@ def interaction(
 
     The p values of sites are single-step (Westfall and Young 1993) over sites, sums and differences. `p_overall` is the
     least of them where effects are centred over sites: a class in which every site does more by a constant has no part
-    in it.
+    in it. At a nominal 5%, a site was found in 1 of 425 simulations of shares that are alike, and an overall p in 2
+    (`bench/coverage.py`: 17 kinds of values, classes and quads).
 
     ValueError for shapes that do not match, clusters whose gap does not exceed 0, and classes whose shares the meetings
     leave open (`determined`).
