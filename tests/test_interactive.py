@@ -336,14 +336,16 @@ def growth(halves=("discovery", "confirmation")) -> interactive.Growth:
 def test_a_set_of_sites_says_what_was_measured_of_it_and_what_was_not(tmp_path):
     figure = interactive.slice_builder("fig", growth(), 3, False, 0.8)
     interactive.save(figure, tmp_path / "slice.html", "The slice")
-    interactive.save(interactive.slice_builder("fig", growth(["all"]), 3, True, 0.8), tmp_path / "one.html", "")
+    few = [table.assign(low=None, high=None) for table in growth(["all"])[1:]]
+    one = interactive.slice_builder("fig", interactive.Growth(growth().order, *few), 3, True, 0.8)
+    interactive.save(one, tmp_path / "one.html", "")
     look = """window => {
       const all = what => [...window.document.querySelectorAll(what)];
       const seen = [], tell = () => seen.push(all(".told")[0].innerText);
       const press = text => { all("button").find(part => part.innerText === text).click(); tell(); };
       tell(); press("Add the next"); press("None"); press("2.0"); press("2.1"); press("0.1"); press("mlp 3");
       return {seen, hash: window.location.hash, width: window.document.documentElement.scrollWidth,
-        pressed: all(".chip[aria-pressed=true]").length, dots: all("circle").length};
+        note: all(".note")[0].innerText, pressed: all(".chip[aria-pressed=true]").length, dots: all("circle").length};
     }"""
     pages = ["slice.html", "slice.html#set=mlp+3,0.1&site=9.9", "one.html#set=2"]
     whole, cited, one = book_checks.looked_at(tmp_path, pages, look, width=390).values()
@@ -370,4 +372,6 @@ def test_a_set_of_sites_says_what_was_measured_of_it_and_what_was_not(tmp_path):
     assert whole["hash"] == "#set=4&site=mlp+3&at=fig" and whole["pressed"] == 4 and whole["dots"] == 2
     assert whole["width"] <= 390 and cited["seen"][0].startswith("mlp 3 and 0.1 together were not measured.")
     assert cited["seen"][0].endswith("9.9, pinned, is not among the 4 sites in this order.")
-    assert one["seen"][0].startswith("The first 2 sites in order: joint recovery 0.50") and "half" not in one["seen"][0]
+    assert one["seen"][0].startswith("The first 2 sites in order: joint recovery 0.50, joint damage 0.40. One by one")
+    assert "half" not in one["seen"][0] and "too few quads for intervals" in one["note"]
+    assert "too few" not in whole["note"]

@@ -35,7 +35,8 @@
     const none = button("None", () => choose(new Set(), ""));
     const note = element("p", { class: "note" }, "Shares of the gap between clean and corrupt prompts. Blue: joint recovery (clean values put into the " +
       "corrupt run); orange: joint damage (corrupt values put into the clean run)" +
-      (halves.length > 1 ? `; full lines and bands: ${half} half, pale: ${halves[0]} half` : "") + `. Level line: ${signed(data.share)}, the share asked for; ` +
+      (halves.length > 1 ? `; full lines: ${half} half, pale: ${halves[0]} half` : "") +
+      (data.sums[0][1] === null ? ". There are too few quads for intervals" : "; brackets and bands: intervals") + `. Level line: ${signed(data.share)}, the share asked for; ` +
       `upright line: the critical slice${data.reached ? "" : ", which does not reach it"}. A click on the curve takes as many sites.`);
 
     const write = (set) => {
