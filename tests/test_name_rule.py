@@ -61,6 +61,12 @@ def test_a_rule_is_not_refuted_by_less_than_the_models_noise(second, verdict):
     assert name_rule.compare(prompts(1.0, second, noise=1e-5), Settings(floor=1e-3)).verdict == {"number": verdict}
 
 
+@pytest.mark.parametrize(("two", "verdict"), [(10.1, "OR"), (10.5, "neither")])
+def test_a_rule_that_is_worse_than_free_by_next_to_nothing_is_not_refuted(two, verdict):
+    result = name_rule.compare(prompts(10.0, two, noise=1e-3), Settings(resamples=500, floor=1e-3))
+    assert result.errors.set_index("rule").loc["OR", "low"] > 1e-5 and result.verdict == {"number": verdict}
+
+
 def test_fitted_steps_and_their_ratio():
     result = name_rule.compare(prompts(1.0, 4.0, count=400))
     fitted = result.fitted.set_index("term")

@@ -13,7 +13,7 @@ is a number: 1 if the person is in c, else 0 (`number`), or the name's own logit
    one surely counts for less than `LEAST` of the other, the answer is read off one name, and there is no rule of two;
    where that is open, there is no verdict.
 5. Else the verdict is the rule of smallest error among those not significantly worse than `free`, by more than the
-   model's noise (squared); where one name surely adds more than the other alone, of the rules by slot.
+   model's noise (squared) or `SLIGHT`; where one name surely adds more than the other alone, of the rules by slot.
 6. `figure`, `touched`, `sentences` and `numbers` show and say it.
 """
 
@@ -40,6 +40,7 @@ from report.words import interval, listed, of_row
 COLUMNS = ("prompt", "name_a", "name_b", "superset_class", "y", "n_a", "n_b")
 RULES = ("additive", "OR", "AND")
 LEAST = 0.1  # of what one name does, what the other does at least where two names are said to follow a rule
+SLIGHT = 1e-4  # of the error that class priors leave: a rule that is worse than free by less is not refuted
 SLOTS = ("first", "second")
 BASES = {"number": ("n_a", "n_b"), "evidence": ("evidence_a", "evidence_b")}
 SAID = {"number": "the number of names", "evidence": "what each name says alone"}
@@ -146,6 +147,7 @@ def compare(frame: pd.DataFrame, settings: Settings = DEFAULTS, folds: int = 10)
 
 def _decided(errors: pd.DataFrame, names: Names, noise: float) -> tuple[str | None, tuple[str, ...]]:
     """The verdict by one basis, and the rules not significantly worse than free, best first."""
+    noise = max(noise, SLIGHT * errors.loc["none", "error"])
     order = errors["error"].loc[list(names.rules)].sort_values().index
     passing = tuple(names.rules[rule] for rule in order if errors.loc[rule, "low"] <= noise)
     if not errors.loc["none", "low"] > noise:
