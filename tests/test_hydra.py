@@ -433,7 +433,7 @@ def test_a_table_without_a_rise_gives_its_bound():
         "MLP whose cost rises by up to the model's noise (0.001 logits), too."
     )
     assert (
-        "`zero`), 0 of the 12 later sites cost more than when ablated alone, significantly on"
+        "`zero`), 0 of the 3 later sites cost more than when ablated alone, significantly on"
         in page.backup_sentences([once], P)[0]
     )
 
@@ -593,7 +593,7 @@ def test_below_twenty_quads_no_site_is_said_to_rise_or_to_be_no_backup():
     (text,) = page.backup_sentences([once], P)
     assert (
         "significant" not in text
-        and " 1 of the 12 later sites costs more than when ablated alone, on the discovery half by the test" in text
+        and " 1 of the 3 later sites costs more than when ablated alone, on the discovery half by the test" in text
     )
     largest = once.tests["estimate"].max()
     assert "its 16 quads are too few for an interval" in text and f"estimate there is {largest:.3f} logits" in text
