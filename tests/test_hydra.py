@@ -580,7 +580,7 @@ def test_few_quads_and_one_half_go_through():
     split, ratios = page.split_table(frame, P), page.compensation(frame, P)
     spread = page.distribution(page.pair_ratios(frame, P), P)
     text = " ".join(page.split_sentences(split, ratios, spread, P))
-    assert "too few quads" in text and "nan" not in text
+    assert "oo few quads" in text and "nan" not in text
     assert "too few quads to confirm one, or to rule one out" in page.ending([once], P)
     assert page.missed(once, P) == []
 
