@@ -581,7 +581,7 @@ def test_few_quads_and_one_half_go_through():
     spread = page.distribution(page.pair_ratios(frame, P), P)
     text = " ".join(page.split_sentences(split, ratios, spread, P))
     assert "oo few quads" in text and "nan" not in text
-    assert "too few quads to confirm one, or to rule one out" in page.ending([once], P)
+    assert "too few quads to confirm a backup, or to rule one out" in page.ending([once], P)
     assert page.missed(once, P) == []
 
 
