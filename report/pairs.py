@@ -41,8 +41,8 @@ ANSWERS = {"clean": "answer", "corrupt": "corrupt_answer"}
 FIRST = ("last", "names", "between", "name_a", "name_b", "name_c")  # roles in the order in which they get room
 CHANGE = ["logit_diff_before", "logit_diff_after", "direction"]
 CAPTION = (
-    "What the clean value of each of the leading sites, put into the corrupt run at the last token, brings back in "
-    f"single pairs: the {TWIN_PAIRS} pairs of largest gap, share of the pair's gap."
+    "Single pairs. On paper, and without scripts: what the clean value of each of the leading sites, put into the "
+    f"corrupt run at the last token, brings back in the {TWIN_PAIRS} pairs of largest gap, as a share of the pair's gap."
 )
 OTHERWISE = "In the book, this figure answers for every pair."
 NONE = "There are no pairs: step 01 has built none, and says why."

@@ -82,7 +82,8 @@
       };
       const order = data.logits.names.map((name, at) => [name, both[0][at], both[1][at]]).sort((one, two) => two[1] - one[1]);
       answers.put(table(["candidate", "logit, clean prompt", "logit, corrupt prompt"],
-        order.map(([name, first, second]) => cells(name, bar(first, name), bar(second, name)))));
+        order.map(([name, first, second]) => cells(name, bar(first, name), bar(second, name)))),
+        element("p", { class: "note" }, "Blue: the clean prompt's answer; orange: the corrupt one's. Bars begin at the lowest of these logits."));
     }
 
     const told = element("p", { class: "told short", "aria-live": "polite" });
