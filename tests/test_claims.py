@@ -1229,13 +1229,13 @@ def test_the_first_pages_rows_say_what_the_verdicts_say(tmp_path):
     table = table.assign(direction="denoise", half=["confirmation"] * 3 + ["discovery"])
     tables = {"coarse_sweep": table}
     read = {row["about"]: row for row in first_page.rows(list(entries.values()), found(), tables.get)}
-    assert list(read) == ["When", "Which parts", "Not one part", "What they read", "How names add up", "Surprise"]
+    assert list(read) == ["When", "Which parts", "One part alone", "What they read", "How names add up", "Surprise"]
     when = read["When"]
     assert (
         when["number"] == "0.90 [0.85, 0.95] of the whole rise at the last token" and when["claim"] == "critical_layers"
     )
     assert when["sample"] == "2 pairs in 1 quad" and when["figure"] == "executed/02_coarse_sweep.ipynb#fig-coarse"
-    assert when["words"].startswith("What layers ") and when["sure"].endswith("exploratory")
+    assert when["words"].startswith("What layers ") and when["sure"] == "supported, exploratory"
     assert read["Which parts"]["sample"] == "", "its table is not there"
     entries["critical_layers"].verdict = NOT_SUPPORTED
     entries["slice_sufficient"].verdict, entries["slice_sufficient"].reason = NOT_TESTABLE, "too few {quads}"

@@ -53,7 +53,7 @@ def row_of(row: Row, by_claim: Mapping[str, Entry], sites: Mapping[str, str], re
         "words": words[0].upper() + words[1:],
         "number": number(deciding(entry), entry) if known else "",
         "sample": sample(entry.rows, read) if known and deciding(entry) is entry else "",
-        "sure": (rank(entry) or ", ".join(filter(None, (entry.verdict, entry.tier)))) if known else "",
+        "sure": ", ".join(filter(None, (entry.verdict, rank(entry) or entry.tier))) if known else "",
         "figure": entry.figure or "",
         "claim": entry.id,
     }
