@@ -294,7 +294,7 @@ def test_a_graph_lights_the_paths_of_a_site_and_goes_by_its_threshold(tmp_path):
     }
     assert (
         few["start"]["table"][0] == "names | mlp 1 at names | 4.00 | 3.00 to 5.00"
-        and "range over 6 quads" in few["head"]
+        and "range over quads (6)" in few["head"]
     )
     assert few["pinned"]["told"] == "2.1: Of the paths to or from it, 3 measured, 3 at the threshold or above."
     assert few["pinned"]["dim"] == 2 and few["pinned"]["hash"] == "#site=2.1&at=fig" and few["focused"] == "2.1"

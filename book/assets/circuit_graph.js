@@ -18,10 +18,10 @@
     const frame = element("div", { class: "frame" }, svg);
     const told = element("p", { class: "told", "aria-live": "polite" });
     const list = element("tbody"), caption = element("caption");
-    const head = element("tr", {}, ...["from", "to", "effect (logits)", data.tested ? `${data.level} interval` : `range over ${data.quads} quads`,
+    const head = element("tr", {}, ...["from", "to", "effect (logits)", data.tested ? `${data.level} interval` : `range over quads (${data.quads})`,
       ...(data.tested ? ["significant"] : [])].map((text) => element("th", { scope: "col" }, text)));
     const table = framed("The strongest paths", element("table", { class: "edges" }, caption, element("thead", {}, head), list));
-    const untested = data.edges.length ? `${data.quads} quads are too few for intervals, so that no path is tested. `
+    const untested = data.edges.length ? `Too few quads (${data.quads}) for intervals, so that no path is tested. `
       : "No path between these sites was measured. ";
     const note = element("p", { class: "note" }, "Blue: the path raises logit_diff; orange: it lowers it. A line is as wide as the " +
       `root of its effect. ` + (data.tested ? `Intervals hold for all paths at one token together; dashed: not significant. `
@@ -38,7 +38,7 @@
     const about = (edge, node) => node !== "" && ends(edge).some((end) => site(end) === node);
     const ofEdge = (edge) => `${data.nodes[edge[FROM]][0]} \u2192 ${data.nodes[edge[TO]][0]}: ${signed(edge[EFFECT])} logits ` +
       (edge[LOW] === null ? "(no interval)" : data.tested ? `[${signed(edge[LOW])}, ${signed(edge[HIGH])}]`
-        : `(${signed(edge[LOW])} to ${signed(edge[HIGH])} over ${data.quads} quads)`) +
+        : `(${signed(edge[LOW])} to ${signed(edge[HIGH])} over quads)`) +
       (data.tested ? `, ${edge[SURE] ? "" : "not "}significant` : "");
 
     const across = (lane) => 78 + ((width - 128) * lane) / Math.max(1, data.lanes.length - 1);
@@ -64,7 +64,8 @@
       data.layers.forEach((layer, row) => layer && write(2, TOP + 18 + row * ROW, layer, "layer"));
       write(2, 25, "layer", "layer");
       data.lanes.forEach((heading, lane) => {
-        heading.split(", ").forEach((part, at) => write(across(lane), 12 + 13 * at, part, "lane"));
+        // two lines, so that lanes can be narrow
+        (heading.match(/\S.{0,10}(?=\s|$)/g) || []).forEach((part, at) => write(across(lane), 12 + 13 * at, part, "lane"));
       });
       const shown = data.edges.filter((edge) => Math.abs(edge[EFFECT]) >= least)
         .sort((one, two) => Math.abs(one[EFFECT]) - Math.abs(two[EFFECT]));
