@@ -42,7 +42,7 @@ FIRST = ("last", "names", "between", "name_a", "name_b", "name_c")  # roles in t
 CHANGE = ["logit_diff_before", "logit_diff_after", "direction"]
 CAPTION = (
     "Single pairs. On paper, and without scripts: what the clean value of each of the leading sites, put into the "
-    f"corrupt run at the last token, brings back in the {TWIN_PAIRS} pairs of largest gap, as a share of the pair's gap."
+    f"corrupt run at the last token, brings back in the {TWIN_PAIRS} pairs of largest gap, by share of the gap."
 )
 OTHERWISE = "In the book, this figure answers for every pair."
 NONE = "There are no pairs: step 01 has built none, and says why."
