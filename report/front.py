@@ -38,7 +38,7 @@ def rows(found: Sequence[Found]) -> str:
         link = f'<a href="{escape(row["figure"].replace(".ipynb", ".html"))}">figure</a>' if row["figure"] else ""
         much = "; ".join(filter(None, [*numbers, link]))
         lines.append(f"| *{row['about']}* | {cell(row['words'])} | {cell(much)} |")
-    table = "\n".join(["| | what was found | how much, of how many, how sure |", "| --- | --- | --- |", *lines])
+    table = "\n".join(["| asked | what was found | how much, of how many, how sure |", "| --- | --- | --- |", *lines])
     return f":::{{container}} first-rows\n{table}\n:::" if lines else ""
 
 
