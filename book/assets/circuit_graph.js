@@ -51,7 +51,7 @@
     }
     function line([x, y], [u, v]) {
       if (x !== u) return `M${x + 28} ${y}C${(x + u) / 2} ${y} ${(x + u) / 2} ${v} ${u - 28} ${v}`;
-      const out = x + 40 + 0.28 * Math.abs(v - y);
+      const out = Math.min(x + 40 + 0.28 * Math.abs(v - y), x + 28 + (width - x - 34) / 0.75);  // no bend leaves the picture
       return `M${x + 28} ${y}C${out} ${y} ${out} ${v} ${x + 28} ${v}`;
     }
     const write = (x, y, text, name) => svg.append(drawn("text", { x, y, class: name }, text));
