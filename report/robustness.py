@@ -17,8 +17,8 @@ import numpy as np
 from matplotlib import style
 
 from report import plots
-from report.scale import counted, figure, joined, measured_on, paragraph, seconds, stale, table
-from report.words import interval, listed, with_ends
+from report.scale import figure, joined, measured_on, paragraph, seconds, stale, table
+from report.words import counted, interval, listed, with_ends
 
 COMMAND = "python -m bench.robustness"
 ALIKE = 0.9  # rank agreement, above which a choice is said to keep the order of heads

@@ -20,6 +20,7 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 
 from pipeline import keys
 from report import plots
+from report.words import counted
 
 PLAN = "python -m steps.plan --profile"
 COMMANDS = {
@@ -234,10 +235,6 @@ def times(value: float) -> str:
 def small(value: float) -> str:
     """A difference of logits in plain digits: 0.00004."""
     return np.format_float_positional(value, precision=2, fractional=False, trim="-")
-
-
-def counted(count: int, what: str) -> str:
-    return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -17,8 +17,8 @@ import pandas as pd
 from matplotlib import style
 
 from report import plots, scores
-from report.scale import counted, figure, joined, measured_on, paragraph, seconds, stale, table
-from report.words import listed
+from report.scale import figure, joined, measured_on, paragraph, seconds, stale, table
+from report.words import counted, listed
 
 COMMANDS = {"validation": "make validation", "planted_faults": "python -m bench.planted_faults"}
 HELD_OUT = 100  # seeds from here on were first run when nothing was to be mended any more

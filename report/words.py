@@ -42,8 +42,8 @@ def listed(words: Iterable[object]) -> str:
 
 
 def counted(number: int, thing: str) -> str:
-    """A number of things: 1 head, 2 heads."""
-    return f"{number} {thing}{'s' * int(number != 1)}"
+    """A number of things: 1 head, 2 heads, 1,200 pairs."""
+    return f"{number:,} {thing}{'s' * int(number != 1)}"
 
 
 def is_are(number: int) -> str:

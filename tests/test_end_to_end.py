@@ -7,6 +7,7 @@ from pathlib import Path
 import book_checks
 import numpy as np
 import pandas as pd
+import prose
 import pytest
 from smoke_book import NOTEBOOKS
 
@@ -41,6 +42,17 @@ def test_every_finding_stands_on_its_page_and_the_undoable_task_is_named(smoke_t
     assert baselines["able"]["superset"]["able"] is True
     assert baselines["able"]["odd_one_out"]["able"] is False
     assert "cannot do `odd_one_out`" in " ".join(baselines["sentences"])
+
+
+def test_what_the_pages_say_keeps_the_style_of_the_report(smoke_tree):
+    texts = [*prose.of_findings(smoke_tree / "results/smoke")]
+    told = [sentence for _, text in texts for sentence in prose.sentences_of(text)]
+    found = prose.faults(iter(texts))
+    never = {"singular and plural", "site beside a number", "exception as prose", "something left out"}
+    assert [fault for fault in found if fault.rule in never] == []
+    count = prose.counts(found)  # what is measured of 4 quads has no intervals, so the rule on those is not asked here
+    assert len(told) > 300
+    assert count["more than two numbers"] + count["longer than 40 words"] < 0.05 * len(told)
 
 
 def test_the_page_on_single_pairs_has_the_numbers_of_the_tables(smoke_tree):

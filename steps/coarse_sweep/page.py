@@ -121,7 +121,7 @@ def through_between(table: pd.DataFrame, share: float) -> tuple[dict[str, Any], 
     curve = first[first["position"] == "between"].set_index("layer")["estimate"]
     at = int(curve.idxmax())
     parts = own.xs(at, level="layer")
-    sample = f"{parts['quads'].iloc[0]} quads, {reported(table)['half'].iloc[0]} half"
+    sample = f"{counted(parts['quads'].iloc[0], 'quad')}, {reported(table)['half'].iloc[0]} half"
     shares = [(f"`{name}`", of_row(row)) for name, row in parts.iterrows() if name != REMAINDER]
     text = (
         f"The tokens between the names and the last one carry most after layer {at} (picked on the "
