@@ -574,11 +574,12 @@ def differences(vectors: Mapping[str, Any], names: Iterable[str]) -> list[np.nda
 
 
 def cosine(truth: Truth, means: Mapping[str, np.ndarray]) -> float:
-    """The lowest cosine, over pairs of classes, between the difference of two class means and the planted one: both
-    within the span of the planted supersets, because the residual stream holds professions beside them."""
-    planted = truth["directions"]["superset"]
-    basis = np.linalg.qr(np.array([planted[name] for name in means]).T)[0]
-    both = zip(differences(means, means), differences(planted, means), strict=True)
+    """The lowest cosine, over pairs of classes, between the difference of two class means and that of what prompts of
+    the two classes have at the last token: both within the span of the planted supersets, because the residual stream
+    holds professions beside them. A head that writes for some classes makes them unequal, in the truth as well."""
+    there = truth["directions"]["at last"]
+    basis = np.linalg.qr(np.array([truth["directions"]["superset"][name] for name in means]).T)[0]
+    both = zip(differences(means, means), differences(there, means), strict=True)
     pairs = [(a @ basis, b @ basis) for a, b in both]
     return min(float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b))) for a, b in pairs)
 

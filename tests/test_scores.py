@@ -203,14 +203,19 @@ def test_critical_layers_are_those_of_the_largest_rises():
     assert over.must == {"layer 1"}
 
 
-def test_the_cosine_is_of_the_planted_supersets(tmp_path):
+def test_the_cosine_is_of_what_is_planted_within_the_supersets(tmp_path):
     vectors = {"artist": [2.0, 0.0, 5.0], "writer": [0.0, 2.0, -5.0]}
     frame = pd.DataFrame({"layer": 6, "class_name": list(vectors), "vector": list(vectors.values())})
     records.write(tmp_path / "subspace.class_means.parquet", frame, {}, schema=None)
     means = scores.class_means({"directions": {"layer": 6}}, tmp_path)
-    assert scores.cosine(TRUTH, means) == pytest.approx(1)
-    turned = TRUTH | {"directions": {"superset": {"artist": [1.0, 0, 0], "writer": [1.0, -1.0, 0]}}}
-    assert scores.cosine(turned, means) == pytest.approx(-np.sqrt(0.5))
+
+    def cosine(**there: list[float]) -> float:
+        return scores.cosine(TRUTH | {"directions": {"superset": DIRECTIONS, "at last": there}}, means)
+
+    assert cosine(artist=[1.0, 0.0, 0.0], writer=[0.0, 1.0, 0.0]) == pytest.approx(1)
+    assert cosine(artist=[1.0, 0.0, 0.0], writer=[1.0, -1.0, 0.0]) == pytest.approx(-np.sqrt(0.5))
+    unequal = cosine(artist=[2.0, 0.0, 0.0], writer=[0.0, 1.0, 0.0])  # a head for artists: planted is (2, -1)
+    assert unequal == pytest.approx(3 / np.sqrt(10))
 
 
 def test_a_direction_of_blurred_means_brings_less_than_the_planted_one():
