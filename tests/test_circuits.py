@@ -156,21 +156,24 @@ def test_the_search_finds_a_known_circuit(tiny, monkeypatch):
     assert circuits.search(tiny("llama"), PAIRS, sites, share=0.9, limit=8).empty
 
 
-def test_the_search_finds_a_chain_of_which_no_site_does_anything_alone(tiny, monkeypatch):
+@pytest.mark.parametrize("alone", [0.0, 0.2])
+def test_the_search_finds_a_chain_of_which_no_site_does_anything_alone(tiny, monkeypatch, alone):
+    """The second time beside a site that does something by itself, so that more is reached than the average."""
     sites = [hooks.site_name(*site) for site in hooks.all_sites(tiny("llama"), ("head", "mlp"))]
-    chain = {"1.1", "2.0", "mlp 2"}
+    chain, single = {"1.1", "2.0", "mlp 2"}, {"0.1"} if alone else set()
 
     def logits(model, ready, tested):
         kept = [set(one.sites) if one.only else set(sites) - {*one.sites} for one in (ALL, NOTHING, *tested)]
         rows = np.zeros((len(kept), 1, len(ready.pairs), 4))
         for row, own in zip(rows, kept, strict=True):
             for index, pair in enumerate(ready.pairs):
-                row[0, index, pair.answer] = (chain <= own) + 0.001 * len(own - chain)
+                done = (1 - alone) * (chain <= own) + alone * (single <= own)
+                row[0, index, pair.answer] = done + 0.001 * len(own - chain - single)
         return rows
 
     monkeypatch.setattr(circuits, "scored", logits)
-    frame = circuits.search(tiny("llama"), PAIRS, sites, share=0.8, limit=8)
-    assert set(frame[frame["chosen"] & (frame["phase"] == "grow")]["site"]) == chain
+    frame = circuits.search(tiny("llama"), PAIRS, sites, share=0.9, limit=8)
+    assert set(frame[frame["chosen"] & (frame["phase"] == "grow")]["site"]) == chain | single
 
 
 def test_pairs_without_donors(tiny):

@@ -409,10 +409,11 @@ def grow(
     Sites are tested from the head of a queue ordered by what each added when last tested, until none behind is known
     for more (Minoux 1978); sites that work only together break that order, so all of them are tested anew at the sizes
     REFRESH. Of a chain, in which one site reads another, neither adds anything before the other is there: as long as
-    less is reached than a site of `limit` must add on average, the one joins without which the model loses most.
+    less is reached than a site of `limit` must add on average, and wherever none adds a tenth of that, the one joins
+    without which the model loses most.
     """
     members: list[str] = []
-    reached, gains, lost = 0.0, dict.fromkeys(sites, np.inf), {}
+    reached, gains, lost, average = 0.0, dict.fromkeys(sites, np.inf), {}, share / limit
     while reached < share and len(members) < limit:
         queue = sorted(set(sites) - set(members), key=lambda site: (-gains[site], sites.index(site)))
         fresh: dict[str, float] = {}
@@ -424,7 +425,7 @@ def grow(
             fresh |= zip(part, faithfulness.of([[*members, site] for site in part]), strict=True)
         gains |= {site: value - reached for site, value in fresh.items()}
         chosen = max(fresh, key=fresh.get)
-        if fresh[chosen] < share / limit:
+        if fresh[chosen] < average or fresh[chosen] - reached < max(average / 10, faithfulness.noise):
             lost = lost or faithfulness.lost(sites)
             chosen = max(fresh, key=lost.get)
             gains = dict.fromkeys(sites, np.inf)
