@@ -615,7 +615,7 @@ def test_fresh_people_decide_what_was_set_after(tmp_path, monkeypatch):
         in whole.replace(" [0.85, 0.95]", "")
     )
     assert "layer 5 alone" not in whole
-    assert any(f"the superset (on fresh people 0.30 [0.25, 0.35] {share}; asked for" in text for text in rest)
+    assert any(f"the superset (on fresh people 0.30 [0.25, 0.35] {share}). Asked for:" in text for text in rest)
     overruled = "on this book's people it holds, also corrected; on fresh people, who decide, it does not hold"
     assert sentences.standing(one) == overruled and f"Not supported ({overruled}): one layer" in story.not_so(
         entries, found()

@@ -180,7 +180,7 @@ def test_the_page_says_what_was_put_in():
     assert confounds_page.with_point(0.107, 0.112) == ("0.107", "0.112")
     assert confounds_page.with_point(0.1, 0.2) == ("0.10", "0.20")
     table = confounds_page.share_table(numbers)
-    assert table.loc[MEAN].tolist() == ["0.30 (0.20)"] * 4
+    assert table.loc[MEAN].tolist() == [("0.30", "0.20")] * 4
     assert len(confounds_page.placebo_table(numbers, PARAMS)) == len(rows) == 5
     numbers = confounds_page.numbers(m._replace(placebo=None), PARAMS)
     assert confounds_page.sentences(m, numbers, PARAMS)[-1] == confounds_page.NONE

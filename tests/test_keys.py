@@ -122,7 +122,7 @@ EDITS = {
     "plots": (lambda house: append(house / "report/plots.py", "\nCOLOUR = 1\n"), NONE, set(STEPS)),
     "how a notebook begins": (lambda house: append(house / "steps/registry.py", "\nEXTRA = 1\n"), NONE, set(STEPS)),
     "a sentence of one step": (
-        lambda house: edit(house / "steps/necessity/page.py", "in that order", "so ordered"),
+        lambda house: edit(house / "steps/necessity/page.py", "not measured", "was not asked"),
         NONE,
         {"necessity"},
     ),

@@ -262,7 +262,7 @@ def test_shares_of_the_mlps_effect_and_whether_a_few_carry_it():
     assert helping["above_random"].between(1.2, 1.3).all() and carried["mlps"].between(1.9, 2.1).all()
     picking = neurons_page.discovery_shares(table, SETS, P)
     said = neurons_page.few(picking, carried)
-    assert "On the discovery half 2 neurons are the fewest, of the numbers tried (1 and 2)" in said
+    assert "On the discovery half 2 neurons are the fewest, of the numbers tried, that surely carry" in said
     two = helping.set_index("quantity")[["estimate", "low", "high"]]
     each = " and ".join(f"{words.interval(*two.loc[way])} of the {way}" for way in ("damage", "recovery"))
     assert f"On the confirmation half they make up {each}, more than half there, too" in said
@@ -298,7 +298,7 @@ def test_the_number_of_the_claim_stands_beside_what_the_page_asks(monkeypatch):
     ]
     own = words.interval(row["estimate"], row["low"], row["high"])
     said = neurons_page.claimed(carried)
-    assert f"damage alone, by the 2 that help most on discovery: {own}.)" in said and said.count("page 10") == 1
+    assert f"damage alone, by the 2 that help most on discovery: {own}." in said and said.count("page 10") == 1
 
 
 def test_a_neuron_helps_or_opposes_only_where_its_interval_is_off_zero():
@@ -323,7 +323,7 @@ def test_top_neurons_are_significant_in_both_halves_with_one_sign():
     assert neurons_page.significant(tables["clean"], P).to_dict() == {"neuron 1.0": 1.0, "neuron 1.1": -1.0}
     text, _ = neurons_page.top_sentences(tables, table, P)
     assert "is neuron 1.0: where" in text[0] and "one that helps and one that opposes, under the mean" in text[1]
-    assert "logit_diff falls by 0.5" in text[0] and "Next come neuron 1.2" in text[0]
+    assert "logit_diff falls by 0.5" in text[0] and "Next come neuron 1.1 and neuron 1.2." in text[0]
     assert neurons_page.both_ways(pd.Series(dtype=float)) == "no neurons"
 
 
@@ -403,12 +403,12 @@ def test_few_quads_and_one_half_go_through(tiny, halves, monkeypatch):
     nothing = pd.DataFrame()
     features = (nothing, nothing, [], nothing, nothing)
     made = Measured(frame.reset_index(drop=True), chosen, sets, table, classes, raw, written, *features)
-    step = SimpleNamespace(params=P, pairs=lambda: pd.DataFrame(people))
+    step = SimpleNamespace(params=P, pairs=lambda: pd.DataFrame(people), find=lambda name: None)
     part = neurons_page.part(step, made)
     text = " ".join(part["sentences"])
     assert "nan" not in text.lower() and "None" not in text and "was not tested (no interval" in text
     assert part["neurons"]["top"][0]["site"] == chosen["site"][0] and set(part["figures"]) <= {"top", "joint"}
-    asked = f"The {len(chosen)} asked were picked from {len(frame[picks.NEURON].drop_duplicates())} on "
+    asked = f"Those asked were picked, {len(chosen)} of {len(frame[picks.NEURON].drop_duplicates())}, on "
     carried = neurons_page.shares(replaced(SETS, COST), SETS, P)
     monkeypatch.setattr(neurons_page, "shares", lambda *_: carried)
     assert asked in neurons_page.part(step, made)["headline"][0] and asked not in text  # there are shares to carry

@@ -378,8 +378,8 @@ def test_words_of_a_direction_are_found_where_a_token_alone_is_decoded_without_i
 def test_of_given_pairs_the_page_says_whom_the_table_knows_and_no_selection():
     frame = pd.DataFrame({"labels": "true", "kind": "pair", "unit": ["q0", "q0", "q1"], "item": ["a", "b", "c"]})
     made, own = (probes_page.prompts_read(frame, given) for given in (False, True))
-    assert made.startswith("3 pair prompts of 2 quads, whose people the model tells apart by selection")
-    assert own.startswith("3 pair prompts of 2 quads (those that share") and "selection" not in own
+    assert made.startswith("3 pair prompts (2 quads), whose people the model tells apart by selection")
+    assert own.startswith("3 pair prompts (2 quads) (those that share") and "selection" not in own
 
     def said(*names, given="mine.csv", question="professions"):
         slots = [f"{side}_{slot}" for side in ("clean", "corrupt") for slot in "abc"]

@@ -80,7 +80,7 @@ def test_the_fall_of_the_margin_and_the_answers_that_flip():
     assert page.flips(own, P) == "12 of the 30 answers that were right (0.40 [0.25, 0.58])"
     own["metric_before"] -= 3.0 * (own.index < 2)  # an answer that was wrong cannot flip
     assert page.flips(own, P).startswith("10 of the 28 answers that were right (0.36 ")
-    assert page.flips(own.assign(metric_before=-1.0), P) == "none of the answers, for none was right"
+    assert page.flips(own.assign(metric_before=-1.0), P) == "no answer, for every one was wrong already"
     assert table.loc["9.1", "estimate"] == pytest.approx(2.5, abs=0.01) and table["quads"].tolist() == [30, 30]
     assert table["kind"].to_dict() == {"9.1": "candidate", "9.2": "null"}
 

@@ -769,7 +769,7 @@ def test_what_step_02_says(tmp_path):
         f"1.00 there {sample}.",
         f"At `names` the estimate of recovery crosses one half downwards after layer 2 (picked on the discovery half): "
         f"0.00 there {sample}.",
-        "The critical layers are 1 and 2: the fewest whose rises of the denoise curve at `last` make up 80% of it on "
+        "Layers 1 and 2 are critical: the fewest whose rises of the denoise curve at `last` make up 80% of it on "
         "the discovery half; the largest rise is that of layer 2.",
         "Together they make up 90% of the curve there, and 80% of it on the confirmation half.",
         "Replacing the residual stream at `last` (denoise): looked for and read on the same pairs, layer 1 is the "
