@@ -74,7 +74,10 @@ def absolute(text: str, folder: Path) -> str:
 
 
 def article(name: str, page: str, html: Path, names: set[str]) -> str:
-    """A page's article for the whole: its names begin with the page's, and links to other pages lead there."""
+    """A page's article for the whole: its names begin with the page's, and links to other pages lead there.
+
+    What else lies beside the book, such as the library's pages, is no link: it would be one to this machine's folders.
+    """
     found = re.search(r"<article[^>]*>(.*?)</article>", page, re.S)
     body = re.sub(r"<script\b.*?</script>", "", found[1] if found else "", flags=re.S)
     body = re.sub(r'<details class="[^"]*\bhide\b.*?</details>', "", body, flags=re.S)  # the code above a figure
@@ -86,9 +89,11 @@ def article(name: str, page: str, html: Path, names: set[str]) -> str:
     def link(match: re.Match) -> str:
         path, _, anchor = match[1].partition("#")
         target = (folder / unquote(path)).resolve() if path else html / f"{name}.html"
-        local = not re.match(r"[a-z]+:", path) and target.is_relative_to(html)
-        of = str(target.relative_to(html).with_suffix("")) if local else ""
-        return f'href="#{place(of, "" if "=" in anchor else anchor)}"' if of in names else match[0]
+        local = not re.match(r"[a-z]+:", path)
+        of = str(target.relative_to(html).with_suffix("")) if local and target.is_relative_to(html) else ""
+        if of in names:
+            return f'href="#{place(of, "" if "=" in anchor else anchor)}"'
+        return "" if local else match[0]  # a file of this machine
 
     body = re.sub(r'\bid="([^"]*)"', lambda match: f'id="{place(name, match[1])}"', body)
     body = re.sub(r'\bhref="([^"]*)"', link, body)

@@ -22,6 +22,7 @@ from PIL import Image
 UNNEEDED = ("*webpack-macros.html", "**/*.map", "**/*.LICENSE.txt", "scripts/fontawesome.js*")
 WEBFONTS, ICONS = "vendor/fontawesome/webfonts", "fa-solid-900"
 WORD = re.compile(r"[A-Za-z_][\w-]*")
+NUMBERED = re.compile(r"([A-Za-z_][\w-]*)\$\{")  # how scripts call what they count: `line${index}`
 SEARCH = re.compile(r'\s*<script src="[^"]*(?:searchtools|language_data|searchindex)\.js[^"]*"></script>')
 # What it replaces, and by what, on every page.
 REPLACED = (
@@ -48,12 +49,17 @@ def shed(html: Path) -> None:
             text = figures.sub(lambda found: found[0].removesuffix("png") + "webp", text)
         page.write_text(text, encoding="utf-8")
     told = [page.read_text(encoding="utf-8") for page in (*html.rglob("*.html"), *static.rglob("*.js"))]
-    used = {word for text in told for word in WORD.findall(text)}
+    used = set().union(*map(words, told))
     sheets = {path: pruned(path.read_text(encoding="utf-8"), used) for path in static.rglob("*.css")}
     codes = re.findall(r'content:\s*"\\([ef][0-9a-f]{3})"', "".join(sheets.values()))
     fonts = [icons(font, [int(code, 16) for code in codes]) for font in static.glob(f"{WEBFONTS}/{ICONS}.ttf")]
     for path, text in sheets.items():
         path.write_text(of_icons(text) if fonts else text, encoding="utf-8")
+
+
+def words(text: str) -> set[str]:
+    """All that a page or script may call a class or name: its words, and those that it puts a number behind."""
+    return {*WORD.findall(text), *(f"{stem}{number}" for stem in NUMBERED.findall(text) for number in range(10))}
 
 
 def lossless(png: Path) -> Path:

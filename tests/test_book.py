@@ -468,6 +468,16 @@ def test_style_sheets_lose_the_rules_that_no_page_asks_for():
     assert left == '@import"a.css";.used{x:1}p:not(.unused){x:3}@media(b){#used.used{x:5}}@keyframesk{to{x:6}}'
 
 
+def test_style_sheets_keep_the_rules_of_classes_that_scripts_number():
+    css = ".line .line3 { x: 1 } .bare1 { x: 2 } .other3 { x: 3 }"
+    used = shed.words("const named = `line line${index % 7}` + ` bare bare${index}`;")
+    assert "".join(shed.pruned(css, used).split()) == ".line.line3{x:1}.bare1{x:2}"
+    ours = (ROOT / "book/assets/superset.css").read_text(encoding="utf-8")
+    drawn = {name for name in re.findall(r"\.([a-z]+\d)\b(?![^{}]*\})", ours) if name != "h1"}
+    scripts = " ".join(path.read_text(encoding="utf-8") for path in (ROOT / "book/assets").glob("*.js"))
+    assert {"line0", "line6", "bare2", "half1"} <= drawn and drawn <= shed.words(scripts)
+
+
 def test_a_word_is_explained_where_it_is_first_used():
     terms = [
         glossary.Term("site", ("site", "sites"), "A <place>."),
@@ -522,6 +532,7 @@ def test_the_book_is_printed_to_one_file_whose_links_lead_to_its_pages(built, tm
     links = set(re.findall(r'href="#([^"]*)"', whole))
     assert {"executed/02_coarse_sweep", "executed/02_coarse_sweep.fig-curve"} <= links & ids and links <= ids
     assert "<script" not in whole and not re.search(r'src="(?!file:|data:)', whole)
+    assert not re.search(r'<a [^>]*href="(?!#|https:)', whole), "this machine's folders are no reader's"
     assert pdf.main([str(book_folder), str(tmp_path / "book.pdf")]) == 0
     printed = (tmp_path / "book.pdf").read_bytes()
     assert printed.startswith(b"%PDF") and len(re.findall(rb"/Type\s*/Page\b", printed)) > len(STEPS)
