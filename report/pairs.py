@@ -25,7 +25,7 @@ from pipeline import keys
 from pipeline.step import Remembered
 from report import interactive, plots
 from report.interactive import MODULES, hundredths
-from report.words import listed
+from report.words import listed, literal
 
 MOST_PAIRS = 100
 SITE_VALUES, CURVE_VALUES = 33_000, 12_000  # most effects in the page: of sites, and along layers
@@ -133,6 +133,8 @@ def looked_at(results: Path, sites: pd.DataFrame | None) -> pd.DataFrame | None:
     leading = [
         site_name(*site) for site in size.index if site[::2] in {*zip(frame["layer"], frame["head"], strict=True)}
     ]
+    if not leading:  # heads were not swept
+        return None
     frame = frame.assign(site=frame["layer"].astype(str) + "." + frame["head"].astype(str))
     own = frame[(frame["position"] == "last") & frame["site"].isin(leading)]
     even = own.drop_duplicates(["pair_id", "onto"]).assign(site="even", share=lambda rows: rows["uniform"])
@@ -195,7 +197,7 @@ def fields(results: Path, to: Path, topic: Question) -> dict[str, str]:
     if own.sites is not None and len(some := kept[kept["pair_id"].isin(own.sites.index)]):
         file = plots.save(twin(own.sites, some), to, "pairs", "sites")
         parts.insert(0, f"```{{figure}} {file}\n:name: fig-pairs\n:alt: {CAPTION}\n\n{CAPTION}\n```")
-    return {"figure": "\n\n".join(parts), "table": listing(kept)}
+    return {"figure": "\n\n".join(parts), "table": listing(kept, len(own.pairs))}
 
 
 def leading_pairs(own: Tables) -> pd.DataFrame:
@@ -295,8 +297,9 @@ def twin(sites: pd.DataFrame, some: pd.DataFrame) -> plots.Figure:
     return plots.class_matrices({"": shares}, "effect (share of the pair's gap)", "site put back", "pair")
 
 
-def listing(kept: pd.DataFrame) -> str:
-    """The pairs as a table that the book's script makes sortable."""
+def listing(kept: pd.DataFrame, of: int) -> str:
+    """The pairs as a table that the book's script makes sortable; `of` how many there are."""
+    left = f"Of {of:,} pairs, the {len(kept)} of which most was measured, then of largest gap:\n\n" * (len(kept) < of)
     lines = [
         "| pair | clean prompt's names | corrupt prompt's names | half | gap |",
         "| --- | --- | --- | --- | ---: |",
@@ -304,5 +307,5 @@ def listing(kept: pd.DataFrame) -> str:
     for row in kept.to_dict("records"):
         sides = (f"{listed(names_of(row, side))} ({row[answer]})" for side, answer in ANSWERS.items())
         cells = [row["pair_id"], *sides, row["half"], f"{row['gap']:.2f}"]
-        lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
-    return ":::{container} sortable\n" + "\n".join(lines) + "\n:::"
+        lines.append(f"| {' | '.join(map(literal, cells))} |")
+    return left + ":::{container} sortable\n" + "\n".join(lines) + "\n:::"

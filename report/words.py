@@ -41,6 +41,11 @@ def listed(words: Iterable[object]) -> str:
     return " and ".join([", ".join(words[:-1])] * (len(words) > 1) + words[-1:]) or "none"
 
 
+def literal(text: str) -> str:
+    """A text for MyST, in which its own marks, such as those of HTML, stand for themselves."""
+    return re.sub(r"([\\`*_{}\[\]<>&|~^$])", r"\\\1", text)
+
+
 def counted(number: int, thing: str) -> str:
     """A number of things: 1 head, 2 heads, 1,200 pairs."""
     return f"{number:,} {thing}{'s' * int(number != 1)}"

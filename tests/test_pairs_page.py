@@ -2,12 +2,14 @@
 
 import json
 import re
+from html import escape
 from pathlib import Path
 
 import book_checks
 import pandas as pd
 import pytest
 from IPython.display import HTML
+from markdown_it import MarkdownIt
 
 from lib import questions, records
 from pipeline.step import Remembered
@@ -102,6 +104,7 @@ def test_many_pairs_of_a_large_model_are_cut_to_what_a_page_has_room_for(tmp_pat
     assert kept == {f"q{n}" for n in range(30, 130)} and data["all"] == 130, "those of largest gap"
     grid = data["map"]
     assert grid["all"] == 520 and len(grid["places"]) == len(grid["values"][0]) == 330
+    assert fields["table"].startswith("Of 130 pairs, the 100 of which most was measured, then of largest gap:\n\n:::")
     assert min(grid["places"]) == 6 and grid["lines"][0] == "23", (
         "of largest effect: those of the first layers are left out"
     )
@@ -115,6 +118,22 @@ def test_what_is_not_there_is_left_to_be_said(tmp_path):
     data = data_of(fields)
     assert len(data["pairs"]) == 3 and not (tmp_path / "figures").exists()
     assert [data[name] for name in ("words", "logits", "curves", "map", "looks")] == [None] * 5
+
+
+def test_names_stand_in_the_table_as_they_are_written(tmp_path):
+    table = asked([(("<script>x</script>", "A|B"), ("*C*", "D &amp; [E](F)"))])
+    records.write(tmp_path / pairs.PAIRS[1], table, {}, None)
+    said = MarkdownIt("commonmark").enable("table").render(pairs.fields(tmp_path, tmp_path, TOPIC)["table"])
+    for name in ("<script>x</script> and A|B (artist)", "*C* and D &amp; [E](F) (scientist)"):
+        assert f"<td>{escape(name, quote=False)}</td>" in said
+
+
+def test_without_heads_nothing_is_said_of_where_they_look(tmp_path):
+    left(tmp_path, asked())
+    frame = swept(asked(), 3, 2, "denoise", "last", False).query("component != 'head'")
+    records.write(tmp_path / pairs.SITES[1], frame, {"candidates": ["artist", "scientist"]}, None)
+    data = data_of(pairs.fields(tmp_path, tmp_path, TOPIC))
+    assert data["looks"] is None and data["map"]["lines"] == ["attn", "mlp"]
 
 
 def test_tokens_that_no_step_has_asked_for_are_not_guessed(tmp_path, smollm_tokenizer):
@@ -154,7 +173,8 @@ def test_a_pair_is_found_by_a_name_and_stands_in_the_address(page):
           new window.KeyboardEvent("keydown", {key, bubbles: true, cancelable: true}));
         press("End"); press("ArrowDown");
         seen.read = one(".told").innerText;
-        one('[role=grid] [data-index="2"]').click();
+        one('[role=grid] [data-index="2"]').focus(); press("Enter");
+        seen.kept = window.document.activeElement.dataset.index === "2";
         seen.site = [window.location.hash, parts()[3]];
         window.document.querySelectorAll("[type=radio]")[1].click();
         seen.act = [window.location.hash, parts()[2]];
@@ -162,6 +182,7 @@ def test_a_pair_is_found_by_a_name_and_stands_in_the_address(page):
       return seen;
     }"""
     whole, bare = book_checks.looked_at(page, ["all.html#pair=q2", "bare.html"], look).values()
+    assert whole["kept"] is True, "the focus stays in the grid when a site is pinned by key"
     assert whole["start"] == "q2" and whole["hash"] == "#pair=q1&at=fig-pairs"
     (found,) = whole["found"]
     assert found == "李白 and </script>Bob (artist) against Marie Curie and Niels Bohr (scientist)"

@@ -21,7 +21,7 @@
     const known = ({ at }) => [data.curves, data.map, data.looks].reduce((sum, part) =>
       sum + ((part && part.values[at]) || []).filter((value) => value !== null).length, 0);
     const first = pairs.reduce((best, pair) => (known(pair) > known(best) ? pair : best), pairs[0]);
-    let now = first, site = "", act = "denoise";
+    let now = first, site = "", act = "denoise", lacking = "";
 
     /* What a part shows, or why it shows nothing. */
     const place = (title) => {
@@ -36,7 +36,7 @@
       const found = pairs.filter((pair) => words.every((word) => `${pair.id} ${pair.text}`.toLowerCase().includes(word)));
       select.replaceChildren(...found.map((pair) => element("option", { value: pair.id }, pair.text)));
       select.value = now.id;
-      count.textContent = `${found.length} of ${pairs.length} pairs` + (pairs.length < data.all
+      count.textContent = (lacking ? `Pair ${lacking} is not on this page, another one is shown. ` : "") + `${found.length} of ${pairs.length} pairs` + (pairs.length < data.all
         ? ` (of ${data.all} that there are, those of which most was measured, then of largest gap)` : "");
     }
 
@@ -140,15 +140,16 @@
     };
     const grid = data.map && book.grid({ ...data.map, label: "Effect of each site in this pair: heads and modules by layer",
       tell, choose: (index) => did({ site: grid.names[index] }) });
+    const note = element("p", { class: "note" });
     function map() {
       if (!grid || !values()) return sites.say("Step 04 has not swept the sites in this pair.");
       const own = values().filter((value) => value !== null).map(Math.abs).sort((a, b) => b - a);
       const full = (own[Math.floor(own.length / 100)] || 100) / 100;
       grid.colour(values(), full);
-      const note = `Blue: logit_diff rises; orange: it falls; full colour from ${full.toFixed(2)} logits on. ` +
+      note.textContent = `Blue: logit_diff rises; orange: it falls; full colour from ${full.toFixed(2)} logits on. ` +
         (data.map.places.length < data.map.all ? `Of ${data.map.all} sites the page has the ${data.map.places.length} of largest mean effect. ` : "") +
         "Arrow keys move, Enter or a click pins. One pair has no interval.";
-      sites.put(grid.box, element("p", { class: "note" }, note), about);
+      if (!grid.box.parentElement) sites.put(grid.box, note, about);  // once, so that it keeps the focus
     }
 
     function attention() {
@@ -173,7 +174,9 @@
     const box = element("div", { class: "interactive pair-explorer" }, element("div", { class: "controls" },
       labelled("Find a name", find), count), select, ...[prompt, answers, layers, sites, looks].map((part) => part.box));
     const show = (state) => {
-      now = pairs.find((pair) => pair.id === state.get("pair")) || first;
+      const asked = state.get("pair"), found = pairs.find((pair) => pair.id === asked);
+      now = found || first;
+      lacking = (!found && asked) || "";
       site = state.get("site") || "";
       act = state.get("act") === "1" ? "noise" : "denoise";
       fill();
@@ -185,7 +188,7 @@
       const leading = grid && values() ? values().map((value) => Math.abs(value)).reduce((best, value, at, all) => value > all[best] ? at : best, 0) : 0;
       if (grid && values()) grid.pin(grid.names.includes(site) ? grid.names.indexOf(site) : leading);
     };
-    const knows = (state) => pairs.some((pair) => pair.id === state.get("pair"));
+    const knows = (state) => state.has("pair");
     return { box, show, keys: ["pair", "site", "act"], knows };
   }
 
