@@ -11,7 +11,6 @@
       const bar = element("span", { class: "from-zero" }), known = typeof from === "number";
       bar.style.setProperty("--from", `${place(Math.min(0, value))}%`);
       bar.style.setProperty("--to", `${place(Math.max(0, value))}%`);
-      bar.style.setProperty("--zero", `${place(0)}%`);
       const said = value === null ? "not measured" : signed(value) + (known ? ` [${signed(from)}, ${signed(to)}]` : "");
       return element("tr", {}, element("th", { scope: "row" }, what), element("td", {}, bar), element("td", {}, said));
     });

@@ -33,7 +33,7 @@ const book = (() => {
   const tell = () => {
     for (const view of views) {
       const now = JSON.stringify(view.keys.map((key) => state.get(key)));
-      if (now !== view.seen) view.show(state);
+      try { if (now !== view.seen) view.show(state); } catch (error) { console.error(error); }  // an address of another book
       view.seen = now;
     }
     light(state.get("site"));
