@@ -186,7 +186,8 @@ def landing(results: Path, steps: Mapping[str, str], to: Path) -> dict[str, str]
     if len(set(models.values())) > 1:
         raise BookError(f"{results} mixes models {models}: run the steps of one profile into one results folder")
     first, *others = steps
-    *others, last = others  # the last step concludes, so it leads
+    last = next((step for step in reversed(others) if "outline" in findings[step]), others[-1])  # it concludes
+    others.remove(last)
     answer = [
         item(f"[{title(step)}]({steps[step]}.ipynb)", sentences(step, findings[step])) for step in (last, *others)
     ]
@@ -407,7 +408,7 @@ def step_pages(folders: Folders, steps: Mapping[str, str], notes: Mapping[str, s
 def generated(folders: Folders, steps: Mapping[str, str], topic: Question, root: Path) -> dict[str, dict[str, str]]:
     """The fields of every page that has some, by page."""
     results, to, measured = folders.results, folders.to, root / "bench" / "results"
-    commit = str(read_json(results, next(iter(steps)), "run").get("commit", ""))
+    commit = read_json(results, next(iter(steps)), "run").get("commit") or "unknown"  # outside git
     return {
         "index": landing(results, steps, to),
         "how_to_read": {"glossary": glossary.listing(glossary.load(to / GLOSSARY))},

@@ -61,7 +61,7 @@ def ledger_of(results: Path) -> Found:
 
 
 def verdicts(results: Path) -> str:
-    """The claims ledger of step 10 (claims.json; no rows where it is not there) as MyST tables that the
+    """The claims ledger of step 10 (claims.json; "" where it is not there) as MyST tables that the
     book's script makes sortable: claims, then checks."""
     ledger = ledger_of(results)
     columns = {"verdict": "verdict", "alone": "alone", "tier": "evidence", "reason": "why"}
@@ -70,6 +70,8 @@ def verdicts(results: Path) -> str:
     parts = [ledger["fresh"]] if ledger.get("fresh") else []
     for check in (False, True):
         own = [claim for claim in ledger["claims"] if (claim["check"] is not None) == check]
+        if not own:
+            continue
         lines = [["check" if check else "claim", *columns.values(), "under it"], ["---"] * (2 + len(columns))]
         names = (f"*{claim['id'].replace('_', ' ')}*: {cell(claim['claim'])}" for claim in own)  # as the figure has it
         for name, claim in zip(names, own, strict=True):
@@ -114,8 +116,8 @@ def minutes(seconds: float) -> str:
 def tried(found: Found) -> str:
     """For a model that cannot do its task: what step 01 asked, task by task, with its accuracy, as a MyST table."""
     lines = [
-        f"| `{row['task']}` | `{row['template']}` | {row['estimate']:.2f}{ends(row)} | {row['chance']:.2f} | "
-        f"{row['prompts']} |"
+        f"| `{row['task']}` | `{cell(row['template'].replace('`', chr(39)))}` | {row['estimate']:.2f}{ends(row)} | "
+        f"{row['chance']:.2f} | {row['prompts']} |"
         for row in found.get("accuracy", ())
     ]
     return "\n".join(
