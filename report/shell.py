@@ -102,9 +102,9 @@ def again(cells: Sequence[Cell], page: str, run: Mapping[str, Any], time: str) -
     rows = [f"| `{key}` | {shown(value)} | {meanings[key].replace('|', chr(92) + '|')} |" for key, value in own.items()]
     table = "\n".join(["| parameter | here | meaning |", "| --- | --- | --- |", *rows]) if rows else ""
     return text(
-        f"::::{{dropdown}} Change something and run this page again\n```bash\n{command}\n```\n\nruns it with another "
-        f"`{number}`, and leaves page, tables and figures in `out`. The sweeps of this page took {time}; `make plan` "
-        f"says what others take. `-p pairs_file mine.csv` asks about pairs of your own.\n\n{table}\n::::"
+        f"::::{{dropdown}} Change something and run this page again\n```bash\n{command}\n```\n\nruns it with the "
+        f"`{number}` that you put there, and leaves page, tables and figures in `out`. The sweeps of this page took "
+        f"{time}; `make plan` says what others take. `-p pairs_file mine.csv` asks about pairs of your own.\n\n{table}\n::::"
     )
 
 

@@ -585,6 +585,14 @@ def test_a_missing_file_names_its_step(copy, capsys, file, says):
     assert says in message and "\n" not in message
 
 
+def test_a_step_of_ones_own_behind_the_last_leaves_it_the_lead(copy):
+    for kind in ("findings", "run"):
+        own = json.loads((copy / "results" / f"necessity.{kind}.json").read_text()) | {"step": "mine"}
+        (copy / "results" / f"mine.{kind}.json").write_text(json.dumps(own))
+    fields = book.landing(copy / "results", {**STEPS, "mine": "executed/11_mine"}, copy)
+    assert fields["short"] and fields["answer"].startswith("- [Story]") and "[Mine]" in fields["answer"]
+
+
 def test_half_written_findings(copy):
     (copy / "results" / "necessity.findings.json").write_text('{"step": ')
     assert "necessity.findings.json is not JSON" in broken(copy)
