@@ -104,7 +104,8 @@ def again(cells: Sequence[Cell], page: str, run: Mapping[str, Any], time: str) -
     return text(
         f"::::{{dropdown}} Change something and run this page again\n```bash\n{command}\n```\n\nruns it with the "
         f"`{number}` that you put there, and leaves page, tables and figures in `out`. The sweeps of this page took "
-        f"{time}; `make plan` says what others take. `-p pairs_file mine.csv` asks about pairs of your own.\n\n{table}\n::::"
+        f"{time}; `make plan` says what others take. `-p pairs_file mine.csv` asks about pairs of your own.\n\n"
+        f"{table}\n::::"
     )
 
 
