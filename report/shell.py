@@ -61,12 +61,13 @@ def folded(cells: Sequence[Cell]) -> list[Cell]:
 def sourced(
     cells: Sequence[Cell], page: str, run: Mapping[str, Any], claims: Sequence[Mapping[str, Any]]
 ) -> list[Cell]:
-    """The cells, with a line under each figure."""
+    """The cells, with a line under each figure that was drawn."""
     out = []
     for cell in cells:
         out.append(cell)
         name = cell["metadata"].get("mystnb", {}).get("figure", {}).get("name")
-        if name:
+        kinds = {kind for output in cell.get("outputs", ()) for kind in output.get("data", ())}
+        if name and "image/png" in kinds:
             out.append(text(source_of(name, page, run, claims)))
     return out
 

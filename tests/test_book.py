@@ -508,11 +508,13 @@ def test_a_meaning_is_shown_by_pointer_keyboard_and_finger_and_leaves_the_page_i
 
 
 def test_what_stands_around_a_steps_cells():
-    def code(source, **metadata):
-        return {"cell_type": "code", "source": source, "outputs": [source], "metadata": metadata}
+    def code(source, kind="text/plain", **metadata):
+        outputs = [{"output_type": "display_data", "data": {kind: source}}]
+        return {"cell_type": "code", "source": source, "outputs": outputs, "metadata": metadata}
 
     prose = {"cell_type": "markdown", "source": "# A step", "metadata": {}}
-    figure = code("draw()", mystnb={"figure": {"name": "fig-a", "caption": "A."}})
+    about = {"mystnb": {"figure": {"name": "fig-a", "caption": "A."}}}
+    figure, none = code("draw()", "image/png", **about), code("nothing_to_draw()", "text/markdown", **about)
     setup = [code("pairs = None  # how many | what\nseed = 0  # chance", tags=["parameters"]), code("begin()")]
     run = {"commit": "0123456789", "tables": {"t": {}, "t.more": {}}, "parameters": {"profile": "mine", "pairs": 7}}
     claim = {"figure": "executed/03_x.ipynb#fig-a", "rows": {"file": "t.parquet", "filter": "a == `b`"}}
@@ -523,6 +525,7 @@ def test_what_stands_around_a_steps_cells():
     assert "-f params/mine.yaml" in cells[5]["source"] and "-p pairs 7" in cells[5]["source"]
     assert "took 5 minutes" in cells[5]["source"] and "| `pairs` | `7` | how many \\| what |" in cells[5]["source"]
     assert "from `t.parquet`, `t.more.parquet`, commit" in shell.source_of("fig-b", "03_x", run, [claim])
+    assert shell.sourced([none], "03_x", run, [claim]) == [none]
 
 
 def test_the_book_is_printed_to_one_file_whose_links_lead_to_its_pages(built, tmp_path, monkeypatch, capsys):
