@@ -189,11 +189,11 @@ def test_a_pair_is_found_by_a_name_and_stands_in_the_address(page):
     prompts, candidates, layers, sites, looks = whole["parts"]
     assert "a gap of 5.00" in prompts and "the names stand alone" in prompts
     assert re.search(r"artist\s+2.50\s+−1.00\s+scientist\s+0.50\s+1.50", candidates)
-    assert whole["read"] == "both names, layer 2: logit_diff rises by 2.01 logits, 0.40 of the gap."
+    assert whole["read"] == "the names, layer 2: logit_diff rises by 2.01 logits, 0.40 of the gap."
     address, told = whole["site"]
     assert "site=2.1" in address and "2.1: its clean value, put back at the last token, raises logit_diff" in told
     assert "by 2.11 logits, 0.42 of its gap." in told
-    assert "act=1" in whole["act"][0] and "both names" not in whole["act"][1]
+    assert "act=1" in whole["act"][0] and "the names" not in whole["act"][1]
     assert re.search(r"2.1\s+0.25\s+0.50", looks) and re.search(r"even attention\s+0.12\s+0.12", looks)
     assert [re.search(r"(?:Step|The tokens|Steps) .*", part)[0][:40] for part in bare["parts"]] == [
         "The tokens are not among the stored resu",

@@ -7,8 +7,9 @@
   const table = (heads, rows) => element("div", { class: "frame" }, element("table", { class: "plain" },
     element("thead", {}, element("tr", {}, ...heads.map((text) => element("th", { scope: "col" }, text)))), element("tbody", {}, ...rows)));
   const cells = (...parts) => element("tr", {}, ...parts.map((part, at) => at ? element("td", {}, part) : element("th", { scope: "row" }, part)));
-  const ROLE = { last: "the last token", names: "both names", between: "the tokens between", rest: "all other tokens" };
-  const role = (name) => ROLE[name] || `name ${name.slice(-1).toUpperCase()}`;
+  const ROLE = { last: "the last token", names: "the names", between: "the tokens between", rest: "all other tokens",
+    swapped: "the names that differ", all: "every token" };
+  const role = (name) => ROLE[name] || name.replace(/^name_(.)$/, (_, slot) => `name ${slot.toUpperCase()}`);
   const ACTS = { denoise: "put back: clean values into the corrupt prompt", noise: "taken out: corrupt values into the clean prompt" };
 
   function explorer(data, did) {
