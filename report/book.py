@@ -203,6 +203,7 @@ def landing(results: Path, steps: Mapping[str, str], to: Path) -> dict[str, str]
         "model": short(model["name"]),
         **front.head(findings[last].get("outline", {})),
         **front.times(runs, first, "sufficiency"),
+        "level": f"{100 * runs[first].get('parameters', {}).get('level', 0.95):g}%",
         "answer": "\n\n".join(answer),
         "slice": front.in_map(findings.get("sufficiency", {}).get("critical_slice", ()), steps.get("sufficiency", "")),
         "claims": front.verdicts(results),

@@ -97,7 +97,7 @@ def site_map(
         "lines": [str(head) if name == "head" else name for name, head in lines],
         "shown": [one(part, lines, layers) for part in shown],
         "marked": list(marked),
-        "level": f"{level:.0%}",
+        "level": f"{100 * level:g}%",
         "links": others(twin),
         **by_pair(pairs, shown[0].rows),
     }
@@ -228,7 +228,7 @@ def circuit_graph(
         "kept": None if kept is None else [numbers[node] for node in kept],
         "notes": dict(notes or {}),
         "hidden": hidden,
-        "level": f"{level:.0%}",
+        "level": f"{100 * level:g}%",
         "links": others(twin),
     }
     return embedded("circuit-graph", data, "In the book, this graph shows every path, and those of a site.", twin)
