@@ -292,7 +292,8 @@ def twin(sites: pd.DataFrame, some: pd.DataFrame) -> plots.Figure:
     shares = sites.loc[rows.index].div(rows["gap"], axis=0)
     shares = shares[sites.mean().abs().nlargest(TWIN_SITES).index]
     shares.columns = [site_name(*site) for site in shares]
-    shares.index = [f"{row.pair_id}: {row.answer}, {row.corrupt_answer}" for row in rows.itertuples()]
+    told = [f"{row.pair_id}: {row.answer}, {row.corrupt_answer}" for row in rows.itertuples()]
+    shares.index = [text.replace("$", r"\$") for text in told]  # no formula
     shares = shares.round(2) + 0.0  # without a sign before zero
     return plots.class_matrices({"": shares}, "effect (share of the pair's gap)", "site put back", "pair")
 

@@ -128,6 +128,11 @@ def test_names_stand_in_the_table_as_they_are_written(tmp_path):
         assert f"<td>{escape(name, quote=False)}</td>" in said
 
 
+def test_dollars_in_the_figure_are_no_formula(tmp_path):
+    pairs.fields(left(tmp_path, asked().assign(answer="$x^{$")), tmp_path, TOPIC)
+    assert "$x^{$" in (tmp_path / "figures" / "pairs-sites.svg").read_text(encoding="utf-8")
+
+
 def test_without_heads_nothing_is_said_of_where_they_look(tmp_path):
     left(tmp_path, asked())
     frame = swept(asked(), 3, 2, "denoise", "last", False).query("component != 'head'")
