@@ -2,9 +2,8 @@
 
     python -m bench.validation [--only GROUP ...] [--list]
 
-1. `plan` lists the models: every option (`OPTIONS`) by a seed on which methods were mended and by one that was held out
-   (`report.validation.HELD_OUT`), a series of noise on some of them, and models without a circuit
-   (`report.validation.NOTHING`).
+1. `plan` lists the models: `SEEDS` seeds over the options (`OPTIONS`), a series of noise on some of them, and models
+   without a circuit (`report.validation.NOTHING`); all of seeds that were held out (`report.validation.HELD_OUT`).
 2. `run_step` runs a step as its notebook does, cell by cell up to its findings, in this process; what the notebook only
    draws is left out. Parameters are those of the profile `planted`, with `LESS`.
 3. `measure` sets truth and findings side by side (`report.scores`). After every model all is written to
@@ -37,7 +36,8 @@ from steps.registry import PLAN
 
 RESULT = Path(__file__).parent / "results" / "validation.json"
 CODE = ("lib", "planted", "pipeline", "report/scores.py", *(f"steps/{name}" for name in PLAN.names))
-NOISES, SERIES = (0.01, 0.03, 0.1, 0.3), ("additive", "backup by an MLP")
+CODE += ("bench/validation.py", "params/planted.yaml", "data/claims.yaml")
+SEEDS, NOISES, SERIES = 20, (0.01, 0.03, 0.1, 0.3), ("additive", "backup by an MLP")
 OPTIONS = {
     "additive": "",
     "or": "rule=or",
@@ -98,14 +98,12 @@ class Run(NamedTuple):
 
 
 def plan() -> list[Run]:
-    """All models, in order: every option on a seed that was mended on, then on one that was not."""
-    seeds = [
-        Run(name, options, first + index, series=name in SERIES and first == 0)
-        for first in (0, HELD_OUT)
-        for index, (name, options) in enumerate(OPTIONS.items())
-    ]
+    """All models, in order: every option has its first seed early."""
+    options = list(OPTIONS.items())
+    seeds = [Run(*options[index % len(options)], HELD_OUT + index) for index in range(SEEDS)]
+    seeds = [run._replace(series=run.group in SERIES and index < len(options)) for index, run in enumerate(seeds)]
     noisy = [run._replace(noise=noise) for run in seeds if run.series for noise in NOISES]
-    nothing = [Run(kind, options, first) for kind, options in NOTHING.items() for first in (0, HELD_OUT)]
+    nothing = [Run(kind, how, HELD_OUT) for kind, how in NOTHING.items()]
     return seeds + nothing + noisy
 
 

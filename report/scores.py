@@ -24,15 +24,15 @@ SHARE = 0.02
 """Share of the gap from which a site's effect is one to be found, and one that counts as found."""
 READ = 0.99
 """Balanced accuracy from which a probe reads what it was asked without error."""
-TOLERANCE, TOLERANCES = 1e-3, {"direction, effect": 0.03, "direction, cosine": 0.01}
+TOLERANCE, TOLERANCES = 1e-3, {"direction, effect": 0.05, "direction, cosine": 0.01, "patching": 0.03}
 """How far a number may be from the planted one; those of the directions are of means over the people asked."""
 LEVEL = 0.05
 RULES = {"additive": "additive", "or": "OR", "and": "AND"}
 ONE_NAME, STEP = (0.05, 0.2), (0.1, 0.3)
 """Shares of the other name that surely count for nothing, and surely count; and how far the step of a second name may
 be from a rule's (times that of one name) to be surely of it, and not to be. What lies between is left open."""
-LEFT = 0.1
-"""Share of the answer that sites outside a complete circuit may do."""
+LEFT = (0.1, 0.3)
+"""Shares of the answer that sites outside a circuit may do where it is surely complete, and where surely not."""
 ARRIVED, REPAIR = 0.8, 0.1
 """As in the profile: of the critical layers, and of the claims about repair."""
 ROUTES = {"k": "names", "v": "names", "q": "last"}
@@ -152,16 +152,14 @@ def backup_sites(truth: Truth) -> list[str]:
 
 
 def planted_backups(truth: Truth, found: Found) -> Wanted | None:
-    """The backup, and the MLP that reads it, where it speaks under the ablation that judges; None where the slice holds
-    one of them: what is ablated with the slice stands in for nothing."""
+    """The backup, and the MLP that reads it, where it speaks under the ablation that judges. Where the slice holds one
+    of them, none has to be found outside: what is ablated with the slice stands in for nothing."""
     names = set(backup_sites(truth))
-    if names & slice_of(found):
-        return None
     return Wanted(names) if planted_ratio(truth, found) else Wanted(set(), names)
 
 
 def planted_ratio(truth: Truth, found: Found) -> float | None:
-    """The share that the backup restores; None as of `planted_backups`."""
+    """The share that the backup restores; None where the slice holds a part of it."""
     backup = truth["backup"]
     if slice_of(found).intersection(backup_sites(truth)):
         return None
@@ -172,7 +170,8 @@ def planted_inside(truth: Truth, found: Found) -> Wanted | None:
     """Which member of the slice stands in for others: the backup, or the MLP that reads it where that alone is a member
     (beside it, one of the two is enough); None where neither is."""
     members = [name for name in backup_sites(truth) if name in slice_of(found)]
-    return Wanted({*members[:1]}, set(members)) if members else None
+    speaks = members and judging(found["hydra"]) in truth["backup"]["ablations"]
+    return Wanted({*members[: int(speaks)]}, set(members)) if members else None
 
 
 def planted_routes(truth: Truth, found: Finding) -> Wanted | None:
@@ -203,14 +202,16 @@ def planted_probes(truth: Truth, found: Finding) -> Wanted:
 
 
 def planted_classes(truth: Truth, found: Finding) -> Wanted | None:
-    """Sites of the slice whose share of a class's gap differs between the classes; None where too few were tested."""
+    """Sites of the slice whose share of a class's gap differs between the classes. Where nothing was tested, all such
+    sites are missed; None where there are none."""
     spread = {}
     for site in at_last(truth):
         shares = [site["recovery"]["by_answer"][name] / gap for name, gap in truth["gap"]["by_answer"].items() if gap]
         spread[name_of(site)] = max(shares, default=0) - min(shares, default=0)
+    differ = {name for name, size in spread.items() if size > 5 * SHARE}
     if not (asked := {row["site"] for row in (found["interaction"] or {}).get("sites", ())}):
-        return None
-    must = {name for name in asked if spread.get(name, 0) > 5 * SHARE}
+        return Wanted(differ) if differ else None
+    must = asked & differ
     return Wanted(must, {name for name in asked - must if spread.get(name, 0) > SHARE / 4})
 
 
@@ -238,16 +239,16 @@ def planted_neurons(truth: Truth, found: Finding) -> Wanted | None:
 
 
 def planted_effect(truth: Truth, found: Finding) -> float | None:
-    """What the direction that was fitted must bring back (`carried`), where the layer after which it was patched lies
-    behind every aggregator. Before it, professions are there and no superset."""
+    """All of it (and so of its cosine), where the layer after which directions were fitted lies behind every
+    aggregator. Before it, professions are there and no superset."""
     last = ("aggregator", "class_only", "negative", "backup", "backup_reader")
     written = [site["layer"] for site in of_roles(truth, *last)]
-    return found["carried"] if written and found["directions"]["layer"] >= max(written) else None
+    return 1.0 if written and found["directions"]["layer"] >= max(written) else None
 
 
-def planted_cosine(truth: Truth, found: Finding) -> float | None:
-    """1, where `planted_effect` is asked for."""
-    return None if planted_effect(truth, found) is None else 1.0
+def planted_patch(truth: Truth, found: Finding) -> float | None:
+    """What the direction that was fitted, right or wrong, must bring back (`carried`): this judges the patch alone."""
+    return None if planted_effect(truth, found) is None else found["carried"]
 
 
 def planted_specificity(truth: Truth) -> Wanted | None:
@@ -289,19 +290,19 @@ def name_steps(truth: Truth) -> NameSteps:
     return NameSteps(read, sizes[less] / sizes[read], one, ratio)
 
 
-def planted_rule(truth: Truth) -> Wanted:
-    """The rule that the model follows, noise included; what one name alone gives away is no rule."""
+def planted_rule(truth: Truth) -> Wanted | None:
+    """The rule that the model follows, noise included; what one name alone gives away is no rule. None where it lies
+    between two answers."""
     names = name_steps(truth)
     if names.one_alone is not False:
-        own = {f"{names.read} name"}
-        return Wanted(own) if names.one_alone else Wanted(set(), {*own, RULES.get(truth["rule"], "neither")})
+        return Wanted({f"{names.read} name"}) if names.one_alone else None
     if names.ratio is None:
         return Wanted({RULES["and"]})
     near, step = ("additive", 1.0) if names.ratio > 0.5 else ("OR", 0.0)
     said = names.follows(step)
     if said and not truth["options"].get("noise"):  # exact numbers: a cap on logits, too, makes a sum less than a sum
         said = abs(names.ratio - step) <= TOLERANCE
-    return Wanted(set(), {near, "neither"}) if said is None else Wanted({near if said else "neither"})
+    return None if said is None else Wanted({near if said else "neither"})
 
 
 def rule_claims(truth: Truth) -> tuple[dict[str, bool | None], set[str]]:
@@ -315,12 +316,12 @@ def rule_claims(truth: Truth) -> tuple[dict[str, bool | None], set[str]]:
 
 def planted_complete(truth: Truth, found: Finding) -> bool | None:
     """Whether the circuit that was found leaves nothing behind. None of a single site, which has no parts to go
-    without; and where planted sites outside it do more than `LEFT`: the search stops at a share of the answer, and in
-    the model these go on when others are gone."""
+    without; and where planted sites outside it do something (`LEFT`): the search stops at a share of the answer, and in
+    the model these go on when others are gone. Where they do much, it is not complete."""
     members = {row["site"] for row in (found.get("circuit") or {}).get("members", ())}
     outside = [site for site in at_last(truth) if name_of(site) not in members]
     left = sum(abs(site["necessity"]["counterfactual"]["mean"]) for site in outside) / truth["gap"]["mean"]
-    return True if len(members) > 1 and left < LEFT else None
+    return None if len(members) < 2 or LEFT[0] <= left <= LEFT[1] else left < LEFT[0]
 
 
 def planted_claims(truth: Truth, found: Found) -> Wanted:
@@ -499,7 +500,8 @@ METHODS: dict[str, tuple[str, Callable[[Truth, Found], Wanted | float | None], C
     "probes, without error": ("subspace", lambda t, f: planted_probes(t, f["subspace"]), probes_read),
     "probes, above chance": ("subspace", lambda t, f: planted_probes(t, f["subspace"]), probes_above_chance),
     "direction, effect": ("subspace", lambda t, f: planted_effect(t, f["subspace"]), direction_effect),
-    "direction, cosine": ("subspace", lambda t, f: planted_cosine(t, f["subspace"]), lambda found: found["cosine"]),
+    "patching": ("subspace", lambda t, f: planted_patch(t, f["subspace"]), direction_effect),
+    "direction, cosine": ("subspace", lambda t, f: planted_effect(t, f["subspace"]), lambda found: found["cosine"]),
     "neurons": ("neurons", lambda t, f: planted_neurons(t, f["neurons"]), neurons),
     "circuit": ("story", lambda t, f: planted_circuit(t), circuit),
     "claims": ("claims", planted_claims, verdicts),

@@ -889,8 +889,11 @@ def test_a_read_out_carries_more_of_the_other_attribute_than_random_heads_do(tmp
         verdicts = [beyond(own, **{name: random}) for name in ("random heads", "random MLPs")]
         assert [one["beyond_random"] for one in verdicts] == [said, said]
         assert [one["beside"] for one in verdicts] == ["random heads", "random MLPs"]
-    both = {"random heads": high, "random MLPs": low, "random heads and MLPs": low}
-    assert beyond(high, **both) == {"beyond_random": False, "beside": "random heads"}
+    both = {
+        "random heads": low,
+        "random heads and MLPs": high,
+    }  # of a slice of both kinds the set of both is the control
+    assert beyond(high, **both) == {"beyond_random": False, "beside": "random heads and MLPs"}
 
 
 def test_class_and_region_in_directions_of_their_own_are_said_where_that_is_shown():

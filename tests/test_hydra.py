@@ -459,7 +459,7 @@ def test_a_member_of_the_slice_that_stands_in_for_those_before_it_is_found():
     told = page.inside_sentences(tests.reset_index())
     assert told[0].startswith("Head 6.1 stands in for other members, inside the slice.") and len(told) == 2
     assert told[1].startswith("Head 6.1 costs ") and "and -0.0" in told[1] and "It makes up for 0.75 [" in told[1]
-    assert "No member stands in for others." in page.inside_sentences(tests.reset_index().iloc[[0]])[0]
+    assert "No member is shown to stand in for others." in page.inside_sentences(tests.reset_index().iloc[[0]])[0]
     assert measure.inside(step, first._replace(sites=sites[:1])).empty and page.inside_sentences(pd.DataFrame()) == []
 
 

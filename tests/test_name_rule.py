@@ -131,6 +131,13 @@ def test_where_it_is_open_whether_both_names_count_there_is_no_verdict():
     assert all("why" not in row for row in name_rule.numbers(result)["fitted"])  # what one name adds is still told
 
 
+@pytest.mark.parametrize("noise", [1e-6, 0.3])
+def test_where_a_second_name_takes_away_what_the_first_gave_no_rule_is_told(noise):
+    result = name_rule.compare(prompts(2.0, 0.0, 60, noise), Settings(resamples=300))
+    assert result.ratio.estimate == pytest.approx(-1, abs=0.1) and result.verdict == {"number": None}
+    assert "why" in name_rule.numbers(result)["ratio"] and name_rule.figure(result, prompts(2.0, 0.0, 60)) is not None
+
+
 def test_a_group_is_whoever_is_linked_by_people():
     frame = prompts(1, 2, count=6)
     names = {0: ("x", "y"), 1: ("z", "w"), 2: ("y", "z"), 3: ("q", "r"), 4: ("r", "q")}  # 0 and 1 by way of 2

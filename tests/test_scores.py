@@ -188,11 +188,16 @@ def test_a_backup_that_is_a_member_of_the_slice_is_asked_for_inside_it():
     own["sufficiency"]["critical_slice"].append({"site": "6.0"})
     own["hydra"] |= {"backups": [], "inside": [{"site": "6.0", "backup": True, "stands_in": True}]}
     asked = scored(own)
-    assert not {"backups", "backups, ratio"} & set(asked) and asked["backups in the slice"].right
+    assert "backups, ratio" not in asked and asked["backups"].wanted == [] and asked["backups in the slice"].right
     assert not {"no_backup: not supported", "no_repair: not supported"} & set(asked["claims"].wanted)
     own["hydra"]["inside"][0]["stands_in"] = False
     assert scored(own)["backups in the slice"].recall == 0
     assert "backups in the slice" not in scored(found())
+    own["hydra"]["backups"] = found()["hydra"]["backups"] + [{"site": "5.5", "stands_in": True, "ratio_estimate": 0.4}]
+    assert scored(own)["backups"].precision == 0  # nothing stands in outside
+    asleep = copy.deepcopy(TRUTH)
+    asleep["backup"]["ablations"] = ["zero"]
+    assert scored(own, asleep)["backups in the slice"].recall == 1
 
 
 def test_critical_layers_are_those_of_the_largest_rises():
@@ -262,7 +267,7 @@ def test_a_circuit_that_leaves_planted_sites_to_the_model_need_not_be_complete()
         (7, 3, 10, {"additive"}, "supported"),
         (6.3, 6.2, 10, {"neither"}, "not supported"),
         (5, 5, 9.7, {"neither"}, "supported"),  # as a soft cap has it: nearly a sum, and surely none
-        (5.5, 5.5, 10, {"additive", "neither"}, None),
+        (5.5, 5.5, 10, None, None),
         (10, 10, 10, {"OR"}, "not supported"),
         (0, 0, 10, {"AND"}, None),
         (10, 0, 10, {"first name"}, "not supported"),
@@ -273,7 +278,7 @@ def test_the_rule_is_what_the_weights_do_with_names(first, second, both, rule, a
     """Whatever was planted: noise may wake a backup in prompts of two classes."""
     truth = TRUTH | {"rule_logits": {"first": first, "second": second, "both": both}}
     wanted = scores.planted_rule(truth)
-    assert wanted.must | wanted.may == rule and (len(rule) == 1) == bool(wanted.must)
+    assert wanted == (rule and scores.Wanted(rule))
     claims = scores.planted_claims(truth, found())
     said = {said for said in claims.must if said.startswith("rule_additive")}
     if scores.name_steps(truth).one_alone:
@@ -297,7 +302,9 @@ def test_a_site_that_serves_one_class_is_class_specific():
     truth = copy.deepcopy(TRUTH)
     truth["sites"][3]["recovery"]["by_answer"] = {"artist": 10.0, "writer": 7.0}
     assert scores.planted_classes(truth, found()["generality"]).must == {"mlp 5"}
-    assert scores.planted_classes(truth, {"interaction": {"why": "one site"}}) is None
+    untested = {"interaction": {"why": "one site"}}
+    assert scores.planted_classes(truth, untested).must == {"mlp 5"}, "missed, as it was not tested"
+    assert scores.planted_classes(TRUTH, untested) is None
 
 
 def test_a_truth_of_other_weights_is_refused(tmp_path):

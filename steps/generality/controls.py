@@ -116,13 +116,14 @@ def random_heads(step: Step | Case, sites: Sequence[Site]) -> list[tuple[Site, .
 
 def random_mlps(step: Step | Case, sites: Sequence[Site]) -> list[tuple[Site, ...]]:
     """Sets of MLPs outside the slice, as many as the slice has, of the layers from its first MLP on, where as much has
-    come to the last token; where those are too few, of the nearest before as well. No sets where it has no MLPs."""
+    come to the last token; where those are too few, of the nearest before as well. No sets where it has no MLPs, or
+    where only one could be drawn."""
     own = [site.layer for site in sites if site.component == "mlp"]
     rng, others = step.rng("random MLPs"), [layer for layer in range(step.n_layers) if layer not in own]
-    if not own or not others:
+    if not own or len(others) <= len(own):
         return []
     later = sum(layer > min(own) for layer in others)
-    free = sorted(others, key=lambda layer: max(0, min(own) - layer))[: max(later, len(own))]
+    free = sorted(others, key=lambda layer: max(0, min(own) - layer))[: max(later, len(own) + 1)]
     drawn = (sorted(rng.permutation(free)[: len(own)].tolist()) for _ in range(step.params.random_sets))
     return [tuple(Site(layer, "mlp") for layer in layers) for layers in drawn]
 

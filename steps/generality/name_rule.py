@@ -270,7 +270,8 @@ def _fitted(
     names = _names(a + either / 2, b + either / 2, table.set_index("term").loc["second slot - first"], settings)
     low = table["low"].fillna(table["estimate"])[0]  # of one name
     known = np.linalg.matrix_rank(designs["free"]) == designs["free"].shape[1] and low > settings.floor
-    if not known or (names.count != "both" and names.share.low is not None):
+    alone = names.share is not None and names.share.low is not None and names.count != "both"
+    if not known or alone:
         return table, None, names
     return table, stats.ratio_intervals(second, first, settings)[0], names
 

@@ -521,7 +521,8 @@ def inside_sentences(tests: pd.DataFrame) -> list[str]:
     if own.empty:
         most = tests["estimate"].max()
         return [
-            f"No member stands in for others. {lead}: the largest rise of a cost is {most:.3f} logits (no interval)."
+            f"No member is shown to stand in for others. {lead}: "
+            f"the largest rise of a cost is {most:.3f} logits (no interval)."
         ]
     held = (
         f"{capital(sites(own['site']))} {'stands' if len(own) == 1 else 'stand'} in for other members, inside the slice"

@@ -427,7 +427,9 @@ def grow(
         chosen = max(fresh, key=fresh.get)
         if fresh[chosen] < average or fresh[chosen] - reached < max(average / 10, faithfulness.noise):
             lost = lost or faithfulness.lost(sites)
-            chosen = max(fresh, key=lost.get)
+            chosen = max((site for site in sites if site not in members), key=lost.get)
+            if chosen not in fresh:
+                fresh |= {chosen: faithfulness.of([[*members, chosen]])[0]}
             gains = dict.fromkeys(sites, np.inf)
         tested += [("grow", len(members), site, value, site == chosen) for site, value in fresh.items()]
         members, reached = [*members, chosen], fresh[chosen]

@@ -236,13 +236,16 @@ def first(rows: Sequence[Mapping[str, Any]], key: Mapping[str, Any]) -> Mapping[
 
 
 def beyond_random(step: Step, found: Mapping[str, Any]) -> dict[str, Any]:
-    """Whether the slice's share of the placebo gap is surely above that of random heads (of a slice without heads:
-    MLPs, which `beside` says), by step 07; None where that was not measured or has no interval."""
+    """Whether the slice's share of the placebo gap is surely above that of random sites of its own kinds (which
+    `beside` says), by step 07; None where that was not measured or has no interval."""
     there = (step.beside("generality") or {}).get("specific", ())
     key = {"template": step.params.template, "group": "all pairs", "attribute": step.params.topic.placebo}
-    rows = {name: first(there, key | {"set": name}) for name in ("the slice", "random heads", "random MLPs")}
-    beside = "random MLPs" if rows["random heads"] is None else "random heads"
-    own, random = rows["the slice"], rows[beside]
+    own = first(there, key | {"set": "the slice"})
+    rows = {
+        name: first(there, key | {"set": name}) for name in ("random heads and MLPs", "random MLPs", "random heads")
+    }
+    beside = next((name for name, row in rows.items() if row is not None), "random heads")
+    random = rows[beside]
     known = all(row and row["placebo_low"] is not None for row in (own, random))
     return {"beyond_random": bool(own["placebo_low"] > random["placebo_high"]) if known else None, "beside": beside}
 
