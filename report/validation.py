@@ -88,7 +88,8 @@ def summary(found: Found, quiet: pd.DataFrame) -> str:
             `{(found["commit"] or "none")[:7]}`{" with changes" * bool(found["dirty"])}.
             {measured_on(found)} {f"Still to run: {whole} of {found['planned']}." if whole > 0 else ""}"""),
         paragraph(f"""Without noise, {right} of {counted(len(quiet), "answer")} ({right / max(len(quiet), 1):.0%}) are
-            exactly the planted truth: every item found, nothing else, each number within its tolerance. {left}"""),
+            exactly the planted truth: every item found that must be, none that is not there, each number within its
+            tolerance. {left}"""),
         paragraph(f"""All of their seeds, from {HELD_OUT} on, were first run when nothing was to be mended any more:
             methods and scoring were mended while models of other seeds were looked at."""),
     )
