@@ -169,8 +169,10 @@ def finished(
 
 
 def answer(found: Mapping[str, Any]) -> Markdown:
-    """The answer at the head of a page: the headline of the findings, else their first sentence."""
-    return Markdown(" ".join(found.get("headline") or found["sentences"][:1]))
+    """The answer at the head of a page: what the headline of the findings, else their first sentence, begins with, and
+    what else is in it as a list."""
+    first, *others = found.get("headline") or found["sentences"][:1]
+    return Markdown("\n\n".join([first, *(f"- {text}" for text in others)]))
 
 
 def shown(table: pd.DataFrame | None, digits: int, otherwise: str | None = None) -> pd.DataFrame | Markdown | None:

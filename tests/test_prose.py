@@ -52,3 +52,9 @@ def test_sites_are_named_with_their_kind_and_tables_are_markdown():
     rows = pd.DataFrame({"name": ["b", "a", "c"], "estimate": [0.5, 0.25, None], "low": [0.4, None, None], "high": 0.6})
     assert words.extremes(rows, "name") == "0.25 (a) to 0.50 [0.40, 0.60] (b)"
     assert words.tabled(("x", "y"), [(1, "z")]) == "| x | y |\n| --- | --- |\n| 1 | z |"
+
+
+def test_a_page_begins_with_one_answer_and_lists_the_others():
+    found = {"headline": ["Layer 6 is critical.", "It fills there.", "So:\n\n| a |\n| --- |"], "sentences": ["All."]}
+    assert words.answer(found).data == "Layer 6 is critical.\n\n- It fills there.\n\n- So:\n\n| a |\n| --- |"
+    assert words.answer(found | {"headline": []}).data == "All."
