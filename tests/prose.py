@@ -111,7 +111,8 @@ def exception_text(sentence: str) -> str:
 
 
 def left_open(sentence: str) -> str:
-    """Marks of a list that was empty: doubled or lost spaces, empty brackets, doubled marks."""
+    """Marks of a list that was empty: doubled or lost spaces, empty brackets, doubled marks; but for a token's own."""
+    sentence = re.sub(r'"[^"]*"', '"x"', sentence)
     found = re.search(r"\(\s*\)|[,;:] ?[,;:.]|\.\.(?!\.)|(?<=\w) [,;](?= )|\bof  |: ?\.$", sentence)
     return found[0] if found else ""
 
