@@ -122,14 +122,19 @@ def where_read(compared: pd.DataFrame, ranks: pd.DataFrame, settings: Settings) 
         there = there[there["position"] == asked.position].set_index("layer")
         first = int(sure["layer"].min()) if len(sure) else None
         untested = own["low"].isna().any()
-        rows.append({
-            "read": about, "instrument": instrument,
-            "first after layer": NOT_TESTABLE if untested else "none" if first is None else str(first),
-            "rank after it": "" if untested or first is None else span(there.loc[first]),
-            "rises most at layer": int(own.loc[own["estimate"].diff().fillna(0).idxmax(), "layer"]),
-            "most after layer": int(best["layer"]), "rank there": span(there.loc[best["layer"]]),
-            "times better than where wrong": span(best, 1), "quads": int(best["quads"]),
-        })  # fmt: skip
+        rows.append(
+            {
+                "read": about,
+                "instrument": instrument,
+                "first after layer": NOT_TESTABLE if untested else "none" if first is None else str(first),
+                "rank after it": "" if untested or first is None else span(there.loc[first]),
+                "rises most at layer": int(own.loc[own["estimate"].diff().fillna(0).idxmax(), "layer"]),
+                "most after layer": int(best["layer"]),
+                "rank there": span(there.loc[best["layer"]]),
+                "times better than where wrong": span(best, 1),
+                "quads": int(best["quads"]),
+            }
+        )
     return pd.DataFrame(rows)
 
 

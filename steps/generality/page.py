@@ -244,8 +244,9 @@ def well_covered(units: pd.DataFrame) -> pd.DataFrame:
 def quads_in(units: pd.MultiIndex) -> pd.Series:
     """In how many quads each superset is, most first."""
     table = units.to_frame(index=False)
-    ends = pd.concat([table[["quad_id", end]].set_axis(["quad_id", "superset"], axis=1)
-                      for end in ("answer", "corrupt_answer")])  # fmt: skip
+    ends = pd.concat(
+        [table[["quad_id", end]].set_axis(["quad_id", "superset"], axis=1) for end in ("answer", "corrupt_answer")]
+    )
     return ends.drop_duplicates()["superset"].value_counts()
 
 

@@ -76,8 +76,10 @@ def of_step(step: Step, m: Measured) -> Graph:
     """The graph of a run; without edges where step 06 has left none."""
     edges = pd.DataFrame((step.beside("retrieval_heads") or {}).get("edges", []), columns=COLUMNS)
     everywhere, last = measure.circuit_of(m.everywhere.search), measure.circuit_of(m.search)
-    tables = [members(shown(own), step.params) if nodes else pd.DataFrame() for own, nodes in
-              ((m.everywhere, everywhere), (m, last))]  # fmt: skip
+    tables = [
+        members(shown(own), step.params) if nodes else pd.DataFrame()
+        for own, nodes in ((m.everywhere, everywhere), (m, last))
+    ]
     circuits = {"over all tokens": (everywhere, tables[0]), "at the last token": (last, tables[1])}
     return graph(edges, everywhere, last)._replace(notes=notes(circuits))
 
